@@ -1,0 +1,358 @@
+"""Typed, frozen configuration of the network, and the official JSON format both ways.
+
+A network is a tuple of stages, outermost first. Every stage but the last has an encoder and a
+decoder around a router that cuts its sequence into chunks; the last one is a plain stack.
+Layout strings are the official ones: a run is a letter and a count, ``m`` = Mamba-2, ``t`` =
+causal attention, upper case = the same with a SwiGLU MLP behind it (goombalab/hnet).
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+BOS_ID = 254  # byte values that valid UTF-8 never contains, as in the official tokenizer
+EOS_ID = 255
+
+_RUN = re.compile(r"([mMtT])([1-9][0-9]*)")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work: one line naming the field, its value and the remedy."""
+
+
+def parse_layout(layout: str) -> tuple[tuple[str, int], ...]:
+    """``"T1m4"`` -> ``(("T", 1), ("m", 4))``; equal neighbours are merged into one run."""
+    if not layout or not re.fullmatch(rf"({_RUN.pattern})+", layout):
+        raise ConfigError(
+            f"layout {layout!r} is not a sequence of runs such as 'm4' or 'T1m4': "
+            "use the letters m, M, t, T, each followed by a count of at least 1"
+        )
+    runs: list[tuple[str, int]] = []
+    for kind, count in _RUN.findall(layout):
+        if runs and runs[-1][0] == kind:
+            runs[-1] = (kind, runs[-1][1] + int(count))
+        else:
+            runs.append((kind, int(count)))
+    return tuple(runs)
+
+
+def layout_height(layout: str) -> int:
+    """Number of residual additions of a stack: 1 a lower-case layer, 2 an upper-case one."""
+    return sum(n * (1 + kind.isupper()) for kind, n in parse_layout(layout))
+
+
+@dataclass(frozen=True)
+class SSMConfig:
+    """Mamba-2 mixers, shared by all stages (the official ``ssm_cfg``)."""
+
+    d_state: int = 128
+    """size of the recurrent state a channel"""
+    d_conv: int = 4
+    """taps of the causal convolution"""
+    expand: int = 2
+    """inner width over d_model"""
+    head_dim: int = 64
+    """channels that share one decay"""
+    chunk_size: int = 256
+    """the official kernel's block length, kept for the JSON; ours is compute.ssd_block_len"""
+
+
+@dataclass(frozen=True)
+class ChunkingConfig:
+    """How one stage cuts its sequence (unused in the innermost stage)."""
+
+    target_ratio: float = 6.0
+    """N: positions of this stage a chunk should hold on average"""
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage. Stage 0 is the outermost: its positions are bytes."""
+
+    arch_layout: tuple[str, ...]
+    """(encoder, decoder) layout strings, or (stack,) in the innermost stage"""
+    d_model: int
+    """width of this stage; may not shrink inwards"""
+    d_intermediate: int = 0
+    """inner width of the SwiGLU MLPs, rounded up to a multiple of 128"""
+    num_heads: int = 16
+    """attention heads"""
+    rotary_emb_dim: int = 32
+    """channels of each head that are rotated (the rest carries no position)"""
+    window_size: int = -1
+    """previous positions that attention sees; -1 = all"""
+    chunking: ChunkingConfig = ChunkingConfig()
+
+    @property
+    def d_mlp(self) -> int:
+        return -(-self.d_intermediate // 128) * 128
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """How the same function is computed; nothing here changes what is learned."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """matmul precision; router, EMA, residual, norms and softmax stay in float32"""
+    remat: Literal["none", "layer", "dots"] = "none"
+    """what the backward pass recomputes: nothing, whole layers, or all but matmul outputs"""
+    scan_layers: bool = True
+    """one compiled body for equal consecutive layers; False unrolls them"""
+    ssd_block_len: int = 64
+    """positions a block of the chunked SSD"""
+    attention_block_len: int = 256
+    """query positions a block of attention"""
+
+
+@dataclass(frozen=True)
+class HNetConfig:
+    """The whole language model over bytes."""
+
+    stages: tuple[StageConfig, ...]
+    vocab_size: int = 256
+    """byte values"""
+    ssm: SSMConfig = SSMConfig()
+    tie_embeddings: bool = False
+    """share the embedding with the output head"""
+    compute: ComputeConfig = ComputeConfig()
+
+    def __post_init__(self):
+        _check(self)
+
+    @property
+    def num_chunked(self) -> int:
+        """Number of stages that cut, which is the number of routers."""
+        return len(self.stages) - 1
+
+    @property
+    def arch_layout(self) -> list:
+        """The nested official form, e.g. ``["m4", ["T22"], "m4"]``."""
+        nested: list = list(self.stages[-1].arch_layout)
+        for stage in reversed(self.stages[:-1]):
+            nested = [stage.arch_layout[0], nested, stage.arch_layout[1]]
+        return nested
+
+    @classmethod
+    def from_json(cls, source: str | os.PathLike | dict[str, Any]) -> "HNetConfig":
+        """Read the official JSON: a path, or its parsed content.
+
+        Raises ConfigError for a missing file, broken JSON, an unknown or a missing key.
+        """
+        return _from_official(source if isinstance(source, dict) else _read_json(source))
+
+    def to_json(self) -> dict[str, Any]:
+        """The official JSON content of this architecture."""
+        return {
+            "arch_layout": self.arch_layout,
+            "d_model": [s.d_model for s in self.stages],
+            "d_intermediate": [s.d_intermediate for s in self.stages],
+            "vocab_size": self.vocab_size,
+            "ssm_cfg": {
+                "chunk_size": self.ssm.chunk_size,
+                "d_conv": self.ssm.d_conv,
+                "d_state": self.ssm.d_state,
+                "expand": self.ssm.expand,
+            },
+            "attn_cfg": {
+                "num_heads": [s.num_heads for s in self.stages],
+                "rotary_emb_dim": [s.rotary_emb_dim for s in self.stages],
+                "window_size": [s.window_size for s in self.stages],
+            },
+            "tie_embeddings": self.tie_embeddings,
+        }
+
+    @classmethod
+    def named(cls, name: str) -> "HNetConfig":
+        """One of the six published configurations, e.g. ``"1stage_L"``."""
+        if name not in PUBLISHED:
+            raise ConfigError(
+                f"model name {name!r} is unknown: use one of {', '.join(PUBLISHED)}"
+            )
+        return PUBLISHED[name]
+
+
+def _check(config: HNetConfig) -> None:
+    if not config.stages:
+        raise ConfigError("model.stages is empty: give at least one stage")
+    if config.vocab_size < 256:
+        raise ConfigError(
+            f"model.vocab_size={config.vocab_size} cannot hold every byte: use 256 or more"
+        )
+    for name in ("d_state", "d_conv", "expand", "head_dim"):
+        if (value := getattr(config.ssm, name)) < 1:
+            raise ConfigError(f"model.ssm.{name}={value}: use 1 or more")
+    for name in ("ssd_block_len", "attention_block_len"):
+        if (value := getattr(config.compute, name)) < 1:
+            raise ConfigError(f"model.compute.{name}={value}: use 1 or more")
+    for i, stage in enumerate(config.stages):
+        _check_stage(config, i, stage)
+
+
+def _check_stage(config: HNetConfig, i: int, stage: StageConfig) -> None:
+    where = f"model.stages.{i}"
+    inner = i == len(config.stages) - 1
+    if len(stage.arch_layout) != (1 if inner else 2):
+        raise ConfigError(
+            f"{where}.arch_layout={stage.arch_layout!r} has {len(stage.arch_layout)} parts: "
+            + ("the innermost stage has one stack" if inner else "give an encoder and a decoder")
+        )
+    try:
+        kinds = {k for part in stage.arch_layout for k, _ in parse_layout(part)}
+    except ConfigError as e:
+        raise ConfigError(f"{where}.arch_layout: {e}") from None
+    if stage.d_model < 1:
+        raise ConfigError(f"{where}.d_model={stage.d_model}: use 1 or more")
+    if i and stage.d_model < config.stages[i - 1].d_model:
+        raise ConfigError(
+            f"{where}.d_model={stage.d_model} is narrower than the stage around it "
+            f"({config.stages[i - 1].d_model}): use at least that width"
+        )
+    if kinds & set("tT"):
+        _check_attention(where, stage)
+    if kinds & set("mM") and (config.ssm.expand * stage.d_model) % config.ssm.head_dim:
+        raise ConfigError(
+            f"{where}.d_model={stage.d_model} times model.ssm.expand={config.ssm.expand} is not a "
+            f"multiple of model.ssm.head_dim={config.ssm.head_dim}: choose a d_model that is"
+        )
+    if kinds & set("MT") and stage.d_intermediate < 1:
+        raise ConfigError(
+            f"{where}.d_intermediate={stage.d_intermediate}, but {stage.arch_layout} has MLP "
+            "layers (upper case): give their width, e.g. 4 * d_model"
+        )
+    if not inner and stage.chunking.target_ratio <= 1:
+        raise ConfigError(
+            f"{where}.chunking.target_ratio={stage.chunking.target_ratio}: "
+            "use more than 1 position a chunk"
+        )
+
+
+def _check_attention(where: str, stage: StageConfig) -> None:
+    if stage.num_heads < 1 or stage.d_model % stage.num_heads:
+        raise ConfigError(
+            f"{where}.d_model={stage.d_model} is not divided by num_heads={stage.num_heads}: "
+            "choose a number of heads that divides it"
+        )
+    head_dim = stage.d_model // stage.num_heads
+    if stage.rotary_emb_dim % 2 or not 0 <= stage.rotary_emb_dim <= head_dim:
+        raise ConfigError(
+            f"{where}.rotary_emb_dim={stage.rotary_emb_dim}: "
+            f"use an even number from 0 to the head width {head_dim}"
+        )
+    if stage.window_size < -1:
+        raise ConfigError(f"{where}.window_size={stage.window_size}: use -1 (all), 0 or more")
+
+
+def _read_json(path: str | os.PathLike) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as f:
+            content = json.load(f)
+    except OSError as e:
+        raise ConfigError(f"configuration file {os.fspath(path)!r}: {e.strerror}") from None
+    except ValueError as e:
+        raise ConfigError(f"configuration file {os.fspath(path)!r} is not JSON: {e}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"configuration file {os.fspath(path)!r} holds no JSON object")
+    return content
+
+
+_OFFICIAL_KEYS = {
+    "arch_layout", "d_model", "d_intermediate", "vocab_size", "ssm_cfg", "attn_cfg", "tie_embeddings",
+}  # fmt: skip
+
+
+def _from_official(content: dict[str, Any]) -> HNetConfig:
+    if unknown := set(content) - _OFFICIAL_KEYS:
+        raise ConfigError(
+            f"official configuration has unknown keys {sorted(unknown)}: "
+            f"the format has {sorted(_OFFICIAL_KEYS)}"
+        )
+    try:
+        layouts = _flatten_layout(content["arch_layout"])
+        attn = content.get("attn_cfg", {})
+        ssm_keys = {f.name for f in dataclasses.fields(SSMConfig)}
+        ssm = {k: v for k, v in content.get("ssm_cfg", {}).items() if k in ssm_keys}
+        stages = tuple(
+            StageConfig(
+                arch_layout=layout,
+                d_model=content["d_model"][i],
+                d_intermediate=content["d_intermediate"][i],
+                num_heads=attn["num_heads"][i],
+                rotary_emb_dim=attn["rotary_emb_dim"][i],
+                window_size=attn["window_size"][i],
+                chunking=ChunkingConfig(target_ratio=6.0 if len(layouts) == 2 else 3.0),
+            )
+            for i, layout in enumerate(layouts)
+        )
+    except (KeyError, IndexError, TypeError) as e:
+        raise ConfigError(
+            f"official configuration is incomplete ({type(e).__name__}: {e}): every stage needs an "
+            "entry in d_model, d_intermediate and each list of attn_cfg"
+        ) from None
+    return HNetConfig(
+        stages=stages,
+        vocab_size=content.get("vocab_size", 256),
+        ssm=SSMConfig(**ssm),
+        tie_embeddings=content.get("tie_embeddings", False),
+    )
+
+
+def _flatten_layout(nested: list) -> list[tuple[str, ...]]:
+    """``["m4", ["T22"], "m4"]`` -> ``[("m4", "m4"), ("T22",)]``."""
+    flat: list[tuple[str, ...]] = []
+    while True:
+        if len(nested) == 1 and isinstance(nested[0], str):
+            return [*flat, (nested[0],)]
+        if len(nested) != 3 or not isinstance(nested[1], list):
+            raise ConfigError(
+                f"arch_layout {nested!r} is not [encoder, [inner], decoder] or [stack]"
+            )
+        flat.append((nested[0], nested[2]))
+        nested = nested[1]
+
+
+def lr_multipliers(
+    config: HNetConfig, *, bytes_per_token: float = 4.6
+) -> tuple[float, ...]:
+    """Learning-rate multiplier of each stage, outermost first.
+
+    lambda_s = sqrt(N_gpt * prod_{i>=s} N_i / prod_i N_i * D_S / D_s), with N_S = 1 and N_gpt the
+    bytes a GPT-2 token holds (arXiv 2507.07955, appendix C, eq. 11).
+    """
+    ratios = [s.chunking.target_ratio for s in config.stages[:-1]]
+    widest = config.stages[-1].d_model
+    return tuple(
+        math.sqrt(bytes_per_token / math.prod(ratios[:s]) * widest / stage.d_model)
+        for s, stage in enumerate(config.stages)
+    )
+
+
+def _published() -> dict[str, HNetConfig]:
+    """The released architectures (goombalab/hnet, configs/), each derived from the one before."""
+    ratio6, ratio3 = ChunkingConfig(6.0), ChunkingConfig(3.0)
+    outer = StageConfig(("m4", "m4"), 1024, 0, 16, 32, 1023, ratio6)
+    one_l = HNetConfig((outer, StageConfig(("T22",), 1536, 4096, 16, 48)))
+    core_xl = StageConfig(("T24",), 2048, 5504, 16, 64)
+    one_xl = HNetConfig((outer, core_xl))
+    outer2 = replace(outer, chunking=ratio3)
+    middle = StageConfig(("T1m4", "m4T1"), 1024, 2816, 16, 32, 1023, ratio3)
+    two_l = HNetConfig((outer2, middle, StageConfig(("T26",), 1536, 4096, 16, 48)))
+    middle_xl = replace(middle, d_model=1536, d_intermediate=4096, rotary_emb_dim=48)
+
+    def two_xl(core: str) -> HNetConfig:
+        return HNetConfig((outer2, middle_xl, replace(core_xl, arch_layout=(core,))))
+
+    return {
+        "1stage_L": one_l,
+        "1stage_XL": one_xl,
+        "2stage_L": two_l,
+        "2stage_XL": two_xl("T27"),
+        "2stage_XL_chinese": two_xl("T30"),
+        "2stage_XL_code": two_xl("T28"),
+    }
+
+
+PUBLISHED: dict[str, HNetConfig] = _published()

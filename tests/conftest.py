@@ -1,0 +1,17 @@
+"""Strict numerics for every test: no silent promotion of rank or dtype, eight CPU devices."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+hypothesis.settings.register_profile("hnet", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("hnet")

@@ -1,0 +1,1 @@
+"""Sequence mixers and stacks of them. Nothing in here knows about chunks."""

@@ -1,0 +1,87 @@
+"""From chunk slots back to positions: smoothing, upsampling, confidence."""
+
+import jax
+import jax.numpy as jnp
+
+from hnet.chunking.chunk import Chunks
+from hnet.chunking.router import RouterOutput
+from hnet.nn.layers import segment_starts
+
+MIN_PROB = 1e-4  # the EMA clips P to [MIN_PROB, 1 - MIN_PROB], so even P = 1 leaves a trace
+EMA_BLOCK = 32
+
+
+def ema_reference(y_BMD: jax.Array, gate_BM: jax.Array, segment_ids_BM: jax.Array) -> jax.Array:
+    """z_m = P_m y_m + (1 - P_m) z_{m-1} one slot at a time, z = 0 before each segment."""
+
+    def one_row(y_MD, gate_M, start_M):
+        def step(z_D, inputs):
+            y_D, gate, start = inputs
+            z_D = gate * y_D + (1 - gate) * jnp.where(start, 0.0, z_D)
+            return z_D, z_D
+
+        return jax.lax.scan(step, jnp.zeros_like(y_MD[0]), (y_MD, gate_M, start_M))[1]
+
+    return jax.vmap(one_row)(y_BMD, gate_BM, segment_starts(segment_ids_BM))
+
+
+def ema(y_BMD: jax.Array, gate_BM: jax.Array, segment_ids_BM: jax.Array) -> jax.Array:
+    """`ema_reference` as matmuls over blocks of slots (arXiv 2507.07955, eq. 5).
+
+    With a_m = 1 - P_m (0 at a segment start), a block is z = W y + (prod a) z_before, where
+    W[i, j] = P_j prod_{j < r <= i} a_r. The products are summed logarithms of only the factors
+    they contain, so nothing cancels. float32 in and out.
+    """
+    length = y_BMD.shape[1]
+    T = min(EMA_BLOCK, length)
+    K = -(-length // T)
+
+    def blocks(a):
+        a = jnp.pad(a, ((0, 0), (0, K * T - length)) + ((0, 0),) * (a.ndim - 2))
+        return a.reshape(a.shape[0], K, T, *a.shape[2:])
+
+    y_BKTD, gate_BKT = blocks(y_BMD), blocks(gate_BM)
+    start_BKT = blocks(segment_starts(segment_ids_BM))
+    log_keep_BKT = jnp.log1p(-gate_BKT)
+    later_TT = jnp.tril(jnp.ones((T, T), bool), -1)  # [r, j]: factor r acts on slot j < r
+    log_BKTT = jnp.where(later_TT[None, None], log_keep_BKT[..., None], 0.0)
+    resets_BKT = jnp.cumsum(start_BKT, axis=-1, dtype=jnp.int32)
+    same_BKTT = resets_BKT[..., :, None] == resets_BKT[..., None, :]
+    visible_BKTT = same_BKTT & jnp.tril(jnp.ones((T, T), bool))[None, None]
+    decay_BKTT = jnp.where(visible_BKTT, jnp.exp(jnp.cumsum(log_BKTT, axis=-2)), 0.0)
+    weight_BKTT = decay_BKTT * gate_BKT[..., None, :]
+    z_BKTD = jnp.einsum("bkij,bkjd->bkid", weight_BKTT, y_BKTD)
+    from_start_BKT = jnp.exp(jnp.cumsum(log_keep_BKT, axis=-1))
+    from_start_BKT = jnp.where(resets_BKT == 0, from_start_BKT, 0.0)
+
+    def pass_on(z_BD, inputs):
+        z_BTD, from_start_BT = inputs
+        z_BTD = z_BTD + from_start_BT[..., None] * z_BD[:, None]
+        return z_BTD[:, -1], z_BTD
+
+    by_block = (z_BKTD.swapaxes(0, 1), from_start_BKT.swapaxes(0, 1))
+    _, z_KBTD = jax.lax.scan(pass_on, jnp.zeros_like(y_BMD[:, 0]), by_block)
+    return z_KBTD.swapaxes(0, 1).reshape(y_BMD.shape[0], K * T, -1)[:, :length]
+
+
+def confidence(selected_prob_BL: jax.Array) -> jax.Array:
+    """1 in the forward pass, the gradient of c in the backward pass (arXiv 2507.07955, eq. 7)."""
+    return 1 + (selected_prob_BL - jax.lax.stop_gradient(selected_prob_BL))
+
+
+def dechunk(y_BMD: jax.Array, chunks: Chunks, route: RouterOutput) -> jax.Array:
+    """Smooth the chunk outputs and give each position the output of its chunk, float32 (B, L, D).
+
+    z = EMA(y; P clipped to [1e-4, 1 - 1e-4]); out_t = z_{j(t)} * STE(c_t), j(t) the chunk that t
+    lies in (arXiv 2507.07955, eq. 5-9). A position whose chunk was clipped away together with the
+    start of its segment gets 0, never a neighbour's chunk.
+    """
+    gate_BM = jnp.clip(chunks.boundary_prob_BM, MIN_PROB, 1 - MIN_PROB)
+    gate_BM = jnp.where(chunks.segment_ids_BM != 0, gate_BM, 0.0)
+    z_BMD = ema(y_BMD.astype(jnp.float32), gate_BM, chunks.segment_ids_BM)
+
+    slot_BL = jnp.cumsum(route.boundary_mask_BL, axis=1, dtype=jnp.int32) - 1
+    gather = jax.vmap(lambda values_M, slot_L: values_M.at[slot_L].get(mode="clip"))
+    own_BL = (gather(chunks.segment_ids_BM, slot_BL) == route.segment_ids_BL) & (slot_BL >= 0)
+    out_BLD = jnp.where(own_BL[..., None], gather(z_BMD, slot_BL), 0.0)
+    return out_BLD * confidence(route.selected_prob_BL)[..., None]

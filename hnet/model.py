@@ -1,0 +1,61 @@
+"""The language model: bytes -> embeddings -> stages -> logits of the next byte."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hnet.chunking.router import RouterOutput
+from hnet.config import HNetConfig
+from hnet.nn.layers import linear, segment_starts
+from hnet.stage import HNet
+
+
+class HNetLM(nnx.Module):
+    """An H-Net over bytes. `config.stages` says all there is to know about its shape."""
+
+    def __init__(self, config: HNetConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        width, vocab = config.stages[0].d_model, config.vocab_size
+        self.embeddings = nnx.Embed(
+            vocab, width, embedding_init=nnx.initializers.normal(1.0), rngs=rngs
+        )
+        self.backbone = HNet(config, rngs=rngs)
+        head = linear(width, vocab, dtype=config.compute.dtype, rngs=rngs)
+        self.lm_head = None if config.tie_embeddings else head
+
+    def __call__(
+        self,
+        input_ids_BL: jax.Array,
+        segment_ids_BL: jax.Array | None = None,
+        *,
+        capacities: tuple[int | None, ...] | None = None,
+    ) -> tuple[jax.Array, list[RouterOutput]]:
+        """Logits of the byte after each position, and what each stage's router decided.
+
+        input_ids_BL: int32 byte values. segment_ids_BL: equal neighbours are one document and see
+        nothing of others; 0 is padding; default is one document a row. capacities: chunk slots a
+        row for each stage that cuts (static); the default, or None for a stage, is as many as
+        positions, which clips nothing. Logits at t depend on bytes <= t of the same document only.
+        """
+        if segment_ids_BL is None:
+            segment_ids_BL = jnp.ones_like(input_ids_BL)
+        if capacities is None:
+            capacities = (None,) * self.config.num_chunked
+        segment_ids_BL = _number_runs(segment_ids_BL)
+        x_BLD = self.embeddings(input_ids_BL)
+        x_BLD, routes = self.backbone(x_BLD, segment_ids_BL, capacities)
+        with jax.named_scope("lm_head"):
+            return self._logits(x_BLD), routes
+
+    def _logits(self, x_BLD: jax.Array) -> jax.Array:
+        head = self.embeddings.attend if self.lm_head is None else self.lm_head
+        return head(x_BLD).astype(jnp.float32)
+
+
+def _number_runs(segment_ids_BL: jax.Array) -> jax.Array:
+    """Give every run of equal ids its own number, 0 staying padding.
+
+    Resets compare ids, so a row 1 1 2 2 1 must not let its last run see its first.
+    """
+    run_BL = jnp.cumsum(segment_starts(segment_ids_BL), axis=1, dtype=jnp.int32)
+    return jnp.where(segment_ids_BL == 0, 0, run_BL)

@@ -1,0 +1,90 @@
+"""A stack of residual blocks from a layout string: (B, L, D) -> (B, L, D)."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hnet.config import HNetConfig, StageConfig, parse_layout
+from hnet.nn.attention import Attention
+from hnet.nn.layers import INIT_STD, RMSNorm, SwiGLU
+from hnet.nn.mamba2 import Mamba2
+
+
+class Block(nnx.Module):
+    """x + mixer(norm1(x)), then x + mlp(norm2(x)) in upper-case kinds; x stays float32."""
+
+    def __init__(
+        self, config: HNetConfig, stage: StageConfig, kind: str, *, out_std: float, rngs: nnx.Rngs
+    ):
+        mixer = Mamba2 if kind in "mM" else Attention
+        self.norm1 = RMSNorm(stage.d_model)
+        self.mixer = mixer(config, stage, out_std=out_std, rngs=rngs)
+        self.has_mlp = kind.isupper()
+        if self.has_mlp:
+            self.norm2 = RMSNorm(stage.d_model)
+            self.mlp = SwiGLU(
+                stage.d_model, stage.d_mlp, out_std=out_std, dtype=config.compute.dtype, rngs=rngs
+            )
+
+    def __call__(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
+        mixed = self.mixer(self.norm1(x_BLD), segment_ids_BL)
+        return self.feed_forward(x_BLD + mixed.astype(jnp.float32))
+
+    def feed_forward(self, x_BLD: jax.Array) -> jax.Array:
+        if not self.has_mlp:
+            return x_BLD
+        return x_BLD + self.mlp(self.norm2(x_BLD)).astype(jnp.float32)
+
+
+class Isotropic(nnx.Module):
+    """Blocks of one width, then an RMSNorm.
+
+    `layers[r]` holds run r of the layout ("T1m4" has two), its parameters stacked along a leading
+    layer axis, so that a run is one scan whatever its length.
+    """
+
+    def __init__(
+        self,
+        config: HNetConfig,
+        stage: StageConfig,
+        layout: str,
+        *,
+        num_residuals: int,
+        rngs: nnx.Rngs,
+    ):
+        """`num_residuals`: residual additions that the depth-scaled init divides by."""
+        self.runs, self.compute = parse_layout(layout), config.compute
+        out_std = INIT_STD / math.sqrt(num_residuals)
+
+        def make_run(kind, count):
+            @nnx.split_rngs(splits=count)
+            @nnx.vmap(in_axes=0, out_axes=0)
+            def make(rngs):
+                return Block(config, stage, kind, out_std=out_std, rngs=rngs)
+
+            return make(rngs)
+
+        self.layers = nnx.List([make_run(kind, count) for kind, count in self.runs])
+        self.rmsnorm = RMSNorm(stage.d_model)
+
+    def __call__(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
+        x_BLD = x_BLD.astype(jnp.float32)
+        for (_, count), run in zip(self.runs, self.layers):
+            graph, params = nnx.split(run)
+
+            def layer(x, p, graph=graph):
+                return nnx.merge(graph, p)(x, segment_ids_BL), None
+
+            layer = _rematerialised(layer, self.compute.remat)
+            unroll = 1 if self.compute.scan_layers else count
+            x_BLD, _ = jax.lax.scan(layer, x_BLD, params, unroll=unroll)
+        return self.rmsnorm(x_BLD)
+
+
+def _rematerialised(layer, remat: str):
+    if remat == "none":
+        return layer
+    saved = jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims if remat == "dots" else None
+    return jax.checkpoint(layer, policy=saved, prevent_cse=False)

@@ -1,0 +1,71 @@
+"""RMSNorm, SwiGLU, rotary positions, and the helpers of packed rows."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+NORM_EPS = 1e-5
+INIT_STD = 0.02  # of every linear layer that no other rule covers (goombalab/hnet)
+
+
+def rms_norm(x_BLD: jax.Array, scale_D: jax.Array) -> jax.Array:
+    """x / rms(x) * scale, computed in float32 whatever the input's dtype."""
+    x_BLD = x_BLD.astype(jnp.float32)
+    rms = jax.lax.rsqrt(jnp.mean(jnp.square(x_BLD), axis=-1, keepdims=True) + NORM_EPS)
+    return x_BLD * rms * scale_D[None, None, :]
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the last axis; returns float32."""
+
+    def __init__(self, d_model: int):
+        self.scale = nnx.Param(jnp.ones((d_model,), jnp.float32))
+
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        return rms_norm(x_BLD, self.scale[...])
+
+
+def linear(d_in: int, d_out: int, *, std: float = INIT_STD, dtype, rngs: nnx.Rngs) -> nnx.Linear:
+    """A linear layer without bias, float32 weights N(0, std), matmul in `dtype`."""
+    init = nnx.initializers.normal(std)
+    return nnx.Linear(d_in, d_out, use_bias=False, kernel_init=init, dtype=dtype, rngs=rngs)
+
+
+class SwiGLU(nnx.Module):
+    """y * silu(gate) with (y, gate) = fc1(x), then fc2 (official order of the halves)."""
+
+    def __init__(self, d_model: int, d_mlp: int, *, out_std: float, dtype, rngs: nnx.Rngs):
+        self.fc1 = linear(d_model, 2 * d_mlp, dtype=dtype, rngs=rngs)
+        self.fc2 = linear(d_mlp, d_model, std=out_std, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        y_BLF, gate_BLF = jnp.split(self.fc1(x_BLD), 2, axis=-1)
+        return self.fc2(y_BLF * jax.nn.silu(gate_BLF))
+
+
+def rotary(x_BLHK: jax.Array, positions_BL: jax.Array, rotary_dim: int) -> jax.Array:
+    """Rotate the first `rotary_dim` channels of each head by their position (base 1e4).
+
+    Channel i is paired with i + rotary_dim / 2 (the non-interleaved form of arXiv 2104.09864);
+    the remaining channels pass unchanged.
+    """
+    half = rotary_dim // 2
+    frequency_K = 1e4 ** (-jnp.arange(half, dtype=jnp.float32) / max(half, 1))
+    angle_BLK = positions_BL.astype(jnp.float32)[:, :, None] * frequency_K[None, None, :]
+    cos, sin = jnp.cos(angle_BLK)[:, :, None, :], jnp.sin(angle_BLK)[:, :, None, :]
+    x1, x2, rest = jnp.split(x_BLHK.astype(jnp.float32), [half, rotary_dim], axis=-1)
+    rotated = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], axis=-1)
+    return rotated.astype(x_BLHK.dtype)
+
+
+def segment_starts(segment_ids_BL: jax.Array) -> jax.Array:
+    """True where a position's segment differs from its left neighbour's (always at 0)."""
+    changed_BL = segment_ids_BL[:, 1:] != segment_ids_BL[:, :-1]
+    return jnp.pad(changed_BL, ((0, 0), (1, 0)), constant_values=True)
+
+
+def segment_positions(segment_ids_BL: jax.Array) -> jax.Array:
+    """Index of each position within its own segment, int32."""
+    index_L = jnp.arange(segment_ids_BL.shape[1], dtype=jnp.int32)
+    start_BL = jnp.where(segment_starts(segment_ids_BL), index_L[None, :], 0)
+    return index_L[None, :] - jax.lax.cummax(start_BL, axis=1)

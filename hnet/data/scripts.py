@@ -1,0 +1,250 @@
+"""The Unicode script of the text so far, for every byte.
+
+A byte's script id is the script of the last COMPLETE character, up to and including that byte,
+whose Script property is neither Common nor Inherited. It depends on this byte and earlier ones
+alone. In full:
+
+* The byte that completes a character already carries the character's script; the bytes before it
+  in the character carry the script of the text before.
+* Until the first such character the id is 0, ``Common``. A document starts anew.
+* Characters that Unicode gives no script (private use, unassigned) do count: ``Unknown``.
+* A character is complete at the last byte of a sequence of table 3-7 of the Unicode Standard
+  (well-formed UTF-8). Any other byte completes nothing and so never changes the script: stray
+  continuation bytes, truncated and overlong forms, surrogates, code points above U+10FFFF, and
+  the BOS, EOS and padding bytes.
+
+A lead byte is never a continuation byte, so decoding that restarts after each maximal subpart of
+an ill-formed sequence finds exactly the windows of one to four bytes that are well formed: the
+last four bytes tell whether a character ends here and which. Hence the state of a stream is one
+32-bit number, the script id above the last three bytes, and 0 at a document start. `script_ids`
+(whole texts), `script_step` (one byte, NumPy or JAX) and `ScriptStream` share it.
+"""
+
+import difflib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hnet.config import ConfigError
+from hnet.data.script_table import COMMON, TABLE_FILE, read_table
+
+START_STATE = 0
+
+_PAGE_BITS = 7
+_BLOCK_LEN = 1 << 15  # bytes a pass; larger temporaries would be fresh memory each time
+
+
+def _pages(script_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The table as a number of page for each 128 code points, and the distinct pages in a row."""
+    numbers: dict[bytes, int] = {}
+    rows = script_of.reshape(-1, 1 << _PAGE_BITS)
+    page_of = [numbers.setdefault(row.tobytes(), len(numbers)) for row in rows]
+    return np.array(page_of, np.uint32), np.frombuffer(b"".join(numbers), np.uint8)
+
+
+SCRIPTS, _SCRIPT_OF = read_table(TABLE_FILE.read_text(encoding="utf-8"))
+"""Names of the scripts by id: ``SCRIPTS[0]`` is ``Common`` (none yet), ``[1]`` ``Unknown``."""
+_PAGE_OF, _PAGES = _pages(_SCRIPT_OF)
+_ASCII = bytes(_SCRIPT_OF[:128]) + bytes(128)  # for bytes.translate: 0 for every other byte
+
+
+def _completed(window, xp):
+    """Script id of the character that ends with each window's last byte; 0 for none and Common.
+
+    window: uint32, the last four bytes, latest lowest; xp: numpy or jax.numpy. Returns uint8.
+    """
+    # The low 6 bits of the four bytes side by side hold the code point of every form.
+    bits = (
+        (window & 0x3F)
+        | ((window >> 2) & 0xFC0)
+        | ((window >> 4) & 0x3F000)
+        | ((window >> 6) & 0x1C0000)
+    )
+    two = ((window & 0xE0C0) == 0xC080) & ((bits & 0x7FF) >= 0x80)  # the bounds: no overlongs
+    three = ((window & 0xF0C0C0) == 0xE08080) & ((bits & 0xFFFF) >= 0x800)
+    three = three & ((bits & 0xF800) != 0xD800)  # no surrogates
+    mask, form = np.uint32(0xF8C0C0C0), np.uint32(0xF0808080)  # too large for JAX's Python ints
+    four = ((window & mask) == form) & (bits >= 0x10000) & (bits < 0x110000)
+    code_point = sum(
+        value * is_form.astype(np.uint32)  # at most one form fits; quicker than nested where
+        for value, is_form in (
+            (window & 0x7F, (window & 0x80) == 0),
+            (bits & 0x7FF, two),
+            (bits & 0xFFFF, three),
+            (bits, four),
+        )
+    )
+    page = xp.asarray(_PAGE_OF)[code_point >> _PAGE_BITS]
+    offset = code_point & ((1 << _PAGE_BITS) - 1)
+    return xp.asarray(_PAGES)[(page << _PAGE_BITS) | offset]
+
+
+def script_step(
+    state: jax.Array | np.ndarray, byte: jax.Array | np.ndarray
+) -> tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]:
+    """One byte of each of many streams, the form for generation inside ``jax.jit``.
+
+    state: uint32, any shape, 0 at a document start; byte: integers of the same shape (values
+    outside 0..255 count as a byte that completes nothing). JAX arrays or NumPy's.
+    Returns (state uint32, script id uint8), the same numbers as `script_ids`.
+    """
+    xp = jnp if any(isinstance(x, jax.Array) for x in (state, byte)) else np
+    byte = xp.where((byte >= 0) & (byte <= 0xFF), byte, 0xFF).astype(np.uint32)
+    window = (state << 8) | byte  # the script id is shifted out
+    completed = _completed(window, xp)
+    script_id = xp.where(completed != COMMON, completed, (state >> 24).astype(np.uint8))
+    return (script_id.astype(np.uint32) << 24) | (window & 0xFFFFFF), script_id
+
+
+class ScriptStream:
+    """Script ids of one text that comes byte by byte, on the host."""
+
+    def __init__(self, state: int = START_STATE):
+        self.state = state
+
+    def step(self, byte: int) -> int:
+        """Script id of the text so far, this byte included."""
+        state, script_id = script_step(np.uint32(self.state), np.int64(byte))
+        self.state = int(state)
+        return int(script_id)
+
+
+def script_ids(data: bytes | np.ndarray, state: int = START_STATE) -> tuple[np.ndarray, int]:
+    """Script id of every byte of a text, or of its next part.
+
+    data: bytes-like, or uint8 (n,); state: what the call for the part before returned, 0 at a
+    document start. Returns (ids uint8 (n,), state): however a text is parted, the ids are those
+    of the whole. Raises TypeError if data is no bytes.
+    """
+    if not isinstance(data, np.ndarray):
+        data = np.frombuffer(data, np.uint8)
+    if data.dtype != np.uint8 or data.ndim != 1:
+        raise TypeError(f"data is {data.dtype} of {data.ndim} dimensions: give bytes, uint8 (n,)")
+    state = int(state)
+    text = np.concatenate([_tails(np.array([state])).ravel(), data])
+    ids = _fill(text, np.array([2]), np.array([state >> 24]))
+    return ids[3:], int(_states(text[-3:], ids[-1]))
+
+
+def script_ids_of_rows(
+    input_ids_BL: np.ndarray, segment_ids_BL: np.ndarray, state_B: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Script ids of packed rows; the script restarts wherever the segment id changes.
+
+    input_ids_BL: integers, bytes (values outside 0..255 complete nothing); segment_ids_BL:
+    integers, 0 = padding (id 0). state_B: uint32, the state of the document which a row's first
+    position carries on, 0 where one starts there (None = everywhere). Returns (ids uint8 (B, L),
+    state uint32 (B,) behind each row's last position).
+
+    A row alone does not know the text before it. A pipeline that has the whole documents calls
+    `script_ids` on each and cuts the ids as it cuts the bytes; this function is for rows that
+    hold whole documents, or whose states are at hand.
+    """
+    B, L = input_ids_BL.shape
+    state_B = np.zeros(B, np.uint32) if state_B is None else np.asarray(state_B, np.uint32)
+    if not B * L:
+        return np.zeros((B, L), np.uint8), state_B
+    starts_BL = np.ones((B, L), bool)
+    starts_BL[:, 1:] = segment_ids_BL[:, 1:] != segment_ids_BL[:, :-1]
+    state_BL = np.zeros((B, L), np.uint32)
+    state_BL[:, 0] = state_B
+    state_D = state_BL[starts_BL]  # of each document in the batch
+    # Three bytes before each document hold its state, so that one pass serves the whole batch.
+    position = (np.arange(B * L) + 3 * np.cumsum(starts_BL)).reshape(B, L)
+    first_D = position[starts_BL]
+    text = np.zeros(B * L + 3 * len(first_D), np.uint8)
+    text[position] = np.where((input_ids_BL >= 0) & (input_ids_BL <= 0xFF), input_ids_BL, 0xFF)
+    text[first_D[:, None] + np.arange(-3, 0)] = _tails(state_D)
+    ids_BL = _fill(text, first_D - 1, state_D >> 24)[position]
+    ids_BL[segment_ids_BL == 0] = COMMON
+    return ids_BL, _states(text[position[:, -1:] + np.arange(-2, 1)], ids_BL[:, -1])
+
+
+def _tails(state_D: np.ndarray) -> np.ndarray:
+    """The last three bytes of each state, (D,) -> uint8 (D, 3)."""
+    return (state_D[:, None] >> np.array([16, 8, 0], state_D.dtype)).astype(np.uint8)
+
+
+def _states(tails: np.ndarray, script_id: np.ndarray) -> np.ndarray:
+    """State from the last three bytes (..., 3) and the script id (...)."""
+    oldest, middle, latest = np.moveaxis(tails.astype(np.uint32), -1, 0)
+    return (script_id.astype(np.uint32) << 24) | (oldest << 16) | (middle << 8) | latest
+
+
+def _fill(text: np.ndarray, set_at: np.ndarray, set_to: np.ndarray) -> np.ndarray:
+    """Script id of every byte of uint8 (n,), with the id set by force at ascending positions.
+
+    Position 2 has to be the first that is set: the bytes up to it are context, their ids void.
+    """
+    ids = np.empty(len(text), np.uint8)
+    ids[2] = set_to[0]
+    ramp = np.arange(1, min(_BLOCK_LEN, len(text)) + 1, dtype=np.int32) << 8
+    for start in range(3, len(text), _BLOCK_LEN):
+        completed = _completed_in(text[start - 3 : start + _BLOCK_LEN])
+        stop = start + len(completed)
+        first, last = np.searchsorted(set_at, (start, stop))
+        only = completed.max()
+        if first == last and not np.any((completed != only) & (completed != COMMON)):
+            # Text of one script, English say: everything from its first character on.
+            begin = start + int(np.argmax(completed)) if only else stop
+            ids[start:begin] = ids[start - 1]
+            ids[begin:stop] = only
+            continue
+        # Position above id: the running maximum is the latest id.
+        key = (ramp[: len(completed)] | completed) * (completed != COMMON)
+        at = set_at[first:last] - start
+        key[at] = ramp[at] | set_to[first:last]
+        key[0] = max(key[0], ids[start - 1])  # whatever has a position is larger than an id
+        ids[start:stop] = np.maximum.accumulate(key)
+    return ids
+
+
+def _completed_in(text: np.ndarray) -> np.ndarray:
+    """`_completed` for each position of uint8 (n,) from the fourth on, uint8 (n - 3,)."""
+    completed = np.frombuffer(bytearray(text[3:]).translate(_ASCII), np.uint8)
+    leads = np.flatnonzero(text >= 0xC2)
+    if len(leads):
+        lead_bytes = text[leads]
+        ends = leads - 2 + (lead_bytes >= 0xE0) + (lead_bytes >= 0xF0)
+        ends = ends[(ends >= 0) & (ends < len(completed))]
+        completed[ends] = _completed(_windows(text).take(ends), np)
+    return completed
+
+
+def _windows(text: np.ndarray) -> np.ndarray:
+    """The four bytes up to each position from the fourth on, uint32 (n - 3,)."""
+    text = text.astype(np.uint32)
+    return (text[:-3] << 24) | (text[1:-2] << 16) | (text[2:-1] << 8) | text[3:]
+
+
+def route_table(groups: Sequence[Sequence[str]], field: str = "route_groups") -> np.ndarray:
+    """Route of every script id, int32 (len(SCRIPTS),).
+
+    groups: names of SCRIPTS; group i has route i + 1, and the scripts in no group share route 0,
+    the default (so there are len(groups) + 1 routes, and one script may be trained as the default
+    by leaving it out). Raises ConfigError, which calls the setting `field`.
+    """
+    route_of = np.zeros(len(SCRIPTS), np.int32)
+    for i, group in enumerate(groups):
+        if isinstance(group, str) or not group:
+            raise ConfigError(f"{field}.{i}={group!r} is no group of scripts: write ('Latin',)")
+        for name in group:
+            if name not in SCRIPTS:
+                raise ConfigError(f"{field}.{i} has {name!r}, {_remedy(name)}")
+            script_id = SCRIPTS.index(name)
+            if route_of[script_id]:
+                raise ConfigError(
+                    f"{field}.{i} has {name!r}, which is in group {route_of[script_id] - 1} "
+                    "already: name each script once"
+                )
+            route_of[script_id] = i + 1
+    return route_of
+
+
+def _remedy(name: str) -> str:
+    if name == "Inherited":
+        return "whose characters take the script of the text before: leave it out"
+    near = difflib.get_close_matches(str(name).capitalize(), SCRIPTS, n=1, cutoff=0)
+    return f"which is no Unicode script: the nearest is {near[0]!r} (hnet.data.scripts.SCRIPTS)"

@@ -1,0 +1,223 @@
+"""Where the units of a text really start: rules, and readers of annotated files.
+
+Every function gives byte offsets strictly inside the text. Kinds of gold boundaries:
+
+* ``characters``: first bytes of UTF-8 characters.
+* ``words``: first bytes of words; ``word_ends``: the byte after a word's last. A model that cuts
+  before the space agrees with the second, one that cuts behind it with the first.
+* ``whitespace``: first bytes of whitespace runs, the rule of most pre-tokenisers.
+* ``morphemes``: first bytes of words and of the morphemes inside them.
+* ``code_tokens``: first bytes of Python tokens.
+"""
+
+import bisect
+import io
+import itertools
+import json
+import os
+import tokenize
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from hnet.config import ConfigError
+from hnet.inspect.segmentation import Segmentation, characters, inside
+
+_LAYOUT_TOKENS = {
+    tokenize.ENCODING, tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT,
+    tokenize.ENDMARKER,
+}  # fmt: skip
+
+
+def character_starts(data: bytes) -> tuple[int, ...]:
+    """First byte of every character but the first; an invalid byte counts as one."""
+    return inside((start for start, _, _ in characters(data)), len(data))
+
+
+def word_starts(data: bytes) -> tuple[int, ...]:
+    """First byte of every run of characters that are not whitespace."""
+    return inside((start for start, space in _space_runs(data) if not space), len(data))
+
+
+def whitespace_starts(data: bytes) -> tuple[int, ...]:
+    """First byte of every run of whitespace."""
+    return inside((start for start, space in _space_runs(data) if space), len(data))
+
+
+def _space_runs(data: bytes) -> Iterator[tuple[int, bool]]:
+    for space, group in itertools.groupby(characters(data), lambda c: c[2].isspace()):
+        yield next(group)[0], space
+
+
+def code_tokens(data: bytes) -> tuple[int, ...]:
+    """First byte of every Python token, line ends and indentation left out.
+
+    What is a token follows the running interpreter (3.12 cuts f-strings open). Raises ConfigError
+    for text that is not UTF-8 or that the tokenizer refuses.
+    """
+    line_starts, offset = [], 0
+    try:
+        lines = io.StringIO(data.decode(), newline="").readlines()
+        starts = [
+            token.start
+            for token in tokenize.generate_tokens(iter([*lines, ""]).__next__)
+            if token.type not in _LAYOUT_TOKENS
+        ]
+    except (tokenize.TokenError, SyntaxError, UnicodeDecodeError) as e:
+        raise ConfigError(f"text is not Python source ({e}): leave out code_tokens") from None
+    for line in lines:
+        line_starts.append(offset)
+        offset += len(line.encode())
+    return inside(
+        (line_starts[row - 1] + len(lines[row - 1][:column].encode()) for row, column in starts),
+        len(data),
+    )
+
+
+RULES: dict[str, Callable[[bytes], tuple[int, ...]]] = {
+    "characters": character_starts,
+    "words": word_starts,
+    "whitespace": whitespace_starts,
+    "code_tokens": code_tokens,
+}
+
+
+def annotate(segmentation: Segmentation, *kinds: str) -> Segmentation:
+    """The same text with gold boundaries by rule added; kinds it already has are kept."""
+    for kind in kinds:
+        if kind not in RULES:
+            raise ConfigError(f"gold kind {kind!r} follows no rule: use one of {', '.join(RULES)}")
+    found = {k: RULES[k](segmentation.data) for k in kinds if k not in segmentation.gold}
+    return replace(segmentation, gold={**segmentation.gold, **found})
+
+
+def read_ud(path: str | os.PathLike) -> Iterator[Segmentation]:
+    """Sentences with gold ``words`` and ``word_ends``.
+
+    One JSON object a line: {"id", "text", "spans": [[start, end], ...]} with UTF-8 byte offsets of
+    each word of a Universal Dependencies treebank.
+    """
+    for number, row in _json_lines(path):
+        try:
+            data, spans = row["text"].encode(), row["spans"]
+            gold = {
+                "words": inside((a for a, _ in spans), len(data)),
+                "word_ends": inside((b for _, b in spans), len(data)),
+            }
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            raise _malformed(path, number, e) from None
+        yield Segmentation(data, str(row.get("id", number)), gold=gold)
+
+
+def read_code(path: str | os.PathLike) -> Iterator[Segmentation]:
+    """Python files with gold ``code_tokens``: a .py file, or {"path", "text"} JSON lines."""
+    path = Path(path)
+    if path.suffix != ".jsonl":
+        yield annotate(Segmentation(_read(path), path.name), "code_tokens")
+        return
+    for number, row in _json_lines(path):
+        try:
+            text = Segmentation(row["text"].encode(), str(row["path"]))
+        except (KeyError, TypeError, AttributeError) as e:
+            raise _malformed(path, number, e) from None
+        yield annotate(text, "code_tokens")
+
+
+def read_morph_words(path: str | os.PathLike, *, exact_only: bool = True) -> Iterator[Segmentation]:
+    """Words with gold ``morphemes``.
+
+    Tab-separated lines: word, canonical morphemes, byte offsets of the boundaries on the surface
+    (comma-separated, "-" or nothing for none), quality, then other columns. Quality ``exact``: the
+    morphemes joined are the word. ``aligned`` offsets are a guess (silver), read with
+    exact_only=False; ``none`` rows are never read.
+    """
+    for number, row in _tab_lines(path, 4):
+        if row[3] != "exact" and (exact_only or row[3] != "aligned"):
+            continue
+        data = row[0].encode()
+        try:
+            offsets = [int(o) for o in row[2].split(",") if o not in ("", "-")]
+        except ValueError as e:
+            raise _malformed(path, number, e) from None
+        yield Segmentation(data, row[0], gold={"morphemes": inside(offsets, len(data))})
+
+
+def read_morph_sentences(path: str | os.PathLike) -> Iterator[Segmentation]:
+    """Sentences with gold ``words`` and ``morphemes``, as far as they are exact.
+
+    Tab-separated lines: sentence, the same with its words cut into canonical morphemes (a leading
+    ``@@`` joins one to the morpheme before), then other columns. A sentence with a word whose
+    morphemes joined are not the word has no exact boundaries and is left out.
+    """
+    for number, row in _tab_lines(path, 2):
+        words, morphemes = _word_starts(row[0]), _morpheme_starts(row[0], row[1])
+        if morphemes is not None:
+            data = row[0].encode()
+            gold = {"words": inside(words, len(data)), "morphemes": inside(morphemes, len(data))}
+            yield Segmentation(data, f"{Path(path).name}:{number}", gold=gold)
+
+
+def _word_starts(sentence: str) -> list[int]:
+    """First byte of every word of a sentence that single spaces divide."""
+    lengths = [len(word.encode()) + 1 for word in sentence.split(" ")]
+    return [0, *itertools.accumulate(lengths[:-1])]
+
+
+def _morpheme_starts(sentence: str, segmented: str) -> list[int] | None:
+    """First byte of every morpheme, or None where they are not pieces of the sentence's words."""
+    pieces: list[list[str]] = []
+    for piece in segmented.split(" "):
+        if piece.startswith("@@") and pieces:
+            pieces[-1].append(piece[2:])
+        else:
+            pieces.append([piece])
+    if [("".join(p)) for p in pieces] != sentence.split(" "):
+        return None
+    starts = []
+    for word_start, parts in zip(_word_starts(sentence), pieces):
+        lengths = [len(p.encode()) for p in parts[:-1]]
+        starts += itertools.accumulate([word_start, *lengths])
+    return starts
+
+
+def inside_character(data: bytes, offsets: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of the offsets that fall inside a UTF-8 character."""
+    starts = [0, *character_starts(data), len(data)]
+    return tuple(o for o in offsets if starts[bisect.bisect_left(starts, o)] != o)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as e:
+        raise ConfigError(f"annotated file {os.fspath(path)!r}: {e.strerror}") from None
+
+
+def _lines(path: str | os.PathLike) -> list[str]:
+    try:
+        return _read(Path(path)).decode().split("\n")
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"annotated file {os.fspath(path)!r} is not UTF-8: {e}") from None
+
+
+def _json_lines(path: str | os.PathLike) -> Iterator[tuple[int, dict]]:
+    for number, line in enumerate(_lines(path), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as e:
+                raise _malformed(path, number, e) from None
+            yield number, row
+
+
+def _tab_lines(path: str | os.PathLike, columns: int) -> Iterator[tuple[int, list[str]]]:
+    for number, line in enumerate(_lines(path), 1):
+        row = line.split("\t")
+        if line:
+            if len(row) < columns:
+                raise _malformed(path, number, f"{len(row)} columns, not {columns}")
+            yield number, row
+
+
+def _malformed(path: str | os.PathLike, number: int, why: object) -> ConfigError:
+    return ConfigError(f"annotated file {os.fspath(path)!r} line {number}: {why}")

@@ -1,0 +1,247 @@
+"""How good the boundaries are: agreement with gold units, enrichment, chunk lengths, broken text.
+
+Pure NumPy on byte offsets. Offsets 0 and the length of a text are never counted: they are given.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hnet.config import ConfigError
+from hnet.inspect.gold import inside_character
+from hnet.inspect.segmentation import Segmentation
+
+UNDECIDED = (0.4, 0.6)
+PERCENTILES = (5, 25, 50, 75, 95, 99)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Agreement of predicted with gold boundaries, pooled over texts (micro-average).
+
+    Counts are floats because a control is averaged over draws. A ratio with nothing below it is 0.
+    """
+
+    hits: float
+    predicted: float
+    gold: float
+
+    @property
+    def precision(self) -> float:
+        return self.hits / self.predicted if self.predicted else 0.0
+
+    @property
+    def recall(self) -> float:
+        return self.hits / self.gold if self.gold else 0.0
+
+    @property
+    def f1(self) -> float:
+        """2 hits / (predicted + gold), the harmonic mean of precision and recall."""
+        return 2 * self.hits / (self.predicted + self.gold) if self.predicted + self.gold else 0.0
+
+
+@dataclass(frozen=True)
+class BoundaryScores:
+    """A model's score and what the same number of boundaries scores without any knowledge."""
+
+    learned: Score
+    random: Score
+    """the same number of boundaries in each text, drawn uniformly, averaged over draws"""
+    fixed_stride: Score
+    """the same number of boundaries in each text, evenly spaced"""
+
+
+def score_offsets(predicted: Iterable[int], gold: Iterable[int]) -> Score:
+    """Score of one text's boundaries; both are byte offsets strictly inside the text."""
+    predicted, gold = set(map(int, predicted)), set(map(int, gold))
+    return Score(len(predicted & gold), len(predicted), len(gold))
+
+
+def random_boundaries(count: int, length: int, rng: np.random.Generator) -> np.ndarray:
+    """`count` distinct offsets drawn uniformly strictly inside a text of `length` bytes."""
+    return 1 + rng.choice(length - 1, count, replace=False) if count else np.zeros(0, np.int64)
+
+
+def stride_boundaries(count: int, length: int) -> np.ndarray:
+    """`count` offsets that cut `length` bytes into chunks as equal as whole bytes allow."""
+    return np.arange(1, count + 1) * length // (count + 1)
+
+
+def boundary_scores(
+    segmentations: Iterable[Segmentation],
+    kind: str,
+    *,
+    stage: int = 0,
+    seed: int = 0,
+    draws: int = 16,
+) -> BoundaryScores:
+    """Precision, recall and F1 of `stage` against gold `kind`, with rate-matched controls.
+
+    Texts without that kind of gold are left out. Raises ConfigError if none has it.
+    """
+    rng = np.random.default_rng(seed)
+    totals = np.zeros((3, 3))  # learned, random, fixed stride; hits, predicted, gold
+    found = False
+    for seg in segmentations:
+        if kind not in seg.gold:
+            continue
+        found = True
+        gold, cuts, length = seg.gold[kind], seg.boundaries(stage), len(seg.data)
+        hits = [
+            np.isin(cuts, gold).sum(),
+            np.mean(
+                [
+                    np.isin(random_boundaries(len(cuts), length, rng), gold).sum()
+                    for _ in range(draws)
+                ]
+            ),
+            np.isin(stride_boundaries(len(cuts), length), gold).sum(),
+        ]
+        totals += [[h, len(cuts), len(gold)] for h in hits]
+    if not found:
+        raise ConfigError(f"gold kind {kind!r} is in none of the texts: annotate or read it first")
+    return BoundaryScores(*(Score(*map(float, row)) for row in totals))
+
+
+def boundary_f1_between(
+    a: Sequence[Segmentation], b: Sequence[Segmentation], stage: int = 0
+) -> float:
+    """F1 between two models' boundaries on the same texts; 1 - F1 is their divergence."""
+    if [s.data for s in a] != [s.data for s in b]:
+        raise ConfigError("boundaries of two models compare only on the same texts in one order")
+    scores = [score_offsets(x.boundaries(stage), y.boundaries(stage)) for x, y in zip(a, b)]
+    return Score(*(sum(getattr(s, f) for s in scores) for f in ("hits", "predicted", "gold"))).f1
+
+
+@dataclass(frozen=True)
+class Enrichment:
+    """Boundary enrichment: how much more surprising the byte behind a boundary is than the mean."""
+
+    bq: float
+    """(sum_t b_t s_{t+1} / sum_t b_t) / mean s; 1 = boundaries know nothing of surprisal"""
+    null_mean: float
+    null_std: float
+    z: float
+    """(bq - null_mean) / null_std; NaN where every shift gives the same"""
+
+
+def boundary_enrichment(
+    rows: Iterable[tuple[np.ndarray, np.ndarray]], *, draws: int = 1000, seed: int = 0
+) -> Enrichment:
+    """B_q of arXiv 2601.22805, against circular shifts of the boundaries at their own rate.
+
+    rows: (boundary mask, surprisal) of each text, both (L,), where surprisal_t = -log P(x_t | x_<t)
+    in any one unit. The boundary at t is paired with the surprisal of byte t + 1, so masks go in
+    as the router gives them: START boundaries start a chunk at t, END boundaries end one there.
+    The null shifts each row by its own random amount, `draws` times. NaN without boundaries.
+    """
+    rng = np.random.default_rng(seed)
+    at_boundaries, boundaries, total, count = 0.0, 0, 0.0, 0
+    null = np.zeros(draws)
+    for mask, surprisal in rows:
+        b = np.asarray(mask, bool)[:-1]
+        s = np.asarray(surprisal, np.float64)[1:]
+        if b.shape != s.shape or b.ndim != 1:
+            raise ConfigError(
+                f"boundary mask {np.shape(mask)} and surprisal {np.shape(surprisal)} "
+                "must be equally long rows"
+            )
+        if len(b) < 2:
+            continue
+        by_shift = _circular_sums(b, s)
+        null += by_shift[rng.integers(1, len(b), draws)]
+        at_boundaries += by_shift[0]
+        boundaries, total, count = boundaries + b.sum(), total + s.sum(), count + len(s)
+    if not boundaries or not total:
+        return Enrichment(*[float("nan")] * 4)
+    scale = 1 / boundaries / (total / count)
+    bq, mean, std = at_boundaries * scale, null.mean() * scale, null.std() * scale
+    # rounding in the transforms leaves a spread of this size where there is none
+    z = (bq - mean) / std if std > 1e-9 * abs(mean) else float("nan")
+    return Enrichment(float(bq), float(mean), float(std), float(z))
+
+
+def _circular_sums(b: np.ndarray, s: np.ndarray) -> np.ndarray:
+    """sum_t b_{(t-k) mod n} s_t for every shift k, by the correlation theorem."""
+    return np.fft.irfft(np.conj(np.fft.rfft(b.astype(np.float64))) * np.fft.rfft(s), len(b))
+
+
+def chunk_length_stats(lengths: np.ndarray) -> dict[str, float]:
+    """Percentiles, mean, coefficient of variation and longest of chunk lengths (bytes).
+
+    Keys ``mean``, ``p5`` ... ``p99``, ``cv`` (standard deviation over mean), ``longest``; the mean
+    is bytes a chunk over all chunks (micro-average). Empty for no chunks.
+    """
+    lengths = np.asarray(lengths, np.float64)
+    if not lengths.size:
+        return {}
+    return {
+        "mean": float(lengths.mean()),
+        **{f"p{q}": float(v) for q, v in zip(PERCENTILES, np.percentile(lengths, PERCENTILES))},
+        "cv": float(lengths.std() / lengths.mean()),
+        "longest": float(lengths.max()),
+    }
+
+
+def utf8_split_frac(segmentations: Iterable[Segmentation], stage: int = 0) -> float:
+    """Share of the boundaries of `stage` that fall inside a UTF-8 character."""
+    cut = total = 0
+    for seg in segmentations:
+        starts = seg.stages[stage].starts[1:]
+        cut, total = cut + len(inside_character(seg.data, starts)), total + len(starts)
+    return cut / total if total else 0.0
+
+
+def undecided_frac(segmentations: Iterable[Segmentation], stage: int = 0) -> float:
+    """Share of probabilities of `stage` from 0.4 to 0.6, the given first position left out."""
+    probs = np.concatenate([[], *(seg.stages[stage].probs[1:] for seg in segmentations)])
+    low, high = UNDECIDED
+    return float(((probs >= low) & (probs <= high)).mean()) if probs.size else 0.0
+
+
+def summarize(segmentations: Sequence[Segmentation], *, seed: int = 0) -> dict[str, float]:
+    """Scalars of a set of texts by tag, for TensorBoard and tables.
+
+    For each stage ``stage0/``: ``bytes_per_chunk``, ``chunk_bytes_p50`` and so on, ``chunk_cv``,
+    ``chunk_longest``, ``utf8_split_frac``, ``undecided_frac``; for each kind of gold
+    ``f1_<kind>`` with ``f1_<kind>_random`` and ``f1_<kind>_stride``; for each route
+    ``route_<name>/bytes_per_chunk``, where a chunk belongs to the route of its first byte.
+    """
+    scalars: dict[str, float] = {}
+    kinds = sorted({kind for seg in segmentations for kind in seg.gold})
+    for stage in range(max((len(seg.stages) for seg in segmentations), default=0)):
+        texts = [seg for seg in segmentations if len(seg.stages) > stage and seg.data]
+        if not texts:
+            continue
+        tag = f"stage{stage}/"
+        stats = chunk_length_stats(np.concatenate([seg.chunk_lengths(stage) for seg in texts]))
+        scalars[tag + "bytes_per_chunk"] = stats.pop("mean")
+        scalars[tag + "chunk_cv"] = stats.pop("cv")
+        scalars[tag + "chunk_longest"] = stats.pop("longest")
+        scalars |= {f"{tag}chunk_bytes_{name}": value for name, value in stats.items()}
+        scalars[tag + "utf8_split_frac"] = utf8_split_frac(texts, stage)
+        scalars[tag + "undecided_frac"] = undecided_frac(texts, stage)
+        for kind in kinds:
+            if any(kind in seg.gold for seg in texts):
+                scores = boundary_scores(texts, kind, stage=stage, seed=seed)
+                scalars[f"{tag}f1_{kind}"] = scores.learned.f1
+                scalars[f"{tag}f1_{kind}_random"] = scores.random.f1
+                scalars[f"{tag}f1_{kind}_stride"] = scores.fixed_stride.f1
+        scalars |= _by_route(texts, stage)
+    return scalars
+
+
+def _by_route(texts: Sequence[Segmentation], stage: int) -> dict[str, float]:
+    """Bytes a chunk by route; a chunk belongs to the route of its first byte."""
+    lengths: dict[str, list[int]] = {}
+    for seg in texts:
+        if seg.routes:
+            run_starts, names = zip(*seg.routes)
+            run = np.searchsorted(run_starts, seg.stages[stage].starts, side="right") - 1
+            for i, length in zip(run, seg.chunk_lengths(stage)):
+                lengths.setdefault(names[i], []).append(int(length))
+    return {
+        f"stage{stage}/route_{name}/bytes_per_chunk": sum(found) / len(found)
+        for name, found in sorted(lengths.items())
+    }

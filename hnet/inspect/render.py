@@ -1,0 +1,158 @@
+"""A segmentation as text: colours in a terminal, marks in a pipe, Markdown in a summary.
+
+Plain text marks the start of every chunk but the first: ``|`` for stage 0, ``‖`` where stage 1
+starts one too, ``⦀`` for stage 2 and deeper. It can be read back without loss: a backslash stands
+before a mark or backslash of the text itself, line ends are ``\\n`` and a real line end, tabs
+``\\t``, and what has no visible shape of its own is escaped: invalid bytes and the bytes of a
+character that a boundary cuts as ``\\xNN``, control and direction characters as ``\\u{NNNN}``.
+"""
+
+import itertools
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.text import Text
+
+from hnet.inspect.metrics import chunk_length_stats
+from hnet.inspect.segmentation import Segmentation, characters, is_invalid
+
+MARKS = ("|", "‖", "⦀")
+_JOINERS = "\u200c\u200d"  # shape the letters beside them, so they are drawn, not escaped
+_TINTS = ("black on #9ed2f0", "black on #f7cf86")  # Okabe-Ito sky blue and orange, lightened
+_MARK_STYLE = "bold white on #0072b2"
+_ESCAPE_STYLE = "bold #d55e00"
+_WIDTH = 100
+
+
+class Piece(NamedTuple):
+    """One character, or one byte where that is all there is."""
+
+    start: int
+    level: int
+    """deepest stage that starts a chunk here; -1 = none"""
+    text: str
+    """how it is shown"""
+    escaped: bool
+
+
+def pieces(seg: Segmentation) -> Iterator[Piece]:
+    """The text in order, one piece a character, one a byte of characters that are cut."""
+    level_at = dict.fromkeys(range(len(seg.data) + 1), -1)
+    for level, stage in enumerate(seg.stages):
+        level_at.update(dict.fromkeys(stage.starts[1:], level))
+    for start, end, char in characters(seg.data):
+        if is_invalid(char) or any(level_at[o] >= 0 for o in range(start + 1, end)):
+            for o in range(start, end):
+                yield Piece(o, level_at[o], f"\\x{seg.data[o]:02x}", True)
+        else:
+            shown = _shown(char)
+            yield Piece(start, level_at[start], shown, shown != char)
+
+
+def _shown(char: str) -> str:
+    if char in "\\" + "".join(MARKS):
+        return "\\" + char
+    if char in "\t\n\r":
+        return {"\t": "\\t", "\n": "\\n\n", "\r": "\\r"}[char]
+    if unicodedata.category(char) in ("Cc", "Cf", "Zl", "Zp", "Cs") and char not in _JOINERS:
+        return f"\\u{{{ord(char):04x}}}"
+    return char
+
+
+def to_plain(seg: Segmentation) -> str:
+    """The text with its marks; see the module's docstring."""
+    return "".join(_mark(piece.level) + piece.text for piece in pieces(seg))
+
+
+def _mark(level: int) -> str:
+    return MARKS[min(level, len(MARKS) - 1)] if level >= 0 else ""
+
+
+_TOKEN = re.compile(r"\\x(..)|\\u\{(\w+)\}|\\n\n|\\([tr])|\\(.)|(.)", re.DOTALL)
+
+
+def from_plain(text: str) -> tuple[bytes, tuple[tuple[int, ...], ...]]:
+    """Read `to_plain` back: the bytes, and the chunk starts of each stage that marks anything."""
+    data, levels = bytearray(), []
+    for match in _TOKEN.finditer(text):
+        byte, code, blank, literal, char = match.groups()
+        if char and char in MARKS:
+            levels.append((len(data), MARKS.index(char)))
+        elif byte:
+            data.append(int(byte, 16))
+        elif code:
+            data += chr(int(code, 16)).encode()
+        elif blank:
+            data += {"t": b"\t", "r": b"\r"}[blank]
+        else:
+            data += (literal or char or "\n").encode()
+    depth = 1 + max((level for _, level in levels), default=-1)
+    starts = (
+        (0, *(offset for offset, level in levels if level >= stage)) for stage in range(depth)
+    )
+    return bytes(data), tuple(starts)
+
+
+def to_rich(seg: Segmentation) -> Text:
+    """Chunks of stage 0 in two tints, deeper boundaries as marks between them."""
+    # one span a style, since a letter apart from its neighbours loses its joined shape
+    return Text().join(
+        Text("".join(text for _, text in group), style)
+        for style, group in itertools.groupby(_styled(seg), key=lambda pair: pair[0])
+    )
+
+
+def _styled(seg: Segmentation) -> Iterator[tuple[str, str]]:
+    chunk = 0
+    for piece in pieces(seg):
+        chunk += piece.level >= 0
+        if piece.level >= 1:
+            yield _MARK_STYLE, _mark(piece.level)
+        shown, newline, _ = piece.text.partition("\n")
+        tint = _TINTS[chunk % 2] if seg.stages else ""
+        yield (_ESCAPE_STYLE + tint.removeprefix("black") if piece.escaped else tint), shown
+        if newline:
+            yield "", newline
+
+
+def describe(seg: Segmentation) -> str:
+    """One line: the bytes, and chunks and bytes a chunk of each stage."""
+    parts = [f"{len(seg.data)} bytes"]
+    for i in range(len(seg.stages)):
+        if stats := chunk_length_stats(seg.chunk_lengths(i)):
+            count = len(seg.stages[i].starts)
+            parts.append(
+                f"stage {i}: {count} chunk{'s' * (count != 1)}, {stats['mean']:.2f} bytes a chunk, "
+                f"longest {stats['longest']:.0f}"
+            )
+    return "; ".join(parts)
+
+
+def print_segmentations(segmentations: Iterable[Segmentation], console: Console | None = None):
+    """Write texts to a console: in colours when it is a terminal that has them, else as marks."""
+    console = console or Console(highlight=False, soft_wrap=True)
+    coloured = console.is_terminal and not console.no_color
+    for seg in segmentations:
+        title = "".join(_shown(c) for c in seg.name)
+        console.print(Text(f"{title}  ({describe(seg)})", "bold"), soft_wrap=True)
+        console.print(to_rich(seg) if coloured else Text(to_plain(seg)), soft_wrap=True)
+        console.print()
+
+
+def to_markdown(seg: Segmentation) -> str:
+    """A Markdown summary with marked boundaries: a title line and an indented code block.
+
+    Nothing of the text can leave the block, since every line of it is indented; the name is
+    escaped character by character.
+    """
+    name = re.sub(r"([^\w\s])", lambda m: f"&#{ord(m[1])};", "".join(map(_shown, seg.name)))
+    lines = [
+        line[i : i + _WIDTH]
+        for line in to_plain(seg).split("\n")
+        for i in range(0, max(len(line), 1), _WIDTH)
+    ]
+    title = f"**{' '.join(name.split()) or 'text'}** ({describe(seg)})"
+    return title + "\n\n" + "\n".join("    " + line for line in lines)

@@ -1,0 +1,270 @@
+"""One text and where each stage of a model cuts it: the structure that everything here reads.
+
+All offsets are byte offsets into the text. A chunk *starts at* an offset, for both alignments of
+routers: a START boundary at byte t starts a chunk at t; an END boundary at byte t ends a chunk with
+t, so the next one starts at t + 1 and p_t is shown there. The first chunk always starts at 0.
+
+JSON form (`Segmentation.to_json`), the same in files, in pages and over HTTP::
+
+    {"version": 1, "name": "probe 3",
+     "text": "valid UTF-8"   or   "base64": "any other bytes",
+     "routes": [[0, "Latin"], [12, "Han"]],        # runs: this route from that offset on
+     "gold": {"words": [4, 9]},                    # offsets inside the text at which units start
+     "stages": [{"starts": [0, 4, 9], "probs": [1.0, 0.03, ...]}, ...]}   # outermost first
+
+`probs` of a stage has one entry a position of that stage: a byte for stage 0, a chunk of the stage
+outside it for the others, that is one entry for each of its `starts`.
+"""
+
+import base64
+import binascii
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from hnet.config import ConfigError
+
+VERSION = 1
+Alignment = Literal["start", "end"]
+
+
+@dataclass(frozen=True)
+class StageBoundaries:
+    """What one stage decided about one text."""
+
+    starts: tuple[int, ...]
+    """byte offsets at which its chunks start, increasing, the first is 0"""
+    probs: tuple[float, ...]
+    """probability that a chunk starts at each position of this stage, float32 values"""
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """One text, its gold boundaries and the chunks of every stage, outermost first.
+
+    Without stages it is a text with gold boundaries only. Raises ConfigError where the parts
+    contradict each other.
+    """
+
+    data: bytes
+    name: str = ""
+    stages: tuple[StageBoundaries, ...] = ()
+    routes: tuple[tuple[int, str], ...] = ()
+    """runs of (first byte, name of the route or script); empty = not known"""
+    gold: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """kind -> offsets, strictly inside the text, at which its units start"""
+
+    def __post_init__(self):
+        _check(self)
+
+    def positions(self, stage: int) -> tuple[int, ...]:
+        """Byte offset of every position of `stage`; `stages[stage].probs` runs along it."""
+        return tuple(range(len(self.data))) if stage == 0 else self.stages[stage - 1].starts
+
+    def boundaries(self, stage: int) -> np.ndarray:
+        """Offsets strictly inside the text at which chunks of `stage` start, int64."""
+        return np.asarray(self.stages[stage].starts[1:], np.int64)
+
+    def chunk_lengths(self, stage: int) -> np.ndarray:
+        """Bytes of each chunk of `stage`, int64, summing to the length of the text."""
+        return np.diff(np.asarray([*self.stages[stage].starts, len(self.data)], np.int64))
+
+    def chunks(self, stage: int) -> list[bytes]:
+        """The chunks of `stage`; joined they are the text."""
+        starts = self.stages[stage].starts
+        return [self.data[a:b] for a, b in zip(starts, [*starts[1:], len(self.data)])]
+
+    def route_names(self) -> tuple[str, ...]:
+        """The routes that occur, sorted."""
+        return tuple(sorted({name for _, name in self.routes}))
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON form described above; `from_json` gives back an equal object."""
+        return {
+            **text_json(self),
+            "stages": [{"starts": list(s.starts), "probs": list(s.probs)} for s in self.stages],
+        }
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "Segmentation":
+        """Read the JSON form. Raises ConfigError for anything else."""
+        try:
+            if content["version"] != VERSION:
+                raise ConfigError(
+                    f"segmentation version {content['version']!r}: this program reads {VERSION}"
+                )
+            text = content.get("text")
+            return cls(
+                data=base64.b64decode(content["base64"], validate=True)
+                if text is None
+                else text.encode(),
+                name=str(content["name"]),
+                stages=tuple(
+                    StageBoundaries(tuple(map(int, s["starts"])), tuple(map(float, s["probs"])))
+                    for s in content["stages"]
+                ),
+                routes=tuple((int(start), str(name)) for start, name in content["routes"]),
+                gold={str(k): tuple(map(int, v)) for k, v in content["gold"].items()},
+            )
+        except ConfigError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, binascii.Error) as e:
+            raise ConfigError(
+                f"segmentation JSON is incomplete or malformed ({type(e).__name__}: {e}): "
+                "write it with Segmentation.to_json"
+            ) from None
+
+    @classmethod
+    def from_router(
+        cls,
+        data: bytes,
+        outputs: Iterable[tuple[np.ndarray, np.ndarray]],
+        *,
+        name: str = "",
+        alignment: Alignment = "start",
+        prefix: int = 0,
+        routes: Sequence[str] = (),
+        gold: Mapping[str, Sequence[int]] | None = None,
+    ) -> "Segmentation":
+        """The segmentation of one row from what its routers returned.
+
+        outputs: (boundary mask, boundary probability) of each stage, outermost first, each 1-D
+        over that stage's positions; padding behind is ignored. prefix: positions before the first
+        byte (1 for a BOS). routes: a name for each byte. END arrays of an inner stage may lack the
+        last, incomplete chunk. Raises ConfigError for arrays that do not fit the text.
+        """
+        if alignment not in ("start", "end"):
+            raise ConfigError(f"alignment={alignment!r}: use 'start' or 'end'")
+        offsets = np.maximum(np.arange(-prefix, len(data)), 0)  # of each position of the stage
+        stages = []
+        for i, (mask, prob) in enumerate(outputs):
+            starts, probs = _starts_and_probs(i, mask, prob, len(offsets), alignment)
+            stages.append((offsets, offsets[starts], probs))
+            offsets = offsets[starts]
+        return cls(
+            data,
+            name,
+            tuple(_merge_equal(*stage) for stage in stages) if data else _empty(len(stages)),
+            runs(routes),
+            {kind: inside(offsets, len(data)) for kind, offsets in (gold or {}).items()},
+        )
+
+
+def text_json(segmentation: Segmentation) -> dict[str, Any]:
+    """The part of the JSON form that does not change while a model trains."""
+    content: dict[str, Any] = {"version": VERSION, "name": segmentation.name}
+    try:
+        content["text"] = segmentation.data.decode()
+    except UnicodeDecodeError:
+        content["base64"] = base64.b64encode(segmentation.data).decode("ascii")
+    content["routes"] = [list(run) for run in segmentation.routes]
+    content["gold"] = {kind: list(offsets) for kind, offsets in segmentation.gold.items()}
+    return content
+
+
+def read_segmentations(path: str | os.PathLike) -> list[Segmentation]:
+    """Read a JSON list of segmentations, as `experiments.segment --json` prints it."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            content = json.load(f)
+    except OSError as e:
+        raise ConfigError(f"segmentation file {os.fspath(path)!r}: {e.strerror}") from None
+    except ValueError as e:
+        raise ConfigError(f"segmentation file {os.fspath(path)!r} is not JSON: {e}") from None
+    if not isinstance(content, list):
+        raise ConfigError(f"segmentation file {os.fspath(path)!r} holds no JSON list")
+    return [Segmentation.from_json(item) for item in content]
+
+
+def runs(names: Sequence[str]) -> tuple[tuple[int, str], ...]:
+    """A name for each byte -> runs of (first byte, name)."""
+    return tuple((i, str(n)) for i, n in enumerate(names) if i == 0 or names[i - 1] != n)
+
+
+def inside(offsets: Iterable[int], length: int) -> tuple[int, ...]:
+    """The distinct offsets strictly between 0 and `length`, sorted: the ones that cut a text."""
+    return tuple(sorted({int(o) for o in offsets if 0 < o < length}))
+
+
+def characters(data: bytes) -> list[tuple[int, int, str]]:
+    """(start, end, character) of every character; an invalid byte is a lone surrogate U+DC80+."""
+    out, start = [], 0
+    for char in data.decode("utf-8", "surrogateescape"):
+        end = start + (1 if is_invalid(char) else len(char.encode()))
+        out.append((start, end, char))
+        start = end
+    return out
+
+
+def is_invalid(char: str) -> bool:
+    """Whether `characters` gave this for a byte that belongs to no character."""
+    return "\udc80" <= char <= "\udcff"
+
+
+def _starts_and_probs(
+    stage: int, mask: np.ndarray, prob: np.ndarray, count: int, alignment: Alignment
+) -> tuple[np.ndarray, np.ndarray]:
+    """Positions at which chunks start and p of a start at each of `count` positions."""
+    mask = np.asarray(mask, bool).reshape(-1)
+    prob = np.asarray(prob, np.float32).reshape(-1)
+    if alignment == "end":  # an end at t is a start at t + 1
+        mask, prob = (np.concatenate([np.ones(1, x.dtype), x]) for x in (mask, prob))
+    if min(len(mask), len(prob)) < count:
+        raise ConfigError(
+            f"stage {stage} has {min(len(mask), len(prob))} values for {count} positions: "
+            "pass the whole row, outermost stage first"
+        )
+    mask, prob = mask[:count], prob[:count]
+    if count and not mask[0]:
+        raise ConfigError(
+            f"stage {stage} starts no chunk at its first position: a START router always does; "
+            "pass alignment='end' for END routers"
+        )
+    return np.flatnonzero(mask), prob
+
+
+def _merge_equal(offsets: np.ndarray, starts: np.ndarray, probs: np.ndarray) -> StageBoundaries:
+    """The prefix falls on offset 0 too; of equal offsets the last position is the text's own."""
+    last = np.append(offsets[1:] != offsets[:-1], True)
+    return StageBoundaries(tuple(np.unique(starts).tolist()), _short(probs[last]))
+
+
+def _empty(count: int) -> tuple[StageBoundaries, ...]:
+    return (StageBoundaries((), ()),) * count
+
+
+def _short(probs: np.ndarray) -> tuple[float, ...]:
+    """The float nearest to the shortest decimal of each float32: small in JSON, nothing lost."""
+    return tuple(np.asarray(probs, np.float32).astype("U").astype(float).tolist())
+
+
+def _check(seg: Segmentation) -> None:
+    length = len(seg.data)
+    for i, stage in enumerate(seg.stages):
+        starts, positions = stage.starts, seg.positions(i)
+        if list(starts) != sorted(set(starts)) or starts[:1] != ((0,) if length else ()):
+            raise ConfigError(f"stages.{i}.starts of {seg.name!r} must increase from 0")
+        if not set(starts) <= set(positions):
+            raise ConfigError(
+                f"stages.{i}.starts of {seg.name!r} are not all at positions of that stage: "
+                f"a text of {length} bytes, outermost stage first"
+            )
+        if len(stage.probs) != len(positions):
+            raise ConfigError(
+                f"stages.{i}.probs of {seg.name!r} has {len(stage.probs)} values "
+                f"for {len(positions)} positions"
+            )
+        if not all(0 <= p <= 1 for p in stage.probs):
+            raise ConfigError(f"stages.{i}.probs of {seg.name!r} must lie between 0 and 1")
+    for kind, offsets in seg.gold.items():
+        if offsets != inside(offsets, length):
+            raise ConfigError(f"gold {kind!r} of {seg.name!r} must increase inside the text")
+    run_starts = [start for start, _ in seg.routes]
+    if run_starts and (
+        run_starts != sorted(set(run_starts)) or run_starts[0] != 0 or run_starts[-1] >= length
+    ):
+        raise ConfigError(f"routes of {seg.name!r} must increase from 0 inside the text")

@@ -1,0 +1,311 @@
+"""Checkpoints that resume the same run: Orbax for the arrays, a manifest that vouches for them.
+
+    WORKDIR/checkpoints/<step>/state/          written by Orbax (v0 API), in parallel, in one move
+    WORKDIR/checkpoints/<step>/manifest.json   written last by process 0; see ``manifest``
+
+``python -m hnet.train.checkpoint verify WORKDIR`` reads every checkpoint back and prints a line
+for each; exit code 1 if none is good, 2 for bad input.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from hnet.config import ConfigError
+from hnet.train import distributed
+from hnet.train import leaves as lv
+from hnet.train import manifest as mf
+from hnet.train import step_folders as sf
+from hnet.train.manifest import Damaged, Manifest
+from hnet.train.verify import read_arrays, verify_workdir
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the state is saved and how much of it is kept."""
+
+    every: int = 1000
+    """optimizer updates between two checkpoints; 0 = only at the end and at a stop request"""
+    keep: int = 3
+    """newest good checkpoints kept; older ones are deleted after a new one is durable"""
+    keep_every: int = 0
+    """checkpoints of steps divisible by this are kept for ever; 0 = none"""
+    asynchronous: bool = True
+    """write in the background while training goes on"""
+    cast_dtype: bool = False
+    """allow a restore into other dtypes than the saved ones"""
+    timeout_seconds: int = 1200
+    """the longest that a save, or a host that others wait for in it, may take"""
+
+    def __post_init__(self):
+        for name, least in (("every", 0), ("keep", 1), ("keep_every", 0), ("timeout_seconds", 1)):
+            if (value := getattr(self, name)) < least:
+                raise ConfigError(f"checkpoint.{name}={value}: use {least} or more")
+
+
+_SAVED = "saved already"
+
+
+class CheckpointError(RuntimeError):
+    """A save failed: one line with the step and the reason."""
+
+
+class Restored(NamedTuple):
+    """What ``Checkpointer.restore`` returns."""
+
+    state: Any
+    """tree of the requested structure, shardings and dtypes"""
+    extras: dict[str, Any]
+    """as given to ``save``"""
+    step: int
+    """of the checkpoint"""
+    rejected: list[str]
+    """one line for each newer step that could not be used"""
+
+
+@dataclass(frozen=True)
+class SaveTimes:
+    """Cost of the last finished save, to compare with the grace period of the scheduler."""
+
+    step: int
+    """what was saved"""
+    blocking_seconds: float
+    """the training loop stood still"""
+    total_seconds: float
+    """until it was durable"""
+    num_bytes: int
+    """written by all hosts; 0 where not known (only process 0 counts)"""
+
+
+class Checkpointer:
+    """Saves and restores under ``workdir``; all processes make the same calls."""
+
+    def __init__(self, workdir: str | os.PathLike, config: CheckpointConfig = CheckpointConfig()):
+        self.folder = sf.checkpoint_folder(workdir)
+        self.config = config
+        self.last_save: SaveTimes | None = None
+        self._orbax = ocp.AsyncCheckpointer(
+            ocp.PyTreeCheckpointHandler(),
+            async_options=ocp.AsyncOptions(timeout_secs=config.timeout_seconds),
+        )
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._saving: Future | None = None
+        self._saving_step = -1
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.close()
+
+    def steps(self) -> list[int]:
+        """Step folders, oldest first, whether good or not."""
+        return sf.list_steps(self.folder)
+
+    def latest_good_step(self) -> int | None:
+        """Newest step whose manifest and files verify (``restore`` also compares the values)."""
+        good = next(
+            (s for s in reversed(self.steps()) if not sf.why_not(self.folder / str(s))), None
+        )
+        step = distributed.exchange("checkpoint/latest", "" if good is None else str(good))[0]
+        return int(step) if step else None
+
+    def manifest(self, step: int | None = None) -> Manifest:
+        """The manifest of a step (default: the newest good one), to rebuild the model from.
+
+        Raises ConfigError if there is none.
+        """
+        if step is None and (step := self.latest_good_step()) is None:
+            raise ConfigError(f"no usable checkpoint in {self.folder}: train there first")
+        try:
+            return mf.read(self.folder / str(step))
+        except Damaged as e:
+            raise ConfigError(f"checkpoint {self.folder / str(step)}: {e}") from None
+
+    def save(self, step: int, state: Any, extras: dict[str, Any]) -> bool:
+        """Save a tree of arrays and plain JSON as one checkpoint; returns whether it was needed.
+
+        The state may be donated as soon as this returns. A step that is already saved with the
+        same bits is left alone; with other bits (a run that went back) the old folder is renamed.
+        Raises CheckpointError for this save or, if it failed in the background, the one before.
+        """
+        start = time.monotonic()
+        error = self._outcome(wait=True)
+        named, _ = lv.flatten(state)
+        arrays = {path: lv.raw(leaf) for path, leaf in named.items()}
+        sums = lv.checksums(arrays)
+        schema = lv.describe(named)
+        leaves = {path: schema[path] | {"checksum": sums[path]} for path in named}
+        manifest = mf.make_manifest(step, leaves, extras)
+        answer = error or self._make_room(step, leaves)
+        answers = distributed.exchange("checkpoint/save", answer, self.config.timeout_seconds)
+        if errors := [a for a in answers if a not in ("", _SAVED)]:
+            raise CheckpointError(errors[0])
+        if answers[0] == _SAVED:
+            return False
+        # Orbax stores no empty arrays; their shape in the manifest is all there is to them.
+        tree = lv.nest({path: x for path, x in arrays.items() if x.size})
+        try:
+            self._orbax.save(self.folder / str(step) / sf.STATE, args=ocp.args.PyTreeSave(tree))
+        except Exception as e:
+            raise CheckpointError(_failure(step, e)) from e
+        blocking = time.monotonic() - start
+        self._saving_step = step
+        self._saving = self._pool.submit(self._finish, manifest, start, blocking)
+        if not self.config.asynchronous:
+            self.wait()
+        return True
+
+    def _finish(self, manifest: Manifest, start: float, blocking: float) -> None:
+        """In the background: wait for the arrays of all hosts, then vouch for them, then tidy."""
+        self._orbax.wait_until_finished()
+        num_bytes = 0
+        if distributed.host_id() == 0:
+            folder = self.folder / str(manifest.step)
+            manifest = replace(manifest, files=mf.list_files(folder))
+            mf.write(folder, manifest)
+            mf.check_files(folder, mf.read(folder))  # read back before anything older goes
+            num_bytes = manifest.num_bytes
+            try:
+                sf.tidy(folder, self.config.keep, self.config.keep_every)
+            except OSError as e:
+                log.warning("old checkpoints could not be deleted: %s", mf.first_line(e))
+        total = time.monotonic() - start
+        self.last_save = SaveTimes(manifest.step, blocking, total, num_bytes)
+
+    def _make_room(self, step: int, leaves: dict[str, dict]) -> str:
+        """Process 0 clears the way: _SAVED if there is nothing to do, or what went wrong."""
+        if distributed.host_id():
+            return ""
+        try:
+            return "" if sf.make_room(self.folder / str(step), leaves) else _SAVED
+        except OSError as e:
+            return _failure(step, e)
+
+    def _outcome(self, wait: bool) -> str:
+        """Error of the save in the background, empty if none (or, without ``wait``, none yet)."""
+        if self._saving is None or not (wait or self._saving.done()):
+            return ""
+        saving, self._saving = self._saving, None
+        error = saving.exception()
+        return _failure(self._saving_step, error) if error else ""
+
+    def check(self) -> None:
+        """Call every step: raises CheckpointError if the save in the background has failed."""
+        if error := self._outcome(wait=False):
+            raise CheckpointError(error)
+
+    def wait(self) -> None:
+        """Return when the last save is durable. Raises CheckpointError if it failed."""
+        if error := self._outcome(wait=True):
+            raise CheckpointError(error)
+
+    def close(self) -> None:
+        """Wait for the last save and end the threads. Raises CheckpointError if it failed."""
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+            self._orbax.close()
+
+    def restore(self, abstract_state: Any, step: int | None = None, *, only: str = "") -> Restored:
+        """Read the newest checkpoint whose values verify, or exactly ``step``.
+
+        ``abstract_state``: tree of ``jax.ShapeDtypeStruct`` with shardings of the CURRENT mesh (or
+        of arrays); the mesh and processes of the save do not matter. ``only="params"`` reads just
+        that subtree, ``abstract_state`` being the subtree. Each unusable newer step is reported in
+        one line and skipped. Raises ConfigError for another architecture or dtype, if no step is
+        usable, or if ``step`` is not.
+        """
+        self.wait()
+        wanted, treedef = lv.flatten(abstract_state, only)
+        found = distributed.exchange("checkpoint/list", ",".join(map(str, self.steps())))[0]
+        steps = [int(s) for s in found.split(",") if s]
+        if step is not None and step not in steps:
+            raise ConfigError(f"checkpoint step {step} is not in {self.folder}: it has {steps}")
+        rejected: list[str] = []
+        for candidate in [step] if step is not None else reversed(steps):
+            named, extras, why = self._try_restore(candidate, wanted, only)
+            if not why:
+                state = jax.tree.unflatten(treedef, [named[path] for path in wanted])
+                return Restored(state, extras, candidate, rejected)
+            rejected.append(f"checkpoint step {candidate} rejected: {why}")
+            log.warning(rejected[-1])
+        raise ConfigError(
+            f"no usable checkpoint in {self.folder}"
+            + (f" ({'; '.join(rejected[:3])})" if rejected else "")
+            + ": repair it, or start in another workdir"
+        )
+
+    def _try_restore(self, step: int, wanted: dict[str, Any], only: str) -> tuple[dict, dict, str]:
+        """(arrays by path, extras, why not); all hosts agree on the last."""
+        folder = self.folder / str(step)
+        named, extras, mismatch = {}, {}, None
+        try:
+            manifest = mf.read(folder)
+            mf.check_files(folder, manifest)
+            extras = manifest.extras
+            named = self._read(folder, manifest, wanted, only)
+            why = ""
+        except ConfigError as e:  # true of every step, and the same on every host
+            mismatch, why = e, ""
+        except Damaged as e:
+            why = str(e)
+        except Exception as e:  # whatever Orbax says of a damaged file
+            why = f"it cannot be read ({mf.first_line(e)})"
+        answers = distributed.exchange("checkpoint/restore", why, self.config.timeout_seconds)
+        why = next((answer for answer in answers if answer), "")
+        if mismatch and not why:
+            raise mismatch
+        return named, extras, why
+
+    def _read(
+        self, folder: epath.Path, manifest: Manifest, wanted: dict[str, Any], only: str
+    ) -> dict[str, jax.Array]:
+        prefix = f"{only}/" if only else ""
+        saved = {path: leaf for path, leaf in manifest.leaves.items() if path.startswith(prefix)}
+        lv.check_schema(str(folder), saved, lv.describe(wanted), cast_dtype=self.config.cast_dtype)
+        shardings = {path: _sharding(leaf) for path, leaf in wanted.items()}
+        arrays = read_arrays(self._orbax, folder, manifest, shardings)
+        return {path: lv.as_wanted(arrays[path], leaf) for path, leaf in wanted.items()}
+
+
+def _sharding(leaf: Any) -> jax.sharding.Sharding:
+    sharding = getattr(leaf, "sharding", None)
+    return sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def _failure(step: int, error: BaseException) -> str:
+    host = f" on host {distributed.host_id()}" if distributed.num_hosts() > 1 else ""
+    return f"checkpoint of step {step} could not be saved{host}: {mf.first_line(error)}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m hnet.train.checkpoint")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    verify = commands.add_parser("verify", help="read every checkpoint back, one line each")
+    verify.add_argument("workdir", metavar="WORKDIR", help="local folder or gs://bucket/folder")
+    options = parser.parse_args(arguments)
+    jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy with the run itself
+    try:
+        return verify_workdir(options.workdir)
+    except ConfigError as e:
+        print(e, file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,307 @@
+"""Several processes as one run: start-up, stop requests, barriers that name who is missing.
+
+Everything here speaks through the coordination service that ``jax.distributed`` starts on process
+0, never through the devices: a device collective has no timeout and cannot say who is late. With
+one process every function is a plain local one.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jaxlib
+from jax._src import distributed as jax_distributed  # the only door to the key-value store
+from jax.experimental import multihost_utils
+
+import hnet
+from hnet.config import ConfigError
+
+log = logging.getLogger(__name__)
+
+REQUEUE_EXIT_CODE = 75
+"""Exit code of a run that was asked to stop and saved: start the same command again.
+
+It is EX_TEMPFAIL of sysexits.h. Other codes: 0 done, 2 bad input, anything else a failure.
+"""
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """How the processes of one run find each other; nothing to set on one machine."""
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0; default: $JAX_COORDINATOR_ADDRESS, else found by `auto`"""
+    num_processes: int | None = None
+    """processes of the run; default: $JAX_NUM_PROCESSES, else found by `auto`"""
+    process_id: int | None = None
+    """number of this process from 0; default: $JAX_PROCESS_ID, else found by `auto`"""
+    auto: bool = True
+    """ask the environment: TPU pods, GKE, Slurm, Open MPI"""
+    initialization_timeout: int = 300
+    """seconds to wait for all processes at the start"""
+    heartbeat_timeout_seconds: int = 100
+    """seconds of silence after which a process counts as dead"""
+    shutdown_timeout_seconds: int = 60
+    """seconds a finished process waits for the others"""
+    barrier_timeout_seconds: float = 600.0
+    """seconds a process waits at a barrier before it names the missing ones"""
+
+
+class BarrierTimeout(RuntimeError):
+    """A host did not come: one line naming the barrier and the missing hosts."""
+
+
+def initialize(config: DistributedConfig = DistributedConfig()) -> None:
+    """Join the run. Call first in a program: before any array, device or mesh.
+
+    Nothing happens if this is the only process or the run was joined already. Raises ConfigError
+    for settings that are incomplete or contradict each other, and when the others do not come.
+    """
+    global _barrier_timeout
+    _barrier_timeout = config.barrier_timeout_seconds
+    if jax.distributed.is_initialized():
+        return
+    given = {
+        "coordinator": config.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"),
+        "num_processes": _number(config.num_processes, "JAX_NUM_PROCESSES"),
+        "process_id": _number(config.process_id, "JAX_PROCESS_ID"),
+    }
+    missing = [name for name, value in given.items() if value is None]
+    if given["num_processes"] == 1 or (len(missing) == 3 and not config.auto):
+        return
+    if missing and not config.auto:
+        raise ConfigError(f"distributed.{missing[0]} is not set: give it, or distributed.auto True")
+    try:
+        jax.distributed.initialize(
+            coordinator_address=given["coordinator"],
+            num_processes=given["num_processes"],
+            process_id=given["process_id"],
+            cluster_detection_method=None if missing else "deactivate",
+            initialization_timeout=config.initialization_timeout,
+            heartbeat_timeout_seconds=config.heartbeat_timeout_seconds,
+            shutdown_timeout_seconds=config.shutdown_timeout_seconds,
+        )
+    except (ValueError, RuntimeError, OSError) as e:
+        # No cluster here, or an interpreter (a notebook, a test) that has computed already.
+        alone = ("coordinator_address should be defined", "must be called before")
+        if len(missing) == 3 and any(text in str(e) for text in alone):
+            return
+        raise ConfigError(_start_error(given, missing, e)) from None
+    _client().key_value_set(f"hnet/host/{host_id()}", socket.gethostname())
+
+
+_barrier_timeout = DistributedConfig.barrier_timeout_seconds
+
+
+def _number(value: int | None, variable: str) -> int | None:
+    text = os.environ.get(variable)
+    if value is not None or not text:
+        return value
+    if not text.isdecimal():
+        raise ConfigError(f"${variable}={text!r} is not a number: give the one of this run")
+    return int(text)
+
+
+def _start_error(given: dict[str, Any], missing: list[str], error: Exception) -> str:
+    what = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if 0 < len(missing) < 3:
+        return f"distributed.{missing[0]} is not set ({what} is): give it too ({reason})"
+    return (
+        f"distributed ({what or 'found in the environment'}) could not start: {reason}; check "
+        "that all processes run and reach process 0, or set distributed.auto False for one process"
+    )
+
+
+def leave(exit_code: int, reason: str = "") -> None:
+    """Last call of a program that is about to end with ``exit_code``.
+
+    A host that is done (0 or REQUEUE_EXIT_CODE) waits for the others. One that failed tells them
+    ``reason`` and ends here: jax would make it wait for hosts that wait for it, then abort.
+    """
+    if num_hosts() == 1:
+        return
+    if exit_code in (0, REQUEUE_EXIT_CODE):
+        jax.distributed.shutdown()
+        return
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # host 0 may be gone already
+        _client().key_value_set(f"hnet/failed/{host_id()}", f"{exit_code} {reason}".strip())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
+def _client():
+    return jax_distributed.global_state.client
+
+
+def num_hosts() -> int:
+    """Processes of the run. Unlike ``jax.process_count`` it does not start the devices."""
+    return jax_distributed.global_state.num_processes
+
+
+def host_id() -> int:
+    """Number of this process from 0; 0 is the one that writes."""
+    return jax_distributed.global_state.process_id
+
+
+def publish_phase(phase: str) -> None:
+    """Tell the others what this process is doing, for the message of a barrier that times out."""
+    if num_hosts() > 1:
+        _client().key_value_set(f"hnet/phase/{host_id()}", phase, allow_overwrite=True)
+
+
+def _describe_host(process: int) -> str:
+    known = []
+    for key, prefix in (("host", ""), ("phase", "last phase "), ("failed", "ended with ")):
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # never written
+            known.append(prefix + _client().key_value_try_get(f"hnet/{key}/{process}"))
+    return f"host {process}" + (f" ({', '.join(known)})" if known else "")
+
+
+# The n-th use of a barrier's name, the same on every host because they run the same program.
+_uses: Counter[str] = Counter()
+
+
+def exchange(name: str, value: str, timeout_seconds: float | None = None) -> list[str]:
+    """Every host's ``value`` for this ``name``, in the order of the processes.
+
+    All hosts call it with the same name; it is a barrier. Raises BarrierTimeout naming the hosts
+    that did not come within ``timeout_seconds`` (default: distributed.barrier_timeout_seconds).
+    """
+    if num_hosts() == 1:
+        return [value]
+    timeout = _barrier_timeout if timeout_seconds is None else timeout_seconds
+    client, me, use = _client(), host_id(), _uses[name]
+    _uses[name] += 1
+    if use >= 2:  # whoever comes to use n has read all of n - 2
+        client.key_value_delete(f"hnet/exchange/{name}/{use - 2}/{me}")
+    folder = f"hnet/exchange/{name}/{use}/"
+    client.key_value_set(f"{folder}{me}", value)
+    try:
+        client.wait_at_barrier(f"hnet/{name}/{use}", max(1, int(timeout * 1000)))
+    except jax.errors.JaxRuntimeError as e:
+        raise BarrierTimeout(_barrier_message(name, folder, timeout, e)) from None
+    return [client.blocking_key_value_get(f"{folder}{p}", 10_000) for p in range(num_hosts())]
+
+
+def _barrier_message(name: str, folder: str, timeout: float, error: Exception) -> str:
+    try:
+        came = {int(key.rsplit("/", 1)[1]) for key, _ in _client().key_value_dir_get(folder)}
+    except jax.errors.JaxRuntimeError:  # the service itself is gone
+        return f"barrier {name!r}: host 0 does not answer ({str(error).splitlines()[0]})"
+    missing = [p for p in range(num_hosts()) if p not in came]
+    if not missing:
+        return f"barrier {name!r} failed with all hosts present: {str(error).splitlines()[0]}"
+    return (
+        f"barrier {name!r}: {len(missing)} of {num_hosts()} hosts did not come within "
+        f"{timeout:g} s: " + ", ".join(_describe_host(p) for p in missing[:8])
+    )
+
+
+def barrier(name: str, timeout_seconds: float | None = None) -> None:
+    """Wait until every host called this with ``name``. Raises BarrierTimeout as ``exchange``."""
+    exchange(f"barrier/{name}", "", timeout_seconds)
+
+
+def host_facts(config: Any) -> dict[str, str]:
+    """What must be equal on all hosts: code, configuration (plain JSON), libraries, devices."""
+    source = hashlib.sha256()
+    for path in sorted(Path(hnet.__file__).parent.rglob("*.py")):
+        source.update(path.read_bytes())
+    return {
+        "code": source.hexdigest()[:16],
+        "config": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16],
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
+    }
+
+
+def assert_same_on_all_hosts(values: dict[str, str], timeout_seconds: float | None = None) -> None:
+    """Compare ``values`` over the hosts. Raises ConfigError naming the odd host and the entry."""
+    everyone = [json.loads(v) for v in exchange("same", json.dumps(values), timeout_seconds)]
+    for name in values:
+        seen = [host.get(name) for host in everyone]
+        usual = Counter(seen).most_common(1)[0][0]  # a tie goes to the lower process number
+        odd = [p for p, value in enumerate(seen) if value != usual]
+        if odd:
+            raise ConfigError(
+                f"hosts differ in {name}: {_describe_host(odd[0])} has {seen[odd[0]]!r}, "
+                f"{len(seen) - len(odd)} of {len(seen)} have {usual!r}: make {name} equal "
+                "on all hosts and start again"
+            )
+
+
+# Identifies each question to jax's agreement; a step number would stand still during evaluation.
+_questions = itertools.count(1)
+
+
+class StopRequest:
+    """Should this run save and end? One object a program, asked by every loop.
+
+    Several processes: SIGTERM to any host makes ``stop_requested`` true on all hosts at the same
+    question, through jax's preemption service (it looks about once a second). One process: an own
+    handler of SIGTERM. The first Ctrl-C is a request too, the second one interrupts.
+    """
+
+    def __init__(self):
+        self._stopped = False
+        self._reason: str | None = None
+        self._several = num_hosts() > 1
+        handlers = {signal.SIGINT: self._on_signal}
+        if not self._several:  # else jax's own handler must stay
+            handlers[signal.SIGTERM] = self._on_signal
+        self._old = {number: signal.signal(number, new) for number, new in handlers.items()}
+
+    def __enter__(self) -> "StopRequest":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the signals back to their former handlers."""
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+        self._old = {}
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if number == signal.SIGINT and self._reason is not None:
+            raise KeyboardInterrupt
+        self.request(signal.Signals(number).name)
+
+    def request(self, reason: str) -> None:
+        """Ask the whole run to stop, from any host: a time limit, an alarm."""
+        self._reason = reason
+        if self._several:
+            signal.raise_signal(signal.SIGTERM)  # jax passes it on to the other hosts
+
+    def stop_requested(self, step: int) -> bool:
+        """True from the agreed question on: save ``step`` and exit with REQUEUE_EXIT_CODE.
+
+        Every host asks equally often, in train, warm-up, evaluation and sweep loops alike, and
+        often enough for the grace period of the scheduler (once a training step, once a slice of
+        an evaluation).
+        """
+        if self._stopped:
+            return True
+        if self._several:
+            self._stopped = multihost_utils.reached_preemption_sync_point(next(_questions))
+        else:
+            self._stopped = self._reason is not None
+        if self._stopped:
+            reason = self._reason or "SIGTERM to one of the hosts"
+            log.warning("stop requested at step %d (%s)", step, reason)
+        return self._stopped

@@ -1,0 +1,136 @@
+"""A tree of arrays as named leaves: paths, schema, checksums of the bits.
+
+Orbax reads a flipped bit back as other weights without an error, therefore each leaf gets a
+checksum that is taken on the device before the save and compared after the restore.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hnet.config import ConfigError
+
+
+def flatten(tree: Any, prefix: str = "") -> tuple[dict[str, Any], Any]:
+    """``({"params/encoder/w": leaf, ...}, treedef)``; paths are the names in a checkpoint.
+
+    Typed random keys stay typed here; ``raw`` gives the array that is stored.
+    """
+    flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
+    named = {f"{prefix}/{n}" if prefix else n: leaf for n, (_, leaf) in zip(names, flat)}
+    if len(named) != len(flat):
+        raise ValueError("two leaves of the state have the same path: keys may not contain '/'")
+    return named, treedef
+
+
+def nest(named: dict[str, Any]) -> dict[str, Any]:
+    """``{"a/b": x}`` -> ``{"a": {"b": x}}``."""
+    tree: dict[str, Any] = {}
+    for path, leaf in named.items():
+        *parents, last = path.split("/")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return tree
+
+
+def is_key(leaf: Any) -> bool:
+    """Is this (or its description) a typed random key?"""
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def raw(leaf: Any) -> jax.Array:
+    """The array that is stored for a leaf: random keys as their uint32 data."""
+    leaf = leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
+    return jax.random.key_data(leaf) if is_key(leaf) else leaf
+
+
+def describe(named: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Path -> shape and dtype of what is stored (see ``raw``), as the manifest holds them."""
+    arrays = {p: jax.eval_shape(raw, x) if is_key(x) else x for p, x in named.items()}
+    return {p: {"shape": list(x.shape), "dtype": str(x.dtype)} for p, x in arrays.items()}
+
+
+def stored(leaf: dict[str, Any], sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    """A leaf of the schema as jax describes it."""
+    return jax.ShapeDtypeStruct(tuple(leaf["shape"]), jnp.dtype(leaf["dtype"]), sharding=sharding)
+
+
+def as_wanted(array: jax.Array, leaf: Any) -> jax.Array:
+    """The stored array as the (described) leaf: a typed key again, or of another dtype."""
+    if is_key(leaf):
+        impl: list[str] = []
+        jax.eval_shape(lambda key: impl.append(jax.random.key_impl(key)), leaf)
+        return jax.random.wrap_key_data(array, impl=impl[0])
+    return array if array.dtype == leaf.dtype else array.astype(leaf.dtype)
+
+
+def check_schema(
+    where: str, saved: dict[str, dict], wanted: dict[str, dict], *, cast_dtype: bool = False
+) -> None:
+    """Compare two schemas (``describe``). Raises ConfigError with the difference in one line."""
+    both = [path for path in wanted if path in saved]
+
+    def changed(key: str) -> list[str]:
+        pairs = [(p, saved[p][key], wanted[p][key]) for p in both]
+        return [f"{p}: {old} saved, {new} wanted" for p, old, new in pairs if old != new]
+
+    differences = {
+        "missing in it": [path for path in wanted if path not in saved],
+        "only in it": [path for path in saved if path not in wanted],
+        "of another shape": changed("shape"),
+    }
+    if any(differences.values()):
+        raise ConfigError(
+            f"checkpoint {where} is of another architecture: "
+            + "; ".join(f"{len(d)} {kind} ({few(d)})" for kind, d in differences.items() if d)
+            + ": use the configuration in its manifest.json, or another workdir"
+        )
+    if not cast_dtype and (dtypes := changed("dtype")):
+        raise ConfigError(
+            f"checkpoint {where} has other dtypes ({few(dtypes)}): restore into the saved ones, "
+            "or set checkpoint.cast_dtype True"
+        )
+
+
+def few(items: list[str]) -> str:
+    """The first three of a list, in one line."""
+    return ", ".join(items[:3]) + (", ..." if len(items) > 3 else "")
+
+
+def checksums(arrays: dict[str, jax.Array]) -> dict[str, str]:
+    """64-bit checksum (hex) of each array's bits and their positions, computed where it lies."""
+    sums = jax.device_get({path: _bit_sums(x) for path, x in arrays.items()})
+    return {path: f"{int(a):08x}{int(b):08x}" for path, (a, b) in sums.items()}
+
+
+@jax.jit
+def _bit_sums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two wrap-around sums over words mixed with their index (finalizer of MurmurHash3).
+
+    Sums of integers do not depend on their order, so any sharding gives the same numbers; the
+    index inside makes a swap of two words visible. Each word enters through a bijection, so one
+    changed word always changes the first sum.
+    """
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    width = min(x.dtype.itemsize, 4)  # wider numbers become several words on a new last axis
+    words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * width}")).astype(jnp.uint32)
+    index = jnp.zeros(words.shape, jnp.uint32)
+    for axis in range(words.ndim):
+        stride = np.uint32(math.prod(words.shape[axis + 1 :]) & 0xFFFFFFFF)
+        index += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * stride
+    first = _mix(words + index * np.uint32(0x9E3779B1))
+    second = _mix(_mix(words ^ np.uint32(0x5BD1E995)) ^ index)
+    return jnp.sum(first, dtype=jnp.uint32), jnp.sum(second, dtype=jnp.uint32)
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> np.uint32(16))

@@ -1,0 +1,96 @@
+"""The step folders of a work directory: which are good, which may go, how a new one finds room.
+
+Only process 0 changes anything here.
+"""
+
+import logging
+import os
+
+from etils import epath
+
+from hnet.train import manifest as mf
+
+log = logging.getLogger(__name__)
+
+STATE = "state"
+"""name of Orbax's folder inside a step folder"""
+
+
+def checkpoint_folder(workdir: str | os.PathLike) -> epath.Path:
+    """``WORKDIR/checkpoints`` of a local folder or a bucket (``gs://...``)."""
+    path = epath.Path(workdir)
+    if "://" not in os.fspath(workdir):
+        path = path.expanduser().absolute()
+    return path / "checkpoints"
+
+
+def list_steps(folder: epath.Path) -> list[int]:
+    """Step folders, oldest first, whether good or not."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal() and p.is_dir())
+
+
+def why_not(folder: epath.Path) -> str:
+    """Why manifest and file sizes of a step do not verify; empty if they do."""
+    try:
+        mf.check_files(folder, mf.read(folder))
+    except (mf.Damaged, OSError) as e:
+        return str(e)
+    return ""
+
+
+def make_room(folder: epath.Path, leaves: dict[str, dict]) -> bool:
+    """Clear a step folder for a new save; False if it holds these very leaves already.
+
+    What a killed save left is deleted; a checkpoint with other bits is renamed.
+    """
+    if not folder.exists():
+        return True
+    if is_unfinished(folder):
+        folder.rmtree()
+        return True
+    if not why_not(folder) and mf.read(folder).leaves == leaves:
+        return False
+    set_aside(folder)
+    return True
+
+
+def tidy(newest: epath.Path, keep: int, keep_every: int) -> None:
+    """After ``newest`` is durable, delete the checkpoints that ``keep`` does not cover.
+
+    Later steps belong to a run that went back; they are renamed, so that nobody resumes from
+    them. Damaged ones that are not older than all that is kept stay for people to look at.
+    """
+    num_good = 0
+    for step in reversed(list_steps(newest.parent)):
+        folder = newest.parent / str(step)
+        if folder != newest and is_unfinished(folder):
+            folder.rmtree()
+        elif step > int(newest.name):
+            set_aside(folder)
+        elif num_good < keep:
+            num_good += not why_not(folder)
+        elif not (keep_every and step % keep_every == 0) and (folder / mf.FILE_NAME).exists():
+            (folder / mf.FILE_NAME).replace(folder / mf.DELETING_NAME)  # never half a checkpoint
+            folder.rmtree()
+
+
+def is_unfinished(folder: epath.Path) -> bool:
+    """Is this what a killed save (or deletion) of ours left, with nothing to restore in it?"""
+    if not folder.is_dir():
+        return False
+    names = {p.name for p in folder.iterdir()}
+    if mf.DELETING_NAME in names:
+        return True
+    return all(name.startswith(f"{STATE}.orbax-checkpoint-tmp") for name in names)
+
+
+def set_aside(folder: epath.Path) -> epath.Path:
+    """Rename a folder to ``<step>.aside-<n>``; its content is not touched."""
+    n = 1
+    while (target := folder.parent / f"{folder.name}.aside-{n}").exists():
+        n += 1
+    folder.rename(target)
+    log.warning("%s is not of the run that goes on: renamed to %s", folder, target.name)
+    return target

@@ -1,0 +1,107 @@
+"""Read a checkpoint back and compare every bit with its manifest."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+from rich.console import Console
+from rich.progress import track
+
+from hnet.config import ConfigError
+from hnet.train import leaves as lv
+from hnet.train import manifest as mf
+from hnet.train.manifest import Damaged, Manifest
+from hnet.train.step_folders import STATE, checkpoint_folder, list_steps
+
+_GROUP_BYTES = 1 << 28  # the command holds about this much of a checkpoint at a time
+
+
+def read_arrays(
+    orbax: ocp.Checkpointer,
+    folder: epath.Path,
+    manifest: Manifest,
+    shardings: dict[str, jax.sharding.Sharding],
+) -> dict[str, jax.Array]:
+    """The stored arrays of these paths with these shardings, bits compared with the manifest.
+
+    Raises Damaged naming the first leaves that changed, and whatever Orbax raises.
+    """
+    wanted = {path: lv.stored(manifest.leaves[path], s) for path, s in shardings.items()}
+    tree = lv.nest({path: leaf for path, leaf in wanted.items() if leaf.size})
+    if tree:
+        arguments = ocp.args.PyTreeRestore(
+            item=tree,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
+            partial_restore=True,
+        )
+        tree = orbax.restore(folder / STATE, args=arguments)
+    arrays, _ = lv.flatten(tree)
+    for path, leaf in wanted.items():
+        if not leaf.size:
+            arrays[path] = jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+    sums = lv.checksums(arrays)
+    bad = [path for path in arrays if sums[path] != manifest.leaves[path]["checksum"]]
+    if bad:
+        raise Damaged(f"{len(bad)} of {len(arrays)} arrays changed since the save ({lv.few(bad)})")
+    return arrays
+
+
+def check_values(orbax: ocp.Checkpointer, folder: epath.Path) -> Manifest:
+    """The manifest of a step after reading all of its arrays, some at a time. Raises Damaged."""
+    manifest = mf.read(folder)
+    mf.check_files(folder, manifest)
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    console = Console(stderr=True)
+    groups = track(
+        _groups(manifest),
+        f"step {manifest.step}",
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    for group in groups:
+        try:
+            read_arrays(orbax, folder, manifest, dict.fromkeys(group, sharding))
+        except Damaged:
+            raise
+        except Exception as e:  # whatever Orbax says of a damaged file
+            raise Damaged(f"it cannot be read ({mf.first_line(e)})") from None
+    return manifest
+
+
+def _groups(manifest: Manifest) -> list[list[str]]:
+    """The paths in order, _GROUP_BYTES at a time or one that is larger."""
+    groups: list[list[str]] = []
+    room = 0
+    for path, leaf in manifest.leaves.items():
+        size = math.prod(leaf["shape"]) * jnp.dtype(leaf["dtype"]).itemsize
+        if size > room or not groups:
+            groups.append([])
+            room = _GROUP_BYTES
+        groups[-1].append(path)
+        room -= size
+    return groups
+
+
+def verify_workdir(workdir: str) -> int:
+    """Print one line for each checkpoint; 0 if a good one exists, else 1.
+
+    Raises ConfigError if there are no checkpoints at all.
+    """
+    folder = checkpoint_folder(workdir)
+    if not (steps := list_steps(folder)):
+        raise ConfigError(f"workdir {workdir!r} has no checkpoints: {folder} holds no step folder")
+    good = 0
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+        for step in steps:
+            try:
+                manifest = check_values(orbax, folder / str(step))
+            except Damaged as e:
+                print(f"step {step}: BAD: {e}", flush=True)
+                continue
+            good += 1
+            size = f"{len(manifest.leaves)} arrays, {manifest.num_bytes / 1e6:.1f} MB"
+            print(f"step {step}: good ({size}, saved {manifest.saved_at})", flush=True)
+    return 0 if good else 1

@@ -1,0 +1,64 @@
+"""What to read and how to cut it into batches (``--data.*`` on the command line)."""
+
+import math
+from dataclasses import dataclass
+
+from hnet.config import ConfigError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The text of a run, its held-out part and the shape of a batch.
+
+    Which bytes batch k holds depends on these fields, the content of the files, the seed and k,
+    but not on ``num_workers``, ``prefetch_batches`` or the number of processes.
+    """
+
+    files: tuple[str, ...] = ()
+    """quoted globs: .txt (a document a file), .jsonl with "text", .gz of both, .parquet with a
+    column "text", .array_record; or "python:", "synthetic:latin"; empty = python:, the
+    documentation of the installed Python"""
+    weights: tuple[float, ...] = ()
+    """mixture: the share of the training rows that each glob in files gets, with epochs of its own;
+    empty = all globs are one text, every byte once an epoch"""
+    eval_files: tuple[str, ...] = ()
+    """globs of the held-out text; what they match is never trained on; empty = eval_fraction"""
+    eval_fraction: float = 0.05
+    """share of the bytes that is held out, documents chosen by a hash of their name; 0 = none"""
+    eval_max_bytes: int = 65_536
+    """at most so many bytes are held out by eval_fraction (eval_files have no limit)"""
+    batch_size: int = 8
+    """rows of a step over all processes"""
+    seq_len: int = 512
+    """positions of a row"""
+    bos_eos: bool = True
+    """put byte 254 before and 255 behind each document, as the official tokenizer does"""
+    num_workers: int = 0
+    """processes that build batches; 0 = a thread of the main process. Text read into memory is
+    copied to each of them, shards are not"""
+    prefetch_batches: int = 4
+    """batches built ahead (by each worker): the memory bound of the pipeline"""
+
+    def __post_init__(self):
+        for name, least in (
+            ("batch_size", 1),
+            ("seq_len", 2),
+            ("eval_max_bytes", 1),
+            ("num_workers", 0),
+            ("prefetch_batches", 1),
+        ):
+            if (value := getattr(self, name)) < least:
+                raise ConfigError(f"data.{name}={value}: use {least} or more")
+        if not 0 <= self.eval_fraction < 1:
+            raise ConfigError(
+                f"data.eval_fraction={self.eval_fraction}: use a share from 0 to below 1"
+            )
+        if self.weights and len(self.weights) != max(1, len(self.files)):
+            raise ConfigError(
+                f"data.weights={self.weights} has {len(self.weights)} numbers for "
+                f"{len(self.files)} globs in data.files: give one weight a glob"
+            )
+        if bad := [w for w in self.weights if not (math.isfinite(w) and w > 0)]:
+            raise ConfigError(
+                f"data.weights={self.weights}: {bad[0]} is not a share; use positive numbers"
+            )

@@ -1,0 +1,261 @@
+"""A corpus: the text of a run, divided into a training and a held-out part."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from hnet.config import ConfigError
+from hnet.data import files, pythondocs
+from hnet.data.config import DataConfig
+from hnet.data.sources import Source, is_built_in, open_source
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents of one share of the mixture, in order; D counts them."""
+
+    name: str
+    """the glob, or "all" where several globs are read as one"""
+    sources: tuple[Source, ...]
+    source_D: np.ndarray
+    """int32, which of the sources"""
+    number_D: np.ndarray
+    """int64, which document of that source"""
+    start_D: np.ndarray
+    """int64, first byte in the source's store"""
+    length_D: np.ndarray
+    """int64, bytes, at least 1"""
+
+    @property
+    def num_bytes(self) -> int:
+        return int(self.length_D.sum())
+
+    def __len__(self) -> int:
+        return len(self.length_D)
+
+    def read(self, d: int, start: int, stop: int) -> np.ndarray:
+        """Bytes [start, stop) of document d, uint8."""
+        origin = int(self.start_D[d])
+        return self.sources[self.source_D[d]].store.read(origin + start, origin + stop)
+
+    def document_name(self, d: int) -> str:
+        """File of document d; ``FILE:n`` if the file holds several."""
+        return self.sources[self.source_D[d]].document_name(int(self.number_D[d]))
+
+
+@dataclass(frozen=True)
+class Part:
+    """The training or the held-out text: one entry, or with weights one a source."""
+
+    documents: tuple[Documents, ...]
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        return tuple(d.name for d in self.documents)
+
+    @property
+    def num_bytes(self) -> int:
+        """Raw bytes, special tokens not counted."""
+        return sum(d.num_bytes for d in self.documents)
+
+    @cached_property
+    def _first_ids(self) -> np.ndarray:
+        return np.cumsum([0, *map(len, self.documents)])
+
+    @property
+    def num_documents(self) -> int:
+        return int(self._first_ids[-1])
+
+    def first_document(self, entry: int) -> int:
+        """Number in this part of the first document of an entry of ``documents``."""
+        return int(self._first_ids[entry])
+
+    def document_name(self, document: int) -> str:
+        """File of a document, by its number in this part; ``FILE:n`` if it holds several."""
+        documents, d = self._find(document)
+        return documents.document_name(d)
+
+    def document_bytes(self, document: int) -> int:
+        """Raw bytes of a document, by its number in this part."""
+        documents, d = self._find(document)
+        return int(documents.length_D[d])
+
+    def texts(self) -> Iterator[bytes]:
+        """Yield the raw bytes of each document, in the order of their numbers."""
+        for documents in self.documents:
+            for d, length in enumerate(documents.length_D):
+                yield documents.read(d, 0, int(length)).tobytes()
+
+    def unscored_bytes(self, config: DataConfig) -> int:
+        """Bytes that no position predicts: without BOS, the first of each document."""
+        return 0 if config.bos_eos else self.num_documents
+
+    def _find(self, document: int) -> tuple[Documents, int]:
+        entry = int(np.searchsorted(self._first_ids, document, side="right")) - 1
+        return self.documents[entry], document - self.first_document(entry)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The text of a run."""
+
+    train: Part
+    heldout: Part
+    fingerprint: str
+    """hash of every byte, of the document boundaries and of the division"""
+
+    @property
+    def num_bytes(self) -> int:
+        """Raw bytes of both parts."""
+        return self.train.num_bytes + self.heldout.num_bytes
+
+
+def open_corpus(config: DataConfig) -> Corpus:
+    """Open the files of a configuration and divide them.
+
+    Held out is what ``eval_files`` match; if that is empty, ``eval_fraction`` of the text (with
+    weights, of each source), but in all not more than ``eval_max_bytes``: whole documents in the
+    order of a hash of their file name and number, the last of them cut so that its end is held
+    out. Hence the division is the same for the same files in any folder, and a single file is
+    divided too.
+
+    Raises ConfigError, in one line, for files that are missing, empty, unreadable or too short to
+    fill a row.
+    """
+    patterns = config.files or (pythondocs.NAME,)
+    heldout_texts = _texts(config.eval_files, "data.eval_files")
+    _check_distinct(patterns, heldout_texts)
+    sources = [open_source(p, leave_out=heldout_texts) for p in patterns]
+    whole = _whole(sources, mixed=bool(config.weights))
+    if not whole.num_bytes:
+        raise ConfigError(f"data.files={config.files}: the corpus is empty; give files with text")
+    if config.eval_files:
+        train, heldout = whole, open_part(config.eval_files, field="data.eval_files")
+    else:
+        share = min(config.eval_fraction, config.eval_max_bytes / whole.num_bytes)
+        train, heldout = _divide(whole, share)
+    for documents in train.documents:
+        _check_fills_a_row(documents, config)
+    return Corpus(train, heldout, _fingerprint(train, heldout))
+
+
+def open_part(patterns: tuple[str, ...], *, field: str = "data.files") -> Part:
+    """Open files as one part without dividing them, to evaluate on.
+
+    Raises ConfigError when they are missing, unreadable or hold no byte.
+    """
+    part = _whole([open_source(p, field=field) for p in patterns], mixed=False)
+    if not part.num_bytes:
+        raise ConfigError(f"{field}={patterns} holds no byte: give files with text")
+    return part
+
+
+def _texts(patterns: tuple[str, ...], field: str) -> dict[str, str]:
+    """Real path, or name where the text is built in, of all that globs match -> the glob."""
+    found: dict[str, str] = {}
+    for pattern in patterns:
+        if is_built_in(pattern):
+            texts = [":".join(pattern.split(":")[:2])]
+        else:
+            texts = map(os.path.realpath, files.expand(pattern, field))
+        for text in texts:
+            if text in found:
+                raise ConfigError(
+                    f"{field}: {text!r} is matched by {found[text]!r} and by {pattern!r}: "
+                    "name each text once (data.weights makes a source count more)"
+                )
+            found[text] = pattern
+    return found
+
+
+def _check_distinct(patterns: tuple[str, ...], heldout_texts: dict[str, str]) -> None:
+    for text, pattern in _texts(patterns, "data.files").items():
+        if is_built_in(text) and text in heldout_texts:
+            raise ConfigError(
+                f"data.eval_files: {heldout_texts[text]!r} is trained on by {pattern!r}: "
+                "hold out another text, or leave data.eval_files empty"
+            )
+
+
+def _check_fills_a_row(documents: Documents, config: DataConfig) -> None:
+    special = 2 * len(documents) if config.bos_eos else 0
+    if documents.num_bytes + special < config.seq_len:
+        raise ConfigError(
+            f"data.files: {documents.name!r} leaves {documents.num_bytes} bytes to train "
+            f"on, less than a row of data.seq_len={config.seq_len}: give more text"
+        )
+
+
+def _whole(sources: list[Source], mixed: bool) -> Part:
+    if mixed:
+        return Part(tuple(_documents(s.name, (s,)) for s in sources))
+    name = sources[0].name if len(sources) == 1 else "all"
+    return Part((_documents(name, tuple(sources)),))
+
+
+def _documents(name: str, sources: tuple[Source, ...]) -> Documents:
+    counts = [len(s.lengths_D) for s in sources]
+    return Documents(
+        name=name,
+        sources=sources,
+        source_D=np.repeat(np.arange(len(sources), dtype=np.int32), counts),
+        number_D=np.concatenate([np.arange(n) for n in counts]),
+        start_D=np.concatenate([np.cumsum(s.lengths_D) - s.lengths_D for s in sources]),
+        length_D=np.concatenate([s.lengths_D for s in sources]),
+    )
+
+
+def _divide(whole: Part, share: float) -> tuple[Part, Part]:
+    """Hold out ``share`` of the bytes of each entry, at least one byte unless share is 0."""
+    pairs = [_divide_documents(d, share) for d in whole.documents]
+    return Part(tuple(p[0] for p in pairs)), Part(tuple(p[1] for p in pairs))
+
+
+def _divide_documents(documents: Documents, share: float) -> tuple[Documents, Documents]:
+    wanted = max(1, int(share * documents.num_bytes)) if share and documents.num_bytes else 0
+    by_hash = np.argsort(np.concatenate([s.keys_D() for s in documents.sources]), kind="stable")
+    taken_before_H = np.cumsum(documents.length_D[by_hash]) - documents.length_D[by_hash]
+    held = by_hash[taken_before_H < wanted]
+    held_D = np.zeros(len(documents), bool)
+    held_D[held] = True
+    heldout_length_D = np.where(held_D, documents.length_D, 0)
+    if wanted:
+        last = held[-1]
+        excess = int(heldout_length_D.sum()) - wanted
+        heldout_length_D[last] -= _next_character(documents, int(last), excess)
+    train_length_D = documents.length_D - heldout_length_D
+    heldout_start_D = documents.start_D + train_length_D
+    return (
+        _select(replace(documents, length_D=train_length_D)),
+        _select(replace(documents, start_D=heldout_start_D, length_D=heldout_length_D)),
+    )
+
+
+def _next_character(documents: Documents, d: int, offset: int) -> int:
+    """The first offset from this one on, in document d, that does not split a UTF-8 character."""
+    last = int(documents.length_D[d]) - 1
+    while offset < last and documents.read(d, offset, offset + 1)[0] & 0xC0 == 0x80:
+        offset += 1
+    return offset
+
+
+def _select(documents: Documents) -> Documents:
+    kept_D = documents.length_D > 0
+    columns = ("source_D", "number_D", "start_D", "length_D")
+    return replace(documents, **{name: getattr(documents, name)[kept_D] for name in columns})
+
+
+def _fingerprint(*parts: Part) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        for documents in part.documents:
+            for source in documents.sources:
+                digest.update(source.fingerprint.encode())
+            digest.update(documents.start_D.tobytes())
+            digest.update(documents.length_D.tobytes())
+        digest.update(b"|")
+    return digest.hexdigest()

@@ -1,0 +1,95 @@
+"""Packing as index arithmetic: row r of a stream of documents, from its number alone.
+
+The documents, each as BOS, its bytes, EOS (or its bytes alone), form a stream of N
+tokens. Row r of length L covers tokens [r (L-1), r (L-1) + L): neighbouring rows share one token,
+which is predicted in the first row and is context at t = 0 of the second. So every token but the
+first of the stream is predicted exactly once, and nothing needs to be remembered between rows.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from hnet.config import BOS_ID, EOS_ID
+from hnet.data.corpus import Documents
+
+
+class Row(NamedTuple):
+    """One packed row, each field of shape (L,)."""
+
+    input_ids: np.ndarray
+    """int32, bytes 0 to 255 and the special tokens; 0 where padded"""
+    segment_ids: np.ndarray
+    """int32, 1, 2, ... for the documents of the row; 0 = padding, at the end of the last row"""
+    loss_mask: np.ndarray
+    """bool, True where input_ids[t] is a raw byte whose predecessor in its document is at t - 1.
+    An EOS to be predicted is where input_ids is 255, loss_mask is False and
+    segment_ids[t] == segment_ids[t - 1], which no raw byte satisfies"""
+    document_ids: np.ndarray
+    """int32, number of the document among those of the stream; -1 = padding"""
+
+
+class Stream:
+    """The token stream of some documents; it has no row if there are none."""
+
+    def __init__(self, documents: Documents, *, seq_len: int, bos_eos: bool):
+        self._documents = documents
+        self._seq_len = seq_len
+        self._bos_eos = bos_eos
+        self._ends_D = np.cumsum(documents.length_D + 2 * bos_eos)
+        self._starts_D = self._ends_D - documents.length_D - 2 * bos_eos
+        self._bytes_before_D = np.cumsum(documents.length_D) - documents.length_D
+        self.num_tokens = int(self._ends_D[-1]) if len(documents) else 0
+        self.num_rows = -(-max(0, self.num_tokens - 1) // (seq_len - 1))
+
+    def row(self, r: int) -> Row:
+        """Row r, 0 <= r < num_rows."""
+        L = self._seq_len
+        row = Row(
+            input_ids=np.zeros(L, np.int32),
+            segment_ids=np.zeros(L, np.int32),
+            loss_mask=np.zeros(L, bool),
+            document_ids=np.full(L, -1, np.int32),
+        )
+        start = r * (L - 1)
+        stop = min(start + L, self.num_tokens)
+        first = int(np.searchsorted(self._ends_D, start, side="right"))
+        last = int(np.searchsorted(self._starts_D, stop, side="left"))
+        for segment, d in enumerate(range(first, last), 1):
+            lo = max(start, int(self._starts_D[d]))
+            hi = min(stop, int(self._ends_D[d]))
+            piece = slice(lo - start, hi - start)
+            row.segment_ids[piece] = segment
+            row.document_ids[piece] = d
+            self._fill(row, d, start, lo, hi)
+        row.loss_mask[0] = False
+        return row
+
+    def _fill(self, row: Row, d: int, start: int, lo: int, hi: int) -> None:
+        """Write tokens [lo, hi) of the stream, all of document d."""
+        first_byte = int(self._starts_D[d]) + self._bos_eos
+        end_byte = int(self._ends_D[d]) - self._bos_eos
+        if lo < first_byte:
+            row.input_ids[lo - start] = BOS_ID
+        if hi > end_byte:
+            row.input_ids[hi - 1 - start] = EOS_ID
+        from_, to = max(lo, first_byte), min(hi, end_byte)
+        if from_ < to:
+            row.input_ids[from_ - start : to - start] = self._documents.read(
+                d, from_ - first_byte, to - first_byte
+            )
+            scored_from = max(from_, first_byte + (not self._bos_eos))
+            row.loss_mask[scored_from - start : to - start] = True
+
+    def scored_bytes(self, r: int | np.ndarray) -> np.ndarray:
+        """Number of True in the loss_mask of row r (or of each row), without building it."""
+        start = np.asarray(r) * (self._seq_len - 1)
+        stop = np.minimum(start + self._seq_len, self.num_tokens)
+        return self._scored_before(stop) - self._scored_before(start + 1)
+
+    def _scored_before(self, token: np.ndarray) -> np.ndarray:
+        """Number of scored bytes among the first ``token`` tokens of the stream."""
+        d = np.minimum(np.searchsorted(self._ends_D, token, side="right"), len(self._documents) - 1)
+        scored = self._documents.length_D - (not self._bos_eos)
+        inside = np.clip(token - self._starts_D[d] - 1, 0, scored[d])
+        return self._bytes_before_D[d] - (not self._bos_eos) * d + inside

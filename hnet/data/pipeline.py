@@ -1,0 +1,279 @@
+"""Batches by number: any process builds its rows of batch k from (config, corpus, seed, k).
+
+So the position of a run is one integer, the same for every number of processes and workers.
+Grain permutes the rows (a bijection computed index by index, nothing is stored) and builds
+batches ahead; its elements are whole batches, hence no step of the pipeline can drop or reorder.
+"""
+
+import hashlib
+import multiprocessing
+import os
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+
+import grain
+import numpy as np
+from absl.flags import FLAGS
+from grain.experimental import index_shuffle
+
+from hnet.config import ConfigError
+from hnet.data.config import DataConfig
+from hnet.data.corpus import Corpus, Part
+from hnet.data.packing import Stream
+
+Batch = dict[str, np.ndarray]
+
+_PERIOD = 10_000  # slots of the mixture's schedule: weights are exact to 1/10,000
+
+
+class RowOrder:
+    """Which row of which stream stands at slot i of the run, for any i >= 0.
+
+    A fixed periodic schedule names the stream of a slot, spread as evenly as the weights allow (a
+    single stream has every slot). The rows of each stream are permuted anew in each of its epochs.
+    """
+
+    def __init__(self, num_rows: list[int], weights: tuple[float, ...], seed: int):
+        if max(num_rows) >= 2**32:
+            raise ConfigError(
+                f"data.files fill {max(num_rows)} rows, more than the 2**32 that can be shuffled: "
+                "use a larger data.seq_len or fewer files"
+            )
+        if seed < 0:
+            raise ConfigError(f"seed={seed}: use 0 or more")
+        self._num_rows = num_rows
+        self._seed = seed
+        self._schedule = _schedule(weights or (1.0,))
+
+    def __call__(self, slot: int) -> tuple[int, int]:
+        """(stream, row of it) at a slot."""
+        stream_P, rank_P, quota_S = self._schedule
+        period, i = divmod(slot, _PERIOD)
+        stream = int(stream_P[i])
+        nth = period * int(quota_S[stream]) + int(rank_P[i])
+        epoch, i = divmod(nth, self._num_rows[stream])
+        seed = _epoch_seed(self._seed, stream, epoch)
+        last = self._num_rows[stream] - 1
+        return stream, index_shuffle(i, max_index=last, seed=seed, rounds=4)
+
+
+@lru_cache(maxsize=256)
+def _epoch_seed(seed: int, stream: int, epoch: int) -> int:
+    return int(np.random.SeedSequence((seed, stream, epoch)).generate_state(1)[0])
+
+
+def _schedule(weights: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(stream of each slot, its rank among the slots of that stream, slots of each stream).
+
+    Quotas are the shares of a period, rounded so that they fill it (largest remainder); the n-th
+    slot of a stream is placed as near as possible to the middle of its n-th equal interval.
+    """
+    share_S = np.asarray(weights, np.float64) / sum(weights) * _PERIOD
+    quota_S = np.floor(share_S).astype(np.int64)
+    missing = _PERIOD - int(quota_S.sum())
+    quota_S[np.argsort(quota_S - share_S, kind="stable")[:missing]] += 1
+    if not quota_S.all():
+        raise ConfigError(f"data.weights={weights}: a share below 1/{_PERIOD} cannot be kept")
+    stream = np.repeat(np.arange(len(weights)), quota_S)
+    rank = np.concatenate([np.arange(q) for q in quota_S])
+    order = np.argsort((rank + 0.5) / quota_S[stream], kind="stable")
+    return stream[order], rank[order], quota_S
+
+
+class _TrainBatches:
+    """Random access to this process's rows of the batches of a run (a Grain data source)."""
+
+    def __init__(self, part: Part, config: DataConfig, seed: int, process: tuple[int, int]):
+        self._streams = _streams(part, config)
+        self._order = RowOrder([s.num_rows for s in self._streams], config.weights, seed)
+        self._batch_size = config.batch_size
+        self._rows = _rows_of_process(config, *process)
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, k: int) -> Batch:
+        first = k * self._batch_size
+        rows = []
+        for i in self._rows:
+            stream, row = self._order(first + i)
+            rows.append(self._streams[stream].row(row))
+        return {
+            name: np.stack([getattr(row, name) for row in rows])
+            for name in ("input_ids", "segment_ids", "loss_mask")
+        }
+
+    def source_bytes(self, k: int) -> np.ndarray:
+        """int64 (S,), scored bytes of each stream in batch k over all processes."""
+        counts_S = np.zeros(len(self._streams), np.int64)
+        for slot in range(k * self._batch_size, (k + 1) * self._batch_size):
+            stream, row = self._order(slot)
+            counts_S[stream] += self._streams[stream].scored_bytes(row)
+        return counts_S
+
+
+class _EvalBatches:
+    """Random access to this process's rows of a part in its own order, padded with empty rows."""
+
+    def __init__(self, part: Part, config: DataConfig, process: tuple[int, int]):
+        self._part = part
+        self._streams = _streams(part, config)
+        self._first_rows = np.cumsum([0, *(s.num_rows for s in self._streams)])
+        self._config = config
+        self._rows = _rows_of_process(config, *process)
+
+    def __len__(self) -> int:
+        return -(-int(self._first_rows[-1]) // self._config.batch_size)
+
+    def __getitem__(self, k: int) -> Batch:
+        shape = (len(self._rows), self._config.seq_len)
+        batch = {
+            "input_ids": np.zeros(shape, np.int32),
+            "segment_ids": np.zeros(shape, np.int32),
+            "loss_mask": np.zeros(shape, bool),
+            "document_ids": np.full(shape, -1, np.int32),
+        }
+        for i, b in enumerate(self._rows):
+            position = k * self._config.batch_size + b
+            if position >= self._first_rows[-1]:
+                break
+            stream = int(np.searchsorted(self._first_rows, position, side="right")) - 1
+            row = self._streams[stream].row(position - int(self._first_rows[stream]))
+            for name in batch:
+                batch[name][i] = getattr(row, name)
+            batch["document_ids"][i] += self._part.first_document(stream) * (row.document_ids >= 0)
+        return batch
+
+
+class BatchIterator:
+    """The training batches of one process, from a position on, built ahead in the background.
+
+    Endless: epoch follows epoch. Use it as a context manager, or call ``close``.
+    """
+
+    def __init__(self, batches: _TrainBatches, config: DataConfig, start: int):
+        self._batches = batches
+        self._open = [_prefetched(batches, config, start)]
+        # Grain complains when one of its iterators still exists at the end of the interpreter.
+        self._close = weakref.finalize(self, _close, self._open)
+        self.position = start
+        """number of the next batch to be returned; batches built ahead do not count"""
+        self.wait_seconds = 0.0
+        """seconds that the callers of ``next`` have waited so far"""
+
+    def __iter__(self) -> "BatchIterator":
+        return self
+
+    def __next__(self) -> Batch:
+        """input_ids and segment_ids int32, loss_mask bool, each (rows of this process, L)."""
+        began = time.perf_counter()
+        # A copy, since what comes from a worker lies in shared memory that lives as long as it.
+        batch = {name: np.array(array) for name, array in next(self._open[0]).items()}
+        self.wait_seconds += time.perf_counter() - began
+        self.position += 1
+        return batch
+
+    def source_bytes(self, position: int) -> np.ndarray:
+        """Scored raw bytes of a batch over all processes, int64 by ``train.source_names``."""
+        return self._batches.source_bytes(position)
+
+    def close(self) -> None:
+        """Stop the threads and processes behind the iterator."""
+        self._close()
+
+    def __enter__(self) -> "BatchIterator":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.close()
+
+
+def train_batches(
+    corpus: Corpus,
+    config: DataConfig,
+    *,
+    seed: int,
+    start: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> BatchIterator:
+    """Training batches from number ``start`` on.
+
+    Process p of n gets rows [p B/n, (p+1) B/n) of each batch of B rows. Raises ConfigError when
+    the processes do not divide data.batch_size.
+    """
+    batches = _TrainBatches(corpus.train, config, seed, (process_index, process_count))
+    return BatchIterator(batches, config, start)
+
+
+def eval_batches(
+    part: Part, config: DataConfig, *, process_index: int = 0, process_count: int = 1
+) -> Iterator[Batch]:
+    """Yield all rows of a part once, in order, as batches of the same shape on every process.
+
+    Besides the fields of a training batch there is document_ids, int32 (rows, L): the document of
+    each token, for ``part.document_name``, -1 = padding. The last batch is filled up with rows
+    whose segment_ids are 0. Raises ConfigError like ``train_batches``.
+    """
+    batches = _EvalBatches(part, config, (process_index, process_count))
+    return (batches[k] for k in range(len(batches)))
+
+
+def batch_fingerprint(batch: Mapping[str, np.ndarray]) -> str:
+    """Hash of what a batch feeds the model, 16 hexadecimal digits, for comparing two runs."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name in ("input_ids", "segment_ids", "loss_mask"):
+        digest.update(np.ascontiguousarray(batch[name]).tobytes())
+    return digest.hexdigest()
+
+
+def _close(iterators: list[grain.DatasetIterator]) -> None:
+    while iterators:
+        iterators.pop().close()
+
+
+def _streams(part: Part, config: DataConfig) -> list[Stream]:
+    return [Stream(d, seq_len=config.seq_len, bos_eos=config.bos_eos) for d in part.documents]
+
+
+def _rows_of_process(config: DataConfig, index: int, count: int) -> range:
+    if config.batch_size % count:
+        raise ConfigError(
+            f"data.batch_size={config.batch_size} is not divided by {count} processes: "
+            f"use a multiple of {count}"
+        )
+    rows = config.batch_size // count
+    return range(index * rows, (index + 1) * rows)
+
+
+def _prefetched(batches: _TrainBatches, config: DataConfig, start: int) -> grain.DatasetIterator:
+    ahead = config.prefetch_batches
+    threads = 0 if config.num_workers else 1
+    dataset = grain.MapDataset.source(batches)[start:].to_iter_dataset(
+        grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead * threads)
+    )
+    if config.num_workers:
+        if not FLAGS.is_parsed():  # Grain's workers read absl flags, which no one else parses
+            FLAGS.mark_as_parsed()
+        dataset = dataset.mp_prefetch(
+            grain.MultiprocessingOptions(
+                num_workers=config.num_workers, per_worker_buffer_size=ahead
+            ),
+            worker_init_fn=_die_with_parent,
+        )
+    return iter(dataset)
+
+
+def _die_with_parent(worker: int, worker_count: int) -> None:
+    """Let a worker end when the run is killed; Grain's would wait for ever."""
+    del worker, worker_count
+
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,180 @@
+"""Make ArrayRecord shards of raw text, resumably.
+
+The folder holds ``shard-NNNNN.array_record`` with an index beside each, and ``manifest.json``,
+which names the input files and says whether the folder is complete. A shard gets its name when it
+is whole, so that a run that was stopped goes on behind the last one.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from hnet.config import ConfigError
+from hnet.data.files import expand, is_shard, read_documents
+from hnet.data.shards import (
+    MANIFEST,
+    RECORD_BYTES,
+    ShardWriter,
+    read_manifest,
+    read_resume_point,
+    replace_file,
+)
+
+_FORMAT = "hnet-shards-1"
+_LOCK = ".lock"
+
+
+def prepare(files: tuple[str, ...], out: str, shard_bytes: int = 256 << 20) -> dict:
+    """Write the documents of text, JSON lines or Parquet files to shards of a folder.
+
+    Args:
+        files: quoted globs, read in this order.
+        out: a new or empty folder, or one that the same call has begun.
+        shard_bytes: text in a shard; the last document of a shard may exceed it.
+
+    Returns the manifest. Calling it again after an interruption goes on; after completion it
+    changes nothing. Raises ConfigError when the folder holds something else, an input changed
+    since the first call, another process writes there, or an input cannot be read.
+    """
+    if shard_bytes < 1:
+        raise ConfigError(f"shard_bytes={shard_bytes}: use 1 or more")
+    if not files:
+        raise ConfigError("files is empty: name the text, e.g. --files 'text/*.txt'")
+    inputs = [path for pattern in files for path in expand(pattern, "files")]
+    for path in inputs:
+        if is_shard(path):
+            raise ConfigError(f"files: {path!r} is a shard already: give text to prepare")
+    manifest = {
+        "format": _FORMAT,
+        "complete": False,
+        "shard_bytes": shard_bytes,
+        "record_bytes": RECORD_BYTES,
+        "inputs": [_describe(path) for path in inputs],
+    }
+    folder = Path(out)
+    with _errors_of(folder), _claimed(folder, manifest) as begun:
+        if begun["complete"]:
+            return begun
+        return _write(folder, inputs, begun)
+
+
+def _describe(path: str) -> dict:
+    status = os.stat(path)
+    return {
+        "path": os.path.abspath(path),
+        "bytes": status.st_size,
+        "modified_ns": status.st_mtime_ns,
+    }
+
+
+@contextlib.contextmanager
+def _errors_of(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as e:
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise ConfigError(
+            f"out={str(folder)!r} cannot be written ({reason}): finished shards are kept, the "
+            "same command goes on behind them"
+        ) from e
+
+
+@contextlib.contextmanager
+def _claimed(folder: Path, manifest: dict) -> Iterator[dict]:
+    """The folder's manifest, made if there is none, while no other process may write there."""
+    begun = read_manifest(folder)
+    if begun is None and folder.exists() and set(os.listdir(folder)) - {_LOCK}:
+        raise ConfigError(
+            f"out={str(folder)!r} holds something else: choose a new or an empty folder"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / _LOCK, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
+        except BlockingIOError:
+            raise ConfigError(
+                f"out={str(folder)!r} is being written by another process: wait for it"
+            ) from None
+        begun = read_manifest(folder)
+        if begun is None:
+            _save(folder, manifest)
+            begun = manifest
+        for key in ("format", "shard_bytes", "record_bytes", "inputs"):
+            if begun.get(key) != manifest[key]:
+                raise ConfigError(
+                    f"out={str(folder)!r} was begun with other {key}: choose another folder, or "
+                    f"compare {MANIFEST} in it"
+                )
+        yield begun
+
+
+def _save(folder: Path, manifest: dict) -> None:
+    replace_file(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+
+
+def _shard_path(folder: Path, number: int) -> Path:
+    return folder / f"shard-{number:05}.array_record"
+
+
+def _write(folder: Path, inputs: list[str], manifest: dict) -> dict:
+    resume_at, documents, num_bytes, shards = (0, 0), 0, 0, 0
+    while (done := _shard_path(folder, shards)).exists():
+        resume_at, more_documents, more_bytes = read_resume_point(done)
+        documents, num_bytes, shards = (
+            documents + more_documents,
+            num_bytes + more_bytes,
+            shards + 1,
+        )
+    writer = None
+    for position, document in _remaining(inputs, resume_at):
+        writer = writer or ShardWriter(_shard_path(folder, shards))
+        writer.add(document)
+        documents, num_bytes = documents + 1, num_bytes + len(document)
+        if writer.num_bytes >= manifest["shard_bytes"]:
+            writer.finish(position)
+            writer, shards = None, shards + 1
+    if writer is not None:
+        writer.finish((len(inputs), 0))
+        shards += 1
+    if not shards:
+        (folder / MANIFEST).unlink()
+        raise ConfigError("files hold no text: nothing was prepared")
+    names = [_shard_path(folder, i).name for i in range(shards)]
+    complete = manifest | {
+        "complete": True,
+        "documents": documents,
+        "bytes": num_bytes,
+        "shards": names,
+    }
+    _save(folder, complete)
+    return complete
+
+
+def _remaining(
+    inputs: list[str], resume_at: tuple[int, int]
+) -> Iterator[tuple[tuple[int, int], bytes]]:
+    """Yield ((input, document) that would come next, document), under a progress bar."""
+    sizes = [os.path.getsize(path) for path in inputs]
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(file=sys.stderr)) as progress:
+        task = progress.add_task("writing shards", total=sum(sizes))
+        for i in range(resume_at[0], len(inputs)):
+            before = sum(sizes[:i])
+            progress.update(task, completed=before)
+            for number, (document, consumed) in enumerate(read_documents(inputs[i]), 1):
+                progress.update(task, completed=before + consumed)
+                if document and (i, number) > resume_at:
+                    yield (i, number), document
+        progress.update(task, completed=sum(sizes))

@@ -1,0 +1,128 @@
+"""The default corpus: the documentation that comes with every Python, read where it is installed.
+
+About 2 MB of English prose: the language reference by topic (``pydoc_data.topics``) and the
+docstrings of the standard library under the headings they document. Source code itself is left
+out on purpose: it repeats itself so much that general compressors win on it, and it is no text
+in which words can be seen. Nothing is imported or executed but ``pydoc_data``; the result is the
+same on every machine with the same Python release.
+"""
+
+import ast
+import os
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from hnet.config import ConfigError
+
+NAME = "python:"
+"""the entry of ``data.files`` that names this corpus"""
+
+# Tests, word lists and what some distributions of Python leave out.
+_LEFT_OUT = frozenset(
+    "__pycache__ config dist-packages distutils encodings ensurepip idlelib lib-dynload lib2to3 "
+    "pydoc_data site-packages test tests tkinter turtledemo".split()
+)
+_LEFT_OUT_FILES = ("_sysconfigdata", "_sysconfig_vars", "sitecustomize", "usercustomize")
+_OWN_PAGE_FROM = 1000
+_SMALLEST_PAGE = 100
+_LONGEST_PAGE = 8000
+_Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+def documents() -> Iterator[tuple[str, bytes]]:
+    """Yield (name, text): a page a topic, a module, and a class with much to say.
+
+    Long pages are cut between paragraphs, so that the held-out part shows many of them. A
+    docstring that occurs several times is kept where it comes first, so that none is both trained
+    on and held out. Raises ConfigError when Python is installed without its source.
+    """
+    for topic, text in sorted(_topics().items()):
+        yield from _cut(f"{NAME}topics.{topic}", text.strip())
+    root = Path(sysconfig.get_paths()["stdlib"])
+    seen: set[str] = set()
+    pages = 0
+    for path in sorted(_modules(root)):
+        module = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+        for name, text in _pages(module, path.read_bytes(), seen):
+            pages += 1
+            yield from _cut(NAME + name, text)
+    if not pages:
+        raise ConfigError(
+            f"data.files is empty, and the default text, the standard library's source, is not "
+            f"in {str(root)!r}: name text files with --data.files"
+        )
+
+
+def _cut(name: str, text: str) -> Iterator[tuple[str, bytes]]:
+    page, size, number = [], 0, 0
+    for paragraph in text.split("\n\n"):
+        if page and size + len(paragraph) > _LONGEST_PAGE:
+            number += 1
+            yield f"{name}({number})", "\n\n".join(page).encode()
+            page, size = [], 0
+        page.append(paragraph)
+        size += len(paragraph) + 2
+    yield f"{name}({number + 1})" if number else name, "\n\n".join(page).encode()
+
+
+def _topics() -> dict[str, str]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # left out by some distributions
+        return {}
+    return topics
+
+
+def _modules(root: Path) -> Iterator[Path]:
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [s for s in subfolders if s.split("-")[0] not in _LEFT_OUT | {"site"}]
+        for name in names:
+            if name.endswith(".py") and not name.startswith(_LEFT_OUT_FILES):
+                yield Path(folder, name)
+
+
+def _pages(module: str, source: bytes, seen: set[str]) -> Iterator[tuple[str, str]]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on escapes in old docstrings
+        try:
+            tree = ast.parse(source)
+        except (SyntaxError, ValueError):
+            return
+    entries = [_entry(module, tree, seen)]
+    own_pages = []
+    for node in _definitions(tree):
+        text = "\n\n".join(_entries(node, seen))
+        if isinstance(node, ast.ClassDef) and len(text) >= _OWN_PAGE_FROM:
+            own_pages.append((f"{module}.{node.name}", text))
+        else:
+            entries.append(text)
+    text = "\n\n".join(e for e in entries if e)
+    if len(text) >= _SMALLEST_PAGE:
+        yield module, text
+    yield from own_pages
+
+
+def _entries(node: _Definition, seen: set[str]) -> Iterator[str]:
+    """The entry of a function or class, then those of what is defined in it."""
+    bases = node.bases if isinstance(node, ast.ClassDef) else node.args
+    arguments = (
+        ", ".join(map(ast.unparse, bases)) if isinstance(bases, list) else ast.unparse(bases)
+    )
+    if entry := _entry(f"{node.name}({arguments})", node, seen):
+        yield entry
+    for inner in _definitions(node):
+        yield from _entries(inner, seen)
+
+
+def _entry(heading: str, node: _Definition | ast.Module, seen: set[str]) -> str:
+    text = (ast.get_docstring(node) or "").strip()
+    if not text or text in seen:
+        return ""
+    seen.add(text)
+    return f"{heading}\n{text}"
+
+
+def _definitions(node: _Definition | ast.Module) -> Iterator[_Definition]:
+    return (child for child in node.body if isinstance(child, _Definition))

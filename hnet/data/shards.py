@@ -1,0 +1,175 @@
+"""ArrayRecord shards: documents cut into records, with a small index file beside each shard.
+
+``shard-00000.array_record`` holds each document as records of ``RECORD_BYTES`` and one shorter, so
+that reading a row of a long document does not fetch all of it. ``shard-00000.index.npz`` holds
+the lengths of the documents. A shard without an index (made elsewhere) is taken as one document a
+record and is read once, when it is opened, to learn the lengths.
+"""
+
+import hashlib
+import json
+import os
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from rich.console import Console
+from rich.progress import track
+
+from hnet.config import ConfigError
+
+RECORD_BYTES = 16_384
+MANIFEST = "manifest.json"
+_OPTIONS = "group_size:1,zstd:3"  # one record a group: what random access needs
+_SCAN_RECORDS = 1024
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """What is known of a shard without reading its text."""
+
+    lengths_D: np.ndarray
+    """int64, bytes of each document that is not empty"""
+    record_bytes_R: np.ndarray
+    """int64, bytes of each record"""
+    fingerprint: str
+
+
+def index_path(shard: Path) -> Path:
+    """The index file of a shard."""
+    return shard.with_suffix(".index.npz")
+
+
+def read_index(shard: Path) -> ShardIndex:
+    """Read the index of a shard, or scan the shard if it has none.
+
+    Raises ConfigError when the shard is damaged, does not fit its index, or lies in a folder whose
+    preparation was not finished.
+    """
+    manifest = read_manifest(shard.parent)
+    if manifest is not None and not manifest["complete"]:
+        raise ConfigError(
+            f"shards in {str(shard.parent)!r} are unfinished: run the prepare command again"
+        )
+    try:
+        reader = ArrayRecordReader(str(shard))
+        num_records = reader.num_records()
+        if not index_path(shard).exists():
+            return _scan(shard, reader, num_records)
+        reader.close()
+        with np.load(index_path(shard), allow_pickle=False) as index:
+            lengths_D = index["lengths_D"]
+            record_bytes_R = _record_bytes(lengths_D, int(index["record_bytes"]))
+            fingerprint = str(index["fingerprint"])
+    except (RuntimeError, OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
+        reason = (str(e).splitlines() or ["empty"])[0]
+        raise ConfigError(
+            f"shard {str(shard)!r} or its index is damaged ({reason}): prepare it again"
+        ) from e
+    if len(record_bytes_R) != num_records:
+        raise ConfigError(
+            f"shard {str(shard)!r} has {num_records} records but its index says "
+            f"{len(record_bytes_R)}: prepare it again"
+        )
+    return ShardIndex(lengths_D, record_bytes_R, fingerprint)
+
+
+def read_manifest(folder: Path) -> dict | None:
+    """The manifest of a prepared folder, None where there is none of ours."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"{str(folder / MANIFEST)!r} cannot be read ({e}): remove it") from e
+    ours = isinstance(manifest, dict) and str(manifest.get("format", "")).startswith("hnet-shards")
+    return manifest if ours else None
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file so that it is either absent, old or complete, whenever the process dies."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(partial, path)
+
+
+class ShardWriter:
+    """Writes one shard; it has its final name only when it and its index are complete."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.num_bytes = 0
+        self.lengths: list[int] = []
+        self._digest = hashlib.blake2b(digest_size=16)
+        self._partial = path.with_name(path.name + ".partial")
+        self._writer = ArrayRecordWriter(str(self._partial), _OPTIONS)
+
+    def add(self, document: bytes) -> None:
+        """Append a document that is not empty."""
+        for start in range(0, len(document), RECORD_BYTES):
+            self._writer.write(document[start : start + RECORD_BYTES])
+        self._digest.update(document)
+        self.lengths.append(len(document))
+        self.num_bytes += len(document)
+
+    def finish(self, resume_at: tuple[int, int]) -> None:
+        """Close the shard; ``resume_at`` is (input file, document in it) of what comes next."""
+        self._writer.close()
+        with open(self._partial, "rb") as f:
+            os.fsync(f.fileno())
+        lengths_D = np.array(self.lengths, np.int64)
+        self._digest.update(lengths_D.tobytes())
+        with open(index_path(self.path), "wb") as f:
+            np.savez(
+                f,
+                lengths_D=lengths_D,
+                record_bytes=RECORD_BYTES,
+                fingerprint=self._digest.hexdigest(),
+                resume_at=np.array(resume_at, np.int64),
+            )
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(self._partial, self.path)
+
+
+def read_resume_point(shard: Path) -> tuple[tuple[int, int], int, int]:
+    """((input file, document) behind a finished shard, its documents, its bytes)."""
+    with np.load(index_path(shard), allow_pickle=False) as index:
+        file, document = (int(i) for i in index["resume_at"])
+        return (file, document), len(index["lengths_D"]), int(index["lengths_D"].sum())
+
+
+def _record_bytes(lengths_D: np.ndarray, record_bytes: int) -> np.ndarray:
+    """Bytes of each record, every document cut into full ones and a rest.
+
+    (4, 10), 4 -> (4, 4, 4, 2)
+    """
+    counts_D = -(-lengths_D // record_bytes)
+    sizes_R = np.full(int(counts_D.sum()), record_bytes, np.int64)
+    sizes_R[np.cumsum(counts_D) - 1] = lengths_D - (counts_D - 1) * record_bytes
+    return sizes_R
+
+
+def _scan(shard: Path, reader: ArrayRecordReader, num_records: int) -> ShardIndex:
+    digest = hashlib.blake2b(digest_size=16)
+    sizes = []
+    groups = range(0, num_records, _SCAN_RECORDS)
+    for start in track(
+        groups,
+        "reading shard lengths",
+        console=Console(stderr=True),
+        transient=True,
+        disable=len(groups) < 64,
+    ):
+        for record in reader.read(start, min(start + _SCAN_RECORDS, num_records)):
+            digest.update(record)
+            sizes.append(len(record))
+    reader.close()
+    record_bytes_R = np.array(sizes, np.int64)
+    digest.update(record_bytes_R.tobytes())
+    return ShardIndex(record_bytes_R[record_bytes_R > 0], record_bytes_R, digest.hexdigest())

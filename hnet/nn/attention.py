@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hnet.config import HNetConfig, StageConfig
+from hnet.nn.cache import KVCache, read, ring, write
 from hnet.nn.layers import linear, rotary, segment_positions
 
 MAX_BLOCKS = 16  # query blocks are unrolled in the compiled program, so their number is bounded
@@ -77,9 +78,7 @@ def attention(
 class Attention(nnx.Module):
     """The official CausalMHA: fused Wqkv, partial rotary, no biases."""
 
-    def __init__(
-        self, config: HNetConfig, stage: StageConfig, *, out_std: float, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: HNetConfig, stage: StageConfig, *, out_std: float, rngs: nnx.Rngs):
         D, dtype = stage.d_model, config.compute.dtype
         self.stage, self.compute = stage, config.compute
         self.Wqkv = linear(D, 3 * D, dtype=dtype, rngs=rngs)
@@ -92,10 +91,41 @@ class Attention(nnx.Module):
         q, k = (rotary(qkv[:, :, i], positions_BL, self.stage.rotary_emb_dim) for i in (0, 1))
         return q, k, qkv[:, :, 2]
 
-    def __call__(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
+    def attend(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> tuple[jax.Array, ...]:
+        """The output, and the keys and values (B, L, H, K) it was made of."""
         q, k, v = self.qkv(x_BLD, segment_positions(segment_ids_BL))
         out_BLHK = attention(
             q, k, v, segment_ids_BL,
             window=self.stage.window_size, block_len=self.compute.attention_block_len,
         )  # fmt: skip
-        return self.out_proj(out_BLHK.reshape(x_BLD.shape))
+        return self.out_proj(out_BLHK.reshape(x_BLD.shape)), k, v
+
+    def __call__(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
+        return self.attend(x_BLD, segment_ids_BL)[0]
+
+    def prefill(
+        self, x_BLD: jax.Array, segment_ids_BL: jax.Array, lengths_B: jax.Array, max_len: int
+    ) -> tuple[jax.Array, KVCache]:
+        """`__call__`, and the cache (of one layer) of rows that end at `lengths_B`."""
+        out_BLD, k, v = self.attend(x_BLD, segment_ids_BL)
+        window = self.stage.window_size
+        size = max_len if window < 0 else min(max_len, window + 1)
+        return out_BLD, KVCache(ring(k, lengths_B, size), ring(v, lengths_B, size))
+
+    def step(
+        self, x_R1D: jax.Array, cache: KVCache, at: tuple, positions_R: jax.Array
+    ) -> tuple[jax.Array, KVCache]:
+        """One position of R rows; `positions_R` counts the positions each has had before."""
+        q, k, v = self.qkv(x_R1D, positions_R[:, None])
+        size = cache.k.shape[3]
+        slot_R, slot_M = positions_R % size, jnp.arange(size, dtype=jnp.int32)
+        newest = (*at, slice(None), slot_R)
+        cache = KVCache(write(cache.k, newest, k[:, 0]), write(cache.v, newest, v[:, 0]))
+        keys, values = read(cache.k, at), read(cache.v, at)
+        # slot m holds the newest position that is m mod size; there may not have been one yet
+        filled_RM = (positions_R[:, None] - slot_M[None, :]) % size <= positions_R[:, None]
+        scores_RHM = jnp.einsum("rhk,rhmk->rhm", q[:, 0], keys, preferred_element_type=jnp.float32)
+        scores_RHM = jnp.where(filled_RM[:, None], scores_RHM / math.sqrt(q.shape[-1]), -jnp.inf)
+        weights_RHM = jax.nn.softmax(scores_RHM, axis=-1).astype(values.dtype)
+        out_RHK = jnp.einsum("rhm,rhmk->rhk", weights_RHM, values)
+        return self.out_proj(out_RHK.reshape(x_R1D.shape)), cache

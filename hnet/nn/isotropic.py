@@ -8,6 +8,7 @@ from flax import nnx
 
 from hnet.config import HNetConfig, StageConfig, parse_layout
 from hnet.nn.attention import Attention
+from hnet.nn.cache import KVCache, SSMCache
 from hnet.nn.layers import INIT_STD, RMSNorm, SwiGLU
 from hnet.nn.mamba2 import Mamba2
 
@@ -31,6 +32,18 @@ class Block(nnx.Module):
     def __call__(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
         mixed = self.mixer(self.norm1(x_BLD), segment_ids_BL)
         return self.feed_forward(x_BLD + mixed.astype(jnp.float32))
+
+    def prefill(
+        self, x_BLD: jax.Array, segment_ids_BL: jax.Array, lengths_B: jax.Array, max_len: int
+    ) -> tuple[jax.Array, KVCache | SSMCache]:
+        mixed, cache = self.mixer.prefill(self.norm1(x_BLD), segment_ids_BL, lengths_B, max_len)
+        return self.feed_forward(x_BLD + mixed.astype(jnp.float32)), cache
+
+    def step(
+        self, x_R1D: jax.Array, cache: KVCache | SSMCache, at: tuple, positions_R: jax.Array
+    ) -> tuple[jax.Array, KVCache | SSMCache]:
+        mixed, cache = self.mixer.step(self.norm1(x_R1D), cache, at, positions_R)
+        return self.feed_forward(x_R1D + mixed.astype(jnp.float32)), cache
 
     def feed_forward(self, x_BLD: jax.Array) -> jax.Array:
         if not self.has_mlp:
@@ -81,6 +94,45 @@ class Isotropic(nnx.Module):
             unroll = 1 if self.compute.scan_layers else count
             x_BLD, _ = jax.lax.scan(layer, x_BLD, params, unroll=unroll)
         return self.rmsnorm(x_BLD)
+
+    def prefill(
+        self, x_BLD: jax.Array, segment_ids_BL: jax.Array, lengths_B: jax.Array, max_len: int
+    ) -> tuple[jax.Array, list[KVCache | SSMCache]]:
+        """`__call__`, and a cache for each run with room for `max_len` positions a row.
+
+        segment_ids_BL is 1 up to lengths_B and 0 after it.
+        """
+        x_BLD, caches = x_BLD.astype(jnp.float32), []
+        for run in self.layers:
+            graph, params = nnx.split(run)
+
+            def layer(x, p, graph=graph):
+                return nnx.merge(graph, p).prefill(x, segment_ids_BL, lengths_B, max_len)
+
+            x_BLD, cache = jax.lax.scan(layer, x_BLD, params)
+            caches.append(cache)
+        return self.rmsnorm(x_BLD), caches
+
+    def step(
+        self, x_RD: jax.Array, caches: list, rows_R: jax.Array, positions_R: jax.Array
+    ) -> tuple[jax.Array, list[KVCache | SSMCache]]:
+        """One position of the rows `rows_R`, each of which has had `positions_R` before.
+
+        The caches are carried through the scan, not sliced by it, so that they change in place.
+        """
+        x_R1D, new_caches = x_RD.astype(jnp.float32)[:, None], []
+        for (_, count), run, cache in zip(self.runs, self.layers, caches):
+            graph, params = nnx.split(run)
+
+            def layer(carry, inputs, graph=graph):
+                x, cache = carry
+                p, i = inputs
+                return nnx.merge(graph, p).step(x, cache, (i, rows_R), positions_R), None
+
+            index = jnp.arange(count, dtype=jnp.int32)
+            (x_R1D, cache), _ = jax.lax.scan(layer, (x_R1D, cache), (params, index))
+            new_caches.append(cache)
+        return self.rmsnorm(x_R1D)[:, 0], new_caches
 
 
 def _rematerialised(layer, remat: str):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hnet.config import HNetConfig, StageConfig
+from hnet.nn.cache import SSMCache, last_positions, read, write
 from hnet.nn.layers import RMSNorm, linear
 
 
@@ -133,6 +134,18 @@ def ssd(
     return y.reshape(x.shape[0], K * T, *x.shape[3:])[:, :length]
 
 
+def ssd_final_state(x_BLHP, dt_BLH, A_H, B_BLN) -> jax.Array:
+    """h after the last position of rows of one segment: sum_t exp(sum_{r>t} dt_r A) dt_t x_t B_t'.
+
+    A position with dt = 0 (padding) leaves the state alone. Returns (B, H, P, N) in float32.
+    """
+    log_a_BLH = dt_BLH * A_H[None, None, :]
+    after_BLH = jnp.pad(log_a_BLH[:, 1:], ((0, 0), (0, 1), (0, 0)))
+    to_end_BLH = jnp.exp(jax.lax.cumsum(after_BLH, axis=1, reverse=True))
+    x_end = x_BLHP.astype(jnp.float32) * (dt_BLH * to_end_BLH)[..., None]
+    return jnp.einsum("blhp,bln->bhpn", x_end, B_BLN.astype(jnp.float32))
+
+
 def causal_conv(x_BLC, weight_WC, bias_C, segment_ids_BL) -> jax.Array:
     """Depthwise causal convolution that sees no other segment: tap W-1 is the position itself."""
     width = weight_WC.shape[0]
@@ -161,9 +174,7 @@ class Mamba2(nnx.Module):
         self.conv1d_weight = nnx.Param(
             jax.random.uniform(key(), (ssm.d_conv, C), jnp.float32, -bound, bound)
         )
-        self.conv1d_bias = nnx.Param(
-            jax.random.uniform(key(), (C,), jnp.float32, -bound, bound)
-        )
+        self.conv1d_bias = nnx.Param(jax.random.uniform(key(), (C,), jnp.float32, -bound, bound))
         # softplus(dt_bias) is log-uniform in [1e-3, 1e-1]; A is uniform in [1, 16]
         log_dt = jax.random.uniform(key(), (H,), jnp.float32, jnp.log(1e-3), jnp.log(1e-1))
         dt = jnp.maximum(jnp.exp(log_dt), 1e-4)
@@ -192,10 +203,43 @@ class Mamba2(nnx.Module):
         y = y_BLHP.reshape(z.shape) * jax.nn.silu(z.astype(jnp.float32))
         return self.out_proj(self.norm(y))
 
+    def conv_params(self, dtype) -> tuple[jax.Array, jax.Array]:
+        return self.conv1d_weight[...].astype(dtype), self.conv1d_bias[...].astype(dtype)
+
     def __call__(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
+        return self.mix(x_BLD, segment_ids_BL)[0]
+
+    def mix(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> tuple[jax.Array, ...]:
+        """The output, and what a state at the end is made of: xBC, x_BLHP, dt_BLH, A_H, B_BLN."""
         z, xBC, dt_BLH = self.split_inputs(x_BLD)
-        weight, bias = (p[...].astype(xBC.dtype) for p in (self.conv1d_weight, self.conv1d_bias))
-        x, B, C = self.split_conv(causal_conv(xBC, weight, bias, segment_ids_BL))
+        convolved = causal_conv(xBC, *self.conv_params(xBC.dtype), segment_ids_BL)
+        x, B, C = self.split_conv(convolved)
         A_H = -jnp.exp(self.A_log[...])
         y = ssd(x, dt_BLH, A_H, B, C, segment_ids_BL, block_len=self.block_len)
-        return self.finish(y, x, z)
+        return self.finish(y, x, z), xBC, x, dt_BLH, A_H, B
+
+    def prefill(
+        self, x_BLD: jax.Array, segment_ids_BL: jax.Array, lengths_B: jax.Array, max_len: int
+    ) -> tuple[jax.Array, SSMCache]:
+        """`__call__`, and the cache (of one layer) of rows that end at `lengths_B`."""
+        out_BLD, xBC, x, dt_BLH, A_H, B = self.mix(x_BLD, segment_ids_BL)
+        dt_BLH = jnp.where((segment_ids_BL != 0)[..., None], dt_BLH, 0.0)
+        conv = last_positions(xBC, lengths_B, self.conv1d_weight.shape[0] - 1)
+        return out_BLD, SSMCache(conv, ssd_final_state(x, dt_BLH, A_H, B))
+
+    def step(
+        self, x_R1D: jax.Array, cache: SSMCache, at: tuple, positions_R: jax.Array
+    ) -> tuple[jax.Array, SSMCache]:
+        """One position of R rows: `ssd_reference` for one t."""
+        z, xBC, dt_R1H = self.split_inputs(x_R1D)
+        taps_RWC = jnp.concatenate([read(cache.conv, at), xBC], axis=1)
+        weight_WC, bias_C = self.conv_params(xBC.dtype)
+        convolved = jnp.sum(taps_RWC * weight_WC[None], axis=1, keepdims=True) + bias_C[None, None]
+        x, B, C = (a.astype(jnp.float32) for a in self.split_conv(convolved))
+        dt_RH11 = dt_R1H[:, 0, :, None, None]
+        decay = jnp.exp(dt_RH11 * -jnp.exp(self.A_log[...])[None, :, None, None])
+        update = dt_RH11 * x[:, 0, :, :, None] * B[:, 0, None, None, :]
+        state_RHPN = decay * read(cache.state, at) + update
+        y_R1HP = jnp.einsum("rhpn,rn->rhp", state_RHPN, C[:, 0])[:, None]
+        cache = SSMCache(write(cache.conv, at, taps_RWC[:, 1:]), write(cache.state, at, state_RHPN))
+        return self.finish(y_R1HP, x, z), cache

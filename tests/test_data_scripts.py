@@ -161,6 +161,13 @@ def test_step_in_a_compiled_loop_equals_the_pipeline():
         assert int(state_B[b]) == state
 
 
+def test_step_with_only_one_traced_argument():
+    none, lead, end = np.zeros(1, np.uint32), np.array([0xD1]), np.array([0x8F])
+    state, _ = jax.jit(lambda byte: script_step(none, byte))(lead)
+    _, ids = jax.jit(lambda state: script_step(state, end))(state)
+    assert SCRIPTS[int(ids[0])] == "Cyrillic"
+
+
 def test_step_takes_values_that_are_no_bytes():
     state, _ = script_step(np.zeros(3, np.uint32), np.array([0xD1, 0xD1, 0xD1]))
     _, ids = script_step(state, np.array([0x8F, 0x18F, -0x71]))  # equal in their low eight bits
@@ -200,7 +207,7 @@ def test_rows_restart_at_each_document_and_carry_on_by_state(documents, L):
 
 
 def test_rows_ignore_what_is_no_text():
-    row = np.array([[254, *"я1".encode(), 255, 254, ord("1"), 0xD1, 300, 0x8F, 255, 97, 98]])
+    row = np.array([[254, *"я1".encode(), 255, 254, ord("1"), 0xD1, 0x161, 0x8F, 255, 97, 98]])
     segments = np.array([[1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 0, 0]])
     ids, _ = script_ids_of_rows(row, segments)
     assert [SCRIPTS[i] for i in ids[0]] == ["Common"] * 2 + ["Cyrillic"] * 3 + ["Common"] * 8
@@ -226,6 +233,7 @@ def test_routes():
     [
         ([["Latin"], ["Latn"]], ["routes.1", "'Latn'", "'Latin'"]),
         ([["old_italic"]], ["routes.0", "'old_italic'", "'Old_Italic'"]),
+        ([["HAN"]], ["routes.0", "'HAN'", "'Han'"]),
         ([["Inherited"]], ["routes.0", "'Inherited'", "leave it out"]),
         ([["Han", "Thai"], ["Lao", "Thai"]], ["routes.1", "'Thai'", "group 0"]),
         ([["Han", "Han"]], ["routes.0", "'Han'", "once"]),

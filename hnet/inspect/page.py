@@ -1,0 +1,69 @@
+"""Segmentations as one self-contained page: the view of the TensorBoard tab, to mail around."""
+
+import base64
+import hashlib
+import html
+import json
+from collections.abc import Mapping, Sequence
+
+from hnet.inspect.plugin import assets
+from hnet.inspect.segmentation import Segmentation, text_json
+from hnet.inspect.store import text_key
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+{style}</style>
+</head>
+<body>
+<script type="application/json" id="segmentations">{data}</script>
+<script type="module">{script}</script>
+</body>
+</html>
+"""
+
+
+def to_html(
+    segmentations: Sequence[Segmentation] | Mapping[str, Sequence[Segmentation]],
+    *,
+    title: str = "Chunk boundaries",
+    step: int = 0,
+) -> str:
+    """One HTML page without any outside reference that shows the texts as the plugin does.
+
+    segmentations: texts of one model, or of several by name to compare. step: the training step
+    they are from. Data enter as JSON in which no markup can begin, and are shown as text only.
+    """
+    runs = segmentations if isinstance(segmentations, Mapping) else {"model": segmentations}
+    data = {name: _run(texts, step) for name, texts in runs.items()}
+    script = assets.script() + "render();\n"
+    return _PAGE.format(
+        title=html.escape(title),
+        style=assets.style(),
+        data=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
+        script=script,
+        digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
+    )
+
+
+def _run(segmentations: Sequence[Segmentation], step: int) -> dict:
+    keyed = {text_key(text_json(seg)): seg for seg in segmentations}
+    return {
+        "step": step,
+        "texts": {
+            key: {
+                "name": seg.name,
+                "bytes": len(seg.data),
+                "routes": list(seg.route_names()),
+                "gold": sorted(seg.gold),
+            }
+            for key, seg in keyed.items()
+        },
+        "views": {key: seg.to_json() for key, seg in keyed.items()},
+    }

@@ -59,3 +59,24 @@ def _number_runs(segment_ids_BL: jax.Array) -> jax.Array:
     """
     run_BL = jnp.cumsum(segment_starts(segment_ids_BL), axis=1, dtype=jnp.int32)
     return jnp.where(segment_ids_BL == 0, 0, run_BL)
+
+
+def split(model: HNetLM) -> tuple[nnx.GraphDef, dict]:
+    """(structure, parameters as nested dicts of arrays); `nnx.merge` is the way back.
+
+    This is the one seam between modules and JAX: beyond it everything is pure functions of
+    pytrees under `jax.jit`.
+    """
+    graph, state = nnx.split(model)
+    return graph, nnx.to_pure_dict(state)
+
+
+def abstract(config: HNetConfig) -> tuple[nnx.GraphDef, dict]:
+    """`split` of a model whose parameters are shapes: costs no memory at any size."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: HNetLM(config, rngs=nnx.Rngs(0))))
+    return graph, nnx.to_pure_dict(state)
+
+
+def init_params(config: HNetConfig, key: jax.Array) -> dict:
+    """Freshly initialised parameters; jit it with out_shardings to create them in place."""
+    return split(HNetLM(config, rngs=nnx.Rngs(key)))[1]

@@ -1,0 +1,1 @@
+"""Named configurations, one a file: the docstring says command, hardware, time and result."""

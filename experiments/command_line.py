@@ -1,0 +1,104 @@
+"""One command line for all experiments: `NAME [--section.field VALUE ...]`, errors in one line."""
+
+import contextlib
+import dataclasses
+import importlib
+import io
+import json
+import pkgutil
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import tyro
+
+import experiments.configs
+from hnet.config import ConfigError, HNetConfig
+from hnet.train.config import Config, from_json
+
+BAD_INPUT = 2
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Call `main` and exit with its code; bad input ends in one line on stderr and code 2."""
+    try:
+        code = main() or 0
+    except ConfigError as e:
+        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        code = BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+def parse(cls: Any, default: Any = None, argv: list[str] | None = None) -> Any:
+    """Read a dataclass from the command line. Raises ConfigError instead of printing a box."""
+    argv = sys.argv[1:] if argv is None else argv
+    complaint = io.StringIO()
+    settings = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(cls, args=argv, config=(tyro.conf.FlagConversionOff,), **settings)
+    except SystemExit as e:
+        if not e.code:
+            raise
+        raise ConfigError(_one_line(complaint.getvalue())) from None
+
+
+def _one_line(box: str) -> str:
+    """The message of tyro's framed error, and its first suggestion, without the frame."""
+    lines = [re.sub(r"[─╭╮╰╯│]+", " ", line).strip() for line in box.splitlines()]
+    lines = [line for line in lines if line and not line.startswith("For full helptext")]
+    message, _, hints = "\n".join(lines).partition("Perhaps you meant:")
+    message = re.split(r"Argument helptext:", message)[0]
+    hint = re.search(r"--\S+", hints)
+    text = " ".join(message.split())
+    return f"{text}; did you mean {hint.group()}?" if hint else f"{text} (see --help)"
+
+
+def named_configs() -> dict[str, str]:
+    """Names that `pretrain` takes and the first line of what they are."""
+    modules = {m.name for m in pkgutil.iter_modules(experiments.configs.__path__)}
+    found = {}
+    for name in sorted(modules):
+        module = importlib.import_module(f"experiments.configs.{name}")
+        if hasattr(module, "config"):
+            found[name] = (module.__doc__ or "").strip().splitlines()[0]
+    return found
+
+
+def base_config(name: str) -> Config:
+    """The configuration of an experiment file, or of a JSON file (ours, or an official one)."""
+    if name.endswith(".json"):
+        return _from_file(Path(name))
+    if name not in named_configs():
+        raise ConfigError(
+            f"configuration {name!r} is unknown: use a .json file or one of "
+            f"{', '.join(named_configs())}"
+        )
+    return importlib.import_module(f"experiments.configs.{name}").config()
+
+
+def _from_file(path: Path) -> Config:
+    try:
+        content = json.loads(path.read_text())
+    except OSError as e:
+        raise ConfigError(f"configuration file {str(path)!r}: {e.strerror}") from None
+    except ValueError as e:
+        raise ConfigError(f"configuration file {str(path)!r} is not JSON: {e}") from None
+    if isinstance(content, dict) and "arch_layout" in content:
+        model = HNetConfig.from_json(content)
+        return dataclasses.replace(base_config("default"), model=model, workdir=f"runs/{path.stem}")
+    return from_json(Config, content)
+
+
+def run_config(argv: list[str] | None = None, default: str = "default") -> Config:
+    """`[NAME] [--section.field VALUE ...]` -> the resolved configuration."""
+    argv = sys.argv[1:] if argv is None else argv
+    name = default
+    if argv and not argv[0].startswith("-"):
+        name, argv = argv[0], argv[1:]
+    return parse(Config, base_config(name), argv)

@@ -1,0 +1,58 @@
+"""Train a named configuration.
+
+    python -m experiments.pretrain [NAME] [--section.field VALUE ...]
+
+NAME is a file of experiments/configs or a .json file (ours, or an official H-Net one). The same
+command again resumes. Exit codes: 0 done, 2 bad input, 75 asked to stop and saved (start again).
+"""
+
+import bz2
+import gzip
+import lzma
+import sys
+import time
+
+from experiments.command_line import run, run_config
+from hnet.train.compile_cache import enable_compilation_cache
+from hnet.train.distributed import REQUEUE_EXIT_CODE, StopRequest, host_id, initialize
+from hnet.train.loop import Outcome, StopRun, train
+
+
+def main() -> int:
+    config = run_config()
+    initialize(config.distributed)
+    enable_compilation_cache()
+    began = time.monotonic()
+    with StopRequest() as stop:
+        try:
+            outcome = train(config, stop)
+        except StopRun as e:
+            print(f"error: {e}", file=sys.stderr)
+            return 1
+    if outcome.evaluation is None:
+        print(f"stopped and saved at step {int(outcome.state.step)}: the same command resumes")
+        return REQUEUE_EXIT_CODE
+    if host_id() == 0:
+        _conclude(outcome, time.monotonic() - began)
+    return 0
+
+
+def _conclude(outcome: Outcome, seconds: float) -> None:
+    """Held-out bits per byte beside what general compressors reach on the same bytes."""
+    text = b"".join(outcome.corpus.heldout.texts())
+    if not text:
+        return
+    print(f"\nheld-out text: {len(text):,} bytes; this start took {seconds:.0f} s")
+    sizes = {
+        "gzip -9": len(gzip.compress(text, 9)),
+        "bz2 -9": len(bz2.compress(text, 9)),
+        "xz -9": len(lzma.compress(text, preset=9)),
+    }
+    rows = {"this model": outcome.evaluation.bpb}
+    rows |= {name: 8 * size / len(text) for name, size in sizes.items()}
+    for name, bpb in rows.items():
+        print(f"  {name:<12}{bpb:7.3f} bits per byte")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,105 @@
+"""What training minimises and what it reports: next-byte cross-entropy, rate losses, metrics."""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hnet.chunking.rate import boundary_rates, ratio_loss
+from hnet.chunking.router import RouterOutput
+from hnet.config import EOS_ID
+
+PROB_BINS = 20  # of the histogram of boundary probabilities
+
+
+class LossWeights(NamedTuple):
+    """Traced numbers of the loss, so that a sweep over them compiles once. S = stages that cut."""
+
+    target_ratio_S: jax.Array
+    """N: positions a chunk should hold"""
+    ratio_weight_S: jax.Array
+    """alpha: weight of each stage's rate loss"""
+
+
+def next_byte_nll(logits_BLV: jax.Array, input_ids_BL: jax.Array) -> jax.Array:
+    """-ln p(byte t | bytes < t) at [:, t] in nats, float32; 0 at t = 0, which nothing predicts."""
+    logits = logits_BLV[:, :-1].astype(jnp.float32)
+    picked = jnp.take_along_axis(logits, input_ids_BL[:, 1:, None], axis=-1)[..., 0]
+    return jnp.pad(jax.nn.logsumexp(logits, axis=-1) - picked, ((0, 0), (1, 0)))
+
+
+def trained_targets(batch: Mapping[str, jax.Array]) -> jax.Array:
+    """Positions whose byte is learned: source bytes (the loss mask) and each document's EOS."""
+    seen_BL = batch["segment_ids"] != 0
+    same_BL = batch["segment_ids"][:, 1:] == batch["segment_ids"][:, :-1]
+    predicted_BL = seen_BL & jnp.pad(same_BL, ((0, 0), (1, 0)))
+    return batch["loss_mask"] | (predicted_BL & (batch["input_ids"] == EOS_ID))
+
+
+def bits_per_byte(nats: float, num_bytes: float) -> float:
+    """Summed nats over source bytes as bits a byte; NaN if there are none."""
+    return nats / (math.log(2) * num_bytes) if num_bytes else math.nan
+
+
+def total_loss(
+    logits_BLV: jax.Array,
+    routes: list[RouterOutput],
+    batch: Mapping[str, jax.Array],
+    weights: LossWeights,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Mean cross-entropy in nats plus weighted rate losses, and metrics as a flat dict.
+
+    `loss/ce` is the mean over all learned targets; `nats` and `bytes` are sums over source bytes
+    alone (`batch["loss_mask"]`), whose quotient is bits per byte. All means are over the global
+    batch.
+    """
+    nll_BL = next_byte_nll(logits_BLV, batch["input_ids"])
+    trained_BL = trained_targets(batch)
+    num_trained = jnp.maximum(jnp.sum(trained_BL, dtype=jnp.float32), 1.0)
+    ce = jnp.sum(jnp.where(trained_BL, nll_BL, 0.0)) / num_trained
+    metrics = {
+        "loss/ce": ce,
+        "nats": jnp.sum(jnp.where(batch["loss_mask"], nll_BL, 0.0)),
+        "bytes": jnp.sum(batch["loss_mask"], dtype=jnp.int32),
+    }
+    loss = ce
+    num_bytes = jnp.sum(batch["segment_ids"] != 0, dtype=jnp.float32)
+    for s, route in enumerate(routes):
+        F, G = boundary_rates(route)
+        ratio = ratio_loss(F, G, weights.target_ratio_S[s])
+        loss += weights.ratio_weight_S[s] * ratio
+        metrics |= {
+            f"stage{s}/{name}": value
+            for name, value in {**stage_metrics(route, num_bytes), "ratio_loss": ratio}.items()
+        }
+    return loss, metrics | {"loss/total": loss}
+
+
+def stage_metrics(route: RouterOutput, num_bytes: jax.Array) -> dict[str, jax.Array]:
+    """What one stage did with a batch.
+
+    boundary_rate = chunks a position of this stage (F), boundary_prob its mean probability (G),
+    bytes_per_chunk = source and separator bytes a chunk (micro-averaged), overflow_frac = share of
+    the wanted boundaries (chunks) that the capacity clipped, max_chunks = most wanted in one row,
+    undecided_frac = share of p in [0.4, 0.6], prob_hist = counts of p in 20 equal bins.
+    """
+    F, G = boundary_rates(route)
+    p_BL, valid_BL = route.boundary_prob_BL, route.segment_ids_BL != 0
+    wanted = jnp.sum(route.num_boundaries_B, dtype=jnp.float32)
+    kept = jnp.sum(route.boundary_mask_BL, dtype=jnp.float32)
+    undecided_BL = valid_BL & (p_BL >= 0.4) & (p_BL <= 0.6)
+    bin_BL = jnp.where(valid_BL, jnp.minimum(p_BL * PROB_BINS, PROB_BINS - 1), -1)
+    bins = jnp.arange(PROB_BINS, dtype=jnp.int32)
+    in_bin = bin_BL.astype(jnp.int32)[..., None] == bins[None, None, :]
+    return {
+        "boundary_rate": F,
+        "boundary_prob": G,
+        "bytes_per_chunk": num_bytes / jnp.maximum(wanted, 1.0),
+        "overflow_frac": (wanted - kept) / jnp.maximum(wanted, 1.0),
+        "chunks": wanted,
+        "max_chunks": jnp.max(route.num_boundaries_B),
+        "undecided_frac": jnp.mean(undecided_BL) / jnp.maximum(jnp.mean(valid_BL), 1e-9),
+        "prob_hist": jnp.sum(in_bin, axis=(0, 1), dtype=jnp.int32),
+    }

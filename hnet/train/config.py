@@ -1,0 +1,190 @@
+"""The configuration of a run: one dataclass whose sections live beside the code that reads them."""
+
+import dataclasses
+import difflib
+import json
+import os
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from hnet.config import ConfigError, HNetConfig
+from hnet.data.config import DataConfig
+from hnet.train.checkpoint import CheckpointConfig
+from hnet.train.distributed import DistributedConfig
+from hnet.train.optim import OptimConfig
+from hnet.train.sharding import MeshConfig
+from hnet.train.watchdog import WatchdogConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length of a run and what happens when numbers go wrong."""
+
+    steps: int = 1000
+    """optimizer updates"""
+    accumulate: int = 1
+    """micro-batches an update; the batch is cut into that many"""
+    log_every: int = 10
+    """updates between two lines of metrics.jsonl"""
+    max_skipped: int = 10
+    """updates in a row that may be skipped for a non-finite loss or gradient"""
+    on_non_finite: Literal["rollback", "stop"] = "rollback"
+    """after max_skipped: go back to the last good checkpoint with later data, or end"""
+    stop_on_alarm: bool = False
+    """end the run when a boundary alarm is raised"""
+
+    def __post_init__(self):
+        for name, least in (("steps", 1), ("accumulate", 1), ("log_every", 1), ("max_skipped", 1)):
+            if (value := getattr(self, name)) < least:
+                raise ConfigError(f"train.{name}={value}: use {least} or more")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation on the held-out text while training."""
+
+    every: int = 500
+    """updates between two evaluations; there is one at the start and one at the end"""
+    max_bytes: int = 65_536
+    """held-out bytes of the evaluations before the last one, which reads all"""
+    probe_bytes: int = 384
+    """bytes of held-out text whose boundaries are drawn"""
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """A trace for TensorBoard's profile plugin."""
+
+    steps: str = ""
+    """FIRST:LAST, e.g. 10:20; empty = no trace"""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run is made of."""
+
+    model: HNetConfig
+    workdir: str
+    """folder of this run; the same command again resumes in it"""
+    seed: int = 0
+    """of the initialisation and the order of the data"""
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    mesh: MeshConfig = MeshConfig()
+    distributed: DistributedConfig = DistributedConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
+    profile: ProfileConfig = ProfileConfig()
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON content."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_json(cls: type, content: Any, path: str = "") -> Any:
+    """The dataclass `cls` from JSON content; a missing field takes its default.
+
+    Raises ConfigError, naming the field, for an unknown one or a value of another type.
+    """
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path or 'configuration'}={content!r}: expected an object")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for name in content:
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(fields)}"
+            raise ConfigError(f"unknown field {_join(path, name)}: {hint}")
+    values = {k: _value(hints[k], v, _join(path, k)) for k, v in content.items()}
+    for name, field in fields.items():
+        if name not in values and field.default is dataclasses.MISSING:
+            raise ConfigError(f"field {_join(path, name)} is missing")
+    return cls(**values)
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _value(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_json(hint, value, path)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        for option in args:
+            try:
+                return _value(option, value, path)
+            except ConfigError:
+                continue
+    elif origin is Literal and value in args:
+        return value
+    elif origin is tuple and isinstance(value, list):
+        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
+        if len(kinds) == len(value):
+            return tuple(_value(k, v, f"{path}.{i}") for i, (k, v) in enumerate(zip(kinds, value)))
+    elif hint is float and type(value) in (int, float):
+        return float(value)
+    elif hint is type(None) and value is None or hint in (int, str, bool) and type(value) is hint:
+        return value
+    raise ConfigError(f"{path}={value!r}: expected {getattr(hint, '__name__', hint)}")
+
+
+def read_config(workdir: str | os.PathLike) -> Config:
+    """The configuration a run was started with. Raises ConfigError if there is none."""
+    file = Path(workdir) / "config.json"
+    try:
+        return from_json(Config, json.loads(file.read_text()))
+    except FileNotFoundError:
+        raise ConfigError(f"{file} does not exist: give the work directory of a run") from None
+    except (OSError, ValueError) as e:
+        if isinstance(e, ConfigError):
+            raise
+        raise ConfigError(f"{file} cannot be read: {e}") from None
+
+
+# What may change between two starts in the same work directory: it alters neither the parameters'
+# shapes nor which bytes batch k holds.
+_FREE = ("train", "eval", "checkpoint", "mesh", "distributed", "watchdog", "profile", "optim")
+
+
+def claim_workdir(config: Config) -> None:
+    """Write config.json, or check that the run there is this one.
+
+    Raises ConfigError naming the first field that differs in a way that makes it another run. A
+    changed setting of the rest is allowed; the former file is kept as config-N.json.
+    """
+    folder = Path(config.workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    file, content = folder / "config.json", to_json(config)
+    if file.exists():
+        before = to_json(read_config(folder))
+        if before == content:
+            return
+        for path, old, new in _differences(before, content):
+            free = path.split(".")[0] in (*_FREE, "workdir") or path.startswith("model.compute")
+            if not free:
+                raise ConfigError(
+                    f"{path}={new!r}, but the run in workdir={config.workdir} has {old!r}: "
+                    "use that value to resume it, or another workdir"
+                )
+        n = 1
+        while (folder / f"config-{n}.json").exists():
+            n += 1
+        file.rename(folder / f"config-{n}.json")
+    temporary = folder / "config.json.tmp"
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.rename(file)
+
+
+def _differences(a: Any, b: Any, path: str = ""):
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in [*a, *(k for k in b if k not in a)]:
+            yield from _differences(a.get(key), b.get(key), _join(path, key))
+    elif a != b:
+        yield path, a, b

@@ -1,0 +1,92 @@
+"""Bits per byte of a text, in total and by document, and what each stage did with it."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import jax
+import numpy as np
+
+from hnet.data.pipeline import Batch
+
+
+@dataclass
+class Evaluation:
+    """Sums over the scored bytes, in float64 on the host."""
+
+    nats_by_document: dict[int, float] = field(default_factory=dict)
+    bytes_by_document: dict[int, int] = field(default_factory=dict)
+    positions: float = 0.0
+    chunks_by_stage: tuple[float, ...] = ()
+    most_chunks_by_stage: tuple[int, ...] = ()
+    """in one row"""
+
+    @property
+    def nats(self) -> float:
+        return math.fsum(self.nats_by_document.values())
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self.bytes_by_document.values())
+
+    @property
+    def bpb(self) -> float:
+        """Bits per source byte; NaN before anything was scored."""
+        return self.nats / (math.log(2) * self.num_bytes) if self.num_bytes else math.nan
+
+    def bytes_per_chunk(self, stage: int) -> float:
+        """Positions of stage 0 (source bytes and separators) a chunk of `stage`."""
+        return self.positions / max(self.chunks_by_stage[stage], 1.0)
+
+    def metrics(self) -> dict[str, float]:
+        """The flat form that metrics.jsonl and TensorBoard show."""
+        stages = range(len(self.chunks_by_stage))
+        return {
+            "eval/bpb": self.bpb,
+            "eval/bytes": self.num_bytes,
+            **{f"eval/stage{s}/bytes_per_chunk": self.bytes_per_chunk(s) for s in stages},
+        }
+
+    def add(self, batch: Batch, metrics: dict) -> None:
+        """Count one batch, with the metrics of `eval_step` on the host."""
+        scored = np.asarray(batch["loss_mask"])
+        documents = np.asarray(batch["document_ids"])[scored]
+        nll = np.asarray(metrics["nll_BL"], np.float64)[scored]
+        for document in np.unique(documents):
+            own, key = documents == document, int(document)
+            nats = float(nll[own].sum())
+            self.nats_by_document[key] = self.nats_by_document.get(key, 0.0) + nats
+            self.bytes_by_document[key] = self.bytes_by_document.get(key, 0) + int(own.sum())
+        self.positions += float(metrics["positions"])
+        chunks, most = metrics["num_chunks_S"], metrics["max_chunks_S"]
+        zeros = (0,) * len(chunks)
+        sums = zip(self.chunks_by_stage or zeros, chunks)
+        self.chunks_by_stage = tuple(a + float(n) for a, n in sums)
+        maxima = zip(self.most_chunks_by_stage or zeros, most)
+        self.most_chunks_by_stage = tuple(max(a, int(n)) for a, n in maxima)
+
+
+def evaluate(
+    batches: Iterable[Batch],
+    run_batch: Callable[[Batch, tuple[int | None, ...]], dict],
+    capacities: tuple[int | None, ...],
+    *,
+    max_bytes: int | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
+    """Score batches until `max_bytes` source bytes are reached; None if told to stop.
+
+    `run_batch(batch, capacities)` is `eval_step` on the devices. A batch that overflows the given
+    capacities is run again with as many slots as positions: evaluation clips nothing.
+    """
+    result = Evaluation()
+    for batch in batches:
+        if should_stop():
+            return None
+        metrics = jax.device_get(run_batch(batch, capacities))
+        if any(f > 0 for f in metrics["overflow_S"]):
+            metrics = jax.device_get(run_batch(batch, (None,) * len(capacities)))
+        result.add(batch, metrics)
+        if max_bytes is not None and result.num_bytes >= max_bytes:
+            break
+    return result

@@ -1,0 +1,227 @@
+"""The training loop. Its order is law: evaluate, save, next batch, step, read the step before."""
+
+import contextlib
+import logging
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import jax
+
+from hnet.data import BatchIterator, Corpus, batch_fingerprint, open_corpus, train_batches
+from hnet.infer.segment import segmenter
+from hnet.train import distributed
+from hnet.train.capacity import Ladder
+from hnet.train.checkpoint import Checkpointer
+from hnet.train.config import Config, claim_workdir, to_json
+from hnet.train.evaluate import Evaluation
+from hnet.train.program import Program, build, put_batch, run_evaluation
+from hnet.train.report import Report
+from hnet.train.sharding import replicated
+from hnet.train.step import TrainState
+from hnet.train.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
+MAX_ROLLBACKS = 3
+
+
+class StopRun(RuntimeError):
+    """Training itself failed: one line with the name of the fault and a remedy."""
+
+
+@dataclass
+class Position:
+    """Where a run stands besides its arrays: plain JSON in every checkpoint."""
+
+    data: int = 0
+    """number of the next batch"""
+    bytes_seen: int = 0
+    """source bytes scored so far"""
+    rollbacks: int = 0
+    ladder: dict = field(default_factory=dict)
+    new_counts: tuple[int, ...] = ()
+    """most chunks a row, by stage, of the last step; the ladder learns of it a step later"""
+
+
+@dataclass
+class InFlight:
+    """A step sent to the devices; its metrics are read while the next one runs."""
+
+    step: int
+    metrics: dict[str, Any]
+    capacities: tuple[int, ...]
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    state: TrainState
+    evaluation: Evaluation | None
+    """of the whole held-out text; None if the run was told to stop before its end"""
+    program: Program
+    corpus: Corpus
+
+
+def train(config: Config, stop: distributed.StopRequest) -> Outcome:
+    """Train up to `config.train.steps`, from the newest good checkpoint of the workdir if any.
+
+    Raises ConfigError for settings that cannot work and StopRun if training fails.
+    """
+    corpus = open_corpus(config.data)
+    program = build(config)
+    claim_workdir(config)
+    distributed.assert_same_on_all_hosts(distributed.host_facts(to_json(config)))
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(Checkpointer(config.workdir, config.checkpoint))
+        state, position = _first_state(checkpoints, program)
+        report = stack.enter_context(Report(config, corpus, int(state.step)))
+        watchdog = stack.enter_context(Watchdog(config.workdir, config.watchdog))
+        while True:
+            with _open_batches(corpus, config, position.data) as batches:
+                try:
+                    return _loop(
+                        config, corpus, program, state, position,
+                        checkpoints, batches, report, watchdog, stop,
+                    )  # fmt: skip
+                except NonFinite as fault:
+                    state, position = _roll_back(config, checkpoints, program, fault)
+                    report.rolled_back(int(state.step), str(fault))
+
+
+class NonFinite(RuntimeError):
+    """Loss or gradient was not finite for train.max_skipped updates in a row."""
+
+    def __init__(self, message: str, position: Position):
+        super().__init__(message)
+        self.position = position
+
+
+def _loop(
+    config: Config,
+    corpus: Corpus,
+    program: Program,
+    state: TrainState,
+    position: Position,
+    checkpoints: Checkpointer,
+    batches: BatchIterator,
+    report: Report,
+    watchdog: Watchdog,
+    stop: distributed.StopRequest,
+) -> Outcome:
+    start = done = int(state.step)
+    ladder = Ladder.from_json(config.data.seq_len, position.ladder) if position.ladder else None
+    segment = segmenter(program.graph, replicated(program.mesh))
+    inflight: InFlight | None = None
+    evaluation = None
+    while True:
+        last = done == config.train.steps
+        stopping = stop.stop_requested(done)
+        saves = stopping or last or _due(done, config.checkpoint.every) and done > start
+        evaluates = last or _due(done, config.eval.every) and not stopping
+        row = None
+        if inflight and (saves or evaluates):
+            row, inflight = _read(inflight, config, position, batches), None
+        if evaluates:
+            watchdog.beat("eval")
+            evaluation = run_evaluation(
+                program, state.params, corpus.heldout, config,
+                ladder.capacities if ladder else (None,) * config.model.num_chunked,
+                max_bytes=None if last else config.eval.max_bytes,
+                should_stop=lambda: stop.stop_requested(done),
+            )  # fmt: skip
+            if evaluation:
+                report.evaluated(done, evaluation, row, segment, state.params)
+        if row:
+            report.step(row)
+        if ladder is None:
+            counts = evaluation.most_chunks_by_stage if evaluation else None
+            ladder = Ladder.start(config.data.seq_len, counts, config.model.num_chunked)
+        if saves and done > start:
+            watchdog.beat("save")
+            position.ladder, position.data = ladder.to_json(), batches.position
+            checkpoints.save(done, state, {"position": asdict(position), "config": to_json(config)})
+        if last or stop.stop_requested(done):
+            checkpoints.wait()
+            return Outcome(state, evaluation if last else None, program, corpus)
+
+        watchdog.beat("load")
+        batch = next(batches)
+        watchdog.beat("step")
+        with report.trace(done):
+            state, metrics = program.step(
+                state, put_batch(batch, program.mesh), program.hparams,
+                capacities=ladder.capacities,
+            )  # fmt: skip
+        done += 1
+        if inflight:
+            report.step(_read(inflight, config, position, batches))
+        inflight = InFlight(done, metrics, ladder.capacities, batch_fingerprint(batch))
+        ladder, before = ladder.observe(position.new_counts), ladder
+        if ladder.capacities != before.capacities:
+            report.say(f"step {done}: chunk slots {before.capacities} -> {ladder.capacities}")
+        checkpoints.check()
+
+
+def _due(done: int, every: int) -> bool:
+    return bool(every) and done % every == 0
+
+
+def _read(inflight: InFlight, config: Config, position: Position, batches: BatchIterator) -> dict:
+    """Wait for a step and make its row of metrics.jsonl. Raises NonFinite after too many skips."""
+    metrics = jax.device_get(inflight.metrics)
+    position.bytes_seen += int(metrics["bytes"])
+    stages = range(config.model.num_chunked)
+    position.new_counts = tuple(int(metrics[f"stage{s}/max_chunks"]) for s in stages)
+    skipped = int(metrics["skipped_in_a_row"])
+    if skipped >= config.train.max_skipped:
+        position.data = batches.position
+        raise NonFinite(
+            f"non-finite loss or gradient in {skipped} updates in a row up to step {inflight.step}",
+            position,
+        )
+    slots = [config.data.batch_size * c for c in inflight.capacities]
+    row: dict[str, Any] = {
+        "step": inflight.step,
+        "bytes_seen": position.bytes_seen,
+        "batch": inflight.fingerprint,
+        "input/wait_seconds": batches.wait_seconds,
+        "metrics": metrics,
+    }
+    for s in stages:
+        kept = float(metrics[f"stage{s}/chunks"]) * (1 - float(metrics[f"stage{s}/overflow_frac"]))
+        row[f"stage{s}/capacity"] = inflight.capacities[s]
+        row[f"stage{s}/slot_utilization"] = kept / slots[s]
+    return row
+
+
+def _open_batches(corpus: Corpus, config: Config, start: int) -> BatchIterator:
+    return train_batches(
+        corpus, config.data, seed=config.seed, start=start,
+        process_index=distributed.host_id(), process_count=distributed.num_hosts(),
+    )  # fmt: skip
+
+
+def _first_state(checkpoints: Checkpointer, program: Program) -> tuple[TrainState, Position]:
+    if not checkpoints.steps():
+        return program.init(), Position()
+    return _restored(checkpoints, program)
+
+
+def _restored(checkpoints: Checkpointer, program: Program) -> tuple[TrainState, Position]:
+    restored = checkpoints.restore(program.abstract_state)
+    return restored.state, Position(**restored.extras["position"])
+
+
+def _roll_back(
+    config: Config, checkpoints: Checkpointer, program: Program, fault: NonFinite
+) -> tuple[TrainState, Position]:
+    """The last good checkpoint, with the data that follows the fault. Raises StopRun."""
+    failed = fault.position
+    if config.train.on_non_finite == "stop" or failed.rollbacks >= MAX_ROLLBACKS:
+        raise StopRun(f"{fault}: lower optim.learning_rate or optim.clip_norm")
+    if checkpoints.latest_good_step() is None:
+        raise StopRun(f"{fault}, and there is no checkpoint to go back to: lower checkpoint.every")
+    state, position = _restored(checkpoints, program)
+    position.data, position.rollbacks = failed.data, failed.rollbacks + 1
+    return state, position

@@ -1,0 +1,120 @@
+"""AdamW with a learning rate for each stage, as arrays in and arrays out."""
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hnet.config import ConfigError, HNetConfig, lr_multipliers
+
+_NOT_DECAYED = re.compile(r"scale|bias|dt_bias|A_log|D|conv1d_bias")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, its schedule, and the weight of the rate losses."""
+
+    learning_rate: float = 1e-3
+    """peak learning rate, before the multiplier of each stage"""
+    schedule: Literal["wsd", "cosine", "constant"] = "wsd"
+    """after warm-up: constant then 1 - sqrt decay, cosine to 0, or constant"""
+    warmup_frac: float = 0.1
+    """share of the steps that warm up linearly"""
+    decay_frac: float = 0.2
+    """share of the steps, at the end, in which wsd decays"""
+    lr_multipliers: Literal["published", "none"] | tuple[float, ...] = "published"
+    """of each stage, outermost first: the paper's formula, 1, or explicit numbers"""
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """decoupled; not on norms, biases, A_log, dt_bias and D"""
+    clip_norm: float = 1.0
+    """global gradient norm above which gradients are scaled down"""
+    ratio_loss_weight: float = 0.03
+    """alpha, of every stage"""
+
+    def __post_init__(self):
+        for name in ("learning_rate", "clip_norm", "eps"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"optim.{name}={getattr(self, name)}: use a number above 0")
+        for name in ("warmup_frac", "decay_frac"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"optim.{name}={getattr(self, name)}: use a share from 0 to 1")
+
+    def multipliers(self, model: HNetConfig) -> tuple[float, ...]:
+        """Learning-rate multiplier of each stage of `model`."""
+        match self.lr_multipliers:
+            case "published":
+                return lr_multipliers(model)
+            case "none":
+                return (1.0,) * len(model.stages)
+            case explicit if len(explicit) == len(model.stages):
+                return explicit
+            case explicit:
+                raise ConfigError(
+                    f"optim.lr_multipliers={explicit} has {len(explicit)} numbers for "
+                    f"{len(model.stages)} stages: give one a stage"
+                )
+
+
+class Hyperparams(NamedTuple):
+    """Traced numbers of the update, so that a sweep over them compiles once."""
+
+    learning_rate: jax.Array
+    weight_decay: jax.Array
+    multiplier_S: jax.Array
+    """of each stage, the innermost included"""
+
+
+def schedule(config: OptimConfig, step: jax.Array, num_steps: int) -> jax.Array:
+    """Factor of the peak learning rate at update `step` (0 is the first), in (0, 1].
+
+    "20% inverse-square-root decay" of arXiv 2507.07955 is read as 1 - sqrt(x), x the share of the
+    decay that is done.
+    """
+    step = step.astype(jnp.float32)
+    warmup = max(round(config.warmup_frac * num_steps), 1)
+    warm = jnp.minimum((step + 1) / warmup, 1.0)
+    match config.schedule:
+        case "constant":
+            return warm
+        case "cosine":
+            x = jnp.clip((step - warmup) / max(num_steps - warmup, 1), 0.0, 1.0)
+            return warm * 0.5 * (1 + jnp.cos(jnp.pi * x))
+        case "wsd":
+            decay = max(round(config.decay_frac * num_steps), 1)
+            x = jnp.clip((step + 1 - (num_steps - decay)) / (decay + 1), 0.0, 1.0)
+            return warm * (1 - jnp.sqrt(x))
+
+
+def stage_of(path: tuple, num_stages: int) -> int:
+    """Stage that a parameter belongs to; embeddings and head belong to stage 0."""
+    depth = sum(jax.tree_util.keystr((part,), simple=True) == "main_network" for part in path)
+    return min(depth, num_stages - 1)
+
+
+def is_decayed(path: tuple) -> bool:
+    return not _NOT_DECAYED.fullmatch(jax.tree_util.keystr(path[-1:], simple=True))
+
+
+def optimizer(config: OptimConfig) -> optax.GradientTransformation:
+    """Clipped Adam directions; `apply_update` turns them into a step."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+    )
+
+
+def apply_update(params: Any, direction: Any, hparams: Hyperparams, factor: jax.Array) -> Any:
+    """p - lr_s (direction + weight_decay p), lr_s = learning_rate * factor * multiplier of stage."""
+    num_stages = hparams.multiplier_S.shape[0]
+
+    def update(path, p, d):
+        rate = hparams.learning_rate * factor * hparams.multiplier_S[stage_of(path, num_stages)]
+        return p - rate * (d + hparams.weight_decay * p if is_decayed(path) else d)
+
+    return jax.tree_util.tree_map_with_path(update, params, direction)

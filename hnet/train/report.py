@@ -1,0 +1,215 @@
+"""What a run tells people: metrics.jsonl, TensorBoard, alarms, and one live line."""
+
+import contextlib
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from hnet.config import ConfigError
+from hnet.data import Corpus
+from hnet.inspect.writer import RunWriter
+from hnet.loss import PROB_BINS, bits_per_byte
+from hnet.train import distributed
+from hnet.train.alarms import BoundaryAlarms
+from hnet.train.config import Config
+from hnet.train.evaluate import Evaluation
+from hnet.train.probes import probe_texts
+
+
+class Report:
+    """Everything that process 0 shows and writes while a run goes on; silent on the others."""
+
+    def __init__(self, config: Config, corpus: Corpus, start_step: int):
+        self.config, self.start_step = config, start_step
+        self.speaks = distributed.host_id() == 0
+        self.probes = probe_texts(corpus.heldout, config.eval.probe_bytes)
+        self.profiled = _profiled_steps(config.profile.steps)
+        self.metrics = MetricsFile(config.workdir, start_step) if self.speaks else None
+        self.writer = None
+        if self.speaks:
+            folder = Path(config.workdir) / "tensorboard"
+            self.writer = RunWriter(folder, resume_step=start_step or None)
+        self.line = LiveLine(config.train.steps, start_step, enabled=self.speaks)
+        targets = tuple(1 / s.chunking.target_ratio for s in config.model.stages[:-1])
+        self.alarms = BoundaryAlarms(targets)
+        self.logged_at, self.logged_bytes, self.logged_wait = time.monotonic(), None, 0.0
+        if self.speaks and start_step:
+            self.say(f"resuming at step {start_step}")
+
+    def __enter__(self) -> "Report":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        if self.writer:
+            self.writer.close()
+        self.line.close()
+
+    def say(self, text: str) -> None:
+        """One line that stays."""
+        self.line.say(text)
+
+    def step(self, row: dict[str, Any]) -> None:
+        """Show a step; log it if it is one of every `log_every`, the first, or was evaluated."""
+        metrics = row.pop("metrics")
+        step, is_logged = row["step"], row["step"] == 1 or "eval/bpb" in row
+        self._watch_boundaries(step, metrics)
+        if not (is_logged or step % self.config.train.log_every == 0):
+            return
+        row["train/bpb"] = bits_per_byte(float(metrics["nats"]), int(metrics["bytes"]))
+        row |= {k: v.item() for k, v in metrics.items() if v.ndim == 0 and k != "nats"}
+        self._add_speed(row)
+        self.line.show(row)
+        if not self.speaks:
+            return
+        self.metrics.write(row)
+        scalars = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
+        self.writer.scalars(step, scalars)
+        for name, counts in metrics.items():
+            if name.endswith("prob_hist"):
+                middles = (np.arange(PROB_BINS) + 0.5) / PROB_BINS
+                values = np.repeat(middles, counts)
+                self.writer.histogram(step, name, values, np.linspace(0, 1, PROB_BINS + 1))
+
+    def _add_speed(self, row: dict[str, Any]) -> None:
+        """bytes_per_sec and the share of time spent waiting for data, since the last logged step."""
+        now, wait = time.monotonic(), row.pop("input/wait_seconds")
+        seen, seconds = row["bytes_seen"], max(now - self.logged_at, 1e-9)
+        before = seen - row["bytes"] if self.logged_bytes is None else self.logged_bytes
+        row["bytes_per_sec"] = (seen - before) / seconds
+        row["input/stall_frac"] = (wait - self.logged_wait) / seconds
+        self.logged_at, self.logged_bytes, self.logged_wait = now, seen, wait
+
+    def _watch_boundaries(self, step: int, metrics: dict[str, Any]) -> None:
+        stages = range(self.config.model.num_chunked)
+        rates = tuple(float(metrics[f"stage{s}/boundary_rate"]) for s in stages)
+        for alarm in self.alarms.check(step, rates):
+            self.say(alarm)
+        if int(metrics["skipped_in_a_row"]):
+            self.say(f"step {step}: update skipped, loss or gradient is not finite")
+        for s in stages:
+            if lost := float(metrics[f"stage{s}/overflow_frac"]):
+                self.say(f"step {step}: overflow: {lost:.2%} of stage {s}'s chunks were clipped")
+
+    def evaluated(self, step, evaluation: Evaluation, row, segment, params) -> None:
+        """Log an evaluation, into the row of its step if there is one, and draw the probe texts."""
+        results = evaluation.metrics()
+        if row is not None:
+            row |= results
+        texts = [probe.data for probe in self.probes]
+        names, gold = [p.name for p in self.probes], [dict(p.gold) for p in self.probes]
+        drawn = segment(params, texts, names, gold)
+        if self.speaks:
+            self.writer.scalars(step, results)
+            self.writer.write_segmentations(step, drawn)
+        sizes = [
+            f"{evaluation.bytes_per_chunk(s):.2f}" for s in range(len(evaluation.chunks_by_stage))
+        ]
+        chunks = f", {' / '.join(sizes)} bytes/chunk" if sizes else ""
+        self.say(f"step {step}: held-out {evaluation.bpb:.4f} bpb{chunks}")
+
+    def rolled_back(self, step: int, why: str) -> None:
+        """Go on from an earlier step."""
+        self.say(f"{why}: rolled back to step {step}")
+        if self.metrics:
+            self.metrics = MetricsFile(self.config.workdir, step)
+
+    @contextlib.contextmanager
+    def trace(self, done: int):
+        """Profile the steps of `profile.steps` into the TensorBoard folder."""
+        first, last = self.profiled
+        if done == first:
+            jax.profiler.start_trace(str(Path(self.config.workdir) / "tensorboard"))
+        with jax.profiler.StepTraceAnnotation("train", step_num=done):
+            yield
+        if done == last:
+            jax.profiler.stop_trace()
+
+
+def _profiled_steps(text: str) -> tuple[int, int]:
+    if not text:
+        return -1, -1
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        raise ConfigError(f"profile.steps={text!r}: write FIRST:LAST, e.g. 10:20")
+    return int(first), int(last)
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a line, appended by one process.
+
+    Lines of steps after `step`, which a resumed run does again, are dropped when it starts: they
+    come again with the same numbers. A half-written last line is dropped too.
+    """
+
+    def __init__(self, workdir: str, step: int):
+        self.path = Path(workdir) / "metrics.jsonl"
+        if self.path.exists():
+            lines = self.path.read_text().splitlines(True)
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(x for x in lines if _is_kept(x, step)))
+            temporary.rename(self.path)
+
+    def write(self, row: dict[str, Any]) -> None:
+        with self.path.open("a") as f:
+            f.write(json.dumps(row) + "\n")
+
+
+def _is_kept(line: str, step: int) -> bool:
+    try:
+        return line.endswith("\n") and json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+class LiveLine:
+    """step, bits a byte, bytes a second, bytes a chunk of each stage, time left.
+
+    A bar in a terminal, a line every few seconds elsewhere.
+    """
+
+    def __init__(self, total: int, start: int, *, enabled: bool = True, seconds: float = 10.0):
+        self.console = Console(quiet=not enabled, highlight=False)
+        self.total, self.start, self.seconds = total, start, seconds
+        self.began = self.printed = time.monotonic()
+        self.bar = None
+        if enabled and self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+            self.bar = Progress(*columns, console=self.console)
+            self.bar.start()
+            self.task = self.bar.add_task("compiling", total=total, completed=start)
+
+    def say(self, text: str) -> None:
+        self.console.print(escape(text), soft_wrap=True)
+
+    def show(self, row: dict[str, Any]) -> None:
+        chunks, s = [], 0
+        while (size := row.get(f"stage{s}/bytes_per_chunk")) is not None:
+            chunks.append(f"{size:.2f}")
+            s += 1
+        text = f"step {row['step']}/{self.total}  {row['train/bpb']:.3f} bpb  "
+        text += f"{row['bytes_per_sec']:,.0f} bytes/s  {' / '.join(chunks) or '-'} bytes/chunk"
+        now = time.monotonic()
+        if self.bar:
+            self.bar.update(self.task, completed=row["step"], description=text)
+        elif now - self.printed > self.seconds or row["step"] == self.total:
+            self.printed = now
+            pace = (now - self.began) / max(row["step"] - self.start, 1)
+            self.say(f"{text}  {_duration(pace * (self.total - row['step']))} left")
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.stop()
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(math.ceil(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

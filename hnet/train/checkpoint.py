@@ -8,6 +8,7 @@ for each; exit code 1 if none is good, 2 for bad input.
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -19,7 +20,6 @@ from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
-from etils import epath
 
 from hnet.config import ConfigError
 from hnet.train import distributed
@@ -80,16 +80,15 @@ class SaveTimes:
     """Cost of the last finished save, to compare with the grace period of the scheduler."""
 
     step: int
-    """what was saved"""
     blocking_seconds: float
     """the training loop stood still"""
     total_seconds: float
     """until it was durable"""
     num_bytes: int
-    """written by all hosts; 0 where not known (only process 0 counts)"""
+    """written by all hosts; 0 on hosts that do not know (only process 0 counts)"""
 
 
-class Checkpointer:
+class Checkpointer(contextlib.AbstractContextManager):
     """Saves and restores under ``workdir``; all processes make the same calls."""
 
     def __init__(self, workdir: str | os.PathLike, config: CheckpointConfig = CheckpointConfig()):
@@ -104,15 +103,12 @@ class Checkpointer:
         self._saving: Future | None = None
         self._saving_step = -1
 
-    def __enter__(self) -> "Checkpointer":
-        return self
-
     def __exit__(self, *exc_info) -> None:
         self.close()
 
     def steps(self) -> list[int]:
-        """Step folders, oldest first, whether good or not."""
-        return sf.list_steps(self.folder)
+        """Steps whose save was finished, oldest first, whether good or not; empty: a new run."""
+        return sf.list_saved(self.folder)
 
     def latest_good_step(self) -> int | None:
         """Newest step whose manifest and files verify (``restore`` also compares the values)."""
@@ -214,11 +210,8 @@ class Checkpointer:
 
     def close(self) -> None:
         """Wait for the last save and end the threads. Raises CheckpointError if it failed."""
-        try:
+        with contextlib.closing(self._orbax), self._pool:
             self.wait()
-        finally:
-            self._pool.shutdown()
-            self._orbax.close()
 
     def restore(self, abstract_state: Any, step: int | None = None, *, only: str = "") -> Restored:
         """Read the newest checkpoint whose values verify, or exactly ``step``.
@@ -231,7 +224,8 @@ class Checkpointer:
         """
         self.wait()
         wanted, treedef = lv.flatten(abstract_state, only)
-        found = distributed.exchange("checkpoint/list", ",".join(map(str, self.steps())))[0]
+        folders = ",".join(map(str, sf.list_steps(self.folder)))
+        found = distributed.exchange("checkpoint/list", folders)[0]
         steps = [int(s) for s in found.split(",") if s]
         if step is not None and step not in steps:
             raise ConfigError(f"checkpoint step {step} is not in {self.folder}: it has {steps}")
@@ -252,39 +246,30 @@ class Checkpointer:
     def _try_restore(self, step: int, wanted: dict[str, Any], only: str) -> tuple[dict, dict, str]:
         """(arrays by path, extras, why not); all hosts agree on the last."""
         folder = self.folder / str(step)
-        named, extras, mismatch = {}, {}, None
+        if why := self._agree(sf.why_not(folder)):
+            return {}, {}, why
+        manifest = mf.read(folder)
+        below = f"{only}/" if only else ""
+        saved = {p: leaf for p, leaf in manifest.leaves.items() if f"{p}/".startswith(below)}
+        lv.check_schema(str(folder), saved, lv.describe(wanted), cast_dtype=self.config.cast_dtype)
+        one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shardings = {p: getattr(x, "sharding", None) or one_device for p, x in wanted.items()}
+        arrays, why = {}, ""
         try:
-            manifest = mf.read(folder)
-            mf.check_files(folder, manifest)
-            extras = manifest.extras
-            named = self._read(folder, manifest, wanted, only)
-            why = ""
-        except ConfigError as e:  # true of every step, and the same on every host
-            mismatch, why = e, ""
+            arrays = read_arrays(self._orbax, folder, manifest, shardings)
         except Damaged as e:
             why = str(e)
         except Exception as e:  # whatever Orbax says of a damaged file
             why = f"it cannot be read ({mf.first_line(e)})"
+        if why := self._agree(why):
+            return {}, {}, why
+        named = {path: lv.as_wanted(arrays[path], leaf) for path, leaf in wanted.items()}
+        return named, manifest.extras, ""
+
+    def _agree(self, why: str) -> str:
+        """The first host's reason to reject a step, empty if no host has one."""
         answers = distributed.exchange("checkpoint/restore", why, self.config.timeout_seconds)
-        why = next((answer for answer in answers if answer), "")
-        if mismatch and not why:
-            raise mismatch
-        return named, extras, why
-
-    def _read(
-        self, folder: epath.Path, manifest: Manifest, wanted: dict[str, Any], only: str
-    ) -> dict[str, jax.Array]:
-        prefix = f"{only}/" if only else ""
-        saved = {path: leaf for path, leaf in manifest.leaves.items() if path.startswith(prefix)}
-        lv.check_schema(str(folder), saved, lv.describe(wanted), cast_dtype=self.config.cast_dtype)
-        shardings = {path: _sharding(leaf) for path, leaf in wanted.items()}
-        arrays = read_arrays(self._orbax, folder, manifest, shardings)
-        return {path: lv.as_wanted(arrays[path], leaf) for path, leaf in wanted.items()}
-
-
-def _sharding(leaf: Any) -> jax.sharding.Sharding:
-    sharding = getattr(leaf, "sharding", None)
-    return sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return next((answer for answer in answers if answer), "")
 
 
 def _failure(step: int, error: BaseException) -> str:

@@ -26,13 +26,14 @@ from jax.experimental import multihost_utils
 
 import hnet
 from hnet.config import ConfigError
+from hnet.train.manifest import first_line
 
 log = logging.getLogger(__name__)
 
 REQUEUE_EXIT_CODE = 75
-"""Exit code of a run that was asked to stop and saved: start the same command again.
+"""A run that was asked to stop and saved ends so (EX_TEMPFAIL): start the same command again.
 
-It is EX_TEMPFAIL of sysexits.h. Other codes: 0 done, 2 bad input, anything else a failure.
+Other codes: 0 done, 2 bad input, anything else a failure.
 """
 
 
@@ -81,7 +82,7 @@ def initialize(config: DistributedConfig = DistributedConfig()) -> None:
     if given["num_processes"] == 1 or (len(missing) == 3 and not config.auto):
         return
     if missing and not config.auto:
-        raise ConfigError(f"distributed.{missing[0]} is not set: give it, or distributed.auto True")
+        raise ConfigError(f"distributed.{missing[0]} is not set: give it")
     try:
         jax.distributed.initialize(
             coordinator_address=given["coordinator"],
@@ -97,7 +98,7 @@ def initialize(config: DistributedConfig = DistributedConfig()) -> None:
         alone = ("coordinator_address should be defined", "must be called before")
         if len(missing) == 3 and any(text in str(e) for text in alone):
             return
-        raise ConfigError(_start_error(given, missing, e)) from None
+        raise ConfigError(_start_error(given, e)) from None
     _client().key_value_set(f"hnet/host/{host_id()}", socket.gethostname())
 
 
@@ -113,14 +114,12 @@ def _number(value: int | None, variable: str) -> int | None:
     return int(text)
 
 
-def _start_error(given: dict[str, Any], missing: list[str], error: Exception) -> str:
+def _start_error(given: dict[str, Any], error: Exception) -> str:
     what = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if 0 < len(missing) < 3:
-        return f"distributed.{missing[0]} is not set ({what} is): give it too ({reason})"
     return (
-        f"distributed ({what or 'found in the environment'}) could not start: {reason}; check "
-        "that all processes run and reach process 0, or set distributed.auto False for one process"
+        f"distributed ({what or 'found in the environment'}) could not start: "
+        f"{first_line(error)}; give all of coordinator, num_processes and process_id, check that "
+        "every process runs and reaches process 0, or set distributed.auto False for one process"
     )
 
 
@@ -190,7 +189,7 @@ def exchange(name: str, value: str, timeout_seconds: float | None = None) -> lis
     folder = f"hnet/exchange/{name}/{use}/"
     client.key_value_set(f"{folder}{me}", value)
     try:
-        client.wait_at_barrier(f"hnet/{name}/{use}", max(1, int(timeout * 1000)))
+        client.wait_at_barrier(f"hnet/{name}/{use}", int(timeout * 1000))
     except jax.errors.JaxRuntimeError as e:
         raise BarrierTimeout(_barrier_message(name, folder, timeout, e)) from None
     return [client.blocking_key_value_get(f"{folder}{p}", 10_000) for p in range(num_hosts())]
@@ -200,10 +199,10 @@ def _barrier_message(name: str, folder: str, timeout: float, error: Exception) -
     try:
         came = {int(key.rsplit("/", 1)[1]) for key, _ in _client().key_value_dir_get(folder)}
     except jax.errors.JaxRuntimeError:  # the service itself is gone
-        return f"barrier {name!r}: host 0 does not answer ({str(error).splitlines()[0]})"
+        return f"barrier {name!r}: host 0 does not answer ({first_line(error)})"
     missing = [p for p in range(num_hosts()) if p not in came]
     if not missing:
-        return f"barrier {name!r} failed with all hosts present: {str(error).splitlines()[0]}"
+        return f"barrier {name!r} failed with all hosts present: {first_line(error)}"
     return (
         f"barrier {name!r}: {len(missing)} of {num_hosts()} hosts did not come within "
         f"{timeout:g} s: " + ", ".join(_describe_host(p) for p in missing[:8])
@@ -248,7 +247,7 @@ def assert_same_on_all_hosts(values: dict[str, str], timeout_seconds: float | No
 _questions = itertools.count(1)
 
 
-class StopRequest:
+class StopRequest(contextlib.AbstractContextManager):
     """Should this run save and end? One object a program, asked by every loop.
 
     Several processes: SIGTERM to any host makes ``stop_requested`` true on all hosts at the same
@@ -260,13 +259,9 @@ class StopRequest:
         self._stopped = False
         self._reason: str | None = None
         self._several = num_hosts() > 1
-        handlers = {signal.SIGINT: self._on_signal}
-        if not self._several:  # else jax's own handler must stay
-            handlers[signal.SIGTERM] = self._on_signal
-        self._old = {number: signal.signal(number, new) for number, new in handlers.items()}
-
-    def __enter__(self) -> "StopRequest":
-        return self
+        # With several, jax's own handler of SIGTERM must stay.
+        numbers = [signal.SIGINT] + [signal.SIGTERM] * (not self._several)
+        self._old = {number: signal.signal(number, self._on_signal) for number in numbers}
 
     def __exit__(self, *exc_info) -> None:
         self.close()
@@ -274,7 +269,7 @@ class StopRequest:
     def close(self) -> None:
         """Give the signals back to their former handlers."""
         for number, handler in self._old.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._old = {}
 
     def _on_signal(self, number: int, frame: Any) -> None:
@@ -295,13 +290,12 @@ class StopRequest:
         often enough for the grace period of the scheduler (once a training step, once a slice of
         an evaluation).
         """
-        if self._stopped:
-            return True
-        if self._several:
-            self._stopped = multihost_utils.reached_preemption_sync_point(next(_questions))
-        else:
-            self._stopped = self._reason is not None
-        if self._stopped:
-            reason = self._reason or "SIGTERM to one of the hosts"
-            log.warning("stop requested at step %d (%s)", step, reason)
+        if not self._stopped:
+            if self._several:
+                self._stopped = multihost_utils.reached_preemption_sync_point(next(_questions))
+            else:
+                self._stopped = self._reason is not None
+            if self._stopped:
+                reason = self._reason or "SIGTERM to one of the hosts"
+                log.warning("stop requested at step %d (%s)", step, reason)
         return self._stopped

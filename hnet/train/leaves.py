@@ -21,7 +21,7 @@ def flatten(tree: Any, prefix: str = "") -> tuple[dict[str, Any], Any]:
     """
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
-    named = {f"{prefix}/{n}" if prefix else n: leaf for n, (_, leaf) in zip(names, flat)}
+    named = {"/".join(filter(None, (prefix, n))): leaf for n, (_, leaf) in zip(names, flat)}
     if len(named) != len(flat):
         raise ValueError("two leaves of the state have the same path: keys may not contain '/'")
     return named, treedef

@@ -25,10 +25,15 @@ def checkpoint_folder(workdir: str | os.PathLike) -> epath.Path:
 
 
 def list_steps(folder: epath.Path) -> list[int]:
-    """Step folders, oldest first, whether good or not."""
+    """Step folders, oldest first, whether good, damaged or never finished."""
     if not folder.is_dir():
         return []
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal() and p.is_dir())
+
+
+def list_saved(folder: epath.Path) -> list[int]:
+    """Steps with a manifest, oldest first: all whose save was finished, good or not."""
+    return [s for s in list_steps(folder) if (folder / str(s) / mf.FILE_NAME).exists()]
 
 
 def why_not(folder: epath.Path) -> str:

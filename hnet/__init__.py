@@ -1,6 +1,17 @@
 """Byte-level sequence models that learn where to cut, in JAX."""
 
+import importlib
+
 from hnet.config import HNetConfig, StageConfig
-from hnet.model import HNetLM
 
 __all__ = ["HNetConfig", "HNetLM", "StageConfig"]
+
+# What needs JAX is imported when it is first asked for: TensorBoard loads this package for its
+# Boundaries tab, and starts without JAX.
+_LAZY = {"HNetLM": "hnet.model"}
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -31,12 +31,14 @@ class Compilation:
 
 
 class CompilationLog:
-    """Every executable since it was enabled, in order; ``report`` is called for each."""
+    """Every executable that the cache was asked for, in order; ``report`` is called for each."""
 
     def __init__(self, report: Callable[[Compilation], None] | None = None):
         self.entries: list[Compilation] = []
         self._report = report
         self._asked = threading.local()  # jax compiles in several threads
+        jax.monitoring.register_event_listener(self._on_event)
+        jax.monitoring.register_event_duration_secs_listener(self._on_duration)
 
     @property
     def hits(self) -> int:
@@ -96,6 +98,4 @@ def enable_compilation_cache(
     compilation_cache.reset_cache()  # jax reads the folder's name once a process
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", min_compile_seconds)
-    jax.monitoring.register_event_listener(counts._on_event)
-    jax.monitoring.register_event_duration_secs_listener(counts._on_duration)
     return counts

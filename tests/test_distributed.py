@@ -1,0 +1,395 @@
+"""Start-up, stop requests, barriers, watchdog, compilation cache and the emulated hosts."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from hnet.config import ConfigError
+from hnet.train import distributed
+from hnet.train.checkpoint import Checkpointer
+from hnet.train.compile_cache import default_cache_path, enable_compilation_cache
+from hnet.train.distributed import DistributedConfig, StopRequest
+from hnet.train.watchdog import Watchdog, WatchdogConfig
+from tpu import emulate
+from tpu.emulate import Emulation
+
+ROOT = Path(__file__).parents[1]
+ENV = {"PYTHONPATH": str(ROOT)}
+BOUND = 60  # seconds no emulation of these tests comes near
+
+
+# --- one process
+
+
+def test_one_process_needs_nothing(monkeypatch):
+    for variable in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        monkeypatch.delenv(variable, raising=False)
+    distributed.initialize()
+    distributed.initialize(DistributedConfig(coordinator="127.0.0.1:1", num_processes=1))
+    assert (distributed.num_hosts(), distributed.host_id()) == (1, 0)
+    assert distributed.exchange("x", "mine") == ["mine"]
+    distributed.barrier("x")
+    distributed.assert_same_on_all_hosts(distributed.host_facts({"a": 1}))
+    distributed.leave(2)
+
+
+@pytest.mark.parametrize(
+    "settings, env, message",
+    [
+        ({"num_processes": 2, "process_id": 0, "auto": False}, {}, "distributed.coordinator is"),
+        ({"auto": False}, {"JAX_PROCESS_ID": "0"}, "distributed.coordinator is not set: give it"),
+        ({}, {"JAX_NUM_PROCESSES": "two"}, r"\$JAX_NUM_PROCESSES='two' is not a number"),
+        (
+            {"coordinator": "127.0.0.1:1", "num_processes": 2, "process_id": 2},
+            {},
+            "could not start",
+        ),
+    ],
+)
+def test_incomplete_settings_are_named(settings, env, message, monkeypatch):
+    for variable, value in env.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigError, match=message) as e:
+        distributed.initialize(DistributedConfig(**settings))
+    assert "\n" not in str(e.value)
+
+
+def test_stop_request_of_one_process():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with StopRequest() as stop:
+            assert not stop.stop_requested(1)
+            signal.raise_signal(number)
+            assert stop.stop_requested(2)
+            assert stop.stop_requested(3)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    with StopRequest() as stop:
+        stop.request("time limit")
+        assert stop.stop_requested(1)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+# --- two processes
+
+TOGETHER = """
+import sys, time
+import jax
+from hnet.config import ConfigError
+from hnet.train import distributed
+from hnet.train.checkpoint import Checkpointer
+from hnet.train.distributed import StopRequest
+from hnet.train.watchdog import Watchdog, WatchdogConfig
+distributed.initialize()
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+me, workdir = distributed.host_id(), sys.argv[1]
+for use in range(3):
+    print("exchange", distributed.exchange("letters", f"{use}{'ab'[me]}"), flush=True)
+distributed.assert_same_on_all_hosts(distributed.host_facts({"lr": 1}))
+try:
+    distributed.assert_same_on_all_hosts({"jax": "1", "config": "xy"[me]})
+except ConfigError as e:
+    print("differs:", e, flush=True)
+watchdog = Watchdog(workdir, WatchdogConfig(timeout_seconds=0.4))
+watchdog.beat("restore")
+time.sleep(0.5)
+if me == 0:
+    try:
+        distributed.barrier("restored", timeout_seconds=0.5)
+    except distributed.BarrierTimeout as e:
+        print("missing:", e, flush=True)
+distributed.barrier("late ones", timeout_seconds=30)
+watchdog.close()
+
+mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+split, everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+state = {
+    "step": jax.device_put(np.int32(0), everywhere),
+    "w": jax.device_put(np.arange(24, dtype=np.float32).reshape(8, 3), split),
+}
+update = jax.jit(lambda s: {"step": s["step"] + 1, "w": s["w"] + 1}, donate_argnums=0)
+with StopRequest() as stop, Checkpointer(workdir) as checkpoints:
+    for step in range(1, 3000):
+        state = update(state)
+        if step == 5:
+            checkpoints.save(step, state, {"host": me})
+            print("training", flush=True)
+        if stop.stop_requested(step):
+            checkpoints.save(step, state, {"host": me})
+            break
+        time.sleep(0.01 * (1 + me))
+    checkpoints.wait()
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split
+                            if x.ndim else everywhere), state)
+    again = checkpoints.restore(abstract)
+    print("again:", again.step == step, int(again.state["step"]) == step, flush=True)
+print("saved", step, flush=True)
+distributed.leave(distributed.REQUEUE_EXIT_CODE)
+sys.exit(distributed.REQUEUE_EXIT_CODE)
+"""
+
+
+def test_two_hosts_agree_and_save_the_same_step(tmp_path):
+    with Emulation([sys.executable, "-c", TOGETHER, str(tmp_path)], env=ENV) as hosts:
+        hosts.wait_for("training", host=1, timeout=BOUND)
+        hosts.signal(signal.SIGTERM, host=1)
+        assert hosts.wait(BOUND) == [distributed.REQUEUE_EXIT_CODE] * 2, hosts.lines
+        saved = {hosts.wait_for("saved", host) for host in (0, 1)}
+        assert len(saved) == 1
+        step = int(saved.pop().split()[1])
+        assert 5 < step < 2999
+        for host in (0, 1):
+            exchanged = [line for line in hosts.lines[host] if line.startswith("exchange")]
+            assert exchanged == [f"exchange ['{use}a', '{use}b']" for use in range(3)]
+            differs = hosts.wait_for("differs:", host)
+            assert "hosts differ in config: host 1 (" in differs and "has 'y'" in differs
+            assert hosts.wait_for("again:", host) == "again: True True"
+        missing = hosts.wait_for("missing:", 0)
+        assert "'barrier/restored': 1 of 2 hosts did not come within 0.5 s: host 1 (" in missing
+        assert "last phase restore" in missing
+    for host in (0, 1):
+        dump = next(tmp_path.glob(f"hang-host{host}-*.txt")).read_text()
+        assert "last phase 'restore'" in dump and "MainThread" not in dump
+        assert 'File "<string>"' in dump
+    # What two processes wrote, one reads.
+    with Checkpointer(tmp_path) as checkpoints:
+        abstract = {"step": jax.ShapeDtypeStruct((), "int32")}
+        abstract["w"] = jax.ShapeDtypeStruct((8, 3), "float32")
+        restored = checkpoints.restore(abstract)
+    assert (restored.step, restored.extras) == (step, {"host": 0})
+    want = np.arange(24, dtype=np.float32).reshape(8, 3) + np.float32(step)
+    np.testing.assert_array_equal(restored.state["w"], want)
+
+
+ODD = """
+import sys
+from hnet.config import ConfigError
+from hnet.train import distributed
+distributed.initialize()
+print("joined", distributed.num_hosts(), flush=True)
+try:
+    if distributed.host_id() == 1:
+        raise ConfigError("data.files: nothing here")
+    try:
+        distributed.barrier("loaded", timeout_seconds=1.5)
+    except distributed.BarrierTimeout as e:
+        print("missing:", e, flush=True)
+        distributed.leave(1)
+except ConfigError as e:
+    print(e, file=sys.stderr)
+    distributed.leave(2, str(e))
+"""
+
+
+def test_failed_host_keeps_its_code_and_is_named_in_a_slurm_step():
+    port = emulate.free_port()
+    slurm = {
+        "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
+        "JAX_COORDINATOR_PORT": str(port), "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}",
+    }  # fmt: skip
+    # Only what Slurm would say: the emulation's own variables are taken away.
+    shell = (
+        "export SLURM_PROCID=$JAX_PROCESS_ID SLURM_LOCALID=$JAX_PROCESS_ID; "
+        'unset JAX_COORDINATOR_ADDRESS JAX_NUM_PROCESSES JAX_PROCESS_ID; exec "$@"'
+    )
+    command = ["sh", "-c", shell, "sh", sys.executable, "-c", ODD]
+    with Emulation(command, env=ENV | slurm) as hosts:
+        assert hosts.wait(BOUND) == [1, 2], hosts.lines
+        assert hosts.first_failure == (1, 2)
+        assert hosts.lines[1][-2:] == ["joined 2", "data.files: nothing here"]
+        assert "ended with 2 data.files: nothing here)" in hosts.wait_for("missing:", 0)
+
+
+# --- the launcher
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-S", "-c", code]
+
+
+def test_emulation_environment_and_logs(tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--keep --xla_force_host_platform_device_count=8")
+    echo = io.StringIO()
+    code = "import os; e = os.environ; print(e['JAX_PROCESS_ID'], e['XLA_FLAGS'], flush=True)"
+    (tmp_path / "host0.log").write_text("before\n")
+    with Emulation(python(code), hosts=2, devices=3, echo=echo, log_dir=tmp_path) as hosts:
+        assert hosts.wait(BOUND) == [0, 0]
+    flags = "--keep  --xla_force_host_platform_device_count=3"
+    assert hosts.lines == [[f"0 {flags}"], [f"1 {flags}"]]
+    assert sorted(echo.getvalue().splitlines()) == [f"[host {h}] {h} {flags}" for h in (0, 1)]
+    assert (tmp_path / "host0.log").read_text() == f"before\n0 {flags}\n"
+
+
+def test_first_failure_ends_the_others_and_their_children(tmp_path):
+    code = (
+        "import os, subprocess, sys, time\n"
+        "if os.environ['JAX_PROCESS_ID'] == '1': sys.exit(3)\n"
+        "child = subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(99)'])\n"
+        "print('child', child.pid, flush=True)\n"
+        "time.sleep(99)\n"
+    )
+    with Emulation(python(code)) as hosts:
+        child = int(hosts.wait_for("child", host=0).split()[1])
+        assert hosts.wait(BOUND, grace=0.2) == [128 + signal.SIGTERM, 3]
+        assert hosts.first_failure == (1, 3)
+    assert_gone(child)
+
+
+def assert_gone(pid: int) -> None:
+    """Within a moment: the process is away, or dead and waits to be collected."""
+    for _ in range(100):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return
+        if state == "Z":
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"process {pid} still runs")
+
+
+def test_emulation_is_bounded(capsys):
+    assert emulate.main(["--timeout", "0.3", "--", *python("import time; time.sleep(99)")]) == 124
+    assert "hosts 0, 1 still run after 0.3 s" in capsys.readouterr().err
+
+
+def test_emulation_passes_sigterm_to_one_host():
+    code = (
+        "import os, signal, sys, time\n"
+        "me = os.environ['JAX_PROCESS_ID']\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (print('got', me, flush=True), sys.exit(75)))\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(1.5 if me == '0' else 99)\n"
+    )
+    command = [sys.executable, "-m", "tpu.emulate", "--signal-host", "1", "--grace", "9", "--"]
+    with subprocess.Popen(
+        command + python(code), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    ) as launcher:
+        ready = {launcher.stdout.readline() for _ in range(2)}
+        assert ready == {"[host 0] ready\n", "[host 1] ready\n"}
+        launcher.terminate()
+        out, err = launcher.communicate(timeout=BOUND)
+    assert launcher.returncode == 75
+    assert out == "[host 1] got 1\n"
+    assert "host 1 was the first to fail, exit code 75" in err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--hosts", "0", "--", "true"], "--hosts 0: use 1 or more"),
+        (["--signal-host", "2", "--", "true"], "--signal-host 2: use one of 0, 1, all"),
+        (["--", "no-such-program"], "'no-such-program' cannot be started: No such file"),
+    ],
+)
+def test_emulation_of_bad_input(arguments, message, capsys):
+    try:
+        code = emulate.main(arguments)
+    except SystemExit as e:
+        code = e.code
+    assert code == 2
+    assert message in capsys.readouterr().err
+
+
+# --- watchdog
+
+
+def test_watchdog_writes_stacks_of_a_silent_host_only(tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    clock.monotonic = lambda: clock.now
+    monkeypatch.setattr("hnet.train.watchdog.time", clock)
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    config = WatchdogConfig(timeout_seconds=1000.0, kill_after_seconds=2900.0)
+    with Watchdog(tmp_path / "run", config) as watchdog:
+        for clock.now, phase in ((900.0, "load"), (1800.0, "step")):
+            watchdog._look()
+            watchdog.beat(phase)
+        assert not (tmp_path / "run").exists()
+        for clock.now in (2700.0, 2900.0, 3500.0, 4200.0):  # one dump each 1000 s at most
+            watchdog._look()
+        dumps = sorted((tmp_path / "run").iterdir())
+        assert len(dumps) == 2 and not ended
+        text = dumps[0].read_text()
+        assert "no heartbeat for 1100 s, last phase 'step'" in text
+        assert "test_watchdog_writes_stacks_of_a_silent_host_only" in text
+        clock.now = 4701.0
+        watchdog._look()
+    assert ended == [distributed.REQUEUE_EXIT_CODE]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"timeout_seconds": -1}, {"timeout_seconds": 0, "kill_after_seconds": 5}]
+)
+def test_watchdog_settings(settings):
+    with pytest.raises(ConfigError, match="watchdog.timeout_seconds="):
+        WatchdogConfig(**settings)
+
+
+# --- compilation cache
+
+
+@pytest.fixture
+def jax_cache_settings():
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def test_compilation_cache_reports_misses_then_hits(tmp_path, jax_cache_settings):
+    reported = []
+    path = tmp_path / "xla"
+
+    def compile_again():
+        """As a new process would: the same program under a new jit."""
+
+        def wave(x):
+            return jnp.sin(x) * 3.0
+
+        return jax.jit(wave)(jnp.arange(13.0))
+
+    log = enable_compilation_cache(path, report=reported.append, min_compile_seconds=0.0)
+    try:
+        first = compile_again()
+        second = compile_again()
+    finally:
+        log.close()
+    assert reported == log.entries
+    waves = [e for e in log.entries if "wave" in e.name]
+    assert [e.hit for e in waves] == [False, True]
+    assert log.hits + log.misses == len(log.entries)
+    assert any(path.glob("jit_wave*"))
+    np.testing.assert_array_equal(first, second)
+    count = len(log.entries)
+    jax.jit(lambda x: x + 17)(1)
+    assert len(log.entries) == count
+
+
+def test_compilation_cache_folder(tmp_path, monkeypatch, jax_cache_settings, caplog):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    assert default_cache_path() == "/caches/hnet/xla"
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "gs://bucket/cache")
+    assert default_cache_path() == "gs://bucket/cache"
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    before = jax.config.jax_compilation_cache_dir
+    enable_compilation_cache(blocked / "xla").close()
+    assert jax.config.jax_compilation_cache_dir == before
+    assert "is off" in caplog.text

@@ -58,16 +58,15 @@ def code_tokens(data: bytes) -> tuple[int, ...]:
     line_starts, offset = [], 0
     try:
         lines = io.StringIO(data.decode(), newline="").readlines()
-        starts = [
-            token.start
-            for token in tokenize.generate_tokens(iter([*lines, ""]).__next__)
-            if token.type not in _LAYOUT_TOKENS
-        ]
+        tokens = list(tokenize.generate_tokens(iter([*lines, ""]).__next__))
+        if bad := [t.string for t in tokens if t.type == tokenize.ERRORTOKEN]:
+            raise tokenize.TokenError(f"unexpected {bad[0]!r}")  # as 3.12 says by itself
     except (tokenize.TokenError, SyntaxError, UnicodeDecodeError) as e:
         raise ConfigError(f"text is not Python source ({e}): leave out code_tokens") from None
     for line in lines:
         line_starts.append(offset)
         offset += len(line.encode())
+    starts = [token.start for token in tokens if token.type not in _LAYOUT_TOKENS]
     return inside(
         (line_starts[row - 1] + len(lines[row - 1][:column].encode()) for row, column in starts),
         len(data),

@@ -94,7 +94,7 @@ function drawNumbers(seg, starts, { levels, kinds }, longest) {
     });
     const facts = [
       el("b", {}, `stage ${stage}`),
-      el("span", {}, `${f.lengths.length} chunks`),
+      el("span", {}, `${f.lengths.length} chunk${f.lengths.length === 1 ? "" : "s"}`),
       el("span", {}, `${f.mean.toFixed(2)} bytes a chunk`),
       el("span", {}, `longest ${f.longest}`),
       f.splits ? el("span", { class: "warn" }, `${percent(f.splits)} inside characters`) : null,
@@ -109,15 +109,14 @@ function drawNumbers(seg, starts, { levels, kinds }, longest) {
 /** A card: `views` has [segmentation or null, its starts] for each run shown. */
 export function drawCard(title, views, options, tooltip) {
   const routes = title.routes.map((name) => el("span", { class: "route" }, name));
-  const longest = options.levels.map(() => 1);
-  const byStage = {};
-  options.levels.forEach((stage, i) => {
-    const all = views.flatMap(([seg, starts]) => (seg ? figures([[seg, starts]], stage)?.longest ?? 1 : 1));
-    byStage[stage] = Math.max(longest[i], ...all);
-  });
+  const longest = {}; // of each stage over the runs, so that their histograms have one scale
+  for (const stage of options.levels) {
+    const found = views.map(([seg, starts]) => (seg ? figures([[seg, starts]], stage)?.longest : 0));
+    longest[stage] = Math.max(1, ...found.map((length) => length ?? 0));
+  }
   const columns = views.map(([seg, starts]) =>
     seg
-      ? drawColumn(seg, starts, options, tooltip, byStage)
+      ? drawColumn(seg, starts, options, tooltip, longest)
       : el("div", { class: "column none" }, "not written at this step"),
   );
   const head = el("h2", {}, el("span", { class: "name" }, title.name || "text"), ...routes);
@@ -126,17 +125,16 @@ export function drawCard(title, views, options, tooltip) {
   return { card, redraw: () => columns.forEach((c) => c.redraw?.()) };
 }
 
-/** Figures of all shown texts together: a table, and chunk lengths of every run and stage. */
+/** Figures of all shown texts together: a column for every run and stage. */
 export function drawSummary(runs, levels) {
-  const columns = runs.flatMap(({ label, pairs }) =>
-    levels.map((stage) => ({ label, stage, f: figures(pairs, stage) })),
-  );
-  if (columns.some(({ f }) => !f)) return el("section", { class: "summary" });
+  const columns = runs.flatMap(({ pairs }) => levels.map((stage) => ({ stage, f: figures(pairs, stage) })));
+  if (columns.some(({ f }) => !f)) return null;
   const kinds = [...new Set(columns.flatMap(({ f }) => f.gold.map(([kind]) => kind)))];
   const score = (kind) => ({ f }) => {
     const found = f.gold.find(([name]) => name === kind)?.[1];
     return found && `${found.f1.toFixed(3)} (${found.precision.toFixed(2)} / ${found.recall.toFixed(2)})`;
   };
+  const longest = (stage) => Math.max(...columns.filter((c) => c.stage === stage).map((c) => c.f.longest));
   const rows = [
     ["chunks", ({ f }) => f.lengths.length],
     ["bytes a chunk", ({ f }) => f.mean.toFixed(2)],
@@ -146,26 +144,16 @@ export function drawSummary(runs, levels) {
     ["boundaries inside characters", ({ f }) => percent(f.splits)],
     ["p from 0.4 to 0.6", ({ f }) => percent(f.undecided)],
     ...kinds.map((kind) => [`F1 ${kind} (P / R)`, score(kind)]),
+    ["chunk lengths", ({ f, stage }) => drawHistogram(f.lengths, longest(stage), { width: 190, height: 56 })],
   ];
-  const head = columns.map(({ label, stage }) =>
-    el("th", { scope: "col" }, el("span", { class: "run" }, label), `stage ${stage}`),
+  const th = (scope, attributes, ...content) => el("th", { scope, ...attributes }, ...content);
+  const head = [
+    el("tr", {}, el("td"), ...runs.map(({ label }) => th("colgroup", { colspan: levels.length, title: label }, el("span", { class: "run" }, label)))),
+    el("tr", {}, el("td"), ...columns.map(({ stage }) => th("col", {}, `stage ${stage}`))),
+  ];
+  const body = rows.map(([name, cell]) =>
+    el("tr", {}, th("row", {}, name), ...columns.map((c) => el("td", {}, cell(c) ?? "–"))),
   );
-  const table = el(
-    "table",
-    {},
-    el("thead", {}, el("tr", {}, el("td", {}), ...head)),
-    el("tbody", {}, ...rows.map(([name, cell]) =>
-      el("tr", {}, el("th", { scope: "row" }, name), ...columns.map((c) => el("td", {}, String(cell(c) ?? "–")))),
-    )),
-  );
-  const longest = (stage) => Math.max(...columns.filter((c) => c.stage === stage).map((c) => c.f.longest));
-  const pictures = columns.map(({ label, stage, f }) =>
-    el(
-      "figure",
-      {},
-      el("figcaption", {}, el("span", { class: "run" }, label), `chunk lengths, stage ${stage}`),
-      drawHistogram(f.lengths, longest(stage)),
-    ),
-  );
-  return el("section", { class: "summary" }, table, el("div", { class: "figures" }, ...pictures));
+  const table = el("table", {}, el("thead", {}, ...head), el("tbody", {}, ...body));
+  return el("section", { class: "summary" }, table);
 }

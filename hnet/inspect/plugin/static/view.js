@@ -30,13 +30,13 @@ export class View {
 
   buildControls() {
     const change = (name) => (e) => this.set({ [name]: e.target.value });
-    const select = (label, onchange) => el("select", { "aria-label": label, onchange });
+    const select = (label, onchange, width) => el("select", { "aria-label": label, onchange, class: width });
     this.runSelects = [0, 1].map((i) =>
       select(i ? "Compare with run" : "Run", (e) => this.chooseRun(i, e.target.value || null)),
     );
     this.levels = el("div", { class: "levels", role: "radiogroup", "aria-label": "Level", onchange: change("level") });
-    this.routeSelect = select("Route", change("route"));
-    this.goldSelect = select("Gold boundaries", change("gold"));
+    this.routeSelect = select("Route", change("route"), "short");
+    this.goldSelect = select("Gold boundaries", change("gold"), "short");
     this.search = el("input", { type: "search", placeholder: "name of a text", "aria-label": "Find a text", oninput: change("query") });
     this.slider = el("input", {
       type: "range", class: "step", min: 0, value: 0, "aria-label": "Training step",

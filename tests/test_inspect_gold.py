@@ -1,0 +1,116 @@
+import json
+import tokenize
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from hnet.config import ConfigError
+from hnet.inspect import gold
+from hnet.inspect.segmentation import Segmentation
+
+
+@given(st.text(max_size=17))
+def test_rules_against_a_walk_through_characters(text):
+    offsets = [len(text[:i].encode()) for i in range(len(text))]
+    starts = {"characters": [], "words": [], "whitespace": []}
+    for i in range(1, len(text)):
+        starts["characters"].append(offsets[i])
+        if text[i].isspace() != text[i - 1].isspace():
+            starts["whitespace" if text[i].isspace() else "words"].append(offsets[i])
+    for kind, expected in starts.items():
+        assert gold.RULES[kind](text.encode()) == tuple(expected), kind
+
+
+def test_an_invalid_byte_is_a_unit_of_its_own():
+    assert gold.character_starts(b"a\xff\xffb") == (1, 2, 3)
+
+
+def test_inside_character():
+    assert gold.inside_character("aé€".encode(), (1, 2, 3, 4, 5)) == (2, 4, 5)
+    assert gold.inside_character(b"\xff\xfe", (1,)) == ()
+
+
+def test_code_tokens_are_byte_offsets():
+    source = "x = 'é' + y\r\nif x:\n\treturn_(x)  # end\n"
+    cut = [0, *gold.code_tokens(source.encode())]
+    pieces = [source.encode()[a:b].decode().strip() for a, b in zip(cut, [*cut[1:], None])]
+    assert pieces == ["x", "=", "'é'", "+", "y", "if", "x", ":", "return_", "(", "x", ")", "# end"]
+
+
+def test_code_tokens_of_a_real_file():
+    data = Path(tokenize.__file__).read_bytes()
+    found = gold.code_tokens(data)
+    assert len(found) > 1000
+    assert all(not data[o : o + 1].isspace() for o in found)
+
+
+@pytest.mark.parametrize("source", [b"'open", b"(", b"\xff", b"  a\n b\n"])
+def test_code_that_does_not_tokenize_is_refused(source):
+    with pytest.raises(ConfigError, match="not Python source"):
+        gold.code_tokens(source)
+
+
+def test_annotate_keeps_what_is_there():
+    text = gold.annotate(Segmentation(b"a b", gold={"words": (1,)}), "words", "whitespace")
+    assert text.gold == {"words": (1,), "whitespace": (1,)}
+    with pytest.raises(ConfigError, match="follows no rule"):
+        gold.annotate(text, "syllables")
+
+
+def test_ud_reader(tmp_path):
+    path = tmp_path / "ud.jsonl"
+    row = {"id": "s1", "text": "Çay, iç", "spans": [[0, 4], [4, 5], [6, 9]]}
+    path.write_text(json.dumps(row) + "\n\n")
+    (text,) = gold.read_ud(path)
+    assert (text.name, text.data) == ("s1", "Çay, iç".encode())
+    assert text.gold == {"words": (4, 6), "word_ends": (4, 5)}
+    for bad in ('{"id": 1}', "[1]", "{"):
+        path.write_text(bad)
+        with pytest.raises(ConfigError, match="line 1"):
+            list(gold.read_ud(path))
+
+
+def test_morph_word_reader(tmp_path):
+    path = tmp_path / "words.tsv"
+    path.write_text(
+        "strides\tstride s\t6\texact\t100\tdev\n"
+        "incult\tincult\t\texact\t000\tdev\n"
+        "évolué\té volu é\t2,6\texact\t110\tdev\n"
+        "subneural\tsub neuron al\t3,7\taligned\t010\tdev\n"
+        "went\tgo ed\t-\tnone\t100\tdev\n"
+    )
+    found = {t.name: t.gold["morphemes"] for t in gold.read_morph_words(path)}
+    assert found == {"strides": (6,), "incult": (), "évolué": (2, 6)}
+    silver = {t.name: t.gold["morphemes"] for t in gold.read_morph_words(path, exact_only=False)}
+    assert silver == {**found, "subneural": (3, 7)}
+    path.write_text("strides\tstride s\tx\texact\t100\n")
+    with pytest.raises(ConfigError, match="line 1"):
+        list(gold.read_morph_words(path))
+    path.write_text("strides\n")
+    with pytest.raises(ConfigError, match="columns"):
+        list(gold.read_morph_words(path))
+
+
+def test_morph_sentence_reader_leaves_out_what_is_not_exact(tmp_path):
+    path = tmp_path / "s.tsv"
+    path.write_text(
+        "two dogs réads .\ttwo dog @@s réad @@s .\tdev\n" + "he ran .\the run @@ed .\tdev\n"
+    )
+    (text,) = gold.read_morph_sentences(path)
+    assert text.gold == {"words": (4, 9, 16), "morphemes": (4, 7, 9, 14, 16)}
+    cut = [0, *text.gold["morphemes"], len(text.data)]
+    assert [text.data[a:b].decode().strip() for a, b in zip(cut, cut[1:])] == [
+        "two", "dog", "s", "réad", "s", ".",
+    ]  # fmt: skip
+
+
+def test_code_reader(tmp_path):
+    (tmp_path / "a.py").write_text("x = 1\n")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"path": "b.py", "text": "y=2"}) + "\n")
+    (a,), (b,) = gold.read_code(tmp_path / "a.py"), gold.read_code(tmp_path / "b.jsonl")
+    assert (a.name, a.gold) == ("a.py", {"code_tokens": (2, 4)})
+    assert (b.name, b.gold) == ("b.py", {"code_tokens": (1, 2)})
+    with pytest.raises(ConfigError, match="No such file"):
+        list(gold.read_code(tmp_path / "none.py"))

@@ -7,6 +7,7 @@ Tags that dashboards and people rely on: ``train/bpb``, ``loss/ce``, ``eval/bpb`
 """
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -69,7 +70,12 @@ class RunWriter:
         logdir = os.fspath(logdir)
         self._mirror = Mirror(logdir, mirror, period=mirror_secs) if mirror else None
         purge_step = None if resume_step is None else resume_step + 1
-        self._events = SummaryWriter(logdir, purge_step=purge_step, flush_secs=flush_secs)
+        self._events = SummaryWriter(
+            logdir,
+            purge_step=purge_step,
+            flush_secs=flush_secs,
+            filename_suffix=f".{time.time_ns()}",  # else a restart within a second overwrites
+        )
         self._log = SegmentationLog(logdir, resume_step=resume_step)
         self._session_end: Summary | None = None
         charts = {

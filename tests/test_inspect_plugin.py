@@ -1,0 +1,167 @@
+"""The plugin's backend through TensorBoard's own WSGI application."""
+
+import builtins
+import json
+import os
+import shutil
+import subprocess
+import sys
+import types
+from urllib.parse import urlencode
+
+import numpy as np
+import pytest
+from inspect_samples import probe_texts, segment
+from tensorboard.plugins.base_plugin import TBContext
+from werkzeug.test import Client
+
+from hnet.inspect import plugin as plugin_module
+from hnet.inspect import store
+from hnet.inspect.plugin import BoundariesPlugin
+from hnet.inspect.segmentation import Segmentation
+
+RUNS, STEPS = 100, 200
+
+
+class Backend:
+    def __init__(self, logdir, **flags):
+        flags = types.SimpleNamespace(logdir_spec="", **flags)
+        self.plugin = BoundariesPlugin(TBContext(logdir=str(logdir), flags=flags))
+
+    def get(self, route, **arguments):
+        app = self.plugin.get_plugin_apps()[route]
+        answer = Client(app).get("/?" + urlencode(arguments))
+        is_json = answer.content_type == "application/json"
+        return answer.status_code, json.loads(answer.data) if is_json else answer.text
+
+
+def write(logdir, steps, count=2, seed=0):
+    rng = np.random.default_rng(seed)
+    log = store.SegmentationLog(logdir)
+    for step in steps:
+        log.write(step, [segment(t, step / 1000, rng) for t in probe_texts()[-count:]])
+    log.close()
+
+
+@pytest.fixture(scope="module")
+def many_runs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    write(root / "run000" / "tensorboard", range(STEPS))
+    for i in range(1, RUNS):
+        shutil.copytree(root / "run000", root / f"run{i:03}")
+    return root
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Names of the files opened while the test runs."""
+    names, real = [], builtins.open
+    monkeypatch.setattr(
+        builtins, "open", lambda f, *a, **k: names.append(str(f)) or real(f, *a, **k)
+    )
+    return names
+
+
+def test_a_view_of_one_among_many_opens_three_files(many_runs, opened):
+    backend = Backend(many_runs)
+    assert backend.plugin.is_active()
+    status, found = backend.get("/runs")
+    assert status == 200 and len(found["runs"]) == RUNS and not opened
+    run = found["runs"][57]
+    _, info = backend.get("/run", run=run)
+    assert info["steps"] == list(range(STEPS)) and len(opened) == 1
+    opened.clear()
+    _, view = backend.get("/view", run=run, step=123, keys=",".join(info["texts"]))
+    assert len(view["views"]) == 2
+    assert sorted(map(os.path.basename, opened)) == [store.STEPS, store.TEXTS]
+
+
+def test_views_are_segmentations(tmp_path):
+    write(tmp_path / "a", [5], seed=3)
+    _, info = Backend(tmp_path).get("/run", run="a")
+    _, answer = Backend(tmp_path).get("/view", run="a", step=5, keys=",".join(info["texts"]))
+    rng = np.random.default_rng(3)
+    expected = [segment(t, 0.005, rng) for t in probe_texts()[-2:]]
+    assert [Segmentation.from_json(v) for v in answer["views"].values()] == expected
+    assert [t["name"] for t in info["texts"].values()] == ["hostile", "invalid bytes"]
+
+
+def test_new_steps_appear(tmp_path):
+    write(tmp_path / "a", [1])
+    backend = Backend(tmp_path)
+    assert backend.get("/run", run="a")[1]["steps"] == [1]
+    write(tmp_path / "a", [2])
+    assert backend.get("/run", run="a")[1]["steps"] == [1, 2]
+
+
+def test_activity_is_looked_up_rarely_and_reads_nothing(many_runs, opened, monkeypatch):
+    scans = []
+    real = plugin_module._find_runs
+    monkeypatch.setattr(plugin_module, "_find_runs", lambda r: scans.append(r) or real(r))
+    backend = Backend(many_runs)
+    assert all(backend.plugin.is_active() for _ in range(50))
+    assert len(scans) == 1 and not opened
+
+
+def test_inactive_without_data(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / store.FOLDER).mkdir()  # without an index
+    assert not Backend(tmp_path).plugin.is_active()
+    assert not Backend(tmp_path / "none").plugin.is_active()
+    assert not Backend("gs://bucket/runs").plugin.is_active()
+
+
+@pytest.mark.parametrize("run", ["../secret", "a/../../secret", "/etc", "", "a\0b", "..", "A"])
+def test_a_run_that_was_not_found_is_refused(tmp_path, run):
+    write(tmp_path / "runs" / "a", [1])
+    write(tmp_path / "secret", [1])
+    backend = Backend(tmp_path / "runs")
+    for route in ("/run", "/view"):
+        assert backend.get(route, run=run, step=1, keys="x")[0] == 404
+    assert backend.get("/run", run="a")[0] == 200
+
+
+def test_requests_without_sense_are_refused(tmp_path):
+    write(tmp_path / "a", [1])
+    backend = Backend(tmp_path)
+    assert backend.get("/view", run="a", step="x", keys="k")[0] == 400
+    assert backend.get("/view", run="a", step=1, keys="k," * 99)[0] == 400
+    assert backend.get("/view", run="a", step=7, keys="k") == (200, {"views": {}})
+
+
+def test_runs_are_named_as_tensorboard_names_them(tmp_path):
+    write(tmp_path, [1])
+    write(tmp_path / "b" / "tensorboard", [1])
+    write(tmp_path / "b" / "checkpoints" / "x", [1])  # never looked into
+    os.symlink(tmp_path, tmp_path / "b" / "cycle")
+    os.symlink(tmp_path / "b", tmp_path / "linked")
+    found = Backend(tmp_path).get("/runs")[1]["runs"]
+    assert found[0] == "." and len(found) == 2 and found[1].endswith("/tensorboard")
+
+
+def test_logdir_spec(tmp_path):
+    write(tmp_path / "x", [1])
+    write(tmp_path / "y" / "deep", [1])
+    flags = types.SimpleNamespace(logdir_spec=f"first:{tmp_path / 'x'},second:{tmp_path / 'y'}")
+    backend = Backend(tmp_path)
+    backend.plugin = BoundariesPlugin(TBContext(logdir="", flags=flags))
+    assert backend.get("/runs")[1]["runs"] == ["first", "second/deep"]
+
+
+def test_assets_are_one_module_without_remote_parts():
+    backend = Backend("none")
+    status, script = backend.get("/index.js")
+    assert (
+        status == 200
+        and "import " not in script
+        and "http" not in script.replace("http://www.w3.org/2000/svg", "").replace("overHttp", "")
+    )
+    assert script.count("export ") == 1
+    assert "innerHTML" not in script and "insertAdjacentHTML" not in script
+    assert backend.get("/style.css")[0] == 200
+    assert backend.plugin.frontend_metadata().es_module_path in backend.plugin.get_plugin_apps()
+
+
+def test_the_plugin_starts_without_jax():
+    code = "import hnet.inspect.plugin, sys; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,140 @@
+import logging
+
+import fsspec
+import numpy as np
+import pytest
+from inspect_samples import probe_texts, segment, write_run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from hnet.config import ConfigError
+from hnet.inspect.mirror import Mirror
+from hnet.inspect.segmentation import Segmentation, StageBoundaries
+from hnet.inspect.store import FOLDER, INDEX
+from hnet.inspect.writer import DASHBOARDS, RunWriter, p_map
+
+
+def events(logdir):
+    found = EventAccumulator(str(logdir), size_guidance={"tensors": 0, "scalars": 0})
+    return found.Reload()
+
+
+def test_scalars_by_tag(tmp_path):
+    with RunWriter(tmp_path) as writer:
+        writer.scalars(3, {"train/bpb": 2.5, "stage0/route_Latin/bytes_per_chunk": np.float32(4)})
+        writer.scalars(5, {"train/bpb": 2.0})
+    found = events(tmp_path)
+    assert [(e.step, e.value) for e in found.Scalars("train/bpb")] == [(3, 2.5), (5, 2.0)]
+    assert found.Scalars("stage0/route_Latin/bytes_per_chunk")[0].value == 4
+
+
+def test_everything_a_probe_step_writes(tmp_path):
+    write_run(tmp_path, [0, 10])
+    found = events(tmp_path)
+    scalars = found.Tags()["scalars"]
+    assert {"probe/stage0/f1_words", "probe/stage1/bytes_per_chunk"} <= set(scalars)
+    assert "probe/stage0/route_Han/bytes_per_chunk" in scalars
+    assert {"probe/stage0/boundary_prob", "probe/stage1/chunk_bytes"} <= set(
+        found.Tags()["histograms"]
+    )
+    assert found.Tags()["images"] == ["probe/stage0/p_map", "probe/stage1/p_map"]
+    text = found.Tensors("probe/text_00/text_summary")[1].tensor_proto.string_val[0].decode()
+    assert text.startswith("**english**") and "|lighthouse" in text
+    assert (tmp_path / FOLDER / INDEX).exists()
+    buckets = found.Histograms("probe/stage0/boundary_prob")[0].histogram_value
+    assert sum(buckets.bucket) == sum(len(t.data) for t in probe_texts())
+    assert 0 <= buckets.min and buckets.max <= 1
+
+
+def test_dashboards_name_tags_that_exist(tmp_path):
+    import re
+
+    write_run(tmp_path, [0])
+    assert "custom_scalars__config__" in events(tmp_path).Tags()["tensors"]
+    tags = events(tmp_path).Tags()["scalars"] + [
+        "train/bpb", "eval/bpb", "loss/ce", "stage1/bytes_per_chunk", "stage0/boundary_rate",
+        "stage0/overflow_frac", "stage0/slot_utilization", "stage0/route_Han/bytes_per_chunk",
+    ]  # fmt: skip
+    for charts in DASHBOARDS.values():
+        for title, patterns in charts.items():
+            assert any(re.match(p, tag) for p in patterns for tag in tags), title
+
+
+def test_hyperparameters_stay_in_the_run(tmp_path):
+    with RunWriter(tmp_path) as writer:
+        writer.hparams({"optim.learning_rate": 0.01, "router": "cosine", "tie": True})
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == [FOLDER]
+    content = events(tmp_path).SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    assert b"optim.learning_rate" in content and b"cosine" in content
+    assert "_hparams_/session_end_info" in events(tmp_path).summary_metadata
+    # without an experiment summary, TensorBoard shows the union over all runs
+    assert "_hparams_/experiment" not in events(tmp_path).summary_metadata
+
+
+def test_resuming_hides_what_came_after(tmp_path):
+    with RunWriter(tmp_path) as writer:
+        for step in (1, 2, 3):
+            writer.scalars(step, {"train/bpb": step})
+    with RunWriter(tmp_path, resume_step=1) as writer:
+        writer.scalars(2, {"train/bpb": 20})
+    assert [(e.step, e.value) for e in events(tmp_path).Scalars("train/bpb")] == [(1, 1), (2, 20)]
+
+
+def test_histogram_counts_finite_values(tmp_path):
+    with RunWriter(tmp_path) as writer:
+        writer.histogram(0, "p", np.array([[0.1, np.nan], [0.9, np.inf]]), np.linspace(0, 1, 11))
+        writer.histogram(0, "none", np.array([np.nan]))
+    found = events(tmp_path)
+    assert found.Tags()["histograms"] == ["p"]
+    assert found.Histograms("p")[0].histogram_value.num == 2
+
+
+def test_p_map_shows_each_probability_at_its_bytes():
+    outer = StageBoundaries((0, 2), (1.0, 0.0, 1.0))
+    inner = StageBoundaries((0,), (1.0, 0.0))
+    texts = [Segmentation(b"abc", stages=(outer, inner)), Segmentation(b"abcdefg")]
+    texts[1] = Segmentation(b"ab", stages=(StageBoundaries((0,), (0.5, 0.5)),) * 2 and (
+        StageBoundaries((0,), (0.5, 0.5)), StageBoundaries((0,), (0.5,))
+    ))  # fmt: skip
+    blue, white, grey, half = [0, 114, 178], [255] * 3, [200] * 3, [128, 184, 216]
+    image = p_map(texts, 0)
+    assert image.shape == (20, 12, 3)
+    assert [image[0, x].tolist() for x in (0, 4, 8)] == [blue, white, blue]
+    assert [image[10, x].tolist() for x in (0, 4, 8)] == [half, half, grey]
+    assert [p_map(texts, 1)[0, x].tolist() for x in (0, 4, 8)] == [blue, blue, white]
+
+
+def test_texts_of_different_depth(tmp_path):
+    rng = np.random.default_rng(0)
+    deep, flat = (segment(t, 0.5, rng) for t in probe_texts()[:2])
+    flat = Segmentation(flat.data, flat.name, flat.stages[:1])
+    with RunWriter(tmp_path) as writer:
+        writer.write_segmentations(0, [flat, deep, Segmentation(b"", "empty")])
+        writer.write_segmentations(1, [])
+    assert "probe/stage1/p_map" in events(tmp_path).Tags()["images"]
+
+
+def test_mirror_has_everything_after_close(tmp_path):
+    fs = fsspec.filesystem("memory")
+    with RunWriter(tmp_path, mirror="memory://bucket/run", mirror_secs=3600) as writer:
+        writer.scalars(0, {"train/bpb": 1.0})
+        writer.write_segmentations(0, probe_texts(), summaries=False)
+    local = {p.relative_to(tmp_path).as_posix(): p.read_bytes()
+             for p in tmp_path.rglob("*") if p.is_file()}  # fmt: skip
+    remote = {p.removeprefix("/bucket/run/"): fs.cat(p) for p in fs.find("/bucket/run")}
+    assert remote == local and len(local) == 4
+
+
+def test_mirror_survives_a_network_that_is_down(tmp_path, caplog, monkeypatch):
+    mirror = Mirror(tmp_path, "memory://down", period=3600)
+    (tmp_path / "a").write_text("1")
+    with monkeypatch.context() as m, caplog.at_level(logging.WARNING):
+        m.setattr(mirror.fs, "put_file", lambda *a: (_ for _ in ()).throw(OSError("no route")))
+        mirror.copy()
+        assert "no route" in caplog.text
+    mirror.close()
+    assert mirror.fs.cat("/down/a") == b"1"
+
+
+def test_a_mirror_nobody_can_open_is_refused_at_once(tmp_path):
+    with pytest.raises(ConfigError, match="nonsense://x"):
+        RunWriter(tmp_path, mirror="nonsense://x")

@@ -14,6 +14,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from hnet.chunking.config import ChunkingConfig
+
 BOS_ID = 254  # byte values that valid UTF-8 never contains, as in the official tokenizer
 EOS_ID = 255
 
@@ -62,14 +64,6 @@ class SSMConfig:
 
 
 @dataclass(frozen=True)
-class ChunkingConfig:
-    """How one stage cuts its sequence (unused in the innermost stage)."""
-
-    target_ratio: float = 6.0
-    """N: positions of this stage a chunk should hold on average"""
-
-
-@dataclass(frozen=True)
 class StageConfig:
     """One stage. Stage 0 is the outermost: its positions are bytes."""
 
@@ -106,6 +100,9 @@ class ComputeConfig:
     """positions a block of the chunked SSD"""
     attention_block_len: int = 256
     """query positions a block of attention"""
+    batch_shards: int = 1
+    """equal parts of the batch whose positions are grouped by route apart: the devices that the
+    batch lies on, so that nothing moves between them"""
 
 
 @dataclass(frozen=True)
@@ -118,6 +115,8 @@ class HNetConfig:
     ssm: SSMConfig = SSMConfig()
     tie_embeddings: bool = False
     """share the embedding with the output head"""
+    route_groups: tuple[tuple[str, ...], ...] = ()
+    """names of Unicode scripts that share a route: group i is route i + 1, all others route 0"""
     compute: ComputeConfig = ComputeConfig()
 
     def __post_init__(self):
@@ -169,9 +168,7 @@ class HNetConfig:
     def named(cls, name: str) -> "HNetConfig":
         """One of the six published configurations, e.g. ``"1stage_L"``."""
         if name not in PUBLISHED:
-            raise ConfigError(
-                f"model name {name!r} is unknown: use one of {', '.join(PUBLISHED)}"
-            )
+            raise ConfigError(f"model name {name!r} is unknown: use one of {', '.join(PUBLISHED)}")
         return PUBLISHED[name]
 
 
@@ -185,7 +182,7 @@ def _check(config: HNetConfig) -> None:
     for name in ("d_state", "d_conv", "expand", "head_dim"):
         if (value := getattr(config.ssm, name)) < 1:
             raise ConfigError(f"model.ssm.{name}={value}: use 1 or more")
-    for name in ("ssd_block_len", "attention_block_len"):
+    for name in ("ssd_block_len", "attention_block_len", "batch_shards"):
         if (value := getattr(config.compute, name)) < 1:
             raise ConfigError(f"model.compute.{name}={value}: use 1 or more")
     for i, stage in enumerate(config.stages):
@@ -223,11 +220,9 @@ def _check_stage(config: HNetConfig, i: int, stage: StageConfig) -> None:
             f"{where}.d_intermediate={stage.d_intermediate}, but {stage.arch_layout} has MLP "
             "layers (upper case): give their width, e.g. 4 * d_model"
         )
-    if not inner and stage.chunking.target_ratio <= 1:
-        raise ConfigError(
-            f"{where}.chunking.target_ratio={stage.chunking.target_ratio}: "
-            "use more than 1 position a chunk"
-        )
+    groups = len(config.route_groups)
+    if not inner and (problem := stage.chunking.problem(stage_idx=i, route_groups=groups)):
+        raise ConfigError(f"{where}.chunking.{problem}")
 
 
 def _check_attention(where: str, stage: StageConfig) -> None:
@@ -260,7 +255,8 @@ def _read_json(path: str | os.PathLike) -> dict[str, Any]:
 
 
 _OFFICIAL_KEYS = {
-    "arch_layout", "d_model", "d_intermediate", "vocab_size", "ssm_cfg", "attn_cfg", "tie_embeddings",
+    "arch_layout", "d_model", "d_intermediate", "vocab_size", "ssm_cfg", "attn_cfg",
+    "tie_embeddings",
 }  # fmt: skip
 
 
@@ -314,9 +310,7 @@ def _flatten_layout(nested: list) -> list[tuple[str, ...]]:
         nested = nested[1]
 
 
-def lr_multipliers(
-    config: HNetConfig, *, bytes_per_token: float = 4.6
-) -> tuple[float, ...]:
+def lr_multipliers(config: HNetConfig, *, bytes_per_token: float = 4.6) -> tuple[float, ...]:
     """Learning-rate multiplier of each stage, outermost first.
 
     lambda_s = sqrt(N_gpt * prod_{i>=s} N_i / prod_i N_i * D_S / D_s), with N_S = 1 and N_gpt the

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hnet.chunking.router import RouterOutput
+from hnet.chunking.rules import byte_boundaries
 from hnet.config import HNetConfig
 from hnet.nn.layers import linear, segment_starts
 from hnet.stage import HNet
@@ -29,23 +30,56 @@ class HNetLM(nnx.Module):
         segment_ids_BL: jax.Array | None = None,
         *,
         capacities: tuple[int | None, ...] | None = None,
+        route_ids_BL: jax.Array | None = None,
+        boundaries_BL: jax.Array | None = None,
+        key: jax.Array | None = None,
+        temperature: jax.Array | None = None,
     ) -> tuple[jax.Array, list[RouterOutput]]:
         """Logits of the byte after each position, and what each stage's router decided.
 
         input_ids_BL: int32 byte values. segment_ids_BL: equal neighbours are one document and see
         nothing of others; 0 is padding; default is one document a row. capacities: chunk slots a
-        row for each stage that cuts (static); the default, or None for a stage, is as many as
-        positions, which clips nothing. Logits at t depend on bytes <= t of the same document only.
+        row for each stage that cuts (static); the default, or None for a stage, is as many as any
+        boundaries need, which clips nothing. Logits at t depend on bytes <= t of the same document
+        only, and on inputs at positions <= t:
+
+        route_ids_BL: int32 in [0, routes), needed if a stage tells routes apart; a chunk has the
+        route of the position on which the main network runs for it. boundaries_BL: bool, needed by
+        the router "given" of stage 0. key: of the noise of relaxed routers; None, as in evaluation,
+        is none. temperature: of those routers, in the place of the configured one (traced).
+
+        Raises ValueError if an input that the configuration needs is not given.
         """
         if segment_ids_BL is None:
             segment_ids_BL = jnp.ones_like(input_ids_BL)
         if capacities is None:
             capacities = (None,) * self.config.num_chunked
         segment_ids_BL = _number_runs(segment_ids_BL)
-        x_BLD = self.embeddings(input_ids_BL)
-        x_BLD, routes = self.backbone(x_BLD, segment_ids_BL, capacities)
+        x_BLD, routes = self.backbone(
+            self.embeddings(input_ids_BL), segment_ids_BL, capacities,
+            route_ids_BL=self._checked_routes(route_ids_BL),
+            boundaries_BL=self._boundaries(input_ids_BL, segment_ids_BL, boundaries_BL),
+            key=key, temperature=temperature,
+        )  # fmt: skip
         with jax.named_scope("lm_head"):
             return self._logits(x_BLD), routes
+
+    def _checked_routes(self, route_ids_BL: jax.Array | None) -> jax.Array | None:
+        routes = max((s.chunking.routes for s in self.config.stages[:-1]), default=1)
+        if routes == 1:
+            return None
+        if route_ids_BL is None:
+            raise ValueError(f"the model has {routes} routes: give route_ids_BL")
+        return jnp.clip(route_ids_BL, 0, routes - 1)
+
+    def _boundaries(self, input_ids_BL, segment_ids_BL, given_BL) -> jax.Array | None:
+        """Boundaries of stage 0 where they are no matter of its states."""
+        chunking = self.config.stages[0].chunking
+        if not (self.config.num_chunked and chunking.reads_bytes):
+            return None
+        if chunking.router == "given" and given_BL is None:
+            raise ValueError("router='given' cuts where it is told: give boundaries_BL")
+        return byte_boundaries(chunking, input_ids_BL, segment_ids_BL, given_BL)
 
     def _logits(self, x_BLD: jax.Array) -> jax.Array:
         head = self.embeddings.attend if self.lm_head is None else self.lm_head

@@ -4,9 +4,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hnet.chunking.chunk import chunk
+from hnet.chunking.chunk import Chunks, chunk
 from hnet.chunking.dechunk import dechunk
-from hnet.chunking.router import RouterOutput, RoutingModule, decide
+from hnet.chunking.pool import mean_pool
+from hnet.chunking.router import RouterOutput, decide, make_router, previous, relaxed_bernoulli
+from hnet.chunking.routes import apply_routed
+from hnet.chunking.rules import fixed
 from hnet.config import HNetConfig, layout_height
 from hnet.nn.isotropic import Isotropic
 
@@ -26,7 +29,8 @@ class HNet(nnx.Module):
         def stack(layout):
             return Isotropic(config, stage, layout, num_residuals=num_residuals, rngs=rngs)
 
-        self.stage_idx = stage_idx
+        self.stage_idx, self.chunking = stage_idx, stage.chunking
+        self.batch_shards = config.compute.batch_shards
         self.is_innermost = stage_idx == config.num_chunked
         padding = stage.d_model - config.stages[max(stage_idx - 1, 0)].d_model
         self.pad_dimension = nnx.Param(jnp.zeros((padding,), jnp.float32)) if padding else None
@@ -35,26 +39,99 @@ class HNet(nnx.Module):
             return
         self.encoder = stack(stage.arch_layout[0])
         self.decoder = stack(stage.arch_layout[1])
-        self.routing_module = RoutingModule(stage.d_model, rngs=rngs)
+        self.routing_module = make_router(stage.chunking, stage.d_model, rngs=rngs)
         # zeros, so that at first the encoder learns through the main network; the official bias
         # keeps torch's random default, which looks like an oversight and changes nothing else
         self.residual_proj = nnx.Linear(
             stage.d_model, stage.d_model, kernel_init=nnx.initializers.zeros,
             precision=jax.lax.Precision.HIGHEST, rngs=rngs,
-        )  # fmt: skip
+        ) if stage.chunking.residual == "linear" else None  # fmt: skip
+        self.null_group = (
+            nnx.Param(jax.random.normal(rngs.params(), (stage.d_model,), jnp.float32))
+            if stage.chunking.has_null
+            else None
+        )
         self.main_network = HNet(config, stage_idx + 1, outer=num_residuals, rngs=rngs)
 
     def widen(self, x_BLD: jax.Array) -> jax.Array:
         if self.pad_dimension is None:
             return x_BLD
-        pad_BLP = jnp.broadcast_to(self.pad_dimension[...], (*x_BLD.shape[:2], *self.pad_dimension.shape))
+        pad_BLP = jnp.broadcast_to(
+            self.pad_dimension[...], (*x_BLD.shape[:2], *self.pad_dimension.shape)
+        )
         return jnp.concatenate([x_BLD, pad_BLP], axis=-1)
 
+    def residual(self, h_BLD: jax.Array) -> jax.Array:
+        """What passes by the main network, float32."""
+        return h_BLD if self.residual_proj is None else self.residual_proj(h_BLD)
+
+    def route(
+        self,
+        h_BLD: jax.Array,
+        segment_ids_BL: jax.Array,
+        capacity: int,
+        *,
+        route_ids_BL: jax.Array | None = None,
+        boundaries_BL: jax.Array | None = None,
+        key: jax.Array | None = None,
+        temperature: jax.Array | None = None,
+    ) -> RouterOutput:
+        """Where this stage cuts its encoder states, which are float32; arguments as in `HNetLM`."""
+        chunking, compared_BL, logit_BL = self.chunking, None, None
+
+        def learned(*inputs_BLD):
+            return apply_routed(
+                self.routing_module, chunking.num_predictors, route_ids_BL, *inputs_BLD,
+                batch_shards=self.batch_shards,
+            )  # fmt: skip
+
+        match chunking.router:
+            case "cosine":
+                p_BL = learned(previous(h_BLD), h_BLD)
+            case "mlp":
+                logit_BL = learned(h_BLD)
+                p_BL = jax.nn.sigmoid(logit_BL)
+                if chunking.sample == "relaxed":
+                    if key is None and chunking.reference_noise_at_evaluation:
+                        key = jax.random.key(0)
+                    if key is not None:
+                        key = jax.random.fold_in(key, self.stage_idx)
+                    tau = chunking.temperature if temperature is None else temperature
+                    compared_BL = relaxed_bernoulli(logit_BL, tau, key)
+            case "fixed":
+                p_BL = fixed(segment_ids_BL, int(chunking.target_ratio)).astype(jnp.float32)
+            case _:  # rules of bytes, and boundaries handed in
+                p_BL = boundaries_BL.astype(jnp.float32)
+        return decide(
+            p_BL, segment_ids_BL, capacity,
+            alignment=chunking.alignment, compared_BL=compared_BL, boundary_logit_BL=logit_BL,
+            route_ids_BL=route_ids_BL,
+        )  # fmt: skip
+
+    def chunk(self, h_BLD: jax.Array, route: RouterOutput, capacity: int) -> Chunks:
+        """Pool the encoder states of each chunk into its slot."""
+        if self.chunking.pool == "mean":
+            b_BL = route.boundary_BL
+            if self.chunking.sample == "threshold":
+                b_BL = jax.lax.stop_gradient(b_BL)
+            h_BLD = mean_pool(h_BLD, b_BL, route.boundary_mask_BL, route.segment_ids_BL)
+        null_D = None if self.null_group is None else self.null_group[...]
+        return chunk(h_BLD, route, capacity, null_D)
+
     def __call__(
-        self, x_BLD: jax.Array, segment_ids_BL: jax.Array, capacities: tuple[int | None, ...]
+        self,
+        x_BLD: jax.Array,
+        segment_ids_BL: jax.Array,
+        capacities: tuple[int | None, ...],
+        *,
+        route_ids_BL: jax.Array | None = None,
+        boundaries_BL: jax.Array | None = None,
+        key: jax.Array | None = None,
+        temperature: jax.Array | None = None,
     ) -> tuple[jax.Array, list[RouterOutput]]:
-        """`capacities[i]`: chunk slots a row of the i-th stage from here; None = as many as
-        positions. Returns the output in float32 and what each stage's router decided, this first.
+        """`capacities[i]`: chunk slots a row of the i-th stage from here; None = as many as any
+        boundaries need. Returns the output in float32 and what each stage's router decided, this
+        first. `boundaries_BL` are for this stage alone.
         """
         outer_width = x_BLD.shape[-1]
         x_BLD = self.widen(x_BLD)
@@ -65,17 +142,23 @@ class HNet(nnx.Module):
         with jax.named_scope("encoder"):
             h_BLD = self.encoder(x_BLD, segment_ids_BL)
         with jax.named_scope("residual_proj"):
-            residual_BLD = self.residual_proj(h_BLD)
+            residual_BLD = self.residual(h_BLD)
+        most = self.chunking.max_slots(x_BLD.shape[1])
+        capacity = min(capacities[0] or most, most)
+        noise = {"key": key, "temperature": temperature}
         with jax.named_scope("routing_module"):
-            capacity = min(capacities[0] or x_BLD.shape[1], x_BLD.shape[1])
-            route = decide(self.routing_module(h_BLD, segment_ids_BL), segment_ids_BL, capacity)
+            route = self.route(
+                h_BLD, segment_ids_BL, capacity,
+                route_ids_BL=route_ids_BL, boundaries_BL=boundaries_BL, **noise,
+            )  # fmt: skip
         with jax.named_scope("chunk"):
-            chunks = chunk(
-                h_BLD, route.boundary_mask_BL, route.boundary_prob_BL, segment_ids_BL, capacity
-            )
+            chunks = self.chunk(h_BLD, route, capacity)
         with jax.named_scope(f"stage{self.stage_idx + 1}"):
-            y_BMD, inner = self.main_network(chunks.x_BMD, chunks.segment_ids_BM, capacities[1:])
+            y_BMD, inner = self.main_network(
+                chunks.x_BMD, chunks.segment_ids_BM, capacities[1:],
+                route_ids_BL=chunks.route_ids_BM, **noise,
+            )  # fmt: skip
         with jax.named_scope("dechunk"):
-            x_BLD = dechunk(y_BMD, chunks, route) + residual_BLD
+            x_BLD = dechunk(y_BMD, chunks, route, self.chunking.dechunk) + residual_BLD
         with jax.named_scope("decoder"):
             return self.decoder(x_BLD, segment_ids_BL)[..., :outer_width], [route, *inner]

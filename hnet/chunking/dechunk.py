@@ -1,5 +1,7 @@
 """From chunk slots back to positions: smoothing, upsampling, confidence."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
@@ -50,7 +52,7 @@ def ema(y_BMD: jax.Array, gate_BM: jax.Array, segment_ids_BM: jax.Array) -> jax.
     visible_BKTT = same_BKTT & jnp.tril(jnp.ones((T, T), bool))[None, None]
     decay_BKTT = jnp.where(visible_BKTT, jnp.exp(jnp.cumsum(log_BKTT, axis=-2)), 0.0)
     weight_BKTT = decay_BKTT * gate_BKT[..., None, :]
-    z_BKTD = jnp.einsum("bkij,bkjd->bkid", weight_BKTT, y_BKTD)
+    z_BKTD = jnp.einsum("bkij,bkjd->bkid", weight_BKTT, y_BKTD, precision=jax.lax.Precision.HIGHEST)
     from_start_BKT = jnp.exp(jnp.cumsum(log_keep_BKT, axis=-1))
     from_start_BKT = jnp.where(resets_BKT == 0, from_start_BKT, 0.0)
 
@@ -69,19 +71,29 @@ def confidence(selected_prob_BL: jax.Array) -> jax.Array:
     return 1 + (selected_prob_BL - jax.lax.stop_gradient(selected_prob_BL))
 
 
-def dechunk(y_BMD: jax.Array, chunks: Chunks, route: RouterOutput) -> jax.Array:
-    """Smooth the chunk outputs and give each position the output of its chunk, float32 (B, L, D).
+def dechunk(
+    y_BMD: jax.Array,
+    chunks: Chunks,
+    route: RouterOutput,
+    how: Literal["ema", "repeat", "scatter"] = "ema",
+) -> jax.Array:
+    """Give each position the main network's output of the slot it reads, float32 (B, L, D).
 
-    z = EMA(y; P clipped to [1e-4, 1 - 1e-4]); out_t = z_{j(t)} * STE(c_t), j(t) the chunk that t
-    lies in (arXiv 2507.07955, eq. 5-9). A position whose chunk was clipped away together with the
-    start of its segment gets 0, never a neighbour's chunk.
+    ema: z = EMA(y; P clipped to [1e-4, 1 - 1e-4]) and out_t = z_{slot(t)} * STE(c_t) (arXiv
+    2507.07955, eq. 5-9). repeat: out_t = y_{slot(t)}. scatter: the same at boundaries, 0 elsewhere
+    (arXiv 2404.14408). A position whose slot was clipped away together with all its segment's
+    gets 0, never a neighbour's chunk.
     """
-    gate_BM = jnp.clip(chunks.boundary_prob_BM, MIN_PROB, 1 - MIN_PROB)
-    gate_BM = jnp.where(chunks.segment_ids_BM != 0, gate_BM, 0.0)
-    z_BMD = ema(y_BMD.astype(jnp.float32), gate_BM, chunks.segment_ids_BM)
+    z_BMD = y_BMD.astype(jnp.float32)
+    if how == "ema":
+        gate_BM = jnp.clip(chunks.boundary_prob_BM, MIN_PROB, 1 - MIN_PROB)
+        gate_BM = jnp.where(chunks.segment_ids_BM != 0, gate_BM, 0.0)
+        z_BMD = ema(z_BMD, gate_BM, chunks.segment_ids_BM)
 
-    slot_BL = jnp.cumsum(route.boundary_mask_BL, axis=1, dtype=jnp.int32) - 1
     gather = jax.vmap(lambda values_M, slot_L: values_M.at[slot_L].get(mode="clip"))
-    own_BL = (gather(chunks.segment_ids_BM, slot_BL) == route.segment_ids_BL) & (slot_BL >= 0)
-    out_BLD = jnp.where(own_BL[..., None], gather(z_BMD, slot_BL), 0.0)
-    return out_BLD * confidence(route.selected_prob_BL)[..., None]
+    reads_BL = chunks.slot_BL >= 0
+    reads_BL &= gather(chunks.segment_ids_BM, chunks.slot_BL) == route.segment_ids_BL
+    if how == "scatter":
+        reads_BL &= route.boundary_mask_BL
+    out_BLD = jnp.where(reads_BL[..., None], gather(z_BMD, chunks.slot_BL), 0.0)
+    return out_BLD * confidence(route.selected_prob_BL)[..., None] if how == "ema" else out_BLD

@@ -1,25 +1,37 @@
-"""Routers: which positions start a chunk."""
+"""Routers: which positions are boundaries, and how sure of it a learned one is."""
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hnet.nn.layers import segment_starts
+from hnet.chunking.config import Alignment, ChunkingConfig
+from hnet.chunking.routes import stack_routes
+from hnet.nn.layers import INIT_STD, segment_starts
 
 
 class RouterOutput(NamedTuple):
     """What one stage decided, for losses, metrics and pictures. L counts this stage's positions."""
 
     boundary_prob_BL: jax.Array
-    """p: probability that a chunk starts here, float32; 1 at segment starts, 0 on padding"""
+    """p: probability of a boundary, float32; 0 on padding; 1 at segment starts (alignment start)"""
     boundary_mask_BL: jax.Array
     """b: the boundaries that were used, that is after clipping to the stage's capacity"""
     segment_ids_BL: jax.Array
     """segments of this stage's positions; 0 = padding"""
     num_boundaries_B: jax.Array
     """boundaries the router asked for in each row, before clipping"""
+    num_slots_B: jax.Array
+    """slots the row asked for, before clipping, which a capacity has to hold: its boundaries and,
+    with alignment end, a null slot for each segment"""
+    boundary_BL: jax.Array
+    """b before clipping, float32, with the gradient of what was compared with the threshold"""
+    boundary_logit_BL: jax.Array | None = None
+    """logit of p, from a router that has one"""
+    route_ids_BL: jax.Array | None = None
+    """route of each position, int32; None = routes are not told apart"""
 
     @property
     def selected_prob_BL(self) -> jax.Array:
@@ -27,27 +39,27 @@ class RouterOutput(NamedTuple):
         return jnp.where(self.boundary_mask_BL, self.boundary_prob_BL, 1 - self.boundary_prob_BL)
 
 
-def cosine_boundary_prob(
-    q_BLD: jax.Array, k_BLD: jax.Array, segment_ids_BL: jax.Array
-) -> jax.Array:
-    """p_t = (1 - cos(q_{t-1}, k_t)) / 2, and 1 at the first position of each segment.
-
-    goombalab/hnet projects q from t-1 and k from t; arXiv 2507.07955 eq. 4 has the roles swapped.
-    Padding (segment 0) gets 0. float32 throughout.
-    """
+def half_cosine_distance(q_XD: jax.Array, k_XD: jax.Array) -> jax.Array:
+    """(1 - cos(q, k)) / 2 over the last axis, in [0, 1]."""
 
     def unit(x):  # a zero vector stays zero, so its cosine is 0 and its gradient finite
         norm_squared = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
         return x * jax.lax.rsqrt(jnp.maximum(norm_squared, 1e-24))
 
-    cosine = jnp.sum(unit(q_BLD[:, :-1]) * unit(k_BLD[:, 1:]), axis=-1)
-    p_BL = jnp.pad(jnp.clip((1 - cosine) / 2, 0.0, 1.0), ((0, 0), (1, 0)))
-    p_BL = jnp.where(segment_starts(segment_ids_BL), 1.0, p_BL)
-    return jnp.where(segment_ids_BL != 0, p_BL, 0.0)
+    return jnp.clip((1 - jnp.sum(unit(q_XD) * unit(k_XD), axis=-1)) / 2, 0.0, 1.0)
+
+
+def previous(x_BLD: jax.Array) -> jax.Array:
+    """The state one position to the left; zeros at the first."""
+    return jnp.pad(x_BLD[:, :-1], ((0, 0), (1, 0), (0, 0)))
 
 
 class RoutingModule(nnx.Module):
-    """The official cosine router: it cuts where neighbouring encoder states differ."""
+    """The official cosine router: it cuts where neighbouring encoder states differ.
+
+    p_t = (1 - cos(q_{t-1}, k_t)) / 2. goombalab/hnet projects q from t-1 and k from t; arXiv
+    2507.07955 eq. 4 has the roles swapped. float32 throughout.
+    """
 
     def __init__(self, d_model: int, *, rngs: nnx.Rngs):
         def identity(_key, shape, dtype):
@@ -59,19 +71,102 @@ class RoutingModule(nnx.Module):
             for _ in range(2)
         )  # fmt: skip
 
-    def __call__(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
-        """Boundary probabilities (B, L) of float32 states."""
-        q_BLD, k_BLD = self.q_proj_layer(x_BLD), self.k_proj_layer(x_BLD)
-        return cosine_boundary_prob(q_BLD, k_BLD, segment_ids_BL)
+    def __call__(self, previous_XD: jax.Array, x_XD: jax.Array) -> jax.Array:
+        """p of positions, from their states and the states one position to their left."""
+        return half_cosine_distance(self.q_proj_layer(previous_XD), self.k_proj_layer(x_XD))
 
 
-def decide(boundary_prob_BL: jax.Array, segment_ids_BL: jax.Array, capacity: int) -> RouterOutput:
-    """Boundaries are p > 0.5 (strictly, as the official code); the first `capacity` a row count.
+class BoundaryPredictor(nnx.Module):
+    """The MLP of dynamic token pooling (arXiv 2211.09761): logit = fc2(gelu(fc1(h))), float32."""
 
-    Only the clipped mask is used downstream, so a row with too many boundaries merges the rest
-    into its last chunk instead of reading slots that do not exist.
+    def __init__(self, d_model: int, d_hidden: int, *, rngs: nnx.Rngs):
+        def layer(d_in, d_out):
+            return nnx.Linear(
+                d_in, d_out, kernel_init=nnx.initializers.normal(INIT_STD),
+                precision=jax.lax.Precision.HIGHEST, rngs=rngs,
+            )  # fmt: skip
+
+        self.fc1, self.fc2 = layer(d_model, d_hidden), layer(d_hidden, 1)
+
+    def __call__(self, x_XD: jax.Array) -> jax.Array:
+        """Logits of p of positions, from their states."""
+        return self.fc2(jax.nn.gelu(self.fc1(x_XD), approximate=False))[..., 0]
+
+
+def make_router(chunking: ChunkingConfig, d_model: int, *, rngs: nnx.Rngs) -> nnx.Module | None:
+    """The learned part of a stage's router, stacked over routes; None for rules.
+
+    The MLP's last bias starts at the logit of the target rate 1/N of its route: from 0, half of all
+    positions, small targets are reached only by overshooting to no boundaries at all.
     """
-    wanted_BL = boundary_prob_BL > 0.5
-    rank_BL = jnp.cumsum(wanted_BL, axis=1, dtype=jnp.int32)
-    kept_BL = wanted_BL & (rank_BL <= capacity)
-    return RouterOutput(boundary_prob_BL, kept_BL, segment_ids_BL, rank_BL[:, -1])
+    routes = chunking.num_predictors
+    match chunking.router:
+        case "cosine":
+            return stack_routes(lambda rngs: RoutingModule(d_model, rngs=rngs), routes, rngs)
+        case "mlp":
+            hidden = chunking.mlp_width or 4 * d_model
+            make = lambda rngs: BoundaryPredictor(d_model, hidden, rngs=rngs)
+            router = stack_routes(make, routes, rngs)
+            logits = [-math.log(N - 1) for N in chunking.target_ratios[:routes]]
+            bias = router.fc2.bias
+            bias[...] = jnp.asarray(logits, jnp.float32).reshape(bias.shape)
+            return router
+        case _:
+            return None
+
+
+def relaxed_bernoulli(
+    logit_BL: jax.Array, temperature: jax.Array | float, key: jax.Array | None
+) -> jax.Array:
+    """sigmoid((logit + noise) / temperature), noise = log u - log(1 - u); none without a key.
+
+    Above 0.5 with probability sigmoid(logit) (arXiv 1611.00712); without noise, where p > 0.5.
+    """
+    if key is not None:
+        logit_BL = logit_BL + jax.random.logistic(key, logit_BL.shape, jnp.float32)
+    return jax.nn.sigmoid(logit_BL / temperature)
+
+
+def decide(
+    boundary_prob_BL: jax.Array,
+    segment_ids_BL: jax.Array,
+    capacity: int,
+    *,
+    alignment: Alignment = "start",
+    compared_BL: jax.Array | None = None,
+    boundary_logit_BL: jax.Array | None = None,
+    route_ids_BL: jax.Array | None = None,
+) -> RouterOutput:
+    """Boundaries lie where p > 0.5 (strictly, as the official code), as far as the slots reach.
+
+    compared_BL: what is compared with 0.5 in the place of p, that is a relaxed sample. With
+    alignment start the first position of each segment is a boundary. Only the clipped mask is used
+    downstream: in a row that wants more than `capacity` slots, what follows is merged into the last
+    chunk instead of reading slots that do not exist.
+    """
+    starts_BL = segment_starts(segment_ids_BL) & (segment_ids_BL != 0)
+
+    def bounded(a_BL):
+        if alignment == "start":
+            a_BL = jnp.where(starts_BL, 1.0, a_BL)
+        return jnp.where(segment_ids_BL != 0, a_BL, 0.0)
+
+    p_BL = bounded(boundary_prob_BL)
+    compared_BL = p_BL if compared_BL is None else bounded(compared_BL)
+    wanted_BL = compared_BL > 0.5
+    num_boundaries_BL = slots_BL = jnp.cumsum(wanted_BL, axis=1, dtype=jnp.int32)
+    if alignment == "end":
+        slots_BL = slots_BL + jnp.cumsum(starts_BL, axis=1, dtype=jnp.int32)
+    straight_through_BL = wanted_BL.astype(jnp.float32) + (
+        compared_BL - jax.lax.stop_gradient(compared_BL)
+    )
+    return RouterOutput(
+        p_BL,
+        wanted_BL & (slots_BL <= capacity),
+        segment_ids_BL,
+        num_boundaries_BL[:, -1],
+        slots_BL[:, -1],
+        straight_through_BL,
+        boundary_logit_BL,
+        route_ids_BL,
+    )

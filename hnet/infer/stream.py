@@ -10,13 +10,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from hnet.chunking.chunk import chunk
 from hnet.chunking.dechunk import MIN_PROB, dechunk
-from hnet.chunking.router import RouterOutput, cosine_boundary_prob, decide
+from hnet.chunking.pool import chunk_ids, running_mean
+from hnet.chunking.router import RouterOutput, decide
+from hnet.config import ConfigError, HNetConfig
 from hnet.infer.compact import FRACTIONS, on_rows
 from hnet.model import HNetLM
-from hnet.nn.cache import last_positions, read, write
+from hnet.nn.cache import last_positions
 from hnet.stage import HNet
 
 
@@ -29,11 +31,31 @@ class StageCache(NamedTuple):
     """positions that it has room for; a boundary outside that would need more is not taken"""
     stacks: dict[str, list]
     """layer caches of the encoder and decoder, or of the innermost main network"""
-    query_BD: jax.Array | None = None
-    """the router's query of the last position"""
-    smoothed_BD: jax.Array | None = None
-    """z: the smoothed output of the last chunk"""
+    previous_BD: jax.Array | None = None
+    """encoder state of the last position, which the router compares with the next"""
+    chunk_output_BD: jax.Array | None = None
+    """what positions read from the main network until the next boundary, smoothed"""
+    mean_BD: jax.Array | None = None
+    """mean pool: mean of the encoder states in the unfinished chunk"""
+    count_B: jax.Array | None = None
+    """mean pool: positions in the unfinished chunk, float32"""
     inner: "StageCache | None" = None
+
+
+class ModelCache(NamedTuple):
+    """What the model remembers of B rows."""
+
+    last_byte_B: jax.Array
+    """the byte before the next; rules compare the two"""
+    stage: StageCache
+
+
+def full_lens(config: HNetConfig, num_bytes: int) -> tuple[int, ...]:
+    """`max_lens` with room for any boundaries in texts of `num_bytes`."""
+    lens = [num_bytes]
+    for stage in config.stages[:-1]:
+        lens.append(lens[-1] + stage.chunking.has_null)
+    return tuple(lens)
 
 
 def prefill(
@@ -41,26 +63,47 @@ def prefill(
     input_ids_BL: jax.Array,
     lengths_B: jax.Array,
     max_lens: tuple[int, ...],
-) -> tuple[jax.Array, list[RouterOutput], StageCache]:
+    *,
+    route_ids_BL: jax.Array | None = None,
+    boundaries_BL: jax.Array | None = None,
+) -> tuple[jax.Array, list[RouterOutput], ModelCache]:
     """Read prompts of different lengths, padded on the right; a length may be 0.
 
-    max_lens: positions of each stage that the cache has room for, the outermost in bytes. Returns
-    the logits after each row's last byte (zeros, that is no opinion, for an empty row), what the
-    routers decided, and the cache.
+    max_lens: positions of each stage that the cache has room for, the outermost in bytes; see
+    `full_lens`. A smaller one clips as a capacity of the forward pass does. route_ids_BL,
+    boundaries_BL: as in `HNetLM`. Returns the logits after each row's last byte (zeros, that is no
+    opinion, for an empty row), what the routers decided, and the cache. Raises ConfigError for a
+    router that draws noise.
     """
+    if any(s.chunking.reference_noise_at_evaluation for s in model.config.stages[:-1]):
+        raise ConfigError(
+            "chunking.reference_noise_at_evaluation=True redraws the boundaries of a text each "
+            "time it is read, so nothing can be continued: set it to False"
+        )
     position_L = jnp.arange(input_ids_BL.shape[1], dtype=jnp.int32)
     segment_ids_BL = (position_L[None, :] < lengths_B[:, None]).astype(jnp.int32)
-    x_BLD = model.embeddings(input_ids_BL)
-    x_BLD, routes, cache = _prefill_stage(
-        model.backbone, x_BLD, segment_ids_BL, lengths_B, max_lens
-    )
+    x_BLD, routes, stage = _prefill_stage(
+        model.backbone, model.embeddings(input_ids_BL), segment_ids_BL, lengths_B, max_lens,
+        route_ids_BL=model._checked_routes(route_ids_BL),
+        boundaries_BL=model._boundaries(input_ids_BL, segment_ids_BL, boundaries_BL),
+    )  # fmt: skip
     logits_B1V = model._logits(last_positions(x_BLD, lengths_B, 1))
-    return jnp.where((lengths_B > 0)[:, None], logits_B1V[:, 0], 0.0), routes, cache
+    logits_BV = jnp.where((lengths_B > 0)[:, None], logits_B1V[:, 0], 0.0)
+    last_byte_B = last_positions(input_ids_BL, lengths_B, 1)[:, 0]
+    return logits_BV, routes, ModelCache(last_byte_B, stage)
 
 
 def _prefill_stage(
-    stage: HNet, x_BLD, segment_ids_BL, lengths_B, max_lens
+    stage: HNet,
+    x_BLD: jax.Array,
+    segment_ids_BL: jax.Array,
+    lengths_B: jax.Array,
+    max_lens: tuple[int, ...],
+    *,
+    route_ids_BL: jax.Array | None,
+    boundaries_BL: jax.Array | None = None,
 ) -> tuple[jax.Array, list[RouterOutput], StageCache]:
+    """`HNet.__call__` on rows of one segment each, and the cache that it leaves."""
     width, max_len = x_BLD.shape[-1], max_lens[0]
     x_BLD, stacks = stage.widen(x_BLD), {}
 
@@ -68,104 +111,194 @@ def _prefill_stage(
         y, stacks[name] = getattr(stage, name).prefill(x, segment_ids_BL, lengths_B, max_len)
         return y
 
-    def cache(**fields):
-        return StageCache(lengths_B, jnp.int32(max_len), stacks, **fields)
-
     if stage.is_innermost:
-        return run("main_network", x_BLD)[..., :width], [], cache()
+        y_BLD = run("main_network", x_BLD)
+        return y_BLD[..., :width], [], StageCache(lengths_B, jnp.int32(max_len), stacks)
+
+    def last(a_BL):
+        return last_positions(a_BL, lengths_B, 1)[:, 0]
+
     h_BLD = run("encoder", x_BLD)
-    capacity = min(max_lens[1], x_BLD.shape[1])
-    route = decide(stage.routing_module(h_BLD, segment_ids_BL), segment_ids_BL, capacity)
-    chunks = chunk(h_BLD, route.boundary_mask_BL, route.boundary_prob_BL, segment_ids_BL, capacity)
-    num_chunks_B = jnp.sum(route.boundary_mask_BL, axis=1, dtype=jnp.int32)
+    capacity = min(max_lens[1], x_BLD.shape[1] + stage.chunking.has_null)
+    route = stage.route(
+        h_BLD, segment_ids_BL, capacity, route_ids_BL=route_ids_BL, boundaries_BL=boundaries_BL
+    )
+    chunks = stage.chunk(h_BLD, route, capacity)
+    num_slots_B = jnp.sum(chunks.segment_ids_BM != 0, axis=1, dtype=jnp.int32)
     y_BMD, routes, inner = _prefill_stage(
-        stage.main_network, chunks.x_BMD, chunks.segment_ids_BM, num_chunks_B, max_lens[1:]
+        stage.main_network, chunks.x_BMD, chunks.segment_ids_BM, num_slots_B, max_lens[1:],
+        route_ids_BL=chunks.route_ids_BM,
+    )  # fmt: skip
+    read_BLD = dechunk(y_BMD, chunks, route, stage.chunking.dechunk)
+    out_BLD = run("decoder", read_BLD + stage.residual(h_BLD))
+    open_chunk = {}
+    if stage.chunking.pool == "mean":
+        ids_BL = chunk_ids(route.boundary_mask_BL, segment_ids_BL)
+        mean_BLD, count_BL = running_mean(h_BLD, ids_BL)
+        count_BL = jnp.where(route.boundary_mask_BL, 0.0, count_BL)
+        open_chunk = {"mean_BD": last(mean_BLD), "count_B": last(count_BL)}
+    cache = StageCache(
+        lengths_B, jnp.int32(max_len), stacks, last(h_BLD), last(read_BLD), inner=inner, **open_chunk
     )
-    z_BLD = dechunk(y_BMD, chunks, route)
-    out_BLD = run("decoder", z_BLD + stage.residual_proj(h_BLD))
-    last_h_B1D = last_positions(h_BLD, lengths_B, 1)
-    new_cache = cache(
-        query_BD=stage.routing_module.q_proj_layer(last_h_B1D)[:, 0],
-        smoothed_BD=last_positions(z_BLD, lengths_B, 1)[:, 0],
-        inner=inner,
-    )
-    return out_BLD[..., :width], [route, *routes], new_cache
+    return out_BLD[..., :width], [route, *routes], cache
 
 
 def step(
     model: HNetLM,
-    cache: StageCache,
+    cache: ModelCache,
     byte_B: jax.Array,
     active_B: jax.Array | None = None,
     *,
+    route_ids_B: jax.Array | None = None,
+    boundary_B: jax.Array | None = None,
     fractions: tuple[float, ...] = FRACTIONS,
-) -> tuple[jax.Array, jax.Array, StageCache]:
+) -> tuple[jax.Array, jax.Array, ModelCache]:
     """Feed one byte to every row: (logits (B, V), boundaries bool (B, stages that cut), cache).
 
-    Rows that are not `active_B` stay as they are; their logits mean nothing. fractions (static):
-    sizes, as shares of B, of the batches that inner stages run on.
+    Rows that are not `active_B` stay as they are; their logits mean nothing. route_ids_B,
+    boundary_B: of this byte, as in `HNetLM`. fractions (static): the sizes, as shares of B, of the
+    batches that inner stages run on.
     """
     if active_B is None:
         active_B = jnp.ones(byte_B.shape, bool)
-    x_BD = model.embeddings(byte_B)
-    x_BD, boundaries, cache = _step_stage(model.backbone, x_BD, active_B, cache, (1.0,), fractions)
+    position_B = cache.stage.position_B
+    window_B2 = jnp.stack([cache.last_byte_B, byte_B], axis=1)
+    given_B2 = None if boundary_B is None else jnp.stack([boundary_B, boundary_B], axis=1)
+    given_B2 = model._boundaries(window_B2, _window_segments(position_B), given_B2)
+    x_BD, boundaries, stage = _step_stage(
+        model.backbone, model.embeddings(byte_B), active_B, cache.stage, None, fractions,
+        route_ids_B=model._checked_routes(route_ids_B),
+        boundary_B=None if given_B2 is None else given_B2[:, 1],
+    )  # fmt: skip
     boundaries_BS = jnp.stack(boundaries, 1) if boundaries else jnp.zeros((len(byte_B), 0), bool)
-    return model._logits(x_BD[:, None])[:, 0], boundaries_BS, cache
+    last_byte_B = jnp.where(active_B, byte_B, cache.last_byte_B)
+    return model._logits(x_BD[:, None])[:, 0], boundaries_BS, ModelCache(last_byte_B, stage)
 
 
 def _step_stage(
-    stage: HNet, x_BD, active_B, cache: StageCache, fractions, inner_fractions
+    stage: HNet,
+    x_BD: jax.Array,
+    active_B: jax.Array,
+    cache: StageCache,
+    own_fractions: tuple[float, ...] | None,
+    fractions: tuple[float, ...],
+    *,
+    route_ids_B: jax.Array | None,
+    boundary_B: jax.Array | None = None,
 ) -> tuple[jax.Array, list[jax.Array], StageCache]:
-    width, positions_B = x_BD.shape[-1], cache.position_B
-    x_BD = stage.widen(x_BD[:, None])[:, 0]
-    stacks = dict(cache.stacks)
+    """One position of the active rows; `own_fractions` for this stage, `fractions` further in."""
+    width, position_B = x_BD.shape[-1], cache.position_B
+    x_BD, stacks = stage.widen(x_BD[:, None])[:, 0], dict(cache.stacks)
+    advanced_B = position_B + active_B.astype(jnp.int32)
 
-    def run(name, x_RD, caches, rows_R):
-        return getattr(stage, name).step(x_RD, caches, rows_R, read(positions_B, rows_R))
+    def run(name, x_BD):
+        def stack_step(inputs_R, caches, rows_R):
+            x_RD, positions_R = inputs_R
+            return getattr(stage, name).step(x_RD, caches, rows_R, positions_R)
 
-    def finish(**fields):
-        advanced_B = positions_B + active_B.astype(jnp.int32)
-        return cache._replace(position_B=advanced_B, stacks=stacks, **fields)
+        y_BD, stacks[name] = on_rows(
+            stack_step, active_B, (x_BD, position_B), stacks[name], own_fractions
+        )
+        return y_BD
 
     if stage.is_innermost:
+        y_BD = run("main_network", x_BD)
+        return y_BD[:, :width], [], cache._replace(position_B=advanced_B, stacks=stacks)
 
-        def main(x_RD, caches, rows_R):
-            return run("main_network", x_RD, caches, rows_R)
+    def encode(inputs_R, caches, rows_R):
+        x_RD, previous_RD, positions_R, *given = inputs_R
+        h_RD, caches = stage.encoder.step(x_RD, caches, rows_R, positions_R)
+        p_R, wanted_R = _route(stage, previous_RD, h_RD, positions_R, *given)
+        return (h_RD, stage.residual(h_RD[:, None])[:, 0], p_R, wanted_R), caches
 
-        y_BD, stacks["main_network"] = on_rows(
-            main, active_B, x_BD, stacks["main_network"], fractions
+    inputs = (x_BD, cache.previous_BD, position_B, route_ids_B, boundary_B)
+    (h_BD, residual_BD, p_B, wanted_B), stacks["encoder"] = on_rows(
+        encode, active_B, inputs, stacks["encoder"], own_fractions
+    )
+    pooled_BD, mean_BD, count_B = _pool(stage, cache, h_BD)
+    inner, read_BD, inner_boundaries = cache.inner, cache.chunk_output_BD, []
+    calls = [(pooled_BD, p_B, active_B & wanted_B, fractions)]
+    if stage.chunking.has_null:  # a row's first position opens the null slot before its own
+        null_BD = jnp.broadcast_to(stage.null_group[...][None], h_BD.shape)
+        calls.insert(0, (null_BD, jnp.ones_like(p_B), active_B & (position_B == 0), ()))
+    for chunk_BD, gate_B, opens_B, sizes in calls:
+        taken_B = opens_B & (inner.position_B < inner.max_len)
+        y_BD, inner_boundary, inner = _step_stage(
+            stage.main_network, chunk_BD, taken_B, inner, sizes, sizes, route_ids_B=route_ids_B
         )
-        return y_BD[:, :width], [], finish()
-
-    def encode(x_RD, state, rows_R):
-        caches, query_BD = state
-        h_RD, caches = run("encoder", x_RD, caches, rows_R)
-        p_R, query_RD = _route(stage, h_RD, read(query_BD, rows_R), read(positions_B, rows_R))
-        out = (h_RD, p_R, stage.residual_proj(h_RD))
-        return out, (caches, write(query_BD, rows_R, query_RD))
-
-    (h_BD, p_B, residual_BD), (stacks["encoder"], query_BD) = on_rows(
-        encode, active_B, x_BD, (stacks["encoder"], cache.query_BD), fractions
-    )
-    boundary_B = active_B & (p_B > 0.5) & (cache.inner.position_B < cache.inner.max_len)
-    y_BD, boundaries, inner = _step_stage(
-        stage.main_network, h_BD, boundary_B, cache.inner, inner_fractions, inner_fractions
-    )
-    gate_B1 = jnp.where(boundary_B, jnp.clip(p_B, MIN_PROB, 1 - MIN_PROB), 0.0)[:, None]
-    z_BD = gate_B1 * y_BD.astype(jnp.float32) + (1 - gate_B1) * cache.smoothed_BD
-
-    def decode(x_RD, caches, rows_R):
-        return run("decoder", x_RD, caches, rows_R)
-
-    y_BD, stacks["decoder"] = on_rows(
-        decode, active_B, z_BD + residual_BD, stacks["decoder"], fractions
-    )
-    finished = finish(query_BD=query_BD, smoothed_BD=z_BD, inner=inner)
-    return y_BD[:, :width], [boundary_B, *boundaries], finished
+        read_BD = _smooth(stage.chunking.dechunk, read_BD, y_BD, gate_B, taken_B)
+        inner_boundaries.append(inner_boundary)
+    out_BD = run("decoder", read_BD + residual_BD)
+    keep = lambda new, old: jnp.where(active_B.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+    new_cache = cache._replace(
+        position_B=advanced_B, stacks=stacks, inner=inner, chunk_output_BD=read_BD,
+        previous_BD=keep(h_BD, cache.previous_BD),
+    )  # fmt: skip
+    if mean_BD is not None:
+        count_B = jnp.where(taken_B, 0.0, count_B)
+        new_cache = new_cache._replace(
+            mean_BD=keep(mean_BD, cache.mean_BD), count_B=keep(count_B, cache.count_B)
+        )
+    boundaries = [jnp.any(jnp.stack(b), axis=0) for b in zip(*inner_boundaries)]
+    return out_BD[:, :width], [taken_B, *boundaries], new_cache
 
 
-def _route(stage, h_RD, query_RD, positions_R):
-    q_RD, k_RD = stage.routing_module.q_proj_layer(h_RD), stage.routing_module.k_proj_layer(h_RD)
-    pair = jnp.stack([query_RD, q_RD], 1), jnp.stack([k_RD, k_RD], 1)
-    p_R = cosine_boundary_prob(*pair, jnp.ones((len(h_RD), 2), jnp.int32))[:, 1]
-    return jnp.where(positions_R == 0, 1.0, p_R), q_RD
+def _window_segments(position_B: jax.Array) -> jax.Array:
+    """Segment ids (B, 2) of the last position, if there was one, and the next."""
+    return jnp.stack([position_B > 0, position_B >= 0], axis=1).astype(jnp.int32)
+
+
+def _route(
+    stage: HNet, previous_RD, h_RD, positions_R, route_ids_R, boundary_R
+) -> tuple[jax.Array, jax.Array]:
+    """(p, whether a boundary is wanted): the router on the last position and this one.
+
+    That is all a router may look at, but for the fixed one, which counts positions.
+    """
+    pair = lambda a: None if a is None else jnp.stack([a, a], axis=1)
+    segment_ids_R2, chunking = _window_segments(positions_R), stage.chunking
+    if chunking.router == "fixed":
+        p_R = (positions_R % int(chunking.target_ratio) == 0).astype(jnp.float32)
+        route = decide(pair(p_R), segment_ids_R2, 3, alignment=chunking.alignment)
+    else:
+        route = stage.route(
+            jnp.stack([previous_RD, h_RD], axis=1), segment_ids_R2, 3,
+            route_ids_BL=pair(route_ids_R), boundaries_BL=pair(boundary_R),
+        )  # fmt: skip
+    return route.boundary_prob_BL[:, 1], route.boundary_mask_BL[:, 1]
+
+
+def _pool(stage: HNet, cache: StageCache, h_BD) -> tuple[jax.Array, ...]:
+    """(what the chunk would be if it ended here, mean and number of its positions so far)."""
+    if stage.chunking.pool != "mean":
+        return h_BD, None, None
+    count_B = cache.count_B + 1
+    share_B1 = (1 / count_B)[:, None]
+    mean_BD = share_B1 * h_BD + (1 - share_B1) * cache.mean_BD
+    return mean_BD, mean_BD, count_B
+
+
+def _smooth(how: str, read_BD, y_BD, p_B, taken_B) -> jax.Array:
+    """What positions read after the main network has returned `y_BD` for some rows."""
+    if how == "scatter":
+        return jnp.where(taken_B[:, None], y_BD, 0.0)
+    gate_B = jnp.clip(p_B, MIN_PROB, 1 - MIN_PROB) if how == "ema" else jnp.ones_like(p_B)
+    gate_B1 = jnp.where(taken_B, gate_B, 0.0)[:, None]
+    return gate_B1 * y_BD.astype(jnp.float32) + (1 - gate_B1) * read_BD
+
+
+def byte_boundaries(config: HNetConfig, masks: list[np.ndarray]) -> np.ndarray:
+    """Masks over each stage's own positions (B, L_s) -> whether each byte has a boundary of it.
+
+    Returns bool (B, L_0, stages that cut). A null slot lies at a row's first byte.
+    """
+    shape = masks[0].shape if masks else (0, 0)
+    out_BLS = np.zeros((*shape, len(masks)), bool)
+    for row in range(shape[0]):
+        byte_of = np.arange(shape[1])
+        for s, mask_BL in enumerate(masks):
+            cuts = byte_of[np.flatnonzero(mask_BL[row, : len(byte_of)])]
+            out_BLS[row, cuts, s] = True
+            null = byte_of[: config.stages[s].chunking.has_null]
+            byte_of = np.concatenate([null, cuts])
+    return out_BLS

@@ -1,0 +1,124 @@
+"""A router's parameters for each route (group of scripts), at the cost of one router.
+
+With one route a router's parameters are as they are alone; with R > 1 each has a leading axis of R.
+Positions are packed into blocks of one route each, and every block is given its route's parameters.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+BLOCKS_PER_ROUTE = 4  # so at most 5 R blocks, of which at most a fifth is not filled
+MIN_BLOCK = 8
+
+
+def stack_routes(make: Callable[[nnx.Rngs], nnx.Module], routes: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`make(rngs)`, or that many of them with their parameters stacked along a leading axis."""
+    if routes == 1:
+        return make(rngs)
+    stacked = nnx.split_rngs(splits=routes)(nnx.vmap(make, in_axes=0, out_axes=0))
+    return stacked(rngs)
+
+
+class Blocks(NamedTuple):
+    """N positions packed into K blocks of T."""
+
+    source_KT: jax.Array
+    """position in each place; N in spare places"""
+    place_N: jax.Array
+    """place k * T + t of each position"""
+    route_K: jax.Array
+    """the one route of each block"""
+
+
+def pack_by_route(route_ids_N: jax.Array, num_routes: int, block_len: int) -> Blocks:
+    """Give every position a place in a block of its own route.
+
+    A block is opened by the first position that needs it, so where a position goes depends on those
+    before it alone: what comes later cannot change a bit of its result.
+    """
+    (N,), T = route_ids_N.shape, block_len
+    num_blocks = min(N, (N + num_routes * (T - 1)) // T)
+    own_NR = route_ids_N[:, None] == jnp.arange(num_routes, dtype=jnp.int32)[None, :]
+    count_NR = jnp.cumsum(own_NR, axis=0, dtype=jnp.int32)
+    rank_N = jnp.sum(jnp.where(own_NR, count_NR, 0), axis=1, dtype=jnp.int32) - 1
+    opens_N = rank_N % T == 0
+    opened_N = jnp.cumsum(opens_N, dtype=jnp.int32) - 1
+    target_N = jnp.where(opens_N, opened_N, num_blocks)
+    route_K = jnp.zeros((num_blocks,), jnp.int32).at[target_N].set(route_ids_N, mode="drop")
+    nth_N = jnp.where(opens_N, rank_N // T, N)
+    block_RQ = jnp.zeros((num_routes, -(-N // T)), jnp.int32)
+    block_RQ = block_RQ.at[route_ids_N, nth_N].set(opened_N, mode="drop")
+    place_N = block_RQ[route_ids_N, rank_N // T] * T + rank_N % T
+    source = jnp.full((num_blocks * T,), N, jnp.int32)
+    source = source.at[place_N].set(jnp.arange(N, dtype=jnp.int32), unique_indices=True)
+    return Blocks(source.reshape(num_blocks, T), place_N, route_K)
+
+
+def apply_routed(
+    router: nnx.Module,
+    num_routes: int,
+    route_ids_BL: jax.Array | None,
+    *inputs_BLD: jax.Array,
+    batch_shards: int = 1,
+) -> jax.Array:
+    """`router(*inputs)` (B, L), each position with the parameters of its route.
+
+    router: maps (..., D) inputs to (...); stacked by `stack_routes`. batch_shards: equal parts of
+    the batch that are packed apart; where the batch lies on that many devices, nothing moves
+    between them. One route is a plain call.
+    """
+    if num_routes == 1:
+        return router(*inputs_BLD)
+    graph, params = nnx.split(router)
+    B, L = route_ids_BL.shape
+    shards = math.gcd(B, batch_shards)
+    N = B // shards * L
+    block_len = max(MIN_BLOCK, -(-N // (BLOCKS_PER_ROUTE * num_routes)))
+
+    @jax.checkpoint  # or the parameters of every block would be kept for the backward pass
+    def blockwise(params, route_K, *inputs_KTD):
+        def one_block(route, *inputs_TD):
+            own = jax.tree.map(lambda stacked: stacked[route], params)
+            return nnx.merge(graph, own)(*inputs_TD)
+
+        return jax.vmap(one_block)(route_K, *inputs_KTD)
+
+    def one_shard(route_ids_BL, *inputs_BLD):
+        # Packing goes position by position over all rows, so that it is causal in every row.
+        def by_position(a):
+            return a.swapaxes(0, 1).reshape(N, *a.shape[2:])
+
+        blocks = pack_by_route(by_position(route_ids_BL), num_routes, block_len)
+        packed = [by_position(x).at[blocks.source_KT].get(mode="fill", fill_value=0)
+                  for x in inputs_BLD]  # fmt: skip
+        out_N = blockwise(params, blocks.route_K, *packed).reshape(-1)[blocks.place_N]
+        return out_N.reshape(L, B // shards).swapaxes(0, 1)
+
+    split = [a.reshape(shards, B // shards, *a.shape[1:]) for a in (route_ids_BL, *inputs_BLD)]
+    return jax.vmap(one_shard)(*split).reshape(B, L)
+
+
+def keep_absent(new: Any, old: Any, present: list[jax.Array | None]) -> Any:
+    """`new`, but what belongs to a route that got no position as it was in `old`, bit for bit.
+
+    new, old: trees with the paths of the model's parameters somewhere in theirs, that is parameters
+    or the state of an optimizer. present: for each stage that cuts, outermost first, bool (R,) from
+    `present_routes`; None where the stage has one router.
+    """
+
+    def choose(path, new_leaf, old_leaf):
+        names = [jax.tree_util.keystr((part,), simple=True) for part in path]
+        if "routing_module" not in names:
+            return new_leaf
+        present_R = present[names.count("main_network")]
+        if present_R is None:
+            return new_leaf
+        mask = present_R.reshape(-1, *(1,) * (new_leaf.ndim - 1))
+        return jnp.where(mask, new_leaf, old_leaf)
+
+    return jax.tree_util.tree_map_with_path(choose, new, old)

@@ -236,11 +236,13 @@ def _divide_documents(documents: Documents, share: float) -> tuple[Documents, Do
 
 
 def _next_character(documents: Documents, d: int, offset: int) -> int:
-    """The first offset from this one on, in document d, that does not split a UTF-8 character."""
-    last = int(documents.length_D[d]) - 1
-    while offset < last and documents.read(d, offset, offset + 1)[0] & 0xC0 == 0x80:
-        offset += 1
-    return offset
+    """The nearest offset, forwards first, that does not split a UTF-8 character of document d."""
+    for step in (0, 1, 2, 3, -1, -2, -3):
+        if 0 <= offset + step < documents.length_D[d]:
+            (byte,) = documents.read(d, offset + step, offset + step + 1)
+            if byte & 0xC0 != 0x80:
+                return offset + step
+    return offset  # not UTF-8
 
 
 def _select(documents: Documents) -> Documents:
@@ -257,5 +259,4 @@ def _fingerprint(*parts: Part) -> str:
                 digest.update(source.fingerprint.encode())
             digest.update(documents.start_D.tobytes())
             digest.update(documents.length_D.tobytes())
-        digest.update(b"|")
     return digest.hexdigest()

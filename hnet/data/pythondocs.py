@@ -28,6 +28,7 @@ _LEFT_OUT_FILES = ("_sysconfigdata", "_sysconfig_vars", "sitecustomize", "usercu
 _OWN_PAGE_FROM = 1000
 _SMALLEST_PAGE = 100
 _LONGEST_PAGE = 8000
+_REPEATABLE = 60  # characters of a paragraph that may occur again, as "See the manual." does
 _Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
@@ -35,13 +36,13 @@ def documents() -> Iterator[tuple[str, bytes]]:
     """Yield (name, text): a page a topic, a module, and a class with much to say.
 
     Long pages are cut between paragraphs, so that the held-out part shows many of them. A
-    docstring that occurs several times is kept where it comes first, so that none is both trained
+    paragraph that occurs several times is kept where it comes first, so that none is both trained
     on and held out. Raises ConfigError when Python is installed without its source.
     """
-    for topic, text in sorted(_topics().items()):
-        yield from _cut(f"{NAME}topics.{topic}", text.strip())
-    root = Path(sysconfig.get_paths()["stdlib"])
     seen: set[str] = set()
+    for topic, text in sorted(_topics().items()):
+        yield from _cut(f"{NAME}topics.{topic}", _unseen(text, seen))
+    root = Path(sysconfig.get_paths()["stdlib"])
     pages = 0
     for path in sorted(_modules(root)):
         module = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
@@ -117,11 +118,20 @@ def _entries(node: _Definition, seen: set[str]) -> Iterator[str]:
 
 
 def _entry(heading: str, node: _Definition | ast.Module, seen: set[str]) -> str:
-    text = (ast.get_docstring(node) or "").strip()
-    if not text or text in seen:
-        return ""
-    seen.add(text)
-    return f"{heading}\n{text}"
+    text = _unseen(ast.get_docstring(node) or "", seen)
+    return f"{heading}\n{text}" if text else ""
+
+
+def _unseen(text: str, seen: set[str]) -> str:
+    """The text without those of its longer paragraphs that were seen before."""
+    kept = []
+    for paragraph in text.strip().split("\n\n"):
+        words = " ".join(paragraph.split())
+        if words not in seen:
+            kept.append(paragraph)
+        if len(words) > _REPEATABLE:
+            seen.add(words)
+    return "\n\n".join(kept)
 
 
 def _definitions(node: _Definition | ast.Module) -> Iterator[_Definition]:

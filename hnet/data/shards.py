@@ -59,7 +59,7 @@ def read_index(shard: Path) -> ShardIndex:
         if not index_path(shard).exists():
             return _scan(shard, reader, num_records)
         reader.close()
-        with np.load(index_path(shard), allow_pickle=False) as index:
+        with open(index_path(shard), "rb") as f, np.load(f, allow_pickle=False) as index:
             lengths_D = index["lengths_D"]
             record_bytes_R = _record_bytes(lengths_D, int(index["record_bytes"]))
             fingerprint = str(index["fingerprint"])

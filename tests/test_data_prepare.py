@@ -219,6 +219,26 @@ def test_command_line(files, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "35 documents" in shown
     assert "fingerprint" in shown and "held out" in shown
-    assert main(["prepare", "--files", f"{tmp_path}/none", "--out", out]) == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["prepare", "--files", "none*", "--out", "out"], "error: files: 'none*' matches no file"),
+        (["describe", "--data.files", "none*"], "error: data.files: 'none*' matches no file"),
+        (["describe", "--data.batch-size", "0"], "error: data.batch_size=0: use 1 or more"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, args, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(args) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: files: ") and error.count("\n") == 1
+    assert error.startswith(message) and error.count("\n") == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_unknown_option(capsys):
+    with pytest.raises(SystemExit) as e:
+        main(["describe", "--data.flies", "x"])
+    assert e.value.code == 2
+    assert "--data.flies" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Checkpoints: any mesh to any mesh, damage found and named, nothing lost on the way."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils.epath.backend import fsspec_backend
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
@@ -491,9 +494,49 @@ def test_config_names_field_and_value(field, value):
         CheckpointConfig(**{field: value})
 
 
-def test_bucket_and_home_paths(monkeypatch):
-    assert str(sf.checkpoint_folder("gs://bucket/run")) == "gs://bucket/run/checkpoints"
+def test_local_paths(monkeypatch):
     monkeypatch.setenv("HOME", "/somebody")
     assert str(sf.checkpoint_folder("~/run")) == "/somebody/run/checkpoints"
     monkeypatch.chdir("/")
     assert str(sf.checkpoint_folder("run")) == "/run/checkpoints"
+
+
+class Bucket(MemoryFileSystem):
+    """An object store in memory: no folders but the names of its objects, no atomic rename."""
+
+    store: dict = {}
+    pseudo_dirs = [""]
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return MemoryFileSystem._strip_protocol(path.removeprefix("gs://"))
+
+
+def test_step_folders_of_a_bucket(monkeypatch):
+    monkeypatch.setattr(type(fsspec_backend), "_get_filesystem", lambda *_: Bucket())
+    folder = sf.checkpoint_folder("gs://bucket/run")
+    assert str(folder) == "gs://bucket/run/checkpoints" and sf.list_steps(folder) == []
+    leaves = {"w": {"shape": [], "dtype": "int32", "checksum": "0"}}
+    for step in range(1, 5):
+        (folder / str(step) / "state").mkdir(parents=True)
+        (folder / str(step) / "state" / "d").write_text("12345")
+        manifest = mf.make_manifest(step, leaves, {})
+        manifest = dataclasses.replace(manifest, files=mf.list_files(folder / str(step)))
+        mf.write(folder / str(step), manifest)
+    assert mf.read(folder / "3").files == {"state/d": 5}
+    sf.tidy(folder / "3", keep=2, keep_every=0)
+    assert sf.list_steps(folder) == sf.list_saved(folder) == [2, 3]
+    assert (folder / "4.aside-1" / "state" / "d").read_text() == "12345"
+    (folder / "3" / "state" / "d").write_text("1234")
+    assert sf.why_not(folder / "3") == "state/d has 4 bytes, its manifest says 5 bytes"
+    assert not sf.make_room(folder / "2", leaves)
+    assert sf.make_room(folder / "3", leaves) and sf.list_steps(folder) == [2]
+
+
+def test_bucket_that_cannot_be_opened_is_one_line(monkeypatch):
+    def absent(*_):
+        raise ImportError("install gcsfs")
+
+    monkeypatch.setattr(type(fsspec_backend), "_get_filesystem", absent)
+    with pytest.raises(ConfigError, match="'gs://bucket/run' cannot be opened: ImportError: ins"):
+        sf.checkpoint_folder("gs://bucket/run")

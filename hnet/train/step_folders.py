@@ -8,6 +8,7 @@ import os
 
 from etils import epath
 
+from hnet.config import ConfigError
 from hnet.train import manifest as mf
 
 log = logging.getLogger(__name__)
@@ -17,10 +18,17 @@ STATE = "state"
 
 
 def checkpoint_folder(workdir: str | os.PathLike) -> epath.Path:
-    """``WORKDIR/checkpoints`` of a local folder or a bucket (``gs://...``)."""
+    """``WORKDIR/checkpoints`` of a local folder or a bucket (``gs://...``).
+
+    Raises ConfigError if the bucket cannot be opened: no package for it, no credentials.
+    """
     path = epath.Path(workdir)
     if "://" not in os.fspath(workdir):
-        path = path.expanduser().absolute()
+        return path.expanduser().absolute() / "checkpoints"
+    try:
+        path.exists()
+    except Exception as e:  # each file system raises its own
+        raise ConfigError(f"workdir {str(path)!r} cannot be opened: {mf.first_line(e)}") from None
     return path / "checkpoints"
 
 

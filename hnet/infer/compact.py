@@ -22,22 +22,22 @@ def on_rows(
     active_B: jax.Array,
     inputs_B: Any,
     state: Any,
-    fractions: tuple[float, ...],
+    fractions: tuple[float, ...] | None,
 ) -> tuple[Any, Any]:
     """`fn(inputs_R, state, rows_R) -> (outputs_R, state)` on the active rows, if there are any.
 
     The rows are gathered into the smallest of the `sizes` that holds them; spare places have row
     number B, which reads some row and writes none. Outputs are scattered back, zeros elsewhere.
-    The state is not gathered: `fn` reads and writes its rows.
+    The state is not gathered: `fn` reads and writes its rows. Without fractions (an outermost
+    stage, whose rows are nearly always all active) `fn` simply runs on all rows.
 
     The choice of a size is a loop of no or one round for each, not a conditional: XLA changes what
     a loop carries in place, but copies what a conditional returns, which here is the whole cache.
     """
     B = active_B.shape[0]
     all_rows_B = jnp.arange(B, dtype=jnp.int32)
-    if fractions == (1.0,):  # an outermost stage: nothing to choose and nothing to gather
-        outputs, state = fn(inputs_B, state, jnp.where(active_B, all_rows_B, B))
-        return outputs, state
+    if fractions is None:
+        return fn(inputs_B, state, jnp.where(active_B, all_rows_B, B))
     num_active = jnp.sum(active_B, dtype=jnp.int32)
     order_B = jnp.argsort(~active_B, stable=True).astype(jnp.int32)
     shapes, _ = jax.eval_shape(fn, inputs_B, state, all_rows_B)

@@ -4,13 +4,16 @@ The official state dict has one entry a layer and stores linear weights as (out,
 the layers of a run and stores (in, out). Everything else is a renaming.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from hnet.chunking.config import ChunkingConfig
 from hnet.config import ConfigError, HNetConfig
 from hnet.model import HNetLM
 
@@ -21,36 +24,138 @@ _RENAMED = {
     "conv1d_weight": "conv1d.weight",
     "conv1d_bias": "conv1d.bias",
 }
+HEAD, EMBEDDING = "lm_head.weight", "embeddings.weight"
+# Fields of ChunkingConfig that the official JSON cannot express and that change the network.
+_STRUCTURE = ("router", "alignment", "pool", "dechunk", "residual", "num_predictors")
 
 
-def official_names(model: HNetLM) -> Iterator[tuple[tuple, str, int | None]]:
-    """(our path, official name, layer within the run or None) of every official entry."""
+class Mismatch(ConfigError):
+    """Weights that do not fit a configuration: `problems` has a line for each parameter."""
+
+    def __init__(self, problems: list[str]):
+        self.problems = problems
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        super().__init__(
+            f"official weights do not fit the configuration: {'; '.join(problems[:4])}{more}"
+        )
+
+
+class Leaf(NamedTuple):
+    """One of our parameters and the official entries that it is made of."""
+
+    path: tuple
+    names: list[str]
+    """one a layer, if it is stacked"""
+    is_stacked: bool
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+def check_official(config: HNetConfig) -> None:
+    """Raise ConfigError if the official code has no network like this one."""
+    official = ChunkingConfig()
+    for s, stage in enumerate(config.stages[: config.num_chunked]):
+        for name in _STRUCTURE:
+            if (value := getattr(stage.chunking, name)) != getattr(official, name):
+                raise ConfigError(
+                    f"model.stages.{s}.chunking.{name}={value!r} has no official form, which is "
+                    f"{getattr(official, name)!r}: keep this model in its work directory"
+                )
+
+
+def leaves(config: HNetConfig) -> list[Leaf]:
+    """All parameters of a configuration, without making any of them."""
+    check_official(config)
+    model = nnx.eval_shape(lambda: HNetLM(config, rngs=nnx.Rngs(0)))
+    found = []
     for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         *modules, leaf_name = (str(part) for part in path)
         modules.append(_RENAMED.get(leaf_name, leaf_name))
-        if "layers" not in modules:
-            yield path, ".".join(modules), None
-            continue
-        at = modules.index("layers")
-        run, stack = int(modules[at + 1]), model
-        for part in path[:at]:
-            stack = getattr(stack, str(part))
-        first = sum(count for _, count in stack.runs[:run])
-        for layer in range(leaf.shape[0]):
-            name = [*modules[: at + 1], str(first + layer), *modules[at + 2 :]]
-            yield path, ".".join(name), layer
+        if is_stacked := "layers" in modules:
+            at = modules.index("layers")
+            run, stack = int(modules[at + 1]), model
+            for part in path[:at]:
+                stack = getattr(stack, str(part))
+            first = sum(count for _, count in stack.runs[:run])
+            layers = range(first, first + leaf.shape[0])
+            names = [".".join([*modules[: at + 1], str(i), *modules[at + 2 :]]) for i in layers]
+        else:
+            names = [".".join(modules)]
+        found.append(Leaf(path, names, is_stacked, leaf.shape, leaf.dtype))
+    return found
 
 
-def _to_ours(path: tuple, array: np.ndarray) -> np.ndarray:
+def to_ours(path: tuple, array: np.ndarray) -> np.ndarray:
     if path[-1] == "conv1d_weight":
         return array[:, 0, :].T
     return array.T if path[-1] == "kernel" else array
 
 
-def _to_theirs(path: tuple, array: np.ndarray) -> np.ndarray:
+def to_theirs(path: tuple, array: np.ndarray) -> np.ndarray:
     if path[-1] == "conv1d_weight":
         return array.T[:, None, :]
     return array.T if path[-1] == "kernel" else array
+
+
+def official_shapes(config: HNetConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every entry of the official state dict."""
+    shapes = {}
+    for leaf in leaves(config):
+        shape = to_theirs(leaf.path, np.broadcast_to(0, leaf.shape[leaf.is_stacked :])).shape
+        shapes |= dict.fromkeys(leaf.names, shape)
+    if config.tie_embeddings:
+        shapes[HEAD] = shapes[EMBEDDING]
+    return shapes
+
+
+def check_fit(config: HNetConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise Mismatch if a name is missing, left over, or has another shape than it should."""
+    expected = official_shapes(config)
+    optional = {HEAD} if config.tie_embeddings else set()
+    problems = [f"missing {n}" for n in sorted(set(expected) - optional - set(shapes))]
+    problems += [f"left over {n}" for n in sorted(set(shapes) - set(expected))]
+    problems += [
+        f"{n} has shape {shapes[n]}, not {shape}"
+        for n, shape in expected.items()
+        if n in shapes and tuple(shapes[n]) != shape
+    ]
+    if problems:
+        raise Mismatch(problems)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _put(stacked: jax.Array, layer: jax.Array, index: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stacked, layer.astype(stacked.dtype), index, 0)
+
+
+def assemble(
+    config: HNetConfig,
+    params: Mapping[str, np.ndarray],
+    *,
+    progress=lambda items: items,
+    dtype_of=lambda path: jnp.float32,
+) -> HNetLM:
+    """The model of official entries, each of which is read once and then let go.
+
+    progress: wraps the list of leaves; dtype_of: path -> dtype that the parameter is given.
+    """
+    model = nnx.eval_shape(lambda: HNetLM(config, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(model)
+    variables, filled = dict(nnx.to_flat_state(state)), {}
+    for leaf in progress(leaves(config)):
+        dtype = dtype_of(leaf.path)
+        if leaf.is_stacked:
+            value = jnp.zeros(leaf.shape, dtype)
+            for i, name in enumerate(leaf.names):
+                layer = np.ascontiguousarray(to_ours(leaf.path, params[name]))
+                value = _put(value, layer, np.int32(i))
+        else:
+            value = jnp.array(to_ours(leaf.path, params[leaf.names[0]]), dtype)
+        filled[leaf.path] = variables[leaf.path].replace(value)
+    if config.tie_embeddings and HEAD in params:
+        if not np.array_equal(params[HEAD], params[EMBEDDING]):
+            raise Mismatch([f"{HEAD} differs from {EMBEDDING}, to which it is tied"])
+    return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
 def from_official(config: Mapping[str, Any], params: Mapping[str, np.ndarray]) -> HNetLM:
@@ -60,45 +165,29 @@ def from_official(config: Mapping[str, Any], params: Mapping[str, np.ndarray]) -
     another shape than the configuration says.
     """
     model_config = HNetConfig.from_json(dict(config))
-    model = nnx.eval_shape(lambda: HNetLM(model_config, rngs=nnx.Rngs(0)))
-    graph, state = nnx.split(model)
-    flat = dict(nnx.to_flat_state(state))
-    names = list(official_names(model))
-    expected = {name for _, name, _ in names}
-    allowed = expected | ({"lm_head.weight"} if model_config.tie_embeddings else set())
-    problems = [f"missing {n}" for n in sorted(expected - set(params))]
-    problems += [f"left over {n}" for n in sorted(set(params) - allowed)]
-    layers: dict[tuple, list[np.ndarray]] = {}
-    for path, name, layer in names:
-        if name not in params:
-            continue
-        array = _to_ours(path, np.asarray(params[name]))
-        shape = flat[path].shape[1:] if layer is not None else flat[path].shape
-        if array.shape != shape:
-            theirs = _to_theirs(path, np.empty(shape)).shape
-            problems.append(f"{name} has shape {np.shape(params[name])}, not {theirs}")
-        layers.setdefault(path, []).append(array)
-    if problems:
-        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise ConfigError(
-            f"official weights do not fit the configuration: {'; '.join(problems[:4])}{more}"
-        )
-    stacked = {name for name, _, layer in names if layer is not None}
-    loaded = {p: np.stack(a) if p in stacked else a[0] for p, a in layers.items()}
-    filled = {p: v.replace(jax.numpy.asarray(loaded[p])) for p, v in flat.items()}
-    return nnx.merge(graph, nnx.from_flat_state(filled))
+    check_fit(model_config, {name: np.shape(array) for name, array in params.items()})
+    return assemble(model_config, params)
+
+
+def entries(
+    config: HNetConfig, arrays: Iterable[tuple[Leaf, np.ndarray]]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Official (name, array) pairs of our parameters. A tied head is stored twice, as theirs."""
+    for leaf, array in arrays:
+        layers = array if leaf.is_stacked else [array]
+        for name, layer in zip(leaf.names, layers):
+            # a copy, contiguous, so that the parameter itself can be let go
+            theirs = np.array(to_theirs(leaf.path, np.asarray(layer)), order="C")
+            yield name, theirs
+            if name == EMBEDDING and config.tie_embeddings:
+                yield HEAD, theirs
 
 
 def to_official(model: HNetLM) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The official configuration and state dict of a model, inverse of `from_official`.
 
-    A tied head is stored twice, as the official code does.
+    Raises ConfigError for a model that has no official form.
     """
     flat = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
-    params = {}
-    for path, name, layer in official_names(model):
-        array = np.asarray(flat[path][...] if layer is None else flat[path][layer])
-        params[name] = np.ascontiguousarray(_to_theirs(path, array))
-    if model.config.tie_embeddings:
-        params["lm_head.weight"] = params["embeddings.weight"]
-    return model.config.to_json(), params
+    arrays = ((leaf, np.asarray(flat[leaf.path][...])) for leaf in leaves(model.config))
+    return model.config.to_json(), dict(entries(model.config, arrays))

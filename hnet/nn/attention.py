@@ -75,6 +75,42 @@ def attention(
     return jnp.concatenate(out, axis=1)
 
 
+def cached_attention(
+    q_RHK: jax.Array, cache: KVCache, at: tuple, positions_R: jax.Array, *, window: int
+) -> jax.Array:
+    """`attention_reference` for the newest position of R rows, whose key is in the cache already.
+
+    Blocks of slots are read one by one with a running softmax, and only as many as the longest of
+    the rows has filled, so that the cost follows the length and not the room.
+    """
+    blocks, T = cache.k.shape[2], cache.k.shape[4]
+    filled = jnp.minimum(jnp.max(positions_R) // T + 1, blocks)
+    visible = positions_R if window < 0 else jnp.minimum(positions_R, window)
+
+    def block(j, carry):
+        max_RH, sum_RH, out_RHK = carry
+        keys, values = (read(a, (*at, j)) for a in cache)
+        age_RT = (positions_R[:, None] - (j * T + jnp.arange(T))[None, :]) % (blocks * T)
+        scores_RHT = jnp.einsum("rhk,rhtk->rht", q_RHK, keys, preferred_element_type=jnp.float32)
+        scores_RHT = jnp.where(
+            (age_RT <= visible[:, None])[:, None], scores_RHT / math.sqrt(q_RHK.shape[-1]), -jnp.inf
+        )
+        new_max_RH = jnp.maximum(max_RH, jnp.max(scores_RHT, axis=-1))
+        weights_RHT = jnp.exp(scores_RHT - new_max_RH[..., None])
+        shrink_RH = jnp.exp(max_RH - new_max_RH)
+        added_RHK = jnp.einsum(
+            "rht,rhtk->rhk", weights_RHT.astype(values.dtype), values,
+            preferred_element_type=jnp.float32,
+        )  # fmt: skip
+        sum_RH = sum_RH * shrink_RH + jnp.sum(weights_RHT, axis=-1)
+        return new_max_RH, sum_RH, out_RHK * shrink_RH[..., None] + added_RHK
+
+    lowest_RH = jnp.full(q_RHK.shape[:2], jnp.finfo(jnp.float32).min)
+    nothing = (lowest_RH, jnp.zeros_like(lowest_RH), jnp.zeros(q_RHK.shape, jnp.float32))
+    _, sum_RH, out_RHK = jax.lax.fori_loop(0, filled, block, nothing)
+    return (out_RHK / sum_RH[..., None]).astype(q_RHK.dtype)
+
+
 class Attention(nnx.Module):
     """The official CausalMHA: fused Wqkv, partial rotary, no biases."""
 
@@ -117,15 +153,9 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, KVCache]:
         """One position of R rows; `positions_R` counts the positions each has had before."""
         q, k, v = self.qkv(x_R1D, positions_R[:, None])
-        size = cache.k.shape[3]
-        slot_R, slot_M = positions_R % size, jnp.arange(size, dtype=jnp.int32)
-        newest = (*at, slice(None), slot_R)
+        blocks, T = cache.k.shape[2], cache.k.shape[4]
+        slot_R = positions_R % (blocks * T)
+        newest = (*at, slot_R // T, slice(None), slot_R % T)
         cache = KVCache(write(cache.k, newest, k[:, 0]), write(cache.v, newest, v[:, 0]))
-        keys, values = read(cache.k, at), read(cache.v, at)
-        # slot m holds the newest position that is m mod size; there may not have been one yet
-        filled_RM = (positions_R[:, None] - slot_M[None, :]) % size <= positions_R[:, None]
-        scores_RHM = jnp.einsum("rhk,rhmk->rhm", q[:, 0], keys, preferred_element_type=jnp.float32)
-        scores_RHM = jnp.where(filled_RM[:, None], scores_RHM / math.sqrt(q.shape[-1]), -jnp.inf)
-        weights_RHM = jax.nn.softmax(scores_RHM, axis=-1).astype(values.dtype)
-        out_RHK = jnp.einsum("rhm,rhmk->rhk", weights_RHM, values)
+        out_RHK = cached_attention(q[:, 0], cache, at, positions_R, window=self.stage.window_size)
         return self.out_proj(out_RHK.reshape(x_R1D.shape)), cache

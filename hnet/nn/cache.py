@@ -11,8 +11,14 @@ import jax
 import jax.numpy as jnp
 
 
+KV_BLOCK = 64  # slots that attention over a cache reads at a time
+
+
 class KVCache(NamedTuple):
-    """Rotated keys, and values, (layers, B, H, M, K): position t lies in slot t mod M."""
+    """Rotated keys, and values, (layers, B, blocks, H, T, K), T slots a block.
+
+    It is a ring: position t lies in slot t mod (blocks * T).
+    """
 
     k: jax.Array
     v: jax.Array
@@ -43,11 +49,14 @@ def last_positions(x_BLD: jax.Array, lengths_B: jax.Array, count: int) -> jax.Ar
 
 
 def ring(x_BLHK: jax.Array, lengths_B: jax.Array, size: int) -> jax.Array:
-    """The newest `size` positions of each row in their slots t mod size, (B, H, size, K)."""
-    slot_M = jnp.arange(size, dtype=jnp.int32)[None, :]
+    """The newest positions of each row in their slots, (B, blocks, H, T, K); room for `size`."""
+    T = min(KV_BLOCK, size)
+    blocks = -(-size // T)
+    slot_M = jnp.arange(blocks * T, dtype=jnp.int32)[None, :]
     newest_B1 = lengths_B[:, None] - 1
-    index_BM = newest_B1 - (newest_B1 - slot_M) % size
-    return jax.vmap(_take)(x_BLHK, index_BM).swapaxes(1, 2)
+    index_BM = newest_B1 - (newest_B1 - slot_M) % (blocks * T)
+    x_BMHK = jax.vmap(_take)(x_BLHK, index_BM)
+    return x_BMHK.reshape(len(x_BLHK), blocks, T, *x_BLHK.shape[2:]).swapaxes(2, 3)
 
 
 def _take(x_LD, index_W):

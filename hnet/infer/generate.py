@@ -1,0 +1,172 @@
+"""Continue texts: a batch of prompts of any lengths in, bytes, text and boundaries out."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hnet.config import BOS_ID, EOS_ID, ConfigError
+from hnet.infer import utf8
+from hnet.infer.decode import Decoder
+from hnet.infer.prompts import encode
+from hnet.infer.sampling import Controls, Sampling
+from hnet.model import HNetLM
+
+@dataclass(frozen=True)
+class Generation:
+    """One finished continuation of n bytes."""
+
+    prompt: bytes
+    data: bytes
+    """the continuation, without the stop string or EOS that ended it"""
+    logprobs: np.ndarray
+    """(n,) natural logarithm of each byte's probability under the model, before any filter"""
+    boundaries: np.ndarray
+    """bool (len(prompt) + n, stages that cut): whether a boundary of that stage lies at the byte"""
+    finish_reason: Literal["length", "stop", "eos"]
+
+    @property
+    def text(self) -> str:
+        """The continuation; U+FFFD stands for what is not valid UTF-8."""
+        return self.data.decode("utf-8", "replace")
+
+
+class Piece(NamedTuple):
+    """What one prompt's continuation gained."""
+
+    index: int
+    """of the prompt"""
+    text: str
+    """whole characters that were completed, possibly none"""
+    finished: Generation | None
+    """the whole result, once there is no more to come"""
+
+
+class _Row:
+    """What the host keeps of one continuation."""
+
+    def __init__(self, prompt: bytes, boundaries_PS: np.ndarray, sampling: Sampling):
+        self.prompt, self.sampling = prompt, sampling
+        self.stops = [s.encode() for s in sampling.stop]
+        self.data, self.logprobs, self.boundaries = bytearray(), [], list(boundaries_PS)
+        self.text, self.shown = utf8.TextStream(), 0
+        self.finish_reason: str | None = None
+
+    def add(self, byte_T: np.ndarray, logprob_T: np.ndarray, boundaries_TS: np.ndarray) -> str:
+        """Take over new bytes until the text ends; returns the text that can be shown."""
+        for byte, logprob, boundary_S in zip(byte_T, logprob_T, boundaries_TS):
+            if self.finish_reason:
+                break
+            if byte == EOS_ID:
+                self.finish_reason = "eos"
+                break
+            self.data.append(byte)
+            self.logprobs.append(logprob)
+            self.boundaries.append(boundary_S)
+            self._check_end()
+        held = 0 if self.finish_reason else self._held_back()
+        end = len(self.data) - held
+        new, self.shown = bytes(self.data[self.shown : end]), end
+        return self.text.feed(new, final=self.finish_reason is not None)
+
+    def _check_end(self) -> None:
+        for stop in self.stops:
+            if self.data.endswith(stop):
+                del self.data[-len(stop) :]
+                del self.logprobs[len(self.data) :]
+                del self.boundaries[len(self.prompt) + len(self.data) :]
+                self.finish_reason = "stop"
+                return
+        if len(self.data) == self.sampling.max_bytes:
+            self.finish_reason = "length"
+
+    def _held_back(self) -> int:
+        """Bytes at the end that may be the beginning of a stop string."""
+        return max(
+            (n for stop in self.stops for n in range(1, len(stop)) if self.data.endswith(stop[:n])),
+            default=0,
+        )
+
+    def result(self) -> Generation:
+        num_stages = self.boundaries[0].shape[0] if self.boundaries else 0
+        return Generation(
+            self.prompt,
+            bytes(self.data),
+            np.asarray(self.logprobs, np.float32),
+            np.asarray(self.boundaries, bool).reshape(len(self.boundaries), num_stages),
+            self.finish_reason,
+        )
+
+
+def generate(
+    model: HNetLM,
+    prompts: Sequence[str | bytes],
+    sampling: Sampling = Sampling(),
+    *,
+    seeds: Sequence[int] | None = None,
+    bos: bool = True,
+    batch_size: int = 32,
+) -> list[Generation]:
+    """Continue every prompt; arguments as in `stream_text`."""
+    pieces = stream_text(model, prompts, sampling, seeds=seeds, bos=bos, batch_size=batch_size)
+    finished = {piece.index: piece.finished for piece in pieces if piece.finished}
+    return [finished[i] for i in range(len(prompts))]
+
+
+def stream_text(
+    model: HNetLM,
+    prompts: Sequence[str | bytes],
+    sampling: Sampling = Sampling(),
+    *,
+    seeds: Sequence[int] | None = None,
+    bos: bool = True,
+    batch_size: int = 32,
+    block_len: int = 16,
+) -> Iterator[Piece]:
+    """Continue every prompt, and yield text as it comes, every `block_len` bytes.
+
+    seeds: one a prompt (default: sampling.seed + its index). bos: put byte 254 in front, as the
+    official tokenizer and our training do; without it the first byte of an empty prompt is drawn
+    from all bytes alike. batch_size: prompts that run together; each is continued as it would be
+    alone. Raises ConfigError for bad arguments.
+    """
+    if batch_size < 1 or block_len < 1:
+        raise ConfigError(f"batch_size={batch_size}, block_len={block_len}: use 1 or more")
+    if seeds is None:
+        seeds = range(sampling.seed, sampling.seed + len(prompts))
+    if len(seeds) != len(prompts):
+        raise ConfigError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one each")
+    texts = [encode(p) for p in prompts]
+    decoder = Decoder(model)
+    size = max(1, min(batch_size, len(texts)))
+    for first in range(0, len(texts), size):
+        part = slice(first, first + size)
+        for piece in _run(decoder, texts[part], seeds[part], sampling, bos, size, block_len):
+            yield piece._replace(index=first + piece.index)
+
+
+def _run(decoder, texts, seeds, sampling, bos, size, block_len) -> Iterator[Piece]:
+    """Continue up to `size` texts together; spare rows are never active."""
+    spare = size - len(texts)
+    prefix = bytes([BOS_ID]) if bos else b""
+    fed = [prefix + text for text in texts] + [b""] * spare
+    state, boundaries_BLS = decoder.start(fed, sampling)
+    running_B = np.arange(size) < len(texts)
+    seed_B = jnp.asarray([*seeds, *[0] * spare], jnp.uint32)
+    starts = [boundaries_BLS[i, len(prefix) : len(fed[i])] for i in range(len(texts))]
+    rows = [_Row(text, start, sampling) for text, start in zip(texts, starts)]
+    controls = Controls.of(sampling)
+    num_steps = min(block_len, sampling.max_bytes)
+    for count in range(0, sampling.max_bytes, num_steps):
+        state = state._replace(active_B=state.active_B & jnp.asarray(running_B))
+        state, outputs = decoder.run(state, controls, seed_B, count, num_steps)
+        byte_TB, logprob_TB, boundaries_TBS = jax.device_get(outputs)
+        for i in np.flatnonzero(running_B):
+            text = rows[i].add(byte_TB[:, i], logprob_TB[:, i], boundaries_TBS[:, i])
+            running_B[i] = rows[i].finish_reason is None
+            yield Piece(int(i), text, None if running_B[i] else rows[i].result())
+        if not running_B.any():
+            return

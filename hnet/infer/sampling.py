@@ -1,0 +1,140 @@
+"""From logits to the next byte of every row."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hnet.config import EOS_ID, ConfigError
+from hnet.infer import utf8
+
+NUM_BYTES = 256
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a text is continued. Filters apply in the order of the fields."""
+
+    max_bytes: int = 256
+    """longest continuation"""
+    repetition_penalty: float = 1.0
+    """divides the positive logits of recent bytes and multiplies the negative ones; 1 = off"""
+    repetition_window: int = 64
+    """bytes, prompt included, that count as recent"""
+    valid_utf8: bool = False
+    """only bytes that keep the text valid UTF-8 and end it within max_bytes on a whole character"""
+    temperature: float = 1.0
+    """divides the logits; 0 = greedy"""
+    top_k: int = 0
+    """keep the k likeliest bytes; 0 = all"""
+    top_p: float = 1.0
+    """keep the likeliest bytes that together hold this probability"""
+    min_p: float = 0.0
+    """keep bytes at least this probable, relative to the likeliest"""
+    stop: tuple[str, ...] = ()
+    """the text ends before the first of these"""
+    seed: int = 0
+    """of the first row; row i has seed + i"""
+
+    def __post_init__(self):
+        for name, least in (("max_bytes", 1), ("repetition_window", 1), ("top_k", 0), ("seed", 0)):
+            if (value := getattr(self, name)) < least:
+                raise ConfigError(f"{name}={value}: use {least} or more")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ConfigError(f"temperature={self.temperature}: use 0 (greedy) or a positive number")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p={self.top_p}: use a share above 0 and up to 1")
+        if not 0 <= self.min_p <= 1:
+            raise ConfigError(f"min_p={self.min_p}: use a share from 0 to 1")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise ConfigError(
+                f"repetition_penalty={self.repetition_penalty}: use 1 (off) or a positive number"
+            )
+        if "" in self.stop:
+            raise ConfigError("stop='' ends every text at once: give strings that are not empty")
+
+
+class Controls(NamedTuple):
+    """The numbers of `Sampling` as traced scalars, so that no value of them compiles anew."""
+
+    max_bytes: jax.Array
+    repetition_penalty: jax.Array
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    valid_utf8: jax.Array
+
+    @classmethod
+    def of(cls, sampling: Sampling) -> "Controls":
+        return cls(
+            jnp.int32(sampling.max_bytes),
+            jnp.float32(sampling.repetition_penalty),
+            jnp.float32(sampling.temperature),
+            jnp.int32(sampling.top_k or NUM_BYTES),
+            jnp.float32(sampling.top_p),
+            jnp.float32(sampling.min_p),
+            jnp.bool_(sampling.valid_utf8),
+        )
+
+
+def penalise(logits_BV: jax.Array, recent_BW: jax.Array, penalty: jax.Array) -> jax.Array:
+    """Repetition penalty (arXiv 1909.05858, section 4.1); recent_BW holds bytes, -1 for none."""
+    index_BW = jnp.where(recent_BW < 0, logits_BV.shape[1], recent_BW)
+    mark = jax.vmap(lambda seen_V, index_W: seen_V.at[index_W].set(True, mode="drop"))
+    seen_BV = mark(jnp.zeros(logits_BV.shape, bool), index_BW)
+    lowered_BV = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
+    return jnp.where(seen_BV, lowered_BV, logits_BV)
+
+
+def keep_likely(
+    logits_BV: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array
+) -> jax.Array:
+    """-inf for bytes outside the k likeliest, then outside the nucleus of mass top_p (arXiv
+    1904.09751), then below min_p times the highest probability (arXiv 2407.01082).
+
+    Bytes as likely as the last one that is kept are kept too.
+    """
+    V = logits_BV.shape[1]
+    descending_BV = -jnp.sort(-logits_BV, axis=1)
+    in_k_V = jnp.arange(V, dtype=jnp.int32) < top_k
+    probs_BV = jax.nn.softmax(jnp.where(in_k_V[None], descending_BV, -jnp.inf), axis=1)
+    mass_before_BV = jnp.cumsum(probs_BV, axis=1) - probs_BV
+    kept_BV = in_k_V[None] & (mass_before_BV < top_p)
+    lowest_B1 = jnp.min(jnp.where(kept_BV, descending_BV, jnp.inf), axis=1, keepdims=True)
+    floor_B1 = jnp.maximum(lowest_B1, descending_BV[:, :1] + jnp.log(min_p))
+    return jnp.where(logits_BV >= floor_B1, logits_BV, -jnp.inf)
+
+
+def sample(
+    logits_BV: jax.Array,
+    controls: Controls,
+    seed_B: jax.Array,
+    count: jax.Array,
+    recent_BW: jax.Array,
+    utf8_state_B: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """(byte (B,), its log-probability under the model itself, before any filter).
+
+    The `count`-th byte of a row depends on its seed and logits alone, not on its neighbours.
+    """
+    log_probs_BV = jax.nn.log_softmax(logits_BV, axis=1)[:, :NUM_BYTES]
+    logits_BV = penalise(logits_BV[:, :NUM_BYTES], recent_BW, controls.repetition_penalty)
+    well_BV = utf8.allowed(utf8_state_B, controls.max_bytes - count)
+    may_end_B = utf8_state_B == utf8.START
+    well_BV = well_BV.at[:, EOS_ID].set(may_end_B)
+    logits_BV = jnp.where(well_BV | ~controls.valid_utf8, logits_BV, -jnp.inf)
+    greedy_B = jnp.argmax(logits_BV, axis=1)
+    # the filters and the draw still run for greedy decoding, at a temperature that does no harm
+    heat = jnp.where(controls.temperature > 0, controls.temperature, 1.0)
+    likely_BV = keep_likely(logits_BV / heat, controls.top_k, controls.top_p, controls.min_p)
+
+    def draw(seed, logits_V):
+        key = jax.random.fold_in(jax.random.key(seed), count)
+        return jax.random.categorical(key, logits_V)
+
+    drawn_B = jax.vmap(draw)(seed_B, likely_BV)
+    byte_B = jnp.where(controls.temperature > 0, drawn_B, greedy_B).astype(jnp.int32)
+    return byte_B, jnp.take_along_axis(log_probs_BV, byte_B[:, None], axis=1)[:, 0]

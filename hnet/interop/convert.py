@@ -1,0 +1,183 @@
+"""Checkpoints from one format to another, in about the memory of one copy; comparison of two."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from hnet.config import ConfigError, HNetConfig
+from hnet.interop.load import DType, beside, dtypes, load, shown
+from hnet.interop.official import Leaf, assemble, check_fit, check_official, entries, leaves
+from hnet.interop.tensors import FORMATS, TensorFile, write_tensors
+from hnet.model import HNetLM, split
+from hnet.train import manifest as mf
+from hnet.train.checkpoint import CheckpointConfig, Checkpointer
+from hnet.train.config import Config, claim_workdir, read_config, to_json
+from hnet.train.step_folders import checkpoint_folder
+from hnet.train.verify import read_arrays
+
+
+def convert(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    config: str | os.PathLike | None = None,
+    dtype: DType | None = None,
+    step: int | None = None,
+) -> None:
+    """Write an official file from a work directory or another official file, or a work directory
+    from an official file. Arguments as in `load`; dtype None keeps every bit.
+
+    The configuration is written beside the weights. Raises ConfigError if the target exists, or
+    for whatever `load` refuses.
+    """
+    source, target = Path(source), Path(target)
+    if target.exists():
+        raise ConfigError(f"{str(target)!r} exists: choose another name")
+    if source.is_dir():
+        _from_workdir(source, target, dtype, step)
+        return
+    file = TensorFile(source)
+    model_config = HNetConfig.from_json(config or beside(source))
+    check_fit(model_config, file.shapes)
+    if target.suffix in FORMATS:
+        names = shown(f"reading {source}")(list(file))
+        cast = _caster(dtype)
+        _write_official(target, model_config, {name: cast(name, file[name]) for name in names})
+    else:
+        bar = shown(f"reading {source}")
+        _write_workdir(target, assemble(model_config, file, progress=bar, dtype_of=dtypes(dtype)))
+
+
+def _caster(dtype: DType | None):
+    """(official name, array) -> the array in the dtype that `load` would give it."""
+    if dtype is None:
+        return lambda name, array: array
+    dtype_of = dtypes(dtype)
+
+    def cast(name: str, array: np.ndarray) -> np.ndarray:
+        is_matrix = name.endswith(".weight") and array.ndim == 2
+        path = (*name.split(".")[:-1], "kernel" if is_matrix else "scale")
+        return array.astype(dtype_of(path))
+
+    return cast
+
+
+def _from_workdir(source: Path, target: Path, dtype: DType | None, step: int | None) -> None:
+    if target.suffix not in FORMATS:
+        raise ConfigError(
+            f"{str(target)!r} and {str(source)!r} are both work directories: "
+            f"give a target that ends in {', '.join(FORMATS)}"
+        )
+    config = read_config(source).model
+    check_official(config)
+    # Largest first: while a large one is held twice, few others have been read.
+    by_size = sorted(leaves(config), key=lambda leaf: -int(np.prod(leaf.shape)))
+    cast = _caster(dtype)
+    found = entries(config, _read_leaves(source, by_size, step))
+    _write_official(target, config, {name: cast(name, array) for name, array in found})
+
+
+def _read_leaves(
+    workdir: Path, wanted: list[Leaf], step: int | None
+) -> Iterator[tuple[Leaf, np.ndarray]]:
+    """The parameters of a checkpoint one by one, their checksums compared."""
+    with Checkpointer(workdir, CheckpointConfig(asynchronous=False)) as checkpointer:
+        manifest = checkpointer.manifest(step)
+    folder = checkpoint_folder(workdir) / str(manifest.step)
+    one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+        for leaf in shown(f"reading {folder}")(wanted):
+            path = "/".join(["params", *map(str, leaf.path)])
+            if tuple(manifest.leaves.get(path, {}).get("shape", ())) != leaf.shape:
+                raise ConfigError(f"checkpoint {folder} has no {path} of shape {leaf.shape}")
+            try:
+                arrays = read_arrays(orbax, folder, manifest, {path: one_device})
+            except mf.Damaged as e:
+                raise ConfigError(f"checkpoint {folder}: {e}") from None
+            yield leaf, np.asarray(arrays[path])
+
+
+def _write_official(target: Path, config: HNetConfig, tensors: dict[str, np.ndarray]) -> None:
+    description = target.with_suffix(".json")
+    if description.exists():
+        raise ConfigError(f"{str(description)!r} exists: choose another name")
+    write_tensors(target, tensors)
+    description.write_text(json.dumps(config.to_json(), indent=1) + "\n")
+
+
+def _write_workdir(target: Path, model: HNetLM) -> None:
+    """A work directory with the model as its checkpoint of step 0."""
+    config = Config(model=model.config, workdir=str(target))
+    claim_workdir(config)
+    _, params = split(model)
+    with Checkpointer(target, CheckpointConfig(asynchronous=False)) as checkpointer:
+        checkpointer.save(0, {"params": params}, {"config": to_json(config)})
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How two models answer on the same bytes."""
+
+    max_difference: float
+    """largest difference of two logits"""
+    max_logit: float
+    """largest logit, for scale"""
+    other_boundaries: int
+    """positions, over all stages, where one cuts and the other does not"""
+    positions: int
+    """bytes compared"""
+
+
+def verify(
+    first: str | os.PathLike,
+    second: str | os.PathLike,
+    *,
+    config: str | os.PathLike | None = None,
+    rows: int = 4,
+    length: int = 256,
+) -> Comparison:
+    """Compare the logits of two checkpoints, loaded one after the other, on the same bytes.
+
+    The bytes are half text-like (few values, spaces), half uniform. config: of official files that
+    have none beside them.
+    """
+    rng = np.random.default_rng(0)
+    ids_BL = rng.integers(0, 256, (rows, length)).astype(np.int32)
+    ids_BL[::2] = rng.choice(np.frombuffer(b"  aeiounrst,.\n", np.uint8), ids_BL[::2].shape)
+    answers = []
+    for path in (first, second):
+        is_file = not os.path.isdir(path)
+        answers.append(_answer(load(path, config=config if is_file else None), ids_BL))
+    (a, masks_a), (b, masks_b) = answers
+    if a.shape != b.shape or len(masks_a) != len(masks_b):
+        raise ConfigError(
+            f"{os.fspath(first)!r} and {os.fspath(second)!r} are of different architectures: "
+            f"{len(masks_a)} and {len(masks_b)} stages that cut, vocabularies of {a.shape[-1]} "
+            f"and {b.shape[-1]}"
+        )
+    return Comparison(
+        float(np.max(np.abs(a - b))),
+        float(np.max(np.abs(a))),
+        sum(int(np.sum(x != y)) for x, y in zip(masks_a, masks_b)),
+        rows * length,
+    )
+
+
+def _answer(model: HNetLM, ids_BL: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    graph, params = split(model)
+    del model
+
+    @jax.jit
+    def forward(params, ids_BL):
+        logits_BLV, routes = nnx.merge(graph, params)(ids_BL)
+        return logits_BLV, [route.boundary_mask_BL for route in routes]
+
+    return jax.device_get(forward(params, jnp.asarray(ids_BL)))

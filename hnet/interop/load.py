@@ -1,0 +1,93 @@
+"""Models from files: our work directories and official checkpoints."""
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from rich.console import Console
+from rich.progress import track
+
+from hnet.config import ConfigError, HNetConfig
+from hnet.interop.official import assemble, check_fit
+from hnet.interop.tensors import TensorFile
+from hnet.model import HNetLM, abstract
+from hnet.train.checkpoint import CheckpointConfig, Checkpointer
+from hnet.train.config import read_config
+
+DType = Literal["float32", "bfloat16"]
+
+
+def load(
+    path: str | os.PathLike,
+    *,
+    config: str | os.PathLike | HNetConfig | None = None,
+    dtype: DType | None = None,
+    step: int | None = None,
+) -> HNetLM:
+    """A trained model.
+
+    path: a work directory of ours, or an official state dict (.pt, .safetensors, .npz). config: of
+    the latter, as an object or its official JSON; default is `NAME.json` or `NAME_config.json`
+    beside it. dtype: of the matmuls and their weights (default: as configured, float32 for
+    official files); what needs float32 keeps it. step: of a work directory, default the newest.
+
+    Raises ConfigError for a missing, damaged or hostile file, or one of another architecture.
+    """
+    if dtype not in (None, "float32", "bfloat16"):
+        raise ConfigError(f"dtype={dtype!r}: use 'float32' or 'bfloat16'")
+    if os.path.isdir(path) or "://" in os.fspath(path):
+        return _load_workdir(path, dtype, step)
+    file = TensorFile(path)
+    if not isinstance(config, HNetConfig):
+        config = HNetConfig.from_json(config or beside(file.path))
+    check_fit(config, file.shapes)
+    if dtype:
+        config = replace(config, compute=replace(config.compute, dtype=dtype))
+    return assemble(config, file, progress=shown(str(path)), dtype_of=dtypes(dtype))
+
+
+def beside(path: Path) -> Path:
+    """The official JSON that belongs to a file of weights. Raises ConfigError if there is none."""
+    names = [f"{path.stem}.json", f"{path.stem.removesuffix('_params')}_config.json"]
+    for name in names:
+        if (found := path.with_name(name)).is_file():
+            return found
+    raise ConfigError(
+        f"checkpoint {str(path)!r} has no {' or '.join(names)} beside it: give its configuration"
+    )
+
+
+def dtypes(dtype: DType | None) -> Callable[[tuple], jnp.dtype]:
+    """path -> dtype of a parameter: `dtype` for embeddings and the matmuls of the stacks."""
+
+    def dtype_of(path: tuple):
+        in_float32 = {"routing_module", "residual_proj"} & {str(part) for part in path}
+        is_matrix = path[-1] in ("kernel", "embedding") and not in_float32
+        return jnp.dtype(dtype if dtype and is_matrix else "float32")
+
+    return dtype_of
+
+
+def shown(what: str) -> Callable[[list], Iterable]:
+    """A progress bar on a terminal's stderr, nothing elsewhere."""
+    console = Console(stderr=True)
+    return lambda items: track(
+        items, what, console=console, transient=True, disable=not console.is_terminal
+    )
+
+
+def _load_workdir(path: str | os.PathLike, dtype: DType | None, step: int | None) -> HNetLM:
+    config = read_config(path).model
+    if dtype:
+        config = replace(config, compute=replace(config.compute, dtype=dtype))
+    graph, params = abstract(config)
+    with Checkpointer(path, CheckpointConfig(asynchronous=False)) as checkpointer:
+        params = checkpointer.restore(params, step, only="params").state
+    dtype_of = dtypes(dtype)
+    cast = lambda keys, leaf: leaf.astype(dtype_of(tuple(key.key for key in keys)))
+    return nnx.merge(graph, jax.tree_util.tree_map_with_path(cast, params))

@@ -1,0 +1,196 @@
+"""Files of named tensors: .pt, .safetensors and .npz, read one tensor at a time.
+
+Nothing in them is trusted: pickled code is never run (torch's `weights_only`, no object arrays),
+shapes are known before a tensor is read, and whatever a reader complains of becomes one line.
+"""
+
+import contextlib
+import os
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from hnet.config import ConfigError
+
+FORMATS = (".pt", ".safetensors", ".npz")
+
+
+class TensorFile(Mapping[str, np.ndarray]):
+    """Tensors by name; each access reads that tensor from the file, as a numpy array.
+
+    Raises ConfigError, in one line, for a file that is missing, damaged, no such file at all, or
+    has something in it besides tensors of numbers.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        suffix = self.path.suffix
+        if suffix not in FORMATS:
+            raise ConfigError(f"{os.fspath(path)!r} is of no known format: use {', '.join(FORMATS)}")
+        if not self.path.is_file():
+            raise ConfigError(f"checkpoint {os.fspath(path)!r} does not exist, or is no file")
+        opened = {".pt": _open_torch, ".safetensors": _open_safetensors, ".npz": _open_npz}[suffix]
+        with self._one_line():
+            self.shapes: dict[str, tuple[int, ...]]
+            self.shapes, self._read = opened(self.path)
+
+    @contextlib.contextmanager
+    def _one_line(self):
+        try:
+            yield
+        except ConfigError:
+            raise
+        except ImportError as e:
+            raise ConfigError(
+                f"{str(self.path)!r} needs {e.name}, which is not installed: "
+                f"pip install 'hnet-jax[interop]'"
+            ) from None
+        except Exception as e:  # each library has its own errors for damaged and hostile files
+            reason = " ".join(str(e).split())[:160] or type(e).__name__
+            raise ConfigError(
+                f"checkpoint {str(self.path)!r} cannot be read safely: {reason}"
+            ) from None
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self.shapes:
+            raise KeyError(name)
+        with self._one_line():
+            array = self._read(name)
+        if array.shape != self.shapes[name]:
+            raise ConfigError(f"checkpoint {str(self.path)!r}: {name} changed while it was read")
+        if array.dtype.kind != "f" and array.dtype != ml_dtypes.bfloat16:
+            raise ConfigError(
+                f"checkpoint {str(self.path)!r}: {name} is {array.dtype}, not floating point"
+            )
+        if not np.all(np.isfinite(array)):
+            raise ConfigError(f"checkpoint {str(self.path)!r}: {name} has NaN or infinite values")
+        return array
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+Opened = tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray]]
+
+
+def _open_torch(path: Path) -> Opened:
+    import torch
+
+    def load() -> dict[str, Any]:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as e:
+            if "mmap" not in str(e):  # the format from before zip files cannot be mapped
+                raise
+            return torch.load(path, map_location="cpu", weights_only=True)
+
+    def read(name: str) -> np.ndarray:
+        # A new map each time: pages of the file that one tensor touched are given back.
+        tensor = load()[name].detach().contiguous()
+        if tensor.dtype == torch.bfloat16:
+            return tensor.view(torch.int16).numpy().copy().view(ml_dtypes.bfloat16)
+        return tensor.numpy().copy()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        state = load()
+    if not isinstance(state, dict) or not state:
+        raise ConfigError(f"checkpoint {str(path)!r} holds no dictionary of tensors")
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise ConfigError(
+                f"checkpoint {str(path)!r} holds a {type(tensor).__name__} named {str(name)[:80]!r}: "
+                "give a plain state dict, of tensors alone"
+            )
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}, read
+
+
+def _open_safetensors(path: Path) -> Opened:
+    from safetensors import safe_open
+
+    def opened():
+        return safe_open(path, framework="np", backend="pread")
+
+    with opened() as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+
+    def read(name: str) -> np.ndarray:
+        with opened() as file:
+            return file.get_tensor(name)
+
+    return shapes, read
+
+
+def _open_npz(path: Path) -> Opened:
+    shapes = {}
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.namelist():
+            with archive.open(member) as file:
+                version = np.lib.format.read_magic(file)
+                header = {
+                    (1, 0): np.lib.format.read_array_header_1_0,
+                    (2, 0): np.lib.format.read_array_header_2_0,
+                }[version]
+                shapes[member.removesuffix(".npy")] = header(file)[0]
+
+    def read(name: str) -> np.ndarray:
+        with np.load(path, allow_pickle=False) as file:
+            return file[name]
+
+    return shapes, read
+
+
+def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Write a new file in the format of its suffix. Raises ConfigError if it exists.
+
+    The file appears under its name once it is whole.
+    """
+    if path.suffix not in FORMATS:
+        raise ConfigError(f"{str(path)!r} is of no known format: use {', '.join(FORMATS)}")
+    if path.exists():
+        raise ConfigError(f"{str(path)!r} exists: choose another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial{path.suffix}")
+    try:
+        if path.suffix == ".npz":
+            _write_npz(partial, tensors)
+        elif path.suffix == ".safetensors":
+            from safetensors.numpy import save_file
+
+            save_file(tensors, partial)
+        else:
+            _write_torch(partial, tensors)
+        partial.rename(path)
+    except ImportError as e:
+        raise ConfigError(
+            f"{str(path)!r} needs {e.name}, which is not installed: pip install 'hnet-jax[interop]'"
+        ) from None
+    except OSError as e:
+        raise ConfigError(f"{str(path)!r} cannot be written: {e.strerror}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_npz(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    if any(array.dtype == ml_dtypes.bfloat16 for array in tensors.values()):
+        raise ConfigError(f"{str(path)!r}: .npz has no bfloat16: use .safetensors, or float32")
+    np.savez(path, **tensors)
+
+
+def _write_torch(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    import torch
+
+    def tensor(array: np.ndarray):
+        if array.dtype == ml_dtypes.bfloat16:
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
+
+    torch.save({name: tensor(array) for name, array in tensors.items()}, path)

@@ -1,0 +1,143 @@
+"""Slurm clusters with GPU nodes and a shared file system."""
+
+import argparse
+import re
+import shlex
+from pathlib import Path
+
+from hnet.config import ConfigError
+from hnet.train.distributed import REQUEUE_EXIT_CODE
+from tpu import bundle
+from tpu.commands import Runner, Step, check_word, parse_reports, worst_first
+from tpu.tpu_vm import printable
+
+SECONDS_TO_SAVE = 300
+
+
+def folder(options: argparse.Namespace) -> Path:
+    return Path(options.home) / "runs" / options.name
+
+
+def script(options: argparse.Namespace) -> str:
+    """The batch script: one process a GPU, requeued when the first host to end says so.
+
+    `srun` reports the highest exit code of the tasks, which after a kill is not the cause; each
+    task leaves its own code and time beside its log (tpu/host.sh).
+    """
+    directives = {
+        "job-name": options.name,
+        "nodes": options.nodes,
+        "ntasks-per-node": options.gpus_per_node,
+        "gpus-per-node": options.gpus_per_node,
+        "cpus-per-task": options.cpus_per_gpu,
+        "time": options.time,
+        "partition": options.partition,
+        "account": options.account,
+        "output": check_word("home", str(folder(options) / "slurm-%j.log")),
+        "open-mode": "append",
+        "signal": f"TERM@{SECONDS_TO_SAVE}",
+    }
+    head = [f"#SBATCH --{key}={value}" for key, value in directives.items() if value is not None]
+    exports = {
+        "HNET_HOME": options.home,
+        "HNET_CODE_HASH": bundle.code_hash(),
+        "HNET_CONFIG_HASH": bundle.config_hash(options.command),
+        "HNET_STAGGER": str(options.stagger),
+    }
+    host = ["bash", f"{options.home}/code/tpu/host.sh", "exec", options.name, *options.command]
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            *head,
+            "#SBATCH --requeue",
+            "set -u",
+            *(f"export {key}={shlex.quote(value)}" for key, value in exports.items()),
+            f"folder={shlex.quote(str(folder(options)))}",
+            'rm -f "$folder"/host-*.exit',
+            'srun --kill-on-bad-exit=1 --open-mode=append --output="$folder/host-%t.log" \\',
+            f"  {shlex.join(host)}",
+            "code=$?",
+            'first=$(cat "$folder"/host-*.exit 2>/dev/null | sort -k2,2n |',
+            "  awk '$1 != 0 { print $1; exit }')",
+            f'if [[ "${{first:-$code}}" == {REQUEUE_EXIT_CODE} && ! -e "$folder/stop" ]] &&',
+            f"  ((${{SLURM_RESTART_COUNT:-0}} < {options.max_restarts})); then",
+            '  exec scontrol requeue "$SLURM_JOB_ID"',
+            "fi",
+            'exit "${first:-$code}"',
+            "",
+        ]
+    )
+
+
+# --- actions -------------------------------------------------------------------------------------
+
+
+def create(options: argparse.Namespace, runner: Runner) -> None:
+    runner.say("# nothing to create: Slurm gives nodes to a job when it runs")
+
+
+def setup(options: argparse.Namespace, runner: Runner) -> None:
+    check_word("home", options.home)
+    archive = Path(options.state) / options.name / "code.tar.gz"
+    runner.say(f"\n# pack the code, hash {bundle.code_hash()}: {archive}")
+    if runner.go:
+        bundle.write_bundle(archive)
+    words = ["env", f"HNET_HOME={options.home}", "bash", str(bundle.ROOT / "tpu" / "setup.sh")]
+    words += ["--accelerator", "cuda", "--bundle", str(archive)]
+    runner.run(Step("install once, in the shared folder", tuple(words)))
+
+
+def run(options: argparse.Namespace, runner: Runner) -> None:
+    for field in ("nodes", "gpus_per_node", "cpus_per_gpu"):
+        if (value := getattr(options, field)) < 1:
+            raise ConfigError(f"{field.replace('_', '-')}={value}: use 1 or more")
+    file = Path(options.state) / options.name / "job.sbatch"
+    runner.write(file, script(options), "the batch script")
+    if runner.go:
+        folder(options).mkdir(parents=True, exist_ok=True)
+        (folder(options) / "stop").unlink(missing_ok=True)
+    why = "submit; the job requeues itself on exit code 75 and after preemption"
+    runner.run(Step(why, ("sbatch", str(file)), costs=True))
+
+
+def status(options: argparse.Namespace, runner: Runner) -> None:
+    form = "--format=%i %T %M %R"
+    runner.run(Step("in the queue", ("squeue", f"--name={options.name}", form), may_fail=True))
+    words = ("sacct", f"--name={options.name}", "--format=JobID,State,ExitCode,Elapsed")
+    runner.run(Step("finished", words, may_fail=True))
+    for report, _ in _host_logs(options):
+        runner.say(str(report))
+
+
+def _host_logs(options: argparse.Namespace):
+    """(report, log file) of every task of the last start, the first to fail on top."""
+    lines, files = [], {}
+    for log in folder(options).glob("host-*.log"):
+        number = int(re.sub(r"\D", "", log.stem) or 0)
+        files[number] = log
+        end = log.with_suffix(".exit")
+        code, at = end.read_text().split() if end.exists() else ("-", "-")
+        state = "ended" if end.exists() else "running"
+        lines.append(f"HNET host={number} name=task state={state} code={code} at={at}")
+    return [(r, files[r.host]) for r in worst_first(parse_reports("\n".join(lines)))]
+
+
+def logs(options: argparse.Namespace, runner: Runner) -> None:
+    runner.say(f"# the end of {folder(options)}/host-*.log, the first to fail on top")
+    if not runner.go:
+        return
+    for report, file in _host_logs(options):
+        text = file.read_text(errors="replace").splitlines()[-options.lines :]
+        runner.say(f"\n==== {report}\n" + "\n".join(printable(line) for line in text))
+
+
+def stop(options: argparse.Namespace, runner: Runner) -> None:
+    runner.say(f"\n# mark it as stopped, so that it is not requeued: {folder(options)}/stop")
+    if runner.go:
+        folder(options).mkdir(parents=True, exist_ok=True)
+        (folder(options) / "stop").touch()
+    words = ("scancel", "--signal=TERM", f"--name={options.name}")
+    runner.run(Step("ask every process to save and end", words, may_fail=True))
+    if options.delete:
+        words = ("scancel", f"--name={options.name}")
+        runner.run(Step("cancel what is left, also in the queue", words, may_fail=True))

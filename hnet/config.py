@@ -128,6 +128,17 @@ class HNetConfig:
         return len(self.stages) - 1
 
     @property
+    def num_routes(self) -> int:
+        """Most routes that a stage tells apart; the model needs route ids if it is more than 1."""
+        return max((s.chunking.routes for s in self.stages[:-1]), default=1)
+
+    def target_ratios(self) -> tuple[tuple[float, ...], ...]:
+        """N of every stage that cuts and route, rows of `num_routes` (spare ones are not read)."""
+        chunkings = [s.chunking for s in self.stages[:-1]]
+        spare = [(c.target_ratio,) * (self.num_routes - c.routes) for c in chunkings]
+        return tuple((*c.target_ratios, *rest) for c, rest in zip(chunkings, spare))
+
+    @property
     def arch_layout(self) -> list:
         """The nested official form, e.g. ``["m4", ["T22"], "m4"]``."""
         nested: list = list(self.stages[-1].arch_layout)
@@ -144,7 +155,16 @@ class HNetConfig:
         return _from_official(source if isinstance(source, dict) else _read_json(source))
 
     def to_json(self) -> dict[str, Any]:
-        """The official JSON content of this architecture."""
+        """The official JSON content of this architecture.
+
+        Raises ConfigError if a stage cuts in a way that the official model cannot.
+        """
+        for i, stage in enumerate(self.stages[:-1]):
+            if not stage.chunking.is_official:
+                raise ConfigError(
+                    f"model.stages.{i}.chunking is no official H-Net's: the official format holds "
+                    "one cosine router a stage, select, ema and a linear residual"
+                )
         return {
             "arch_layout": self.arch_layout,
             "d_model": [s.d_model for s in self.stages],

@@ -57,22 +57,23 @@ class HNetLM(nnx.Module):
         segment_ids_BL = _number_runs(segment_ids_BL)
         x_BLD, routes = self.backbone(
             self.embeddings(input_ids_BL), segment_ids_BL, capacities,
-            route_ids_BL=self._checked_routes(route_ids_BL),
-            boundaries_BL=self._boundaries(input_ids_BL, segment_ids_BL, boundaries_BL),
+            route_ids_BL=self.checked_routes(route_ids_BL),
+            boundaries_BL=self.boundaries(input_ids_BL, segment_ids_BL, boundaries_BL),
             key=key, temperature=temperature,
         )  # fmt: skip
         with jax.named_scope("lm_head"):
-            return self._logits(x_BLD), routes
+            return self.logits(x_BLD), routes
 
-    def _checked_routes(self, route_ids_BL: jax.Array | None) -> jax.Array | None:
-        routes = max((s.chunking.routes for s in self.config.stages[:-1]), default=1)
+    def checked_routes(self, route_ids_BL: jax.Array | None) -> jax.Array | None:
+        """The route ids within their range; None if the model tells no routes apart."""
+        routes = self.config.num_routes
         if routes == 1:
             return None
         if route_ids_BL is None:
             raise ValueError(f"the model has {routes} routes: give route_ids_BL")
         return jnp.clip(route_ids_BL, 0, routes - 1)
 
-    def _boundaries(self, input_ids_BL, segment_ids_BL, given_BL) -> jax.Array | None:
+    def boundaries(self, input_ids_BL, segment_ids_BL, given_BL) -> jax.Array | None:
         """Boundaries of stage 0 where they are no matter of its states."""
         chunking = self.config.stages[0].chunking
         if not (self.config.num_chunked and chunking.reads_bytes):
@@ -81,7 +82,8 @@ class HNetLM(nnx.Module):
             raise ValueError("router='given' cuts where it is told: give boundaries_BL")
         return byte_boundaries(chunking, input_ids_BL, segment_ids_BL, given_BL)
 
-    def _logits(self, x_BLD: jax.Array) -> jax.Array:
+    def logits(self, x_BLD: jax.Array) -> jax.Array:
+        """Logits of the next byte, float32 (B, L, V), of what the backbone returned."""
         head = self.embeddings.attend if self.lm_head is None else self.lm_head
         return head(x_BLD).astype(jnp.float32)
 

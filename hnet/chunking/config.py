@@ -63,6 +63,12 @@ class ChunkingConfig:
     """weight of a route in the rate loss: by its positions, or equal for all that are present"""
 
     @property
+    def is_official(self) -> bool:
+        """Whether the official model computes the same function; losses are another matter."""
+        fields = ("router", "alignment", "pool", "dechunk", "residual", "num_predictors")
+        return all(getattr(self, f) == getattr(ChunkingConfig(), f) for f in fields)
+
+    @property
     def has_null(self) -> bool:
         """Whether a segment's first slot is a learned one that no position feeds."""
         return self.alignment == "end"

@@ -1,9 +1,16 @@
-"""Losses that hold the rate of boundaries."""
+"""Losses that hold the rate of boundaries, over a whole batch or for each route."""
 
 import jax
 import jax.numpy as jnp
+import optax
+from jax.scipy.special import gammaln
 
+from hnet.chunking.config import ChunkingConfig
 from hnet.chunking.router import RouterOutput
+from hnet.config import HNetConfig
+from hnet.nn.layers import segment_starts
+
+MIN_PROB = 1e-6  # of p as a target of cross-entropy, where a router has no logit
 
 
 def boundary_rates(route: RouterOutput) -> tuple[jax.Array, jax.Array]:
@@ -12,11 +19,43 @@ def boundary_rates(route: RouterOutput) -> tuple[jax.Array, jax.Array]:
     Both are means over the global batch, forced first positions included. F counts what the router
     asked for, also where the capacity clipped it.
     """
-    valid_BL = route.segment_ids_BL != 0
-    num_valid = jnp.maximum(jnp.sum(valid_BL, dtype=jnp.float32), 1.0)
-    F = jnp.sum(route.num_boundaries_B, dtype=jnp.float32) / num_valid
-    G = jnp.sum(jnp.where(valid_BL, route.boundary_prob_BL, 0.0)) / num_valid
-    return F, G
+    F_R, G_R, _ = route_rates(route, 1)
+    return F_R[0], G_R[0]
+
+
+def route_rates(route: RouterOutput, num_routes: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(F, G, valid positions) of each route, (R,) float32; an absent route has 0, 0, 0."""
+    on_BLR = positions_on_route(route, num_routes)
+    n_R = jnp.sum(on_BLR, axis=(0, 1), dtype=jnp.float32)
+    wanted_BLR = on_BLR & (route.boundary_BL > 0.5)[..., None]
+    at_least_one_R = jnp.maximum(n_R, 1.0)
+    F_R = jnp.sum(wanted_BLR, axis=(0, 1), dtype=jnp.float32) / at_least_one_R
+    G_R = _sums(route.boundary_prob_BL, on_BLR, (0, 1)) / at_least_one_R
+    return F_R, G_R, n_R
+
+
+def rates_by_stage(config: HNetConfig, routes: list[RouterOutput]) -> tuple[jax.Array, jax.Array]:
+    """(F, valid positions) of every stage that cuts and route, (S, R), for the controller."""
+    num_routes = config.num_routes
+    rows = []
+    for stage, route in zip(config.stages, routes):
+        F_R, _, n_R = route_rates(route, stage.chunking.routes)
+        spare = (0, num_routes - stage.chunking.routes)
+        rows.append((jnp.pad(F_R, spare), jnp.pad(n_R, spare)))
+    return jnp.stack([F for F, _ in rows]), jnp.stack([n for _, n in rows])
+
+
+def positions_on_route(route: RouterOutput, num_routes: int) -> jax.Array:
+    """Valid positions of each route, bool (B, L, R)."""
+    valid_BL1 = (route.segment_ids_BL != 0)[..., None]
+    if num_routes == 1:
+        return valid_BL1
+    routes = jnp.arange(num_routes, dtype=jnp.int32)[None, None, :]
+    return valid_BL1 & (route.route_ids_BL[..., None] == routes)
+
+
+def _sums(values_BL: jax.Array, on_BLR: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    return jnp.sum(jnp.where(on_BLR, values_BL[..., None], 0.0), axis=axes)
 
 
 def ratio_loss(F: jax.Array, G: jax.Array, target_ratio: jax.Array | float) -> jax.Array:
@@ -26,3 +65,126 @@ def ratio_loss(F: jax.Array, G: jax.Array, target_ratio: jax.Array | float) -> j
     """
     N = target_ratio
     return N / (N - 1) * ((N - 1) * F * G + (1 - F) * (1 - G))
+
+
+def binomial_nll(k: jax.Array, n: jax.Array, rate: jax.Array) -> jax.Array:
+    """-log Binomial(k; n, rate) in nats, by the gamma function (arXiv 2211.09761, section 3.1)."""
+    choose = gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1)
+    return -(choose + k * jnp.log(rate) + (n - k) * jnp.log1p(-rate))
+
+
+def hinge(rate: jax.Array, highest: jax.Array, lowest: jax.Array) -> jax.Array:
+    """Distance of the rate from [lowest, highest], without gradient inside (arXiv 2507.12720)."""
+    return jax.nn.relu(rate - highest) + jax.nn.relu(lowest - rate)
+
+
+def boundary_cross_entropy(
+    route: RouterOutput, labels_BL: jax.Array, *, reference_double_sigmoid: bool = False
+) -> jax.Array:
+    """-log p(label) in nats at each position, (B, L).
+
+    The dynamic-pooling code gives probabilities to a function that expects logits; with
+    `reference_double_sigmoid` so does this.
+    """
+    logit_BL = route.boundary_logit_BL
+    p_BL = route.boundary_prob_BL
+    if reference_double_sigmoid:
+        logit_BL = p_BL
+    elif logit_BL is None:
+        p_BL = jnp.clip(p_BL, MIN_PROB, 1 - MIN_PROB)
+        logit_BL = jnp.log(p_BL) - jnp.log1p(-p_BL)
+    return optax.sigmoid_binary_cross_entropy(logit_BL, labels_BL.astype(jnp.float32))
+
+
+def entropy_spikes(logits_BLV: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
+    """Positions whose next-byte entropy exceeds that of the two before it, bool (B, L).
+
+    Fewer than two exist at the start of a segment: the first position is one, the second has one
+    to exceed (arXiv 2211.09761, section 3.2). Comparisons carry no gradient.
+    """
+    log_p = jax.nn.log_softmax(logits_BLV.astype(jnp.float32))
+    entropy_BL = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+    spikes_BL = segment_ids_BL != 0
+    for back in (1, 2):
+        before_BL = jnp.pad(entropy_BL[:, :-back], ((0, 0), (back, 0)))
+        same_BL = segment_ids_BL[:, back:] == segment_ids_BL[:, :-back]
+        same_BL = jnp.pad(same_BL, ((0, 0), (back, 0)))
+        spikes_BL &= ~same_BL | (entropy_BL > before_BL)
+    return spikes_BL
+
+
+def aux_loss(
+    chunking: ChunkingConfig,
+    route: RouterOutput,
+    target_ratio_R: jax.Array,
+    *,
+    logits_BLV: jax.Array | None = None,
+    labels_BL: jax.Array | None = None,
+    pressure_R: jax.Array | None = None,
+) -> jax.Array:
+    """The rate loss of one stage, before its weight: a mean over its routes.
+
+    target_ratio_R: N of each route (traced; a row of `config.target_ratios()`). logits_BLV: output
+    of the model, where labels are spikes of its entropy; labels_BL: bool, where they are given.
+    pressure_R: of the controller (`hnet.chunking.controller`); it adds no value, but the gradient
+    of pressure * N * G.
+
+    A route counts by its share of the valid positions, so that a byte's rate loss and its
+    cross-entropy have the same proportion in every route; `aux_average="routes"` counts the routes
+    that are present alike, as MAGNET does with its scripts. Binomial and hinge are taken for the
+    positions of a route in one row (arXiv 2211.09761), and rows count by those positions; the ratio
+    is of all rows together (arXiv 2507.07955).
+    """
+    R = chunking.routes
+    target_ratio_R = target_ratio_R[:R]
+    F_R, G_R, n_R = route_rates(route, R)
+    loss_R = _loss_by_route(chunking, route, target_ratio_R, F_R, G_R, logits_BLV, labels_BL)
+    if pressure_R is not None:
+        loss_R += pressure_R[:R] * target_ratio_R * (G_R - jax.lax.stop_gradient(G_R))
+    weight_R = n_R if chunking.aux_average == "positions" else (n_R > 0).astype(jnp.float32)
+    loss = jnp.sum(jnp.where(n_R > 0, loss_R, 0.0) * weight_R)
+    return loss / jnp.maximum(jnp.sum(weight_R), 1.0)
+
+
+def _loss_by_route(
+    chunking: ChunkingConfig,
+    route: RouterOutput,
+    target_ratio_R: jax.Array,
+    F_R: jax.Array,
+    G_R: jax.Array,
+    logits_BLV: jax.Array | None,
+    labels_BL: jax.Array | None,
+) -> jax.Array:
+    on_BLR = positions_on_route(route, chunking.routes)
+    rate_R = 1 / target_ratio_R
+
+    def over_rows(value_BR, n_BR):  # mean over rows, each by its positions
+        return jnp.sum(value_BR * n_BR, axis=0) / jnp.maximum(jnp.sum(n_BR, axis=0), 1.0)
+
+    def counts():  # boundaries and positions of each row and route
+        return _sums(route.boundary_BL, on_BLR, (1,)), jnp.sum(on_BLR, axis=1, dtype=jnp.float32)
+
+    match chunking.aux_loss:
+        case "ratio":
+            return ratio_loss(F_R, G_R, target_ratio_R)
+        case "binomial":
+            k_BR, n_BR = counts()
+            nll_BR = binomial_nll(k_BR, n_BR, rate_R[None, :])
+            return over_rows(nll_BR / jnp.maximum(n_BR, 1.0), n_BR)
+        case "hinge":
+            k_BR, n_BR = counts()
+            highest_1R = rate_R[None, :]
+            lowest_1R = highest_1R * (1 - chunking.hinge_band)
+            return over_rows(hinge(k_BR / jnp.maximum(n_BR, 1.0), highest_1R, lowest_1R), n_BR)
+        case "bce":
+            if chunking.labels == "entropy":
+                labels_BL = entropy_spikes(logits_BLV, route.segment_ids_BL)
+            nats_BL = boundary_cross_entropy(
+                route, labels_BL, reference_double_sigmoid=chunking.reference_double_sigmoid
+            )
+            if chunking.alignment == "start":  # a boundary there is no prediction
+                on_BLR &= ~segment_starts(route.segment_ids_BL)[..., None]
+            n_R = jnp.sum(on_BLR, axis=(0, 1), dtype=jnp.float32)
+            return _sums(nats_BL, on_BLR, (0, 1)) / jnp.maximum(n_R, 1.0)
+        case "none":
+            return jnp.zeros_like(target_ratio_R)

@@ -103,22 +103,25 @@ def apply_routed(
     return jax.vmap(one_shard)(*split).reshape(B, L)
 
 
-def keep_absent(new: Any, old: Any, present: list[jax.Array | None]) -> Any:
+def keep_absent(new: Any, old: Any, num_predictors: tuple[int, ...], count_SR: jax.Array) -> Any:
     """`new`, but what belongs to a route that got no position as it was in `old`, bit for bit.
 
     new, old: trees with the paths of the model's parameters somewhere in theirs, that is parameters
-    or the state of an optimizer. present: for each stage that cuts, outermost first, bool (R,) from
-    `present_routes`; None where the stage has one router.
+    or the state of an optimizer, after and before an update. num_predictors: routers of each stage
+    that cuts, outermost first (`chunking.num_predictors`). count_SR: positions of each stage and
+    route that the update was made from. Neither weight decay nor momentum then moves a route that
+    was not there.
     """
 
     def choose(path, new_leaf, old_leaf):
         names = [jax.tree_util.keystr((part,), simple=True) for part in path]
         if "routing_module" not in names:
             return new_leaf
-        present_R = present[names.count("main_network")]
-        if present_R is None:
+        stage_idx = names.count("main_network")
+        R = num_predictors[stage_idx]
+        if R == 1:
             return new_leaf
-        mask = present_R.reshape(-1, *(1,) * (new_leaf.ndim - 1))
-        return jnp.where(mask, new_leaf, old_leaf)
+        present_R = (count_SR[stage_idx, :R] > 0).reshape(R, *(1,) * (new_leaf.ndim - 1))
+        return jnp.where(present_R, new_leaf, old_leaf)
 
     return jax.tree_util.tree_map_with_path(choose, new, old)

@@ -1,0 +1,98 @@
+"""The published ways to cut, at one common small size: each one is a `ChunkingConfig`.
+
+What is common, so that a comparison shows the cut alone: the network of the default job (`m2`
+around a wider `T4`), pre-norm blocks, rotary positions and dense causal attention, no dropout. So
+these are the systems' boundaries, pools, ways back, residuals and losses, not their blocks:
+
+* SpaceByte has attention blocks of a narrow window around the global ones, learned positions, and
+  pads with zeros in front where ours widens with a learned vector behind.
+* DTP, MAGNET and FlexiTokens have post-norm Transformer-XL blocks around and inside; their relative
+  attention is replaced by rotary, and the norm after their pooling by the one before each block.
+
+Script names and targets: MAGNET's shipped priors are .2, .1 and .08 for Latin, Cyrillic and the
+Indic scripts; FlexiTokens scales English .333 by the bytes of parallel sentences.
+"""
+
+from dataclasses import replace
+
+from experiments.configs import default
+from hnet.config import HNetConfig
+
+INDIC = ("Devanagari", "Bengali", "Telugu")
+
+
+def with_chunking(base: HNetConfig, **fields) -> HNetConfig:
+    """`base` with fields of its outermost stage's chunking replaced."""
+    outer, *inner = base.stages
+    outer = replace(outer, chunking=replace(outer.chunking, **fields))
+    return replace(base, stages=(outer, *inner))
+
+
+def hnet() -> HNetConfig:
+    """H-Net with one stage, target 6 (arXiv 2507.07955)."""
+    return with_chunking(default.config().model, target_ratio=6.0)
+
+
+def hnet_space() -> HNetConfig:
+    """H-Net(space): it differs from H-Net in the cut alone; p is 0 or 1, so nothing is smoothed."""
+    return with_chunking(hnet(), router="spacelike", dechunk="repeat", aux_loss="none")
+
+
+def hnet_pool() -> HNetConfig:
+    """H-Net(pool): a cut every 6 bytes."""
+    return with_chunking(hnet_space(), router="fixed")
+
+
+def spacebyte() -> HNetConfig:
+    """SpaceByte (arXiv 2404.14408): global states are added where a word begins, nowhere else."""
+    return with_chunking(hnet_space(), dechunk="scatter", residual="add")
+
+
+def dtp_gumbel() -> HNetConfig:
+    """Dynamic token pooling with a relaxed Bernoulli and a binomial prior of .2 (2211.09761)."""
+    return with_chunking(
+        hnet(), target_ratio=5.0, router="mlp", alignment="end", pool="mean", dechunk="repeat",
+        residual="add", aux_loss="binomial", aux_loss_weight=1.0,
+    )  # fmt: skip
+
+
+def dtp_entropy() -> HNetConfig:
+    """Dynamic token pooling with a predictor of the model's own entropy spikes."""
+    return with_chunking(dtp_gumbel(), sample="threshold", aux_loss="bce")
+
+
+def dtp_unigram() -> HNetConfig:
+    """Dynamic token pooling with a predictor of a tokenizer's cuts, which the batch brings."""
+    return with_chunking(dtp_entropy(), labels="given")
+
+
+def dtp_whitespace() -> HNetConfig:
+    """Dynamic token pooling with a cut behind every space."""
+    return with_chunking(dtp_gumbel(), router="whitespace", aux_loss="none")
+
+
+def dtp_fixed() -> HNetConfig:
+    """Dynamic token pooling with a cut every 4 bytes."""
+    return with_chunking(dtp_whitespace(), router="fixed", target_ratio=4.0)
+
+
+def magnet() -> HNetConfig:
+    """MAGNET (arXiv 2407.08818): DTP with a predictor and a prior for each script."""
+    base = replace(dtp_gumbel(), route_groups=(("Latin",), ("Cyrillic",), INDIC))
+    ratios = (5.0, 5.0, 10.0, 12.5)  # the first is of all other scripts
+    return with_chunking(base, routes=4, route_target_ratios=ratios, aux_average="routes")
+
+
+def flexitokens() -> HNetConfig:
+    """FlexiTokens (arXiv 2507.12720): one predictor, a hinge with an upper rate for each script."""
+    rates = (0.333, 0.333, 0.17, 0.127)  # of English, Russian and Ukrainian, Hindi and Telugu
+    return with_chunking(
+        magnet(), routed_parameters=False, aux_loss="hinge", aux_average="positions",
+        route_target_ratios=tuple(1 / rate for rate in rates),
+    )  # fmt: skip
+
+
+SYSTEMS = (
+    hnet, hnet_space, hnet_pool, spacebyte, dtp_gumbel, dtp_entropy, dtp_unigram, dtp_whitespace,
+    dtp_fixed, magnet, flexitokens,
+)  # fmt: skip

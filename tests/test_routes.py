@@ -1,0 +1,206 @@
+"""Routers with parameters for each route: what is computed, what it costs, what moves."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from networks import network, quick_jit, random_params, stage
+
+from hnet.chunking.config import ChunkingConfig
+from hnet.chunking.router import BoundaryPredictor, RoutingModule, make_router, previous
+from hnet.chunking.routes import apply_routed, keep_absent, pack_by_route
+from hnet.model import abstract
+
+R, D = 5, 7
+
+
+def randomised(router: nnx.Module, seed: int) -> nnx.Module:
+    rng = np.random.default_rng(seed)
+    graph, params = nnx.split(router)
+    noise = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), a.dtype), params)
+    return nnx.merge(graph, noise)
+
+
+def routers(kind: str, routes: int) -> nnx.Module:
+    chunking = ChunkingConfig(router=kind, alignment="end" if kind == "mlp" else "start",
+                              mlp_width=11, routes=routes)  # fmt: skip
+    return randomised(make_router(chunking, D, rngs=nnx.Rngs(0)), routes)
+
+
+def inputs_of(kind: str, x_BLD):
+    return (previous(x_BLD), x_BLD) if kind == "cosine" else (x_BLD,)
+
+
+@given(st.data())
+@settings(max_examples=60)
+def test_every_position_has_a_place_of_its_own_in_a_block_of_its_route(data):
+    N, T = data.draw(st.sampled_from([(1, 8), (23, 2), (23, 8)]))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    ids = np.sort(rng.integers(0, R, N)) if data.draw(st.booleans()) else rng.integers(0, R, N)
+    pack = quick_jit(pack_by_route, static_argnums=(1, 2))
+    source, place, route = jax.device_get(pack(ids.astype(np.int32), R, T))
+    assert len(set(place)) == N and place.max() < source.size
+    assert np.array_equal(source.reshape(-1)[place], np.arange(N))
+    assert np.sum(source < N) == N
+    assert np.array_equal(route[place // T], ids)
+    changed = ids.copy()
+    cut = data.draw(st.integers(0, N))
+    changed[cut:] = rng.integers(0, R, N - cut)
+    assert np.array_equal(place[:cut], pack(changed.astype(np.int32), R, T).place_N[:cut])
+
+
+@pytest.mark.parametrize("kind", ["cosine", "mlp"])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_routed_router_is_the_router_of_each_positions_route(kind, shards):
+    rng = np.random.default_rng(0)
+    B, L = 3, 31
+    x = rng.normal(size=(B, L, D)).astype(np.float32)
+    ids = rng.choice([0, 1, 2, 4], (B, L)).astype(np.int32)  # route 3 is absent
+    weights = rng.normal(size=(B, L)).astype(np.float32)
+    graph, params = nnx.split(routers(kind, R))
+
+    def routed(params, x):
+        out = apply_routed(
+            nnx.merge(graph, params), R, ids, *inputs_of(kind, x), batch_shards=shards
+        )
+        return jnp.sum(out * weights), out
+
+    single, _ = nnx.split(routers(kind, 1))
+
+    def every_route(params, x):
+        one = lambda p: nnx.merge(single, p)(*inputs_of(kind, x))
+        out_RBL = jax.vmap(one)(params)
+        out = jnp.take_along_axis(out_RBL, ids[None], axis=0)[0]
+        return jnp.sum(out * weights), out
+
+    (_, out), grads = quick_jit(jax.value_and_grad(routed, (0, 1), has_aux=True))(params, x)
+    slow = quick_jit(jax.value_and_grad(every_route, (0, 1), has_aux=True))
+    (_, expected), expected_grads = slow(params, x)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    for leaf, expected_leaf in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads)):
+        np.testing.assert_allclose(leaf, expected_leaf, atol=2e-4)
+    for leaf in jax.tree.leaves(grads[0]):
+        assert np.all(leaf[3] == 0), "a route without positions has no gradient at all"
+        assert np.any(leaf[4] != 0)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "mlp"])
+def test_one_route_is_the_plain_router(kind):
+    """Same parameters, names and shapes, and the same bits out."""
+    plain = RoutingModule(D, rngs=nnx.Rngs(0))
+    if kind == "mlp":
+        plain = BoundaryPredictor(D, 11, rngs=nnx.Rngs(0))
+    one = routers(kind, 1)
+    shapes = lambda m: jax.tree.map(jnp.shape, nnx.to_pure_dict(nnx.split(m)[1]))
+    assert shapes(one) == shapes(plain)
+    x = np.random.default_rng(0).normal(size=(2, 5, D)).astype(np.float32)
+    out = apply_routed(one, 1, None, *inputs_of(kind, x))
+    assert np.array_equal(out, one(*inputs_of(kind, x)))
+    many = shapes(routers(kind, R))
+    assert (
+        jax.tree.map(lambda s: (R, *s), shapes(plain), is_leaf=lambda s: isinstance(s, tuple))
+        == many
+    )
+
+
+def test_sixteen_routes_cost_little_more_than_one():
+    """Operations of the compiled router, not time; all routes everywhere would be 16 times one."""
+    B, L, width = 2, 256, 32
+    x = jax.ShapeDtypeStruct((B, L, width), jnp.float32)
+    ids = jax.ShapeDtypeStruct((B, L), jnp.int32)
+
+    def flops(routes):
+        make = lambda: make_router(
+            ChunkingConfig(router="mlp", routes=routes), width, rngs=nnx.Rngs(0)
+        )
+        graph, params = nnx.split(nnx.eval_shape(make))
+        run = lambda p, ids, x: apply_routed(nnx.merge(graph, p), routes, ids, x)
+        return jax.jit(run).lower(params, ids, x).compile().cost_analysis()["flops"]
+
+    assert flops(16) < 1.5 * flops(1)
+
+
+def test_routing_on_a_sharded_batch_moves_nothing_between_devices():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    rows, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+    graph, params = nnx.split(routers("mlp", R))
+    ids = jax.ShapeDtypeStruct((16, 13), jnp.int32, sharding=rows)
+    x = jax.ShapeDtypeStruct((16, 13, D), jnp.float32, sharding=rows)
+
+    def text(shards):
+        run = lambda p, i, x: apply_routed(nnx.merge(graph, p), R, i, x, batch_shards=shards)
+        lowered = quick_jit(run, in_shardings=(whole, rows, rows), out_shardings=rows).lower(
+            params, ids, x
+        )
+        return lowered.compile().as_text()
+
+    moves = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+    assert not any(word in text(8) for word in moves)
+
+
+def routed_network(**chunking):
+    outer = replace(stage("t1 t1", 26), chunking=ChunkingConfig(target_ratio=3.0, routes=3))
+    middle = replace(stage("t1 t1", 26), chunking=ChunkingConfig(target_ratio=2.0, routes=3))
+    core = stage("t1", 26)
+    return network(replace(outer, chunking=replace(outer.chunking, **chunking)), middle, core)
+
+
+@pytest.mark.parametrize(
+    "chunking", [{}, dict(router="mlp", alignment="end", pool="mean", routed_parameters=False)],
+    ids=["start", "end"],
+)  # fmt: skip
+def test_a_chunk_has_the_route_of_the_position_on_which_it_fires(chunking):
+    graph, params = random_params(routed_network(**chunking))
+    rng = np.random.default_rng(4)
+    ids = rng.integers(0, 256, (2, 23)).astype(np.int32)
+    routes = rng.integers(0, 3, (2, 23)).astype(np.int32)
+    segments = np.repeat([[1, 2]], 2, 0).repeat([9, 14], axis=1).astype(np.int32)
+    run = quick_jit(lambda p: nnx.merge(graph, p)(ids, segments, route_ids_BL=routes)[1])
+    outer, inner = jax.device_get(run(params))
+    assert np.array_equal(outer.route_ids_BL, routes)
+    for b in range(2):
+        expected = []
+        for t in range(23):
+            if chunking and t in (0, 9):
+                expected.append(routes[b, t])  # of the null slot
+            if outer.boundary_mask_BL[b, t]:
+                expected.append(routes[b, t])
+        used = inner.segment_ids_BL[b] != 0
+        assert len(expected) == used.sum() > 6
+        assert np.array_equal(inner.route_ids_BL[b][used], expected)
+
+
+def test_route_ids_are_demanded_and_cut_to_the_routes_there_are():
+    graph, params = random_params(routed_network())
+    ids = np.arange(46, dtype=np.int32).reshape(2, 23)
+    model = nnx.merge(graph, params)
+    with pytest.raises(ValueError, match="3 routes: give route_ids_BL"):
+        model(ids)
+    run = quick_jit(lambda p, r: nnx.merge(graph, p)(ids, route_ids_BL=r)[0])
+    beyond, last = (np.full((2, 23), r, np.int32) for r in (99, 2))
+    assert np.array_equal(run(params, beyond), run(params, last))
+
+
+def test_absent_routes_keep_parameters_and_moments():
+    _, params = abstract(routed_network())
+    old = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), params)
+    new = jax.tree.map(lambda a: np.ones(a.shape, a.dtype), params)
+    counts = np.asarray([[4, 0, 1], [0, 2, 0]], np.float32)
+    for wrap in (lambda tree: tree, lambda tree: {"mu": tree, "count": np.ones((), np.int32)}):
+        kept = jax.device_get(keep_absent(wrap(new), wrap(old), (3, 3), counts))
+        inside = kept.get("mu", kept)["backbone"]
+        outer = inside["routing_module"]["q_proj_layer"]["kernel"]
+        inner = inside["main_network"]["routing_module"]["k_proj_layer"]["kernel"]
+        assert [leaf.mean() for leaf in outer] == [1, 0, 1]
+        assert [leaf.mean() for leaf in inner] == [0, 1, 0]
+        rest = [a for path, a in jax.tree_util.tree_leaves_with_path(kept)
+                if "routing_module" not in jax.tree_util.keystr(path)]  # fmt: skip
+        assert len(rest) > 10 and all(np.all(a == 1) for a in rest)
+    alone = jax.device_get(keep_absent(new, old, (1, 3), counts))
+    assert alone["backbone"]["routing_module"]["q_proj_layer"]["kernel"].min() == 1

@@ -352,6 +352,16 @@ def test_silence_is_no_preemption(slice_, capfd, monkeypatch):
     assert not any("delete" in call for call in slice_.calls())
 
 
+def test_hosts_of_a_slice_that_is_taken_away_may_fail_first(cloud, monkeypatch):
+    looks = iter([("failed", [ended(0, 1, 1)]), ("preempted", []), ("leaving", []), ("done", [])])
+    restarts = []
+    monkeypatch.setattr(tpu_vm, "_look", lambda *_: next(looks))
+    monkeypatch.setattr(tpu_vm, "_restart", lambda *a: restarts.append(a[2]) or True)
+    options = argparse.Namespace(poll=0, max_restarts=1, name="r")
+    assert tpu_vm.watch(options, tpu_vm.Runner(True), {}) == 0
+    assert restarts == ["preempted"]
+
+
 def test_hosts_with_other_code_or_a_left_over_process_refuse(slice_, capfd):
     (slice_.folder / "host1/hnet-launch/code/CODE_HASH").write_text("0" * 16)
     assert main([*RUN, "--go", *slice_.command]) == 1

@@ -104,19 +104,39 @@ def few(items: list[str]) -> str:
 
 
 def checksums(arrays: dict[str, jax.Array]) -> dict[str, str]:
-    """64-bit checksum (hex) of each array's bits and their positions, computed where it lies."""
-    sums = jax.device_get({path: _bit_sums(x) for path, x in arrays.items()})
-    return {path: f"{int(a):08x}{int(b):08x}" for path, (a, b) in sums.items()}
+    """64-bit checksum (hex) of each array's bits and their positions.
+
+    Two wrap-around sums over the words of ``_mixed``. Sums of integers do not depend on their
+    order, so any sharding on any devices gives the same numbers. Computed where the array lies.
+    """
+    sums = {p: (_host_sums if _is_small(x) else _device_sums)(x) for p, x in arrays.items()}
+    return {path: f"{int(a):08x}{int(b):08x}" for path, (a, b) in jax.device_get(sums).items()}
+
+
+def _is_small(x: jax.Array) -> bool:
+    """In the memory of this process, and numpy is done before its shape would be compiled?"""
+    here = x.is_fully_addressable and all(d.platform == "cpu" for d in x.sharding.device_set)
+    return here and x.size <= 1 << 18
+
+
+def _mixed(words: Any, index: Any) -> tuple[Any, Any]:
+    """Two hashes of each uint32 word at its uint32 index (finalizer of MurmurHash3).
+
+    The word enters each through a bijection, so one changed word always changes both sums; the
+    index inside makes a swap of two words visible.
+    """
+    first = _mix(words + index * np.uint32(0x9E3779B1))
+    return first, _mix(_mix(words ^ np.uint32(0x5BD1E995)) ^ index)
+
+
+def _mix(x: Any) -> Any:
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> np.uint32(16))
 
 
 @jax.jit
-def _bit_sums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two wrap-around sums over words mixed with their index (finalizer of MurmurHash3).
-
-    Sums of integers do not depend on their order, so any sharding gives the same numbers; the
-    index inside makes a swap of two words visible. Each word enters through a bijection, so one
-    changed word always changes the first sum.
-    """
+def _device_sums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
     width = min(x.dtype.itemsize, 4)  # wider numbers become several words on a new last axis
@@ -125,12 +145,12 @@ def _bit_sums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     for axis in range(words.ndim):
         stride = np.uint32(math.prod(words.shape[axis + 1 :]) & 0xFFFFFFFF)
         index += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * stride
-    first = _mix(words + index * np.uint32(0x9E3779B1))
-    second = _mix(_mix(words ^ np.uint32(0x5BD1E995)) ^ index)
+    first, second = _mixed(words, index)
     return jnp.sum(first, dtype=jnp.uint32), jnp.sum(second, dtype=jnp.uint32)
 
 
-def _mix(x: jax.Array) -> jax.Array:
-    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
-    x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
-    return x ^ (x >> np.uint32(16))
+def _host_sums(x: jax.Array) -> tuple[int, int]:
+    flat = np.ascontiguousarray(x).reshape(-1)
+    words = flat.view(f"<u{min(flat.dtype.itemsize, 4)}").astype(np.uint32)
+    first, second = _mixed(words, np.arange(words.size, dtype=np.uint32))
+    return tuple(int(h.sum(dtype=np.uint64)) & 0xFFFFFFFF for h in (first, second))

@@ -142,8 +142,8 @@ def aux_loss(
     if pressure_R is not None:
         loss_R += pressure_R[:R] * target_ratio_R * (G_R - jax.lax.stop_gradient(G_R))
     weight_R = n_R if chunking.aux_average == "positions" else (n_R > 0).astype(jnp.float32)
-    loss = jnp.sum(jnp.where(n_R > 0, loss_R, 0.0) * weight_R)
-    return loss / jnp.maximum(jnp.sum(weight_R), 1.0)
+    share_R = weight_R / jnp.maximum(jnp.sum(weight_R), 1.0)  # exactly 1 if there is one route
+    return jnp.sum(jnp.where(n_R > 0, loss_R * share_R, 0.0))
 
 
 def _loss_by_route(

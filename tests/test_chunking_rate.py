@@ -1,0 +1,214 @@
+"""Rate losses and their gradients against published values, by route, and the controller."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from networks import quick_jit
+
+from hnet.chunking.config import ChunkingConfig
+from hnet.chunking.controller import LIMIT, controller_init, controller_update
+from hnet.chunking.rate import (
+    aux_loss,
+    binomial_nll,
+    boundary_rates,
+    entropy_spikes,
+    hinge,
+    ratio_loss,
+    route_rates,
+)
+from hnet.chunking.router import decide
+
+B, L, R = 3, 29, 4
+
+
+def test_binomial_values_and_derivatives():
+    """512 positions, prior 0.2: the table of the published loss, value and slope a position."""
+    k = np.asarray([0.0, 102.4, 256.0, 512.0], np.float32)
+    loss = lambda k: binomial_nll(k, jnp.float32(512), jnp.float32(0.2)) / 512
+    values, slopes = jax.vmap(jax.value_and_grad(loss))(k)
+    np.testing.assert_allclose(values, [0.223, 0.0061, 0.230, 1.61], rtol=0.01)
+    np.testing.assert_allclose(512 * slopes, [-5.4, 0.0, 1.4, 8.2], atol=0.05)
+    exact = -math.log(math.comb(512, 256)) - 256 * (math.log(0.2) + math.log(0.8))
+    assert float(values[2] * 512) == pytest.approx(exact, rel=1e-5)
+
+
+def test_hinge_is_flat_inside_its_band_and_steep_outside():
+    rates = np.asarray([0.05, 0.15, 0.18, 0.25], np.float32)
+    values, slopes = jax.vmap(jax.value_and_grad(lambda f: hinge(f, 0.2, 0.1)))(rates)
+    np.testing.assert_allclose(values, [0.05, 0, 0, 0.05], atol=1e-7)
+    assert slopes.tolist() == [-1, 0, 0, 1]
+
+
+def test_ratio_loss_value_and_its_only_gradient():
+    assert float(ratio_loss(1 / 6, 1 / 6, 6.0)) == pytest.approx(1)
+    slope_F, slope_G = jax.grad(lambda F, G: ratio_loss(jax.lax.stop_gradient(F), G, 6.0), (0, 1))(
+        0.25, 0.3
+    )
+    assert slope_F == 0 and float(slope_G) == pytest.approx(6 / 5 * (6 * 0.25 - 1))
+
+
+def entropies_to_logits(entropies):
+    """Logits over two bytes whose softmax has these entropies, by bisection."""
+    lo, hi = np.zeros_like(entropies), np.full_like(entropies, 0.5)
+    for _ in range(60):
+        mid = (lo + hi) / 2
+        h = -(mid * np.log(mid) + (1 - mid) * np.log1p(-mid))
+        lo, hi = np.where(h < entropies, mid, lo), np.where(h < entropies, hi, mid)
+    return np.stack([np.log(lo), np.log1p(-lo)], -1).astype(np.float32)
+
+
+def test_entropy_spikes_exceed_the_two_before_them_in_their_document():
+    rng = np.random.default_rng(0)
+    entropies = rng.uniform(0.05, 0.65, (B, L))
+    segments = np.sort(rng.integers(1, 5, (B, L)), axis=1).astype(np.int32)
+    segments[0, :5] = 0
+    spikes = quick_jit(entropy_spikes)(entropies_to_logits(entropies), segments)
+    for b in range(B):
+        for t in range(L):
+            before = [s for s in (t - 2, t - 1) if s >= 0 and segments[b, s] == segments[b, t]]
+            expected = all(entropies[b, t] > entropies[b, s] for s in before)
+            assert spikes[b, t] == (expected and segments[b, t] != 0), (b, t)
+
+
+def random_route(alignment="end"):
+    """A stage of three packed rows whose positions have one of R routes; route 2 is absent."""
+    rng = np.random.default_rng(1)
+    segments = np.repeat([[1, 2, 0]], B, 0).repeat([11, 13, 5], axis=1).astype(np.int32)
+    ids = rng.choice([0, 1, 3], (B, L)).astype(np.int32)
+    logits = rng.normal(-0.5, 1.5, (B, L)).astype(np.float32)
+
+    def of(logits):
+        return decide(
+            jax.nn.sigmoid(logits), segments, 2 * L,
+            alignment=alignment, boundary_logit_BL=logits, route_ids_BL=ids,
+        )  # fmt: skip
+
+    return of, logits, ids, segments
+
+
+LOSSES = {
+    "ratio": {},
+    "binomial": {},
+    "hinge": {"hinge_band": 0.1},
+    "bce": {"labels": "given"},
+    "double_sigmoid": {"aux_loss": "bce", "labels": "given", "reference_double_sigmoid": True},
+}
+
+
+def slow_loss(name, p, b, labels, target):
+    """The loss of one route from lists over rows of its positions."""
+    rows = [(np.sum(rb), len(rb)) for rb in b if len(rb)]
+    n = sum(size for _, size in rows)
+    p, b, labels = (np.concatenate(a).astype(np.float64) for a in (p, b, labels))
+    if name == "ratio":
+        F, G = b.mean(), p.mean()
+        return target / (target - 1) * ((target - 1) * F * G + (1 - F) * (1 - G))
+    if name == "binomial":
+        nats = [
+            -math.log(math.comb(size, int(k)))
+            - k * math.log(1 / target)
+            - (size - k) * math.log(1 - 1 / target)
+            for k, size in rows
+        ]
+        return sum(nats) / n
+    if name == "hinge":
+        high, low = 1 / target, 0.9 / target
+        return sum(size * max(k / size - high, low - k / size, 0) for k, size in rows) / n
+    q = 1 / (1 + np.exp(-p)) if name == "double_sigmoid" else p
+    return np.mean(np.where(labels, -np.log(q), -np.log1p(-q)))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("average", ["positions", "routes"])
+def test_losses_by_route(name, average):
+    of, logits, ids, segments = random_route()
+    fields = {"aux_loss": name, **LOSSES[name]}
+    chunking = ChunkingConfig(
+        router="mlp", alignment="end", routes=R, aux_average=average, **fields
+    )
+    labels = np.random.default_rng(2).random((B, L)) < 0.3
+    targets = np.asarray([2.0, 3.5, 5.0, 8.0], np.float32)
+    loss = lambda z, t: aux_loss(chunking, of(z), t, labels_BL=labels)
+    value, (slope, slope_target) = quick_jit(jax.value_and_grad(loss, (0, 1)))(logits, targets)
+
+    route = of(logits)
+    p, b = np.asarray(route.boundary_prob_BL), np.asarray(route.boundary_mask_BL)
+    expected, weight = [], []
+    for r in (0, 1, 3):
+        mine = (ids == r) & (segments != 0)
+        rows = [[a[i][mine[i]] for i in range(B)] for a in (p, b, labels)]
+        expected.append(slow_loss(name, *rows, float(targets[r])))
+        weight.append(mine.sum() if average == "positions" else 1)
+    assert float(value) == pytest.approx(np.average(expected, weights=weight), rel=1e-4)
+    assert np.all(np.isfinite(slope)) and np.all(slope[segments == 0] == 0)
+    assert np.any(slope != 0) and np.all(np.isfinite(slope_target)) and slope_target[2] == 0
+
+
+def test_one_route_is_the_official_ratio_loss():
+    of, logits, _, segments = random_route("start")
+    chunking = ChunkingConfig()
+
+    def both(logits):
+        route = of(logits)
+        return aux_loss(chunking, route, jnp.asarray([6.0])), ratio_loss(
+            *boundary_rates(route), 6.0
+        )
+
+    ours, official = quick_jit(jax.jacobian(both))(logits)
+    assert np.array_equal(ours, official) and np.any(ours != 0)
+    F, G = boundary_rates(of(logits))
+    valid = segments != 0
+    route = of(logits)
+    assert float(F) == pytest.approx(np.sum(np.asarray(route.num_boundaries_B)) / valid.sum())
+    assert float(G) == pytest.approx(np.asarray(route.boundary_prob_BL)[valid].mean(), rel=1e-6)
+
+
+def test_pressure_adds_gradient_and_no_value():
+    of, logits, ids, segments = random_route()
+    chunking = ChunkingConfig(router="mlp", alignment="end", aux_loss="none", routes=R)
+    targets = np.asarray([2.0, 3.0, 4.0, 5.0], np.float32)
+    pressure = np.asarray([0.5, 0.0, 9.0, -0.25], np.float32)
+    loss = lambda z: aux_loss(chunking, of(z), targets, pressure_R=pressure)
+    value, slope = quick_jit(jax.value_and_grad(loss))(logits)
+    valid = segments != 0
+    p = 1 / (1 + np.exp(-logits))
+    expected = np.where(valid, (pressure * targets)[ids] / valid.sum() * p * (1 - p), 0)
+    assert value == 0
+    np.testing.assert_allclose(slope, expected, atol=1e-7)
+
+
+def test_controller_brings_what_a_fixed_loss_leaves_beside_its_target():
+    """A rate that follows a pull of its own; one route is absent now and then, one always."""
+    targets = jnp.asarray([[6.0, 3.0, 4.0]])
+    pull = np.asarray([[0.3, -0.2, 0.0]])
+    state, log_rate = controller_init(1, 3), np.log(1 / np.asarray(targets)) + pull
+    start = log_rate.copy()
+    update = quick_jit(controller_update)
+    for step in range(900):
+        counts = jnp.asarray([[100.0, 100.0 * (step % 3 == 0), 0.0]])
+        state = update(
+            state, np.exp(log_rate).astype(np.float32), counts, targets,
+            proportional=0.5, integral=0.02,
+        )  # fmt: skip
+        log_rate = log_rate + 0.1 * (start - np.asarray(state.pressure_SR) - log_rate)
+    achieved = np.exp(-log_rate)
+    np.testing.assert_allclose(achieved[0, :2], targets[0, :2], rtol=0.01)
+    assert state.pressure_SR[0, 2] == 0
+    for _ in range(9):
+        state = update(
+            state, jnp.ones((1, 3)), jnp.ones((1, 3)), targets, proportional=0.5, integral=1.0
+        )
+    assert np.all(state.integral_SR == LIMIT)
+
+
+def test_rates_of_routes_add_up_to_those_of_all():
+    of, logits, *_ = random_route()
+    route = of(logits)
+    F_R, G_R, n_R = jax.device_get(route_rates(route, R))
+    F, G = boundary_rates(route)
+    assert n_R[2] == F_R[2] == G_R[2] == 0 and n_R.sum() == 24 * B
+    np.testing.assert_allclose(np.average(F_R, weights=n_R), F, rtol=1e-6)
+    np.testing.assert_allclose(np.average(G_R, weights=n_R), G, rtol=1e-6)

@@ -49,8 +49,9 @@ def parse(cls: Any, default: Any = None, argv: list[str] | None = None) -> Any:
 
 
 def _one_line(box: str) -> str:
-    """The message of tyro's framed error, and its first suggestion, without the frame."""
-    lines = [re.sub(r"[─╭╮╰╯│]+", " ", line).strip() for line in box.splitlines()]
+    """The message of tyro's framed error, and its first suggestion, without frame and title."""
+    inside = [line for line in box.splitlines() if not line.lstrip().startswith("╭")]
+    lines = [re.sub(r"[─╰╯│]+", " ", line).strip() for line in inside]
     lines = [line for line in lines if line and not line.startswith("For full helptext")]
     message, _, hints = "\n".join(lines).partition("Perhaps you meant:")
     message = re.split(r"Argument helptext:", message)[0]

@@ -7,19 +7,22 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hnet.chunking.rate import boundary_rates, ratio_loss
+from hnet.chunking.rate import aux_loss, boundary_rates, route_rates
 from hnet.chunking.router import RouterOutput
-from hnet.config import EOS_ID
+from hnet.config import EOS_ID, HNetConfig
 
 PROB_BINS = 20  # of the histogram of boundary probabilities
 
 
 class LossWeights(NamedTuple):
-    """Traced numbers of the loss, so that a sweep over them compiles once. S = stages that cut."""
+    """Traced numbers of the loss, so that a sweep over them compiles once.
 
-    target_ratio_S: jax.Array
+    S = stages that cut, R = most routes that one of them tells apart.
+    """
+
+    target_ratio_SR: jax.Array
     """N: positions a chunk should hold"""
-    ratio_weight_S: jax.Array
+    aux_weight_S: jax.Array
     """alpha: weight of each stage's rate loss"""
 
 
@@ -44,16 +47,19 @@ def bits_per_byte(nats: float, num_bytes: float) -> float:
 
 
 def total_loss(
+    config: HNetConfig,
     logits_BLV: jax.Array,
     routes: list[RouterOutput],
     batch: Mapping[str, jax.Array],
     weights: LossWeights,
+    pressure_SR: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Mean cross-entropy in nats plus weighted rate losses, and metrics as a flat dict.
 
     `loss/ce` is the mean over all learned targets; `nats` and `bytes` are sums over source bytes
     alone (`batch["loss_mask"]`), whose quotient is bits per byte. All means are over the global
-    batch.
+    batch. pressure_SR: of the rate controller, if there is one. `batch["labels"]` (B, L) are
+    boundaries to learn, where a stage asks for given ones.
     """
     nll_BL = next_byte_nll(logits_BLV, batch["input_ids"])
     trained_BL = trained_targets(batch)
@@ -66,15 +72,29 @@ def total_loss(
     }
     loss = ce
     num_bytes = jnp.sum(batch["segment_ids"] != 0, dtype=jnp.float32)
-    for s, route in enumerate(routes):
-        F, G = boundary_rates(route)
-        ratio = ratio_loss(F, G, weights.target_ratio_S[s])
-        loss += weights.ratio_weight_S[s] * ratio
-        metrics |= {
-            f"stage{s}/{name}": value
-            for name, value in {**stage_metrics(route, num_bytes), "ratio_loss": ratio}.items()
-        }
+    for s, (stage, route) in enumerate(zip(config.stages, routes)):
+        rate_loss = aux_loss(
+            stage.chunking, route, weights.target_ratio_SR[s],
+            logits_BLV=logits_BLV, labels_BL=batch.get("labels"),
+            pressure_R=None if pressure_SR is None else pressure_SR[s],
+        )  # fmt: skip
+        loss += weights.aux_weight_S[s] * rate_loss
+        found = {**stage_metrics(route, num_bytes), "aux_loss": rate_loss}
+        if stage.chunking.routes > 1:
+            found |= route_metrics(route, config.route_names)
+        metrics |= {f"stage{s}/{name}": value for name, value in found.items()}
     return loss, metrics | {"loss/total": loss}
+
+
+def route_metrics(route: RouterOutput, names: tuple[str, ...]) -> dict[str, jax.Array]:
+    """Boundary rate and positions a chunk of each route; 0 for one without positions."""
+    F_R, _, n_R = route_rates(route, len(names))
+    found = {}
+    for r, name in enumerate(names):
+        found[f"route_{name}/boundary_rate"] = F_R[r]
+        chunks = jnp.maximum(F_R[r] * n_R[r], 1.0)
+        found[f"route_{name}/positions_per_chunk"] = n_R[r] / chunks
+    return found
 
 
 def stage_metrics(route: RouterOutput, num_bytes: jax.Array) -> dict[str, jax.Array]:
@@ -82,7 +102,7 @@ def stage_metrics(route: RouterOutput, num_bytes: jax.Array) -> dict[str, jax.Ar
 
     boundary_rate = chunks a position of this stage (F), boundary_prob its mean probability (G),
     bytes_per_chunk = source and separator bytes a chunk (micro-averaged), overflow_frac = share of
-    the wanted boundaries (chunks) that the capacity clipped, max_chunks = most wanted in one row,
+    the wanted boundaries (chunks) that the capacity clipped, max_slots = most slots wanted in a row,
     undecided_frac = share of p in [0.4, 0.6], prob_hist = counts of p in 20 equal bins.
     """
     F, G = boundary_rates(route)
@@ -99,7 +119,7 @@ def stage_metrics(route: RouterOutput, num_bytes: jax.Array) -> dict[str, jax.Ar
         "bytes_per_chunk": num_bytes / jnp.maximum(wanted, 1.0),
         "overflow_frac": (wanted - kept) / jnp.maximum(wanted, 1.0),
         "chunks": wanted,
-        "max_chunks": jnp.max(route.num_boundaries_B),
+        "max_slots": jnp.max(route.num_slots_B),
         "undecided_frac": jnp.mean(undecided_BL) / jnp.maximum(jnp.mean(valid_BL), 1e-9),
         "prob_hist": jnp.sum(in_bin, axis=(0, 1), dtype=jnp.int32),
     }

@@ -33,10 +33,10 @@ class BoundaryAlarms:
 
 
 _REMEDY = {
-    "all-boundary": "raise optim.ratio_loss_weight or lower the stage's learning rate",
-    "no-boundary": "raise optim.ratio_loss_weight or lower the stage's learning rate",
-    "stuck": "the router gets no useful gradient: raise optim.ratio_loss_weight",
-    "drift": "the rate moves away from its target: raise optim.ratio_loss_weight",
+    "all-boundary": "raise the stage's chunking.aux_loss_weight or lower the stage's learning rate",
+    "no-boundary": "raise the stage's chunking.aux_loss_weight or lower the stage's learning rate",
+    "stuck": "the router gets no useful gradient: raise the stage's chunking.aux_loss_weight",
+    "drift": "the rate moves away from its target: raise the stage's chunking.aux_loss_weight",
 }
 
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 
 RUNGS = (1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)  # of the row's length
-MARGIN = 1.2  # slots over the most chunks seen in a row
-PATIENCE = 25  # steps that a smaller rung must have sufficed before it is taken
+MARGIN = 1.2  # slots over the most that a row wanted
+PATIENCE = 50  # steps that a smaller rung must have sufficed before it is taken
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Ladder:
     seq_len: int
     capacities: tuple[int, ...]
     recent: tuple[tuple[int, ...], ...] = ()
-    """most chunks in a row, a stage, of the last PATIENCE steps since the last move"""
+    """most slots a row wanted, by stage, in the last PATIENCE steps since the last move"""
 
     @classmethod
     def start(cls, seq_len: int, counts: tuple[int, ...] | None, num_stages: int) -> "Ladder":
@@ -26,14 +26,14 @@ class Ladder:
         slots = counts or (seq_len,) * num_stages
         return cls(seq_len, tuple(rung(seq_len, MARGIN * n) for n in slots))
 
-    def observe(self, max_chunks: tuple[int, ...]) -> "Ladder":
-        """The ladder after a step whose fullest rows wanted `max_chunks` of each stage."""
-        if not max_chunks:
+    def observe(self, max_slots: tuple[int, ...]) -> "Ladder":
+        """The ladder after a step whose fullest rows wanted `max_slots` of each stage."""
+        if not max_slots:
             return self
-        recent = (*self.recent, max_chunks)[-PATIENCE:]
+        recent = (*self.recent, max_slots)[-PATIENCE:]
         most = tuple(max(counts) for counts in zip(*recent))
         wanted = tuple(rung(self.seq_len, MARGIN * m) for m in most)
-        full = any(MARGIN**0.5 * n > c for n, c in zip(max_chunks, self.capacities))
+        full = any(MARGIN**0.5 * n > c for n, c in zip(max_slots, self.capacities))
         shrinks = len(recent) == PATIENCE and any(w < c for w, c in zip(wanted, self.capacities))
         if not full and not shrinks:
             return replace(self, recent=recent)

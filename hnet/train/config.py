@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from hnet.chunking.controller import ControllerConfig
 from hnet.config import ConfigError, HNetConfig
 from hnet.data.config import DataConfig
 from hnet.train.checkpoint import CheckpointConfig
@@ -73,6 +74,7 @@ class Config:
     """of the initialisation and the order of the data"""
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
+    controller: ControllerConfig = ControllerConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -150,7 +152,7 @@ def read_config(workdir: str | os.PathLike) -> Config:
 
 # What may change between two starts in the same work directory: it alters neither the parameters'
 # shapes nor which bytes batch k holds.
-_FREE = ("train", "eval", "checkpoint", "mesh", "distributed", "watchdog", "profile", "optim")
+_FREE = ("train", "eval", "checkpoint", "mesh", "distributed", "watchdog", "profile", "optim", "controller")
 
 
 def claim_workdir(config: Config) -> None:

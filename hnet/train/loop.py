@@ -39,7 +39,7 @@ class Position:
     rollbacks: int = 0
     ladder: dict = field(default_factory=dict)
     new_counts: tuple[int, ...] = ()
-    """most chunks a row, by stage, of the last step; the ladder learns of it a step later"""
+    """most slots wanted by a row, by stage, in the last step; the ladder learns of it a step later"""
 
 
 @dataclass
@@ -135,7 +135,7 @@ def _loop(
         if row:
             report.step(row)
         if ladder is None:
-            counts = evaluation.most_chunks_by_stage if evaluation else None
+            counts = evaluation.most_slots_by_stage if evaluation else None
             ladder = Ladder.start(config.data.seq_len, counts, config.model.num_chunked)
         if saves and done > start:
             watchdog.beat("save")
@@ -172,7 +172,7 @@ def _read(inflight: InFlight, config: Config, position: Position, batches: Batch
     metrics = jax.device_get(inflight.metrics)
     position.bytes_seen += int(metrics["bytes"])
     stages = range(config.model.num_chunked)
-    position.new_counts = tuple(int(metrics[f"stage{s}/max_chunks"]) for s in stages)
+    position.new_counts = tuple(int(metrics[f"stage{s}/max_slots"]) for s in stages)
     skipped = int(metrics["skipped_in_a_row"])
     if skipped >= config.train.max_skipped:
         position.data = batches.position

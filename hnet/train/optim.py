@@ -15,7 +15,7 @@ _NOT_DECAYED = re.compile(r"scale|bias|dt_bias|A_log|D|conv1d_bias")
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW, its schedule, and the weight of the rate losses."""
+    """AdamW and its schedule."""
 
     learning_rate: float = 1e-3
     """peak learning rate, before the multiplier of each stage"""
@@ -34,8 +34,6 @@ class OptimConfig:
     """decoupled; not on norms, biases, A_log, dt_bias and D"""
     clip_norm: float = 1.0
     """global gradient norm above which gradients are scaled down"""
-    ratio_loss_weight: float = 0.03
-    """alpha, of every stage"""
 
     def __post_init__(self):
         for name in ("learning_rate", "clip_norm", "eps"):
@@ -102,14 +100,20 @@ def is_decayed(path: tuple) -> bool:
 
 
 def optimizer(config: OptimConfig) -> optax.GradientTransformation:
-    """Clipped Adam directions; `apply_update` turns them into a step."""
+    """Clipped Adam; `direction` and `apply_update` make a step of it."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
     )
 
 
-def apply_update(params: Any, direction: Any, hparams: Hyperparams, factor: jax.Array) -> Any:
+def direction(config: OptimConfig, grads: Any, opt_state: optax.OptState) -> tuple[Any, Any]:
+    """(Adam direction of clipped gradients, next state)."""
+    with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer power
+        return optimizer(config).update(grads, opt_state)
+
+
+def apply_update(params: Any, directions: Any, hparams: Hyperparams, factor: jax.Array) -> Any:
     """p - lr_s (direction + weight_decay p), lr_s = learning_rate * factor * multiplier of stage."""
     num_stages = hparams.multiplier_S.shape[0]
 
@@ -117,4 +121,4 @@ def apply_update(params: Any, direction: Any, hparams: Hyperparams, factor: jax.
         rate = hparams.learning_rate * factor * hparams.multiplier_S[stage_of(path, num_stages)]
         return p - rate * (d + hparams.weight_decay * p if is_decayed(path) else d)
 
-    return jax.tree_util.tree_map_with_path(update, params, direction)
+    return jax.tree_util.tree_map_with_path(update, params, directions)

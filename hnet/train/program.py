@@ -38,13 +38,22 @@ class Program:
     graph: Any
 
 
-def build(config: Config) -> Program:
+FED = ("input_ids", "segment_ids", "loss_mask", "route_ids")  # fields of a batch for the devices
+
+
+def build(config: Config, *, compiler_options: dict[str, Any] | None = None) -> Program:
     """Everything of a run that does not depend on data; nothing is compiled yet."""
     mesh = make_mesh(config.mesh)
     check_batch(config.data.batch_size, config.train.accumulate, mesh)
-    graph, abstract_params = abstract(config.model)
-    make_state = partial(init_state, config=config.optim)
-    shapes = jax.eval_shape(make_state, abstract_params)
+    graph, _ = abstract(config.model)
+
+    def make_state(key):
+        init_key, noise_key = jax.random.split(key)
+        params = init_params(config.model, init_key)
+        return init_state(params, noise_key, config.model, config.optim)
+
+    seed_key = jax.random.key(config.seed)
+    shapes = jax.eval_shape(make_state, seed_key)
     shardings = state_shardings(shapes, mesh)
     abstract_state = jax.tree.map(
         lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, shardings
@@ -57,40 +66,42 @@ def build(config: Config) -> Program:
             multiplier_S=np.asarray(config.optim.multipliers(config.model), np.float32),
         ),
         LossWeights(
-            target_ratio_S=np.asarray([s.chunking.target_ratio for s in stages[:-1]], np.float32),
-            ratio_weight_S=np.full(len(stages) - 1, config.optim.ratio_loss_weight, np.float32),
+            target_ratio_SR=np.asarray(config.model.target_ratios(), np.float32),
+            aux_weight_S=np.asarray([s.chunking.aux_loss_weight for s in stages[:-1]], np.float32),
         ),
     )
 
-    def init():
-        def create(key):
-            return make_state(init_params(config.model, key))
-
-        return jax.jit(create, out_shardings=shardings)(jax.random.key(config.seed))
-
-    step = jax.jit(
+    jit = partial(jax.jit, compiler_options=compiler_options)
+    init = jit(make_state, out_shardings=shardings)
+    step = jit(
         partial(
-            train_step, graph=graph, optim=config.optim, num_steps=config.train.steps,
+            train_step, graph=graph, model=config.model, optim=config.optim,
+            controller=config.controller, num_steps=config.train.steps,
             accumulate=config.train.accumulate,
         ),
         static_argnames=("capacities",),
         donate_argnums=0,
         out_shardings=(shardings, replicated(mesh)),
     )  # fmt: skip
-    eval_fn = jax.jit(
+    eval_fn = jit(
         partial(eval_step, graph=graph),
         static_argnames=("capacities",),
         out_shardings=replicated(mesh),
     )
     hparams = jax.device_put(hparams, replicated(mesh))
-    return Program(mesh, shardings, hparams, init, step, eval_fn, abstract_state, graph)
+    return Program(
+        mesh, shardings, hparams, lambda: init(seed_key), step, eval_fn, abstract_state, graph
+    )
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
     """This process's rows of a batch as global arrays."""
     sharding = batch_sharding(mesh)
-    fed = {k: batch[k] for k in ("input_ids", "segment_ids", "loss_mask")}
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in fed.items()}
+    return {
+        name: jax.make_array_from_process_local_data(sharding, batch[name])
+        for name in FED
+        if name in batch
+    }
 
 
 def run_evaluation(
@@ -106,8 +117,11 @@ def run_evaluation(
 
     def run_batch(batch, capacities):
         fed = {
-            k: jax.make_array_from_callback(batch[k].shape, sharding, batch[k].__getitem__)
-            for k in ("input_ids", "segment_ids", "loss_mask")
+            name: jax.make_array_from_callback(
+                batch[name].shape, sharding, batch[name].__getitem__
+            )
+            for name in FED
+            if name in batch
         }
         return program.evaluate(params, fed, capacities=capacities)
 

@@ -8,8 +8,12 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from hnet.chunking.controller import ControllerConfig, ControllerState, controller_init, controller_update
+from hnet.chunking.rate import rates_by_stage
+from hnet.chunking.routes import keep_absent
+from hnet.config import HNetConfig
 from hnet.loss import LossWeights, next_byte_nll, total_loss
-from hnet.train.optim import Hyperparams, OptimConfig, apply_update, optimizer, schedule
+from hnet.train.optim import Hyperparams, OptimConfig, apply_update, direction, optimizer, schedule
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -22,13 +26,17 @@ class TrainState(NamedTuple):
     """updates done, int32"""
     params: Any
     opt_state: optax.OptState
+    controller: ControllerState
+    key: jax.Array
+    """of the noise that relaxed routers draw; each step folds its number in"""
     skipped: jax.Array
     """updates in a row that were left out because loss or gradient was not finite, int32"""
 
 
-def init_state(params: Any, config: OptimConfig) -> TrainState:
+def init_state(params: Any, key: jax.Array, model: HNetConfig, optim: OptimConfig) -> TrainState:
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, optimizer(config).init(params), zero)
+    controller = controller_init(model.num_chunked, model.num_routes)
+    return TrainState(zero, params, optimizer(optim).init(params), controller, key, zero)
 
 
 def train_step(
@@ -37,7 +45,9 @@ def train_step(
     hparams: tuple[Hyperparams, LossWeights],
     *,
     graph: nnx.GraphDef,
+    model: HNetConfig,
     optim: OptimConfig,
+    controller: ControllerConfig,
     num_steps: int,
     capacities: tuple[int | None, ...],
     accumulate: int = 1,
@@ -49,14 +59,22 @@ def train_step(
     metrics are averaged; rate losses then see the rates of a micro-batch.
     """
     update_numbers, loss_weights = hparams
+    key = jax.random.fold_in(state.key, state.step)
+    pressure_SR = state.controller.pressure_SR if controller.enabled else None
 
     def loss_fn(params, micro_batch):
-        model = nnx.merge(graph, params)
-        logits_BLV, routes = model(
-            micro_batch["input_ids"], micro_batch["segment_ids"], capacities=capacities
-        )
+        logits_BLV, routes = nnx.merge(graph, params)(
+            micro_batch["input_ids"], micro_batch["segment_ids"], capacities=capacities,
+            route_ids_BL=micro_batch.get("route_ids"),
+            boundaries_BL=micro_batch.get("boundaries"), key=key,
+        )  # fmt: skip
         with jax.named_scope("loss"):
-            return total_loss(logits_BLV, routes, micro_batch, loss_weights)
+            loss, metrics = total_loss(
+                model, logits_BLV, routes, micro_batch, loss_weights, pressure_SR
+            )
+            if routes:
+                metrics["rate_SR"], metrics["count_SR"] = rates_by_stage(model, routes)
+            return loss, metrics
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     if accumulate == 1:
@@ -64,24 +82,32 @@ def train_step(
     else:
         grads, metrics = _accumulated(grad_fn, state.params, batch, accumulate)
 
+    rates = metrics.pop("rate_SR", None), metrics.pop("count_SR", None)
     with jax.named_scope("optimizer"):
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss/total"]) & jnp.isfinite(grad_norm)
-        direction, opt_state = optimizer(optim).update(grads, state.opt_state)
+        directions, opt_state = direction(optim, grads, state.opt_state)
         factor = schedule(optim, state.step, num_steps)
-        params = apply_update(state.params, direction, update_numbers, factor)
-
-        def keep(new, old):
-            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-
+        params = apply_update(state.params, directions, update_numbers, factor)
+        new, old = (params, opt_state), (state.params, state.opt_state)
+        if model.num_routes > 1:
+            predictors = tuple(s.chunking.num_predictors for s in model.stages[:-1])
+            new = keep_absent(new, old, predictors, rates[1])
+        params, opt_state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         skipped = jnp.where(finite, 0, state.skipped + 1)
-        params, opt_state = keep(params, state.params), keep(opt_state, state.opt_state)
+    control = state.controller
+    if controller.enabled:
+        control = controller_update(
+            control, *rates, loss_weights.target_ratio_SR,
+            proportional=controller.proportional, integral=controller.integral,
+        )  # fmt: skip
     metrics |= {
         "grad_norm": grad_norm,
         "learning_rate": update_numbers.learning_rate * factor,
         "skipped_in_a_row": skipped,
     }
-    return TrainState(state.step + 1, params, opt_state, skipped), metrics
+    new_state = TrainState(state.step + 1, params, opt_state, control, state.key, skipped)
+    return new_state, metrics
 
 
 def _accumulated(grad_fn, params, batch: Batch, count: int):
@@ -106,9 +132,9 @@ def _accumulated(grad_fn, params, batch: Batch, count: int):
 
 
 def _combine(name: str, values: jax.Array) -> jax.Array:
-    if name in ("nats", "bytes") or name.endswith(("prob_hist", "/chunks")):
+    if name in ("nats", "bytes", "count_SR") or name.endswith(("prob_hist", "/chunks")):
         return jnp.sum(values, axis=0)
-    return jnp.max(values) if name.endswith("max_chunks") else jnp.mean(values)
+    return jnp.max(values) if name.endswith("max_slots") else jnp.mean(values, axis=0)
 
 
 def eval_step(
@@ -116,8 +142,9 @@ def eval_step(
 ) -> Metrics:
     """Nats of each byte and what each stage did (S of them cut); nothing is learned."""
     logits_BLV, routes = nnx.merge(graph, params)(
-        batch["input_ids"], batch["segment_ids"], capacities=capacities
-    )
+        batch["input_ids"], batch["segment_ids"], capacities=capacities,
+        route_ids_BL=batch.get("route_ids"), boundaries_BL=batch.get("boundaries"),
+    )  # fmt: skip
     wanted_S = [jnp.sum(r.num_boundaries_B, dtype=jnp.float32) for r in routes]
     kept_S = [jnp.sum(r.boundary_mask_BL, dtype=jnp.float32) for r in routes]
     return {
@@ -125,5 +152,5 @@ def eval_step(
         "positions": jnp.sum(batch["segment_ids"] != 0, dtype=jnp.float32),
         "num_chunks_S": wanted_S,
         "overflow_S": [wanted - kept for wanted, kept in zip(wanted_S, kept_S)],
-        "max_chunks_S": [jnp.max(r.num_boundaries_B) for r in routes],
+        "max_slots_S": [jnp.max(r.num_slots_B) for r in routes],
     }

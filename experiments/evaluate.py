@@ -1,0 +1,122 @@
+"""Bits per byte of a trained model, on its held-out text or on given files.
+
+    python -m experiments.evaluate --checkpoint WORKDIR [--files GLOB ...] [--documents True]
+
+Prints bits per byte in total, of each file and, if asked, of each document, and the chunks of each
+stage. Only source bytes count: no BOS, EOS or padding.
+"""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from experiments.command_line import parse, run
+from hnet import load
+from hnet.config import ConfigError
+from hnet.data import DataConfig, Part, eval_batches, open_corpus, open_part
+from hnet.loss import bits_per_byte
+from hnet.model import split
+from hnet.train.config import read_config
+from hnet.train.evaluate import Evaluation, evaluate
+from hnet.train.step import eval_step
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What to score and how to print it."""
+
+    checkpoint: str
+    """work directory of a run, or an official checkpoint with its JSON"""
+    files: tuple[str, ...] = ()
+    """quoted globs of text to score; empty = the held-out text of the run"""
+    seq_len: int = 0
+    """positions of a row, hence the context a byte can have; 0 = as trained"""
+    batch_size: int = 8
+    """rows scored together"""
+    documents: bool = False
+    """a line for each document too"""
+    json: bool = False
+    """print one JSON object instead of a table"""
+
+
+def main() -> None:
+    config = parse(EvaluateConfig)
+    model = load(config.checkpoint)
+    data = _data_config(config)
+    part = open_part(config.files) if config.files else open_corpus(data).heldout
+    if not part.num_bytes:
+        raise ConfigError(f"checkpoint={config.checkpoint} has no held-out text: give --files")
+    graph, params = split(model)
+    step = jax.jit(partial(eval_step, graph=graph), static_argnames="capacities")
+
+    def run_batch(batch, capacities):
+        fed = {name: batch[name] for name in ("input_ids", "segment_ids", "loss_mask")}
+        return step(params, fed, capacities=capacities)
+
+    result = evaluate(eval_batches(part, data), run_batch, (None,) * model.config.num_chunked)
+    report = summary(result, part)
+    if config.json:
+        print(json.dumps(report))
+    else:
+        _print(report, config.documents)
+
+
+def _data_config(config: EvaluateConfig) -> DataConfig:
+    """How the run read its text; an official checkpoint was trained without special tokens."""
+    if (Path(config.checkpoint) / "config.json").exists():
+        data = read_config(config.checkpoint).data
+    elif config.files:
+        data = DataConfig(bos_eos=False)
+    else:
+        raise ConfigError(f"checkpoint={config.checkpoint} is no work directory: give --files")
+    seq_len = config.seq_len or data.seq_len
+    return replace(data, seq_len=seq_len, batch_size=config.batch_size)
+
+
+def summary(result: Evaluation, part: Part) -> dict[str, Any]:
+    """Bits per byte in total, by file and by document, and each stage's bytes a chunk."""
+    nats, num_bytes = result.nats_by_document, result.bytes_by_document
+    names = {d: part.document_name(d) for d in sorted(nats)}
+    files = defaultdict(list)
+    for document, name in names.items():
+        files[name.rpartition(":")[0] or name].append(document)
+
+    def score(documents: Iterable[int]) -> dict[str, float]:
+        count = sum(num_bytes[d] for d in documents)
+        return {"bpb": bits_per_byte(math.fsum(nats[d] for d in documents), count), "bytes": count}
+
+    return {
+        **score(names),
+        "unscored_bytes": part.num_bytes - result.num_bytes,
+        "bytes_per_chunk": [result.bytes_per_chunk(s) for s in range(len(result.chunks_by_stage))],
+        "files": {name: score(documents) for name, documents in files.items()},
+        "documents": {name: score([document]) for document, name in names.items()},
+    }
+
+
+def _print(report: dict[str, Any], with_documents: bool) -> None:
+    table = Table("text", "bytes", "bits per byte", box=None)
+    rows = [("all", report), *report["files"].items()]
+    rows += report["documents"].items() if with_documents else []
+    for name, score in rows:
+        table.add_row(Text(name), f"{score['bytes']:,}", f"{score['bpb']:.4f}")
+    console = Console(highlight=False)
+    console.print(table)
+    if report["unscored_bytes"]:
+        console.print(f"{report['unscored_bytes']:,} bytes that nothing predicts were not scored")
+    for s, size in enumerate(report["bytes_per_chunk"]):
+        console.print(f"stage {s}: {size:.3f} bytes a chunk")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,94 @@
+"""Show where a trained model cuts a text.
+
+    python -m experiments.segment --checkpoint WORKDIR --text "some text" [more ...]
+    python -m experiments.segment --checkpoint WORKDIR --file FILE [--html PAGE.html]
+
+Colours in a terminal, marks (| for stage 0, deeper ones for inner stages) when piped. --json gives
+byte offsets and probabilities, --html one self-contained page. Standard input is read if there is
+neither --text nor --file.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments.command_line import parse, run
+from hnet import load
+from hnet.config import ConfigError
+from hnet.infer.segment import segmenter
+from hnet.inspect.gold import annotate
+from hnet.inspect.page import to_html
+from hnet.inspect.render import print_segmentations
+from hnet.inspect.segmentation import Segmentation
+from hnet.model import split
+
+ROWS = 8  # texts cut in one go
+
+
+@dataclass(frozen=True)
+class SegmentConfig:
+    """What to cut and how to show it."""
+
+    checkpoint: str
+    """work directory of a run, or an official checkpoint with its JSON"""
+    text: tuple[str, ...] = ()
+    """texts to cut"""
+    file: str = ""
+    """a file whose lines are cut, each for itself; - = standard input"""
+    json: bool = False
+    """print one JSON object a text instead"""
+    html: str = ""
+    """write a page to this file, which must not exist"""
+    max_bytes: int = 4096
+    """longer texts are cut off here"""
+
+
+def main() -> None:
+    config = parse(SegmentConfig)
+    if config.html and Path(config.html).exists():
+        raise ConfigError(f"html={config.html!r} exists: choose another file")
+    if config.max_bytes < 1:
+        raise ConfigError(f"max_bytes={config.max_bytes}: use 1 or more")
+    texts = _texts(config)
+    graph, params = split(load(config.checkpoint))
+    segment, found = segmenter(graph), []
+    for i in range(0, len(texts), ROWS):
+        names = [f"text {i + n + 1}" for n in range(len(texts[i : i + ROWS]))]
+        found += segment(params, texts[i : i + ROWS], names)
+    found = [annotate(seg, "words", "characters") for seg in found]
+    if config.html:
+        _write_page(config, found)
+    elif config.json:
+        for seg in found:
+            print(json.dumps(seg.to_json()))
+    else:
+        print_segmentations(found)
+
+
+def _texts(config: SegmentConfig) -> list[bytes]:
+    texts = [text.encode("utf-8", "surrogateescape") for text in config.text]
+    if config.file == "-" or not (config.text or config.file):
+        texts += sys.stdin.buffer.read().splitlines()
+    elif config.file:
+        try:
+            texts += Path(config.file).read_bytes().splitlines()
+        except OSError as e:
+            raise ConfigError(f"file={config.file!r}: {e.strerror}") from None
+    texts = [text[: config.max_bytes] for text in texts if text]
+    if not texts:
+        raise ConfigError("there is no text to cut: give --text or --file")
+    return texts
+
+
+def _write_page(config: SegmentConfig, found: list[Segmentation]) -> None:
+    try:
+        with open(config.html, "x", encoding="utf-8") as f:
+            f.write(to_html(found, title=f"Chunk boundaries of {config.checkpoint}"))
+    except OSError as e:
+        raise ConfigError(f"html={config.html!r}: {e.strerror}") from None
+    print(f"wrote {config.html}")
+
+
+if __name__ == "__main__":
+    run(main)

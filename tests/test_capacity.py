@@ -1,0 +1,83 @@
+"""The ladder of chunk slots, and the alarms of boundaries that go wrong."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hnet.train.alarms import WINDOW, BoundaryAlarms, diagnose
+from hnet.train.capacity import MARGIN, PATIENCE, Ladder, rung
+
+
+@given(st.integers(8, 5000), st.integers(0, 6000))
+def test_a_rung_holds_what_it_is_asked_for_up_to_the_length(length, slots):
+    size = rung(length, slots)
+    assert min(slots, length) <= size <= length
+
+
+def test_it_climbs_at_once_and_descends_with_patience():
+    ladder = Ladder.start(512, (100,), 1)
+    assert ladder.capacities == (128,)
+    ladder = ladder.observe((125,))
+    assert ladder.capacities == (192,)
+    for _ in range(PATIENCE - 1):
+        ladder = ladder.observe((60,))
+        assert ladder.capacities == (192,)
+    ladder = ladder.observe((60,))
+    assert ladder.capacities == (96,)
+
+
+def test_one_high_count_keeps_the_rung_until_it_is_out_of_sight():
+    ladder = Ladder(512, (192,)).observe((150,))
+    for _ in range(PATIENCE - 1):
+        ladder = ladder.observe((41,))
+    assert ladder.capacities == (192,)
+    assert ladder.observe((41,)).capacities == (64,)
+
+
+@given(st.lists(st.integers(1, 512), min_size=1, max_size=150))
+def test_slowly_moving_counts_never_overflow(targets):
+    """A count that grows by less than half the margin a step always finds a slot."""
+    count, ladder = 100.0, Ladder.start(512, (100,), 1)
+    for target in targets:
+        count = min(max(target, count / 1.04), count * 1.04, 512)
+        assert int(count) <= ladder.capacities[0]
+        ladder = ladder.observe((int(count),))
+
+
+def test_without_a_measurement_nothing_may_be_clipped():
+    assert Ladder.start(512, None, 2).capacities == (512, 512)
+
+
+def test_a_ladder_read_back_from_json_goes_on_alike():
+    ladder = Ladder.start(512, (100, 30), 2)
+    for step in range(PATIENCE // 2):
+        ladder = ladder.observe((50 + step, 20))
+    again = Ladder.from_json(512, json.loads(json.dumps(ladder.to_json())))
+    for step in range(2 * PATIENCE):
+        ladder, again = ladder.observe((60, 9)), again.observe((60, 9))
+        assert ladder == again
+    assert MARGIN * 60 <= ladder.capacities[0] < 128
+
+
+@pytest.mark.parametrize(
+    ("rates", "alarm"),
+    [
+        ([0.97], {"all-boundary"}),
+        ([0.01], {"no-boundary"}),
+        ([0.6] * WINDOW, {"stuck"}),
+        ([0.4 + 0.01 * i for i in range(WINDOW)], {"drift"}),
+        ([0.6] * (WINDOW - 1), set()),
+        ([0.24 + 0.0001 * i for i in range(WINDOW)], set()),
+    ],
+)
+def test_alarms_are_named(rates, alarm):
+    assert diagnose(rates, 0.25) == alarm
+
+
+def test_an_alarm_is_said_once_until_it_was_absent():
+    alarms = BoundaryAlarms((0.25, 0.5))
+    said = [alarms.check(step, (rate, 0.5)) for step, rate in enumerate((0.97, 0.98, 0.5, 0.99))]
+    assert [len(lines) for lines in said] == [1, 0, 0, 1]
+    assert "'all-boundary' at stage 0" in said[0][0]

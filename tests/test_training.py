@@ -1,0 +1,221 @@
+"""Whole runs at a tiny size: resume bit for bit, faults, accumulation, meshes, compilations."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hnet.config import ConfigError
+from hnet.train import loop
+from hnet.train.checkpoint import CheckpointConfig
+from hnet.train.config import Config, TrainConfig, claim_workdir, from_json, read_config, to_json
+from hnet.train.distributed import REQUEUE_EXIT_CODE, StopRequest
+from hnet.train.program import put_batch
+from hnet.train.sharding import MeshConfig
+from tests.training import build, rows, run, tiny_run
+
+
+def bits(tree):
+    """Leaves on the host, random keys as their data."""
+    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return jax.device_get(jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree))
+
+
+def assert_equal_trees(a, b):
+    jax.tree.map(np.testing.assert_array_equal, bits(a), bits(b))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """One uninterrupted run of eight steps."""
+    config = tiny_run(tmp_path_factory.mktemp("whole"))
+    return config, run(config)
+
+
+def test_a_run_learns_logs_and_leaves_what_the_plan_says(whole):
+    config, outcome = whole
+    table = rows(config)
+    assert [row["step"] for row in table] == list(range(1, 9))
+    assert table[-1]["loss/ce"] < table[0]["loss/ce"]
+    needed = {"bytes_seen", "loss/ce", "train/bpb", "stage0/boundary_rate"}
+    needed |= {"stage0/bytes_per_chunk", "stage0/overflow_frac", "stage0/slot_utilization"}
+    assert all(needed <= row.keys() for row in table)
+    assert "eval/bpb" in table[3] and "eval/bpb" in table[7] and "eval/bpb" not in table[2]
+    assert table[-1]["eval/bpb"] == outcome.evaluation.bpb
+    assert outcome.evaluation.num_bytes == outcome.corpus.heldout.num_bytes
+    assert all(row["stage0/overflow_frac"] == 0 for row in table)
+    assert read_config(config.workdir) == config
+
+
+def test_the_same_command_after_the_end_changes_nothing(whole):
+    config, outcome = whole
+    before = rows(config)
+    again = run(config)
+    assert rows(config) == before
+    assert_equal_trees(again.state, outcome.state)
+
+
+@pytest.mark.parametrize("stop_at", [3, 4])
+def test_a_stopped_run_resumes_to_the_same_bits_and_the_same_log(whole, tmp_path, stop_at):
+    config = replace(whole[0], workdir=str(tmp_path))
+
+    class StopAt:
+        def stop_requested(self, step):
+            return step >= stop_at
+
+    stopped = run(config, StopAt())
+    assert stopped.evaluation is None and int(stopped.state.step) == stop_at
+    resumed = run(config)
+    assert_equal_trees(resumed.state, whole[1].state)
+    assert rows(config) == rows(whole[0])
+
+
+def test_a_damaged_last_checkpoint_costs_its_steps_only(whole, tmp_path):
+    config = replace(whole[0], workdir=str(tmp_path))
+    run(config)
+    (tmp_path / "checkpoints" / "8" / "manifest.json").write_text("{")
+    with (tmp_path / "metrics.jsonl").open("a") as f:
+        f.write('{"step": 9, "torn')
+    resumed = run(config)
+    assert_equal_trees(resumed.state, whole[1].state)
+    assert rows(config) == rows(whole[0])
+
+
+def test_another_run_in_the_same_folder_is_refused_and_nothing_is_lost(whole):
+    config, _ = whole
+    before = to_json(read_config(config.workdir))
+    other = replace(config, data=replace(config.data, seq_len=64))
+    with pytest.raises(ConfigError, match=r"data.seq_len=64.*has 32.*another workdir"):
+        run(other)
+    assert to_json(read_config(config.workdir)) == before
+
+
+def test_a_longer_run_keeps_the_former_configuration(tmp_path):
+    config = tiny_run(tmp_path)
+    claim_workdir(config)
+    longer = replace(config, train=replace(config.train, steps=99))
+    claim_workdir(longer)
+    assert read_config(tmp_path) == longer
+    kept = from_json(Config, json.loads((tmp_path / "config-1.json").read_text()))
+    assert kept == config
+
+
+def test_configuration_json_round_trip_and_its_errors(tmp_path):
+    config = tiny_run(tmp_path)
+    content = json.loads(json.dumps(to_json(config)))
+    assert from_json(Config, content) == config
+    content["optim"]["learning_rat"] = 1.0
+    with pytest.raises(ConfigError, match="unknown field optim.learning_rat.*learning_rate"):
+        from_json(Config, content)
+    del content["optim"]["learning_rat"]
+    content["train"]["steps"] = "many"
+    with pytest.raises(ConfigError, match="train.steps='many': expected int"):
+        from_json(Config, content)
+
+
+def batch_of(rows_count=8, length=32, seed=0):
+    ids = np.random.default_rng(seed).integers(0, 256, (rows_count, length)).astype(np.int32)
+    mask = np.ones_like(ids, bool)
+    mask[:, 0] = False
+    return {"input_ids": ids, "segment_ids": np.ones_like(ids), "loss_mask": mask}
+
+
+def one_step(config, batch, capacities=(24,)):
+    program = build(config)
+    state = program.init()
+    batch = put_batch(batch, program.mesh)
+    return program, *program.step(state, batch, program.hparams, capacities=capacities)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """One step on one device."""
+    config = tiny_run(tmp_path_factory.mktemp("single"), mesh=MeshConfig(data=1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", partial(lambda devices: devices, jax.devices()[:1]))
+        return one_step(config, batch_of())
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(8), MeshConfig(2, 4), MeshConfig(2, 2, 2)])
+def test_losses_metrics_and_updates_do_not_depend_on_the_mesh(single, mesh, tmp_path):
+    program, state, metrics = one_step(tiny_run(tmp_path, mesh=mesh), batch_of())
+    expected_state, expected = single[1], single[2]
+    for name, value in jax.device_get(expected).items():
+        np.testing.assert_allclose(metrics[name], value, rtol=2e-4, atol=1e-5, err_msg=name)
+    compare = partial(np.testing.assert_allclose, rtol=0, atol=2e-4)
+    jax.tree.map(
+        compare, jax.device_get(state.params), jax.device_get(expected_state.params)
+    )
+    if mesh.fsdp > 1:
+        kernel = state.params["backbone"]["main_network"]["main_network"]["layers"][0]["mlp"]["fc1"]
+        shard = kernel["kernel"].addressable_shards[0].data.size
+        assert shard * mesh.fsdp * mesh.tensor == kernel["kernel"].size
+        moment = jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu"))[0]
+        assert moment is not None
+
+
+def test_accumulation_equals_one_batch_for_a_network_without_routers(tmp_path):
+    model = replace(tiny_run(tmp_path).model, stages=tiny_run(tmp_path).model.stages[1:])
+    config = tiny_run(tmp_path, model=model, mesh=MeshConfig(2, 2, 2))
+    _, whole_state, whole_metrics = one_step(config, batch_of(), ())
+    config = replace(config, train=TrainConfig(steps=8, accumulate=2))
+    _, state, metrics = one_step(config, batch_of(), ())
+    assert int(metrics["bytes"]) == int(whole_metrics["bytes"])
+    np.testing.assert_allclose(metrics["nats"], whole_metrics["nats"], rtol=1e-5)
+    close = partial(np.testing.assert_allclose, rtol=0, atol=3e-4)
+    jax.tree.map(close, jax.device_get(state.params), jax.device_get(whole_state.params))
+
+
+def test_numbers_of_a_sweep_are_traced_so_that_they_compile_once(tmp_path):
+    program = build(tiny_run(tmp_path))
+    state, batch = program.init(), put_batch(batch_of(), program.mesh)
+    update, loss = program.hparams
+    for factor in (1.0, 0.5, 2.0):
+        scaled = jax.tree.map(lambda x: x * np.float32(factor), (update, loss))  # noqa: B023
+        state, _ = program.step(state, batch, scaled, capacities=(24,))
+    assert program.step._cache_size() == 1
+
+
+def test_a_non_finite_loss_skips_the_update_on_every_device(tmp_path):
+    program = build(tiny_run(tmp_path))
+    state, batch = program.init(), put_batch(batch_of(), program.mesh)
+    kernel = state.params["lm_head"]["kernel"]
+    state.params["lm_head"]["kernel"] = kernel.at[0, 0].set(jnp.nan)
+    before = jax.device_get((state.params, state.opt_state))
+    for count in (1, 2):
+        state, metrics = program.step(state, batch, program.hparams, capacities=(24,))
+        assert int(metrics["skipped_in_a_row"]) == count
+    assert_equal_trees((state.params, state.opt_state), before)
+    assert int(state.step) == 2
+
+
+def test_faults_in_a_row_roll_back_once_and_end_the_run_with_a_name(tmp_path, monkeypatch):
+    config = tiny_run(tmp_path, train=TrainConfig(steps=8, log_every=1, max_skipped=2))
+    real, poisoned = loop.put_batch, []
+
+    def poison(batch, mesh):
+        fed = real(batch, mesh)
+        poisoned.append(len(poisoned) in (5, 6))  # two batches after the checkpoint at step 4
+        if poisoned[-1]:
+            fed["input_ids"] = fed["input_ids"] * 0 + 10**6  # no such byte: the loss is NaN
+        return fed
+
+    monkeypatch.setattr(loop, "put_batch", poison)
+    outcome = run(config)
+    assert int(outcome.state.step) == 8
+    assert len(poisoned) == 7 + 1 + 4  # one more in flight, then 4 steps from the checkpoint
+    assert [row["step"] for row in rows(config)] == list(range(1, 9))
+    monkeypatch.setattr(loop, "put_batch", lambda b, m: real(b, m) | {"input_ids": real(b, m)["input_ids"] * 0 + 10**6})
+    stop = replace(config, workdir=str(tmp_path / "other"))
+    stop = replace(stop, train=replace(stop.train, on_non_finite="stop"))
+    with pytest.raises(loop.StopRun, match="non-finite loss or gradient in 2 updates"):
+        run(stop)

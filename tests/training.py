@@ -1,0 +1,60 @@
+"""A run small enough to train in a test, and how tests start one."""
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from hnet.config import ChunkingConfig, ComputeConfig, HNetConfig, SSMConfig, StageConfig
+from hnet.data import DataConfig
+from hnet.train import loop
+from hnet.train.checkpoint import CheckpointConfig
+from hnet.train.config import Config, EvalConfig, TrainConfig
+from hnet.train.distributed import StopRequest
+from hnet.train.loop import Outcome
+from hnet.train.optim import OptimConfig
+from hnet.train.program import build as build_program
+from tests.networks import QUICK
+
+build = partial(build_program, compiler_options=QUICK)
+
+TINY = HNetConfig(
+    (
+        StageConfig(("m1", "m1"), 16, num_heads=2, rotary_emb_dim=4, chunking=ChunkingConfig(3.0)),
+        StageConfig(("T1",), 24, 32, num_heads=2, rotary_emb_dim=4),
+    ),
+    ssm=SSMConfig(d_state=5, head_dim=8),
+    compute=ComputeConfig(ssd_block_len=16),
+)
+
+
+def tiny_run(workdir: Path, **changes) -> Config:
+    """Eight updates of 8 rows of 32 bytes of synthetic text; `changes` replace whole sections."""
+    base = Config(
+        model=TINY,
+        workdir=str(workdir),
+        data=DataConfig(files=("synthetic:latin",), batch_size=8, seq_len=32, eval_max_bytes=600),
+        optim=OptimConfig(learning_rate=3e-3),
+        train=TrainConfig(steps=8, log_every=1),
+        eval=EvalConfig(every=4, probe_bytes=20),
+        checkpoint=CheckpointConfig(every=4),
+    )
+    return replace(base, **changes)
+
+
+def run(config: Config, stop=None) -> Outcome:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "build", build)
+        if stop:
+            return loop.train(config, stop)
+        with StopRequest() as stop:
+            return loop.train(config, stop)
+
+
+def rows(config: Config) -> list[dict]:
+    """metrics.jsonl without what a clock or a folder decides."""
+    lines = (Path(config.workdir) / "metrics.jsonl").read_text().splitlines()
+    timed = ("bytes_per_sec", "input/stall_frac")
+    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]

@@ -33,7 +33,7 @@ def test_inside_character():
 
 
 def test_code_tokens_are_byte_offsets():
-    source = "x = 'é' + y\r\nif x:\n\treturn_(x)  # end\n"
+    source = "x = 'é'+ y\r\nif x:\n\treturn_(x)  # end\n"
     cut = [0, *gold.code_tokens(source.encode())]
     pieces = [source.encode()[a:b].decode().strip() for a, b in zip(cut, [*cut[1:], None])]
     assert pieces == ["x", "=", "'é'", "+", "y", "if", "x", ":", "return_", "(", "x", ")", "# end"]

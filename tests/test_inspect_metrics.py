@@ -49,6 +49,21 @@ def test_random_control_scores_its_expectation():
     assert random == again != other
 
 
+def test_random_control_against_drawn_boundaries():
+    """Mean and spread over draws are those of sets drawn without replacement from 1 ... L - 1."""
+    gold = (1, 2, 3, 5, 8)
+    text = cut_at(11, range(1, 10, 2), {"words": gold})
+    hits = [
+        metrics.boundary_scores([text], "words", seed=s, draws=1).random.hits for s in range(999)
+    ]
+    rng = np.random.default_rng(0)
+    oracle = [len({*gold} & {*rng.permutation(10)[:5] + 1}) for _ in range(999)]
+    assert np.mean(hits) == pytest.approx(np.mean(oracle), rel=0.05)
+    assert np.std(hits) == pytest.approx(np.std(oracle), rel=0.1)
+    everywhere = cut_at(11, range(1, 11), {"words": gold})
+    assert metrics.boundary_scores([everywhere], "words").random.hits == len(gold)
+
+
 @given(st.integers(2, 41), st.data())
 def test_stride_control_is_as_even_as_possible(length, data):
     count = data.draw(st.integers(0, length - 1))

@@ -67,6 +67,19 @@ def test_a_killed_writer_loses_its_last_line_at_most(tmp_path, name, cut):
     after = read_all(tmp_path)
     assert after[1][:2] == texts_at(0.1)[:2] and after[3][:2] == texts_at(0.3)[:2]
     assert name == store.TEXTS or after[3] == texts_at(0.3)
+    if cut == 1:  # nothing but the line end was lost, so nothing is
+        assert after == {1: texts_at(0.1), 2: texts_at(0.2), 3: texts_at(0.3)}
+
+
+def test_a_line_that_is_being_written_is_read_once_it_is_whole(tmp_path):
+    write(tmp_path, {1: 0.1, 2: 0.2})
+    path = tmp_path / store.FOLDER / store.INDEX
+    whole = path.read_bytes()
+    index = store.SegmentationIndex(tmp_path / store.FOLDER)
+    for end in (0, 5, 60, len(whole) - 10, len(whole)):
+        path.write_bytes(whole[:end])
+        index.refresh()
+    assert index.steps == [1, 2] and len(index.texts) == 3
 
 
 def test_an_index_line_follows_what_it_names(tmp_path):
@@ -100,10 +113,11 @@ def test_a_replaced_run_is_read_anew(tmp_path):
     write(tmp_path, {1: 0.1, 2: 0.2})
     index = store.SegmentationIndex(tmp_path / store.FOLDER)
     index.refresh()
-    shutil.rmtree(tmp_path / store.FOLDER)
-    write(tmp_path, {7: 0.7})
-    index.refresh()
-    assert index.steps == [7]
+    for skills in ({7: 0.7}, {3: 0.1, 4: 0.2, 5: 0.3}):  # a shorter and a longer one
+        shutil.rmtree(tmp_path / store.FOLDER)
+        write(tmp_path, skills)
+        index.refresh()
+        assert index.steps == list(skills)
 
 
 def test_damage_and_absence_are_left_out(tmp_path):

@@ -85,7 +85,7 @@ def _begins_character(tail: bytes) -> bool:
     try:
         tail.decode()
     except UnicodeDecodeError as e:
-        return e.start == 0 and e.reason == "unexpected end of data"
+        return e.reason == "unexpected end of data"
     return False
 
 

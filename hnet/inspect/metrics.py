@@ -47,7 +47,7 @@ class BoundaryScores:
 
     learned: Score
     random: Score
-    """the same number of boundaries in each text, drawn uniformly, averaged over draws"""
+    """the same number of boundaries in each text, drawn uniformly"""
     fixed_stride: Score
     """the same number of boundaries in each text, evenly spaced"""
 
@@ -56,11 +56,6 @@ def score_offsets(predicted: Iterable[int], gold: Iterable[int]) -> Score:
     """Score of one text's boundaries; both are byte offsets strictly inside the text."""
     predicted, gold = set(map(int, predicted)), set(map(int, gold))
     return Score(len(predicted & gold), len(predicted), len(gold))
-
-
-def random_boundaries(count: int, length: int, rng: np.random.Generator) -> np.ndarray:
-    """`count` distinct offsets drawn uniformly strictly inside a text of `length` bytes."""
-    return 1 + rng.choice(length - 1, count, replace=False) if count else np.zeros(0, np.int64)
 
 
 def stride_boundaries(count: int, length: int) -> np.ndarray:
@@ -78,7 +73,8 @@ def boundary_scores(
 ) -> BoundaryScores:
     """Precision, recall and F1 of `stage` against gold `kind`, with rate-matched controls.
 
-    Texts without that kind of gold are left out. Raises ConfigError if none has it.
+    draws: seeded draws of the random control that are averaged, in each text. Texts without that
+    kind of gold are left out. Raises ConfigError if none has it.
     """
     rng = np.random.default_rng(seed)
     totals = np.zeros((3, 3))  # learned, random, fixed stride; hits, predicted, gold
@@ -87,17 +83,11 @@ def boundary_scores(
         if kind not in seg.gold:
             continue
         found = True
-        gold, cuts, length = seg.gold[kind], seg.boundaries(stage), len(seg.data)
-        hits = [
-            np.isin(cuts, gold).sum(),
-            np.mean(
-                [
-                    np.isin(random_boundaries(len(cuts), length, rng), gold).sum()
-                    for _ in range(draws)
-                ]
-            ),
-            np.isin(stride_boundaries(len(cuts), length), gold).sum(),
-        ]
+        gold, cuts, length = seg.gold[kind], seg.boundaries(stage), max(len(seg.data), 1)
+        # of `count` distinct offsets drawn from length - 1, a hypergeometric number is gold
+        drawn = rng.hypergeometric(len(gold), length - 1 - len(gold), len(cuts), draws)
+        stride = stride_boundaries(len(cuts), length)
+        hits = [score_offsets(cuts, gold).hits, drawn.mean(), score_offsets(stride, gold).hits]
         totals += [[h, len(cuts), len(gold)] for h in hits]
     if not found:
         raise ConfigError(f"gold kind {kind!r} is in none of the texts: annotate or read it first")

@@ -5,7 +5,7 @@ A run keeps three append-only files of JSON lines in ``<logdir>/boundaries/``:
 * ``texts.jsonl``: a line a text, everything that does not change (`segmentation.text_json`).
 * ``steps.jsonl``: a line a text and step, ``{"step", "key", "stages": [...]}``.
 * ``index.jsonl``: small lines that say where the others are, each written after what it names:
-  ``{"resume": step or null}`` when a writer opens the folder,
+  ``{"resume": step or null, "session": ns}`` when a writer opens the folder,
   ``{"text": key, "at": [offset, length], "name", "bytes", "routes", "gold"}`` and
   ``{"step", "rows": {key: [offset, length]}}``.
 
@@ -17,6 +17,7 @@ killed process left unfinished is ignored. One process writes; any number may re
 import hashlib
 import json
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class SegmentationLog:
         known.refresh()
         self._keys = set(known.texts)
         self._files = {name: _open_for_append(self.folder / name) for name in (TEXTS, STEPS, INDEX)}
-        self._append(INDEX, {"resume": resume_step})
+        self._append(INDEX, {"resume": resume_step, "session": time.time_ns()})
 
     def write(self, step: int, segmentations: Sequence[Segmentation]) -> None:
         """Add the segmentations of a step; flushed to the system when this returns."""
@@ -114,18 +115,19 @@ class SegmentationIndex:
         """key -> name, bytes, routes, gold kinds, place"""
         self._rows: dict[int, dict[str, list[int]]] = {}
         self._parsed = 0
-        self._inode = None
+        self._head = b""
 
     def refresh(self) -> None:
         """Take in the lines added since the last call: one file opened, none if nothing changed."""
         try:
-            stat = os.stat(self.folder / INDEX)
-            if stat.st_size < self._parsed or stat.st_ino != self._inode:
-                self._forget()  # the run was replaced by another of the same name
-                self._inode = stat.st_ino
-            if stat.st_size == self._parsed:
+            size = os.path.getsize(self.folder / INDEX)
+            if size == self._parsed:
                 return
             with open(self.folder / INDEX, "rb") as f:
+                head = f.readline()
+                if head != self._head or size < self._parsed:
+                    self._forget()  # another run took the place of the one that was read
+                    self._head = head
                 f.seek(self._parsed)
                 complete, newline, _ = f.read().rpartition(b"\n")
         except OSError:

@@ -116,7 +116,7 @@ def checksums(arrays: dict[str, jax.Array]) -> dict[str, str]:
 def _is_small(x: jax.Array) -> bool:
     """In the memory of this process, and numpy is done before its shape would be compiled?"""
     here = x.is_fully_addressable and all(d.platform == "cpu" for d in x.sharding.device_set)
-    return here and x.size <= 1 << 18
+    return here and x.size <= 1 << 20
 
 
 def _mixed(words: Any, index: Any) -> tuple[Any, Any]:

@@ -326,6 +326,23 @@ def test_stop_saves_and_is_not_restarted(slice_, capfd):
     assert "still billed" in out and out.count("code=75") == 2
 
 
+def test_attach_watches_what_runs(slice_, capfd, monkeypatch):
+    assert main([*RUN, "--go", *slice_.command]) == 0
+    slice_.wait_for(lambda: len(slice_.starts()) == 2)
+    monkeypatch.setattr(bundle, "SHIPPED", ("hnet",))  # the checkout changed meanwhile
+    result = []
+    watcher = threading.Thread(
+        target=lambda: result.append(main([*RUN, "--attach", "--go", *slice_.command]))
+    )
+    watcher.start()
+    for host in range(HOSTS):
+        slice_.touch(f"requeue-{host}")
+    slice_.wait_for(lambda: len(slice_.starts()) == 4)
+    slice_.touch("finish")
+    watcher.join(30)
+    assert result == [0]
+
+
 def test_preempted_without_recreate_asks_to_be_started_again(slice_, capfd):
     result = []
     watcher = threading.Thread(
@@ -657,7 +674,7 @@ def test_bundle_holds_what_a_host_needs_and_follows_every_change(tmp_path):
     assert archives[0].read_bytes() == archives[1].read_bytes()
     with tarfile.open(archives[0]) as archive:
         assert archive.getnames() == ["README.md", "hnet/a.py", "tpu/host.sh", "CODE_HASH"]
-        assert archive.extractfile("CODE_HASH").read().decode().strip() == first
+    assert bundle.archived_hash(archives[0]) == first
     (root / "tests/t.py").write_text("changed")
     assert bundle.code_hash(root) == first
     (root / "hnet/a.py").rename(root / "hnet/b.py")

@@ -58,3 +58,9 @@ def write_bundle(path: Path, root: Path = ROOT) -> None:
         add("CODE_HASH", f"{code_hash(root)}\n".encode(), 0o644)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(gzip.compress(plain.getvalue(), mtime=0))
+
+
+def archived_hash(path: Path) -> str:
+    """The hash that `write_bundle` put into an archive."""
+    with tarfile.open(path) as archive:
+        return archive.extractfile("CODE_HASH").read().decode().strip()

@@ -145,6 +145,7 @@ def _add_tpu_vm(parser: argparse.ArgumentParser, action: str) -> None:
         parser.add_argument(
             "--watch", action="store_true", help="stay, and restart on exit code 75"
         )
+        parser.add_argument("--attach", action="store_true", help="watch what runs already")
         parser.add_argument("--recreate", action="store_true", help="also after preemption [COSTS]")
 
 

@@ -136,12 +136,21 @@ def _install(options: argparse.Namespace, runner: Runner) -> None:
 
 def run(options: argparse.Namespace, runner: Runner) -> int:
     environment = {
-        "HNET_CODE_HASH": bundle.code_hash(),
+        "HNET_CODE_HASH": _shipped_hash(options) if options.attach else bundle.code_hash(),
         "HNET_CONFIG_HASH": bundle.config_hash(options.command),
         "HNET_STAGGER": str(options.stagger),
     }
+    if options.attach:
+        return watch(options, runner, environment)
     _start(options, runner, environment)
     return watch(options, runner, environment) if options.watch else 0
+
+
+def _shipped_hash(options: argparse.Namespace) -> str:
+    """Of the code that `setup` packed, which is what a restart must find on the hosts."""
+    if not _archive(options).exists():
+        raise ConfigError(f"{_archive(options)} does not exist: --attach needs that of setup")
+    return bundle.archived_hash(_archive(options))
 
 
 def _start(options: argparse.Namespace, runner: Runner, env: dict[str, str]) -> None:

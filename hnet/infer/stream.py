@@ -84,10 +84,10 @@ def prefill(
     segment_ids_BL = (position_L[None, :] < lengths_B[:, None]).astype(jnp.int32)
     x_BLD, routes, stage = _prefill_stage(
         model.backbone, model.embeddings(input_ids_BL), segment_ids_BL, lengths_B, max_lens,
-        route_ids_BL=model._checked_routes(route_ids_BL),
-        boundaries_BL=model._boundaries(input_ids_BL, segment_ids_BL, boundaries_BL),
+        route_ids_BL=model.checked_routes(route_ids_BL),
+        boundaries_BL=model.boundaries(input_ids_BL, segment_ids_BL, boundaries_BL),
     )  # fmt: skip
-    logits_B1V = model._logits(last_positions(x_BLD, lengths_B, 1))
+    logits_B1V = model.logits(last_positions(x_BLD, lengths_B, 1))
     logits_BV = jnp.where((lengths_B > 0)[:, None], logits_B1V[:, 0], 0.0)
     last_byte_B = last_positions(input_ids_BL, lengths_B, 1)[:, 0]
     return logits_BV, routes, ModelCache(last_byte_B, stage)
@@ -164,15 +164,15 @@ def step(
     position_B = cache.stage.position_B
     window_B2 = jnp.stack([cache.last_byte_B, byte_B], axis=1)
     given_B2 = None if boundary_B is None else jnp.stack([boundary_B, boundary_B], axis=1)
-    given_B2 = model._boundaries(window_B2, _window_segments(position_B), given_B2)
+    given_B2 = model.boundaries(window_B2, _window_segments(position_B), given_B2)
     x_BD, boundaries, stage = _step_stage(
         model.backbone, model.embeddings(byte_B), active_B, cache.stage, None, fractions,
-        route_ids_B=model._checked_routes(route_ids_B),
+        route_ids_B=model.checked_routes(route_ids_B),
         boundary_B=None if given_B2 is None else given_B2[:, 1],
     )  # fmt: skip
     boundaries_BS = jnp.stack(boundaries, 1) if boundaries else jnp.zeros((len(byte_B), 0), bool)
     last_byte_B = jnp.where(active_B, byte_B, cache.last_byte_B)
-    return model._logits(x_BD[:, None])[:, 0], boundaries_BS, ModelCache(last_byte_B, stage)
+    return model.logits(x_BD[:, None])[:, 0], boundaries_BS, ModelCache(last_byte_B, stage)
 
 
 def _step_stage(

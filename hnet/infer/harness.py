@@ -1,0 +1,82 @@
+"""Our models as models of lm-evaluation-harness (the extra `eval`).
+
+    from lm_eval import simple_evaluate
+    from hnet.infer.harness import HarnessModel
+    simple_evaluate(HarnessModel("WORKDIR"), tasks=["lambada_openai"])
+"""
+
+import os
+from collections.abc import Sequence
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+
+from hnet.infer.generate import generate
+from hnet.infer.prompts import encode
+from hnet.infer.sampling import Sampling
+from hnet.infer.score import logprobs
+from hnet.interop import load
+from hnet.model import HNetLM
+
+
+class HarnessModel(LM):
+    """Scores and continues bytes; what the harness calls a token is a byte here."""
+
+    def __init__(
+        self,
+        model: HNetLM | str | os.PathLike,
+        *,
+        bos: bool = True,
+        batch_size: int = 16,
+        max_bytes: int = 256,
+    ):
+        """model: one in memory, or what `hnet.load` reads. max_bytes: of a continuation for which
+        the task sets no limit."""
+        super().__init__()
+        self.model = model if isinstance(model, HNetLM) else load(model)
+        self.bos, self.batch_size, self.max_bytes = bos, batch_size, max_bytes
+
+    def _score(self, texts: Sequence[bytes]):
+        return logprobs(self.model, texts, bos=self.bos, batch_size=self.batch_size)
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """(log-probability of the continuation, whether greedy decoding gives it), one a request."""
+        pairs = [tuple(encode(part) for part in request.args) for request in requests]
+        scores = self._score([context + continuation for context, continuation in pairs])
+        return [
+            (score.total(len(context)), bool(score.is_greedy[len(context) :].all()))
+            for (context, _), score in zip(pairs, scores)
+        ]
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Log-probability of each whole text; there is no window, all of it is context."""
+        return [score.total() for score in self._score([encode(r.args[0]) for r in requests])]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continuations up to the first of the strings `until`, requests of equal settings together."""
+        found: dict[int, str] = {}
+        groups: dict[Sampling, list[int]] = {}
+        for i, request in enumerate(requests):
+            groups.setdefault(self._sampling(request.args[1]), []).append(i)
+        for sampling, members in groups.items():
+            prompts = [requests[i].args[0] for i in members]
+            results = generate(
+                self.model, prompts, sampling, bos=self.bos, batch_size=self.batch_size
+            )
+            found |= {i: result.text for i, result in zip(members, results)}
+        return [found[i] for i in range(len(requests))]
+
+    def _sampling(self, settings: dict) -> Sampling:
+        until = settings.get("until") or ()
+        sampled = settings.get("do_sample", False)
+        return Sampling(
+            max_bytes=int(settings.get("max_gen_toks", self.max_bytes)),
+            temperature=float(settings.get("temperature", 1.0)) if sampled else 0.0,
+            top_k=int(settings.get("top_k") or 0),
+            top_p=float(settings.get("top_p", 1.0)),
+            stop=(until,) if isinstance(until, str) else tuple(until),
+        )

@@ -1,5 +1,7 @@
 """Probe texts in many scripts, and segmentations that look as if a model learned to cut them."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from hnet.inspect.gold import annotate
@@ -53,14 +55,13 @@ def segment(text: Segmentation, skill: float, rng: np.random.Generator) -> Segme
     )
 
 
-def write_run(logdir, steps, *, seed=0, texts=None, learn=1.0, summaries=True) -> None:
+def write_run(logdir, steps, *, seed=0, stages=2, learn=1.0, summaries=True) -> None:
     """A run's log folder with segmentations at `steps`."""
     rng = np.random.default_rng(seed)
-    texts = probe_texts() if texts is None else texts
     with RunWriter(logdir) as writer:
         for step in steps:
             skill = learn * step / max(max(steps), 1)
             writer.scalars(step, {"train/bpb": 4 - 2 * skill, "loss/ce": 2.7 - skill})
-            writer.write_segmentations(
-                step, [segment(t, skill, rng) for t in texts], summaries=summaries
-            )
+            texts = [segment(t, skill, rng) for t in probe_texts()]
+            texts = [replace(t, stages=t.stages[:stages]) for t in texts]
+            writer.write_segmentations(step, texts, summaries=summaries)

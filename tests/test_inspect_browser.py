@@ -23,7 +23,7 @@ sync_api = pytest.importorskip(
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found: apt install chromium")
 STEPS = [0, 100, 200, 400]
 OTHER_STEPS = [0, 150, 300]
-RUN, OTHER = "learned/tensorboard", "slow/tensorboard"
+RUN, OTHER, GROWING = "learned/tensorboard", "slow/tensorboard", "new/tensorboard"
 PLUGIN = "data/plugin_entry.html?name=boundaries"
 
 
@@ -32,6 +32,7 @@ def logdir(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     write_run(root / RUN, STEPS, seed=1, summaries=False)
     write_run(root / OTHER, OTHER_STEPS, seed=2, learn=0.5, summaries=False)
+    write_run(root / GROWING, [0, 50], stages=1, summaries=False)
     return root
 
 
@@ -136,6 +137,7 @@ def decoded(seg, stage):
 
 
 def to_step(page, i):
+    """Slide the first run there."""
     page.get_by_label("Training step").fill(str(i))
     page.locator(".steplabel", has_text=f"({i + 1} of").wait_for()
     page.locator(".runnames", has_text=f"step {STEPS[i]}").wait_for()
@@ -187,6 +189,33 @@ def test_comparing_two_runs(view, stored):
         assert cut_text(view, "english", column) == decoded(stored[run, step, "english"], 0)
     view.get_by_label("Compare with run").select_option("")
     sync_api.expect(card(view, "english").locator(".text")).to_have_count(1)
+
+
+def test_comparing_with_a_run_of_fewer_stages(view, stored):
+    view.get_by_label("Compare with run").select_option(GROWING)
+    view.get_by_text("nested", exact=True).click()
+    columns = card(view, "english").locator(".column")
+    sync_api.expect(columns.nth(0).locator("canvas")).to_have_count(2)
+    sync_api.expect(columns.nth(1).locator("canvas")).to_have_count(1)
+    sync_api.expect(view.locator(".divergence")).to_have_text(re.compile("boundaries: stage 0: F1"))
+    view.get_by_text("stage 1", exact=True).first.click()
+    sync_api.expect(columns.nth(1)).to_have_text("no stage 1 here")
+    assert cut_text(view, "english") == decoded(stored[RUN, 400, "english"], 1)
+
+
+def test_a_running_run_grows_and_the_view_follows(view, logdir):
+    view.get_by_label("Run", exact=True).select_option(GROWING)
+    view.locator(".steplabel", has_text="step 50 (2 of 2)").wait_for()
+    write_run(logdir / GROWING, [70], stages=1, summaries=False)
+    view.get_by_role("button", name="Look for new").click()
+    view.locator(".steplabel", has_text="step 70 (3 of 3)").wait_for()
+    view.locator(".runnames", has_text="step 70").wait_for()
+
+
+def test_another_run_is_shown_at_the_nearest_step_before(view):
+    to_step(view, 2)
+    view.get_by_label("Run", exact=True).select_option(OTHER)
+    view.locator(".steplabel", has_text="step 150 (2 of 3)").wait_for()
 
 
 def test_hover_tells_offsets_bytes_and_probability(view, stored):

@@ -80,6 +80,9 @@ def test_a_line_that_is_being_written_is_read_once_it_is_whole(tmp_path):
         path.write_bytes(whole[:end])
         index.refresh()
     assert index.steps == [1, 2] and len(index.texts) == 3
+    path.write_bytes(whole[:-10])  # and taken back, if the file is
+    index.refresh()
+    assert index.steps == [1]
 
 
 def test_an_index_line_follows_what_it_names(tmp_path):

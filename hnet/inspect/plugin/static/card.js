@@ -1,7 +1,7 @@
 // One probe text: its chunks, p over position and figures, for one run or two side by side.
 
 import { describeChunk, drawHistogram, drawStrip, drawText, el } from "./draw.js";
-import { figures } from "./text.js";
+import { agreement, figures, precisionRecallF1 } from "./text.js";
 
 const DRAWN_BYTES = 4096; // of a longer text, until asked for all
 const percent = (x) => `${(100 * x).toFixed(1)}%`;
@@ -114,11 +114,13 @@ export function drawCard(title, views, options, tooltip) {
     const found = views.map(([seg, starts]) => (seg ? figures([[seg, starts]], stage)?.longest : 0));
     longest[stage] = Math.max(1, ...found.map((length) => length ?? 0));
   }
-  const columns = views.map(([seg, starts]) =>
-    seg
-      ? drawColumn(seg, starts, options, tooltip, longest)
-      : el("div", { class: "column none" }, "not written at this step"),
-  );
+  const none = (why) => el("div", { class: "column none" }, why);
+  const columns = views.map(([seg, starts]) => {
+    if (!seg) return none("not written at this step");
+    const levels = options.levels.filter((stage) => stage < seg.stages.length);
+    if (!levels.length) return none(`no stage ${options.levels[0]} here`);
+    return drawColumn(seg, starts, { ...options, levels }, tooltip, longest);
+  });
   const head = el("h2", {}, el("span", { class: "name" }, title.name || "text"), ...routes);
   head.append(el("span", { class: "size" }, `${title.bytes} bytes`));
   const card = el("article", { class: "card" }, head, el("div", { class: "columns" }, ...columns));
@@ -128,13 +130,13 @@ export function drawCard(title, views, options, tooltip) {
 /** Figures of all shown texts together: a column for every run and stage. */
 export function drawSummary(runs, levels) {
   const columns = runs.flatMap(({ pairs }) => levels.map((stage) => ({ stage, f: figures(pairs, stage) })));
-  if (columns.some(({ f }) => !f)) return null;
-  const kinds = [...new Set(columns.flatMap(({ f }) => f.gold.map(([kind]) => kind)))];
+  if (columns.every(({ f }) => !f)) return null;
+  const kinds = [...new Set(columns.flatMap(({ f }) => f?.gold.map(([kind]) => kind) ?? []))];
   const score = (kind) => ({ f }) => {
     const found = f.gold.find(([name]) => name === kind)?.[1];
     return found && `${found.f1.toFixed(3)} (${found.precision.toFixed(2)} / ${found.recall.toFixed(2)})`;
   };
-  const longest = (stage) => Math.max(...columns.filter((c) => c.stage === stage).map((c) => c.f.longest));
+  const longest = (stage) => Math.max(...columns.filter((c) => c.f && c.stage === stage).map((c) => c.f.longest));
   const rows = [
     ["chunks", ({ f }) => f.lengths.length],
     ["bytes a chunk", ({ f }) => f.mean.toFixed(2)],
@@ -152,8 +154,24 @@ export function drawSummary(runs, levels) {
     el("tr", {}, el("td"), ...columns.map(({ stage }) => th("col", {}, `stage ${stage}`))),
   ];
   const body = rows.map(([name, cell]) =>
-    el("tr", {}, th("row", {}, name), ...columns.map((c) => el("td", {}, cell(c) ?? "–"))),
+    el("tr", {}, th("row", {}, name), ...columns.map((c) => el("td", {}, (c.f ? cell(c) : null) ?? "–"))),
   );
   const table = el("table", {}, el("thead", {}, ...head), el("tbody", {}, ...body));
   return el("section", { class: "summary" }, table);
+}
+
+/** How far two runs agree where to cut; `views` as of drawCard, for each text. */
+export function drawAgreement(views, levels) {
+  const both = views.filter((runs) => runs.length === 2 && runs.every(([seg]) => seg));
+  const shared = levels.filter((stage) => both.every(([[, a], [, b]]) => a[stage] && b[stage]));
+  if (!both.length || !shared.length) return null;
+  const parts = shared.map((stage) => {
+    const total = { hits: 0, predicted: 0, gold: 0 };
+    for (const [[, a], [, b]] of both) {
+      const found = agreement(a[stage], b[stage].slice(1));
+      for (const name of Object.keys(total)) total[name] += found[name];
+    }
+    return `stage ${stage}: F1 ${precisionRecallF1(total).f1.toFixed(3)}`;
+  });
+  return el("p", { class: "divergence" }, `Agreement of the two runs' boundaries: ${parts.join(", ")}`);
 }

@@ -1,4 +1,4 @@
-// What surrounds the view: the legend, and the light around the page.
+// What surrounds the view: the legend, keys, the window's width, and the light around it.
 
 import { el } from "./draw.js";
 
@@ -43,4 +43,21 @@ export function followTheme(changed) {
     apply();
   };
   return { next };
+}
+
+/** Left and right arrow keys, unless what has the focus uses them itself. */
+export function onArrows(move) {
+  document.addEventListener("keydown", (e) => {
+    const by = { ArrowRight: 1, ArrowLeft: -1 }[e.key];
+    const taken = e.target.closest?.("input, select, textarea");
+    if (by && !taken && !e.ctrlKey && !e.metaKey && !e.altKey) move(by);
+  });
+}
+
+export function onNewWidth(redraw) {
+  let width = window.innerWidth;
+  window.addEventListener("resize", () => {
+    if (width !== window.innerWidth) redraw();
+    width = window.innerWidth;
+  });
 }

@@ -3,10 +3,10 @@
 // A source has runs() -> [name], run(name) -> {steps, texts: {key: {name, bytes, routes, gold}}}
 // and view(run, step, keys) -> {key: segmentation}, all promises.
 
-import { drawCard, drawSummary, makeTooltip } from "./card.js";
+import { drawAgreement, drawCard, drawSummary, makeTooltip } from "./card.js";
 import { el } from "./draw.js";
-import { followTheme, legend } from "./surroundings.js";
-import { agreement, precisionRecallF1, prepare, startsAt } from "./text.js";
+import { followTheme, legend, onArrows, onNewWidth } from "./surroundings.js";
+import { prepare, startsAt } from "./text.js";
 
 const PAGE = 8; // texts drawn before "show more"
 const CACHED_VIEWS = 400;
@@ -80,46 +80,48 @@ export class View {
 
   listen() {
     this.theme = followTheme(() => this.redrawStrips?.());
-    document.addEventListener("keydown", (e) => {
-      const move = { ArrowRight: 1, ArrowLeft: -1 }[e.key];
-      const busy = e.target.closest?.("input, select, textarea, [role=radiogroup]");
-      if (move && !busy && !e.ctrlKey && !e.metaKey && !e.altKey) this.moveStep(move);
-    });
-    let width = window.innerWidth;
-    window.addEventListener("resize", () => {
-      if (width !== window.innerWidth) this.redrawStrips?.();
-      width = window.innerWidth;
-    });
-    // where the pointer left the window, or the text under it moved, the tooltip is out of place
+    onArrows((by) => this.moveStep(by));
+    onNewWidth(() => this.redrawStrips?.());
+    // when the text moves under the pointer, the tooltip is out of place
     document.addEventListener("scroll", () => this.tooltip.hide(), { passive: true });
   }
 
   async start() {
     await this.guard(async () => {
-      this.runs = await this.source.runs();
-      if (!this.runs.length) return this.say("No run here has written segmentations yet.");
-      this.fill(this.runSelects[0], this.runs.map((name) => [name, name]));
-      this.fill(this.runSelects[1], [["", "no other run"], ...this.runs.map((name) => [name, name])]);
-      await this.chooseRun(0, this.state.runs[0] ?? this.runs[0]);
+      await this.findRuns();
+      if (this.runs.length) await this.chooseRun(0, this.runs[0]);
+      else this.say("No run here has written segmentations yet.");
     });
   }
 
-  async reload() {
-    const atEnd = this.state.step >= this.steps.length - 1;
-    this.info.clear();
-    await this.start();
-    if (this.state.runs[1]) await this.guard(() => this.load(this.state.runs[1]));
-    if (atEnd) this.goTo(this.steps.length - 1);
+  async findRuns() {
+    this.runs = await this.source.runs();
+    this.fill(this.runSelects[0], this.runs.map((name) => [name, name]));
+    this.fill(this.runSelects[1], [["", "no other run"], ...this.runs.map((name) => [name, name])]);
   }
 
+  /** Look for new runs and steps; a view of the newest step follows it. */
+  async reload() {
+    await this.guard(async () => {
+      const atEnd = this.state.step >= this.steps.length - 1;
+      await this.findRuns();
+      this.info.clear();
+      this.views.clear();
+      if (this.state.runs[0] === null) return this.start();
+      await Promise.all(this.state.runs.filter((run) => run !== null).map((run) => this.load(run)));
+      this.fillFilters();
+      await this.goTo(atEnd ? this.steps.length - 1 : this.state.step);
+    });
+  }
+
+  /** Show a run first (i = 0) or beside it, at the step shown or the last one before it. */
   async chooseRun(i, name) {
     await this.guard(async () => {
       if (name) await this.load(name);
-      const first = this.state.runs[0] === null;
+      const before = this.stepNumber ?? Infinity;
       this.state.runs[i] = name;
       this.runSelects[i].value = name ?? "";
-      const at = this.steps.indexOf(this.stepNumber);
-      this.state.step = first || at < 0 ? this.steps.length - 1 : at;
+      this.state.step = Math.max(this.steps.findLastIndex((s) => s <= before), 0);
       this.fillFilters();
       await this.refresh();
     });
@@ -278,26 +280,11 @@ export class View {
     const labels = el("div", { class: "columns runnames" }, ...runs.map(({ label }) => el("div", {}, label)));
     this.main.dataset.level = level;
     this.main.replaceChildren(
-      ...[legend(levels, gold, threshold), summary, this.divergence(cards, levels), labels, ...cards.map(({ card }) => card), more].filter(Boolean),
+      ...[legend(levels, gold, threshold), summary, drawAgreement(cards.map(({ views }) => views), levels), labels, ...cards.map(({ card }) => card), more].filter(Boolean),
     );
     if (!cards.length) this.main.append(el("p", { class: "notice" }, "No text passes the filters."));
     this.redrawStrips = () => cards.forEach(({ redraw }) => redraw());
     this.redrawStrips();
-  }
-
-  /** How far two runs agree where to cut. */
-  divergence(cards, levels) {
-    const both = cards.filter(({ views }) => views.length === 2 && views.every(([seg]) => seg));
-    if (!both.length) return null;
-    const parts = levels.map((stage) => {
-      const total = { hits: 0, predicted: 0, gold: 0 };
-      for (const { views: [[, a], [, b]] } of both) {
-        const found = agreement(a[stage] ?? [], (b[stage] ?? []).slice(1));
-        for (const name of Object.keys(total)) total[name] += found[name];
-      }
-      return `stage ${stage}: F1 ${precisionRecallF1(total).f1.toFixed(3)}`;
-    });
-    return el("p", { class: "divergence" }, `Agreement of the two runs' boundaries: ${parts.join(", ")}`);
   }
 
   say(text) {

@@ -16,7 +16,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from hnet.chunking.config import ChunkingConfig
 from hnet.chunking.dechunk import EMA_BLOCK
+from hnet.chunking.routes import BLOCKS_PER_ROUTE, MIN_BLOCK
 from hnet.config import ConfigError, HNetConfig, StageConfig, parse_layout
 from hnet.nn.attention import MAX_BLOCKS
 
@@ -29,6 +31,7 @@ _MASK = 3  # two comparisons, and
 _SOFTMAX = 6  # scale, mask, max, minus max, sum, division
 _DECAY = 3  # difference of exponents, mask, times scores
 _GATE = 4 + _SILU  # of Mamba-2: times dt, skip, silu, product
+_GELU = 83  # erfc is a polynomial of two branches
 _ROUTE = 8  # q and k: square, sum, times 1/norm; product and sum
 
 
@@ -57,10 +60,21 @@ def param_counts(config: HNetConfig) -> dict[str, int]:
         if s == config.num_chunked:
             counts[f"stage{s}/main_network"] = stacks[0]
         else:
-            parts = (stacks[0], 2 * D * D, D * D + D, stacks[1])
-            names = ("encoder", "routing", "residual_proj", "decoder")
-            counts |= {f"stage{s}/{name}": size for name, size in zip(names, parts)}
+            cut = stage.chunking
+            parts = {
+                "encoder": stacks[0],
+                "routing": _router_params(cut, D) * cut.num_predictors,
+                "residual_proj": (D * D + D) * (cut.residual == "linear"),
+                "null_group": D * cut.has_null,
+                "decoder": stacks[1],
+            }
+            counts |= {f"stage{s}/{name}": size for name, size in parts.items() if size}
     return counts | {"head": 0 if config.tie_embeddings else counts["embedding"]}
+
+
+def _router_params(cut: ChunkingConfig, D: int) -> int:
+    hidden = cut.mlp_width or 4 * D
+    return {"cosine": 2 * D * D, "mlp": hidden * (D + 2) + 1}.get(cut.router, 0)
 
 
 def _stack_params(config: HNetConfig, stage: StageConfig, layout: str) -> int:
@@ -145,17 +159,40 @@ def _stage_terms(
         return
     yield from stack("encoder", stage.arch_layout[0])
     if convention == "executed":
-        yield Term(f"stage{s}/routing", "q_proj, k_proj", "weight", 4 * S * D * D)
-        yield Term(f"stage{s}/routing", "cosine", "elementwise", _ROUTE * S * D)
-        yield Term(f"stage{s}/residual_proj", "linear", "weight", 2 * S * D * D + S * D)
+        yield from _cut(f"stage{s}", stage.chunking, S, D)
     yield from _stage_terms(config, lengths, convention, s + 1)
     if convention == "executed":
-        block = min(EMA_BLOCK, lengths[s + 1])  # hnet.chunking.dechunk.ema
-        slots = math.ceil(lengths[s + 1] / block) * block
-        yield Term(f"stage{s}/dechunk", "ema", "mixing", 2 * slots * block * D)
-        yield Term(f"stage{s}/dechunk", "ema carry", "elementwise", 2 * slots * D)
+        if stage.chunking.dechunk == "ema":
+            yield from _ema(f"stage{s}/dechunk", lengths[s + 1], D)
         yield Term(f"stage{s}/dechunk", "gather, residual", "elementwise", 3 * S * D)
     yield from stack("decoder", stage.arch_layout[1])
+
+
+def _cut(stage: str, cut: ChunkingConfig, S: int, D: int) -> Iterator[Term]:
+    """Router, residual projection and pool: hnet.chunking, hnet.stage."""
+    R, hidden, positions = cut.num_predictors, cut.mlp_width or 4 * D, S
+    if R > 1:  # packed into blocks of one route each: hnet.chunking.routes
+        block = max(MIN_BLOCK, math.ceil(S / (BLOCKS_PER_ROUTE * R)))
+        positions = min(S, (S + R * (block - 1)) // block) * block
+    if cut.router == "cosine":
+        matmuls, small = 4 * D * D, _ROUTE * D
+    elif cut.router == "mlp":
+        matmuls, small = 2 * D * hidden + 2 * hidden, _GELU * hidden
+    else:
+        matmuls = small = 0
+    yield Term(f"{stage}/routing", cut.router, "weight", matmuls * positions, R > 1)
+    yield Term(f"{stage}/routing", "p", "elementwise", small * positions, R > 1)
+    if cut.residual == "linear":
+        yield Term(f"{stage}/residual_proj", "linear", "weight", 2 * S * D * D + S * D)
+    if cut.pool == "mean":
+        yield from _ema(f"{stage}/pool", S, D)
+
+
+def _ema(part: str, S: int, D: int) -> Iterator[Term]:
+    block = min(EMA_BLOCK, S)  # hnet.chunking.dechunk.ema
+    padded = math.ceil(S / block) * block
+    yield Term(part, "ema", "mixing", 2 * padded * block * D)
+    yield Term(part, "ema carry", "elementwise", 2 * padded * D)
 
 
 def _attention(

@@ -8,7 +8,6 @@ import pytest
 from flax import nnx
 
 from hnet import HNetLM
-from hnet.chunking.router import RoutingModule
 from hnet.config import (
     PUBLISHED,
     ChunkingConfig,
@@ -139,7 +138,9 @@ def xla_flops(config, slots, *, training=False):
     graph, params = abstract(config)
 
     def logits(params, ids):
-        return nnx.merge(graph, params)(ids, capacities=slots[1:])[0]
+        return nnx.merge(graph, params)(
+            ids, capacities=slots[1:], route_ids_BL=jnp.zeros_like(ids)
+        )[0]
 
     program = jax.grad(lambda p, ids: jnp.sum(logits(p, ids))) if training else logits
     lowered = jax.jit(program).lower(params, jax.ShapeDtypeStruct((1, slots[0]), jnp.int32))
@@ -168,15 +169,28 @@ def test_executed_agrees_with_xla_for_every_layer(layout, seq_len, window):
     assert total(forward_terms(config, (seq_len,))) == pytest.approx(counted, rel=rel)
 
 
-def test_routing_agrees_with_xla():
-    config = replace(SMALL, stages=(StageConfig(("m1", "m1"), 32), StageConfig(("m1",), 32)))
-    router = nnx.eval_shape(lambda: RoutingModule(32, rngs=nnx.Rngs(0)))
-    graph, params = nnx.split(router)
-    x_BLD = jax.ShapeDtypeStruct((1, 251, 32), jnp.float32)
-    program = jax.jit(lambda p, x: nnx.merge(graph, p)(x, x))
-    counted = program.lower(params, x_BLD).cost_analysis()["flops"]
-    parts = flops_by_part(forward_terms(config, (251, 61)))
-    assert parts["stage0/routing"] == pytest.approx(counted, rel=0.01)
+CUTS = {
+    "cosine": ChunkingConfig(3.0),
+    "cosine of 3 routes": ChunkingConfig(3.0, routes=3),
+    "space": ChunkingConfig(3.0, router="spacelike", dechunk="scatter", residual="add"),
+    "mlp": ChunkingConfig(
+        3.0, router="mlp", alignment="end", pool="mean", dechunk="repeat", residual="add"
+    ),
+    "mlp of 4 routes": ChunkingConfig(
+        3.0, router="mlp", alignment="end", pool="mean", dechunk="repeat", routes=4, mlp_width=96
+    ),
+}
+
+
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+def test_every_way_to_cut_agrees_with_xla(cut):
+    """The narrowest stacks, so that the cut is a sizeable share; its own terms at that."""
+    outer = StageConfig(("t1", "t1"), 64, 0, 4, 8, 7, cut)
+    config = replace(SMALL, stages=(outer, StageConfig(("t1",), 64, 0, 4, 8, 7)))
+    _, params = abstract(config)
+    assert sum(param_counts(config).values()) == sum(p.size for p in jax.tree.leaves(params))
+    terms = forward_terms(config, (251, 61))
+    assert total(terms) == pytest.approx(xla_flops(config, (251, 61)), rel=0.02)
 
 
 @pytest.mark.parametrize("remat", ["none", "layer", "dots"])

@@ -6,7 +6,6 @@ Layout strings are the official ones: a run is a letter and a count, ``m`` = Mam
 causal attention, upper case = the same with a SwiGLU MLP behind it (goombalab/hnet).
 """
 
-import dataclasses
 import json
 import math
 import os
@@ -278,56 +277,65 @@ _OFFICIAL_KEYS = {
     "arch_layout", "d_model", "d_intermediate", "vocab_size", "ssm_cfg", "attn_cfg",
     "tie_embeddings",
 }  # fmt: skip
+_OFFICIAL_SSM = {"chunk_size", "d_conv", "d_state", "expand"}
+_OFFICIAL_ATTENTION = {"num_heads", "rotary_emb_dim", "window_size"}
 
 
 def _from_official(content: dict[str, Any]) -> HNetConfig:
-    if unknown := set(content) - _OFFICIAL_KEYS:
-        raise ConfigError(
-            f"official configuration has unknown keys {sorted(unknown)}: "
-            f"the format has {sorted(_OFFICIAL_KEYS)}"
-        )
-    try:
-        layouts = _flatten_layout(content["arch_layout"])
-        attn = content.get("attn_cfg", {})
-        ssm_keys = {f.name for f in dataclasses.fields(SSMConfig)}
-        ssm = {k: v for k, v in content.get("ssm_cfg", {}).items() if k in ssm_keys}
-        stages = tuple(
-            StageConfig(
-                arch_layout=layout,
-                d_model=content["d_model"][i],
-                d_intermediate=content["d_intermediate"][i],
-                num_heads=attn["num_heads"][i],
-                rotary_emb_dim=attn["rotary_emb_dim"][i],
-                window_size=attn["window_size"][i],
-                chunking=ChunkingConfig(target_ratio=6.0 if len(layouts) == 2 else 3.0),
+    ssm, attention = content.get("ssm_cfg", {}), content.get("attn_cfg")
+    vocab_size, tied = content.get("vocab_size", 256), content.get("tie_embeddings", False)
+    for name, keys, known in (
+        ("configuration", content, _OFFICIAL_KEYS),
+        ("ssm_cfg", ssm, _OFFICIAL_SSM),
+        ("attn_cfg", attention, _OFFICIAL_ATTENTION),
+    ):
+        if not isinstance(keys, dict) or keys.keys() - known:
+            unknown = sorted(keys.keys() - known) if isinstance(keys, dict) else keys
+            raise ConfigError(
+                f"official {name} has unknown content {unknown!r}: the format has {sorted(known)}"
             )
-            for i, layout in enumerate(layouts)
-        )
-    except (KeyError, IndexError, TypeError) as e:
+    if not _whole([*ssm.values(), vocab_size]) or not isinstance(tied, bool):
         raise ConfigError(
-            f"official configuration is incomplete ({type(e).__name__}: {e}): every stage needs an "
-            "entry in d_model, d_intermediate and each list of attn_cfg"
-        ) from None
-    return HNetConfig(
-        stages=stages,
-        vocab_size=content.get("vocab_size", 256),
-        ssm=SSMConfig(**ssm),
-        tie_embeddings=content.get("tie_embeddings", False),
+            f"official ssm_cfg={ssm}, vocab_size={vocab_size!r} and tie_embeddings={tied!r}: "
+            "give whole numbers, and true or false"
+        )
+    layouts = _flatten_layout(content.get("arch_layout"))
+    lists = {name: content.get(name) for name in ("d_model", "d_intermediate")}
+    lists |= {name: attention.get(name) for name in sorted(_OFFICIAL_ATTENTION)}
+    for name, values in lists.items():
+        if not isinstance(values, list) or len(values) != len(layouts) or not _whole(values):
+            raise ConfigError(
+                f"official {name}={values!r}: give a list of {len(layouts)} whole numbers, one for "
+                "each stage of arch_layout"
+            )
+    stages = tuple(
+        StageConfig(layout, **{name: values[i] for name, values in lists.items()})
+        for i, layout in enumerate(layouts)
     )
+    if len(stages) > 2:  # trained for 6 positions a chunk in one stage, 3 in each of two
+        cut = tuple(replace(stage, chunking=ChunkingConfig(3.0)) for stage in stages[:-1])
+        stages = (*cut, stages[-1])
+    return HNetConfig(stages, vocab_size, SSMConfig(**ssm), tied)
 
 
-def _flatten_layout(nested: list) -> list[tuple[str, ...]]:
+def _whole(values: list[Any]) -> bool:
+    return all(type(v) is int for v in values)
+
+
+def _flatten_layout(nested: Any) -> list[tuple[str, ...]]:
     """``["m4", ["T22"], "m4"]`` -> ``[("m4", "m4"), ("T22",)]``."""
     flat: list[tuple[str, ...]] = []
     while True:
-        if len(nested) == 1 and isinstance(nested[0], str):
-            return [*flat, (nested[0],)]
-        if len(nested) != 3 or not isinstance(nested[1], list):
-            raise ConfigError(
-                f"arch_layout {nested!r} is not [encoder, [inner], decoder] or [stack]"
-            )
-        flat.append((nested[0], nested[2]))
-        nested = nested[1]
+        match nested:
+            case [str(stack)]:
+                return [*flat, (stack,)]
+            case [str(encoder), list(inner), str(decoder)]:
+                flat.append((encoder, decoder))
+                nested = inner
+            case _:
+                raise ConfigError(
+                    f"arch_layout {nested!r} is not [encoder, [inner], decoder] or [stack]"
+                )
 
 
 def lr_multipliers(config: HNetConfig, *, bytes_per_token: float = 4.6) -> tuple[float, ...]:

@@ -1,7 +1,7 @@
 """What every network must satisfy, whatever cuts it: one list, `NETWORKS`, and tests over it.
 
 T1 causality, T3 capacity, T4 packing, T6 degenerate boundaries, T7 the rate loss steers the rate,
-T8 rate accounting. (T2 streaming: test_infer; T5 identity: test_chunking_dechunk; T9: test_loss.)
+T8 rate accounting. (T2 streaming, T5 identity and T9 bits per byte have tests of their own.)
 """
 
 from functools import cache, partial
@@ -17,161 +17,112 @@ from hnet.chunking.rate import boundary_rates, ratio_loss
 
 L = 37  # positions of a row; every test uses three rows, so that programs are shared
 DOCUMENTS = (17, 13, 7)  # lengths that fill a row
-SLOTS = 4  # what the tests of overflow give to rows that want about 18
-PACKED = np.repeat([1, 2, 3], DOCUMENTS)
+SLOTS = 4  # what the tests of overflow give to rows that want many more
+AS_RUN = ("one_stage", "routed")  # compiled as people run them; the others quickly
 
 ALL = pytest.mark.parametrize("name", NETWORKS)
 CHUNKED = pytest.mark.parametrize("name", [n for n, c in NETWORKS.items() if c.num_chunked])
 
 
+@cache
+def build(name):
+    """(structure, parameters)"""
+    return random_params(NETWORKS[name])
+
+
 def _forward(graph, params, ids_BL, segment_ids_BL, capacities):
-    return nnx.merge(graph, params)(ids_BL, segment_ids_BL, capacities=capacities)
+    model = nnx.merge(graph, params)
+    route_ids_BL = ids_BL % 2 if model.config.num_routes > 1 else None
+    return model(ids_BL, segment_ids_BL, capacities=capacities, route_ids_BL=route_ids_BL)
 
 
-# The program people run for the contracts that are bit for bit; a quickly compiled one elsewhere.
 _as_run = jax.jit(_forward, static_argnums=(0, 4))
 _quick = quick_jit(_forward, static_argnums=(0, 4))
 
 
-def forward(graph, params, ids_BL, segment_ids_BL):
+def forward(name, ids_BL, segment_ids_BL, capacities=None):
     """(logits, routes) as numpy arrays, so that slicing them compiles nothing."""
-    return jax.tree.map(np.asarray, _as_run(graph, params, ids_BL, segment_ids_BL, None))
+    run = _as_run if name in AS_RUN and capacities is None else _quick
+    return jax.tree.map(np.asarray, run(*build(name), ids_BL, segment_ids_BL, capacities))
 
 
-def quick_forward(graph, params, ids_BL, segment_ids_BL, capacities):
-    return jax.tree.map(np.asarray, _quick(graph, params, ids_BL, segment_ids_BL, capacities))
+@partial(quick_jit, static_argnums=(0, 5, 6))
+def gradient(graph, params, ids_BL, segment_ids_BL, cotangent_BLV, capacities, embeddings_only):
+    """Gradient of sum(logits * cotangent), and the routers' outputs."""
 
-
-@partial(quick_jit, static_argnums=(0, 5))
-def gradient(graph, params, ids_BL, segment_ids_BL, cotangent_BLV, capacities):
-    """Gradient of sum(logits * cotangent) for all parameters, and the routers' outputs."""
-
-    def scalar(params):
-        logits_BLV, routes = _forward(graph, params, ids_BL, segment_ids_BL, capacities)
+    def scalar(chosen):
+        logits_BLV, routes = _forward(graph, params | chosen, ids_BL, segment_ids_BL, capacities)
         return jnp.sum(logits_BLV * cotangent_BLV), routes
 
-    return jax.grad(scalar, has_aux=True)(params)
-
-
-@cache
-def build(name):
-    return random_params(NETWORKS[name])
+    names = ("embeddings",) if embeddings_only else params
+    return jax.grad(scalar, has_aux=True)({name: params[name] for name in names})
 
 
 def random_bytes(seed, low=0, high=256, shape=(3, L)):
     return np.random.default_rng(seed).integers(low, high, shape).astype(np.int32)
 
 
-def rows(*segment_ids):
-    return np.stack([np.asarray(s, np.int32) for s in segment_ids])
+ONE_DOCUMENT = np.ones(L, np.int32)
+PACKED = np.repeat(np.int32([1, 2, 3]), DOCUMENTS)
+PADDED = np.where(np.arange(L) < 29, PACKED, 0)
+MIXED_ROWS = np.stack([ONE_DOCUMENT, PACKED, PADDED])
+PACKED_ROWS = np.stack([PACKED] * 3)
+ENDS = np.cumsum(DOCUMENTS)
+STARTS = ENDS - DOCUMENTS
 
 
-SEGMENTS = rows(np.ones(L), PACKED, np.where(np.arange(L) < 29, PACKED, 0))
+def segment_starts(segment_ids):
+    return (segment_ids != 0) & (np.diff(segment_ids, axis=1, prepend=-1) != 0)
 
 
 def bits(array):
     return np.asarray(array, np.float32).view(np.uint32)
 
 
-def too_few(name):
-    """Capacities that give the first stage fewer slots than any document of 17 bytes asks for."""
-    return (SLOTS, *(None,) * (NETWORKS[name].num_chunked - 1))
+def assert_close(ours, theirs):
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5)
+
+
+# --- T1: the past is blind ----------------------------------------------------------------------
 
 
 @ALL
 @pytest.mark.parametrize("change", ["one byte", "all later bytes"])
 def test_causality_bit_for_bit(name, change):
-    """logits at t, and every decision before it, depend on bytes up to t alone."""
-    graph, params = build(name)
+    """logits at t, and the decision at t, depend on bytes up to t alone."""
     ids = random_bytes(1)
-    before, routes_before = forward(graph, params, ids, SEGMENTS)
+    before, routes_before = forward(name, ids, MIXED_ROWS)
     for times in [(5, 30, 18), (19, 1, 24)]:
         changed = ids.copy()
         for row, t in enumerate(times):
             until = t + 1 if change == "one byte" else L
             changed[row, t:until] = (changed[row, t:until] + 101) % 256
-        after, routes_after = forward(graph, params, changed, SEGMENTS)
+        after, routes_after = forward(name, changed, MIXED_ROWS)
         for row, t in enumerate(times):
             assert np.array_equal(bits(before[row, :t]), bits(after[row, :t]))
             assert not np.array_equal(before[row, t], after[row, t])
-            for old, new in zip(routes_before[:1], routes_after[:1]):
-                assert np.array_equal(
-                    bits(old.boundary_prob_BL[row, :t]), bits(new.boundary_prob_BL[row, :t])
-                )
+            if routes_before:
+                old, new = (r[0].boundary_prob_BL[row, :t] for r in (routes_before, routes_after))
+                assert np.array_equal(bits(old), bits(new))
+
+
+# --- T4: a document does not notice its neighbours ----------------------------------------------
 
 
 @ALL
 def test_packed_documents_equal_documents_alone(name):
-    graph, params = build(name)
     ids = random_bytes(2)
-    packed, packed_routes = forward(graph, params, ids, rows(PACKED, PACKED, PACKED))
+    packed, packed_routes = forward(name, ids, PACKED_ROWS)
     alone_ids, alone_segments = np.zeros((3, L), np.int32), np.zeros((3, L), np.int32)
-    starts = np.cumsum((0, *DOCUMENTS))
-    for row, (start, end) in enumerate(zip(starts, starts[1:])):
+    for row, (start, end) in enumerate(zip(STARTS, ENDS)):
         alone_ids[row, : end - start] = ids[0, start:end]
         alone_segments[row, : end - start] = 1
-    alone, alone_routes = forward(graph, params, alone_ids, alone_segments)
-    for row, (start, end) in enumerate(zip(starts, starts[1:])):
-        np.testing.assert_allclose(
-            packed[0, start:end], alone[row, : end - start], rtol=0, atol=2e-5
-        )
-        for one, other in zip(packed_routes[:1], alone_routes[:1]):
-            assert np.array_equal(
-                one.boundary_mask_BL[0, start:end], other.boundary_mask_BL[row, : end - start]
-            )
-
-
-@CHUNKED
-def test_capacity_above_need_changes_nothing(name):
-    graph, params = build(name)
-    ids = random_bytes(3)
-    free, free_routes = forward(graph, params, ids, SEGMENTS)
-    needed = tuple(int(r.num_boundaries_B.max()) for r in free_routes)
-    assert all(m < r.boundary_mask_BL.shape[1] for m, r in zip(needed, free_routes))
-    tight, tight_routes = quick_forward(graph, params, ids, SEGMENTS, needed)
-    np.testing.assert_allclose(free, tight, rtol=0, atol=2e-5)
-    for free_route, tight_route in zip(free_routes, tight_routes):
-        width = tight_route.boundary_mask_BL.shape[1]
-        assert np.array_equal(free_route.boundary_mask_BL[:, :width], tight_route.boundary_mask_BL)
-        assert np.array_equal(free_route.num_boundaries_B, tight_route.num_boundaries_B)
-
-
-@CHUNKED
-def test_overflow_is_clipped_and_counted(name):
-    """Too many boundaries: the first are kept, and nothing before the first clipped one moves."""
-    graph, params = build(name)
-    ids = random_bytes(4)
-    free, free_routes = forward(graph, params, ids, SEGMENTS)
-    clipped, (route, *_) = quick_forward(graph, params, ids, SEGMENTS, too_few(name))
-    wanted = np.asarray(free_routes[0].boundary_mask_BL)
-    assert np.array_equal(route.num_boundaries_B, wanted.sum(1)) and wanted.sum(1).min() > SLOTS
-    assert np.array_equal(route.boundary_mask_BL, wanted & (wanted.cumsum(1) <= SLOTS))
-    assert np.all(np.isfinite(clipped))
-    for row in range(3):
-        first_clipped = np.flatnonzero(wanted[row])[SLOTS]
-        assert first_clipped > 3
-        same, moved = slice(0, first_clipped), slice(first_clipped, None)
-        np.testing.assert_allclose(free[row, same], clipped[row, same], rtol=0, atol=2e-5)
-        assert np.abs(free[row, moved] - clipped[row, moved]).max() > 1e-2
-
-
-@CHUNKED
-def test_position_clipped_with_its_segment_start_reads_no_other_document(name):
-    """Documents whose every boundary was clipped stay blind to the one that used all slots."""
-    graph, params = build(name)
-    results = []
-    for seed in (5, 6):
-        ids = random_bytes(7)
-        ids[:, : DOCUMENTS[0]] = random_bytes(seed)[:, : DOCUMENTS[0]]
-        logits, (route, *_) = quick_forward(
-            graph, params, ids, rows(PACKED, PACKED, PACKED), too_few(name)
-        )
-        used = np.asarray(route.boundary_mask_BL)
-        assert np.all(used[:, : DOCUMENTS[0]].sum(1) == SLOTS)
-        results.append(np.asarray(logits))
-    # not bit for bit: the SSD subtracts sums that began in the other document
-    one, other = (r[:, DOCUMENTS[0] :] for r in results)
-    np.testing.assert_allclose(one, other, rtol=0, atol=2e-5)
+    alone, alone_routes = forward(name, alone_ids, alone_segments)
+    for row, (start, end) in enumerate(zip(STARTS, ENDS)):
+        assert_close(packed[0, start:end], alone[row, : end - start])
+        if packed_routes:
+            ours = packed_routes[0].boundary_mask_BL[0, start:end]
+            assert np.array_equal(ours, alone_routes[0].boundary_mask_BL[row, : end - start])
 
 
 @ALL
@@ -184,44 +135,124 @@ def test_gradient_between_documents_is_exactly_zero(name, clip):
     if clip and not NETWORKS[name].num_chunked:
         pytest.skip("has no slots")
     graph, params = build(name)
-    capacities = too_few(name) if clip else None
     ids = np.concatenate([random_bytes(8, 0, 128, (3, 17)), random_bytes(9, 128, 256, (3, 20))], 1)
     cotangent = np.zeros((3, L, 256), np.float32)
     cotangent[:, 17:, 128:] = np.random.default_rng(0).normal(size=(3, 20, 128))
-    grads, _ = gradient(graph, params, ids, rows(PACKED, PACKED, PACKED), cotangent, capacities)
+    capacities = too_few(name) if clip else None
+    grads, _ = gradient(graph, params, ids, PACKED_ROWS, cotangent, capacities, clip)
     embedding = np.asarray(grads["embeddings"]["embedding"])
     assert np.all(embedding[:128] == 0)
     assert np.all(np.any(embedding[np.unique(ids[:, 17:])] != 0, axis=1))
 
 
+# --- T3: slots ----------------------------------------------------------------------------------
+
+
+def too_few(name):
+    """Capacities that give the first stage fewer slots than any document of 17 bytes asks for."""
+    return (SLOTS, *(None,) * (NETWORKS[name].num_chunked - 1))
+
+
+def slots_asked_for(name, route):
+    """Slots that each row has opened up to each position, null slots included."""
+    opened = route.boundary_mask_BL.astype(np.int32)
+    if NETWORKS[name].stages[0].chunking.has_null:
+        opened = opened + segment_starts(route.segment_ids_BL)
+    return opened.cumsum(1)
+
+
+@CHUNKED
+def test_capacity_above_need_changes_nothing(name):
+    ids = random_bytes(3)
+    free, free_routes = forward(name, ids, MIXED_ROWS)
+    needed = tuple(int(r.num_slots_B.max()) for r in free_routes)
+    assert all(m < r.boundary_mask_BL.shape[1] for m, r in zip(needed, free_routes))
+    tight, tight_routes = forward(name, ids, MIXED_ROWS, needed)
+    assert_close(free, tight)
+    for free_route, tight_route in zip(free_routes, tight_routes):
+        width = tight_route.boundary_mask_BL.shape[1]
+        assert np.array_equal(free_route.boundary_mask_BL[:, :width], tight_route.boundary_mask_BL)
+        assert np.array_equal(free_route.num_boundaries_B, tight_route.num_boundaries_B)
+
+
+@CHUNKED
+def test_overflow_is_clipped_and_counted(name):
+    """Too many boundaries: the first are kept, and nothing before the first clipped one moves."""
+    ids = random_bytes(4)
+    free, (free_route, *_) = forward(name, ids, MIXED_ROWS)
+    clipped, (route, *_) = forward(name, ids, MIXED_ROWS, too_few(name))
+    asked = slots_asked_for(name, free_route)
+    assert np.array_equal(route.num_slots_B, asked[:, -1]) and asked[:, -1].min() > SLOTS
+    assert np.array_equal(route.num_boundaries_B, free_route.boundary_mask_BL.sum(1))
+    assert np.array_equal(route.boundary_mask_BL, free_route.boundary_mask_BL & (asked <= SLOTS))
+    assert np.all(np.isfinite(clipped))
+    for row in range(3):
+        t = np.searchsorted(asked[row], SLOTS + 1)  # the first position that finds no slot
+        assert t > 3
+        assert_close(free[row, :t], clipped[row, :t])
+        assert np.abs(free[row, t:] - clipped[row, t:]).max() > 1e-2
+
+
+@CHUNKED
+def test_position_clipped_with_its_segment_start_reads_no_other_document(name):
+    """Documents whose every slot was clipped stay blind to the one that used them all."""
+    results = []
+    for seed in (5, 6):
+        ids = random_bytes(7)
+        ids[:, : ENDS[0]] = random_bytes(seed)[:, : ENDS[0]]
+        logits, (route, *_) = forward(name, ids, PACKED_ROWS, too_few(name))
+        assert np.all(slots_asked_for(name, route)[:, ENDS[0] - 1] == SLOTS)
+        results.append(logits[:, ENDS[0] :])
+    # not bit for bit: the SSD subtracts sums that began in the other document
+    assert_close(*results)
+
+
+# --- T6: all boundaries, or none ----------------------------------------------------------------
+
+
 def force_boundaries(params, everywhere):
-    """Routers that, on one byte repeated, cut everywhere or nowhere but at a segment's start."""
+    """Learned routers that, on one byte repeated, cut everywhere or nowhere."""
     sign = -1.0 if everywhere else 1.0
 
     def change(path, leaf):
         keys = [k.key for k in path]
-        if "k_proj_layer" in keys or "q_proj_layer" in keys:
-            eye = jnp.eye(*leaf.shape, dtype=leaf.dtype)
+        if "q_proj_layer" in keys or "k_proj_layer" in keys:
+            eye = jnp.broadcast_to(jnp.eye(*leaf.shape[-2:], dtype=leaf.dtype), leaf.shape)
             return sign * eye if "k_proj_layer" in keys else eye
+        if "routing_module" in keys and keys[-2:] == ["fc2", "bias"]:
+            return leaf - 40.0 * sign
         return leaf
 
     return jax.tree_util.tree_map_with_path(change, params)
 
 
-@CHUNKED
+def is_learned(stage):
+    return stage.chunking.router in ("cosine", "mlp")
+
+
+LEARNED = [n for n, c in NETWORKS.items() if c.num_chunked and is_learned(c.stages[0])]
+
+
+@pytest.mark.parametrize("name", LEARNED)
 @pytest.mark.parametrize("everywhere", [True, False])
 def test_degenerate_boundaries_have_finite_gradients(name, everywhere):
+    """All positions are boundaries, or none but those that a segment starts with (START)."""
     graph, params = build(name)
     ids = np.full((3, L), 65, np.int32)
     cotangent = np.random.default_rng(0).normal(size=(3, L, 256)).astype(np.float32)
     forced = force_boundaries(params, everywhere)
-    grads, routes = gradient(graph, forced, ids, SEGMENTS, cotangent, None)
-    for route in routes:
-        valid = np.asarray(route.segment_ids_BL) != 0
-        starts = valid & np.diff(route.segment_ids_BL, axis=1, prepend=-1).astype(bool)
-        assert np.array_equal(route.boundary_mask_BL, valid if everywhere else starts)
+    grads, routes = gradient(graph, forced, ids, MIXED_ROWS, cotangent, None, False)
+    for stage, route in zip(NETWORKS[name].stages, routes):
+        if is_learned(stage):
+            segments = np.asarray(route.segment_ids_BL)
+            nowhere = segment_starts(segments) & (stage.chunking.alignment == "start")
+            expected = (segments != 0) if everywhere else nowhere
+            assert np.array_equal(route.boundary_mask_BL, expected)
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         assert np.all(np.isfinite(grad)), path
+
+
+# --- T7, T8: the rate ---------------------------------------------------------------------------
 
 
 def test_rate_loss_steers_the_rate():
@@ -232,7 +263,7 @@ def test_rate_loss_steers_the_rate():
     @quick_jit
     def descend(params, target_ratio):
         def loss(params):
-            F, G = boundary_rates(_forward(graph, params, ids, SEGMENTS, None)[1][0])
+            F, G = boundary_rates(_forward(graph, params, ids, MIXED_ROWS, None)[1][0])
             return ratio_loss(F, G, target_ratio), (F, G)
 
         grads, rates = jax.grad(loss, has_aux=True)(params)
@@ -248,15 +279,13 @@ def test_rate_loss_steers_the_rate():
 @CHUNKED
 def test_reported_rate_is_boundaries_over_positions(name):
     """F is micro-averaged: all boundaries of the batch over all its valid positions."""
-    graph, params = build(name)
-    _, routes = forward(graph, params, random_bytes(11), SEGMENTS)
-    positions = SEGMENTS
+    _, routes = forward(name, random_bytes(11), MIXED_ROWS)
+    slots = (MIXED_ROWS != 0).sum(1)
     for route in routes:
         F, G = boundary_rates(route)
-        mask, valid = route.boundary_mask_BL, positions != 0
+        mask, valid = route.boundary_mask_BL, route.segment_ids_BL != 0
+        assert np.array_equal(valid.sum(1), slots)  # the slots of the stage outside
         assert not np.any(mask & ~valid)
         assert F == pytest.approx(mask.sum() / valid.sum(), rel=1e-6)
         assert G == pytest.approx(route.boundary_prob_BL[valid].mean(), rel=1e-5)
-        # the boundaries of one stage are the positions of the next
-        counts = mask.sum(1)
-        positions = (np.arange(mask.shape[1]) < counts[:, None]).astype(np.int32)
+        slots = route.num_slots_B

@@ -14,7 +14,7 @@ from networks import quick_jit
 from hnet.chunking.chunk import chunk
 from hnet.chunking.dechunk import dechunk
 from hnet.chunking.rate import boundary_rates, ratio_loss
-from hnet.chunking.router import cosine_boundary_prob, decide
+from hnet.chunking.router import decide, half_cosine_distance, previous
 from hnet.interop import from_official, to_official
 from hnet.model import split
 from hnet.nn.attention import attention
@@ -131,8 +131,9 @@ def test_routing(pieces):
     whole_rows = np.ones(x_BLD.shape[:2], np.int32)  # their scalar counts padding as well
 
     def scalar(x_BLD, Wq, Wk):
-        q, k = (jnp.einsum("bld,ed->ble", x_BLD, W) for W in (Wq, Wk))
-        route = decide(cosine_boundary_prob(q, k, whole_rows), whole_rows, x_BLD.shape[1])
+        q = jnp.einsum("bld,ed->ble", previous(x_BLD), Wq)
+        k = jnp.einsum("bld,ed->ble", x_BLD, Wk)
+        route = decide(half_cosine_distance(q, k), whole_rows, x_BLD.shape[1])
         p, selected = route.boundary_prob_BL, route.selected_prob_BL
         return jnp.sum(p * piece["in/cot_p"] + selected * piece["in/cot_selected"]), route
 
@@ -153,18 +154,18 @@ def test_routing(pieces):
     lengths = np.diff(piece["packed/cu_seqlens"])
     segments = np.repeat(np.arange(1, 4, dtype=np.int32), lengths)[None]
     packed = np.concatenate([x[m] for x, m in zip(x_BLD, mask)])[None]
-    q, k = (packed @ W.T for W in weights)
-    p = cosine_boundary_prob(q, k, segments)
-    close(p[0], piece["packed/p"], PROB_TOLERANCE)
-    assert np.array_equal(p[0] > 0.5, piece["packed/boundary_mask"])
+    q, k = np.asarray(previous(packed)) @ weights[0].T, packed @ weights[1].T
+    route = decide(half_cosine_distance(q, k), segments, packed.shape[1])
+    close(route.boundary_prob_BL[0], piece["packed/p"], PROB_TOLERANCE)
+    assert np.array_equal(route.boundary_mask_BL[0], piece["packed/boundary_mask"])
 
 
 def test_routing_of_zero_parallel_and_opposite_vectors(pieces):
     piece = golden_data.part(pieces, "routing/edge")
     segments = np.ones(piece["p"].shape, np.int32)
-    p = cosine_boundary_prob(piece["hidden"], piece["hidden"], segments)
-    close(p, piece["p"], 0)
+    p = half_cosine_distance(previous(piece["hidden"]), piece["hidden"])
     route = decide(p, segments, segments.shape[1])
+    close(route.boundary_prob_BL, piece["p"], 0)
     assert np.array_equal(route.boundary_mask_BL, piece["boundary_mask"])
 
 
@@ -173,7 +174,7 @@ def test_chunk(pieces):
     x_BLD = pieces["routing/in/hidden"]
     segments = pieces["routing/in/mask"].astype(np.int32)
     mask, capacity = piece["in/boundary_mask"], piece["out/next_mask"].shape[1]
-    chunks = chunk(x_BLD, mask, mask.astype(np.float32), segments, capacity)
+    chunks = chunk(x_BLD, decide(mask.astype(np.float32), segments, capacity), capacity)
     assert np.array_equal(chunks.segment_ids_BM != 0, piece["out/next_mask"])
     assert np.array_equal(chunks.x_BMD[..., :4], piece["out/next_hidden"])
 
@@ -183,13 +184,12 @@ def test_dechunk(pieces):
     piece = golden_data.part(pieces, "dechunk")
     mask = piece["in/mask"]
     segments, capacity = mask.astype(np.int32), piece["in/next_mask"].shape[1]
+    boundaries = piece["in/boundary_mask"].astype(np.float32)
 
     def scalar(y_BMD, p_BL):
         # they smooth and upsample here, and multiply with the confidence elsewhere
-        route = decide(p_BL, segments, capacity)._replace(
-            boundary_mask_BL=piece["in/boundary_mask"]
-        )
-        chunks = chunk(y_BMD[:, :1], route.boundary_mask_BL, p_BL, segments, capacity)
+        route = decide(boundaries, segments, capacity)._replace(boundary_prob_BL=p_BL)
+        chunks = chunk(y_BMD, route, capacity)
         constant = route._replace(boundary_prob_BL=jax.lax.stop_gradient(p_BL))
         out_BLD = dechunk(y_BMD, chunks, constant)
         return jnp.sum(out_BLD * piece["in/cot"]), out_BLD

@@ -1,0 +1,112 @@
+"""The SSD and the convolution against plain loops, with segments, and their gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from golden_data import relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import quick_jit
+
+from hnet.nn.mamba2 import causal_conv, ssd, ssd_reference
+
+B, L, H, P, N = 2, 29, 3, 5, 7
+rng = np.random.default_rng(0)
+INPUTS = {
+    "x": rng.normal(size=(B, L, H, P)),
+    "dt": rng.uniform(0.01, 2.0, size=(B, L, H)),
+    "A": np.array([-0.05, -1.0, -40.0]),  # the last head forgets within a position
+    "B": rng.normal(size=(B, L, N)),
+    "C": rng.normal(size=(B, L, N)),
+}
+INPUTS = {name: np.float32(a) for name, a in INPUTS.items()}
+SEGMENTS = np.stack([np.repeat([1, 2, 3], [7, 9, 13]), np.repeat([4, 4, 0], [3, 20, 6])])
+SEGMENTS = SEGMENTS.astype(np.int32)
+blockwise = quick_jit(ssd, static_argnames="block_len")
+
+
+def segment_rows(length):
+    """Two rows of ids, equal neighbours being one segment."""
+    lengths = st.lists(st.integers(1, length), min_size=1, max_size=5)
+    row = lengths.map(lambda n: np.repeat(np.arange(len(n)), n).astype(np.int32))
+    full = row.map(lambda r: np.pad(r, (0, length))[:length])
+    return st.tuples(full, full).map(np.stack)
+
+
+@given(segment_rows(L))
+@settings(max_examples=25)
+def test_ssd_is_the_recurrence(segment_ids):
+    y = blockwise(*INPUTS.values(), segment_ids, block_len=8)
+    assert relative_error(y, oracles.ssd(*INPUTS.values(), segment_ids)) < 2e-6
+
+
+@pytest.mark.parametrize("block_len", [1, 7, 28, 29, 64])
+def test_ssd_at_any_block_length(block_len):
+    y = blockwise(*INPUTS.values(), SEGMENTS, block_len=block_len)
+    assert relative_error(y, oracles.ssd(*INPUTS.values(), SEGMENTS)) < 2e-6
+
+
+def test_sequential_reference_is_the_recurrence():
+    y = quick_jit(ssd_reference)(*INPUTS.values(), SEGMENTS)
+    assert relative_error(y, oracles.ssd(*INPUTS.values(), SEGMENTS)) < 2e-6
+
+
+@pytest.mark.parametrize("block_len", [8, 29])
+def test_gradients_are_those_of_the_recurrence(block_len):
+    """Also for the head that forgets at once, where differences of long sums would cancel."""
+    cotangent = np.float32(rng.normal(size=(B, L, H, P)))
+
+    def gradients(f):
+        scalar = lambda *inputs: jnp.sum(f(*inputs, SEGMENTS) * cotangent)
+        return quick_jit(jax.grad(scalar, range(5)))(*INPUTS.values())
+
+    ours = gradients(lambda *inputs: ssd(*inputs, block_len=block_len))
+    for name, grad, reference in zip(INPUTS, ours, gradients(ssd_reference)):
+        if name in ("x", "dt", "A"):  # head by head: the forgetful one must not hide
+            grad, reference = (
+                np.moveaxis(grad, -1 - (name == "x"), 0),
+                np.moveaxis(reference, -1 - (name == "x"), 0),
+            )
+            assert max(map(relative_error, grad, reference)) < 1e-4, name
+        else:
+            assert relative_error(grad, reference) < 1e-5, name
+
+
+def test_no_gradient_crosses_a_segment():
+    cotangent = np.zeros((B, L, H, P), np.float32)
+    cotangent[0, 16:] = 1  # the third segment of row 0
+
+    def scalar(x, dt, B, C):
+        return jnp.sum(ssd(x, dt, INPUTS["A"], B, C, SEGMENTS, block_len=8) * cotangent)
+
+    inputs = [INPUTS[n] for n in ("x", "dt", "B", "C")]
+    for grad in quick_jit(jax.grad(scalar, range(4)))(*inputs):
+        assert np.all(grad[0, :16] == 0) and np.all(grad[1] == 0) and np.any(grad[0, 16:] != 0)
+
+
+def test_bfloat16_operands_stay_near():
+    half = {n: a.astype(jnp.bfloat16) if n in "xBC" else a for n, a in INPUTS.items()}
+    y = blockwise(*half.values(), SEGMENTS, block_len=8)
+    assert y.dtype == jnp.float32
+    assert 1e-5 < relative_error(y, oracles.ssd(*INPUTS.values(), SEGMENTS)) < 3e-2
+
+
+convolve = quick_jit(causal_conv)
+
+
+@given(segment_rows(11), st.integers(0, 9))
+def test_convolution_sees_its_own_segment(segment_ids, seed):
+    rng = np.random.default_rng(seed)
+    x, weight, bias = (np.float32(rng.normal(size=s)) for s in ((2, 11, 3), (4, 3), (3,)))
+    out = convolve(x, weight, bias, segment_ids)
+    assert relative_error(out, oracles.causal_conv(x, weight, bias, segment_ids)) < 1e-6
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_convolution_of_rows_shorter_than_its_taps(length):
+    x, weight, bias = (np.float32(rng.normal(size=s)) for s in ((2, length, 3), (4, 3), (3,)))
+    segment_ids = np.ones((2, length), np.int32)
+    out = causal_conv(x, weight, bias, segment_ids)
+    assert relative_error(out, oracles.causal_conv(x, weight, bias, segment_ids)) < 1e-6

@@ -41,9 +41,17 @@ class Program:
 FED = ("input_ids", "segment_ids", "loss_mask", "route_ids")  # fields of a batch for the devices
 
 
-def build(config: Config, *, compiler_options: dict[str, Any] | None = None) -> Program:
-    """Everything of a run that does not depend on data; nothing is compiled yet."""
-    mesh = make_mesh(config.mesh)
+def build(
+    config: Config,
+    *,
+    devices: list | None = None,
+    compiler_options: dict[str, Any] | None = None,
+) -> Program:
+    """Everything of a run that does not depend on data; nothing is compiled yet.
+
+    devices: those of a topology that is compiled for but not present (`tpu.plan`); default: all.
+    """
+    mesh = make_mesh(config.mesh, devices)
     check_batch(config.data.batch_size, config.train.accumulate, mesh)
     graph, _ = abstract(config.model)
 
@@ -88,7 +96,8 @@ def build(config: Config, *, compiler_options: dict[str, Any] | None = None) -> 
         static_argnames=("capacities",),
         out_shardings=replicated(mesh),
     )
-    hparams = jax.device_put(hparams, replicated(mesh))
+    if devices is None:
+        hparams = jax.device_put(hparams, replicated(mesh))
     return Program(
         mesh, shardings, hparams, lambda: init(seed_key), step, eval_fn, abstract_state, graph
     )
@@ -117,9 +126,7 @@ def run_evaluation(
 
     def run_batch(batch, capacities):
         fed = {
-            name: jax.make_array_from_callback(
-                batch[name].shape, sharding, batch[name].__getitem__
-            )
+            name: jax.make_array_from_callback(batch[name].shape, sharding, batch[name].__getitem__)
             for name in FED
             if name in batch
         }

@@ -378,7 +378,7 @@ def test_compilation_cache_reports_misses_then_hits(tmp_path, jax_cache_settings
     np.testing.assert_array_equal(first, second)
     count = len(log.entries)
     jax.jit(lambda x: x + 17)(1)
-    assert len(log.entries) == count
+    assert len(log.entries) == count  # closed
 
 
 def test_compilation_cache_folder(tmp_path, monkeypatch, jax_cache_settings, caplog):

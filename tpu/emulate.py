@@ -192,7 +192,8 @@ class Emulation:
         for process, reader in zip(self.processes, self._readers):
             process.wait()
             reader.join(5.0)
-            process.stdout.close()
+            if not reader.is_alive():  # else somebody who left the group still holds the pipe
+                process.stdout.close()
         for log in self._logs:
             if log:
                 log.close()

@@ -14,7 +14,6 @@ from jax.experimental.compilation_cache import compilation_cache
 log = logging.getLogger(__name__)
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
-_ASKED = "/jax/compilation_cache/compile_requests_use_cache"
 _HIT = "/jax/compilation_cache/cache_hits"
 
 
@@ -31,12 +30,15 @@ class Compilation:
 
 
 class CompilationLog:
-    """Every executable that the cache was asked for, in order; ``report`` is called for each."""
+    """Every executable since its creation, in order; ``report`` is called for each.
+
+    It counts compilations also where the cache is off.
+    """
 
     def __init__(self, report: Callable[[Compilation], None] | None = None):
         self.entries: list[Compilation] = []
         self._report = report
-        self._asked = threading.local()  # jax compiles in several threads
+        self._thread = threading.local()  # jax compiles in several threads
         jax.monitoring.register_event_listener(self._on_event)
         jax.monitoring.register_event_duration_secs_listener(self._on_duration)
 
@@ -49,14 +51,13 @@ class CompilationLog:
         return len(self.entries) - self.hits
 
     def _on_event(self, event: str, **kwargs) -> None:
-        if event in (_ASKED, _HIT):
-            self._asked.hit = event == _HIT
+        if event == _HIT:
+            self._thread.hit = True
 
     def _on_duration(self, event: str, seconds: float, **kwargs) -> None:
-        hit = getattr(self._asked, "hit", None)
-        if event != _COMPILED or hit is None:
+        if event != _COMPILED:
             return
-        self._asked.hit = None
+        hit, self._thread.hit = getattr(self._thread, "hit", False), False
         entry = Compilation(str(kwargs.get("fun_name", "?")), hit, seconds)
         self.entries.append(entry)
         if self._report:

@@ -102,7 +102,7 @@ def stage_metrics(route: RouterOutput, num_bytes: jax.Array) -> dict[str, jax.Ar
 
     boundary_rate = chunks a position of this stage (F), boundary_prob its mean probability (G),
     bytes_per_chunk = source and separator bytes a chunk (micro-averaged), overflow_frac = share of
-    the wanted boundaries (chunks) that the capacity clipped, max_slots = most slots wanted in a row,
+    the wanted boundaries (chunks) that the capacity clipped, max_slots = most slots a row wanted,
     undecided_frac = share of p in [0.4, 0.6], prob_hist = counts of p in 20 equal bins.
     """
     F, G = boundary_rates(route)

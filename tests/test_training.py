@@ -1,11 +1,6 @@
 """Whole runs at a tiny size: resume bit for bit, faults, accumulation, meshes, compilations."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from functools import partial
 
@@ -16,11 +11,9 @@ import pytest
 
 from hnet.config import ConfigError
 from hnet.train import loop
-from hnet.train.checkpoint import CheckpointConfig
 from hnet.train.config import Config, TrainConfig, claim_workdir, from_json, read_config, to_json
-from hnet.train.distributed import REQUEUE_EXIT_CODE, StopRequest
 from hnet.train.program import put_batch
-from hnet.train.sharding import MeshConfig
+from hnet.train.sharding import MeshConfig, replicated
 from tests.training import build, rows, run, tiny_run
 
 
@@ -152,9 +145,7 @@ def test_losses_metrics_and_updates_do_not_depend_on_the_mesh(single, mesh, tmp_
     for name, value in jax.device_get(expected).items():
         np.testing.assert_allclose(metrics[name], value, rtol=2e-4, atol=1e-5, err_msg=name)
     compare = partial(np.testing.assert_allclose, rtol=0, atol=2e-4)
-    jax.tree.map(
-        compare, jax.device_get(state.params), jax.device_get(expected_state.params)
-    )
+    jax.tree.map(compare, jax.device_get(state.params), jax.device_get(expected_state.params))
     if mesh.fsdp > 1:
         kernel = state.params["backbone"]["main_network"]["main_network"]["layers"][0]["mlp"]["fc1"]
         shard = kernel["kernel"].addressable_shards[0].data.size
@@ -180,7 +171,8 @@ def test_numbers_of_a_sweep_are_traced_so_that_they_compile_once(tmp_path):
     state, batch = program.init(), put_batch(batch_of(), program.mesh)
     update, loss = program.hparams
     for factor in (1.0, 0.5, 2.0):
-        scaled = jax.tree.map(lambda x: x * np.float32(factor), (update, loss))  # noqa: B023
+        scaled = jax.tree.map(lambda x: np.asarray(x) * np.float32(factor), (update, loss))  # noqa: B023
+        scaled = jax.device_put(scaled, replicated(program.mesh))
         state, _ = program.step(state, batch, scaled, capacities=(24,))
     assert program.step._cache_size() == 1
 
@@ -214,7 +206,11 @@ def test_faults_in_a_row_roll_back_once_and_end_the_run_with_a_name(tmp_path, mo
     assert int(outcome.state.step) == 8
     assert len(poisoned) == 7 + 1 + 4  # one more in flight, then 4 steps from the checkpoint
     assert [row["step"] for row in rows(config)] == list(range(1, 9))
-    monkeypatch.setattr(loop, "put_batch", lambda b, m: real(b, m) | {"input_ids": real(b, m)["input_ids"] * 0 + 10**6})
+    monkeypatch.setattr(
+        loop,
+        "put_batch",
+        lambda b, m: real(b, m) | {"input_ids": real(b, m)["input_ids"] * 0 + 10**6},
+    )
     stop = replace(config, workdir=str(tmp_path / "other"))
     stop = replace(stop, train=replace(stop.train, on_non_finite="stop"))
     with pytest.raises(loop.StopRun, match="non-finite loss or gradient in 2 updates"):

@@ -150,9 +150,9 @@ def read_config(workdir: str | os.PathLike) -> Config:
         raise ConfigError(f"{file} cannot be read: {e}") from None
 
 
-# What may change between two starts in the same work directory: it alters neither the parameters'
-# shapes nor which bytes batch k holds.
-_FREE = ("train", "eval", "checkpoint", "mesh", "distributed", "watchdog", "profile", "optim", "controller")
+# What may not change between two starts in the same work directory: the parameters and which bytes
+# batch k holds depend on it.
+_FIXED = ("model", "data", "seed")
 
 
 def claim_workdir(config: Config) -> None:
@@ -169,8 +169,7 @@ def claim_workdir(config: Config) -> None:
         if before == content:
             return
         for path, old, new in _differences(before, content):
-            free = path.split(".")[0] in (*_FREE, "workdir") or path.startswith("model.compute")
-            if not free:
+            if path.split(".")[0] in _FIXED and not path.startswith("model.compute"):
                 raise ConfigError(
                     f"{path}={new!r}, but the run in workdir={config.workdir} has {old!r}: "
                     "use that value to resume it, or another workdir"

@@ -39,7 +39,7 @@ class Position:
     rollbacks: int = 0
     ladder: dict = field(default_factory=dict)
     new_counts: tuple[int, ...] = ()
-    """most slots wanted by a row, by stage, in the last step; the ladder learns of it a step later"""
+    """most slots a row wanted, by stage, in the last step; the ladder learns of it a step later"""
 
 
 @dataclass
@@ -63,6 +63,23 @@ class Outcome:
     corpus: Corpus
 
 
+@dataclass(frozen=True)
+class Session:
+    """What one process needs from the first step to the last."""
+
+    config: Config
+    corpus: Corpus
+    program: Program
+    checkpoints: Checkpointer
+    report: Report
+    watchdog: Watchdog
+    stop: distributed.StopRequest
+
+
+class NonFinite(RuntimeError):
+    """Loss or gradient was not finite for train.max_skipped updates in a row."""
+
+
 def train(config: Config, stop: distributed.StopRequest) -> Outcome:
     """Train up to `config.train.steps`, from the newest good checkpoint of the workdir if any.
 
@@ -77,77 +94,55 @@ def train(config: Config, stop: distributed.StopRequest) -> Outcome:
         state, position = _first_state(checkpoints, program)
         report = stack.enter_context(Report(config, corpus, int(state.step)))
         watchdog = stack.enter_context(Watchdog(config.workdir, config.watchdog))
+        session = Session(config, corpus, program, checkpoints, report, watchdog, stop)
         while True:
-            with _open_batches(corpus, config, position.data) as batches:
+            with _open_batches(session, position.data) as batches:
                 try:
-                    return _loop(
-                        config, corpus, program, state, position,
-                        checkpoints, batches, report, watchdog, stop,
-                    )  # fmt: skip
+                    return _loop(session, state, position, batches)
                 except NonFinite as fault:
-                    state, position = _roll_back(config, checkpoints, program, fault)
-                    report.rolled_back(int(state.step), str(fault))
-
-
-class NonFinite(RuntimeError):
-    """Loss or gradient was not finite for train.max_skipped updates in a row."""
-
-    def __init__(self, message: str, position: Position):
-        super().__init__(message)
-        self.position = position
+                    position.data = batches.position
+                    state, position = _roll_back(session, position, str(fault))
 
 
 def _loop(
-    config: Config,
-    corpus: Corpus,
-    program: Program,
-    state: TrainState,
-    position: Position,
-    checkpoints: Checkpointer,
-    batches: BatchIterator,
-    report: Report,
-    watchdog: Watchdog,
-    stop: distributed.StopRequest,
+    session: Session, state: TrainState, position: Position, batches: BatchIterator
 ) -> Outcome:
+    """Steps until the last one or a stop request. Raises NonFinite, StopRun, ConfigError."""
+    config, program, report = session.config, session.program, session.report
     start = done = int(state.step)
     ladder = Ladder.from_json(config.data.seq_len, position.ladder) if position.ladder else None
     segment = segmenter(program.graph, replicated(program.mesh))
     inflight: InFlight | None = None
-    evaluation = None
     while True:
-        last = done == config.train.steps
-        stopping = stop.stop_requested(done)
-        saves = stopping or last or _due(done, config.checkpoint.every) and done > start
-        evaluates = last or _due(done, config.eval.every) and not stopping
-        row = None
-        if inflight and (saves or evaluates):
-            row, inflight = _read(inflight, config, position, batches), None
+        row, evaluation, last = None, None, done == config.train.steps
+        evaluates = last or _due(done, config.eval.every)
         if evaluates:
-            watchdog.beat("eval")
-            evaluation = run_evaluation(
-                program, state.params, corpus.heldout, config,
-                ladder.capacities if ladder else (None,) * config.model.num_chunked,
-                max_bytes=None if last else config.eval.max_bytes,
-                should_stop=lambda: stop.stop_requested(done),
-            )  # fmt: skip
+            if inflight:
+                row, inflight = _read(session, inflight, position, batches), None
+            evaluation = _evaluate(session, state, done, ladder, whole=last)
             if evaluation:
                 report.evaluated(done, evaluation, row, segment, state.params)
-        if row:
-            report.step(row)
         if ladder is None:
             counts = evaluation.most_slots_by_stage if evaluation else None
             ladder = Ladder.start(config.data.seq_len, counts, config.model.num_chunked)
+        stopping = session.stop.stop_requested(done)
+        saves = stopping or last or _due(done, config.checkpoint.every)
+        if saves and inflight:
+            row, inflight = _read(session, inflight, position, batches), None
+        if row:
+            _report_step(session, row)
         if saves and done > start:
-            watchdog.beat("save")
+            session.watchdog.beat("save")
             position.ladder, position.data = ladder.to_json(), batches.position
-            checkpoints.save(done, state, {"position": asdict(position), "config": to_json(config)})
-        if last or stop.stop_requested(done):
-            checkpoints.wait()
-            return Outcome(state, evaluation if last else None, program, corpus)
+            extras = {"position": asdict(position), "config": to_json(config)}
+            session.checkpoints.save(done, state, extras)
+        if last or stopping:
+            session.checkpoints.wait()
+            return Outcome(state, evaluation if last else None, program, session.corpus)
 
-        watchdog.beat("load")
+        session.watchdog.beat("load")
         batch = next(batches)
-        watchdog.beat("step")
+        session.watchdog.beat("step")
         with report.trace(done):
             state, metrics = program.step(
                 state, put_batch(batch, program.mesh), program.hparams,
@@ -155,30 +150,51 @@ def _loop(
             )  # fmt: skip
         done += 1
         if inflight:
-            report.step(_read(inflight, config, position, batches))
+            _report_step(session, _read(session, inflight, position, batches))
         inflight = InFlight(done, metrics, ladder.capacities, batch_fingerprint(batch))
         ladder, before = ladder.observe(position.new_counts), ladder
         if ladder.capacities != before.capacities:
             report.say(f"step {done}: chunk slots {before.capacities} -> {ladder.capacities}")
-        checkpoints.check()
+        session.checkpoints.check()
+
+
+def _evaluate(
+    session: Session, state: TrainState, done: int, ladder: Ladder | None, *, whole: bool
+) -> Evaluation | None:
+    """Score held-out text in slices between which a stop request is obeyed; None if it came."""
+    session.watchdog.beat("eval")
+    config = session.config
+    return run_evaluation(
+        session.program, state.params, session.corpus.heldout, config,
+        ladder.capacities if ladder else (None,) * config.model.num_chunked,
+        max_bytes=None if whole else config.eval.max_bytes,
+        should_stop=lambda: session.stop.stop_requested(done),
+    )  # fmt: skip
+
+
+def _report_step(session: Session, row: dict[str, Any]) -> None:
+    alarms = session.report.step(row)
+    if alarms and session.config.train.stop_on_alarm:
+        raise StopRun(f"train.stop_on_alarm=True and {alarms[0]}")
 
 
 def _due(done: int, every: int) -> bool:
     return bool(every) and done % every == 0
 
 
-def _read(inflight: InFlight, config: Config, position: Position, batches: BatchIterator) -> dict:
+def _read(
+    session: Session, inflight: InFlight, position: Position, batches: BatchIterator
+) -> dict[str, Any]:
     """Wait for a step and make its row of metrics.jsonl. Raises NonFinite after too many skips."""
+    config = session.config
     metrics = jax.device_get(inflight.metrics)
     position.bytes_seen += int(metrics["bytes"])
     stages = range(config.model.num_chunked)
     position.new_counts = tuple(int(metrics[f"stage{s}/max_slots"]) for s in stages)
     skipped = int(metrics["skipped_in_a_row"])
     if skipped >= config.train.max_skipped:
-        position.data = batches.position
         raise NonFinite(
-            f"non-finite loss or gradient in {skipped} updates in a row up to step {inflight.step}",
-            position,
+            f"non-finite loss or gradient in {skipped} updates in a row up to step {inflight.step}"
         )
     slots = [config.data.batch_size * c for c in inflight.capacities]
     row: dict[str, Any] = {
@@ -195,9 +211,9 @@ def _read(inflight: InFlight, config: Config, position: Position, batches: Batch
     return row
 
 
-def _open_batches(corpus: Corpus, config: Config, start: int) -> BatchIterator:
+def _open_batches(session: Session, start: int) -> BatchIterator:
     return train_batches(
-        corpus, config.data, seed=config.seed, start=start,
+        session.corpus, session.config.data, seed=session.config.seed, start=start,
         process_index=distributed.host_id(), process_count=distributed.num_hosts(),
     )  # fmt: skip
 
@@ -213,15 +229,15 @@ def _restored(checkpoints: Checkpointer, program: Program) -> tuple[TrainState, 
     return restored.state, Position(**restored.extras["position"])
 
 
-def _roll_back(
-    config: Config, checkpoints: Checkpointer, program: Program, fault: NonFinite
-) -> tuple[TrainState, Position]:
+def _roll_back(session: Session, failed: Position, fault: str) -> tuple[TrainState, Position]:
     """The last good checkpoint, with the data that follows the fault. Raises StopRun."""
-    failed = fault.position
+    config, checkpoints = session.config, session.checkpoints
     if config.train.on_non_finite == "stop" or failed.rollbacks >= MAX_ROLLBACKS:
         raise StopRun(f"{fault}: lower optim.learning_rate or optim.clip_norm")
+    checkpoints.wait()
     if checkpoints.latest_good_step() is None:
         raise StopRun(f"{fault}, and there is no checkpoint to go back to: lower checkpoint.every")
-    state, position = _restored(checkpoints, program)
+    state, position = _restored(checkpoints, session.program)
     position.data, position.rollbacks = failed.data, failed.rollbacks + 1
+    session.report.rolled_back(int(state.step), fault)
     return state, position

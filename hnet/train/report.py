@@ -56,13 +56,19 @@ class Report:
         """One line that stays."""
         self.line.say(text)
 
-    def step(self, row: dict[str, Any]) -> None:
-        """Show a step; log it if it is one of every `log_every`, the first, or was evaluated."""
+    def step(self, row: dict[str, Any]) -> list[str]:
+        """Show a step; log it if it is one of every `log_every`, the first, or was evaluated.
+
+        Returns the boundary alarms that it raised, a line each.
+        """
         metrics = row.pop("metrics")
         step, is_logged = row["step"], row["step"] == 1 or "eval/bpb" in row
-        self._watch_boundaries(step, metrics)
-        if not (is_logged or step % self.config.train.log_every == 0):
-            return
+        alarms = self._watch_boundaries(step, metrics)
+        if is_logged or step % self.config.train.log_every == 0:
+            self._log(row, metrics)
+        return alarms
+
+    def _log(self, row: dict[str, Any], metrics: dict[str, Any]) -> None:
         row["train/bpb"] = bits_per_byte(float(metrics["nats"]), int(metrics["bytes"]))
         row |= {k: v.item() for k, v in metrics.items() if v.ndim == 0 and k != "nats"}
         self._add_speed(row)
@@ -71,15 +77,15 @@ class Report:
             return
         self.metrics.write(row)
         scalars = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
-        self.writer.scalars(step, scalars)
+        self.writer.scalars(row["step"], scalars)
         for name, counts in metrics.items():
             if name.endswith("prob_hist"):
                 middles = (np.arange(PROB_BINS) + 0.5) / PROB_BINS
                 values = np.repeat(middles, counts)
-                self.writer.histogram(step, name, values, np.linspace(0, 1, PROB_BINS + 1))
+                self.writer.histogram(row["step"], name, values, np.linspace(0, 1, PROB_BINS + 1))
 
     def _add_speed(self, row: dict[str, Any]) -> None:
-        """bytes_per_sec and the share of time spent waiting for data, since the last logged step."""
+        """bytes_per_sec, and the share of time spent waiting for data, since the last line."""
         now, wait = time.monotonic(), row.pop("input/wait_seconds")
         seen, seconds = row["bytes_seen"], max(now - self.logged_at, 1e-9)
         before = seen - row["bytes"] if self.logged_bytes is None else self.logged_bytes
@@ -87,22 +93,26 @@ class Report:
         row["input/stall_frac"] = (wait - self.logged_wait) / seconds
         self.logged_at, self.logged_bytes, self.logged_wait = now, seen, wait
 
-    def _watch_boundaries(self, step: int, metrics: dict[str, Any]) -> None:
+    def _watch_boundaries(self, step: int, metrics: dict[str, Any]) -> list[str]:
         stages = range(self.config.model.num_chunked)
         rates = tuple(float(metrics[f"stage{s}/boundary_rate"]) for s in stages)
-        for alarm in self.alarms.check(step, rates):
+        alarms = self.alarms.check(step, rates)
+        for alarm in alarms:
             self.say(alarm)
         if int(metrics["skipped_in_a_row"]):
             self.say(f"step {step}: update skipped, loss or gradient is not finite")
         for s in stages:
             if lost := float(metrics[f"stage{s}/overflow_frac"]):
                 self.say(f"step {step}: overflow: {lost:.2%} of stage {s}'s chunks were clipped")
+        return alarms
 
     def evaluated(self, step, evaluation: Evaluation, row, segment, params) -> None:
         """Log an evaluation, into the row of its step if there is one, and draw the probe texts."""
         results = evaluation.metrics()
         if row is not None:
             row |= results
+        elif self.metrics:  # resumed at this step, whose row is written already
+            self.metrics.amend(step, results)
         texts = [probe.data for probe in self.probes]
         names, gold = [p.name for p in self.probes], [dict(p.gold) for p in self.probes]
         drawn = segment(params, texts, names, gold)
@@ -153,13 +163,22 @@ class MetricsFile:
         self.path = Path(workdir) / "metrics.jsonl"
         if self.path.exists():
             lines = self.path.read_text().splitlines(True)
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(x for x in lines if _is_kept(x, step)))
-            temporary.rename(self.path)
+            self._replace([line for line in lines if _is_kept(line, step)])
 
     def write(self, row: dict[str, Any]) -> None:
         with self.path.open("a") as f:
             f.write(json.dumps(row) + "\n")
+
+    def amend(self, step: int, values: dict[str, Any]) -> None:
+        """Add values to the last line if it is that of `step`."""
+        lines = self.path.read_text().splitlines(True) if self.path.exists() else []
+        if lines and (row := json.loads(lines[-1]))["step"] == step:
+            self._replace([*lines[:-1], json.dumps(row | values) + "\n"])
+
+    def _replace(self, lines: list[str]) -> None:
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(lines))
+        temporary.rename(self.path)
 
 
 def _is_kept(line: str, step: int) -> bool:

@@ -33,7 +33,7 @@ class Stream:
     """The token stream of some documents; it has no row if there are none."""
 
     def __init__(self, documents: Documents, *, seq_len: int, bos_eos: bool):
-        self._documents = documents
+        self.documents = documents
         self._seq_len = seq_len
         self._bos_eos = bos_eos
         self._ends_D = np.cumsum(documents.length_D + 2 * bos_eos)
@@ -43,7 +43,7 @@ class Stream:
         self.num_rows = -(-max(0, self.num_tokens - 1) // (seq_len - 1))
 
     def row(self, r: int) -> Row:
-        """Row r, 0 <= r < num_rows."""
+        """Row r; those from num_rows on are padding alone."""
         L = self._seq_len
         row = Row(
             input_ids=np.zeros(L, np.int32),
@@ -51,6 +51,8 @@ class Stream:
             loss_mask=np.zeros(L, bool),
             document_ids=np.full(L, -1, np.int32),
         )
+        if r >= self.num_rows:
+            return row
         start = r * (L - 1)
         stop = min(start + L, self.num_tokens)
         first = int(np.searchsorted(self._ends_D, start, side="right"))
@@ -75,11 +77,18 @@ class Stream:
             row.input_ids[hi - 1 - start] = EOS_ID
         from_, to = max(lo, first_byte), min(hi, end_byte)
         if from_ < to:
-            row.input_ids[from_ - start : to - start] = self._documents.read(
+            row.input_ids[from_ - start : to - start] = self.documents.read(
                 d, from_ - first_byte, to - first_byte
             )
             scored_from = max(from_, first_byte + (not self._bos_eos))
             row.loss_mask[scored_from - start : to - start] = True
+
+    def text_before(self, r: int) -> tuple[int, int]:
+        """Document of row r's first token, and how many of its bytes come before that token."""
+        start = r * (self._seq_len - 1)
+        d = int(np.searchsorted(self._ends_D, start, side="right"))
+        offset = start - int(self._starts_D[d]) - self._bos_eos
+        return d, min(max(offset, 0), int(self.documents.length_D[d]))
 
     def scored_bytes(self, r: int | np.ndarray) -> np.ndarray:
         """Number of True in the loss_mask of row r (or of each row), without building it."""
@@ -89,7 +98,7 @@ class Stream:
 
     def _scored_before(self, token: np.ndarray) -> np.ndarray:
         """Number of scored bytes among the first ``token`` tokens of the stream."""
-        d = np.minimum(np.searchsorted(self._ends_D, token, side="right"), len(self._documents) - 1)
-        scored = self._documents.length_D - (not self._bos_eos)
+        d = np.minimum(np.searchsorted(self._ends_D, token, side="right"), len(self.documents) - 1)
+        scored = self.documents.length_D - (not self._bos_eos)
         inside = np.clip(token - self._starts_D[d] - 1, 0, scored[d])
         return self._bytes_before_D[d] - (not self._bos_eos) * d + inside

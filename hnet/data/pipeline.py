@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 
 import grain
@@ -24,8 +24,10 @@ from hnet.config import ConfigError
 from hnet.data.config import DataConfig
 from hnet.data.corpus import Corpus, Part
 from hnet.data.packing import Stream
+from hnet.data.row_routes import RowRoutes
 
 Batch = dict[str, np.ndarray]
+RouteGroups = Sequence[Sequence[str]]
 
 _PERIOD = 10_000  # slots of the mixture's schedule: weights are exact to 1/10,000
 
@@ -87,8 +89,9 @@ def _schedule(weights: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray, np.nd
 class _TrainBatches:
     """Random access to this process's rows of the batches of a run (a Grain data source)."""
 
-    def __init__(self, part: Part, config: DataConfig, seed: int, process: tuple[int, int]):
+    def __init__(self, part: Part, config: DataConfig, groups: RouteGroups, seed: int, process):
         self._streams = _streams(part, config)
+        self._routes = RowRoutes(self._streams, groups) if groups else None
         self._order = RowOrder([s.num_rows for s in self._streams], config.weights, seed)
         self._batch_size = config.batch_size
         self._rows = _rows_of_process(config, *process)
@@ -98,14 +101,9 @@ class _TrainBatches:
 
     def __getitem__(self, k: int) -> Batch:
         first = k * self._batch_size
-        rows = []
-        for i in self._rows:
-            stream, row = self._order(first + i)
-            rows.append(self._streams[stream].row(row))
-        return {
-            name: np.stack([getattr(row, name) for row in rows])
-            for name in ("input_ids", "segment_ids", "loss_mask")
-        }
+        places = [self._order(first + i) for i in self._rows]
+        names = ("input_ids", "segment_ids", "loss_mask")
+        return _batch(self._streams, places, names, self._routes)
 
     def source_bytes(self, k: int) -> np.ndarray:
         """int64 (S,), scored bytes of each stream in batch k over all processes."""
@@ -119,9 +117,10 @@ class _TrainBatches:
 class _EvalBatches:
     """Random access to this process's rows of a part in its own order, padded with empty rows."""
 
-    def __init__(self, part: Part, config: DataConfig, process: tuple[int, int]):
+    def __init__(self, part: Part, config: DataConfig, groups: RouteGroups, process):
         self._part = part
         self._streams = _streams(part, config)
+        self._routes = RowRoutes(self._streams, groups) if groups else None
         self._first_rows = np.cumsum([0, *(s.num_rows for s in self._streams)])
         self._config = config
         self._rows = _rows_of_process(config, *process)
@@ -130,22 +129,16 @@ class _EvalBatches:
         return -(-int(self._first_rows[-1]) // self._config.batch_size)
 
     def __getitem__(self, k: int) -> Batch:
-        shape = (len(self._rows), self._config.seq_len)
-        batch = {
-            "input_ids": np.zeros(shape, np.int32),
-            "segment_ids": np.zeros(shape, np.int32),
-            "loss_mask": np.zeros(shape, bool),
-            "document_ids": np.full(shape, -1, np.int32),
-        }
-        for i, b in enumerate(self._rows):
+        places = []
+        for b in self._rows:  # rows behind the last one are empty
             position = k * self._config.batch_size + b
-            if position >= self._first_rows[-1]:
-                break
-            stream = int(np.searchsorted(self._first_rows, position, side="right")) - 1
-            row = self._streams[stream].row(position - int(self._first_rows[stream]))
-            for name in batch:
-                batch[name][i] = getattr(row, name)
-            batch["document_ids"][i] += self._part.first_document(stream) * (row.document_ids >= 0)
+            stream = int(np.searchsorted(self._first_rows[:-1], position, side="right")) - 1
+            places.append((stream, position - int(self._first_rows[stream])))
+        names = ("input_ids", "segment_ids", "loss_mask", "document_ids")
+        batch = _batch(self._streams, places, names, self._routes)
+        for i, (stream, _) in enumerate(places):
+            is_token = batch["document_ids"][i] >= 0
+            batch["document_ids"][i] += self._part.first_document(stream) * is_token
         return batch
 
 
@@ -169,7 +162,8 @@ class BatchIterator:
         return self
 
     def __next__(self) -> Batch:
-        """input_ids and segment_ids int32, loss_mask bool, each (rows of this process, L)."""
+        """input_ids and segment_ids int32, loss_mask bool, each (rows of this process, L); with
+        route groups also route_ids int32."""
         began = time.perf_counter()
         # A copy, since what comes from a worker lies in shared memory that lives as long as it.
         batch = {name: np.array(array) for name, array in next(self._open[0]).items()}
@@ -200,18 +194,26 @@ def train_batches(
     start: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    route_groups: RouteGroups = (),
 ) -> BatchIterator:
     """Training batches from number ``start`` on.
 
-    Process p of n gets rows [p B/n, (p+1) B/n) of each batch of B rows. Raises ConfigError when
-    the processes do not divide data.batch_size.
+    Process p of n gets rows [p B/n, (p+1) B/n) of each batch of B rows. With route_groups (names
+    of Unicode scripts, as ``model.route_groups``) a batch says the route of each token. Raises
+    ConfigError when the processes do not divide data.batch_size, or a group names no script.
     """
-    batches = _TrainBatches(corpus.train, config, seed, (process_index, process_count))
+    process = (process_index, process_count)
+    batches = _TrainBatches(corpus.train, config, route_groups, seed, process)
     return BatchIterator(batches, config, start)
 
 
 def eval_batches(
-    part: Part, config: DataConfig, *, process_index: int = 0, process_count: int = 1
+    part: Part,
+    config: DataConfig,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    route_groups: RouteGroups = (),
 ) -> Iterator[Batch]:
     """Yield all rows of a part once, in order, as batches of the same shape on every process.
 
@@ -219,7 +221,7 @@ def eval_batches(
     each token, for ``part.document_name``, -1 = padding. The last batch is filled up with rows
     whose segment_ids are 0. Raises ConfigError like ``train_batches``.
     """
-    batches = _EvalBatches(part, config, (process_index, process_count))
+    batches = _EvalBatches(part, config, route_groups, (process_index, process_count))
     return (batches[k] for k in range(len(batches)))
 
 
@@ -238,6 +240,20 @@ def _close(iterators: list[grain.DatasetIterator]) -> None:
 
 def _streams(part: Part, config: DataConfig) -> list[Stream]:
     return [Stream(d, seq_len=config.seq_len, bos_eos=config.bos_eos) for d in part.documents]
+
+
+def _batch(
+    streams: list[Stream],
+    places: list[tuple[int, int]],
+    names: tuple[str, ...],
+    routes: RowRoutes | None,
+) -> Batch:
+    """The rows at some places, (stream, row of it) each, side by side."""
+    rows = [streams[stream].row(row) for stream, row in places]
+    batch = {name: np.stack([getattr(row, name) for row in rows]) for name in names}
+    if routes:
+        batch["route_ids"] = routes(places, rows)
+    return batch
 
 
 def _rows_of_process(config: DataConfig, index: int, count: int) -> range:

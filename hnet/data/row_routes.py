@@ -1,0 +1,72 @@
+"""Routes of packed rows, exact although a row may start in the middle of a document.
+
+The route of a byte is that of the script of its document so far (`hnet.data.scripts`), hence a
+function of this byte and earlier ones. BOS comes before any script, EOS carries on the script of
+the text before it, padding has none. For a row that starts in the middle of a document the text
+before it is read backwards until a character with a script comes.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from hnet.data.corpus import Documents
+from hnet.data.packing import Row, Stream
+from hnet.data.scripts import START_STATE, route_table, script_ids, script_ids_of_rows
+
+_STRIDE = 1024  # bytes read backwards at a time
+
+
+class ScriptStates:
+    """The script state of documents before any of their bytes."""
+
+    def __init__(self, documents: Documents):
+        self._documents = documents
+        self._known: dict[tuple[int, int], int] = {}
+
+    def before(self, d: int, stop: int) -> int:
+        """The state that `script_ids` returns for the first `stop` bytes of document d."""
+        tail = script_ids(self._documents.read(d, max(0, stop - 3), stop))[1] & 0xFFFFFF
+        return self._script(d, stop) << 24 | tail
+
+    def _script(self, d: int, stop: int) -> int:
+        """Script id at the last of the first `stop` bytes.
+
+        Text without any script, numbers say, is read once, however often it is looked back on.
+        """
+        script, passed = 0, []
+        while stop and not script:
+            if (d, stop) in self._known:
+                script = self._known[d, stop]
+                break
+            start = (stop - 1) // _STRIDE * _STRIDE
+            text = self._documents.read(d, max(0, start - 3), stop)  # whole characters
+            script = int(script_ids(text)[0][-1])
+            if not script and stop % _STRIDE == 0:
+                passed.append((d, stop))
+            stop = start
+        self._known |= dict.fromkeys(passed, script)
+        return script
+
+
+class RowRoutes:
+    """Route ids for the rows of some streams."""
+
+    def __init__(self, streams: Sequence[Stream], route_groups: Sequence[Sequence[str]]):
+        """Raises ConfigError for a group that names no script."""
+        self._streams = streams
+        self._states = [ScriptStates(stream.documents) for stream in streams]
+        self._route_of = route_table(route_groups, "model.route_groups")
+
+    def __call__(self, places: Sequence[tuple[int, int]], rows: Sequence[Row]) -> np.ndarray:
+        """int32 (rows, L). places: stream and number of each row."""
+        state_B = np.full(len(rows), START_STATE, np.uint32)
+        for b, (stream, r) in enumerate(places):
+            if rows[b].segment_ids[0]:
+                state_B[b] = self._states[stream].before(*self._streams[stream].text_before(r))
+        ids_BL, _ = script_ids_of_rows(
+            np.stack([row.input_ids for row in rows]),
+            np.stack([row.segment_ids for row in rows]),
+            state_B,
+        )
+        return self._route_of[ids_BL]

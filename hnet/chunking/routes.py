@@ -6,6 +6,7 @@ Positions are packed into blocks of one route each, and every block is given its
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -59,6 +60,46 @@ def pack_by_route(route_ids_N: jax.Array, num_routes: int, block_len: int) -> Bl
     return Blocks(source.reshape(num_blocks, T), place_N, route_K)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _for_each_block(run, params: Any, route_K: jax.Array, inputs_KTD: list[jax.Array]) -> jax.Array:
+    """`run(params of the block's route, the block's inputs)` (K, T), one block after the other.
+
+    A loop, because its blocks side by side would need K copies of the parameters. Its gradient is
+    written down because JAX would add a gradient of all routes for each block.
+    """
+
+    def one_block(_, block):
+        route, inputs_TD = block
+        return None, run(_of_route(params, route), inputs_TD)
+
+    return jax.lax.scan(one_block, None, (route_K, inputs_KTD))[1]
+
+
+def _of_route(params, route):
+    return jax.tree.map(lambda stacked: stacked[route], params)
+
+
+def _for_each_block_fwd(run, params, route_K, inputs_KTD):
+    return _for_each_block(run, params, route_K, inputs_KTD), (params, route_K, inputs_KTD)
+
+
+def _for_each_block_bwd(run, saved, grad_KT):
+    params, route_K, inputs_KTD = saved
+
+    def one_block(total, block):
+        route, inputs_TD, grad_T = block
+        _, transpose = jax.vjp(run, _of_route(params, route), inputs_TD)
+        grad_params, grad_inputs_TD = transpose(grad_T)
+        return jax.tree.map(lambda t, g: t.at[route].add(g), total, grad_params), grad_inputs_TD
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    grad_params, grad_inputs = jax.lax.scan(one_block, zeros, (route_K, inputs_KTD, grad_KT))
+    return grad_params, None, grad_inputs
+
+
+_for_each_block.defvjp(_for_each_block_fwd, _for_each_block_bwd)
+
+
 def apply_routed(
     router: nnx.Module,
     num_routes: int,
@@ -80,13 +121,8 @@ def apply_routed(
     N = B // shards * L
     block_len = max(MIN_BLOCK, -(-N // (BLOCKS_PER_ROUTE * num_routes)))
 
-    @jax.checkpoint  # or the parameters of every block would be kept for the backward pass
-    def blockwise(params, route_K, *inputs_KTD):
-        def one_block(route, *inputs_TD):
-            own = jax.tree.map(lambda stacked: stacked[route], params)
-            return nnx.merge(graph, own)(*inputs_TD)
-
-        return jax.vmap(one_block)(route_K, *inputs_KTD)
+    def run(own_params, inputs_TD):
+        return nnx.merge(graph, own_params)(*inputs_TD)
 
     def one_shard(route_ids_BL, *inputs_BLD):
         # Packing goes position by position over all rows, so that it is causal in every row.
@@ -94,9 +130,11 @@ def apply_routed(
             return a.swapaxes(0, 1).reshape(N, *a.shape[2:])
 
         blocks = pack_by_route(by_position(route_ids_BL), num_routes, block_len)
-        packed = [by_position(x).at[blocks.source_KT].get(mode="fill", fill_value=0)
-                  for x in inputs_BLD]  # fmt: skip
-        out_N = blockwise(params, blocks.route_K, *packed).reshape(-1)[blocks.place_N]
+        packed = [
+            by_position(x).at[blocks.source_KT].get(mode="fill", fill_value=0) for x in inputs_BLD
+        ]
+        out_KT = _for_each_block(run, params, blocks.route_K, packed)
+        out_N = out_KT.reshape(-1)[blocks.place_N]
         return out_N.reshape(L, B // shards).swapaxes(0, 1)
 
     split = [a.reshape(shards, B // shards, *a.shape[1:]) for a in (route_ids_BL, *inputs_BLD)]

@@ -21,7 +21,8 @@ documents = st.lists(texts.filter(len), min_size=1, max_size=6)
 
 
 @pytest.fixture(autouse=True)
-def short_stride(monkeypatch):
+def short_windows(monkeypatch):
+    monkeypatch.setattr(row_routes, "_WINDOW", 4)
     monkeypatch.setattr(row_routes, "_STRIDE", 5)
 
 

@@ -84,9 +84,12 @@ class Stream:
             row.loss_mask[scored_from - start : to - start] = True
 
     def text_before(self, r: int) -> tuple[int, int]:
-        """Document of row r's first token, and how many of its bytes come before that token."""
+        """Document of row r's first token, and how many of its bytes come before that token.
+
+        A row that is padding alone has the last document.
+        """
         start = r * (self._seq_len - 1)
-        d = int(np.searchsorted(self._ends_D, start, side="right"))
+        d = min(int(np.searchsorted(self._ends_D, start, side="right")), len(self.documents) - 1)
         offset = start - int(self._starts_D[d]) - self._bos_eos
         return d, min(max(offset, 0), int(self.documents.length_D[d]))
 

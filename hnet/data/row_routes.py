@@ -12,9 +12,10 @@ import numpy as np
 
 from hnet.data.corpus import Documents
 from hnet.data.packing import Row, Stream
-from hnet.data.scripts import START_STATE, route_table, script_ids, script_ids_of_rows
+from hnet.data.scripts import route_table, script_ids, script_ids_of_rows
 
-_STRIDE = 1024  # bytes read backwards at a time
+_WINDOW = 32  # bytes before each row that are looked at for all rows together
+_STRIDE = 1024  # bytes read backwards at a time where that is not enough
 
 
 class ScriptStates:
@@ -60,13 +61,22 @@ class RowRoutes:
 
     def __call__(self, places: Sequence[tuple[int, int]], rows: Sequence[Row]) -> np.ndarray:
         """int32 (rows, L). places: stream and number of each row."""
-        state_B = np.full(len(rows), START_STATE, np.uint32)
-        for b, (stream, r) in enumerate(places):
-            if rows[b].segment_ids[0]:
-                state_B[b] = self._states[stream].before(*self._streams[stream].text_before(r))
         ids_BL, _ = script_ids_of_rows(
             np.stack([row.input_ids for row in rows]),
             np.stack([row.segment_ids for row in rows]),
-            state_B,
+            self._states_before(places),
         )
         return self._route_of[ids_BL]
+
+    def _states_before(self, places: Sequence[tuple[int, int]]) -> np.ndarray:
+        """uint32 (rows,), the script state of the document that each row's first token goes on."""
+        before = [self._streams[stream].text_before(r) for stream, r in places]
+        window_BW = np.zeros((len(places), _WINDOW), np.uint8)  # zeros complete no script
+        for window_W, (stream, _), (d, stop) in zip(window_BW, places, before):
+            text = self._streams[stream].documents.read(d, max(0, stop - _WINDOW), stop)
+            window_W[_WINDOW - len(text) :] = text
+        _, state_B = script_ids_of_rows(window_BW, np.ones_like(window_BW))
+        for b in np.flatnonzero(state_B >> 24 == 0):
+            if before[b][1] > _WINDOW:
+                state_B[b] = self._states[places[b][0]].before(*before[b])
+        return state_B

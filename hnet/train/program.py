@@ -1,7 +1,7 @@
 """The compiled side of a run: what is jitted, with which shardings and which traced numbers."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -53,7 +53,9 @@ def build(
     """
     mesh = make_mesh(config.mesh, devices)
     check_batch(config.data.batch_size, config.train.accumulate, mesh)
-    graph, _ = abstract(config.model)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    compute = replace(config.model.compute, batch_shards=shards)
+    graph, _ = abstract(replace(config.model, compute=compute))
 
     def make_state(key):
         init_key, noise_key = jax.random.split(key)
@@ -132,4 +134,5 @@ def run_evaluation(
         }
         return program.evaluate(params, fed, capacities=capacities)
 
-    return evaluate(eval_batches(corpus_part, config.data), run_batch, capacities, **limits)
+    batches = eval_batches(corpus_part, config.data, route_groups=config.model.route_groups)
+    return evaluate(batches, run_batch, capacities, **limits)

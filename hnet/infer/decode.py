@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hnet.config import EOS_ID
+from hnet.config import EOS_ID, ConfigError
 from hnet.data.scripts import route_table, script_ids_of_rows, script_step
 from hnet.infer import stream, utf8
 from hnet.infer.prompts import length_bucket, pad
@@ -56,13 +56,13 @@ def _steps(params, state, controls, seed_B, count, route_of, *, graph, num_steps
         )
         active_B = state.active_B & (byte_B != EOS_ID)
         script_state_B, script_B = script_step(state.script_state_B, byte_B)
-        logits_BV, boundaries_BS, cache = stream.step(
+        logits_BV, boundaries, cache = stream.step(
             model, state.cache, byte_B, active_B, route_ids_B=route_of[script_B]
         )
         recent_BW = jnp.concatenate([state.recent_BW[:, 1:], byte_B[:, None]], axis=1)
         utf8_state_B = utf8.advance(state.utf8_state_B, byte_B)
         state = Decoding(cache, logits_BV, recent_BW, utf8_state_B, script_state_B, active_B)
-        return state, Outputs(byte_B, logprob_B, boundaries_BS)
+        return state, Outputs(byte_B, logprob_B, boundaries.mask_BS)
 
     return jax.lax.scan(one, state, jnp.arange(num_steps, dtype=jnp.int32))
 
@@ -71,7 +71,13 @@ class Decoder:
     """A model and its compiled programs; one for each shape of batch, prompt and room."""
 
     def __init__(self, model: HNetLM):
+        """Raises ConfigError for a model that cannot continue a text."""
         self.config = model.config
+        if model.config.num_chunked and model.config.stages[0].chunking.router == "given":
+            raise ConfigError(
+                "model.stages.0.chunking.router='given' cuts where it is told, which nobody can "
+                "for a text that is yet to come: use a model with another router"
+            )
         self.graph, self.params = split(model)
         self.route_of = route_table(model.config.route_groups, "model.route_groups")
 
@@ -92,7 +98,7 @@ class Decoder:
         utf8_state_B = np.array([utf8.state_after(prompt) for prompt in prompts], np.int32)
         rest = (recent_BW, utf8_state_B, script_state_B, np.ones(len(prompts), bool))
         state = Decoding(cache, logits_BV, *map(jnp.asarray, rest))
-        return state, stream.byte_boundaries(self.config, jax.device_get(masks))
+        return state, stream.byte_boundaries(self.config, jax.device_get(masks), ids_BL.shape)
 
     def run(
         self, state: Decoding, controls: Controls, seed_B: jax.Array, count: int, num_steps: int

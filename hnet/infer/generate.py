@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hnet.config import BOS_ID, EOS_ID, ConfigError
+from hnet.config import BOS_ID, EOS_ID, ConfigError, HNetConfig
 from hnet.infer import utf8
 from hnet.infer.decode import Decoder
 from hnet.infer.prompts import encode
-from hnet.infer.sampling import Controls, Sampling
+from hnet.infer.sampling import DEFAULT, Controls, Sampling
 from hnet.model import HNetLM
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -32,6 +33,30 @@ class Generation:
     def text(self) -> str:
         """The continuation; U+FFFD stands for what is not valid UTF-8."""
         return self.data.decode("utf-8", "replace")
+
+
+def chunk_starts(config: HNetConfig, boundaries_TS: np.ndarray) -> list[list[int]]:
+    """Byte offsets at which the chunks of each stage start, from `Generation.boundaries`.
+
+    A boundary with alignment end closes a chunk, so that the next one starts behind it.
+    """
+    length, starts = len(boundaries_TS), []
+    opens = {t: t for t in range(length)}  # byte that a position is decided on -> its first byte
+    closes = {t: t + 1 for t in range(length)}  # ... -> the byte behind its last
+    for s, stage in enumerate(config.stages[:-1]):
+        at_end = stage.chunking.alignment == "end"
+        cuts = [t for t in np.flatnonzero(boundaries_TS[:, s]).tolist() if t in opens]
+        edges = sorted({0, *((closes if at_end else opens)[t] for t in cuts)} - {length})
+        starts.append(edges)
+        behind = dict(zip(edges, [*edges[1:], length]))
+        before = {end: start for start, end in behind.items()}
+        if at_end:
+            closes = {t: closes[t] for t in cuts}
+            opens = {t: before[end] for t, end in closes.items()}
+        else:
+            opens = {t: opens[t] for t in cuts}
+            closes = {t: behind[start] for t, start in opens.items()}
+    return starts
 
 
 class Piece(NamedTuple):
@@ -104,7 +129,7 @@ class _Row:
 def generate(
     model: HNetLM,
     prompts: Sequence[str | bytes],
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = DEFAULT,
     *,
     seeds: Sequence[int] | None = None,
     bos: bool = True,
@@ -119,7 +144,7 @@ def generate(
 def stream_text(
     model: HNetLM,
     prompts: Sequence[str | bytes],
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = DEFAULT,
     *,
     seeds: Sequence[int] | None = None,
     bos: bool = True,

@@ -1,8 +1,8 @@
 """Our models as models of lm-evaluation-harness (the extra `eval`).
 
-    from lm_eval import simple_evaluate
-    from hnet.infer.harness import HarnessModel
-    simple_evaluate(HarnessModel("WORKDIR"), tasks=["lambada_openai"])
+from lm_eval import simple_evaluate
+from hnet.infer.harness import HarnessModel
+simple_evaluate(HarnessModel("WORKDIR"), tasks=["lambada_openai"])
 """
 
 import os
@@ -35,6 +35,7 @@ class HarnessModel(LM):
         super().__init__()
         self.model = model if isinstance(model, HNetLM) else load(model)
         self.bos, self.batch_size, self.max_bytes = bos, batch_size, max_bytes
+        self.unscored = 0 if bos else 1  # without BOS nothing predicts the first byte
 
     def _score(self, texts: Sequence[bytes]):
         return logprobs(self.model, texts, bos=self.bos, batch_size=self.batch_size)
@@ -42,22 +43,24 @@ class HarnessModel(LM):
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """(log-probability of the continuation, whether greedy decoding gives it), one a request."""
+        """For each request, the continuation's log-probability and whether it is greedy."""
         pairs = [tuple(encode(part) for part in request.args) for request in requests]
         scores = self._score([context + continuation for context, continuation in pairs])
+        starts = [max(len(context), self.unscored) for context, _ in pairs]
         return [
-            (score.total(len(context)), bool(score.is_greedy[len(context) :].all()))
-            for (context, _), score in zip(pairs, scores)
+            (score.total(start), bool(score.is_greedy[start:].all()))
+            for start, score in zip(starts, scores)
         ]
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
         """Log-probability of each whole text; there is no window, all of it is context."""
-        return [score.total() for score in self._score([encode(r.args[0]) for r in requests])]
+        scores = self._score([encode(request.args[0]) for request in requests])
+        return [score.total(self.unscored) for score in scores]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to the first of the strings `until`, requests of equal settings together."""
+        """Continuations up to the first of the strings `until`; equal settings run together."""
         found: dict[int, str] = {}
         groups: dict[Sampling, list[int]] = {}
         for i, request in enumerate(requests):

@@ -43,7 +43,9 @@ class Sampling:
             if (value := getattr(self, name)) < least:
                 raise ConfigError(f"{name}={value}: use {least} or more")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ConfigError(f"temperature={self.temperature}: use 0 (greedy) or a positive number")
+            raise ConfigError(
+                f"temperature={self.temperature}: use 0 (greedy) or a positive number"
+            )
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p}: use a share above 0 and up to 1")
         if not 0 <= self.min_p <= 1:
@@ -54,6 +56,9 @@ class Sampling:
             )
         if "" in self.stop:
             raise ConfigError("stop='' ends every text at once: give strings that are not empty")
+
+
+DEFAULT = Sampling()
 
 
 class Controls(NamedTuple):

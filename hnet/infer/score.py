@@ -61,7 +61,9 @@ def logprobs(
     for first in range(0, len(order), batch_size):
         rows = order[first : first + batch_size]
         spare = [b""] * (min(batch_size, len(order)) - len(rows))
-        ids_BL, lengths_B = pad([*(fed[i] for i in rows), *spare], length_bucket(len(fed[rows[-1]])))
+        ids_BL, lengths_B = pad(
+            [*(fed[i] for i in rows), *spare], length_bucket(len(fed[rows[-1]]))
+        )
         segment_ids_BL = (np.arange(ids_BL.shape[1]) < lengths_B[:, None]).astype(np.int32)
         route_ids_BL = route_of[script_ids_of_rows(ids_BL, segment_ids_BL)[0]]
         found = jax.device_get(_score(params, ids_BL, segment_ids_BL, route_ids_BL, graph=graph))

@@ -50,6 +50,15 @@ class ModelCache(NamedTuple):
     stage: StageCache
 
 
+class Boundaries(NamedTuple):
+    """What the routers made of one byte, for each stage that cuts, outermost first."""
+
+    mask_BS: jax.Array
+    """whether there is a boundary"""
+    prob_BS: jax.Array
+    """p; NaN where the byte gave the stage no position"""
+
+
 def full_lens(config: HNetConfig, num_bytes: int) -> tuple[int, ...]:
     """`max_lens` with room for any boundaries in texts of `num_bytes`."""
     lens = [num_bytes]
@@ -138,7 +147,13 @@ def _prefill_stage(
         count_BL = jnp.where(route.boundary_mask_BL, 0.0, count_BL)
         open_chunk = {"mean_BD": last(mean_BLD), "count_B": last(count_BL)}
     cache = StageCache(
-        lengths_B, jnp.int32(max_len), stacks, last(h_BLD), last(read_BLD), inner=inner, **open_chunk
+        lengths_B,
+        jnp.int32(max_len),
+        stacks,
+        last(h_BLD),
+        last(read_BLD),
+        inner=inner,
+        **open_chunk,
     )
     return out_BLD[..., :width], [route, *routes], cache
 
@@ -152,8 +167,8 @@ def step(
     route_ids_B: jax.Array | None = None,
     boundary_B: jax.Array | None = None,
     fractions: tuple[float, ...] = FRACTIONS,
-) -> tuple[jax.Array, jax.Array, ModelCache]:
-    """Feed one byte to every row: (logits (B, V), boundaries bool (B, stages that cut), cache).
+) -> tuple[jax.Array, Boundaries, ModelCache]:
+    """Feed one byte to every row: (logits (B, V), boundaries, cache).
 
     Rows that are not `active_B` stay as they are; their logits mean nothing. route_ids_B,
     boundary_B: of this byte, as in `HNetLM`. fractions (static): the sizes, as shares of B, of the
@@ -170,9 +185,10 @@ def step(
         route_ids_B=model.checked_routes(route_ids_B),
         boundary_B=None if given_B2 is None else given_B2[:, 1],
     )  # fmt: skip
-    boundaries_BS = jnp.stack(boundaries, 1) if boundaries else jnp.zeros((len(byte_B), 0), bool)
+    none = (jnp.zeros((len(byte_B), 0), bool), jnp.zeros((len(byte_B), 0)))
+    boundaries = Boundaries(*(jnp.stack(a, 1) for a in zip(*boundaries)) if boundaries else none)
     last_byte_B = jnp.where(active_B, byte_B, cache.last_byte_B)
-    return model.logits(x_BD[:, None])[:, 0], boundaries_BS, ModelCache(last_byte_B, stage)
+    return model.logits(x_BD[:, None])[:, 0], boundaries, ModelCache(last_byte_B, stage)
 
 
 def _step_stage(
@@ -185,7 +201,7 @@ def _step_stage(
     *,
     route_ids_B: jax.Array | None,
     boundary_B: jax.Array | None = None,
-) -> tuple[jax.Array, list[jax.Array], StageCache]:
+) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]], StageCache]:
     """One position of the active rows; `own_fractions` for this stage, `fractions` further in."""
     width, position_B = x_BD.shape[-1], cache.position_B
     x_BD, stacks = stage.widen(x_BD[:, None])[:, 0], dict(cache.stacks)
@@ -239,8 +255,17 @@ def _step_stage(
         new_cache = new_cache._replace(
             mean_BD=keep(mean_BD, cache.mean_BD), count_B=keep(count_B, cache.count_B)
         )
-    boundaries = [jnp.any(jnp.stack(b), axis=0) for b in zip(*inner_boundaries)]
-    return out_BD[:, :width], [taken_B, *boundaries], new_cache
+    own = (taken_B, jnp.where(active_B, p_B, jnp.nan))
+    return out_BD[:, :width], [own, *map(_latest, zip(*inner_boundaries))], new_cache
+
+
+def _latest(calls: tuple) -> tuple[jax.Array, jax.Array]:
+    """One stage's (mask, p) of a byte that may have given it two positions, a null slot first."""
+    (mask_B, p_B), *later = calls
+    for later_mask_B, later_p_B in later:
+        mask_B = mask_B | later_mask_B
+        p_B = jnp.where(jnp.isnan(later_p_B), p_B, later_p_B)
+    return mask_B, p_B
 
 
 def _window_segments(position_B: jax.Array) -> jax.Array:
@@ -287,12 +312,13 @@ def _smooth(how: str, read_BD, y_BD, p_B, taken_B) -> jax.Array:
     return gate_B1 * y_BD.astype(jnp.float32) + (1 - gate_B1) * read_BD
 
 
-def byte_boundaries(config: HNetConfig, masks: list[np.ndarray]) -> np.ndarray:
+def byte_boundaries(
+    config: HNetConfig, masks: list[np.ndarray], shape: tuple[int, int]
+) -> np.ndarray:
     """Masks over each stage's own positions (B, L_s) -> whether each byte has a boundary of it.
 
-    Returns bool (B, L_0, stages that cut). A null slot lies at a row's first byte.
+    shape: (B, L_0). Returns bool (B, L_0, stages that cut). A null slot lies at a row's first byte.
     """
-    shape = masks[0].shape if masks else (0, 0)
     out_BLS = np.zeros((*shape, len(masks)), bool)
     for row in range(shape[0]):
         byte_of = np.arange(shape[1])

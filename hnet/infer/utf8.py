@@ -48,7 +48,7 @@ def advance(state_B: jax.Array, byte_B: jax.Array) -> jax.Array:
 def allowed(state_B: jax.Array, remaining: jax.Array) -> jax.Array:
     """Bytes (B, 256) that keep the text valid and let it end well within `remaining` bytes.
 
-    Where no end is near enough (a prompt that stops early in a character), those that keep it valid.
+    Where no end is near enough (a prompt that stops within a character), those that keep it valid.
     """
     owed_BV = jnp.asarray(OWED)[jnp.asarray(NEXT)[state_B]]
     in_time_BV = owed_BV < remaining

@@ -31,7 +31,9 @@ class TensorFile(Mapping[str, np.ndarray]):
         self.path = Path(path)
         suffix = self.path.suffix
         if suffix not in FORMATS:
-            raise ConfigError(f"{os.fspath(path)!r} is of no known format: use {', '.join(FORMATS)}")
+            raise ConfigError(
+                f"{os.fspath(path)!r} is of no known format: use {', '.join(FORMATS)}"
+            )
         if not self.path.is_file():
             raise ConfigError(f"checkpoint {os.fspath(path)!r} does not exist, or is no file")
         opened = {".pt": _open_torch, ".safetensors": _open_safetensors, ".npz": _open_npz}[suffix]
@@ -107,7 +109,7 @@ def _open_torch(path: Path) -> Opened:
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise ConfigError(
-                f"checkpoint {str(path)!r} holds a {type(tensor).__name__} named {str(name)[:80]!r}: "
+                f"checkpoint {str(path)!r} holds {type(tensor).__name__} {str(name)[:80]!r}: "
                 "give a plain state dict, of tensors alone"
             )
     return {name: tuple(tensor.shape) for name, tensor in state.items()}, read

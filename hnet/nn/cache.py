@@ -10,7 +10,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-
 KV_BLOCK = 64  # slots that attention over a cache reads at a time
 
 

@@ -159,7 +159,7 @@ def causal_conv(x_BLC, weight_WC, bias_C, segment_ids_BL) -> jax.Array:
 
 
 class Mamba2(nnx.Module):
-    """The official Mamba-2 mixer with one group: in_proj -> conv -> SSD -> gated norm -> out_proj."""
+    """The official Mamba-2 mixer, one group: in_proj -> conv -> SSD -> gated norm -> out_proj."""
 
     def __init__(self, config: HNetConfig, stage: StageConfig, *, out_std: float, rngs: nnx.Rngs):
         ssm, dtype, key = config.ssm, config.compute.dtype, rngs.params

@@ -1,0 +1,245 @@
+"""Streaming equals the forward pass: every network, rows that start and cut at different times.
+
+T2 of the battery. The reference is always one forward pass over the whole rows.
+"""
+
+import json
+import re
+from functools import cache, partial
+
+import golden_data
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from networks import NETWORKS, network, quick_jit, random_params, stage
+
+from hnet.config import ConfigError
+from hnet.infer import compact, stream
+from hnet.interop import from_official
+from hnet.nn import cache as nn_cache
+
+B, L = 64, 23  # rows and bytes a row
+TEXT = np.frombuffer(b"aZ9  ..,\n\x80\xc3", np.uint8)  # letters and spacelike bytes, some invalid
+
+GIVEN = network(stage("t1 t1", 26, router="given", alignment="end"), stage("t1", 26))
+MIXED = network(  # START inside END, and rules of bytes and positions
+    stage("t1 t1", 26, router="whitespace", alignment="end", pool="mean"),
+    stage("m1 t1", 26, router="fixed", dechunk="repeat"),
+    stage("t1", 39),
+)
+ALL = {**NETWORKS, "given": GIVEN, "mixed": MIXED}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(nn_cache, "KV_BLOCK", 4)  # so that a row's keys fill several blocks
+
+
+def draw(config, seed=0):
+    """Bytes, and what the network needs besides."""
+    rng = np.random.default_rng(seed)
+    rules = {s.chunking.router for s in config.stages[:-1]} & {"spacelike", "whitespace"}
+    ids_BL = rng.choice(TEXT if rules else np.arange(256), (B, L)).astype(np.int32)
+    extra = {}
+    if config.num_routes > 1:
+        extra["route_ids_BL"] = rng.integers(0, config.num_routes, (B, L)).astype(np.int32)
+    if config.num_chunked and config.stages[0].chunking.router == "given":
+        extra["boundaries_BL"] = rng.random((B, L)) < 0.3
+    return ids_BL, extra
+
+
+def forward(graph, params, ids_BL, extra, capacities=None):
+    @quick_jit
+    def run(params):
+        logits_BLV, routes = nnx.merge(graph, params)(ids_BL, capacities=capacities, **extra)
+        return logits_BLV, [r.boundary_mask_BL for r in routes]
+
+    return jax.device_get(run(params))
+
+
+@cache
+def answers(name):
+    """Of the whole batch: (expected logits, expected boundaries, what streaming gave)."""
+    config = ALL[name]
+    graph, params = random_params(config)
+    ids_BL, extra = draw(config)
+    expected, masks = forward(graph, params, ids_BL, extra)
+    fractions = (0.3,) if name in ("one_stage", "routed") else ()
+    lens = stream.full_lens(config, L)
+    found = streamed(graph, params, ids_BL, extra, LENGTHS, lens, fractions)
+    return expected, stream.byte_boundaries(config, masks, ids_BL.shape), found
+
+
+def streamed(graph, params, ids_BL, extra, lengths_B, max_lens, fractions=()):
+    """Prefill each row with its own length, then feed the rest byte by byte.
+
+    Returns logits (B, L, V) and boundaries (B, L, S) with NaN and -1 at bytes before a row's last
+    prompt byte, and the largest change that a step made to a row which was at its end already.
+    """
+    rows = np.arange(len(ids_BL))
+
+    @quick_jit
+    def run(params):
+        model = nnx.merge(graph, params)
+        logits_BV, _, cache = stream.prefill(model, ids_BL, lengths_B, max_lens, **extra)
+
+        def one(carry, _):
+            cache, position_B = carry
+            at = (rows, jnp.minimum(position_B, L - 1))
+            given = {name: jnp.asarray(a)[at] for name, a in extra.items()}
+            logits_BV, boundaries, cache = stream.step(
+                model, cache, jnp.asarray(ids_BL)[at], position_B < L,
+                route_ids_B=given.get("route_ids_BL"), boundary_B=given.get("boundaries_BL"),
+                fractions=fractions,
+            )  # fmt: skip
+            carry = (cache, jnp.minimum(position_B + 1, L))
+            return carry, (logits_BV, boundaries.mask_BS, position_B)
+
+        _, steps = jax.lax.scan(one, (cache, jnp.asarray(lengths_B)), length=L)
+        return logits_BV, steps
+
+    prompt_logits, (logits_TBV, mask_TBS, position_TB) = jax.device_get(run(params))
+    logits_BLV = np.full((*ids_BL.shape, prompt_logits.shape[-1]), np.nan, np.float32)
+    mask_BLS = np.full((*ids_BL.shape, mask_TBS.shape[-1]), -1)
+    logits_BLV[rows, lengths_B - 1] = prompt_logits  # an empty row writes its last, overwritten
+    for t, b in np.ndindex(position_TB.shape):
+        if position_TB[t, b] < L:
+            logits_BLV[b, position_TB[t, b]] = logits_TBV[t, b]
+            mask_BLS[b, position_TB[t, b]] = mask_TBS[t, b]
+    return logits_BLV, mask_BLS, prompt_logits
+
+
+LENGTHS = np.random.default_rng(3).permutation([*range(L + 1), *[0, 1] * 9, *[5, 6] * 11])
+LENGTHS = LENGTHS.astype(np.int32)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_steps_equal_the_forward_pass(name):
+    expected, bytes_BLS, (logits, mask_BLS, prompt_logits) = answers(name)
+    seen = np.arange(L) >= LENGTHS[:, None] - 1
+    np.testing.assert_array_equal(np.isnan(logits[..., 0]), ~seen)
+    np.testing.assert_allclose(logits[seen], expected[seen], rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(prompt_logits[LENGTHS == 0], 0)
+    fed = np.arange(L) >= LENGTHS[:, None]
+    np.testing.assert_array_equal(mask_BLS[fed], bytes_BLS[fed])
+    if name != "mixed":  # rows cut at different times, or nothing was tested
+        assert np.all(np.any(bytes_BLS != bytes_BLS[:1], axis=(0, 1)))
+
+
+@pytest.mark.parametrize("name, slots", [("one_stage", (4,)), ("pooled_ends", (5, 3))])
+def test_room_clips_as_a_capacity_does(name, slots):
+    config = NETWORKS[name]
+    graph, params = random_params(config)
+    ids_BL, extra = draw(config, 1)
+    expected, _ = forward(graph, params, ids_BL, extra, slots)
+    free, _ = forward(graph, params, ids_BL, extra)
+    logits, _, _ = streamed(graph, params, ids_BL, extra, LENGTHS, (L, *slots))
+    seen = np.arange(L) >= LENGTHS[:, None] - 1
+    assert np.abs(free - expected).max() > 1e-2  # something is clipped
+    np.testing.assert_allclose(logits[seen], expected[seen], rtol=0, atol=1e-5)
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    graph, params = random_params(NETWORKS["one_stage"])
+    ids_BL, extra = draw(NETWORKS["one_stage"])
+    _, _, (together, _, _) = answers("one_stage")
+    one = slice(17, 18)
+    alone, _, _ = streamed(graph, params, ids_BL[one], extra, LENGTHS[one], (L, L))
+    np.testing.assert_allclose(alone[0], together[17], rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 16])
+def test_only_active_rows_run_and_in_the_smallest_batch(batch):
+    """Every number of active rows against a plain loop; the function says how many it ran on."""
+    rng = np.random.default_rng(0)
+    sizes = compact.sizes(batch, compact.FRACTIONS)
+    assert sizes[-1] == batch and sizes == sorted(set(sizes))
+
+    def double(inputs_R, state_B, rows_R):
+        ran_on = jnp.full(rows_R.shape, len(rows_R), jnp.int32)
+        state_B = state_B.at[rows_R].add(inputs_R[:, 0], mode="drop")
+        return (2 * inputs_R, ran_on), state_B
+
+    @partial(quick_jit, donate_argnums=2)
+    def run(active_B, inputs_B, state_B):
+        return compact.on_rows(double, active_B, inputs_B, state_B, compact.FRACTIONS)
+
+    for count in range(batch + 1):
+        active_B = rng.permutation(batch) < count
+        inputs_B, state_B = rng.normal(size=(batch, 3)), rng.normal(size=batch)
+        inputs_B, state_B = np.float32(inputs_B), np.float32(state_B)
+        (out_B, ran_on_B), new_B = run(active_B, inputs_B, jnp.asarray(state_B))
+        np.testing.assert_array_equal(out_B, np.where(active_B[:, None], 2 * inputs_B, 0))
+        np.testing.assert_array_equal(new_B, np.where(active_B, state_B + inputs_B[:, 0], state_B))
+        smallest = next((s for s in sizes if s >= count), 0) if count else 0
+        np.testing.assert_array_equal(ran_on_B, np.where(active_B, smallest, 0))
+
+
+def test_a_step_copies_no_cache(monkeypatch):
+    """The compiled step moves rows, never a whole cache array, and reuses what it was given."""
+    monkeypatch.setattr(nn_cache, "KV_BLOCK", 64)
+    config = network(stage("t1 m1", 26, window=100), stage("T2", 39))
+    graph, params = random_params(config)
+    batch, length = 16, 512
+
+    def run(params, cache, byte_B):
+        return stream.step(nnx.merge(graph, params), cache, byte_B, fractions=(0.25,))
+
+    empty = jnp.zeros((batch, 1), jnp.int32), jnp.zeros(batch, jnp.int32)
+    prefill = lambda params: stream.prefill(
+        nnx.merge(graph, params), *empty, stream.full_lens(config, length)
+    )
+    _, _, cache = jax.eval_shape(prefill, params)
+    byte_B = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    compiled = jax.jit(run, donate_argnums=1).lower(params, cache, byte_B).compile()
+    keys = jax.tree.leaves(cache.stage.inner.stacks)[0]
+    assert keys.size == 2 * batch * length * 39
+    copied = re.findall(r"= f32\[([\d,]+)\]\S* copy\(", compiled.as_text())
+    sizes = [np.prod([int(n) for n in shape.split(",")]) for shape in copied]
+    assert max(sizes) < keys.size / 2
+    total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    assert compiled.memory_analysis().alias_size_in_bytes >= 0.9 * total
+
+
+def test_noisy_routers_are_refused():
+    noisy = {"router": "mlp", "reference_noise_at_evaluation": True}
+    config = network(stage("t1 t1", 26, **noisy), stage("t1", 26))
+    graph, params = random_params(config)
+    with pytest.raises(ConfigError, match="reference_noise_at_evaluation=True"):
+        stream.prefill(
+            nnx.merge(graph, params), jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32), (1, 1)
+        )
+
+
+def test_decoding_equals_the_official_one():
+    """One row of the official model: teacher-forced steps, then greedy decoding after a prompt."""
+    official = golden_data.load("a_1stage_m2_T2")
+    config = json.loads(str(official["config"]))
+    graph, params = nnx.split(from_official(config, golden_data.part(official, "param")))
+    lens = (64, 64)
+
+    @quick_jit
+    def prefill(params, ids_BL, lengths_B):
+        return stream.prefill(nnx.merge(graph, params), ids_BL, lengths_B, lens)
+
+    @partial(quick_jit, donate_argnums=1)
+    def step(params, cache, byte_B):
+        return stream.step(nnx.merge(graph, params), cache, byte_B)
+
+    ids = official["step/input_ids"]
+    _, _, cache = prefill(params, ids[:, :24], np.zeros(1, np.int32))
+    for t in range(ids.shape[1]):
+        logits, boundaries, cache = step(params, cache, ids[:, t])
+        expected = official["step/logits"][0, t]
+        np.testing.assert_allclose(logits[0, ::11], expected, rtol=0, atol=2e-5)
+        p = official["step/boundary_prob"][t]
+        np.testing.assert_allclose(boundaries.prob_BS[0, 0], p, rtol=0, atol=3e-6)
+
+    prompt, tokens = official["greedy/prompt"], official["greedy/tokens"][0]
+    logits, _, cache = prefill(params, prompt, np.array([prompt.shape[1]], np.int32))
+    for token, expected in zip(tokens, official["greedy/logits"][0]):
+        np.testing.assert_allclose(logits[0, ::11], expected, rtol=0, atol=2e-5)
+        assert int(jnp.argmax(logits[0])) == token
+        logits, _, cache = step(params, cache, np.array([token], np.int32))

@@ -131,6 +131,12 @@ class HNetConfig:
         """Most routes that a stage tells apart; the model needs route ids if it is more than 1."""
         return max((s.chunking.routes for s in self.stages[:-1]), default=1)
 
+    @property
+    def route_names(self) -> tuple[str, ...]:
+        """A name for each route: "default", then the scripts of its group ("Han+Hiragana")."""
+        groups = self.route_groups or [(str(r),) for r in range(1, self.num_routes)]
+        return ("default", *("+".join(group) for group in groups))
+
     def target_ratios(self) -> tuple[tuple[float, ...], ...]:
         """N of every stage that cuts and route, rows of `num_routes` (spare ones are not read)."""
         chunkings = [s.chunking for s in self.stages[:-1]]
@@ -156,7 +162,7 @@ class HNetConfig:
     def to_json(self) -> dict[str, Any]:
         """The official JSON content of this architecture.
 
-        Raises ConfigError if a stage cuts in a way that the official model cannot.
+        Raises ConfigError if the official model cannot do what a stage or a mixer does.
         """
         for i, stage in enumerate(self.stages[:-1]):
             if not stage.chunking.is_official:
@@ -164,6 +170,11 @@ class HNetConfig:
                     f"model.stages.{i}.chunking is no official H-Net's: the official format holds "
                     "one cosine router a stage, select, ema and a linear residual"
                 )
+        if self.ssm.head_dim != SSMConfig.head_dim:
+            raise ConfigError(
+                f"model.ssm.head_dim={self.ssm.head_dim} has no official form, which is "
+                f"{SSMConfig.head_dim}: keep this model in its work directory"
+            )
         return {
             "arch_layout": self.arch_layout,
             "d_model": [s.d_model for s in self.stages],

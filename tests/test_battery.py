@@ -80,6 +80,7 @@ def bits(array):
 
 
 def assert_close(ours, theirs):
+    """Documents of one row agree so far: the SSD takes differences of sums over blocks of it."""
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5)
 
 
@@ -123,6 +124,22 @@ def test_packed_documents_equal_documents_alone(name):
         if packed_routes:
             ours = packed_routes[0].boundary_mask_BL[0, start:end]
             assert np.array_equal(ours, alone_routes[0].boundary_mask_BL[row, : end - start])
+
+
+@ALL
+def test_only_where_ids_change_counts_and_padding_is_not_seen(name):
+    """A number may come again later in the row; padding may lie anywhere and hold any bytes."""
+    ids = random_bytes(12)
+    logits, _ = forward(name, ids, PACKED_ROWS)
+    again, _ = forward(name, ids, np.int32([7, 2, 7])[PACKED_ROWS - 1])
+    assert np.array_equal(bits(logits), bits(again))
+
+    index = np.arange(L)
+    seen = np.stack([index >= 5, (index < 9) | (index > 19), index < 22])
+    segments = np.where(seen, PACKED_ROWS, 0)
+    logits, _ = forward(name, ids, segments)
+    again, _ = forward(name, np.where(seen, ids, 255 - ids), segments)
+    assert_close(logits[seen], again[seen])
 
 
 @ALL
@@ -203,7 +220,6 @@ def test_position_clipped_with_its_segment_start_reads_no_other_document(name):
         logits, (route, *_) = forward(name, ids, PACKED_ROWS, too_few(name))
         assert np.all(slots_asked_for(name, route)[:, ENDS[0] - 1] == SLOTS)
         results.append(logits[:, ENDS[0] :])
-    # not bit for bit: the SSD subtracts sums that began in the other document
     assert_close(*results)
 
 

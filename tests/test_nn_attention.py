@@ -14,12 +14,12 @@ B, L, H, K = 2, 23, 3, 5
 rng = np.random.default_rng(0)
 Q, KEYS, V = (np.float32(rng.normal(size=(B, L, H, K))) for _ in range(3))
 SEGMENTS = np.stack([np.repeat([1, 2], [9, 14]), np.repeat([3, 1, 0], [1, 18, 4])]).astype(np.int32)
+attend = quick_jit(attention, static_argnames=("window", "block_len"))
 
 
 @pytest.mark.parametrize("window", [-1, 0, 3, 22, 99])
 @pytest.mark.parametrize("block_len", [5, 64])
 def test_attention_is_softmax_over_what_is_visible(window, block_len):
-    attend = quick_jit(attention, static_argnames=("window", "block_len"))
     out = attend(Q, KEYS, V, SEGMENTS, window=window, block_len=block_len)
     assert relative_error(out, oracles.attention(Q, KEYS, V, SEGMENTS, window)) < 2e-6
 
@@ -41,8 +41,8 @@ def test_keys_before_every_window_of_a_block_are_never_read():
     poisoned_K, poisoned_V = KEYS.copy(), V.copy()
     poisoned_K[:, :7] = poisoned_V[:, :7] = np.nan
     segments = np.ones((B, L), np.int32)
-    out = attention(Q, poisoned_K, poisoned_V, segments, window=3, block_len=5)
-    clean = attention(Q, KEYS, V, segments, window=3, block_len=5)
+    out = attend(Q, poisoned_K, poisoned_V, segments, window=3, block_len=5)
+    clean = attend(Q, KEYS, V, segments, window=3, block_len=5)
     assert np.all(np.isnan(out[:, :10]))
     assert np.array_equal(out[:, 10:], clean[:, 10:])
 
@@ -57,5 +57,5 @@ def test_number_of_blocks_in_the_program_is_bounded(length):
 
 
 def test_large_scores_do_not_overflow():
-    out = attention(100 * Q, 100 * KEYS, V, SEGMENTS, block_len=5)
+    out = attend(100 * Q, 100 * KEYS, V, SEGMENTS, block_len=5)
     assert np.all(np.isfinite(out))

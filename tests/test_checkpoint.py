@@ -365,6 +365,11 @@ def test_extras_that_json_would_change_are_refused(tmp_path):
             checkpoints.save(1, make_state(), {"loss": float("nan")})
 
 
+def test_paths_that_collide_are_refused(tmp_path):
+    with Checkpointer(tmp_path) as checkpoints, pytest.raises(ValueError, match="same path"):
+        checkpoints.save(1, {"a/b": jnp.ones(2), "a": {"b": jnp.ones(2)}}, {})
+
+
 # --- what stays and what goes
 
 

@@ -65,6 +65,19 @@ def test_incomplete_settings_are_named(settings, env, message, monkeypatch):
     assert "\n" not in str(e.value)
 
 
+def test_start_that_waits_for_others_says_so(monkeypatch, caplog):
+    def others_never_come(**settings):
+        while not caplog.messages:
+            time.sleep(0.01)
+        raise RuntimeError("DEADLINE_EXCEEDED\nmore")
+
+    monkeypatch.setattr(jax.distributed, "initialize", others_never_come)
+    config = DistributedConfig("127.0.0.1:1", 2, 1, initialization_timeout=0)
+    with pytest.raises(ConfigError, match="could not start: RuntimeError: DEADLINE_EXCEEDED; give"):
+        distributed.initialize(config)
+    assert "num_processes=2, process_id=1): not all processes have joined" in caplog.text
+
+
 def test_stop_request_of_one_process():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -364,15 +377,19 @@ def test_compilation_cache_reports_misses_then_hits(tmp_path, jax_cache_settings
 
         return jax.jit(wave)(jnp.arange(13.0))
 
+    def other(x):
+        return jnp.cos(x) * 5.0
+
     log = enable_compilation_cache(path, report=reported.append, min_compile_seconds=0.0)
     try:
         first = compile_again()
         second = compile_again()
+        jax.jit(other)(jnp.arange(13.0))
     finally:
         log.close()
     assert reported == log.entries
-    waves = [e for e in log.entries if "wave" in e.name]
-    assert [e.hit for e in waves] == [False, True]
+    ours = [e for e in log.entries if "wave" in e.name or "other" in e.name]
+    assert [e.hit for e in ours] == [False, True, False]
     assert log.hits + log.misses == len(log.entries)
     assert any(path.glob("jit_wave*"))
     np.testing.assert_array_equal(first, second)

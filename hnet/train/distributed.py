@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,9 @@ class DistributedConfig:
     """seconds a process waits at a barrier before it names the missing ones"""
 
 
+_barrier_timeout = DistributedConfig.barrier_timeout_seconds
+
+
 class BarrierTimeout(RuntimeError):
     """A host did not come: one line naming the barrier and the missing hosts."""
 
@@ -67,7 +71,8 @@ def initialize(config: DistributedConfig = DistributedConfig()) -> None:
     """Join the run. Call first in a program: before any array, device or mesh.
 
     Nothing happens if this is the only process or the run was joined already. Raises ConfigError
-    for settings that are incomplete or contradict each other, and when the others do not come.
+    for settings that are incomplete or contradict each other. If the others do not come in time,
+    jax aborts the process; a line in the log says so shortly before.
     """
     global _barrier_timeout
     _barrier_timeout = config.barrier_timeout_seconds
@@ -83,6 +88,10 @@ def initialize(config: DistributedConfig = DistributedConfig()) -> None:
         return
     if missing and not config.auto:
         raise ConfigError(f"distributed.{missing[0]} is not set: give it")
+    what = ", ".join(f"{k}={v}" for k, v in given.items() if v is not None) or "auto"
+    hint = f"distributed ({what}): not all processes have joined; look for one that did not start"
+    alarm = threading.Timer(0.8 * config.initialization_timeout, log.warning, (hint,))
+    alarm.start()
     try:
         jax.distributed.initialize(
             coordinator_address=given["coordinator"],
@@ -98,29 +107,20 @@ def initialize(config: DistributedConfig = DistributedConfig()) -> None:
         alone = ("coordinator_address should be defined", "must be called before")
         if len(missing) == 3 and any(text in str(e) for text in alone):
             return
-        raise ConfigError(_start_error(given, e)) from None
+        raise ConfigError(
+            f"distributed ({what}) could not start: {first_line(e)}; give all of coordinator, "
+            "num_processes and process_id, or set distributed.auto False for one process"
+        ) from None
+    finally:
+        alarm.cancel()
     _client().key_value_set(f"hnet/host/{host_id()}", socket.gethostname())
-
-
-_barrier_timeout = DistributedConfig.barrier_timeout_seconds
 
 
 def _number(value: int | None, variable: str) -> int | None:
     text = os.environ.get(variable)
-    if value is not None or not text:
-        return value
-    if not text.isdecimal():
+    if value is None and text and not text.isdecimal():
         raise ConfigError(f"${variable}={text!r} is not a number: give the one of this run")
-    return int(text)
-
-
-def _start_error(given: dict[str, Any], error: Exception) -> str:
-    what = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
-    return (
-        f"distributed ({what or 'found in the environment'}) could not start: "
-        f"{first_line(error)}; give all of coordinator, num_processes and process_id, check that "
-        "every process runs and reaches process 0, or set distributed.auto False for one process"
-    )
+    return int(text) if value is None and text else value
 
 
 def leave(exit_code: int, reason: str = "") -> None:
@@ -238,8 +238,7 @@ def assert_same_on_all_hosts(values: dict[str, str], timeout_seconds: float | No
         if odd:
             raise ConfigError(
                 f"hosts differ in {name}: {_describe_host(odd[0])} has {seen[odd[0]]!r}, "
-                f"{len(seen) - len(odd)} of {len(seen)} have {usual!r}: make {name} equal "
-                "on all hosts and start again"
+                f"{len(seen) - len(odd)} of {len(seen)} have {usual!r}: make them equal"
             )
 
 

@@ -13,7 +13,9 @@ from hnet.model import abstract
 
 # A fifth of the default's compile time. Where a result must be that of the program people run
 # (causality bit for bit, parity), tests use plain `jax.jit`.
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+QUICK = {"xla_backend_optimization_level": 0}
+if jax.__version_info__ < (0, 11):
+    QUICK["xla_cpu_use_fusion_emitters"] = False
 quick_jit = partial(jax.jit, compiler_options=QUICK)
 
 # blocks shorter than the rows of the tests, so that blocks meet and the last one is ragged

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hnet.train.alarms import WINDOW, BoundaryAlarms, diagnose
+from hnet.train.alarms import PERSISTENCE, WINDOW, BoundaryAlarms, diagnose
 from hnet.train.capacity import MARGIN, PATIENCE, Ladder, rung
 
 
@@ -64,8 +64,10 @@ def test_a_ladder_read_back_from_json_goes_on_alike():
 @pytest.mark.parametrize(
     ("rates", "alarm"),
     [
-        ([0.97], {"all-boundary"}),
-        ([0.01], {"no-boundary"}),
+        ([0.97] * PERSISTENCE, {"all-boundary"}),
+        ([0.97] * (PERSISTENCE - 1), set()),
+        ([0.01] * PERSISTENCE, {"no-boundary"}),
+        ([0.2] + [0.01] * (PERSISTENCE - 1), set()),
         ([0.6] * WINDOW, {"stuck"}),
         ([0.4 + 0.01 * i for i in range(WINDOW)], {"drift"}),
         ([0.6] * (WINDOW - 1), set()),
@@ -78,6 +80,7 @@ def test_alarms_are_named(rates, alarm):
 
 def test_an_alarm_is_said_once_until_it_was_absent():
     alarms = BoundaryAlarms((0.25, 0.5))
-    said = [alarms.check(step, (rate, 0.5)) for step, rate in enumerate((0.97, 0.98, 0.5, 0.99))]
-    assert [len(lines) for lines in said] == [1, 0, 0, 1]
-    assert "'all-boundary' at stage 0" in said[0][0]
+    rates = [0.97] * (PERSISTENCE + 2) + [0.5] + [0.97] * PERSISTENCE
+    said = [alarms.check(step, (rate, 0.5)) for step, rate in enumerate(rates)]
+    assert [step for step, lines in enumerate(said) if lines] == [PERSISTENCE - 1, len(rates) - 1]
+    assert "'all-boundary' at stage 0" in said[-1][0]

@@ -2,7 +2,8 @@
 
 from collections import deque
 
-WINDOW = 50  # logged steps an alarm looks back on
+WINDOW = 50  # steps that "stuck" and "drift" look back on
+PERSISTENCE = 20  # steps that an extreme rate must last: the first updates swing through both
 
 
 class BoundaryAlarms:
@@ -43,9 +44,10 @@ _REMEDY = {
 def diagnose(rates: list[float], target: float) -> set[str]:
     """Alarms of one stage from its last boundary rates, oldest first."""
     rate, full = rates[-1], len(rates) == WINDOW
-    if rate > 0.95:
+    recent = rates[-PERSISTENCE:]
+    if len(recent) == PERSISTENCE and min(recent) > 0.95:
         return {"all-boundary"}
-    if rate < 0.1 * target:
+    if len(recent) == PERSISTENCE and max(recent) < 0.1 * target:
         return {"no-boundary"}
     far = abs(rate - target) > 0.5 * target
     if full and far and max(rates) - min(rates) < 0.02 * target:

@@ -281,15 +281,16 @@ def test_gold_marks_and_f1(view, stored):
 
 
 def test_threshold_preview(view, stored):
+    to_step(view, 2)
+    stage = stored[RUN, 200, "english"].stages[0]
     view.get_by_label("preview p >").check()
-    view.get_by_label("Threshold").fill("0.8")
-    probs = stored[RUN, 400, "english"].stages[0].probs
-    sync_api.expect(chunks(view, "english")).to_have_count(1 + sum(p > 0.8 for p in probs[1:]))
-    sync_api.expect(view.locator(".legend")).to_contain_text("p > 0.80")
+    view.get_by_label("Threshold").fill("0.7")
+    expected = 1 + sum(p > 0.7 for p in stage.probs[1:])
+    assert 1 < expected < len(stage.starts)
+    sync_api.expect(chunks(view, "english")).to_have_count(expected)
+    sync_api.expect(view.locator(".legend")).to_contain_text("p > 0.70")
     view.get_by_label("preview p >").uncheck()
-    sync_api.expect(chunks(view, "english")).to_have_count(
-        len(stored[RUN, 400, "english"].stages[0].starts)
-    )
+    sync_api.expect(chunks(view, "english")).to_have_count(len(stage.starts))
 
 
 def test_hostile_and_broken_text_is_shown_as_text(view, stored):
@@ -317,6 +318,11 @@ def test_a_boundary_inside_a_character_is_seen(view, stored):
 def test_right_to_left_text_runs_to_the_left(view):
     boxes = [chunks(view, "arabic").nth(i).bounding_box()["x"] for i in range(3)]
     assert boxes[0] > boxes[1] > boxes[2]
+    # a separator stands where reading begins, also for English in a Hebrew line
+    edges = "e => [getComputedStyle(e).borderLeftWidth, getComputedStyle(e).borderRightWidth]"
+    assert chunks(view, "hebrew").nth(1).evaluate(edges) == ["0px", "1px"]
+    english = chunks(view, "hebrew").filter(has_text="English")
+    assert english.evaluate(edges) == ["1px", "0px"]
 
 
 @pytest.mark.parametrize("width", [1280, 1920])

@@ -127,36 +127,38 @@ export function drawCard(title, views, options, tooltip) {
   return { card, redraw: () => columns.forEach((c) => c.redraw?.()) };
 }
 
-/** Figures of all shown texts together: a column for every run and stage. */
+/** Figures of all shown texts together: a row for every run and stage. */
 export function drawSummary(runs, levels) {
-  const columns = runs.flatMap(({ pairs }) => levels.map((stage) => ({ stage, f: figures(pairs, stage) })));
-  if (columns.every(({ f }) => !f)) return null;
-  const kinds = [...new Set(columns.flatMap(({ f }) => f?.gold.map(([kind]) => kind) ?? []))];
+  const rows = runs.flatMap(({ label, pairs }) =>
+    levels.map((stage) => ({ label, stage, f: figures(pairs, stage) })).filter(({ f }) => f),
+  );
+  if (!rows.length) return null;
+  const kinds = [...new Set(rows.flatMap(({ f }) => f.gold.map(([kind]) => kind)))];
   const score = (kind) => ({ f }) => {
     const found = f.gold.find(([name]) => name === kind)?.[1];
-    return found && `${found.f1.toFixed(3)} (${found.precision.toFixed(2)} / ${found.recall.toFixed(2)})`;
+    if (!found) return "–";
+    const parts = `P ${found.precision.toFixed(2)} R ${found.recall.toFixed(2)}`;
+    return el("span", {}, found.f1.toFixed(3), el("small", {}, parts));
   };
-  const longest = (stage) => Math.max(...columns.filter((c) => c.f && c.stage === stage).map((c) => c.f.longest));
-  const rows = [
+  const longest = (stage) => Math.max(...rows.filter((row) => row.stage === stage).map(({ f }) => f.longest));
+  const columns = [
     ["chunks", ({ f }) => f.lengths.length],
     ["bytes a chunk", ({ f }) => f.mean.toFixed(2)],
-    ["5 / 50 / 95 percentile", ({ f }) => f.percentiles.map((p) => +p.toFixed(1)).join(" / ")],
+    ["percentiles 5 / 50 / 95", ({ f }) => f.percentiles.map((p) => +p.toFixed(1)).join(" / ")],
     ["longest", ({ f }) => f.longest],
-    ["coefficient of variation", ({ f }) => f.cv.toFixed(2)],
-    ["boundaries inside characters", ({ f }) => percent(f.splits)],
+    ["coeff. of variation", ({ f }) => f.cv.toFixed(2)],
+    ["inside characters", ({ f }) => percent(f.splits)],
     ["p from 0.4 to 0.6", ({ f }) => percent(f.undecided)],
-    ...kinds.map((kind) => [`F1 ${kind} (P / R)`, score(kind)]),
-    ["chunk lengths", ({ f, stage }) => drawHistogram(f.lengths, longest(stage), { width: 190, height: 56 })],
+    ...kinds.map((kind) => [`F1 ${kind}`, score(kind)]),
+    ["chunk lengths", ({ f, stage }) => drawHistogram(f.lengths, longest(stage), { width: 170, height: 46 })],
   ];
-  const th = (scope, attributes, ...content) => el("th", { scope, ...attributes }, ...content);
-  const head = [
-    el("tr", {}, el("td"), ...runs.map(({ label }) => th("colgroup", { colspan: levels.length, title: label }, el("span", { class: "run" }, label)))),
-    el("tr", {}, el("td"), ...columns.map(({ stage }) => th("col", {}, `stage ${stage}`))),
-  ];
-  const body = rows.map(([name, cell]) =>
-    el("tr", {}, th("row", {}, name), ...columns.map((c) => el("td", {}, (c.f ? cell(c) : null) ?? "–"))),
-  );
-  const table = el("table", {}, el("thead", {}, ...head), el("tbody", {}, ...body));
+  const head = ["all texts shown", ...columns.map(([name]) => name)].map((name) => el("th", { scope: "col" }, name));
+  const body = rows.map((row) => {
+    const name = el("span", { class: "run", title: row.label }, row.label);
+    const cells = columns.map(([, cell]) => el("td", {}, cell(row)));
+    return el("tr", {}, el("th", { scope: "row" }, name, `stage ${row.stage}`), ...cells);
+  });
+  const table = el("table", {}, el("thead", {}, el("tr", {}, ...head)), el("tbody", {}, ...body));
   return el("section", { class: "summary" }, table);
 }
 

@@ -43,7 +43,8 @@ export class View {
       oninput: (e) => this.goTo(Number(e.target.value)),
     });
     this.stepLabel = el("output", { class: "steplabel" });
-    const button = (text, label, onclick) => el("button", { type: "button", title: label, "aria-label": label, onclick }, text);
+    const button = (text, label, onclick, name) =>
+      el("button", { type: "button", class: name, title: label, "aria-label": label, onclick }, text);
     this.play = button("▶", "Play the steps", () => this.togglePlay());
     this.threshold = el("input", {
       type: "range", min: 0, max: 1, step: 0.01, value: 0.5, disabled: true, "aria-label": "Threshold",
@@ -61,7 +62,7 @@ export class View {
       field("Route", this.routeSelect),
       field("Gold", this.goldSelect),
       field("Text", this.search),
-      button("↻", "Look for new runs and steps", () => this.reload()),
+      button("↻", "Look for new runs and steps", () => this.reload(), "reload"),
       button("◐", "Light, dark or automatic colours", () => this.theme.next()),
       el(
         "div",

@@ -28,6 +28,7 @@ from hnet.loss import bits_per_byte
 from hnet.model import split
 from hnet.train.config import read_config
 from hnet.train.evaluate import Evaluation, evaluate
+from hnet.train.program import FED
 from hnet.train.step import eval_step
 
 
@@ -60,10 +61,11 @@ def main() -> None:
     step = jax.jit(partial(eval_step, graph=graph), static_argnames="capacities")
 
     def run_batch(batch, capacities):
-        fed = {name: batch[name] for name in ("input_ids", "segment_ids", "loss_mask")}
+        fed = {name: batch[name] for name in FED if name in batch}
         return step(params, fed, capacities=capacities)
 
-    result = evaluate(eval_batches(part, data), run_batch, (None,) * model.config.num_chunked)
+    batches = eval_batches(part, data, route_groups=model.config.route_groups)
+    result = evaluate(batches, run_batch, (None,) * model.config.num_chunked)
     report = summary(result, part)
     if config.json:
         print(json.dumps(report))

@@ -13,9 +13,14 @@ import sys
 import time
 
 from experiments.command_line import run, run_config
+from hnet.infer.segment import segmenter
+from hnet.inspect.render import print_segmentations
 from hnet.train.compile_cache import enable_compilation_cache
+from hnet.train.config import Config
 from hnet.train.distributed import REQUEUE_EXIT_CODE, StopRequest, host_id, initialize
 from hnet.train.loop import Outcome, StopRun, train
+
+PARAGRAPH_BYTES = 400  # of the paragraph that is shown cut
 
 
 def main() -> int:
@@ -33,12 +38,12 @@ def main() -> int:
         print(f"stopped and saved at step {int(outcome.state.step)}: the same command resumes")
         return REQUEUE_EXIT_CODE
     if host_id() == 0:
-        _conclude(outcome, time.monotonic() - began)
+        _conclude(config, outcome, time.monotonic() - began)
     return 0
 
 
-def _conclude(outcome: Outcome, seconds: float) -> None:
-    """Held-out bits per byte beside what general compressors reach on the same bytes."""
+def _conclude(config: Config, outcome: Outcome, seconds: float) -> None:
+    """Held-out bits per byte beside what general compressors reach, and a paragraph cut."""
     text = b"".join(outcome.corpus.heldout.texts())
     if not text:
         return
@@ -52,6 +57,10 @@ def _conclude(outcome: Outcome, seconds: float) -> None:
     rows |= {name: 8 * size / len(text) for name, size in sizes.items()}
     for name, bpb in rows.items():
         print(f"  {name:<12}{bpb:7.3f} bits per byte")
+    if config.model.num_chunked:
+        paragraph = text.split(b"\n\n")[0][:PARAGRAPH_BYTES]
+        segment = segmenter(outcome.program.graph, config.model)
+        print_segmentations(segment(outcome.state.params, [paragraph], ["\nheld-out paragraph"]))
 
 
 if __name__ == "__main__":

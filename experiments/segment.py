@@ -51,8 +51,9 @@ def main() -> None:
     if config.max_bytes < 1:
         raise ConfigError(f"max_bytes={config.max_bytes}: use 1 or more")
     texts = _texts(config)
-    graph, params = split(load(config.checkpoint))
-    segment, found = segmenter(graph), []
+    model = load(config.checkpoint)
+    graph, params = split(model)
+    segment, found = segmenter(graph, model.config), []
     for i in range(0, len(texts), ROWS):
         names = [f"text {i + n + 1}" for n in range(len(texts[i : i + ROWS]))]
         found += segment(params, texts[i : i + ROWS], names)

@@ -1,13 +1,16 @@
 """The ladder of chunk slots, and the alarms of boundaries that go wrong."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiments.configs.systems import magnet
 from hnet.train.alarms import PERSISTENCE, WINDOW, BoundaryAlarms, diagnose
 from hnet.train.capacity import MARGIN, PATIENCE, Ladder, rung
+from tests.training import TINY
 
 
 @given(st.integers(8, 5000), st.integers(0, 6000))
@@ -17,8 +20,8 @@ def test_a_rung_holds_what_it_is_asked_for_up_to_the_length(length, slots):
 
 
 def test_it_climbs_at_once_and_descends_with_patience():
-    ladder = Ladder.start(512, (100,), 1)
-    assert ladder.capacities == (128,)
+    ladder = Ladder((512,), (128,))
+    assert ladder.observe((100,)).capacities == (128,)
     ladder = ladder.observe((125,))
     assert ladder.capacities == (192,)
     for _ in range(PATIENCE - 1):
@@ -29,7 +32,7 @@ def test_it_climbs_at_once_and_descends_with_patience():
 
 
 def test_one_high_count_keeps_the_rung_until_it_is_out_of_sight():
-    ladder = Ladder(512, (192,)).observe((150,))
+    ladder = Ladder((512,), (192,)).observe((150,))
     for _ in range(PATIENCE - 1):
         ladder = ladder.observe((41,))
     assert ladder.capacities == (192,)
@@ -39,23 +42,34 @@ def test_one_high_count_keeps_the_rung_until_it_is_out_of_sight():
 @given(st.lists(st.integers(1, 512), min_size=1, max_size=150))
 def test_slowly_moving_counts_never_overflow(targets):
     """A count that grows by less than half the margin a step always finds a slot."""
-    count, ladder = 100.0, Ladder.start(512, (100,), 1)
+    count, ladder = 100.0, Ladder((512,), (128,))
     for target in targets:
         count = min(max(target, count / 1.04), count * 1.04, 512)
         assert int(count) <= ladder.capacities[0]
         ladder = ladder.observe((int(count),))
 
 
-def test_without_a_measurement_nothing_may_be_clipped():
-    assert Ladder.start(512, None, 2).capacities == (512, 512)
+def test_it_starts_with_all_slots_and_leaves_them_after_its_patience():
+    ladder = Ladder.start(TINY, 64)
+    assert ladder.capacities == (64,)
+    for _ in range(PATIENCE - 1):
+        ladder = ladder.observe((64,)).observe((20,))
+    assert ladder.capacities == (64,)
+
+
+def test_slots_of_ends_and_of_inner_stages_are_counted_in():
+    ends = replace(TINY.stages[0], chunking=magnet().stages[0].chunking)
+    model = replace(TINY, stages=(ends, TINY.stages[0], TINY.stages[1]))
+    assert Ladder.start(model, 64).capacities == (128, 128)
 
 
 def test_a_ladder_read_back_from_json_goes_on_alike():
-    ladder = Ladder.start(512, (100, 30), 2)
+    ladder = Ladder((512, 512), (128, 48))
     for step in range(PATIENCE // 2):
         ladder = ladder.observe((50 + step, 20))
-    again = Ladder.from_json(512, json.loads(json.dumps(ladder.to_json())))
-    for step in range(2 * PATIENCE):
+    content = json.loads(json.dumps(ladder.to_json()))
+    again = Ladder((512, 512), (512, 512)).with_json(content)
+    for _ in range(2 * PATIENCE):
         ladder, again = ladder.observe((60, 9)), again.observe((60, 9))
         assert ladder == again
     assert MARGIN * 60 <= ladder.capacities[0] < 128

@@ -57,7 +57,7 @@ def test_bits_per_byte_of_a_known_source_is_its_entropy():
     evaluation = Evaluation()
     batch = {"loss_mask": mask, "document_ids": np.zeros((1, length), np.int32)}
     evaluation.add(
-        batch, {"nll_BL": nll, "positions": length, "num_chunks_S": [], "max_slots_S": []}
+        batch, {"nll_BL": nll, "positions": length, "num_chunks_S": []}
     )
     exact = -source.log2_prob(data.astype(np.uint8).tobytes())[1:].mean()
     assert evaluation.num_bytes == length - 1
@@ -75,7 +75,6 @@ def test_bits_per_byte_counts_documents_and_not_separators():
         "nll_BL": np.array([[9.0, 1.0, 2.0, 9.0, 4.0]]),
         "positions": 5,
         "num_chunks_S": [2],
-        "max_slots_S": [2],
     }
     evaluation.add(batch, metrics)
     assert evaluation.nats_by_document == {0: 3.0, 1: 4.0}

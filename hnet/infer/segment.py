@@ -9,19 +9,26 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hnet.config import BOS_ID
+from hnet.config import BOS_ID, HNetConfig
+from hnet.data.scripts import route_table, script_ids_of_rows
 from hnet.inspect.segmentation import Segmentation
 
 
-def route_texts(params: Any, input_ids_BL, segment_ids_BL, *, graph: nnx.GraphDef):
+def route_texts(params: Any, input_ids_BL, segment_ids_BL, route_ids_BL, *, graph: nnx.GraphDef):
     """(boundary mask, boundary probability) of each stage, outermost first."""
-    _, routes = nnx.merge(graph, params)(input_ids_BL, segment_ids_BL)
+    _, routes = nnx.merge(graph, params)(input_ids_BL, segment_ids_BL, route_ids_BL=route_ids_BL)
     return [(r.boundary_mask_BL, r.boundary_prob_BL) for r in routes]
 
 
-def segmenter(graph: nnx.GraphDef, out_shardings: Any = None) -> Callable[..., list[Segmentation]]:
-    """A function (params, texts, names, gold) -> segmentations that compiles once a shape."""
+def segmenter(
+    graph: nnx.GraphDef, model: HNetConfig, out_shardings: Any = None
+) -> Callable[..., list[Segmentation]]:
+    """A function (params, texts, names, gold) -> segmentations that compiles once a shape.
+
+    Each text stands alone behind a BOS. A model that tells routes apart names the one of each byte.
+    """
     run = jax.jit(partial(route_texts, graph=graph), out_shardings=out_shardings)
+    route_of = route_table(model.route_groups, "model.route_groups")
 
     def segment(
         params: Any,
@@ -36,16 +43,45 @@ def segmenter(graph: nnx.GraphDef, out_shardings: Any = None) -> Callable[..., l
         for row, text in enumerate(texts):
             ids_BL[row, : len(text) + 1] = [BOS_ID, *text]
             segment_ids_BL[row, : len(text) + 1] = 1
-        stages = jax.device_get(run(params, jnp.asarray(ids_BL), jnp.asarray(segment_ids_BL)))
-        return [
-            Segmentation.from_router(
-                text,
-                [(mask[row], prob[row]) for mask, prob in stages],
-                name=names[row] if names else "",
-                prefix=1,
-                gold=gold[row] if gold else None,
+        route_ids_BL = route_of[script_ids_of_rows(ids_BL, segment_ids_BL)[0]]
+        fed = map(jnp.asarray, (ids_BL, segment_ids_BL, route_ids_BL))
+        stages = jax.device_get(run(params, *fed))
+        found = []
+        for row, text in enumerate(texts):
+            starts, in_front = as_starts(model, [(mask[row], prob[row]) for mask, prob in stages])
+            found.append(
+                Segmentation.from_router(
+                    text,
+                    starts,
+                    name=names[row] if names else "",
+                    prefix=in_front + 1,
+                    routes=_names(model, route_ids_BL[row, 1 : len(text) + 1]),
+                    gold=gold[row] if gold else None,
+                )
             )
-            for row, text in enumerate(texts)
-        ]
+        return found
 
     return segment
+
+
+def as_starts(
+    model: HNetConfig, outputs: Sequence[tuple[np.ndarray, np.ndarray]]
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
+    """(mask, probability) of each stage of one row as those of chunk starts, and a prefix.
+
+    An end at a position is a start behind it. A null slot is a chunk like others if something is
+    before the text that it can hold: so each stage with alignment end puts one position in front,
+    which is a chunk of its own in every stage. The last chunk of such a stage may be unfinished;
+    then the stage inside has not seen it, and starts nothing there.
+    """
+    found, ends = [], [stage.chunking.has_null for stage in model.stages[:-1]]
+    for s, (mask, prob) in enumerate(outputs):
+        in_front, behind = sum(ends[s:]) + ends[s], int(s > 0 and ends[s - 1])
+        pad = partial(np.pad, pad_width=(in_front, behind), constant_values=(1, 0))
+        found.append((pad(mask), pad(prob)))
+    return found, sum(ends)
+
+
+def _names(model: HNetConfig, route_ids: np.ndarray) -> list[str]:
+    names = model.route_names
+    return [names[r] for r in route_ids] if model.num_routes > 1 else []

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from hnet.chunking.controller import ControllerConfig
 from hnet.config import ConfigError, HNetConfig
 from hnet.data.config import DataConfig
+from hnet.data.scripts import route_table
 from hnet.train.checkpoint import CheckpointConfig
 from hnet.train.distributed import DistributedConfig
 from hnet.train.optim import OptimConfig
@@ -82,6 +83,14 @@ class Config:
     distributed: DistributedConfig = DistributedConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
     profile: ProfileConfig = ProfileConfig()
+
+    def __post_init__(self):
+        route_table(self.model.route_groups, "model.route_groups")
+        if self.model.num_routes > 1 and not self.model.route_groups:
+            raise ConfigError(
+                f"model.route_groups=() names no scripts, but the stages tell "
+                f"{self.model.num_routes} routes apart: give {self.model.num_routes - 1} groups"
+            )
 
 
 def to_json(config: Any) -> dict[str, Any]:

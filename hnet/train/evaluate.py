@@ -18,8 +18,6 @@ class Evaluation:
     bytes_by_document: dict[int, int] = field(default_factory=dict)
     positions: float = 0.0
     chunks_by_stage: tuple[float, ...] = ()
-    most_slots_by_stage: tuple[int, ...] = ()
-    """in one row"""
 
     @property
     def nats(self) -> float:
@@ -58,12 +56,9 @@ class Evaluation:
             self.nats_by_document[key] = self.nats_by_document.get(key, 0.0) + nats
             self.bytes_by_document[key] = self.bytes_by_document.get(key, 0) + int(own.sum())
         self.positions += float(metrics["positions"])
-        chunks, most = metrics["num_chunks_S"], metrics["max_slots_S"]
-        zeros = (0,) * len(chunks)
-        sums = zip(self.chunks_by_stage or zeros, chunks)
+        chunks = metrics["num_chunks_S"]
+        sums = zip(self.chunks_by_stage or (0.0,) * len(chunks), chunks)
         self.chunks_by_stage = tuple(a + float(n) for a, n in sums)
-        maxima = zip(self.most_slots_by_stage or zeros, most)
-        self.most_slots_by_stage = tuple(max(a, int(n)) for a, n in maxima)
 
 
 def evaluate(

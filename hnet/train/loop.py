@@ -110,8 +110,10 @@ def _loop(
     """Steps until the last one or a stop request. Raises NonFinite, StopRun, ConfigError."""
     config, program, report = session.config, session.program, session.report
     start = done = int(state.step)
-    ladder = Ladder.from_json(config.data.seq_len, position.ladder) if position.ladder else None
-    segment = segmenter(program.graph, replicated(program.mesh))
+    ladder = Ladder.start(config.model, config.data.seq_len)
+    if position.ladder:
+        ladder = ladder.with_json(position.ladder)
+    segment = segmenter(program.graph, config.model, replicated(program.mesh))
     inflight: InFlight | None = None
     while True:
         row, evaluation, last = None, None, done == config.train.steps
@@ -122,9 +124,6 @@ def _loop(
             evaluation = _evaluate(session, state, done, ladder, whole=last)
             if evaluation:
                 report.evaluated(done, evaluation, row, segment, state.params)
-        if ladder is None:
-            counts = evaluation.most_slots_by_stage if evaluation else None
-            ladder = Ladder.start(config.data.seq_len, counts, config.model.num_chunked)
         stopping = session.stop.stop_requested(done)
         saves = stopping or last or _due(done, config.checkpoint.every)
         if saves and inflight:
@@ -159,14 +158,14 @@ def _loop(
 
 
 def _evaluate(
-    session: Session, state: TrainState, done: int, ladder: Ladder | None, *, whole: bool
+    session: Session, state: TrainState, done: int, ladder: Ladder, *, whole: bool
 ) -> Evaluation | None:
     """Score held-out text in slices between which a stop request is obeyed; None if it came."""
     session.watchdog.beat("eval")
     config = session.config
     return run_evaluation(
         session.program, state.params, session.corpus.heldout, config,
-        ladder.capacities if ladder else (None,) * config.model.num_chunked,
+        ladder.capacities,
         max_bytes=None if whole else config.eval.max_bytes,
         should_stop=lambda: session.stop.stop_requested(done),
     )  # fmt: skip
@@ -215,6 +214,7 @@ def _open_batches(session: Session, start: int) -> BatchIterator:
     return train_batches(
         session.corpus, session.config.data, seed=session.config.seed, start=start,
         process_index=distributed.host_id(), process_count=distributed.num_hosts(),
+        route_groups=session.config.model.route_groups,
     )  # fmt: skip
 
 

@@ -114,7 +114,7 @@ def direction(config: OptimConfig, grads: Any, opt_state: optax.OptState) -> tup
 
 
 def apply_update(params: Any, directions: Any, hparams: Hyperparams, factor: jax.Array) -> Any:
-    """p - lr (direction + weight_decay p), lr = learning_rate * factor * multiplier of the stage."""
+    """p - lr (direction + weight_decay p), lr = learning_rate * factor * the stage's multiplier."""
     num_stages = hparams.multiplier_S.shape[0]
 
     def update(path, p, d):

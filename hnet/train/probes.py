@@ -3,8 +3,8 @@
 import random
 
 from hnet.data import Part
-from hnet.inspect.segmentation import Segmentation
 from hnet.inspect.gold import annotate
+from hnet.inspect.segmentation import Segmentation
 
 _SCRIPTS = (
     "Latin: the reader cuts where words end; Größe, naïve, 3.14\n"

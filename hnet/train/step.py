@@ -8,7 +8,12 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from hnet.chunking.controller import ControllerConfig, ControllerState, controller_init, controller_update
+from hnet.chunking.controller import (
+    ControllerConfig,
+    ControllerState,
+    controller_init,
+    controller_update,
+)
 from hnet.chunking.rate import rates_by_stage
 from hnet.chunking.routes import keep_absent
 from hnet.config import HNetConfig
@@ -152,5 +157,4 @@ def eval_step(
         "positions": jnp.sum(batch["segment_ids"] != 0, dtype=jnp.float32),
         "num_chunks_S": wanted_S,
         "overflow_S": [wanted - kept for wanted, kept in zip(wanted_S, kept_S)],
-        "max_slots_S": [jnp.max(r.num_slots_B) for r in routes],
     }

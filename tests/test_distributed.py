@@ -1,26 +1,18 @@
-"""Start-up, stop requests, barriers, watchdog, compilation cache and the emulated hosts."""
+"""Start-up, stop requests, barriers: one process, and two that are emulated."""
 
-import io
-import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from hnet.config import ConfigError
 from hnet.train import distributed
 from hnet.train.checkpoint import Checkpointer
-from hnet.train.compile_cache import default_cache_path, enable_compilation_cache
 from hnet.train.distributed import DistributedConfig, StopRequest
-from hnet.train.watchdog import Watchdog, WatchdogConfig
 from tpu import emulate
 from tpu.emulate import Emulation
 
@@ -224,189 +216,3 @@ def test_failed_host_keeps_its_code_and_is_named_in_a_slurm_step():
         assert hosts.first_failure == (1, 2)
         assert hosts.lines[1][-2:] == ["joined 2", "data.files: nothing here"]
         assert "ended with 2 data.files: nothing here)" in hosts.wait_for("missing:", 0)
-
-
-# --- the launcher
-
-
-def python(code: str) -> list[str]:
-    return [sys.executable, "-S", "-c", code]
-
-
-def test_emulation_environment_and_logs(tmp_path, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--keep --xla_force_host_platform_device_count=8")
-    echo = io.StringIO()
-    code = "import os; e = os.environ; print(e['JAX_PROCESS_ID'], e['XLA_FLAGS'], flush=True)"
-    (tmp_path / "host0.log").write_text("before\n")
-    with Emulation(python(code), hosts=2, devices=3, echo=echo, log_dir=tmp_path) as hosts:
-        assert hosts.wait(BOUND) == [0, 0]
-    flags = "--keep  --xla_force_host_platform_device_count=3"
-    assert hosts.lines == [[f"0 {flags}"], [f"1 {flags}"]]
-    assert sorted(echo.getvalue().splitlines()) == [f"[host {h}] {h} {flags}" for h in (0, 1)]
-    assert (tmp_path / "host0.log").read_text() == f"before\n0 {flags}\n"
-
-
-def test_first_failure_ends_the_others_and_their_children(tmp_path):
-    code = (
-        "import os, subprocess, sys, time\n"
-        "if os.environ['JAX_PROCESS_ID'] == '1': sys.exit(3)\n"
-        "child = subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(99)'])\n"
-        "print('child', child.pid, flush=True)\n"
-        "time.sleep(99)\n"
-    )
-    with Emulation(python(code)) as hosts:
-        child = int(hosts.wait_for("child", host=0).split()[1])
-        assert hosts.wait(BOUND, grace=0.2) == [128 + signal.SIGTERM, 3]
-        assert hosts.first_failure == (1, 3)
-    assert_gone(child)
-
-
-def assert_gone(pid: int) -> None:
-    """Within a moment: the process is away, or dead and waits to be collected."""
-    for _ in range(100):
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-        except (FileNotFoundError, ProcessLookupError):
-            return
-        if state == "Z":
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"process {pid} still runs")
-
-
-def test_emulation_is_bounded(capsys):
-    assert emulate.main(["--timeout", "0.3", "--", *python("import time; time.sleep(99)")]) == 124
-    assert "hosts 0, 1 still run after 0.3 s" in capsys.readouterr().err
-
-
-def test_emulation_passes_sigterm_to_one_host():
-    code = (
-        "import os, signal, sys, time\n"
-        "me = os.environ['JAX_PROCESS_ID']\n"
-        "signal.signal(signal.SIGTERM, lambda *_: (print('got', me, flush=True), sys.exit(75)))\n"
-        "print('ready', flush=True)\n"
-        "time.sleep(1.5 if me == '0' else 99)\n"
-    )
-    command = [sys.executable, "-m", "tpu.emulate", "--signal-host", "1", "--grace", "9", "--"]
-    with subprocess.Popen(
-        command + python(code), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
-    ) as launcher:
-        ready = {launcher.stdout.readline() for _ in range(2)}
-        assert ready == {"[host 0] ready\n", "[host 1] ready\n"}
-        launcher.terminate()
-        out, err = launcher.communicate(timeout=BOUND)
-    assert launcher.returncode == 75
-    assert out == "[host 1] got 1\n"
-    assert "host 1 was the first to fail, exit code 75" in err
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--hosts", "0", "--", "true"], "--hosts 0: use 1 or more"),
-        (["--signal-host", "2", "--", "true"], "--signal-host 2: use one of 0, 1, all"),
-        (["--", "no-such-program"], "'no-such-program' cannot be started: No such file"),
-    ],
-)
-def test_emulation_of_bad_input(arguments, message, capsys):
-    try:
-        code = emulate.main(arguments)
-    except SystemExit as e:
-        code = e.code
-    assert code == 2
-    assert message in capsys.readouterr().err
-
-
-# --- watchdog
-
-
-def test_watchdog_writes_stacks_of_a_silent_host_only(tmp_path, monkeypatch):
-    clock = SimpleNamespace(now=0.0)
-    clock.monotonic = lambda: clock.now
-    monkeypatch.setattr("hnet.train.watchdog.time", clock)
-    ended = []
-    monkeypatch.setattr(os, "_exit", ended.append)
-    config = WatchdogConfig(timeout_seconds=1000.0, kill_after_seconds=2900.0)
-    with Watchdog(tmp_path / "run", config) as watchdog:
-        for clock.now, phase in ((900.0, "load"), (1800.0, "step")):
-            watchdog._look()
-            watchdog.beat(phase)
-        assert not (tmp_path / "run").exists()
-        for clock.now in (2700.0, 2900.0, 3500.0, 4200.0):  # one dump each 1000 s at most
-            watchdog._look()
-        dumps = sorted((tmp_path / "run").iterdir())
-        assert len(dumps) == 2 and not ended
-        text = dumps[0].read_text()
-        assert "no heartbeat for 1100 s, last phase 'step'" in text
-        assert "test_watchdog_writes_stacks_of_a_silent_host_only" in text
-        clock.now = 4701.0
-        watchdog._look()
-    assert ended == [distributed.REQUEUE_EXIT_CODE]
-
-
-@pytest.mark.parametrize(
-    "settings", [{"timeout_seconds": -1}, {"timeout_seconds": 0, "kill_after_seconds": 5}]
-)
-def test_watchdog_settings(settings):
-    with pytest.raises(ConfigError, match="watchdog.timeout_seconds="):
-        WatchdogConfig(**settings)
-
-
-# --- compilation cache
-
-
-@pytest.fixture
-def jax_cache_settings():
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
-def test_compilation_cache_reports_misses_then_hits(tmp_path, jax_cache_settings):
-    reported = []
-    path = tmp_path / "xla"
-
-    def compile_again():
-        """As a new process would: the same program under a new jit."""
-
-        def wave(x):
-            return jnp.sin(x) * 3.0
-
-        return jax.jit(wave)(jnp.arange(13.0))
-
-    def other(x):
-        return jnp.cos(x) * 5.0
-
-    log = enable_compilation_cache(path, report=reported.append, min_compile_seconds=0.0)
-    try:
-        first = compile_again()
-        second = compile_again()
-        jax.jit(other)(jnp.arange(13.0))
-    finally:
-        log.close()
-    assert reported == log.entries
-    ours = [e for e in log.entries if "wave" in e.name or "other" in e.name]
-    assert [e.hit for e in ours] == [False, True, False]
-    assert log.hits + log.misses == len(log.entries)
-    assert any(path.glob("jit_wave*"))
-    np.testing.assert_array_equal(first, second)
-    count = len(log.entries)
-    jax.jit(lambda x: x + 17)(1)
-    assert len(log.entries) == count  # closed
-
-
-def test_compilation_cache_folder(tmp_path, monkeypatch, jax_cache_settings, caplog):
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
-    assert default_cache_path() == "/caches/hnet/xla"
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "gs://bucket/cache")
-    assert default_cache_path() == "gs://bucket/cache"
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    before = jax.config.jax_compilation_cache_dir
-    enable_compilation_cache(blocked / "xla").close()
-    assert jax.config.jax_compilation_cache_dir == before
-    assert "is off" in caplog.text

@@ -75,7 +75,8 @@ def browser():
 def watched(browser):
     """One page for all tests, and what went wrong in it: errors, dialogs, foreign requests."""
     page, problems = browser.new_page(), []
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(30_000)  # for machines that are busy with other things
+    sync_api.expect.set_options(timeout=30_000)
     page.on("pageerror", lambda e: problems.append(str(e)))
     page.on("dialog", lambda d: (problems.append(d.message), d.dismiss()))
     allowed = ("http://127.0.0.1:", "file://", "about:", "data:", "blob:")

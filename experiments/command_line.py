@@ -8,6 +8,7 @@ import json
 import pkgutil
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,21 +17,35 @@ import tyro
 
 import experiments.configs
 from hnet.config import ConfigError, HNetConfig
+from hnet.train.checkpoint import CheckpointError
 from hnet.train.config import Config, from_json
+from hnet.train.distributed import BarrierTimeout, leave
 
+FAILED = 1
 BAD_INPUT = 2
+INTERRUPTED = 130
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Call `main` and exit with its code; bad input ends in one line on stderr and code 2."""
+    """Call `main` and exit with its code; bad input ends in one line on stderr and code 2.
+
+    The other hosts of a run are told why this one ends, so that none waits for it.
+    """
+    reason = ""
     try:
         code = main() or 0
-    except ConfigError as e:
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
-        code = BAD_INPUT
+    except (ConfigError, BarrierTimeout, CheckpointError) as e:
+        reason, code = f"error: {' '.join(str(e).split())}", BAD_INPUT
+        if not isinstance(e, ConfigError):
+            code = FAILED
+        print(reason, file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        code = 130
+        code = INTERRUPTED
+    except Exception as e:
+        traceback.print_exc()
+        reason, code = f"{type(e).__name__}: {e}", FAILED
+    leave(code, reason)
     sys.exit(code)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from hnet.config import EOS_ID, ConfigError
-from hnet.data.scripts import route_table, script_ids_of_rows, script_step
+from hnet.data.scripts import route_table, script_ids, script_step
 from hnet.infer import stream, utf8
 from hnet.infer.prompts import length_bucket, pad
 from hnet.infer.sampling import Controls, Sampling, sample
@@ -84,8 +84,9 @@ class Decoder:
     def start(self, prompts: Sequence[bytes], sampling: Sampling) -> tuple[Decoding, np.ndarray]:
         """(state after the prompts, boundaries bool (B, L, stages that cut)); a row a prompt."""
         ids_BL, lengths_B = pad(prompts)
-        segment_ids_BL = np.arange(ids_BL.shape[1]) < lengths_B[:, None]
-        script_BL, script_state_B = script_ids_of_rows(ids_BL, segment_ids_BL)
+        script_BL, script_state_B = np.zeros_like(ids_BL), np.zeros(len(prompts), np.uint32)
+        for row, prompt in enumerate(prompts):
+            script_BL[row, : len(prompt)], script_state_B[row] = script_ids(prompt)
         room = length_bucket(ids_BL.shape[1] + sampling.max_bytes)
         logits_BV, masks, cache = _prefill(
             self.params, ids_BL, lengths_B, self.route_of[script_BL],

@@ -107,7 +107,8 @@ def keep_likely(
     in_k_V = jnp.arange(V, dtype=jnp.int32) < top_k
     probs_BV = jax.nn.softmax(jnp.where(in_k_V[None], descending_BV, -jnp.inf), axis=1)
     mass_before_BV = jnp.cumsum(probs_BV, axis=1) - probs_BV
-    kept_BV = in_k_V[None] & (mass_before_BV < top_p)
+    in_nucleus_BV = (mass_before_BV < top_p) | (top_p >= 1)  # the sum of all may reach 1 early
+    kept_BV = in_k_V[None] & in_nucleus_BV
     lowest_B1 = jnp.min(jnp.where(kept_BV, descending_BV, jnp.inf), axis=1, keepdims=True)
     floor_B1 = jnp.maximum(lowest_B1, descending_BV[:, :1] + jnp.log(min_p))
     return jnp.where(logits_BV >= floor_B1, logits_BV, -jnp.inf)

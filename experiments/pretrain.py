@@ -15,10 +15,12 @@ import time
 from experiments.command_line import run, run_config
 from hnet.infer.segment import segmenter
 from hnet.inspect.render import print_segmentations
+from hnet.inspect.segmentation import Segmentation
 from hnet.train.compile_cache import enable_compilation_cache
 from hnet.train.config import Config
 from hnet.train.distributed import REQUEUE_EXIT_CODE, StopRequest, host_id, initialize
 from hnet.train.loop import Outcome, StopRun, train
+from hnet.train.sharding import replicated
 
 PARAGRAPH_BYTES = 400  # of the paragraph that is shown cut
 
@@ -37,16 +39,25 @@ def main() -> int:
     if outcome.evaluation is None:
         print(f"stopped and saved at step {int(outcome.state.step)}: the same command resumes")
         return REQUEUE_EXIT_CODE
-    if host_id() == 0:
-        _conclude(config, outcome, time.monotonic() - began)
+    text = b"".join(outcome.corpus.heldout.texts())
+    if text:
+        paragraph = _cut_paragraph(config, outcome, text)  # on all hosts: it is a computation
+        if host_id() == 0:
+            _conclude(outcome, text, time.monotonic() - began)
+            print_segmentations(paragraph)
     return 0
 
 
-def _conclude(config: Config, outcome: Outcome, seconds: float) -> None:
-    """Held-out bits per byte beside what general compressors reach, and a paragraph cut."""
-    text = b"".join(outcome.corpus.heldout.texts())
-    if not text:
-        return
+def _cut_paragraph(config: Config, outcome: Outcome, text: bytes) -> list[Segmentation]:
+    if not config.model.num_chunked:
+        return []
+    paragraph = text.split(b"\n\n")[0][:PARAGRAPH_BYTES]
+    segment = segmenter(outcome.program.graph, config.model, replicated(outcome.program.mesh))
+    return segment(outcome.state.params, [paragraph], ["held-out paragraph"])
+
+
+def _conclude(outcome: Outcome, text: bytes, seconds: float) -> None:
+    """Held-out bits per byte beside what general compressors reach on the same bytes."""
     print(f"\nheld-out text: {len(text):,} bytes; this start took {seconds:.0f} s")
     sizes = {
         "gzip -9": len(gzip.compress(text, 9)),
@@ -57,10 +68,7 @@ def _conclude(config: Config, outcome: Outcome, seconds: float) -> None:
     rows |= {name: 8 * size / len(text) for name, size in sizes.items()}
     for name, bpb in rows.items():
         print(f"  {name:<12}{bpb:7.3f} bits per byte")
-    if config.model.num_chunked:
-        paragraph = text.split(b"\n\n")[0][:PARAGRAPH_BYTES]
-        segment = segmenter(outcome.program.graph, config.model)
-        print_segmentations(segment(outcome.state.params, [paragraph], ["\nheld-out paragraph"]))
+    print()
 
 
 if __name__ == "__main__":

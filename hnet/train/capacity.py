@@ -6,7 +6,7 @@ from hnet.config import HNetConfig
 
 RUNGS = (1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)  # of all slots
 MARGIN = 1.2  # slots over the most that a row wanted
-PATIENCE = 50  # steps that a smaller rung must have sufficed before it is taken
+PATIENCE = 30  # steps that a smaller rung must have sufficed before it is taken
 
 
 @dataclass(frozen=True)

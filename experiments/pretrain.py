@@ -51,7 +51,7 @@ def main() -> int:
 def _cut_paragraph(config: Config, outcome: Outcome, text: bytes) -> list[Segmentation]:
     if not config.model.num_chunked:
         return []
-    paragraph = text.split(b"\n\n")[0][:PARAGRAPH_BYTES]
+    paragraph = max(text.split(b"\n\n"), key=len)[:PARAGRAPH_BYTES]
     segment = segmenter(outcome.program.graph, config.model, replicated(outcome.program.mesh))
     return segment(outcome.state.params, [paragraph], ["held-out paragraph"])
 

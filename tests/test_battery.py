@@ -107,6 +107,15 @@ def test_causality_bit_for_bit(name, change):
                 assert np.array_equal(bits(old), bits(new))
 
 
+@pytest.mark.parametrize("length", [1, 8, 20])
+def test_a_row_may_be_of_any_length(length):
+    """One byte, whole blocks, a ragged last block: always the start of what a longer row gives."""
+    ids = random_bytes(13)
+    whole, _ = forward("one_stage", ids, MIXED_ROWS)
+    start, _ = forward("one_stage", ids[:, :length], MIXED_ROWS[:, :length], (None,))
+    assert_close(start, whole[:, :length])
+
+
 # --- T4: a document does not notice its neighbours ----------------------------------------------
 
 
@@ -252,12 +261,16 @@ LEARNED = [n for n, c in NETWORKS.items() if c.num_chunked and is_learned(c.stag
 @pytest.mark.parametrize("name", LEARNED)
 @pytest.mark.parametrize("everywhere", [True, False])
 def test_degenerate_boundaries_have_finite_gradients(name, everywhere):
-    """All positions are boundaries, or none but those that a segment starts with (START)."""
+    """All positions are boundaries, or none but those that a segment starts with (START).
+
+    One row holds nothing but padding.
+    """
     graph, params = build(name)
     ids = np.full((3, L), 65, np.int32)
     cotangent = np.random.default_rng(0).normal(size=(3, L, 256)).astype(np.float32)
     forced = force_boundaries(params, everywhere)
-    grads, routes = gradient(graph, forced, ids, MIXED_ROWS, cotangent, None, False)
+    segments = np.stack([ONE_DOCUMENT, PADDED, np.zeros(L, np.int32)])
+    grads, routes = gradient(graph, forced, ids, segments, cotangent, None, False)
     for stage, route in zip(NETWORKS[name].stages, routes):
         if is_learned(stage):
             segments = np.asarray(route.segment_ids_BL)

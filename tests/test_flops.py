@@ -171,13 +171,9 @@ def test_executed_agrees_with_xla_for_every_layer(layout, seq_len, window):
 
 CUTS = {
     "cosine": ChunkingConfig(3.0),
-    "cosine of 3 routes": ChunkingConfig(3.0, routes=3),
     "space": ChunkingConfig(3.0, router="spacelike", dechunk="scatter", residual="add"),
     "mlp": ChunkingConfig(
         3.0, router="mlp", alignment="end", pool="mean", dechunk="repeat", residual="add"
-    ),
-    "mlp of 4 routes": ChunkingConfig(
-        3.0, router="mlp", alignment="end", pool="mean", dechunk="repeat", routes=4, mlp_width=96
     ),
 }
 

@@ -56,9 +56,7 @@ def test_bits_per_byte_of_a_known_source_is_its_entropy():
     mask[0, 0] = False  # nothing predicts the first byte
     evaluation = Evaluation()
     batch = {"loss_mask": mask, "document_ids": np.zeros((1, length), np.int32)}
-    evaluation.add(
-        batch, {"nll_BL": nll, "positions": length, "num_chunks_S": []}
-    )
+    evaluation.add(batch, {"nll_BL": nll, "positions": length, "num_chunks_S": []})
     exact = -source.log2_prob(data.astype(np.uint8).tobytes())[1:].mean()
     assert evaluation.num_bytes == length - 1
     assert evaluation.bpb == pytest.approx(exact, abs=1e-6)

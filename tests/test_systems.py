@@ -12,14 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import network, quick_jit, random_params, stage
 
-from experiments.configs.systems import SYSTEMS
 from hnet.chunking.chunk import chunk
 from hnet.chunking.config import ChunkingConfig
 from hnet.chunking.dechunk import dechunk
 from hnet.chunking.pool import mean_pool
 from hnet.chunking.router import decide, relaxed_bernoulli
 from hnet.chunking.rules import fixed, spacelike, whitespace
-from hnet.config import ConfigError
 
 B, L, D = 2, 13, 3
 
@@ -28,39 +26,6 @@ def two_stages(**chunking):
     return network(
         replace(stage("t1 t1", 26), chunking=ChunkingConfig(**chunking)), stage("t1", 26)
     )
-
-
-@pytest.mark.parametrize(
-    "fields, named",
-    [
-        (dict(pool="mean"), "pool='mean' with alignment='start'"),
-        (dict(alignment="end"), "router='cosine' with alignment='end'"),
-        (dict(router="fixed", target_ratio=2.5), "target_ratio=2.5"),
-        (dict(router="fixed", aux_loss="bce"), "aux_loss='bce'"),
-        (dict(temperature=0.0), "temperature=0.0"),
-        (dict(routes=3, route_target_ratios=(2.0, 3.0)), "route_target_ratios=(2.0, 3.0)"),
-        (dict(routes=2, route_target_ratios=(2.0, 1.0)), "route_target_ratios=(2.0, 1.0)"),
-    ],
-)
-def test_impossible_chunking_is_refused_in_one_line(fields, named):
-    with pytest.raises(ConfigError) as error:
-        two_stages(**fields)
-    message = str(error.value)
-    assert message.startswith("model.stages.0.chunking.") and named in message
-    assert "\n" not in message
-
-
-def test_byte_rules_and_labels_are_refused_where_positions_are_chunks():
-    outer, middle, core = stage("t1 t1", 26), stage("t1 t1", 26), stage("t1", 26)
-    for fields in (dict(router="spacelike"), dict(aux_loss="bce")):
-        cuts = replace(middle, chunking=ChunkingConfig(**fields))
-        with pytest.raises(ConfigError, match="stages.1.chunking.*stage 1"):
-            network(outer, cuts, core)
-
-
-def test_routes_must_fit_the_named_groups():
-    with pytest.raises(ConfigError, match="routes=2.*names 2 groups.*use 3, or 1"):
-        replace(two_stages(routes=2), route_groups=(("Latin",), ("Greek",)))
 
 
 def test_rules_of_bytes():
@@ -304,27 +269,3 @@ def test_given_boundaries_are_needed_and_used():
     told = np.random.default_rng(2).random((1, 11)) < 0.5
     mask = quick_jit(lambda b: nnx.merge(graph, params)(ids, boundaries_BL=b))(told)[1][0]
     assert np.array_equal(mask.boundary_mask_BL[0, 1:], told[0, 1:]) and mask.boundary_mask_BL[0, 0]
-
-
-def test_named_systems_are_the_published_rows():
-    """router, alignment, pool, dechunk, residual, rate loss and its weight of every system."""
-    rows = {}
-    for system in SYSTEMS:
-        c = system().stages[0].chunking
-        rows[system.__name__] = (
-            f"{c.router} {c.alignment} {c.pool} {c.dechunk} {c.residual} {c.aux_loss}"
-        )
-    dtp = "end mean repeat add"
-    assert rows == {
-        "hnet": "cosine start select ema linear ratio",
-        "hnet_space": "spacelike start select repeat linear none",
-        "hnet_pool": "fixed start select repeat linear none",
-        "spacebyte": "spacelike start select scatter add none",
-        "dtp_gumbel": f"mlp {dtp} binomial",
-        "dtp_entropy": f"mlp {dtp} bce",
-        "dtp_unigram": f"mlp {dtp} bce",
-        "dtp_whitespace": f"whitespace {dtp} none",
-        "dtp_fixed": f"fixed {dtp} none",
-        "magnet": f"mlp {dtp} binomial",
-        "flexitokens": f"mlp {dtp} hinge",
-    }

@@ -1,4 +1,4 @@
-"""Our models as models of lm-evaluation-harness (the extra `eval`).
+"""Our models as models of lm-evaluation-harness (the extra `harness`).
 
 from lm_eval import simple_evaluate
 from hnet.infer.harness import HarnessModel

@@ -48,10 +48,7 @@ class TensorFile(Mapping[str, np.ndarray]):
         except ConfigError:
             raise
         except ImportError as e:
-            raise ConfigError(
-                f"{str(self.path)!r} needs {e.name}, which is not installed: "
-                f"pip install 'hnet-jax[interop]'"
-            ) from None
+            raise _missing(self.path, e) from None
         except Exception as e:  # each library has its own errors for damaged and hostile files
             reason = " ".join(str(e).split())[:160] or type(e).__name__
             raise ConfigError(
@@ -78,6 +75,13 @@ class TensorFile(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+
+def _missing(path: Path, error: ImportError) -> ConfigError:
+    return ConfigError(
+        f"{str(path)!r} needs {error.name}, which is not installed: "
+        f"pip install 'hnet-jax[{error.name}]'"
+    )
 
 
 Opened = tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray]]
@@ -172,9 +176,7 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
             _write_torch(partial, tensors)
         partial.rename(path)
     except ImportError as e:
-        raise ConfigError(
-            f"{str(path)!r} needs {e.name}, which is not installed: pip install 'hnet-jax[interop]'"
-        ) from None
+        raise _missing(path, e) from None
     except OSError as e:
         raise ConfigError(f"{str(path)!r} cannot be written: {e.strerror}") from None
     finally:

@@ -1,0 +1,145 @@
+"""Find the target ratio of each route that makes the number of chunks equal in all languages.
+
+    python -m experiments.calibrate --files eng=eng.txt rus=rus.txt --mean-ratio 6 --out routed.json
+    python -m experiments.pretrain routed.json --data.files eng.txt rus.txt
+
+The files are aligned line by line; comparable text, which is not, counts as a whole (--aligned
+False). The mean ratio is all bytes over all chunks of the text. Prints the table and the settings;
+--out writes them into a whole configuration, made from --base. Stage 0 gets the targets: its chunks
+are then equally many, so that the stages inside keep one target for all.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from experiments.command_line import base_config, parse, run
+from hnet.chunking.targets import equal_chunk_ratios
+from hnet.config import ConfigError, HNetConfig
+from hnet.data.parallel import Lines, bytes_by_script, read_parallel
+from hnet.data.scripts import SCRIPTS, route_table
+from hnet.train.config import to_json
+
+COMMON_TO_ALL = ("Common", "Unknown")
+LEAST_SHARE = 0.02  # of a language's bytes, for a script to get a route without being asked for
+
+
+@dataclass(frozen=True)
+class CalibrateConfig:
+    """Which text, and how coarse to cut it."""
+
+    files: tuple[str, ...]
+    """LANGUAGE=FILE for each language, a text a line; or .jsonl with "text\""""
+    mean_ratio: float
+    """bytes a chunk of the whole text, over all languages"""
+    groups: tuple[str, ...] = ()
+    """scripts that share a route, such as Hiragana+Katakana; all others share the default route.
+    Empty = each script of the text by itself, and Latin is the default"""
+    aligned: bool = True
+    """line i says the same in every file; False: only the whole of each file does"""
+    base: str = "default"
+    """named configuration or .json file that is given the routes"""
+    out: str = ""
+    """write the configuration to this file, which must not exist"""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a parallel text says about targets."""
+
+    route_groups: tuple[tuple[str, ...], ...]
+    target_ratios: tuple[float, ...]
+    """of the default route, then of each group"""
+    bytes_LR: np.ndarray
+    """of each language on each route"""
+
+    @property
+    def chunks_L(self) -> np.ndarray:
+        """Chunks that each language gets at these targets."""
+        return self.bytes_LR @ (1 / np.asarray(self.target_ratios))
+
+
+def calibrate(lines: Lines, mean_ratio: float, groups: Sequence[Sequence[str]] = ()) -> Calibration:
+    """Targets of the routes for a parallel text.
+
+    Raises ConfigError for a group that names no script, or a mean ratio too small for a language.
+    """
+    scripts_LX = np.stack([bytes_by_script(texts) for texts in lines.values()])
+    groups = tuple(tuple(group) for group in groups) or _own_routes(scripts_LX)
+    route_of = route_table(groups, "groups")
+    bytes_LR = np.zeros((len(lines), len(groups) + 1), np.int64)
+    np.add.at(bytes_LR.T, route_of, scripts_LX.T)
+    ratios = equal_chunk_ratios(bytes_LR, mean_ratio)
+    if not ratios.min() > 1:
+        raise ConfigError(
+            f"mean_ratio={mean_ratio} asks for {ratios.min():.2f} bytes a chunk in one of the "
+            f"routes: use at least {1.01 * mean_ratio / ratios.min():.2f}"
+        )
+    return Calibration(groups, tuple(round(float(N), 3) for N in ratios), bytes_LR)
+
+
+def _own_routes(scripts_LX: np.ndarray) -> tuple[tuple[str, ...], ...]:
+    """Every script that a language writes a share of its text with, but Latin."""
+    share_X = (scripts_LX / np.maximum(scripts_LX.sum(axis=1, keepdims=True), 1)).max(axis=0)
+    names = [SCRIPTS[i] for i in np.flatnonzero(share_X >= LEAST_SHARE)]
+    return tuple((name,) for name in names if name not in (*COMMON_TO_ALL, "Latin"))
+
+
+def with_routes(model: HNetConfig, found: Calibration) -> HNetConfig:
+    """`model` with these routes and targets in stage 0, and routes in the stages that had some."""
+    if not model.num_chunked:
+        raise ConfigError("base: its model cuts nothing: use one with at least two stages")
+    routes, stages = len(found.target_ratios), list(model.stages)
+    for s, stage in enumerate(stages[:-1]):
+        changes = {"routes": routes, "route_target_ratios": found.target_ratios if s == 0 else ()}
+        if s == 0 or stage.chunking.routes > 1:
+            stages[s] = replace(stage, chunking=replace(stage.chunking, **changes))
+    return replace(model, stages=tuple(stages), route_groups=found.route_groups)
+
+
+def main() -> None:
+    config = parse(CalibrateConfig)
+    if not config.mean_ratio > 1:
+        raise ConfigError(f"mean_ratio={config.mean_ratio}: use more than 1 byte a chunk")
+    if config.out and Path(config.out).exists():
+        raise ConfigError(f"out={config.out!r} exists: choose another file")
+    base = base_config(config.base)
+    lines = read_parallel(config.files, aligned=config.aligned)
+    groups = [tuple(group.split("+")) for group in config.groups]
+    found = calibrate(lines, config.mean_ratio, groups)
+    model = with_routes(base.model, found)
+    _print(found, lines)
+    if config.out:
+        out = Path(config.out)
+        content = to_json(replace(base, model=model, workdir=f"runs/{out.stem}"))
+        try:
+            with out.open("x") as f:
+                f.write(json.dumps(content, indent=1) + "\n")
+        except OSError as e:
+            raise ConfigError(f"out={config.out!r}: {e.strerror}") from None
+        print(f"wrote {config.out}")
+
+
+def _print(found: Calibration, lines: Lines) -> None:
+    console = Console(highlight=False)
+    languages = Table("language", "texts", "bytes a text", "chunks a text", box=None)
+    for language, chunks, num_bytes in zip(lines, found.chunks_L, found.bytes_LR.sum(axis=1)):
+        count = len(lines[language])
+        figures = f"{count:,}", f"{num_bytes / count:.1f}", f"{chunks / count:.2f}"
+        languages.add_row(Text(language), *figures)
+    routes = Table("route", "share of the text", "bytes a chunk", box=None)
+    names = ("default", *("+".join(group) for group in found.route_groups))
+    share_R = found.bytes_LR.sum(axis=0) / found.bytes_LR.sum()
+    for name, share, ratio in zip(names, share_R, found.target_ratios):
+        routes.add_row(name, f"{share:.2%}", f"{ratio:.3f}")
+    console.print(languages, "", routes)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,195 @@
+"""How equally models and tokenizers cut languages, on text that says the same in each of them.
+
+    python -m experiments.fairness --checkpoint runs/routed runs/single --bpe 4096 \\
+        --bpe-files eng=train.eng.txt rus=train.rus.txt --files eng=test.eng.txt rus=test.rus.txt \\
+        --out reports/fairness
+
+Files are aligned line by line. For every stage of every system: chunks a sentence in each language
+and their spread (max/min, coefficient of variation, Gini), bits per byte, nats a sentence, cuts
+inside UTF-8 characters, agreement with gold words. Beside the checkpoints stand single bytes, a BPE
+trained on --bpe-files, and any tokenizer.json. --out gets report.json, report.md and chunks.svg.
+"""
+
+import json
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+from rich.table import Table
+from rich.text import Text
+
+from experiments.command_line import parse, run
+from hnet import load
+from hnet.config import ConfigError
+from hnet.data.parallel import Lines, read_parallel
+from hnet.infer.score import logprobs
+from hnet.infer.segment import segmenter
+from hnet.inspect.fairness import LanguageScore, cut_at, score_language
+from hnet.inspect.fairness_report import (
+    Scores,
+    language_rows,
+    plot,
+    summary_rows,
+    to_json,
+    to_markdown,
+)
+from hnet.inspect.gold import read_ud
+from hnet.inspect.segmentation import Segmentation
+from hnet.inspect.tokens import read_tokenizer, token_starts, train_bpe
+from hnet.model import split
+from hnet.train.config import read_config
+
+BATCH = 32
+Cut = Callable[[Sequence[bytes]], tuple[list[Segmentation], float, int]]
+"""texts -> (their segmentations, nats, scored bytes)"""
+
+
+@dataclass(frozen=True)
+class FairnessConfig:
+    """What is compared, on which text."""
+
+    files: tuple[str, ...]
+    """LANGUAGE=FILE, a sentence a line, or .jsonl with "text"; line i says the same in all"""
+    out: str
+    """folder for the report, which must not have one"""
+    checkpoint: tuple[str, ...] = ()
+    """work directories of runs, or official checkpoints"""
+    tokenizer: tuple[str, ...] = ()
+    """tokenizer.json files"""
+    bpe: int = 0
+    """size of the vocabulary of a byte-level BPE that is trained; 0 = none"""
+    bpe_files: tuple[str, ...] = ()
+    """LANGUAGE=FILE to train it on"""
+    unseen: tuple[str, ...] = ()
+    """LANGUAGE=FILE aligned with the files, of languages that no spread or mean counts"""
+    gold: tuple[str, ...] = ()
+    """LANGUAGE=FILE of sentences with gold words: .jsonl with "text" and "spans" of bytes"""
+    max_lines: int = 1000
+    """at most so many sentences, spread evenly over the files; 0 = all"""
+
+
+@dataclass(frozen=True)
+class System:
+    """One way to cut."""
+
+    name: str
+    cut: Cut
+
+
+def main() -> None:
+    config = parse(FairnessConfig)
+    out = Path(config.out)
+    if (out / "report.json").exists():
+        raise ConfigError(f"out={config.out!r} has a report already: choose another folder")
+    if bool(config.bpe) != bool(config.bpe_files):
+        raise ConfigError("bpe and bpe_files belong together: give both, or neither")
+    lines = read_parallel([*config.files, *config.unseen], field="files, unseen")
+    lines = {language: thin(texts, config.max_lines) for language, texts in lines.items()}
+    unseen = {entry.partition("=")[0] for entry in config.unseen}
+    if known := unseen & {entry.partition("=")[0] for entry in config.files}:
+        raise ConfigError(f"unseen={sorted(known)[0]!r} is in files too: name it once")
+    gold = {language: list(read_ud(path)) for language, path in _pairs(config.gold)}
+    systems = [byte_system()]
+    if config.bpe:
+        texts = [t for own in read_parallel(config.bpe_files).values() for t in own]
+        systems.append(token_system(f"BPE {config.bpe}", train_bpe(texts, config.bpe)))
+    systems += [token_system(Path(path).stem, read_tokenizer(path)) for path in config.tokenizer]
+    systems += [model_system(path) for path in config.checkpoint]
+    write_report(out, measure(systems, lines, gold), unseen)
+
+
+def _pairs(entries: Sequence[str]) -> list[tuple[str, str]]:
+    for entry in entries:
+        if not all(entry.partition("=")):
+            raise ConfigError(f"gold={entry!r}: write LANGUAGE=FILE")
+    return [(a, b) for a, _, b in (entry.partition("=") for entry in entries)]
+
+
+def thin(texts: Sequence[bytes], most: int) -> list[bytes]:
+    """At most so many of the texts, evenly spread; all if `most` is 0."""
+    if not most or len(texts) <= most:
+        return list(texts)
+    return [texts[i * len(texts) // most] for i in range(most)]
+
+
+def byte_system() -> System:
+    """Every byte a chunk, as a plain byte model has it."""
+    return System("bytes", lambda texts: ([cut_at(t, range(len(t))) for t in texts], np.nan, 0))
+
+
+def token_system(name: str, tokenizer: Any) -> System:
+    def cut(texts):
+        return [cut_at(t, token_starts(tokenizer, t)) for t in texts], np.nan, 0
+
+    return System(name, cut)
+
+
+def model_system(path: str) -> System:
+    """A trained model; each sentence stands alone, as `hnet.infer` reads texts."""
+    model = load(path)
+    graph, params = split(model)
+    segment = segmenter(graph, model.config)
+    is_ours = (Path(path) / "config.json").exists()
+    bos = is_ours and read_config(path).data.bos_eos
+
+    def cut(texts):
+        found: dict[int, Segmentation] = {}
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        for first in range(0, len(order), BATCH):
+            rows = order[first : first + BATCH]
+            spare = [b""] * (BATCH - len(rows))
+            segmentations = segment(params, [*(texts[i] for i in rows), *spare])
+            found |= dict(zip(rows, segmentations))
+        nats = scored = 0
+        for score in logprobs(model, texts, bos=bos, batch_size=BATCH):
+            nats -= float(np.nansum(score.logprobs, dtype=np.float64))
+            scored += int(np.isfinite(score.logprobs).sum())
+        return [found[i] for i in range(len(texts))], nats, scored
+
+    return System(Path(path).name, cut)
+
+
+def measure(systems: Sequence[System], lines: Lines, gold: dict[str, list[Segmentation]]) -> Scores:
+    """Let every system cut every language."""
+    if len({system.name for system in systems}) < len(systems):
+        names = ", ".join(system.name for system in systems)
+        raise ConfigError(f"two systems have one name ({names}): rename a folder or file")
+    console = Console(stderr=True)
+    jobs = [(system, language) for system in systems for language in lines]
+    scores: dict[str, dict[str, LanguageScore]] = {system.name: {} for system in systems}
+    for system, language in track(
+        jobs, "cutting", console=console, disable=not console.is_terminal
+    ):
+        found, nats, scored_bytes = system.cut(lines[language])
+        marked = gold.get(language, [])
+        cut = system.cut([seg.data for seg in marked])[0] if marked else []
+        scores[system.name][language] = score_language(
+            found, nats=nats, scored_bytes=scored_bytes,
+            gold=[replace(seg, gold=mark.gold) for seg, mark in zip(cut, marked)],
+        )  # fmt: skip
+    return scores
+
+
+def write_report(out: Path, scores: Scores, unseen: Collection[str]) -> None:
+    """report.json, report.md and chunks.svg in a folder, and the tables on the terminal."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.md").write_text(to_markdown(scores, unseen))
+    plot(out / "chunks.svg", scores, unseen)
+    content = json.dumps(to_json(scores, unseen), indent=1)
+    (out / "report.json").write_text(content + "\n")
+    console = Console(highlight=False)
+    for head, *rows in (summary_rows(scores, unseen), language_rows(scores, unseen)):
+        table = Table(*map(escape, head), box=None)
+        for row in rows:
+            table.add_row(*map(Text, row))
+        console.print(table, "")
+    print(f"wrote {out}/report.json, report.md, chunks.svg")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,100 @@
+"""The adapter to lm-evaluation-harness, run by the harness itself on a local task."""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+from flax import nnx
+from networks import network, random_params, stage
+
+from hnet.infer.generate import generate
+from hnet.infer.sampling import Sampling
+from hnet.infer.score import logprobs
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    pytest.importorskip("lm_eval", reason="the extra `harness` is missing")
+    from lm_eval import simple_evaluate
+    from lm_eval.api.instance import Instance
+    from lm_eval.tasks import TaskManager
+
+    from hnet.infer.harness import HarnessModel
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the harness's own
+
+QUESTIONS = [
+    {"question": "two and two are", "choices": [" four", " five"], "answer": 0},
+    {"question": "the sun is", "choices": [" cold", " hot"], "answer": 1},
+    {"question": "né", "choices": [" à", " b"], "answer": 0},
+]
+CHOICE_TASK = """
+task: local_choice
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: question
+doc_to_choice: choices
+doc_to_target: answer
+target_delimiter: ""
+metric_list: [{metric: acc}]
+"""
+
+
+@pytest.fixture(scope="module")
+def model():
+    return nnx.merge(*random_params(network(stage("t1 t1", 26), stage("t1", 26))))
+
+
+def request(kind, *args):
+    return Instance(request_type=kind, doc={}, arguments=args, idx=0)
+
+
+def test_the_harness_scores_a_local_task(model, tmp_path, monkeypatch):
+    for name in ("HF_HOME", "HF_DATASETS_CACHE"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    data = tmp_path / "questions.json"
+    data.write_text("\n".join(json.dumps(q) for q in QUESTIONS))
+    (tmp_path / "local_choice.yaml").write_text(CHOICE_TASK.replace("FILE", json.dumps(str(data))))
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    found = simple_evaluate(
+        HarnessModel(model, batch_size=8), tasks=["local_choice"], task_manager=manager,
+        bootstrap_iters=0, log_samples=False,
+    )  # fmt: skip
+    right = 0
+    for q in QUESTIONS:
+        scores = logprobs(model, [q["question"] + choice for choice in q["choices"]], batch_size=8)
+        totals = [score.total(len(q["question"].encode())) for score in scores]
+        right += int(np.argmax(totals)) == q["answer"]
+    assert found["results"]["local_choice"]["acc,none"] == pytest.approx(right / len(QUESTIONS))
+
+
+def test_requests_are_answered_in_their_order(model):
+    harness = HarnessModel(model, batch_size=8)
+    pairs = [("ab", "c"), ("", "xyz"), ("é", "é"), ("a", "")]
+    found = harness.loglikelihood([request("loglikelihood", *pair) for pair in pairs])
+    for (context, continuation), (total, is_greedy) in zip(pairs, found):
+        (score,) = logprobs(model, [context + continuation], batch_size=1)
+        start = len(context.encode())
+        assert total == pytest.approx(score.total(start), abs=1e-4)
+        assert is_greedy == bool(np.all(score.is_greedy[start:]))
+    rolling = harness.loglikelihood_rolling([request("loglikelihood_rolling", "some text")])
+    (score,) = logprobs(model, ["some text"], batch_size=1)
+    assert rolling == [pytest.approx(score.total(), abs=1e-4)]
+
+
+def test_generation_follows_each_request_s_settings(model):
+    harness = HarnessModel(model, batch_size=2, max_bytes=6)
+    plain, first = {"until": []}, generate(model, ["ab"], Sampling(max_bytes=6, temperature=0))[0]
+    stop = first.text[2:4]
+    found = harness.generate_until(
+        [request("generate_until", "ab", {"until": [stop], "max_gen_toks": 6}),
+         request("generate_until", "ab", plain),
+         request("generate_until", "cd", plain)]
+    )  # fmt: skip
+    assert found[1] == first.text
+    assert found[0] == first.text[: first.text.index(stop)]
+    assert found[2] == generate(model, ["cd"], Sampling(max_bytes=6, temperature=0))[0].text

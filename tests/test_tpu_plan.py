@@ -1,0 +1,291 @@
+"""Plans for slices that are not there: the compiler's text, the roofline, and four topologies."""
+
+import importlib.util
+import json
+import math
+import re
+from dataclasses import replace
+
+import jax
+import pytest
+
+from experiments.command_line import base_config
+from hnet.config import ConfigError
+from hnet.flops import param_counts
+from hnet.train.capacity import PATIENCE, Ladder
+from hnet.train.sharding import check_batch
+from tpu import hlo
+from tpu.aot import CHIPS, GIB, Plan, Slice, capacities, compile_plan, open_slice
+from tpu.plan import advice, alternatives, main, plan_config, search
+from tpu.roofline import Bound, bytes_a_second, memory, report, roofline, size, step_seconds
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (the extra tpu)"
+)
+
+TINY = {
+    "arch_layout": ["t1", ["t1"], "t1"], "d_model": [32, 64], "d_intermediate": [0, 0],
+    "attn_cfg": {"num_heads": [2, 2], "rotary_emb_dim": [8, 16], "window_size": [31, -1]},
+}  # fmt: skip
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """Command-line words of a job that compiles in seconds."""
+    file = tmp_path / "tiny.json"
+    file.write_text(json.dumps(TINY))
+    return [str(file), "--data.seq_len", "128", "--data.batch_size", "64"]
+
+
+# --- the compiler's text ------------------------------------------------------------------------
+
+PROGRAM = """\
+HloModule step, is_scheduled=true, num_partitions=4
+
+%slice_of (param_0.1: f32[8,16,32], param_1.1: s32[]) -> f32[16,32] {
+  %param_0.1 = f32[8,16,32]{2,1,0:T(8,128)} parameter(0)
+  %param_1.1 = s32[]{:T(128)} parameter(1)
+  %zero.1 = s32[]{:T(128)} constant(0)
+  %slice.1 = f32[1,16,32]{2,1,0} dynamic-slice(%param_0.1, %param_1.1, %zero.1, %zero.1)
+  ROOT %flat.1 = f32[16,32]{1,0} bitcast(%slice.1)
+}
+
+%body (arg: (s32[], f32[8,16,32], f32[16,32])) -> (s32[], f32[8,16,32], f32[16,32]) {
+  %arg = (s32[]{:T(128)}, f32[8,16,32]{2,1,0:T(8,128)}, /*index=2*/f32[16,32]{1,0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%arg), index=0
+  %stack = f32[8,16,32]{2,1,0:T(8,128)} get-tuple-element(%arg), index=1
+  %x = f32[16,32]{1,0} get-tuple-element(%arg), index=2
+  %weights = f32[16,32]{1,0:T(8,128)S(1)} fusion(%stack, %i), kind=kLoop, calls=%slice_of
+  %sum = f32[16,32]{1,0} add(%x, %weights), metadata={op_name="jit(f)/jvp(stage1)/main_network/add"}
+  %all = f32[16,32]{1,0} all-reduce(%sum), channel_id=1, replica_groups=mesh['a'=2,'b'=2] {'b'}, to_apply=%plus, metadata={op_name="jit(f)/transpose(jvp(stage1))/main_network/dot"}
+  ROOT %out = (s32[], f32[8,16,32], f32[16,32]) tuple(%i, %stack, %all)
+}
+
+%plus (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %c = f32[] add(%a, %b)
+}
+
+%condition (arg.2: (s32[], f32[8,16,32], f32[16,32])) -> pred[] {
+  %arg.2 = (s32[], f32[8,16,32], f32[16,32]) parameter(0)
+  %i.2 = s32[] get-tuple-element(%arg.2), index=0
+  %n = s32[]{:T(128)} constant(8)
+  ROOT %less = pred[]{:T(512)} compare(%i.2, %n), direction=LT
+}
+
+ENTRY %main (p0: f32[8,16,32], p1: bf16[64,32]) -> f32[16,32] {
+  %p0 = f32[8,16,32]{2,1,0:T(8,128)} parameter(0)
+  %p1 = bf16[64,32]{1,0:T(8,128)(2,1)} parameter(1)
+  %copy-start.1 = (bf16[64,32]{1,0:T(8,128)(2,1)S(1)}, bf16[64,32]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%p1)
+  %copy-done.1 = bf16[64,32]{1,0:T(8,128)(2,1)S(1)} copy-done(%copy-start.1)
+  %x0 = f32[16,32]{1,0} custom-call(%copy-done.1), metadata={op_name="jit(f)/jvp(encoder)/dot"}
+  %start = s32[] constant(0)
+  %carry = (s32[], f32[8,16,32], f32[16,32]) tuple(%start, %p0, %x0)
+  %loop = (s32[], f32[8,16,32], f32[16,32]) while(%carry), condition=%condition, body=%body
+  %gather = f32[64,32]{1,0} all-gather(%x0), replica_groups=[1,4]<=[4], dimensions={0}, metadata={op_name="jit(f)/lm_head/dot"}
+  ROOT %end = f32[16,32]{1,0} get-tuple-element(%loop), index=2
+}
+"""  # noqa: E501
+
+
+def test_loops_count_as_often_as_they_run_and_slices_as_slices():
+    array = 16 * 32 * 4
+    by = {(m.kind, m.part): m for m in hlo.moved(PROGRAM)}
+    # 8 times: read a weight and its number into on-chip memory; read two operands (one is there
+    # already) and write; all-reduce over the two devices of axis b
+    reads_and_writes = sum(
+        m.num_bytes
+        for m in hlo.moved(PROGRAM)
+        if m.kind == "hbm" and m.part == "stage1/main_network"
+    )
+    assert reads_and_writes == 8 * (array + 4 + 2 * array)
+    reduce = by["all-reduce", "stage1/main_network"]
+    assert (reduce.num_bytes, reduce.count, reduce.group) == (8 * array, 8, 2)
+    gather = by["all-gather", "head"]
+    assert (gather.num_bytes, gather.count, gather.group) == (3 * array, 1, 4)
+    # a prefetch without a name belongs to who uses it
+    encoder = sum(m.num_bytes for m in hlo.moved(PROGRAM) if m.part == "stage0/encoder")
+    assert encoder == 64 * 32 * 2 + array
+
+
+@pytest.mark.parametrize(
+    "shape, everything, hbm",
+    [
+        ("f32[3,5]{1,0:T(8,128)}", 60, 60),
+        ("bf16[7]{0:T(256)(2,1)S(1)}", 14, 0),
+        ("(f32[2]{0}, /*index=1*/s8[3]{0:S(1)}, pred[])", 12, 9),
+        ("u32[]{:S(2)}", 4, 0),
+    ],
+)
+def test_shape_bytes(shape, everything, hbm):
+    assert hlo.shape_bytes(shape) == everything
+    assert hlo.shape_bytes(shape, hbm_only=True) == hbm
+
+
+@pytest.mark.parametrize(
+    "scopes, part",
+    [
+        ("jit(train_step)/jvp(encoder)/while/body/dot_general", "stage0/encoder"),
+        ("jit(f)/transpose(jvp(stage1))/checkpoint/decoder/mul", "stage1/decoder"),
+        ("jit(f)/jvp(stage1)/stage2/main_network/add", "stage2/main_network"),
+        ("jit(f)/jvp(routing_module)/dot", "stage0/routing"),
+        ("jit(f)/jvp(lm_head)/dot", "head"),
+        ("jit(f)/optimizer/mul", "optimizer"),
+        ("jit(f)/broadcast", "other"),
+    ],
+)
+def test_part_of(scopes, part):
+    assert hlo.part_of(scopes) == part
+
+
+# --- settings -----------------------------------------------------------------------------------
+
+
+def test_capacities_are_those_of_the_ladder():
+    config = plan_config(["2stage_L", "--data.seq_len", "8192"])
+    ladder = Ladder.start(config.model, 8192)
+    assert capacities(config) == ladder.capacities  # training starts so
+    for _ in range(PATIENCE):
+        ladder = ladder.observe((8192 // 3, 8192 // 9))
+    assert capacities(config, 1.0) == ladder.capacities
+    assert capacities(config, 100.0) == (8192, 8192)
+
+
+def test_alternatives_keep_the_updates(tiny):
+    config = plan_config(tiny)
+    options = alternatives(config, 16)
+    assert len(options) == len({text for text, _ in options}) > 20
+    for text, other in options:
+        assert plan_config([*tiny, *text.split()]) == other
+        assert (other.data, other.optim) == (config.data, config.optim)
+        axes = {"data": 16 // other.mesh.fsdp, "fsdp": other.mesh.fsdp}
+        mesh = type("Mesh", (), {"shape": axes})
+        check_batch(other.data.batch_size, other.train.accumulate, mesh)
+    costs = [other.model.compute.remat for _, other in options[:3]]
+    assert costs[0] == "none"
+
+
+def test_published_models_take_the_fields_of_the_default_job():
+    config = plan_config(["1stage_XL", "--data.batch_size", "64"])
+    assert config.model.stages[1].d_model == 2048 and config.data.batch_size == 64
+    assert config.model.compute.dtype == "bfloat16"
+    assert config.optim == base_config("default").optim
+
+
+def made_up(config, **fields):
+    slice_ = Slice("v5e:2x2", CHIPS["v5e"], [None] * 4)
+    base = Plan(config, slice_, capacities(config, 1.0), 1.0, 2 * GIB, 10 * GIB, True, [])
+    return replace(base, **fields)
+
+
+def test_roofline_takes_the_slowest_resource(tiny):
+    plan = made_up(
+        plan_config(tiny),
+        moved=[
+            hlo.Moved("hbm", "stage0/encoder", 8.2e8, 1),
+            hlo.Moved("all-reduce", "stage0/encoder", 9e8, 1, 4),
+            hlo.Moved("hbm", "optimizer", 8.2e9, 1),
+        ],
+    )
+    bounds = roofline(plan)
+    assert bounds["stage0/encoder"].hbm == pytest.approx(1e-3)
+    assert bounds["stage0/encoder"].network == pytest.approx(1e-2)
+    assert bounds["stage0/encoder"].name == "network"
+    assert bounds["optimizer"] == Bound(0, pytest.approx(1e-2), 0)
+    # head: 3 x 2 x 128 positions x 256 x 32 for each of the 16 rows of a device
+    assert bounds["head"].compute == pytest.approx(3 * 2 * 128 * 256 * 32 * 16 / 197e12)
+    assert step_seconds(plan) == pytest.approx(sum(max(b) for b in bounds.values()))
+    assert bytes_a_second(plan) == pytest.approx(64 * 128 / step_seconds(plan))
+    assert "network" in report(plan)
+
+
+def test_advice_and_report_of_what_does_not_fit(tiny):
+    config = plan_config(tiny)
+    plan = made_up(config, state_bytes=40 * GIB, hbm_bytes=math.inf, fits=False)
+    assert "--mesh.fsdp 4 or more" in advice(plan)
+    assert "DOES NOT FIT" in memory(plan)
+    assert "--model.compute.remat layer" in advice(replace(plan, state_bytes=GIB))
+    assert size(1536) == "1.5 KiB" and size(3 * GIB) == "3.00 GiB" and size(math.inf) == "inf GiB"
+
+
+def test_search_skips_what_cannot_fit_and_stops_at_the_first_that_does(tiny, monkeypatch, capsys):
+    config = plan_config(tiny)
+    plan = made_up(config, state_bytes=40 * GIB, fits=False)  # needs fsdp of 4
+    tried = []
+
+    def compiled(config, slice_, slots):
+        assert slots == plan.capacities
+        tried.append(config)
+        fits = config.model.compute.remat == "layer"
+        return replace(plan, config=config, fits=fits, hbm_bytes=GIB)
+
+    monkeypatch.setattr("tpu.plan.compile_plan", compiled)
+    found = search(plan, 12)
+    assert found.config == tried[-1] and found.config.model.compute.remat == "layer"
+    assert {c.mesh.fsdp for c in tried} == {4}
+    assert capsys.readouterr().out.count("too much") == len(tried) - 1
+    tried.clear()
+    assert search(plan, 2) is None and len(tried) == 2
+
+
+# --- topologies ---------------------------------------------------------------------------------
+
+
+@needs_libtpu
+@pytest.mark.parametrize("topology, devices", [("v5e:2x2", 4), ("v5p:4x4x4", 64)])
+def test_plan_of_a_small_model(tiny, capsys, topology, devices):
+    once = ["--rate", "1"] if devices == 64 else []
+    assert main(["--topology", topology, *once, *tiny]) == 0
+    out = capsys.readouterr().out
+    assert out.count("memory a device") == 2 - len(once) // 2
+    params = sum(param_counts(plan_config(tiny).model).values())
+    assert f"{devices} devices" in out and f"parameters {params:,}" in out
+    assert re.search(r"state \S+ KiB, activations .* fits\n", out)
+    assert re.search(rf"all-reduce +over {devices} ", out)
+    assert re.search(r"so [\d,]+ bytes/s and \d+% of the peak at most", out)
+
+
+@needs_libtpu
+@pytest.mark.parametrize("topology, devices", [("v5e:4x4", 16), ("v6e:2x2", 4)])
+def test_gradients_are_reduced_once_and_the_state_is_counted(tiny, topology, devices):
+    config = plan_config(tiny)
+    plan = compile_plan(config, open_slice(topology), (32,))
+    params = sum(param_counts(config.model).values())
+    assert plan.fits and len(plan.slice_.devices) == devices
+    # parameters and two moments of AdamW, each whole on every device
+    assert plan.state_bytes == pytest.approx(3 * 4 * params, rel=0.01)
+    assert plan.state_bytes < plan.hbm_bytes < 64 * 2**20
+    reduced = sum(m.num_bytes for m in plan.moved if m.kind == "all-reduce")
+    assert reduced == pytest.approx(2 * (devices - 1) / devices * 4 * params, rel=0.1)
+    parts = {m.part for m in plan.moved}
+    assert {"stage0/encoder", "stage1/main_network", "optimizer", "head"} <= parts
+
+
+@needs_libtpu
+def test_too_much_is_said_and_fails(tiny, capsys):
+    words = ["--topology", "v5e:2x2", "--rate", "1", *tiny, "--data.batch_size", "1048576"]
+    assert main(words) == 1
+    out = capsys.readouterr().out
+    assert re.search(r"together \d+\.\d+ GiB of 16\.00 GiB: DOES NOT FIT", out)
+    assert "--search tries them" in out
+
+
+@pytest.mark.parametrize("topology", ["v5e", "v5e:4", "gpu:2x2", "v5e:4x4; rm", ""])
+def test_unknown_topologies_get_one_line(topology):
+    with pytest.raises(ConfigError, match="use KIND:SHAPE such as v5e:4x4") as e:
+        open_slice(topology)
+    assert "\n" not in str(e.value)
+
+
+@needs_libtpu
+def test_impossible_topologies_and_batches_get_one_line(tiny):
+    with pytest.raises(ConfigError, match="cannot be compiled for") as e:
+        open_slice("v5e:3x7")
+    assert "\n" not in str(e.value)
+    with pytest.raises(ConfigError, match="data.batch_size=6 is not a multiple"):
+        compile_plan(plan_config([*tiny, "--data.batch_size", "6"]), open_slice("v5e:2x2"), (32,))
+
+
+def test_the_cpu_stays_the_default_device():
+    assert jax.default_backend() == "cpu"

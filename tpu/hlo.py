@@ -1,0 +1,240 @@
+"""What a compiled program moves: collectives and memory traffic, read from its HLO text.
+
+XLA's own cost analysis counts the body of a loop once. Here every instruction counts as often as
+the loops around it run.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_NO_TRAFFIC = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
+    "call", "after-all", "partition-id", "replica-id", "iota",
+}  # fmt: skip
+_BITS = {"pred": 8, "bf16": 16}  # others carry their number of bits in their name
+_SHAPE = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([\d,<=]*)\](\{[^}]*\})?")
+_PARTS = {
+    "encoder": "encoder", "decoder": "decoder", "main_network": "main_network", "chunk": "chunk",
+    "dechunk": "dechunk", "residual_proj": "residual_proj", "routing_module": "routing",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Instruction:
+    name: str
+    opcode: str
+    shape: str
+    arguments: str
+    attributes: str
+    is_root: bool
+
+    @property
+    def operands(self) -> list[str]:
+        return re.findall(r"%([\w.\-]+)", self.arguments)
+
+    @property
+    def op_name(self) -> str:
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found[1] if found else ""
+
+    def called(self, key: str) -> str | None:
+        found = re.search(rf"\b{key}=%?([\w.\-]+)", self.attributes)
+        return found[1] if found else None
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Bytes that one device moves in one step."""
+
+    kind: str
+    """``hbm``, or the kind of collective"""
+    part: str
+    """as in hnet.flops; ``loss``, ``optimizer`` or ``other`` beside"""
+    num_bytes: float
+    count: float
+    group: int = 1
+    """devices that take part"""
+
+
+def shape_bytes(shape: str, *, hbm_only: bool = False) -> int:
+    """Bytes of an array or of all elements of a tuple; `hbm_only` leaves out on-chip buffers."""
+    total = 0
+    for kind, dims, layout in _SHAPE.findall(shape):
+        if hbm_only and re.search(r"S\([1-9]", layout):
+            continue
+        digits = re.search(r"\d+", kind)
+        bits = _BITS.get(kind) or (int(digits[0]) if digits else 0)
+        total += math.prod(int(d.strip("<=")) for d in dims.split(",") if d) * bits // 8
+    return total
+
+
+def part_of(op_name: str) -> str:
+    """The part of the network that an operation belongs to, by the named scopes around it."""
+    words = re.split(r"[/()]+", op_name)
+    stage = next((w[5:] for w in reversed(words) if re.fullmatch(r"stage\d+", w)), "0")
+    for word in reversed(words):
+        if word in _PARTS:
+            return f"stage{stage}/{_PARTS[word]}"
+        if word in ("lm_head", "loss", "optimizer"):
+            return {"lm_head": "head"}.get(word, word)
+    return "other"
+
+
+def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
+    """Instructions of each computation, and the name of the entry."""
+    computations: dict[str, list[Instruction]] = {}
+    current, entry = None, ""
+    for line in text.splitlines():
+        if head := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*->.*\{$", line):
+            current = computations.setdefault(head[2], [])
+            entry = head[2] if head[1] else entry
+        elif current is not None and (found := re.match(r"\s+(ROOT )?%?([\w.\-]+) = (.*)", line)):
+            rest = found[3]
+            shape_end = _closing(rest) + 1 if rest.startswith("(") else rest.index(" ")
+            shape, rest = rest[:shape_end], rest[shape_end:].lstrip()
+            opcode, _, rest = rest.partition("(")
+            end = _closing("(" + rest) - 1
+            current.append(
+                Instruction(found[2], opcode, shape, rest[:end], rest[end + 1 :], bool(found[1]))
+            )
+    return computations, entry
+
+
+def _closing(text: str) -> int:
+    """Index of the bracket that closes the one at 0."""
+    depth = 0
+    for i, c in enumerate(text):
+        depth += (c == "(") - (c == ")")
+        if not depth:
+            return i
+    return len(text) - 1
+
+
+def moved(text: str) -> list[Moved]:
+    """Everything that a compiled step moves, on one device."""
+    computations, entry = parse(text)
+    found: list[Moved] = []
+    for name, times, fused in _runs(computations, entry, 1.0, False):
+        shapes = {i.name: i.shape for i in computations[name]}
+        parts = _parts(computations[name])
+        for one in computations[name]:
+            kind, part = one.opcode.removesuffix("-start"), parts[one.name]
+            if kind in COLLECTIVES:
+                size, group = _collective_bytes(one, kind, shapes), _group_size(one.attributes)
+                found.append(Moved(kind, part, times * size, times, group))
+            elif not fused and one.opcode not in _NO_TRAFFIC and not one.opcode.endswith("-done"):
+                size = _traffic(one, shapes, computations)
+                found.append(Moved("hbm", part, times * size, times))
+    return found
+
+
+def _parts(instructions: list[Instruction]) -> dict[str, str]:
+    """Part of each instruction; what the compiler added belongs to who uses or made its value."""
+    parts = {i.name: part_of(i.op_name) for i in instructions}
+    for _ in range(3):  # through a start, its end, and a bitcast
+        for i in reversed(instructions):
+            for operand in i.operands:
+                if parts.get(operand) == "other":
+                    parts[operand] = parts[i.name]
+    for i in instructions:
+        if parts[i.name] == "other":
+            near = (parts[o] for o in i.operands if parts.get(o, "other") != "other")
+            parts[i.name] = next(near, "other")
+    return parts
+
+
+def _runs(
+    computations: dict, name: str, times: float, fused: bool
+) -> Iterator[tuple[str, float, bool]]:
+    """(computation, how often it runs, whether it lies in a fusion), callers first."""
+    yield name, times, fused
+    for one in computations[name]:
+        if one.opcode == "while":
+            body, condition = one.called("body"), one.called("condition")
+            trips = times * _trip_count(computations[condition], one)
+            yield from _runs(computations, body, trips, fused)
+        elif one.opcode == "conditional":
+            branches = re.search(r"branch_computations=\{([^}]*)\}", one.attributes)
+            names = re.findall(r"[\w.\-]+", branches[1]) if branches else []
+            names += [one.called(f"{case}_computation") for case in ("true", "false")]
+            for branch in filter(None, names):
+                yield from _runs(computations, branch, times, fused)
+        elif (callee := one.called("calls") or one.called("to_apply")) in computations:
+            inside = fused or one.opcode not in ("call", "async-start")
+            yield from _runs(computations, callee, times, inside)
+
+
+def _trip_count(condition: list[Instruction], loop: Instruction) -> int:
+    """Of a counted loop from 0; a loop of another form counts once."""
+    known = re.search(r"known_trip_count[^\d]*(\d+)", loop.attributes)
+    if known:
+        return int(known[1])
+    root = next(i for i in condition if i.is_root)
+    constants = {i.name: i.arguments for i in condition if i.opcode == "constant"}
+    if root.opcode != "compare" or "direction=LT" not in root.attributes:
+        return 1
+    numbers = [constants[o] for o in root.operands if constants.get(o, "").isdecimal()]
+    return int(numbers[0]) if numbers else 1
+
+
+def _collective_bytes(one: Instruction, kind: str, shapes: dict[str, str]) -> float:
+    """Bytes that leave one device, for a ring over n devices."""
+    n = _group_size(one.attributes)
+    size = sum(shape_bytes(shapes.get(o, "")) for o in one.operands) or shape_bytes(one.shape)
+    share = (n - 1) / n
+    factors = {"all-reduce": 2 * share, "all-gather": n - 1, "reduce-scatter": share,
+               "all-to-all": share, "collective-permute": 1}  # fmt: skip
+    return size * factors[kind]
+
+
+def _group_size(attributes: str) -> int:
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+        return listed[1].count(",") + 1
+    if grid := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
+        return int(grid[1])
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
+    return 2
+
+
+def _traffic(one: Instruction, shapes: dict[str, str], computations: dict) -> float:
+    """HBM bytes of an instruction: what it reads and writes, of slices only the slice."""
+    output = one.shape
+    if one.opcode.endswith("-start"):  # of a prefetch: read there, written here
+        shown = [f[0] for f in _SHAPE.finditer(output)]
+        result = shown[0] if one.opcode == "copy-start" else shown[-2]
+        source = shown[1] if one.opcode == "copy-start" else shown[0]
+        read = shape_bytes(result) if shape_bytes(source, hbm_only=True) else 0
+        return read + shape_bytes(result, hbm_only=True)
+    inside = computations.get(one.called("calls") or "", [])
+    sliced = _sliced_parameters(inside) if one.opcode == "fusion" else {}
+    if one.opcode == "dynamic-slice":
+        return 2 * shape_bytes(one.shape, hbm_only=True)
+    updates = [i for i in inside if i.opcode == "dynamic-update-slice"]
+    total = shape_bytes(output, hbm_only=True)
+    for i in updates:  # written in place
+        update = next((j.shape for j in inside if j.name == i.operands[1]), "")
+        total -= max(0, shape_bytes(i.shape, hbm_only=True) - shape_bytes(update))
+    for index, operand in enumerate(one.operands):
+        whole = shape_bytes(shapes.get(operand, ""), hbm_only=True)
+        total += min(whole, sliced.get(index, whole))
+    return max(0, total)
+
+
+def _sliced_parameters(inside: list[Instruction]) -> dict[int, int]:
+    """Bytes that a fusion needs of those parameters of which it reads or replaces a slice."""
+    parameters = {i.name: int(i.arguments) for i in inside if i.opcode == "parameter"}
+    needed: dict[int, int] = {}
+    for name, index in parameters.items():
+        users = [i for i in inside if name in i.operands]
+        slices = [i for i in users if i.opcode == "dynamic-slice" and i.operands[0] == name]
+        replaced = [
+            i for i in users if i.opcode == "dynamic-update-slice" and i.operands[0] == name
+        ]
+        if users and len(slices) + len(replaced) == len(users):
+            needed[index] = sum(shape_bytes(i.shape) for i in slices)
+    return needed

@@ -146,7 +146,7 @@ def to_step(page, i):
 
 def test_tab_in_tensorboard_shows_the_newest_step(open_page, address, stored):
     page = open_page(address + "#boundaries")
-    assert page.get_by_role("tab", name="Boundaries").is_visible()
+    page.get_by_role("tab", name="Boundaries").wait_for(timeout=30_000)
     frame = page.frame_locator("iframe")
     frame.get_by_label("Run", exact=True).select_option(RUN)
     frame.locator(".runnames", has_text=f"{RUN} · step 400").wait_for()

@@ -3,8 +3,10 @@
 import math
 import os
 import re
+import tempfile
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -113,16 +115,23 @@ def capacities(config: Config, factor: float = math.inf) -> tuple[int, ...]:
 
 def compile_plan(config: Config, slice_: Slice, slots: tuple[int, ...]) -> Plan:
     """Compile the training step. Raises ConfigError for what cannot work on these devices."""
-    program = build(config, devices=slice_.devices)
+    with tempfile.TemporaryDirectory(prefix="hnet-plan-") as folder:
+        return _compile(config, slice_, slots, Path(folder))
+
+
+def _compile(config: Config, slice_: Slice, slots: tuple[int, ...], folder: Path) -> Plan:
+    # The text comes from the compiler itself: jaxlib cannot read each program of a newer libtpu.
+    dump = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
+    program = build(config, devices=slice_.devices, compiler_options=dump)
     shape = (config.data.batch_size, config.data.seq_len)
     kinds = {"input_ids": jnp.int32, "segment_ids": jnp.int32, "loss_mask": jnp.bool_}
     kinds |= {"route_ids": jnp.int32} if config.model.num_routes > 1 else {}
     sharding = batch_sharding(program.mesh)
     batch = {k: jax.ShapeDtypeStruct(shape, d, sharding=sharding) for k, d in kinds.items()}
     state = sum(_device_bytes(leaf) for leaf in jax.tree.leaves(program.abstract_state))
-    began = time.monotonic()
     lowered = program.step.lower(program.abstract_state, batch, program.hparams, capacities=slots)
     plan = Plan(config, slice_, slots, 0.0, state, math.inf, False, [])
+    began = time.monotonic()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as e:
@@ -135,7 +144,8 @@ def compile_plan(config: Config, slice_: Slice, slots: tuple[int, ...]) -> Plan:
     m = compiled.memory_analysis()
     size = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
     size += m.temp_size_in_bytes + m.generated_code_size_in_bytes
-    moved = hlo.moved(compiled.as_text())
+    (text,) = folder.glob("*train_step*.after_optimizations.txt")
+    moved = hlo.moved(text.read_text())
     fits = size <= plan.hbm_a_device
     return replace(plan, compile_seconds=seconds, hbm_bytes=size, fits=fits, moved=moved)
 

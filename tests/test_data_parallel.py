@@ -1,0 +1,61 @@
+"""Reading parallel text."""
+
+import numpy as np
+import pytest
+from data_helpers import jsonl
+
+from hnet.config import ConfigError
+from hnet.data.parallel import bytes_by_script, read_parallel
+from hnet.data.scripts import SCRIPTS
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n \nthree\nfour")
+    (tmp_path / "b.txt").write_text("раз\nдва\n\nчетыре\n")
+    (tmp_path / "c.jsonl").write_bytes(jsonl(["eins", "zwei", "drei", "vier"]))
+    (tmp_path / "short.txt").write_text("only")
+    return tmp_path
+
+
+def test_lines_that_a_language_lacks_are_left_out_of_all(files):
+    lines = read_parallel([f"a={files}/a.txt", f"b={files}/b.txt", f"c={files}/c.jsonl"])
+    assert lines == {
+        "a": [b"one", b"four"],
+        "b": ["раз".encode(), "четыре".encode()],
+        "c": [b"eins", b"vier"],
+    }
+
+
+def test_comparable_text_keeps_all_its_lines(files):
+    lines = read_parallel([f"a={files}/a.txt", f"s={files}/short.txt"], aligned=False)
+    assert lines == {"a": [b"one", b"three", b"four"], "s": [b"only"]}
+
+
+def test_a_language_goes_on_with_another_file(files):
+    lines = read_parallel([f"c={files}/{name}" for name in ("c.jsonl", "short.txt")])
+    assert lines["c"] == [b"eins", b"zwei", b"drei", b"vier", b"only"]
+
+
+@pytest.mark.parametrize(
+    ("entries", "says"),
+    [
+        (["a.txt"], "files='a.txt': write LANGUAGE=FILE"),
+        (["a=nowhere.txt"], "files: 'nowhere.txt': No such file"),
+        (["a={}/a.txt", "s={}/short.txt"], "numbers of lines differ .*'a': 4, 's': 1"),
+        (["a={}/bad.jsonl"], 'not every line is an object with "text"'),
+        ([], "give LANGUAGE=FILE"),
+    ],
+)
+def test_bad_files_are_one_line(files, entries, says):
+    (files / "bad.jsonl").write_text('{"text": 3}\n')
+    with pytest.raises(ConfigError, match=says) as error:
+        read_parallel([entry.format(files) for entry in entries])
+    assert "\n" not in str(error.value)
+
+
+def test_bytes_count_by_script():
+    counts = bytes_by_script([b"1ab", "яя".encode()])
+    assert counts.dtype == np.int64
+    found = {SCRIPTS[i]: int(n) for i, n in enumerate(counts) if n}
+    assert found == {"Common": 1, "Latin": 3, "Cyrillic": 3}  # a character's last byte decides

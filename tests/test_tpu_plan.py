@@ -15,7 +15,7 @@ from hnet.flops import param_counts
 from hnet.train.capacity import PATIENCE, Ladder
 from hnet.train.sharding import check_batch
 from tpu import hlo
-from tpu.aot import CHIPS, GIB, Plan, Slice, capacities, compile_plan, open_slice
+from tpu.aot import CHIPS, GIB, Plan, Slice, _refused_bytes, capacities, compile_plan, open_slice
 from tpu.plan import advice, alternatives, main, plan_config, search
 from tpu.roofline import Bound, bytes_a_second, memory, report, roofline, size, step_seconds
 
@@ -267,8 +267,21 @@ def test_too_much_is_said_and_fails(tiny, capsys):
     words = ["--topology", "v5e:2x2", "--rate", "1", *tiny, "--data.batch_size", "1048576"]
     assert main(words) == 1
     out = capsys.readouterr().out
-    assert re.search(r"together \d+\.\d+ GiB of 16\.00 GiB: DOES NOT FIT", out)
+    assert re.search(r"together at least \d+\.\d+ GiB of 16\.00 GiB: DOES NOT FIT", out)
     assert "--search tries them" in out
+
+
+@pytest.mark.parametrize(
+    "message, num_bytes",
+    [
+        ("the total memory required for HLO temporaries (200.50G) exceeds 15.75G", 200.5 * GIB + 7),
+        ("Used 23.1G of 15.75G hbm. Exceeded hbm capacity by 7.35G.", 23.1 * GIB),
+        ("Used 23.0M of 15.75M hbm.", 23 * 2**20),
+        ("no numbers", math.inf),
+    ],
+)
+def test_what_the_compiler_says_when_it_gives_up(message, num_bytes):
+    assert _refused_bytes(message, 7) == num_bytes
 
 
 @pytest.mark.parametrize("topology", ["v5e", "v5e:4", "gpu:2x2", "v5e:4x4; rm", ""])

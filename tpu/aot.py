@@ -92,7 +92,7 @@ class Plan:
     state_bytes: float
     """of parameters and optimizer on the fullest device"""
     hbm_bytes: float
-    """that a device needs; as far as the compiler says when it does not fit"""
+    """that a device needs; at least, if the compiler gave up"""
     fits: bool
     moved: list[hlo.Moved]
 
@@ -137,8 +137,7 @@ def _compile(config: Config, slice_: Slice, slots: tuple[int, ...], folder: Path
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
-        used = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(e))
-        size = float(used[1]) * 2 ** (10 * " KMGT".index(used[2])) if used else math.inf
+        size = _refused_bytes(str(e), state)
         return replace(plan, compile_seconds=time.monotonic() - began, hbm_bytes=size)
     seconds = time.monotonic() - began
     m = compiled.memory_analysis()
@@ -148,6 +147,19 @@ def _compile(config: Config, slice_: Slice, slots: tuple[int, ...], folder: Path
     moved = hlo.moved(text.read_text())
     fits = size <= plan.hbm_a_device
     return replace(plan, compile_seconds=seconds, hbm_bytes=size, fits=fits, moved=moved)
+
+
+def _refused_bytes(message: str, state: float) -> float:
+    """Least bytes that a program needs which the compiler gave up; inf if it does not say.
+
+    It gives up early for the temporaries alone, or late for everything.
+    """
+    found = re.search(r"Used ([\d.]+)([KMGT]) of|temporaries \(([\d.]+)([KMGT])\)", message)
+    if not found:
+        return math.inf
+    used, used_unit, temporary, unit = found.groups()
+    size = float(used or temporary) * 2 ** (10 * " KMGT".index(used_unit or unit))
+    return size if used else state + size
 
 
 def _device_bytes(leaf: Any) -> float:

@@ -65,13 +65,14 @@ def size(num_bytes: float) -> str:
 
 def memory(plan: Plan) -> str:
     config, rest = plan.config, plan.hbm_bytes - plan.state_bytes
+    least = "" if plan.moved else "at least "  # nothing moves in a program that was given up
     return (
         f"{plan.slice_.name}: {len(plan.slice_.devices)} devices, {config.data.batch_size} rows of "
         f"{config.data.seq_len} bytes, slots {plan.capacities}, compiled in "
         f"{plan.compile_seconds:.0f} s\n"
         f"  memory a device: state {size(plan.state_bytes)}, activations and temporaries "
-        f"{size(rest)}, together {size(plan.hbm_bytes)} of {size(plan.hbm_a_device)}: "
-        f"{'fits' if plan.fits else 'DOES NOT FIT'}"
+        f"{least}{size(rest)}, together {least}{size(plan.hbm_bytes)} of "
+        f"{size(plan.hbm_a_device)}: {'fits' if plan.fits else 'DOES NOT FIT'}"
     )
 
 

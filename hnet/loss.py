@@ -102,8 +102,8 @@ def stage_metrics(route: RouterOutput, num_bytes: jax.Array) -> dict[str, jax.Ar
 
     boundary_rate = chunks a position of this stage (F), boundary_prob its mean probability (G),
     bytes_per_chunk = source and separator bytes a chunk (micro-averaged), overflow_frac = share of
-    the wanted boundaries (chunks) that the capacity clipped, max_slots = most slots a row wanted,
-    undecided_frac = share of p in [0.4, 0.6], prob_hist = counts of p in 20 equal bins.
+    the wanted boundaries (chunks) that the capacity clipped, max_slots = most that was wanted of a
+    row of slots, undecided_frac = share of p in [0.4, 0.6], prob_hist = counts of p in 20 bins.
     """
     F, G = boundary_rates(route)
     p_BL, valid_BL = route.boundary_prob_BL, route.segment_ids_BL != 0
@@ -119,7 +119,7 @@ def stage_metrics(route: RouterOutput, num_bytes: jax.Array) -> dict[str, jax.Ar
         "bytes_per_chunk": num_bytes / jnp.maximum(wanted, 1.0),
         "overflow_frac": (wanted - kept) / jnp.maximum(wanted, 1.0),
         "chunks": wanted,
-        "max_slots": jnp.max(route.num_slots_B),
+        "max_slots": jnp.max(route.num_slots_G),
         "undecided_frac": jnp.mean(undecided_BL) / jnp.maximum(jnp.mean(valid_BL), 1e-9),
         "prob_hist": jnp.sum(in_bin, axis=(0, 1), dtype=jnp.int32),
     }

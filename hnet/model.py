@@ -30,6 +30,7 @@ class HNetLM(nnx.Module):
         segment_ids_BL: jax.Array | None = None,
         *,
         capacities: tuple[int | None, ...] | None = None,
+        packed_rows: int = 1,
         route_ids_BL: jax.Array | None = None,
         boundaries_BL: jax.Array | None = None,
         key: jax.Array | None = None,
@@ -38,10 +39,12 @@ class HNetLM(nnx.Module):
         """Logits of the byte after each position, and what each stage's router decided.
 
         input_ids_BL: int32 byte values. segment_ids_BL: equal neighbours are one document and see
-        nothing of others; 0 is padding; default is one document a row. capacities: chunk slots a
-        row for each stage that cuts (static); the default, or None for a stage, is as many as any
-        boundaries need, which clips nothing. Logits at t depend on bytes <= t of the same document
-        only, and on inputs at positions <= t:
+        nothing of others; 0 is padding; default is one document a row. packed_rows: rows whose
+        chunks share a row of slots in all stages inside (static; divides B); a row that cuts often
+        takes what another leaves, and the outputs of inner routers are of packed rows. capacities:
+        slots of such a row for each stage that cuts (static); the default, or None for a stage, is
+        as many as any boundaries need, which clips nothing. Logits at t depend on bytes <= t of the
+        same document only, and on inputs at positions <= t:
 
         route_ids_BL: int32 in [0, routes), needed if a stage tells routes apart; a chunk has the
         route of the position on which the main network runs for it. boundaries_BL: bool, needed by
@@ -56,7 +59,7 @@ class HNetLM(nnx.Module):
             capacities = (None,) * self.config.num_chunked
         segment_ids_BL = _number_runs(segment_ids_BL)
         x_BLD, routes = self.backbone(
-            self.embeddings(input_ids_BL), segment_ids_BL, capacities,
+            self.embeddings(input_ids_BL), segment_ids_BL, capacities, packed_rows=packed_rows,
             route_ids_BL=self.checked_routes(route_ids_BL),
             boundaries_BL=self.boundaries(input_ids_BL, segment_ids_BL, boundaries_BL),
             key=key, temperature=temperature,

@@ -7,7 +7,14 @@ from flax import nnx
 from hnet.chunking.chunk import Chunks, chunk
 from hnet.chunking.dechunk import dechunk
 from hnet.chunking.pool import mean_pool
-from hnet.chunking.router import RouterOutput, decide, make_router, previous, relaxed_bernoulli
+from hnet.chunking.router import (
+    RouterOutput,
+    decide,
+    make_router,
+    pack_rows,
+    previous,
+    relaxed_bernoulli,
+)
 from hnet.chunking.routes import apply_routed
 from hnet.chunking.rules import fixed
 from hnet.config import HNetConfig, layout_height
@@ -75,6 +82,7 @@ class HNet(nnx.Module):
         boundaries_BL: jax.Array | None = None,
         key: jax.Array | None = None,
         temperature: jax.Array | None = None,
+        packed_rows: int = 1,
     ) -> RouterOutput:
         """Where this stage cuts its encoder states, which are float32; arguments as in `HNetLM`."""
         chunking, compared_BL, logit_BL = self.chunking, None, None
@@ -105,7 +113,7 @@ class HNet(nnx.Module):
         return decide(
             p_BL, segment_ids_BL, capacity,
             alignment=chunking.alignment, compared_BL=compared_BL, boundary_logit_BL=logit_BL,
-            route_ids_BL=route_ids_BL,
+            route_ids_BL=route_ids_BL, packed_rows=packed_rows,
         )  # fmt: skip
 
     def chunk(self, h_BLD: jax.Array, route: RouterOutput, capacity: int) -> Chunks:
@@ -124,14 +132,17 @@ class HNet(nnx.Module):
         segment_ids_BL: jax.Array,
         capacities: tuple[int | None, ...],
         *,
+        packed_rows: int = 1,
         route_ids_BL: jax.Array | None = None,
         boundaries_BL: jax.Array | None = None,
         key: jax.Array | None = None,
         temperature: jax.Array | None = None,
     ) -> tuple[jax.Array, list[RouterOutput]]:
-        """`capacities[i]`: chunk slots a row of the i-th stage from here; None = as many as any
-        boundaries need. Returns the output in float32 and what each stage's router decided, this
-        first. `boundaries_BL` are for this stage alone.
+        """`capacities[i]`: slots that the i-th stage from here has for each `packed_rows` rows;
+        None = as many as any boundaries need. Returns the output in float32 and what each stage's
+        router decided, this first. `boundaries_BL` are for this stage alone.
+
+        The stages inside have the packed rows as their rows.
         """
         outer_width = x_BLD.shape[-1]
         x_BLD = self.widen(x_BLD)
@@ -143,22 +154,25 @@ class HNet(nnx.Module):
             h_BLD = self.encoder(x_BLD, segment_ids_BL)
         with jax.named_scope("residual_proj"):
             residual_BLD = self.residual(h_BLD)
-        most = self.chunking.max_slots(x_BLD.shape[1])
+        most = packed_rows * self.chunking.max_slots(x_BLD.shape[1])
         capacity = min(capacities[0] or most, most)
         noise = {"key": key, "temperature": temperature}
         with jax.named_scope("routing_module"):
             route = self.route(
                 h_BLD, segment_ids_BL, capacity,
-                route_ids_BL=route_ids_BL, boundaries_BL=boundaries_BL, **noise,
+                route_ids_BL=route_ids_BL, boundaries_BL=boundaries_BL, packed_rows=packed_rows,
+                **noise,
             )  # fmt: skip
         with jax.named_scope("chunk"):
-            chunks = self.chunk(h_BLD, route, capacity)
+            h_BLD, packed = pack_rows(h_BLD, route)
+            chunks = self.chunk(h_BLD, packed, capacity)
         with jax.named_scope(f"stage{self.stage_idx + 1}"):
             y_BMD, inner = self.main_network(
                 chunks.x_BMD, chunks.segment_ids_BM, capacities[1:],
                 route_ids_BL=chunks.route_ids_BM, **noise,
             )  # fmt: skip
         with jax.named_scope("dechunk"):
-            x_BLD = dechunk(y_BMD, chunks, route, self.chunking.dechunk) + residual_BLD
+            x_BLD = dechunk(y_BMD, chunks, packed, self.chunking.dechunk)
+            x_BLD = x_BLD.reshape(residual_BLD.shape) + residual_BLD
         with jax.named_scope("decoder"):
             return self.decoder(x_BLD, segment_ids_BL)[..., :outer_width], [route, *inner]

@@ -191,7 +191,7 @@ def slots_asked_for(name, route):
 def test_capacity_above_need_changes_nothing(name):
     ids = random_bytes(3)
     free, free_routes = forward(name, ids, MIXED_ROWS)
-    needed = tuple(int(r.num_slots_B.max()) for r in free_routes)
+    needed = tuple(int(r.num_slots_G.max()) for r in free_routes)
     assert all(m < r.boundary_mask_BL.shape[1] for m, r in zip(needed, free_routes))
     tight, tight_routes = forward(name, ids, MIXED_ROWS, needed)
     assert_close(free, tight)
@@ -208,7 +208,7 @@ def test_overflow_is_clipped_and_counted(name):
     free, (free_route, *_) = forward(name, ids, MIXED_ROWS)
     clipped, (route, *_) = forward(name, ids, MIXED_ROWS, too_few(name))
     asked = slots_asked_for(name, free_route)
-    assert np.array_equal(route.num_slots_B, asked[:, -1]) and asked[:, -1].min() > SLOTS
+    assert np.array_equal(route.num_slots_G, asked[:, -1]) and asked[:, -1].min() > SLOTS
     assert np.array_equal(route.num_boundaries_B, free_route.boundary_mask_BL.sum(1))
     assert np.array_equal(route.boundary_mask_BL, free_route.boundary_mask_BL & (asked <= SLOTS))
     assert np.all(np.isfinite(clipped))
@@ -317,4 +317,4 @@ def test_reported_rate_is_boundaries_over_positions(name):
         assert not np.any(mask & ~valid)
         assert F == pytest.approx(mask.sum() / valid.sum(), rel=1e-6)
         assert G == pytest.approx(route.boundary_prob_BL[valid].mean(), rel=1e-5)
-        slots = route.num_slots_B
+        slots = route.num_slots_G

@@ -104,7 +104,7 @@ def test_end_slots_are_those_of_a_walk_along_the_row(case):
     route, mean, last, out = jax.device_get(_end(x, p, segments, null, capacity))
     for b in range(B):
         slots, reads, wanted = slow_end(x[b], p[b], segments[b], null, capacity)
-        assert route.num_slots_B[b] == wanted
+        assert route.num_slots_G[b] == wanted
         assert route.num_boundaries_B[b] == np.sum((p[b] > 0.5) & (segments[b] != 0))
         used = mean.segment_ids_BM[b] != 0
         assert used.sum() == len(slots) and np.all(used[: len(slots)])

@@ -15,7 +15,7 @@ from jax.experimental import topologies
 
 from hnet.config import ConfigError
 from hnet.flops import stage_lengths
-from hnet.train.capacity import MARGIN, Ladder, rung
+from hnet.train.capacity import Ladder, rung
 from hnet.train.config import Config
 from hnet.train.program import build
 from hnet.train.sharding import batch_sharding
@@ -101,16 +101,22 @@ class Plan:
         return self.slice_.chip.hbm * self.slice_.chips_a_device
 
 
-def capacities(config: Config, factor: float = math.inf) -> tuple[int, ...]:
-    """Slots that training settles on at `factor` times the configured boundary rates.
+FULLEST = (
+    1.2  # slots that training settles on over what a row holds on average, for its fullest row
+)
 
-    The default is all slots, with which training starts.
+
+def capacities(config: Config, factor: float = math.inf) -> tuple[int, ...]:
+    """Slots of a row that training settles on at `factor` times the configured boundary rates.
+
+    The default is all slots, with which training starts. Rows do not share slots here: a run that
+    packs them (`train.packed_rows`) needs no more.
     """
     model, L = config.model, config.data.seq_len
     full = Ladder.start(model, L).full
     rates = [min(1.0, factor / s.chunking.target_ratio) for s in model.stages[:-1]]
     lengths = stage_lengths(model, L, rates)[1:]
-    return tuple(rung(n, MARGIN * length) for n, length in zip(full, lengths))
+    return tuple(rung(n, FULLEST * length) for n, length in zip(full, lengths))
 
 
 def compile_plan(config: Config, slice_: Slice, slots: tuple[int, ...]) -> Plan:
@@ -129,7 +135,12 @@ def _compile(config: Config, slice_: Slice, slots: tuple[int, ...], folder: Path
     sharding = batch_sharding(program.mesh)
     batch = {k: jax.ShapeDtypeStruct(shape, d, sharding=sharding) for k, d in kinds.items()}
     state = sum(_device_bytes(leaf) for leaf in jax.tree.leaves(program.abstract_state))
-    lowered = program.step.lower(program.abstract_state, batch, program.hparams, capacities=slots)
+    lowered = program.step.lower(
+        program.abstract_state,
+        batch,
+        program.hparams,
+        capacities=tuple(program.ladder.packed_rows * n for n in slots),
+    )
     plan = Plan(config, slice_, slots, 0.0, state, math.inf, False, [])
     began = time.monotonic()
     try:

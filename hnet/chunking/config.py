@@ -79,6 +79,11 @@ class ChunkingConfig:
         return self.router in ("spacelike", "whitespace", "given")
 
     @property
+    def aux_loss_is_by_row(self) -> bool:
+        """Whether the rate loss is a mean over rows of their own rates."""
+        return self.aux_loss in ("binomial", "hinge")
+
+    @property
     def num_predictors(self) -> int:
         """Routers with parameters of their own, stacked along a leading axis if more than one."""
         return self.routes if self.routed_parameters else 1

@@ -23,15 +23,20 @@ class RouterOutput(NamedTuple):
     """segments of this stage's positions; 0 = padding"""
     num_boundaries_B: jax.Array
     """boundaries the router asked for in each row, before clipping"""
-    num_slots_B: jax.Array
-    """slots the row asked for, before clipping, which a capacity has to hold: its boundaries and,
-    with alignment end, a null slot for each segment"""
+    num_slots_G: jax.Array
+    """slots each row of slots was asked for, before clipping, which a capacity has to hold: the
+    boundaries of the rows that share it and, with alignment end, a null slot for each segment"""
     boundary_BL: jax.Array
     """b before clipping, float32, with the gradient of what was compared with the threshold"""
     boundary_logit_BL: jax.Array | None = None
     """logit of p, from a router that has one"""
     route_ids_BL: jax.Array | None = None
     """route of each position, int32; None = routes are not told apart"""
+
+    @property
+    def packed_rows(self) -> int:
+        """Rows that share a row of slots."""
+        return self.segment_ids_BL.shape[0] // self.num_slots_G.shape[0]
 
     @property
     def selected_prob_BL(self) -> jax.Array:
@@ -136,13 +141,15 @@ def decide(
     compared_BL: jax.Array | None = None,
     boundary_logit_BL: jax.Array | None = None,
     route_ids_BL: jax.Array | None = None,
+    packed_rows: int = 1,
 ) -> RouterOutput:
     """Boundaries lie where p > 0.5 (strictly, as the official code), as far as the slots reach.
 
     compared_BL: what is compared with 0.5 in the place of p, that is a relaxed sample. With
-    alignment start the first position of each segment is a boundary. Only the clipped mask is used
-    downstream: in a row that wants more than `capacity` slots, what follows is merged into the last
-    chunk instead of reading slots that do not exist.
+    alignment start the first position of each segment is a boundary. `packed_rows` rows share
+    `capacity` slots, first come, first served. Only the clipped mask is used downstream: in a row
+    that wants more than there are, what follows is merged into the last chunk instead of reading
+    slots that do not exist; a row that finds none gets nothing from the main network.
     """
     starts_BL = segment_starts(segment_ids_BL) & (segment_ids_BL != 0)
 
@@ -154,19 +161,46 @@ def decide(
     p_BL = bounded(boundary_prob_BL)
     compared_BL = p_BL if compared_BL is None else bounded(compared_BL)
     wanted_BL = compared_BL > 0.5
-    num_boundaries_BL = slots_BL = jnp.cumsum(wanted_BL, axis=1, dtype=jnp.int32)
+    opened_BL = wanted_BL.astype(jnp.int32)
+    num_boundaries_B = jnp.sum(opened_BL, axis=1, dtype=jnp.int32)
     if alignment == "end":
-        slots_BL = slots_BL + jnp.cumsum(starts_BL, axis=1, dtype=jnp.int32)
+        opened_BL = opened_BL + starts_BL.astype(jnp.int32)
+    slots_GP = jnp.cumsum(side_by_side(opened_BL, packed_rows), axis=1, dtype=jnp.int32)
     straight_through_BL = wanted_BL.astype(jnp.float32) + (
         compared_BL - jax.lax.stop_gradient(compared_BL)
     )
     return RouterOutput(
         p_BL,
-        wanted_BL & (slots_BL <= capacity),
+        wanted_BL & (slots_GP <= capacity).reshape(wanted_BL.shape),
         segment_ids_BL,
-        num_boundaries_BL[:, -1],
-        slots_BL[:, -1],
+        num_boundaries_B,
+        slots_GP[:, -1],
         straight_through_BL,
         boundary_logit_BL,
         route_ids_BL,
     )
+
+
+def side_by_side(a_BL: jax.Array, rows: int) -> jax.Array:
+    """Each `rows` neighbouring rows as one, (B / rows, rows * L, ...)."""
+    return a_BL.reshape(-1, rows * a_BL.shape[1], *a_BL.shape[2:])
+
+
+def pack_rows(h_BLD: jax.Array, route: RouterOutput) -> tuple[jax.Array, RouterOutput]:
+    """States and decisions with the rows that share slots side by side, as documents of one row.
+
+    Their segments stay apart, so everything inside goes on as in any packed row. What a row gets
+    depends on the rows before it only by where its slots lie.
+    """
+    rows = route.packed_rows
+    if rows == 1:
+        return h_BLD, route
+    B, L = route.segment_ids_BL.shape
+    first_B1 = (L + 1) * (jnp.arange(B, dtype=jnp.int32) % rows)[:, None]
+    ids_BL = jnp.where(route.segment_ids_BL != 0, route.segment_ids_BL + first_B1, 0)
+    by_position = {
+        name: side_by_side(a, rows)
+        for name, a in route._replace(segment_ids_BL=ids_BL)._asdict().items()
+        if name.endswith("_BL") and a is not None
+    }
+    return side_by_side(h_BLD, rows), route._replace(**by_position)

@@ -1,12 +1,17 @@
-"""Chunk slots that follow the boundaries: a few capacities a stage, chosen from measured counts."""
+"""Chunk slots that follow the boundaries: few capacities a stage, chosen from measured counts."""
 
+import math
+import statistics
 from dataclasses import dataclass, replace
 
 from hnet.config import HNetConfig
 
-RUNGS = (1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)  # of all slots
-MARGIN = 1.2  # slots over the most that a row wanted
-PATIENCE = 30  # steps that a smaller rung must have sufficed before it is taken
+PATIENCE = 30  # steps whose counts are known before there are fewer slots, and between two such
+DEVIATIONS = 3.0  # of the counts, that slots are held for above their mean
+GUARD = 1.02  # slots over that, or over the highest count if it is higher
+WORTH = 0.92  # fewer slots are taken from this share of the present ones on
+WORTH_UNSETTLED = 0.6  # the same while counts still move a lot: each capacity is a compilation
+SETTLED = 0.08  # deviation of the counts over their mean
 
 
 @dataclass(frozen=True)
@@ -15,50 +20,70 @@ class Ladder:
 
     A pure value: what it does next depends on the counts it was given, so a resumed run takes the
     same steps. It starts with all slots, because the first updates swing through every rate. Up
-    happens as soon as the margin is gone, down only with patience.
+    happens as soon as the guard is gone, down only with patience.
     """
 
     full: tuple[int, ...]
     """slots that hold every set of boundaries, by stage"""
     capacities: tuple[int, ...]
+    packed_rows: int = 1
+    """rows of the batch that share a row of slots"""
     recent: tuple[tuple[int, ...], ...] = ()
-    """most slots a row wanted, by stage, in the last PATIENCE steps since the last move"""
+    """most that was wanted of a row of slots, by stage, in the last PATIENCE steps"""
+    since: int = 0
+    """steps since there were last fewer slots"""
 
     @classmethod
-    def start(cls, model: HNetConfig, seq_len: int) -> "Ladder":
-        full, length = [], seq_len
+    def start(cls, model: HNetConfig, seq_len: int, packed_rows: int = 1) -> "Ladder":
+        full, length = [], packed_rows * seq_len
         for stage in model.stages[:-1]:
             length = stage.chunking.max_slots(length)
             full.append(length)
-        return cls(tuple(full), tuple(full))
+        return cls(tuple(full), tuple(full), packed_rows)
 
     def observe(self, max_slots: tuple[int, ...]) -> "Ladder":
-        """The ladder after a step whose fullest rows wanted `max_slots` of each stage."""
+        """The ladder after a step whose fullest rows of slots wanted `max_slots` of each stage."""
         if not max_slots:
             return self
         recent = (*self.recent, max_slots)[-PATIENCE:]
-        most = tuple(max(counts) for counts in zip(*recent))
-        wanted = tuple(rung(n, MARGIN * m) for n, m in zip(self.full, most))
-        is_tight = any(
-            MARGIN**0.5 * m > c and c < n for m, c, n in zip(max_slots, self.capacities, self.full)
+        by_stage = list(zip(*recent))
+        wanted = tuple(rung(n, needed(counts)) for n, counts in zip(self.full, by_stage))
+        tight = [GUARD * m > c for m, c in zip(max_slots, self.capacities)]
+        fewer = [
+            w <= c * (WORTH if is_settled(counts) else WORTH_UNSETTLED)
+            for w, c, counts in zip(wanted, self.capacities, by_stage)
+        ]
+        since = self.since + 1
+        shrinks = any(fewer) and len(recent) == PATIENCE and since >= PATIENCE
+        capacities = tuple(
+            max(w, c) if is_tight else (w if shrinks and is_fewer else c)
+            for w, c, is_tight, is_fewer in zip(wanted, self.capacities, tight, fewer)
         )
-        shrinks = len(recent) == PATIENCE and any(w < c for w, c in zip(wanted, self.capacities))
-        if is_tight and not shrinks:
-            wanted = tuple(max(w, c) for w, c in zip(wanted, self.capacities))
-        if not (is_tight or shrinks) or wanted == self.capacities:
-            return replace(self, recent=recent)
-        return Ladder(self.full, wanted)
+        return replace(self, capacities=capacities, recent=recent, since=0 if shrinks else since)
 
     def to_json(self) -> dict:
-        return {"capacities": self.capacities, "recent": self.recent}
+        return {"capacities": self.capacities, "recent": self.recent, "since": self.since}
 
     def with_json(self, content: dict) -> "Ladder":
         """This ladder where `to_json` left another."""
         recent = tuple(tuple(counts) for counts in content["recent"])
-        return Ladder(self.full, tuple(content["capacities"]), recent)
+        return replace(
+            self, capacities=tuple(content["capacities"]), recent=recent, since=content["since"]
+        )
+
+
+def needed(counts: tuple[int, ...]) -> float:
+    """Slots that the next steps are given, after these counts."""
+    high = statistics.fmean(counts) + DEVIATIONS * statistics.pstdev(counts)
+    return GUARD * max(high, *counts)
+
+
+def is_settled(counts: tuple[int, ...]) -> bool:
+    """Whether the counts have stopped to move much."""
+    return statistics.pstdev(counts) <= SETTLED * statistics.fmean(counts)
 
 
 def rung(full: int, slots: float) -> int:
-    """The smallest capacity of the ladder that holds `slots`, a multiple of 8 up to `full`."""
-    sizes = [min(full, -(-round(f * full) // 8) * 8) for f in RUNGS]
-    return next((size for size in sizes if size >= slots), full)
+    """The smallest capacity that holds `slots`: 32 an octave, multiples of 8, at most `full`."""
+    step = max(8, 1 << max(math.ceil(slots).bit_length() - 6, 0))
+    return min(full, -(-math.ceil(slots) // step) * step)

@@ -29,6 +29,9 @@ class TrainConfig:
     """optimizer updates"""
     accumulate: int = 1
     """micro-batches an update; the batch is cut into that many"""
+    packed_rows: int = 1
+    """rows of a device whose chunks share a row of slots, so that one that cuts often takes what
+    another leaves; as many of them as divide the rows of a device"""
     log_every: int = 10
     """updates between two lines of metrics.jsonl"""
     max_skipped: int = 10
@@ -39,7 +42,13 @@ class TrainConfig:
     """end the run when a boundary alarm is raised"""
 
     def __post_init__(self):
-        for name, least in (("steps", 1), ("accumulate", 1), ("log_every", 1), ("max_skipped", 1)):
+        for name, least in (
+            ("steps", 1),
+            ("accumulate", 1),
+            ("packed_rows", 1),
+            ("log_every", 1),
+            ("max_skipped", 1),
+        ):
             if (value := getattr(self, name)) < least:
                 raise ConfigError(f"train.{name}={value}: use {least} or more")
 
@@ -90,6 +99,17 @@ class Config:
             raise ConfigError(
                 f"model.route_groups=() names no scripts, but the stages tell "
                 f"{self.model.num_routes} routes apart: give {self.model.num_routes - 1} groups"
+            )
+        by_row = [
+            i
+            for i, stage in enumerate(self.model.stages[1:-1], 1)
+            if stage.chunking.aux_loss_is_by_row
+        ]
+        if by_row and self.train.packed_rows > 1:
+            raise ConfigError(
+                f"train.packed_rows={self.train.packed_rows}, but the rate loss of stage "
+                f"{by_row[0]} is taken row by row: use 1, or "
+                f"model.stages.{by_row[0]}.chunking.aux_loss='ratio'"
             )
 
 

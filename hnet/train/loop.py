@@ -39,7 +39,8 @@ class Position:
     rollbacks: int = 0
     ladder: dict = field(default_factory=dict)
     new_counts: tuple[int, ...] = ()
-    """most slots a row wanted, by stage, in the last step; the ladder learns of it a step later"""
+    """most that was wanted of a row of slots, by stage, in the last step; the ladder learns of it
+    a step later"""
 
 
 @dataclass
@@ -110,7 +111,7 @@ def _loop(
     """Steps until the last one or a stop request. Raises NonFinite, StopRun, ConfigError."""
     config, program, report = session.config, session.program, session.report
     start = done = int(state.step)
-    ladder = Ladder.start(config.model, config.data.seq_len)
+    ladder = program.ladder
     if position.ladder:
         ladder = ladder.with_json(position.ladder)
     segment = segmenter(program.graph, config.model, replicated(program.mesh))
@@ -195,7 +196,8 @@ def _read(
         raise NonFinite(
             f"non-finite loss or gradient in {skipped} updates in a row up to step {inflight.step}"
         )
-    slots = [config.data.batch_size * c for c in inflight.capacities]
+    rows_of_slots = config.data.batch_size // session.program.ladder.packed_rows
+    slots = [rows_of_slots * c for c in inflight.capacities]
     row: dict[str, Any] = {
         "step": inflight.step,
         "bytes_seen": position.bytes_seen,

@@ -1,5 +1,6 @@
 """The compiled side of a run: what is jitted, with which shardings and which traced numbers."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,6 +12,7 @@ import numpy as np
 from hnet.data import eval_batches
 from hnet.loss import LossWeights
 from hnet.model import abstract, init_params
+from hnet.train.capacity import Ladder
 from hnet.train.config import Config
 from hnet.train.evaluate import Evaluation, evaluate
 from hnet.train.optim import Hyperparams
@@ -36,6 +38,8 @@ class Program:
     evaluate: Callable[..., dict]
     abstract_state: TrainState
     graph: Any
+    ladder: Ladder
+    """chunk slots of a run that has just started"""
 
 
 FED = ("input_ids", "segment_ids", "loss_mask", "route_ids")  # fields of a batch for the devices
@@ -56,6 +60,7 @@ def build(
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     compute = replace(config.model.compute, batch_shards=shards)
     graph, _ = abstract(replace(config.model, compute=compute))
+    packed_rows = rows_packed(config, shards)
 
     def make_state(key):
         init_key, noise_key = jax.random.split(key)
@@ -87,21 +92,30 @@ def build(
         partial(
             train_step, graph=graph, model=config.model, optim=config.optim,
             controller=config.controller, num_steps=config.train.steps,
-            accumulate=config.train.accumulate,
+            accumulate=config.train.accumulate, packed_rows=packed_rows,
         ),
         static_argnames=("capacities",),
         donate_argnums=0,
         out_shardings=(shardings, replicated(mesh)),
     )  # fmt: skip
     eval_fn = jit(
-        partial(eval_step, graph=graph),
+        partial(eval_step, graph=graph, packed_rows=packed_rows),
         static_argnames=("capacities",),
         out_shardings=replicated(mesh),
     )
     if devices is None:
         hparams = jax.device_put(hparams, replicated(mesh))
+    ladder = Ladder.start(config.model, config.data.seq_len, packed_rows)
     return Program(
-        mesh, shardings, hparams, lambda: init(seed_key), step, eval_fn, abstract_state, graph
+        mesh, shardings, hparams, lambda: init(seed_key), step, eval_fn, abstract_state, graph,
+        ladder,
+    )  # fmt: skip
+
+
+def rows_packed(config: Config, shards: int) -> int:
+    """Rows that share a row of slots, where the batch lies on `shards` devices."""
+    return math.gcd(
+        config.train.packed_rows, config.data.batch_size // config.train.accumulate // shards
     )
 
 

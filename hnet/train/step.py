@@ -55,6 +55,7 @@ def train_step(
     controller: ControllerConfig,
     num_steps: int,
     capacities: tuple[int | None, ...],
+    packed_rows: int = 1,
     accumulate: int = 1,
 ) -> tuple[TrainState, Metrics]:
     """One update from one batch of rows.
@@ -70,7 +71,7 @@ def train_step(
     def loss_fn(params, micro_batch):
         logits_BLV, routes = nnx.merge(graph, params)(
             micro_batch["input_ids"], micro_batch["segment_ids"], capacities=capacities,
-            route_ids_BL=micro_batch.get("route_ids"),
+            packed_rows=packed_rows, route_ids_BL=micro_batch.get("route_ids"),
             boundaries_BL=micro_batch.get("boundaries"), key=key,
         )  # fmt: skip
         with jax.named_scope("loss"):
@@ -143,11 +144,16 @@ def _combine(name: str, values: jax.Array) -> jax.Array:
 
 
 def eval_step(
-    params: Any, batch: Batch, *, graph: nnx.GraphDef, capacities: tuple[int | None, ...]
+    params: Any,
+    batch: Batch,
+    *,
+    graph: nnx.GraphDef,
+    capacities: tuple[int | None, ...],
+    packed_rows: int = 1,
 ) -> Metrics:
     """Nats of each byte and what each stage did (S of them cut); nothing is learned."""
     logits_BLV, routes = nnx.merge(graph, params)(
-        batch["input_ids"], batch["segment_ids"], capacities=capacities,
+        batch["input_ids"], batch["segment_ids"], capacities=capacities, packed_rows=packed_rows,
         route_ids_BL=batch.get("route_ids"), boundaries_BL=batch.get("boundaries"),
     )  # fmt: skip
     wanted_S = [jnp.sum(r.num_boundaries_B, dtype=jnp.float32) for r in routes]

@@ -10,20 +10,20 @@ neither --text nor --file.
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from experiments.command_line import parse, run
 from hnet import load
 from hnet.config import ConfigError
-from hnet.infer.segment import segmenter
+from hnet.infer.segment import segment_all, segmenter
 from hnet.inspect.gold import annotate
 from hnet.inspect.page import to_html
 from hnet.inspect.render import print_segmentations
 from hnet.inspect.segmentation import Segmentation
 from hnet.model import split
 
-ROWS = 8  # texts cut in one go
+GOLD = ("words", "whitespace", "characters")
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,8 @@ def main() -> None:
     texts = _texts(config)
     model = load(config.checkpoint)
     graph, params = split(model)
-    segment, found = segmenter(graph, model.config), []
-    for i in range(0, len(texts), ROWS):
-        names = [f"text {i + n + 1}" for n in range(len(texts[i : i + ROWS]))]
-        found += segment(params, texts[i : i + ROWS], names)
-    found = [annotate(seg, "words", "characters") for seg in found]
+    found = segment_all(segmenter(graph, model.config), params, texts)
+    found = [annotate(replace(seg, name=f"text {n}"), *GOLD) for n, seg in enumerate(found, 1)]
     if config.html:
         _write_page(config, found)
     elif config.json:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hnet.config import ConfigError
-from hnet.infer.segment import as_starts, segmenter
+from hnet.infer.segment import as_starts, segment_all, segmenter
 from hnet.inspect.segmentation import Segmentation
 from tests.networks import MLP_END, network, quick_jit, random_params, stage
 
@@ -84,6 +84,20 @@ def test_each_byte_is_cut_by_the_router_of_its_script(routed, monkeypatch):
     assert any(zhe <= s < latin_again for s in starts[1:])
     assert not any(s < zhe or s >= latin_again for s in starts[1:])
     assert found[1].routes == ((0, "default"),) and found[1].stages[0].starts == (0,)
+
+
+def test_a_model_without_routes_names_scripts_and_cuts_in_batches_as_alone(monkeypatch):
+    monkeypatch.setattr(jax, "jit", quick_jit)
+    model = network(stage("t1 t1", 26), stage("t1", 26))
+    graph, params = random_params(model)
+    segment = segmenter(graph, model)
+    texts = [MIXED.encode(), b"", *(LATIN.encode() * 2)[::3].split(b" "), LATIN.encode()] * 7
+    found = segment_all(segment, params, texts)
+    assert [seg.data for seg in found] == texts
+    assert {name for _, name in found[0].routes} == {"Common", "Latin", "Cyrillic", "Han"}
+    for i in (0, 3, len(texts) - 1):
+        (alone,) = segment(params, [texts[i]])
+        assert [s.starts for s in alone.stages] == [s.starts for s in found[i].stages]
 
 
 def test_routes_of_unknown_scripts_are_refused(routed):

@@ -114,3 +114,41 @@ def test_code_reader(tmp_path):
     assert (b.name, b.gold) == ("b.py", {"code_tokens": (1, 2)})
     with pytest.raises(ConfigError, match="No such file"):
         list(gold.read_code(tmp_path / "none.py"))
+
+
+def test_annotated_files_are_told_apart(tmp_path):
+    segmented = Segmentation(b"ab c", "s", gold={"words": (3,)})
+    contents = {
+        "a.py": "x = 1\n",
+        "code.jsonl": json.dumps({"path": "b.py", "text": "y=2"}),
+        "ud.jsonl": json.dumps({"id": 1, "text": "a b", "spans": [[0, 1], [2, 3]]}),
+        "cut.jsonl": json.dumps(segmented.to_json()),
+        "w.words.tsv": "evler\tev ler\t2\texact\n",
+        "s.sentences.tsv": "dogs .\tdog @@s .\n",
+    }
+    found = {}
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content)
+        (found[name],) = gold.read_annotated(tmp_path / name)
+    assert found["cut.jsonl"] == segmented
+    assert {name: dict(seg.gold) for name, seg in found.items()} == {
+        "a.py": {"code_tokens": (2, 4)},
+        "code.jsonl": {"code_tokens": (1, 2)},
+        "ud.jsonl": {"words": (2,), "word_ends": (1,)},
+        "cut.jsonl": {"words": (3,)},
+        "w.words.tsv": {"morphemes": (2,)},
+        "s.sentences.tsv": {"words": (5,), "morphemes": (3, 5)},
+    }
+
+
+def test_clipping_keeps_whole_characters_and_the_gold_inside():
+    seg = Segmentation("aé€b".encode(), "x", gold={"words": (1, 3, 6)})
+    clipped = [gold.clip(seg, n) for n in range(1, 8)]
+    assert [c.data.decode() for c in clipped] == ["a", "a", "aé", "aé", "aé", "aé€", "aé€b"]
+    assert [c.gold["words"] for c in clipped] == [(), (), (1,), (1,), (1,), (1, 3), (1, 3, 6)]
+
+
+def test_thinning_spreads_evenly():
+    assert gold.thin("abcdefg", 3) == ["a", "c", "e"]
+    assert gold.thin("abc", 0) == gold.thin("abc", 9) == ["a", "b", "c"]
+    assert gold.thin("", 3) == []

@@ -2,12 +2,14 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
+from hnet.config import ConfigError
 from hnet.inspect.lexical import (
     CLASSES,
     Share,
     Tally,
     chunk_class,
     lexicon_shares,
+    read_lexicon,
     turkish_lower,
     vocabulary_report,
 )
@@ -52,6 +54,14 @@ def test_types_and_occurrences_are_told_apart():
 
 def test_turkish_lower_case():
     assert turkish_lower("ISPARTA İZMİR") == "ısparta izmir"
+
+
+def test_lexicon_file(tmp_path):
+    path = tmp_path / "lexicon.tsv"
+    path.write_text("evler\tev ler\t2\texact\n\nde\n", encoding="utf-8")
+    assert read_lexicon(path) == ({"evler", "de"}, {"ev", "ler"})
+    with pytest.raises(ConfigError, match="none.tsv"):
+        read_lexicon(tmp_path / "none.tsv")
 
 
 def test_turkish_shares():

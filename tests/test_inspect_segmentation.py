@@ -160,7 +160,7 @@ def test_router_arrays_that_do_not_fit_are_refused():
 @pytest.mark.parametrize("content", [{}, {"version": 9}, {"version": 1, "text": 3}, [], 7])
 def test_other_json_is_refused_with_one_line(content, tmp_path):
     path = tmp_path / "s.json"
-    path.write_text(json.dumps([content]))
+    path.write_text(json.dumps(content))
     with pytest.raises(ConfigError) as e:
         read_segmentations(path)
     assert "\n" not in str(e.value)
@@ -169,11 +169,10 @@ def test_other_json_is_refused_with_one_line(content, tmp_path):
 def test_reading_back_a_file(tmp_path):
     seg = Segmentation.from_router(b"a\xffb", [(np.array([1, 0, 1]), np.array([1, 0.25, 0.75]))])
     path = tmp_path / "s.json"
-    path.write_text(json.dumps([seg.to_json()]))
-    assert read_segmentations(path) == [seg]
-    for bad, says in (("{", "not JSON"), ("{}", "no JSON list")):
-        path.write_text(bad)
-        with pytest.raises(ConfigError, match=says):
-            read_segmentations(path)
+    path.write_text(2 * (json.dumps(seg.to_json()) + "\n"))
+    assert read_segmentations(path) == [seg, seg]
+    path.write_text("{")
+    with pytest.raises(ConfigError, match="not JSON"):
+        read_segmentations(path)
     with pytest.raises(ConfigError, match="No such file"):
         read_segmentations(tmp_path / "none.json")

@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -41,6 +42,22 @@ def test_a_text_is_stored_once(tmp_path):
     write(tmp_path, {0: 0.0, 1: 0.1})
     write(tmp_path, {2: 0.2})
     assert len((tmp_path / store.FOLDER / store.TEXTS).read_bytes().splitlines()) == 3
+
+
+def test_other_routes_or_gold_of_a_text_replace_the_old_ones(tmp_path):
+    """Runs with and without routes know the same text by the same key."""
+    (text,) = texts_at(0.5, count=1)
+    known = {"routes": ((0, "default"),), "gold": {"words": (1,)}}
+    assert store.text_key(replace(text, **known)) == store.text_key(text)
+    assert store.text_key(replace(text, name="other")) != store.text_key(text)
+    for seg in (text, replace(text, **known)):
+        log = store.SegmentationLog(tmp_path)
+        log.write(7, [seg])
+        log.close()
+    assert read_all(tmp_path) == {7: [replace(text, **known)]}
+    index = store.SegmentationIndex(tmp_path / store.FOLDER)
+    index.refresh()
+    assert [entry["routes"] for entry in index.texts.values()] == [["default"]]
 
 
 def test_a_step_written_again_replaces_the_old_one(tmp_path):

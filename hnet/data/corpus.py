@@ -90,6 +90,11 @@ class Part:
             for d, length in enumerate(documents.length_D):
                 yield documents.read(d, 0, int(length)).tobytes()
 
+    def begin(self, document: int, most: int) -> bytes:
+        """The first bytes of a document, by its number in this part."""
+        documents, d = self._find(document)
+        return documents.read(d, 0, min(most, int(documents.length_D[d]))).tobytes()
+
     def unscored_bytes(self, config: DataConfig) -> int:
         """Bytes that no position predicts: without BOS, the first of each document."""
         return 0 if config.bos_eos else self.num_documents

@@ -10,8 +10,10 @@ import numpy as np
 from flax import nnx
 
 from hnet.config import BOS_ID, HNetConfig
-from hnet.data.scripts import route_table, script_ids_of_rows
+from hnet.data.scripts import SCRIPTS, route_table, script_ids_of_rows
 from hnet.inspect.segmentation import Segmentation
+
+ROWS = 32  # texts cut in one go
 
 
 def route_texts(params: Any, input_ids_BL, segment_ids_BL, route_ids_BL, *, graph: nnx.GraphDef):
@@ -25,7 +27,8 @@ def segmenter(
 ) -> Callable[..., list[Segmentation]]:
     """A function (params, texts, names, gold) -> segmentations that compiles once a shape.
 
-    Each text stands alone behind a BOS. A model that tells routes apart names the one of each byte.
+    Each text stands alone behind a BOS. Routes are named for each byte: those of the model, or the
+    scripts if it tells none apart.
     """
     run = jax.jit(partial(route_texts, graph=graph), out_shardings=out_shardings)
     route_of = route_table(model.route_groups, "model.route_groups")
@@ -43,7 +46,11 @@ def segmenter(
         for row, text in enumerate(texts):
             ids_BL[row, : len(text) + 1] = [BOS_ID, *text]
             segment_ids_BL[row, : len(text) + 1] = 1
-        route_ids_BL = route_of[script_ids_of_rows(ids_BL, segment_ids_BL)[0]]
+        script_ids_BL = script_ids_of_rows(ids_BL, segment_ids_BL)[0]
+        route_ids_BL = route_of[script_ids_BL]
+        named_BL, names_of = (
+            (route_ids_BL, model.route_names) if model.num_routes > 1 else (script_ids_BL, SCRIPTS)
+        )
         fed = map(jnp.asarray, (ids_BL, segment_ids_BL, route_ids_BL))
         stages = jax.device_get(run(params, *fed))
         found = []
@@ -55,13 +62,26 @@ def segmenter(
                     starts,
                     name=names[row] if names else "",
                     prefix=in_front + 1,
-                    routes=_names(model, route_ids_BL[row, 1 : len(text) + 1]),
+                    routes=[names_of[i] for i in named_BL[row, 1 : len(text) + 1]],
                     gold=gold[row] if gold else None,
                 )
             )
         return found
 
     return segment
+
+
+def segment_all(
+    segment: Callable[..., list[Segmentation]], params: Any, texts: Sequence[bytes]
+) -> list[Segmentation]:
+    """Any number of texts by a `segmenter`; those of similar length run together."""
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    found: dict[int, Segmentation] = {}
+    for first in range(0, len(order), ROWS):
+        rows = order[first : first + ROWS]
+        spare = [b""] * (min(ROWS, len(order)) - len(rows))  # so that no other shape is compiled
+        found |= dict(zip(rows, segment(params, [*(texts[i] for i in rows), *spare])))
+    return [found[i] for i in range(len(texts))]
 
 
 def as_starts(
@@ -80,8 +100,3 @@ def as_starts(
         pad = partial(np.pad, pad_width=(in_front, behind), constant_values=(1, 0))
         found.append((pad(mask), pad(prob)))
     return found, sum(ends)
-
-
-def _names(model: HNetConfig, route_ids: np.ndarray) -> list[str]:
-    names = model.route_names
-    return [names[r] for r in route_ids] if model.num_routes > 1 else []

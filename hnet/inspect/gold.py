@@ -16,12 +16,13 @@ import itertools
 import json
 import os
 import tokenize
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from hnet.config import ConfigError
-from hnet.inspect.segmentation import Segmentation, characters, inside
+from hnet.inspect.segmentation import Segmentation, characters, inside, read_segmentations
 
 _LAYOUT_TOKENS = {
     tokenize.ENCODING, tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT,
@@ -88,6 +89,31 @@ def annotate(segmentation: Segmentation, *kinds: str) -> Segmentation:
             raise ConfigError(f"gold kind {kind!r} follows no rule: use one of {', '.join(RULES)}")
     found = {k: RULES[k](segmentation.data) for k in kinds if k not in segmentation.gold}
     return replace(segmentation, gold={**segmentation.gold, **found})
+
+
+def read_annotated(path: str | os.PathLike) -> Iterator[Segmentation]:
+    """Texts with their gold boundaries, in the form that the name and the first line tell.
+
+    ``*.words.tsv`` and ``*.sentences.tsv``: morphemes; ``*.py``: code; ``*.jsonl``: words, code or
+    segmentations if its lines have "spans", "path" or "stages". Raises ConfigError for others.
+    """
+    name = Path(path).name
+    readers = {
+        ".words.tsv": read_morph_words,
+        ".sentences.tsv": read_morph_sentences,
+        ".py": read_code,
+    }
+    if name.endswith(".jsonl"):
+        readers = {"spans": read_ud, "path": read_code, "stages": read_segmentations}
+        row = next((row for _, row in _json_lines(path)), {})
+        name = next((key for key in readers if isinstance(row, dict) and key in row), "")
+    for ending, read in readers.items():
+        if name.endswith(ending):
+            return iter(read(path))
+    raise ConfigError(
+        f"annotated file {os.fspath(path)!r} has no known form: use *.words.tsv, "
+        '*.sentences.tsv, *.py, or *.jsonl with "spans", "path" or "stages"'
+    )
 
 
 def read_ud(path: str | os.PathLike) -> Iterator[Segmentation]:
@@ -177,6 +203,22 @@ def _morpheme_starts(sentence: str, segmented: str) -> list[int] | None:
         lengths = [len(p.encode()) for p in parts[:-1]]
         starts += itertools.accumulate([word_start, *lengths])
     return starts
+
+
+def clip(segmentation: Segmentation, max_bytes: int) -> Segmentation:
+    """The beginning of a text without stages, up to the last whole character that fits."""
+    if len(segmentation.data) <= max_bytes:
+        return segmentation
+    ends = [0, *character_starts(segmentation.data)]
+    end = ends[bisect.bisect_right(ends, max_bytes) - 1]
+    gold = {kind: inside(offsets, end) for kind, offsets in segmentation.gold.items()}
+    return Segmentation(segmentation.data[:end], segmentation.name, gold=gold)
+
+
+def thin(texts: Sequence[Any], most: int) -> list[Any]:
+    """At most so many of the texts, evenly spread over them; all if `most` is 0."""
+    count = min(most or len(texts), len(texts))
+    return [texts[i * len(texts) // count] for i in range(count)]
 
 
 def inside_character(data: bytes, offsets: tuple[int, ...]) -> tuple[int, ...]:

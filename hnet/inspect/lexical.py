@@ -4,11 +4,15 @@ Every figure is given twice: over *types* (distinct chunks, which is what a voca
 *occurrences* (emitted chunks, which is what a reader of the text meets).
 """
 
+import os
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from pathlib import Path
+
+from hnet.config import ConfigError
 
 CLASSES = (
     "char_alpha", "char_other", "spaced_alpha", "spaced_other", "inner_alpha", "inner_other",
@@ -136,6 +140,24 @@ class LexiconShares:
     """chunks that are a valid word of the language (the paper's %TR for Turkish)"""
     pure: Share
     """chunks that are a root or a valid morpheme (the paper's %Pure)"""
+
+
+def read_lexicon(path: str | os.PathLike) -> tuple[set[str], set[str]]:
+    """(words, roots and morphemes) of a file with a word a line.
+
+    Behind a tab, if anything: the word's morphemes, divided by spaces; what is behind another tab
+    is ignored, so `gold.read_morph_words` and this read the same files. Raises ConfigError.
+    """
+    words, morphemes = set(), set()
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"lexicon={os.fspath(path)!r} cannot be read: {e}") from None
+    for line in filter(str.strip, lines):
+        word, *columns = line.split("\t")
+        words.add(word.strip())
+        morphemes |= set(columns[0].split() if columns else ())
+    return words, morphemes
 
 
 def turkish_lower(text: str) -> str:

@@ -7,8 +7,8 @@ import json
 from collections.abc import Mapping, Sequence
 
 from hnet.inspect.plugin import assets
-from hnet.inspect.segmentation import Segmentation, text_json
-from hnet.inspect.store import text_key
+from hnet.inspect.segmentation import Segmentation
+from hnet.inspect.store import text_facts, text_key
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -53,17 +53,9 @@ def to_html(
 
 
 def _run(segmentations: Sequence[Segmentation], step: int) -> dict:
-    keyed = {text_key(text_json(seg)): seg for seg in segmentations}
+    keyed = {text_key(seg): seg for seg in segmentations}
     return {
         "step": step,
-        "texts": {
-            key: {
-                "name": seg.name,
-                "bytes": len(seg.data),
-                "routes": list(seg.route_names()),
-                "gold": sorted(seg.gold),
-            }
-            for key, seg in keyed.items()
-        },
+        "texts": {key: text_facts(seg) for key, seg in keyed.items()},
         "views": {key: seg.to_json() for key, seg in keyed.items()},
     }

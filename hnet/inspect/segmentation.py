@@ -167,16 +167,14 @@ def text_json(segmentation: Segmentation) -> dict[str, Any]:
 
 
 def read_segmentations(path: str | os.PathLike) -> list[Segmentation]:
-    """Read a JSON list of segmentations, as `experiments.segment --json` prints it."""
+    """Read segmentations, a JSON object a line, as `experiments.segment --json` prints them."""
     try:
         with open(path, encoding="utf-8") as f:
-            content = json.load(f)
+            content = [json.loads(line) for line in f if line.strip()]
     except OSError as e:
         raise ConfigError(f"segmentation file {os.fspath(path)!r}: {e.strerror}") from None
     except ValueError as e:
         raise ConfigError(f"segmentation file {os.fspath(path)!r} is not JSON: {e}") from None
-    if not isinstance(content, list):
-        raise ConfigError(f"segmentation file {os.fspath(path)!r} holds no JSON list")
     return [Segmentation.from_json(item) for item in content]
 
 

@@ -6,7 +6,7 @@ A run keeps three append-only files of JSON lines in ``<logdir>/boundaries/``:
 * ``steps.jsonl``: a line a text and step, ``{"step", "key", "stages": [...]}``.
 * ``index.jsonl``: small lines that say where the others are, each written after what it names:
   ``{"resume": step or null, "session": ns}`` when a writer opens the folder,
-  ``{"text": key, "at": [offset, length], "name", "bytes", "routes", "gold"}`` and
+  ``{"text": key, "digest", "at": [offset, length], "name", "bytes", "routes", "gold"}`` and
   ``{"step", "rows": {key: [offset, length]}}``.
 
 Later lines win: a step written again replaces the older one text by text, and ``resume`` takes back
@@ -39,7 +39,7 @@ class SegmentationLog:
         self.folder.mkdir(parents=True, exist_ok=True)
         known = SegmentationIndex(self.folder)
         known.refresh()
-        self._keys = set(known.texts)
+        self._written = {key: text.get("digest") for key, text in known.texts.items()}
         self._files = {name: _open_for_append(self.folder / name) for name in (TEXTS, STEPS, INDEX)}
         self._append(INDEX, {"resume": resume_step, "session": time.time_ns()})
 
@@ -47,11 +47,12 @@ class SegmentationLog:
         """Add the segmentations of a step; flushed to the system when this returns."""
         new, rows = [], {}
         for seg in segmentations:
-            static = text_json(seg)
-            key = text_key(static)
-            if key not in self._keys:
-                self._keys.add(key)
-                new.append(_text_entry(key, seg, self._append(TEXTS, {"key": key, **static})))
+            static, key = text_json(seg), text_key(seg)
+            digest = _digest(json.dumps(static))
+            if self._written.get(key) != digest:  # a new text, or other routes or gold than before
+                self._written[key] = digest
+                at = self._append(TEXTS, {"key": key, **static})
+                new.append({"text": key, "digest": digest, "at": at, **text_facts(seg)})
             row = {"step": int(step), "key": key, "stages": seg.to_json()["stages"]}
             rows[key] = self._append(STEPS, row)
         self.flush()
@@ -75,15 +76,18 @@ class SegmentationLog:
         return [offset, len(line)]
 
 
-def text_key(static: dict[str, Any]) -> str:
-    """Name of a text, by its content: the same text of two runs has the same key."""
-    return hashlib.sha256(json.dumps(static, sort_keys=True).encode()).hexdigest()[:16]
+def text_key(seg: Segmentation) -> str:
+    """Name of a text: the same in all runs, whatever routes or gold they know of it."""
+    return _digest(json.dumps([seg.name, seg.data.hex()]))
 
 
-def _text_entry(key: str, seg: Segmentation, at: list[int]) -> dict[str, Any]:
+def _digest(content: str) -> str:
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def text_facts(seg: Segmentation) -> dict[str, Any]:
+    """What a list of texts shows of one."""
     return {
-        "text": key,
-        "at": at,
         "name": seg.name,
         "bytes": len(seg.data),
         "routes": list(seg.route_names()),

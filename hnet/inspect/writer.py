@@ -128,18 +128,19 @@ class RunWriter:
 
     def write_segmentations(
         self, step: int, segmentations: Sequence[Segmentation], *, summaries: bool = True
-    ) -> None:
+    ) -> dict[str, float]:
         """Log the probe texts of a step: the data of the Boundaries tab.
 
         With summaries, also what shows without the plugin: scalars (`metrics.summarize`),
-        distributions of p and chunk length, images of p over position, texts with marks.
+        distributions of p and chunk length, images of p over position, texts with marks. Returns
+        the scalars.
         """
         self._log.write(step, segmentations)
-        if summaries and segmentations:
-            self._summaries(step, segmentations)
+        return self._summaries(step, segmentations) if summaries and segmentations else {}
 
-    def _summaries(self, step: int, segmentations: Sequence[Segmentation]) -> None:
-        self.scalars(step, {f"probe/{tag}": v for tag, v in summarize(segmentations).items()})
+    def _summaries(self, step: int, segmentations: Sequence[Segmentation]) -> dict[str, float]:
+        scalars = {f"probe/{tag}": v for tag, v in summarize(segmentations).items()}
+        self.scalars(step, scalars)
         for i in range(max(len(seg.stages) for seg in segmentations)):
             texts = [seg for seg in segmentations if len(seg.stages) > i and seg.data]
             if texts:
@@ -150,6 +151,7 @@ class RunWriter:
                 self.image(step, f"probe/stage{i}/p_map", p_map(texts, i))
         for n, seg in enumerate(segmentations[:TEXT_SUMMARIES]):
             self.text(step, f"probe/text_{n:02}", to_markdown(seg))
+        return scalars
 
     def flush(self) -> None:
         """Hand what was logged to the operating system."""

@@ -62,7 +62,16 @@ class EvalConfig:
     max_bytes: int = 65_536
     """held-out bytes of the evaluations before the last one, which reads all"""
     probe_bytes: int = 384
-    """bytes of held-out text whose boundaries are drawn"""
+    """bytes of each text whose boundaries are drawn"""
+    probe_texts: int = 4
+    """texts drawn of the held-out text and of each of probe_files, spread evenly"""
+    probe_files: tuple[str, ...] = ()
+    """files of texts with gold boundaries, as `experiments.boundaries` reads them"""
+
+    def __post_init__(self):
+        for name, least in (("probe_bytes", 1), ("probe_texts", 1)):
+            if (value := getattr(self, name)) < least:
+                raise ConfigError(f"eval.{name}={value}: use {least} or more")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -81,7 +82,11 @@ class NonFinite(RuntimeError):
     """Loss or gradient was not finite for train.max_skipped updates in a row."""
 
 
-def train(config: Config, stop: distributed.StopRequest) -> Outcome:
+def train(
+    config: Config,
+    stop: distributed.StopRequest,
+    make_report: Callable[[Config, Corpus, int], Report] = Report,
+) -> Outcome:
     """Train up to `config.train.steps`, from the newest good checkpoint of the workdir if any.
 
     Raises ConfigError for settings that cannot work and StopRun if training fails.
@@ -93,7 +98,7 @@ def train(config: Config, stop: distributed.StopRequest) -> Outcome:
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpointer(config.workdir, config.checkpoint))
         state, position = _first_state(checkpoints, program)
-        report = stack.enter_context(Report(config, corpus, int(state.step)))
+        report = stack.enter_context(make_report(config, corpus, int(state.step)))
         watchdog = stack.enter_context(Watchdog(config.workdir, config.watchdog))
         session = Session(config, corpus, program, checkpoints, report, watchdog, stop)
         while True:

@@ -30,7 +30,7 @@ class Report:
     def __init__(self, config: Config, corpus: Corpus, start_step: int):
         self.config, self.start_step = config, start_step
         self.speaks = distributed.host_id() == 0
-        self.probes = probe_texts(corpus.heldout, config.eval.probe_bytes)
+        self.probes = probe_texts(corpus.heldout, config.eval)
         self.profiled = _profiled_steps(config.profile.steps)
         self.metrics = MetricsFile(config.workdir, start_step) if self.speaks else None
         self.writer = None
@@ -76,7 +76,9 @@ class Report:
         if not self.speaks:
             return
         self.metrics.write(row)
-        scalars = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
+        logged = ("step", "eval/", "probe/")  # an event has its step; `evaluated` wrote the others
+        numbers = {k: v for k, v in row.items() if isinstance(v, int | float)}
+        scalars = {k: v for k, v in numbers.items() if not k.startswith(logged)}
         self.writer.scalars(row["step"], scalars)
         for name, counts in metrics.items():
             if name.endswith("prob_hist"):
@@ -109,16 +111,16 @@ class Report:
     def evaluated(self, step, evaluation: Evaluation, row, segment, params) -> None:
         """Log an evaluation, into the row of its step if there is one, and draw the probe texts."""
         results = evaluation.metrics()
-        if row is not None:
-            row |= results
-        elif self.metrics:  # resumed at this step, whose row is written already
-            self.metrics.amend(step, results)
         texts = [probe.data for probe in self.probes]
         names, gold = [p.name for p in self.probes], [dict(p.gold) for p in self.probes]
         drawn = segment(params, texts, names, gold)
         if self.speaks:
             self.writer.scalars(step, results)
-            self.writer.write_segmentations(step, drawn)
+            results |= self.writer.write_segmentations(step, drawn)
+        if row is not None:
+            row |= results
+        elif self.metrics:  # resumed at this step, whose row is written already
+            self.metrics.amend(step, results)
         sizes = [
             f"{evaluation.bytes_per_chunk(s):.2f}" for s in range(len(evaluation.chunks_by_stage))
         ]

@@ -59,7 +59,7 @@ export class View {
       field("Run", this.runSelects[0]),
       field("Compare", this.runSelects[1]),
       el("div", { class: "field" }, el("span", {}, "Level"), this.levels),
-      field("Route", this.routeSelect),
+      field("Script or route", this.routeSelect),
       field("Gold", this.goldSelect),
       field("Text", this.search),
       button("↻", "Look for new runs and steps", () => this.reload(), "reload"),
@@ -140,7 +140,10 @@ export class View {
   get texts() {
     const all = new Map();
     for (const run of this.state.runs) {
-      for (const [key, text] of Object.entries(this.info.get(run)?.texts ?? {})) all.set(key, text);
+      for (const [key, text] of Object.entries(this.info.get(run)?.texts ?? {})) {
+        const routes = [...new Set([...(all.get(key)?.routes ?? []), ...text.routes])]; // runs may name others
+        all.set(key, { ...text, routes });
+      }
     }
     const { route, query } = this.state;
     return [...all].filter(

@@ -1,0 +1,199 @@
+"""How a model's boundaries agree with annotated words, morphemes or code tokens.
+
+    python -m experiments.boundaries --checkpoint RUN --gold ud/tr.jsonl morph/eng.sentences.tsv
+
+For every file and stage: precision, recall and F1 against each kind of gold boundary, beside those
+of as many boundaries drawn at random and of as many evenly spaced; boundary enrichment Bq (arXiv
+2601.22805); chunk lengths; boundaries inside UTF-8 characters; classes of the chunks after Qtok;
+with --lexicon the shares of chunks that are words (%TR) and roots or morphemes (%Pure).
+
+--gold takes .jsonl with "spans" of bytes (Universal Dependencies), *.words.tsv and *.sentences.tsv
+(SIGMORPHON), .py and .jsonl with "path" (code), and .jsonl from `experiments.segment --json`.
+Characters and whitespace are gold kinds of every text.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from experiments.command_line import parse, run
+from hnet import load
+from hnet.config import ConfigError
+from hnet.infer.score import logprobs
+from hnet.infer.segment import segment_all, segmenter
+from hnet.inspect import metrics
+from hnet.inspect.gold import annotate, clip, read_annotated, thin
+from hnet.inspect.lexical import lexicon_shares, read_lexicon, turkish_lower, vocabulary_report
+from hnet.inspect.segmentation import Alignment, Segmentation
+from hnet.model import HNetLM, split
+from hnet.train.config import read_config
+
+
+@dataclass(frozen=True)
+class BoundariesConfig:
+    """What is cut, and what its boundaries are compared with."""
+
+    checkpoint: str
+    """work directory of a run, or an official checkpoint with its JSON"""
+    gold: tuple[str, ...]
+    """annotated files"""
+    lexicon: str = ""
+    """a word a line; behind a tab its roots and morphemes, divided by spaces"""
+    case: Literal["plain", "turkish"] = "plain"
+    """how chunks and lexicon are brought to lower case; turkish tells dotted from dotless i"""
+    max_texts: int = 1000
+    """at most so many texts of a file, spread evenly over it; 0 = all"""
+    max_bytes: int = 2048
+    """longer texts are cut off here"""
+    seed: int = 0
+    """of the random controls"""
+    json: bool = False
+    """print one JSON object instead of tables"""
+
+
+def main() -> None:
+    config = parse(BoundariesConfig)
+    for name, least in (("max_texts", 0), ("max_bytes", 1)):
+        if (value := getattr(config, name)) < least:
+            raise ConfigError(f"{name}={value}: use {least} or more")
+    texts = {path: _texts(path, config) for path in config.gold}
+    lexicon = read_lexicon(config.lexicon) if config.lexicon else None
+    model = load(config.checkpoint)
+    if not model.config.num_chunked:
+        raise ConfigError(f"checkpoint={config.checkpoint} cuts nowhere: it has one stage")
+    is_ours = (Path(config.checkpoint) / "config.json").exists()
+    bos = is_ours and read_config(config.checkpoint).data.bos_eos
+    reports = {}
+    for path, own in texts.items():
+        found, surprisal = _cut(model, own, bos)
+        reports[path] = {
+            "texts": len(own),
+            "bytes": sum(len(seg.data) for seg in own),
+            "stages": [
+                stage_report(found, surprisal, s, stage.chunking.alignment, config, lexicon)
+                for s, stage in enumerate(model.config.stages[:-1])
+            ],
+        }
+    if config.json:
+        print(json.dumps({"checkpoint": config.checkpoint, "files": reports}))
+    else:
+        for path, report in reports.items():
+            _print(path, report)
+
+
+def _texts(path: str, config: BoundariesConfig) -> list[Segmentation]:
+    """Some texts of a file, with gold boundaries alone."""
+    texts = thin([seg for seg in read_annotated(path) if seg.data], config.max_texts)
+    if not texts:
+        raise ConfigError(f"gold={path!r} has no text that can be used: give another file")
+    texts = [clip(replace(seg, stages=()), config.max_bytes) for seg in texts]
+    return [annotate(seg, "characters", "whitespace") for seg in texts]
+
+
+def _cut(
+    model: HNetLM, texts: Sequence[Segmentation], bos: bool
+) -> tuple[list[Segmentation], list[np.ndarray]]:
+    """The texts with the model's chunks, and -log2 probability of each of their bytes."""
+    graph, params = split(model)
+    data = [seg.data for seg in texts]
+    cut = segment_all(segmenter(graph, model.config), params, data)
+    found = [replace(seg, name=text.name, gold=text.gold) for seg, text in zip(cut, texts)]
+    return found, [-s.logprobs / math.log(2) for s in logprobs(model, data, bos=bos)]
+
+
+def stage_report(
+    found: Sequence[Segmentation],
+    surprisal: Sequence[np.ndarray],
+    stage: int,
+    alignment: Alignment,
+    config: BoundariesConfig,
+    lexicon: tuple[set[str], set[str]] | None,
+) -> dict[str, Any]:
+    """Everything that is said about the boundaries of one stage, as plain JSON content."""
+    kinds = sorted({kind for seg in found for kind, offsets in seg.gold.items() if offsets})
+    scores = {
+        kind: metrics.boundary_scores(found, kind, stage=stage, seed=config.seed) for kind in kinds
+    }
+    rows = [(_as_routed(seg, stage, alignment), s) for seg, s in zip(found, surprisal)]
+    chunks = [chunk for seg in found for chunk in seg.chunks(stage)]
+    vocabulary = vocabulary_report(chunks)
+    report = {
+        "gold": {
+            kind: {
+                name: {"precision": s.precision, "recall": s.recall, "f1": s.f1}
+                for name, s in vars(score).items()
+            }
+            for kind, score in scores.items()
+        },
+        "enrichment": _finite(asdict(metrics.boundary_enrichment(rows, seed=config.seed))),
+        "chunk_bytes": metrics.chunk_length_stats(
+            np.concatenate([seg.chunk_lengths(stage) for seg in found])
+        ),
+        "utf8_split_frac": metrics.utf8_split_frac(found, stage),
+        "undecided_frac": metrics.undecided_frac(found, stage),
+        "chunks": asdict(vocabulary.total),
+        "classes": {
+            name: asdict(tally.share_of(vocabulary.total))
+            for name, tally in vocabulary.classes.items()
+        },
+    }
+    if lexicon:
+        lower = turkish_lower if config.case == "turkish" else str.lower
+        report["lexicon"] = asdict(lexicon_shares(chunks, *lexicon, lower=lower))
+    return report
+
+
+def _as_routed(seg: Segmentation, stage: int, alignment: Alignment) -> np.ndarray:
+    """Boundaries of a stage at the bytes that decided them, bool (bytes,); the first is given."""
+    mask = np.zeros(len(seg.data), bool)
+    mask[seg.boundaries(stage) - (alignment == "end")] = True
+    return mask
+
+
+def _finite(values: dict[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def _print(path: str, report: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    console.print(Text(f"{path}: {report['texts']} texts, {report['bytes']:,} bytes", "bold"))
+    gold = Table("stage", "gold", "precision", "recall", "F1", "random", "fixed stride", box=None)
+    lengths = Table("stage", "bytes a chunk", "5 / 50 / 95 / longest", "inside characters",
+                    "p 0.4-0.6", "Bq", "Z", box=None)  # fmt: skip
+    classes = Table("stage", "share of chunks (types / occurrences, %)", box=None)
+    for s, stage in enumerate(report["stages"]):
+        for kind, found in stage["gold"].items():
+            learned = found["learned"]
+            row = [learned["precision"], learned["recall"], learned["f1"]]
+            row += [found["random"]["f1"], found["fixed_stride"]["f1"]]
+            gold.add_row(str(s), kind, *(f"{value:.3f}" for value in row))
+        stats, enrichment = stage["chunk_bytes"], stage["enrichment"]
+        tail = " / ".join(f"{stats[name]:.0f}" for name in ("p5", "p50", "p95", "longest"))
+        bq, z = ("-" if enrichment[n] is None else f"{enrichment[n]:.2f}" for n in ("bq", "z"))
+        split_frac, undecided = stage["utf8_split_frac"], stage["undecided_frac"]
+        lengths.add_row(
+            str(s), f"{stats['mean']:.2f}", tail, f"{split_frac:.1%}", f"{undecided:.1%}", bq, z
+        )
+        named = {name: share for name, share in stage["classes"].items() if share["types"]}
+        words = {"%TR": "words", "%Pure": "pure"} if "lexicon" in stage else {}
+        named |= {name: stage["lexicon"][field] for name, field in words.items()}
+        shares = (f"{name} {_percent(share)}" for name, share in named.items())
+        classes.add_row(str(s), "  ".join(shares))
+    for table in (gold, lengths, classes):
+        console.print(table, "")
+
+
+def _percent(share: dict[str, float]) -> str:
+    return f"{100 * share['types']:.1f}/{100 * share['occurrences']:.1f}"
+
+
+if __name__ == "__main__":
+    run(main)

@@ -55,7 +55,7 @@ def segment(text: Segmentation, skill: float, rng: np.random.Generator) -> Segme
     )
 
 
-def write_run(logdir, steps, *, seed=0, stages=2, learn=1.0, summaries=True) -> None:
+def write_run(logdir, steps, *, seed=0, stages=2, learn=1.0, routes=True, summaries=True) -> None:
     """A run's log folder with segmentations at `steps`."""
     rng = np.random.default_rng(seed)
     with RunWriter(logdir) as writer:
@@ -63,5 +63,8 @@ def write_run(logdir, steps, *, seed=0, stages=2, learn=1.0, summaries=True) -> 
             skill = learn * step / max(max(steps), 1)
             writer.scalars(step, {"train/bpb": 4 - 2 * skill, "loss/ce": 2.7 - skill})
             texts = [segment(t, skill, rng) for t in probe_texts()]
-            texts = [replace(t, stages=t.stages[:stages]) for t in texts]
+            texts = [
+                replace(t, stages=t.stages[:stages], routes=t.routes if routes else ())
+                for t in texts
+            ]
             writer.write_segmentations(step, texts, summaries=summaries)

@@ -32,7 +32,7 @@ def logdir(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     write_run(root / RUN, STEPS, seed=1, summaries=False)
     write_run(root / OTHER, OTHER_STEPS, seed=2, learn=0.5, summaries=False)
-    write_run(root / GROWING, [0, 50], stages=1, summaries=False)
+    write_run(root / GROWING, [0, 50], stages=1, routes=False, summaries=False)
     return root
 
 
@@ -195,7 +195,9 @@ def test_comparing_two_runs(view, stored):
 def test_comparing_with_a_run_of_fewer_stages(view, stored):
     view.get_by_label("Compare with run").select_option(GROWING)
     view.get_by_text("nested", exact=True).click()
+    # the same text, though this run knows no routes
     columns = card(view, "english").locator(".column")
+    sync_api.expect(card(view, "english").locator(".route")).to_have_text(["Latin"])
     sync_api.expect(columns.nth(0).locator("canvas")).to_have_count(2)
     sync_api.expect(columns.nth(1).locator("canvas")).to_have_count(1)
     sync_api.expect(view.locator(".divergence")).to_have_text(re.compile("boundaries: stage 0: F1"))
@@ -207,7 +209,7 @@ def test_comparing_with_a_run_of_fewer_stages(view, stored):
 def test_a_running_run_grows_and_the_view_follows(view, logdir):
     view.get_by_label("Run", exact=True).select_option(GROWING)
     view.locator(".steplabel", has_text="step 50 (2 of 2)").wait_for()
-    write_run(logdir / GROWING, [70], stages=1, summaries=False)
+    write_run(logdir / GROWING, [70], stages=1, routes=False, summaries=False)
     view.get_by_role("button", name="Look for new").click()
     view.locator(".steplabel", has_text="step 70 (3 of 3)").wait_for()
     view.locator(".runnames", has_text="step 70").wait_for()
@@ -223,18 +225,19 @@ def test_hover_tells_offsets_bytes_and_probability(view, stored):
     seg = stored[RUN, 400, "english"]
     start, end = seg.stages[0].starts[2:4]
     chunks(view, "english").nth(2).hover()
-    tip = view.locator(".tooltip").inner_text()
-    assert f"{start} to {end}, {end - start} bytes" in tip
-    assert seg.data[start:end].hex(" ").upper() in tip
-    assert f"{seg.stages[0].probs[start]:.3f}" in tip
-    assert "Latin" in tip and "gold words" in tip
+    tip = view.locator(".tooltip")
+    sync_api.expect(tip).to_contain_text(f"{start} to {end}, {end - start} bytes")
+    sync_api.expect(tip).to_contain_text(seg.data[start:end].hex(" ").upper())
+    sync_api.expect(tip).to_contain_text(f"{seg.stages[0].probs[start]:.3f}")
+    sync_api.expect(tip).to_contain_text("Latin")
+    sync_api.expect(tip).to_contain_text("gold words")
     view.locator("h2").first.hover()
-    sync_api.expect(view.locator(".tooltip")).to_be_hidden()
+    sync_api.expect(tip).to_be_hidden()
     canvas = card(view, "english").locator("canvas")
     canvas.hover(
         position={"x": canvas.bounding_box()["width"] * (start + 0.5) / len(seg.data), "y": 20}
     )
-    assert f"{start} to {end}" in view.locator(".tooltip").inner_text()
+    sync_api.expect(tip).to_contain_text(f"{start} to {end}")
 
 
 def test_keyboard_walks_through_chunks(view):
@@ -242,11 +245,11 @@ def test_keyboard_walks_through_chunks(view):
     text.focus()
     for _ in range(3):
         view.keyboard.press("ArrowRight")
-    assert text.locator(".chosen").get_attribute("data-chunk") == "2"
-    assert "chunk" in view.locator(".tooltip").inner_text()
+    sync_api.expect(text.locator(".chosen")).to_have_attribute("data-chunk", "2")
+    sync_api.expect(view.locator(".tooltip")).to_contain_text("chunk")
     assert "step 400" in view.locator(".steplabel").inner_text()  # arrows here change no step
     view.keyboard.press("Escape")
-    assert view.locator(".tooltip").is_hidden()
+    sync_api.expect(view.locator(".tooltip")).to_be_hidden()
     view.keyboard.press("Shift+Tab")
     view.keyboard.press("Tab")
     outline = text.evaluate("e => getComputedStyle(e).outlineStyle")
@@ -258,9 +261,9 @@ def test_filters(view):
     sync_api.expect(names).to_have_count(8)
     view.get_by_role("button", name="Show 3 more").click()
     sync_api.expect(names).to_have_count(len(TEXTS) + 1)
-    view.get_by_label("Route").select_option("Han")
+    view.get_by_label("Script or route").select_option("Han")
     sync_api.expect(names).to_have_text(["chinese"])
-    view.get_by_label("Route").select_option("")
+    view.get_by_label("Script or route").select_option("")
     view.get_by_label("Find a text").fill("H")
     sync_api.expect(names).to_have_text(
         ["english", "hebrew", "hindi", "chinese", "thai", "turkish", "hostile"]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hnet.config import ConfigError
 from hnet.train import loop
@@ -47,6 +48,22 @@ def test_a_run_learns_logs_and_leaves_what_the_plan_says(whole):
     assert outcome.evaluation.num_bytes == outcome.corpus.heldout.num_bytes
     assert all(row["stage0/overflow_frac"] == 0 for row in table)
     assert read_config(config.workdir) == config
+
+
+def test_tensorboard_says_what_metrics_jsonl_says(whole):
+    """Every number once a step, those of the probe texts at evaluations."""
+    config, _ = whole
+    events = EventAccumulator(f"{config.workdir}/tensorboard", {"scalars": 0}).Reload()
+    table = {row["step"]: row for row in rows(config)}
+    controls = [f"probe/stage0/f1_words{control}" for control in ("", "_random", "_stride")]
+    for tag, steps in [
+        ("loss/ce", range(1, 9)),
+        *((tag, (4, 8)) for tag in ["eval/bpb", *controls]),
+    ]:
+        found = {e.step: e.value for e in events.Scalars(tag) if e.step}
+        assert len(found) == len([e for e in events.Scalars(tag) if e.step])
+        assert found == pytest.approx({step: table[step][tag] for step in steps})
+    assert not any(key.startswith("probe/") for key in table[3])
 
 
 def test_the_same_command_after_the_end_changes_nothing(whole):

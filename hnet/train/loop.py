@@ -148,7 +148,7 @@ def _loop(
         session.watchdog.beat("load")
         batch = next(batches)
         session.watchdog.beat("step")
-        with report.trace(done):
+        with report.trace.step(done):
             state, metrics = program.step(
                 state, put_batch(batch, program.mesh), program.hparams,
                 capacities=ladder.capacities,

@@ -31,11 +31,11 @@ class Report:
         self.config, self.start_step = config, start_step
         self.speaks = distributed.host_id() == 0
         self.probes = probe_texts(corpus.heldout, config.eval)
-        self.profiled = _profiled_steps(config.profile.steps)
         self.metrics = MetricsFile(config.workdir, start_step) if self.speaks else None
         self.writer = None
+        folder = Path(config.workdir) / "tensorboard"
+        self.trace = Trace(config.profile.steps, folder)
         if self.speaks:
-            folder = Path(config.workdir) / "tensorboard"
             self.writer = RunWriter(folder, resume_step=start_step or None)
         self.line = LiveLine(config.train.steps, start_step, enabled=self.speaks)
         targets = tuple(1 / s.chunking.target_ratio for s in config.model.stages[:-1])
@@ -48,6 +48,7 @@ class Report:
         return self
 
     def __exit__(self, *exc_info) -> None:
+        self.trace.close()
         if self.writer:
             self.writer.close()
         self.line.close()
@@ -133,21 +134,37 @@ class Report:
         if self.metrics:
             self.metrics = MetricsFile(self.config.workdir, step)
 
+
+class Trace:
+    """A profile of the steps FIRST to LAST - 1, written where TensorBoard's profile plugin looks.
+
+    A run that resumes between them traces the rest; one that ends there keeps what it has.
+    """
+
+    def __init__(self, steps: str, folder: Path):
+        self.first, self.last = _profiled_steps(steps)
+        self.folder, self.is_running = folder, False
+
     @contextlib.contextmanager
-    def trace(self, done: int):
-        """Profile the steps of `profile.steps` into the TensorBoard folder."""
-        first, last = self.profiled
-        if done == first:
-            jax.profiler.start_trace(str(Path(self.config.workdir) / "tensorboard"))
+    def step(self, done: int):
+        """Around the step that follows `done` steps."""
+        if self.first <= done < self.last and not self.is_running:
+            jax.profiler.start_trace(str(self.folder))
+            self.is_running = True
         with jax.profiler.StepTraceAnnotation("train", step_num=done):
             yield
-        if done == last:
+        if done + 1 >= self.last:
+            self.close()
+
+    def close(self) -> None:
+        if self.is_running:
             jax.profiler.stop_trace()
+        self.is_running = False
 
 
 def _profiled_steps(text: str) -> tuple[int, int]:
     if not text:
-        return -1, -1
+        return 0, 0
     first, _, last = text.partition(":")
     if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
         raise ConfigError(f"profile.steps={text!r}: write FIRST:LAST, e.g. 10:20")

@@ -212,7 +212,7 @@ export function drawHistogram(lengths, longest, { width = 220, height = 66 } = {
   });
   picture.append(svg("rect", { class: "axis", x: 0, y: base, width, height: 1 }));
   for (const [text, x, anchor] of [["1", 1, "start"], [`${longest} bytes`, width - 1, "end"]]) {
-    const label = svg("text", { x, y: height - 2, "text-anchor": anchor });
+    const label = svg("text", { x, y: height - 3, "text-anchor": anchor });
     label.textContent = text;
     picture.append(label);
   }

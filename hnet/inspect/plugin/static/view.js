@@ -35,7 +35,7 @@ export class View {
       select(i ? "Compare with run" : "Run", (e) => this.chooseRun(i, e.target.value || null)),
     );
     this.levels = el("div", { class: "levels", role: "radiogroup", "aria-label": "Level", onchange: change("level") });
-    this.routeSelect = select("Route", change("route"), "short");
+    this.routeSelect = select("Script or route", change("route"), "short");
     this.goldSelect = select("Gold boundaries", change("gold"), "short");
     this.search = el("input", { type: "search", placeholder: "name of a text", "aria-label": "Find a text", oninput: change("query") });
     this.slider = el("input", {
@@ -59,7 +59,7 @@ export class View {
       field("Run", this.runSelects[0]),
       field("Compare", this.runSelects[1]),
       el("div", { class: "field" }, el("span", {}, "Level"), this.levels),
-      field("Script or route", this.routeSelect),
+      field("Script", this.routeSelect),
       field("Gold", this.goldSelect),
       field("Text", this.search),
       button("↻", "Look for new runs and steps", () => this.reload(), "reload"),

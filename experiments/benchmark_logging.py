@@ -30,12 +30,17 @@ class Alternating(Report):
         self.block = self.config.train.log_every
         self.began: dict[int, float] = {}  # when the report of each step began
         self.disturbed: set[int] = set()  # blocks that evaluated or compiled
+        self.calls: list[float] = []  # seconds inside the report of each step that is logged
         self.drawing: list[float] = []  # seconds of each evaluation's texts and summaries
 
     def step(self, row):
         step = row["step"]
         self.began[step] = time.perf_counter()
-        return super().step(row) if step // self.block % 2 else []
+        if step // self.block % 2 == 0:
+            return []
+        alarms = super().step(row)
+        self.calls.append(time.perf_counter() - self.began[step])
+        return alarms
 
     def say(self, text):
         self.disturbed.add(max(self.began, default=0) // self.block)
@@ -83,6 +88,8 @@ def main() -> None:
     print(f"step with logging     {1e3 * np.median(on):8.1f} ms (median of {len(on)} blocks)")
     print(f"step without          {1e3 * np.median(off):8.1f} ms")
     print(f"logging a step        {ratios.mean():+8.2%} (standard error {error:.2%})")
+    inside = float(np.mean(report.calls[report.block :]))
+    print(f"of it inside calls    {1e3 * inside:8.2f} ms, {inside / off.mean():.2%}")
     print(f"drawing an evaluation {1e3 * drawing:8.1f} ms, every {config.eval.every} steps", end="")
     print(f": {share:.2%}")
 

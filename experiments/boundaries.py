@@ -164,7 +164,8 @@ def _finite(values: dict[str, float]) -> dict[str, float | None]:
 
 def _print(path: str, report: dict[str, Any]) -> None:
     console = Console(highlight=False)
-    console.print(Text(f"{path}: {report['texts']} texts, {report['bytes']:,} bytes", "bold"))
+    title = f"{path}: {report['texts']} texts, {report['bytes']:,} bytes"
+    console.print(Text(title, "bold"), soft_wrap=True)
     gold = Table("stage", "gold", "precision", "recall", "F1", "random", "fixed stride", box=None)
     lengths = Table("stage", "bytes a chunk", "5 / 50 / 95 / longest", "inside characters",
                     "p 0.4-0.6", "Bq", "Z", box=None)  # fmt: skip

@@ -11,6 +11,7 @@ from flax import nnx
 
 from experiments import boundaries
 from hnet.config import ConfigError
+from hnet.infer import score
 from hnet.infer.segment import segment_all, segmenter
 from hnet.model import split
 from tests.networks import MLP_END, network, quick_jit, random_params, stage
@@ -25,16 +26,30 @@ def model():
     return nnx.merge(*random_params(network(end, stage("t1 t1", 26), stage("t1", 26))))
 
 
+@pytest.fixture(scope="module")
+def cut(model):
+    """A text -> its segmentation."""
+    graph, params = split(model)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(jax, "jit", quick_jit)
+        segment = segmenter(graph, model.config)
+    return lambda text: segment_all(segment, params, [text])[0]
+
+
+quick_score = quick_jit(score._score.__wrapped__, static_argnames="graph")
+
+
 def report_of(model, monkeypatch, capsys, *argv):
     with monkeypatch.context() as m:
         m.setattr(jax, "jit", quick_jit)
+        m.setattr(score, "_score", quick_score)
         m.setattr(boundaries, "load", lambda path: model)
         m.setattr(sys, "argv", ["boundaries", "--checkpoint", "none", *map(str, argv)])
         boundaries.main()
     return capsys.readouterr().out
 
 
-def test_the_report_says_what_the_chunks_are(model, tmp_path, monkeypatch, capsys):
+def test_the_report_says_what_the_chunks_are(model, cut, tmp_path, monkeypatch, capsys):
     files = [tmp_path / "a.jsonl", tmp_path / "b.words.tsv"]
     files[0].write_text(json.dumps(UD) + "\n")
     files[1].write_text(WORDS)
@@ -42,9 +57,8 @@ def test_the_report_says_what_the_chunks_are(model, tmp_path, monkeypatch, capsy
     lexicon.write_text("evler\tev ler\nde\n")
     options = ["--gold", *files, "--lexicon", lexicon, "--json", "True"]
     out = json.loads(report_of(model, monkeypatch, capsys, *options))
-    graph, params = split(model)
     text = UD["text"].encode()
-    (found,) = segment_all(segmenter(graph, model.config), params, [text])
+    found = cut(text)
     assert any(len(s.starts) > 1 for s in found.stages)
     ud = out["files"][str(files[0])]
     assert (ud["texts"], ud["bytes"]) == (1, len(text))
@@ -68,11 +82,10 @@ def test_the_report_says_what_the_chunks_are(model, tmp_path, monkeypatch, capsy
     assert out["files"][str(files[1])]["stages"][0]["gold"].keys() == {"characters", "morphemes"}
 
 
-def test_enrichment_pairs_a_boundary_with_the_byte_behind_the_one_that_decided(model):
+def test_enrichment_pairs_a_boundary_with_the_byte_behind_the_one_that_decided(cut):
     """A START boundary decides at its own byte, an END one at the byte before its chunk."""
     text = b"abcdefg"
-    graph, params = split(model)
-    (found,) = segment_all(segmenter(graph, model.config), params, [text])
+    found = cut(text)
     cuts = found.boundaries(0)
     surprisal = np.arange(1.0, 8.0) ** 2
     config = boundaries.BoundariesConfig("none", ())

@@ -94,7 +94,7 @@ def test_a_model_without_routes_names_scripts_and_cuts_in_batches_as_alone(monke
     texts = [MIXED.encode(), b"", *(LATIN.encode() * 2)[::3].split(b" "), LATIN.encode()] * 7
     found = segment_all(segment, params, texts)
     assert [seg.data for seg in found] == texts
-    assert {name for _, name in found[0].routes} == {"Common", "Latin", "Cyrillic", "Han"}
+    assert {name for _, name in found[0].routes} == {"Latin", "Cyrillic", "Han"}
     for i in (0, 3, len(texts) - 1):
         (alone,) = segment(params, [texts[i]])
         assert [s.starts for s in alone.stages] == [s.starts for s in found[i].stages]

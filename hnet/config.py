@@ -99,6 +99,12 @@ class ComputeConfig:
     """positions a block of the chunked SSD"""
     attention_block_len: int = 256
     """query positions a block of attention"""
+    attention_backend: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    """what computes attention in a run: our own blocks (xla), JAX's kernel for TPUs (splash) or
+    NVIDIA's (cudnn, never run); auto: splash on TPUs, else xla"""
+    ssd_backend: Literal["auto", "xla", "pallas"] = "auto"
+    """what computes the SSD in a run: matmuls over blocks (xla) or a kernel for TPUs (pallas);
+    auto: pallas on TPUs, else xla"""
     batch_shards: int = 1
     """equal parts of the batch whose positions are grouped by route apart: the devices that the
     batch lies on, so that nothing moves between them"""

@@ -16,6 +16,7 @@ from hnet.config import ConfigError, HNetConfig
 from hnet.interop.official import assemble, check_fit
 from hnet.interop.tensors import TensorFile
 from hnet.model import HNetLM, abstract
+from hnet.nn.kernels.table import without
 from hnet.train.checkpoint import CheckpointConfig, Checkpointer
 from hnet.train.config import read_config
 
@@ -83,6 +84,7 @@ def shown(what: str) -> Callable[[list], Iterable]:
 
 def _load_workdir(path: str | os.PathLike, dtype: DType | None, step: int | None) -> HNetLM:
     config = read_config(path).model
+    config = replace(config, compute=without(config.compute))
     if dtype:
         config = replace(config, compute=replace(config.compute, dtype=dtype))
     graph, params = abstract(config)

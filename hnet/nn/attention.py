@@ -1,6 +1,7 @@
 """Causal, windowed multi-head attention over packed rows, by blocks of queries."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,8 @@ from flax import nnx
 
 from hnet.config import HNetConfig, StageConfig
 from hnet.nn.cache import KVCache, read, ring, write
+from hnet.nn.kernels.spread import on_each_device
+from hnet.nn.kernels.table import kernel
 from hnet.nn.layers import linear, rotary, segment_positions
 
 MAX_BLOCKS = 16  # query blocks are unrolled in the compiled program, so their number is bounded
@@ -130,10 +133,13 @@ class Attention(nnx.Module):
     def attend(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> tuple[jax.Array, ...]:
         """The output, and the keys and values (B, L, H, K) it was made of."""
         q, k, v = self.qkv(x_BLD, segment_positions(segment_ids_BL))
-        out_BLHK = attention(
-            q, k, v, segment_ids_BL,
-            window=self.stage.window_size, block_len=self.compute.attention_block_len,
-        )  # fmt: skip
+        inputs, window = (q, k, v, segment_ids_BL), self.stage.window_size
+        if other := kernel("attention_backend", self.compute):
+            axes = ("BLHK", "BLHK", "BLHK", "BL")
+            out_BLHK = on_each_device(partial(other, window=window), axes, "BLHK", *inputs)
+        else:
+            block_len = self.compute.attention_block_len
+            out_BLHK = attention(*inputs, window=window, block_len=block_len)
         return self.out_proj(out_BLHK.reshape(x_BLD.shape)), k, v
 
     def __call__(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:

@@ -9,6 +9,8 @@ from flax import nnx
 
 from hnet.config import HNetConfig, StageConfig
 from hnet.nn.cache import SSMCache, last_positions, read, write
+from hnet.nn.kernels.spread import on_each_device
+from hnet.nn.kernels.table import kernel
 from hnet.nn.layers import RMSNorm, linear
 
 
@@ -166,7 +168,7 @@ class Mamba2(nnx.Module):
         self.d_inner = ssm.expand * stage.d_model
         self.num_heads = self.d_inner // ssm.head_dim
         self.d_state, self.dtype = ssm.d_state, jnp.dtype(dtype)
-        self.block_len = config.compute.ssd_block_len
+        self.compute = config.compute
         H, C = self.num_heads, self.d_inner + 2 * ssm.d_state
         self.in_proj = linear(stage.d_model, self.d_inner + C + H, dtype=dtype, rngs=rngs)
         # torch's default for Conv1d, which the official initialisation leaves alone
@@ -215,7 +217,12 @@ class Mamba2(nnx.Module):
         convolved = causal_conv(xBC, *self.conv_params(xBC.dtype), segment_ids_BL)
         x, B, C = self.split_conv(convolved)
         A_H = -jnp.exp(self.A_log[...])
-        y = ssd(x, dt_BLH, A_H, B, C, segment_ids_BL, block_len=self.block_len)
+        if other := kernel("ssd_backend", self.compute):
+            inputs = (x, dt_BLH, dt_BLH * A_H[None, None, :], B, C, segment_ids_BL)
+            axes = ("BLHP", "BLH", "BLH", "BLN", "BLN", "BL")
+            y = on_each_device(other, axes, "BLHP", *inputs)
+        else:
+            y = ssd(x, dt_BLH, A_H, B, C, segment_ids_BL, block_len=self.compute.ssd_block_len)
         return self.finish(y, x, z), xBC, x, dt_BLH, A_H, B
 
     def prefill(

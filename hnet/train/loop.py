@@ -100,6 +100,7 @@ def train(
         state, position = _first_state(checkpoints, program)
         report = stack.enter_context(make_report(config, corpus, int(state.step)))
         watchdog = stack.enter_context(Watchdog(config.workdir, config.watchdog))
+        report.say(program.kernels)
         session = Session(config, corpus, program, checkpoints, report, watchdog, stop)
         while True:
             with _open_batches(session, position.data) as batches:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 from hnet.data import eval_batches
 from hnet.loss import LossWeights
 from hnet.model import abstract, init_params
+from hnet.nn.kernels.table import described, resolved, without
 from hnet.train.capacity import Ladder
 from hnet.train.config import Config
 from hnet.train.evaluate import Evaluation, evaluate
@@ -38,6 +39,9 @@ class Program:
     evaluate: Callable[..., dict]
     abstract_state: TrainState
     graph: Any
+    """of the model as any one device can compute it"""
+    kernels: str
+    """a line on what computes attention and the SSD"""
     ladder: Ladder
     """chunk slots of a run that has just started"""
 
@@ -58,8 +62,10 @@ def build(
     mesh = make_mesh(config.mesh, devices)
     check_batch(config.data.batch_size, config.train.accumulate, mesh)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    compute = replace(config.model.compute, batch_shards=shards)
+    platform = mesh.devices.flat[0].platform
+    compute = replace(resolved(config.model.compute, platform), batch_shards=shards)
     graph, _ = abstract(replace(config.model, compute=compute))
+    plain_graph, _ = abstract(replace(config.model, compute=without(compute)))
     packed_rows = rows_packed(config, shards)
 
     def make_state(key):
@@ -90,7 +96,7 @@ def build(
     init = jit(make_state, out_shardings=shardings)
     step = jit(
         partial(
-            train_step, graph=graph, model=config.model, optim=config.optim,
+            _on_mesh(train_step, mesh), graph=graph, model=config.model, optim=config.optim,
             controller=config.controller, num_steps=config.train.steps,
             accumulate=config.train.accumulate, packed_rows=packed_rows,
         ),
@@ -99,7 +105,7 @@ def build(
         out_shardings=(shardings, replicated(mesh)),
     )  # fmt: skip
     eval_fn = jit(
-        partial(eval_step, graph=graph, packed_rows=packed_rows),
+        partial(_on_mesh(eval_step, mesh), graph=graph, packed_rows=packed_rows),
         static_argnames=("capacities",),
         out_shardings=replicated(mesh),
     )
@@ -107,8 +113,8 @@ def build(
         hparams = jax.device_put(hparams, replicated(mesh))
     ladder = Ladder.start(config.model, config.data.seq_len, packed_rows)
     return Program(
-        mesh, shardings, hparams, lambda: init(seed_key), step, eval_fn, abstract_state, graph,
-        ladder,
+        mesh, shardings, hparams, lambda: init(seed_key), step, eval_fn, abstract_state,
+        plain_graph, described(compute, platform), ladder,
     )  # fmt: skip
 
 
@@ -117,6 +123,17 @@ def rows_packed(config: Config, shards: int) -> int:
     return math.gcd(
         config.train.packed_rows, config.data.batch_size // config.train.accumulate // shards
     )
+
+
+def _on_mesh(step: Callable, mesh: jax.sharding.Mesh) -> Callable:
+    """`step` traced where its kernels find the mesh."""
+
+    @wraps(step)
+    def traced(*args, **kwargs):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return step(*args, **kwargs)
+
+    return traced
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:

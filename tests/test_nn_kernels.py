@@ -1,0 +1,208 @@
+"""Kernels in interpret mode against plain loops and array code; the table; compiling for a TPU."""
+
+import importlib.util
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from golden_data import relative_error
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+
+from hnet.config import ComputeConfig, ConfigError, StageConfig
+from hnet.nn.attention import attention_reference
+from hnet.nn.kernels.cudnn import attention_cudnn
+from hnet.nn.kernels.splash import attention_splash
+from hnet.nn.kernels.spread import on_each_device
+from hnet.nn.kernels.ssd import ssd_pallas
+from hnet.nn.kernels.table import KERNELS, described, kernel, resolved, without
+from hnet.nn.mamba2 import ssd_reference
+from hnet.train.config import Config, MeshConfig
+from tpu import hlo
+from tpu.aot import compile_plan, open_slice
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (the extra tpu)"
+)
+rng = np.random.default_rng(0)
+
+
+def value_and_gradients(f, cotangent, *arrays):
+    scalar = lambda *a: (jnp.sum(f(*a) * cotangent), f(*a))
+    run = jax.grad(scalar, tuple(range(len(arrays))), has_aux=True)
+    gradients, out = jax.jit(run)(*arrays)
+    return [out, *gradients]
+
+
+def assert_same(ours, expected, tolerance):
+    for a, b in zip(ours, expected, strict=True):
+        assert np.all(np.isfinite(a))
+        assert relative_error(a, b) < tolerance
+
+
+# --- attention ----------------------------------------------------------------------------------
+
+H, K = 2, 5
+SPLASH = partial(attention_splash, block_len=128, interpret=True)
+CUDNN = partial(attention_cudnn, block_len=11, library="xla")
+
+
+def rows_of(*lengths_of_segments):
+    return np.stack([np.repeat(np.arange(len(n), dtype=np.int32), n) for n in lengths_of_segments])
+
+
+@pytest.mark.parametrize(
+    "f, rows, window",
+    [
+        (SPLASH, 2, -1), (SPLASH, 2, 7), (SPLASH, 1, -1), (SPLASH, 1, 139),
+        (CUDNN, 2, -1), (CUDNN, 2, 7),
+    ],
+)  # fmt: skip
+def test_attention_kernels_are_the_reference(f, rows, window):
+    """Several blocks of prime rows of documents, and padding, in front of them too."""
+    L = 293 if rows == 1 else 37
+    cuts = [(L - 140, 1, 128, 11)] if rows == 1 else [(0, L - 23, 11, 12), (5, 2, 1, L - 8)]
+    segments = rows_of(*cuts)
+    if rows == 1:  # the last document is padding
+        segments = np.where(segments == 3, 0, segments + 1).astype(np.int32)
+    q, k, v, cotangent = (np.float32(rng.normal(size=(rows, L, H, K))) for _ in range(4))
+    ours = lambda *a: f(*a, segments, window=window)
+    whole = lambda *a: attention_reference(*a, segments, window=window)
+    expected = value_and_gradients(whole, cotangent, q, k, v)
+    assert relative_error(expected[0], oracles.attention(q, k, v, segments, window)) < 2e-6
+    assert_same(value_and_gradients(ours, cotangent, q, k, v), expected, 2e-6)
+
+
+def test_a_row_alone_skips_blocks_without_a_common_segment():
+    """A key of another document in a block that must not run is NaN, and nobody sees it."""
+    segments = rows_of((0, 128, 128, 41))
+    q, k, v = (np.float32(rng.normal(size=(1, 297, H, K))) for _ in range(3))
+    clean = SPLASH(q, k, v, segments)
+    k[:, :128] = v[:, :128] = np.nan
+    out = SPLASH(q, k, v, segments)
+    assert np.all(np.isnan(out[:, :128]))
+    assert np.array_equal(out[:, 128:], clean[:, 128:])
+
+
+# --- SSD ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("heads, channels", [(3, 5), (16, 16)])  # one group of heads, two groups
+def test_ssd_kernel_is_the_recurrence(heads, channels):
+    """Blocks of 8 of 29 positions, documents that end in and between blocks, ids that return."""
+    B, L, N = 2, 29, 7
+    segments = np.stack([np.repeat([3, 1, 3, 0], [8, 3, 12, 6]), np.ones(L)]).astype(np.int32)
+    x, cotangent = (np.float32(rng.normal(size=(B, L, heads, channels))) for _ in range(2))
+    dt = np.float32(rng.uniform(0.01, 1, size=(B, L, heads)))
+    A = -np.float32(rng.uniform(0.5, 16, size=heads))
+    B_BLN, C_BLN = (np.float32(rng.normal(size=(B, L, N))) for _ in range(2))
+
+    def ours(x, dt, A, b, c):
+        log_a = dt * A[None, None]
+        return ssd_pallas(x, dt, log_a, b, c, segments, block_len=8, interpret=True)
+
+    inputs = (x, dt, A, B_BLN, C_BLN)
+    loop = value_and_gradients(lambda *a: ssd_reference(*a, segments), cotangent, *inputs)
+    assert_same(value_and_gradients(ours, cotangent, *inputs), loop, 3e-6)
+
+
+def test_ssd_kernel_in_bfloat16_stays_near_the_recurrence():
+    segments = np.ones((1, 16), np.int32)
+    x, b, c = (rng.normal(size=(1, 16, *s)).astype(jnp.bfloat16) for s in ((2, 4), (3,), (3,)))
+    dt = np.full((1, 16, 2), 0.1, np.float32)
+    y = ssd_pallas(x, dt, -dt, b, c, segments, block_len=8, interpret=True)
+    wide = (np.float32(a) for a in (b, c))
+    exact = ssd_reference(np.float32(x), dt, np.full(2, -1, np.float32), *wide, segments)
+    assert y.dtype == jnp.float32
+    assert relative_error(y, exact) < 2e-2
+
+
+# --- meshes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows, heads, shape", [(4, 2, (1, 13, 1)), (3, 2, (3, 13, 1))])
+def test_each_device_gets_its_rows_and_heads(rows, heads, shape):
+    """What the axes of the mesh do not divide stays whole; a mesh is not needed."""
+    devices = np.array(jax.devices()[:8]).reshape(2, 2, 2)
+    mesh = Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    seen = []
+
+    def double(a_BLH, b_BL):
+        seen.append(a_BLH.shape)
+        return a_BLH * b_BL[..., None]
+
+    def run(a, b):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return on_each_device(double, ("BLH", "BL"), "BLH", a, b)
+
+    a, b = (np.float32(rng.normal(size=s)) for s in ((rows, 13, heads), (rows, 13)))
+    place = jax.sharding.NamedSharding(mesh, P())
+    out = jax.jit(run)(*(jax.device_put(x, place) for x in (a, b)))
+    assert seen[0] == shape
+    assert np.array_equal(out, a * b[..., None])
+    assert np.array_equal(on_each_device(double, ("BLH", "BL"), "BLH", a, b), out)
+    assert seen[-1] == a.shape
+
+
+# --- the table ----------------------------------------------------------------------------------
+
+
+def test_auto_takes_kernels_where_they_were_seen_to_compile():
+    found = {p: resolved(ComputeConfig(), p) for p in ("cpu", "gpu", "tpu")}
+    assert found["cpu"] == found["gpu"] == without(ComputeConfig())
+    assert (found["tpu"].attention_backend, found["tpu"].ssd_backend) == ("splash", "pallas")
+    assert kernel("attention_backend", found["tpu"]) is attention_splash
+    assert kernel("ssd_backend", found["cpu"]) is kernel("ssd_backend", ComputeConfig()) is None
+    assert described(found["tpu"], "tpu") == "kernels on tpu: attention splash, ssd pallas"
+
+
+@pytest.mark.parametrize(
+    "fields, platform, message",
+    [
+        ({"attention_backend": "splash"}, "cpu", "attention_backend='splash' runs on a tpu"),
+        ({"ssd_backend": "pallas"}, "gpu", "ssd_backend='pallas' runs on a tpu"),
+        ({"attention_backend": "cudnn"}, "gpu", "--model.compute.dtype bfloat16"),
+    ],
+)
+def test_kernels_that_the_devices_lack_get_one_line(fields, platform, message):
+    with pytest.raises(ConfigError, match=message) as e:
+        resolved(ComputeConfig(**fields), platform)
+    assert "\n" not in str(e.value) and str(e.value).startswith("model.compute.")
+
+
+def test_every_kernel_is_a_value_of_its_field():
+    for field, kernels in KERNELS.items():
+        allowed = ComputeConfig.__annotations__[field].__args__
+        assert {*kernels, "auto", "xla"} == set(allowed)
+
+
+# --- compiled for a TPU -------------------------------------------------------------------------
+
+
+@needs_libtpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_training_step_compiles_with_kernels_and_moves_no_more(dtype):
+    """On data x fsdp = 2 x 2: collectives are those of the array code, and less is in HBM."""
+    config = Config()
+    outer = StageConfig(("m1t1", "t1m1"), 32, num_heads=2, rotary_emb_dim=8, window_size=31)
+    stages = (outer, StageConfig(("T1",), 48, 64, 1, 16))
+    ssm = replace(config.model.ssm, d_state=16, head_dim=16)
+    data = replace(config.data, batch_size=8, seq_len=256)
+    plans = []
+    for compute in (ComputeConfig(dtype), without(ComputeConfig(dtype))):
+        model = replace(config.model, stages=stages, ssm=ssm, compute=compute)
+        made = replace(config, model=model, data=data, mesh=MeshConfig(2, 2))
+        plans.append(compile_plan(made, open_slice("v5e:2x2"), (128,)))
+    kernels, plain = (
+        {kind: sum(m.num_bytes for m in p.moved if m.kind == kind) for kind in MOVED} for p in plans
+    )
+    assert all(p.fits for p in plans)
+    assert kernels.pop("hbm") < plain.pop("hbm")
+    assert kernels == plain
+
+
+MOVED = ("hbm", *hlo.COLLECTIVES)

@@ -12,7 +12,9 @@ import pytest
 from golden_data import relative_error
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
+from networks import quick_jit
 
+from experiments.command_line import base_config
 from hnet.config import ComputeConfig, ConfigError, StageConfig
 from hnet.nn.attention import attention_reference
 from hnet.nn.kernels.cudnn import attention_cudnn
@@ -21,7 +23,7 @@ from hnet.nn.kernels.spread import on_each_device
 from hnet.nn.kernels.ssd import ssd_pallas
 from hnet.nn.kernels.table import KERNELS, described, kernel, resolved, without
 from hnet.nn.mamba2 import ssd_reference
-from hnet.train.config import Config, MeshConfig
+from hnet.train.config import MeshConfig
 from tpu import hlo
 from tpu.aot import compile_plan, open_slice
 
@@ -34,7 +36,7 @@ rng = np.random.default_rng(0)
 def value_and_gradients(f, cotangent, *arrays):
     scalar = lambda *a: (jnp.sum(f(*a) * cotangent), f(*a))
     run = jax.grad(scalar, tuple(range(len(arrays))), has_aux=True)
-    gradients, out = jax.jit(run)(*arrays)
+    gradients, out = quick_jit(run)(*arrays)
     return [out, *gradients]
 
 
@@ -98,7 +100,8 @@ def test_ssd_kernel_is_the_recurrence(heads, channels):
     segments = np.stack([np.repeat([3, 1, 3, 0], [8, 3, 12, 6]), np.ones(L)]).astype(np.int32)
     x, cotangent = (np.float32(rng.normal(size=(B, L, heads, channels))) for _ in range(2))
     dt = np.float32(rng.uniform(0.01, 1, size=(B, L, heads)))
-    A = -np.float32(rng.uniform(0.5, 16, size=heads))
+    A = -np.float32(rng.uniform(0.05, 4, size=heads))
+    A[-1] = -40  # forgets within a position: differences of long sums would cancel
     B_BLN, C_BLN = (np.float32(rng.normal(size=(B, L, N))) for _ in range(2))
 
     def ours(x, dt, A, b, c):
@@ -152,8 +155,9 @@ def test_each_device_gets_its_rows_and_heads(rows, heads, shape):
 
 
 def test_auto_takes_kernels_where_they_were_seen_to_compile():
-    found = {p: resolved(ComputeConfig(), p) for p in ("cpu", "gpu", "tpu")}
-    assert found["cpu"] == found["gpu"] == without(ComputeConfig())
+    narrow = ComputeConfig("bfloat16")
+    found = {p: resolved(narrow, p) for p in ("cpu", "gpu", "tpu")}
+    assert found["cpu"] == found["gpu"] == without(narrow)
     assert (found["tpu"].attention_backend, found["tpu"].ssd_backend) == ("splash", "pallas")
     assert kernel("attention_backend", found["tpu"]) is attention_splash
     assert kernel("ssd_backend", found["cpu"]) is kernel("ssd_backend", ComputeConfig()) is None
@@ -184,16 +188,15 @@ def test_every_kernel_is_a_value_of_its_field():
 
 
 @needs_libtpu
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_training_step_compiles_with_kernels_and_moves_no_more(dtype):
+def test_the_training_step_compiles_with_kernels_and_moves_less():
     """On data x fsdp = 2 x 2: collectives are those of the array code, and less is in HBM."""
-    config = Config()
+    config = base_config("default")
     outer = StageConfig(("m1t1", "t1m1"), 32, num_heads=2, rotary_emb_dim=8, window_size=31)
     stages = (outer, StageConfig(("T1",), 48, 64, 1, 16))
     ssm = replace(config.model.ssm, d_state=16, head_dim=16)
     data = replace(config.data, batch_size=8, seq_len=256)
     plans = []
-    for compute in (ComputeConfig(dtype), without(ComputeConfig(dtype))):
+    for compute in (ComputeConfig("bfloat16"), without(ComputeConfig("bfloat16"))):
         model = replace(config.model, stages=stages, ssm=ssm, compute=compute)
         made = replace(config, model=model, data=data, mesh=MeshConfig(2, 2))
         plans.append(compile_plan(made, open_slice("v5e:2x2"), (128,)))

@@ -257,12 +257,11 @@ def _backward_kernel(
         grad_dt_T1 = jnp.sum(grad_u_TP * x_TP, axis=1, keepdims=True)
         grad_dt[0, h : h + 1] = jnp.sum(jnp.where(i == j, grad_dt_T1, 0.0), axis=0, keepdims=True)
 
-        paths_TT = jnp.where(i > j, mix_TT * grad_mix_TT, 0.0)  # from j to i
         into_T1 = from_start * jnp.sum(dy_TP * carried_TW[:, cut], axis=1, keepdims=True)
         out_T1 = to_end * jnp.sum(u_TP * grad_end_TW[:, cut], axis=1, keepdims=True)
         both = h_NW[:, cut].astype(jnp.float32) * grad_h_NW[:, cut]
         past_11 = through * jnp.sum(jnp.sum(both, axis=1, keepdims=True), axis=0, keepdims=True)
-        crossing_TT = jnp.where(i >= j, _sums_before(paths_TT, i < j) + into_T1, out_T1)
+        crossing_TT = jnp.where(i >= j, _sums_before(mix_TT * grad_mix_TT, i < j) + into_T1, out_T1)
         grad_log_a[0, h : h + 1] = jnp.sum(crossing_TT, axis=0, keepdims=True) + past_11
 
         dy_start_TP = from_start * dy_TP

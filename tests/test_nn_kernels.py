@@ -188,24 +188,21 @@ def test_every_kernel_is_a_value_of_its_field():
 
 
 @needs_libtpu
-def test_the_training_step_compiles_with_kernels_and_moves_less():
-    """On data x fsdp = 2 x 2: collectives are those of the array code, and less is in HBM."""
+def test_the_training_step_compiles_with_kernels_for_a_tpu():
+    """On data x fsdp = 2 x 2: no collective moves more than it does for the array code."""
     config = base_config("default")
-    outer = StageConfig(("m1t1", "t1m1"), 32, num_heads=2, rotary_emb_dim=8, window_size=31)
-    stages = (outer, StageConfig(("T1",), 48, 64, 1, 16))
-    ssm = replace(config.model.ssm, d_state=16, head_dim=16)
-    data = replace(config.data, batch_size=8, seq_len=256)
-    plans = []
+    stage = StageConfig(("m1t1",), 64, num_heads=1, rotary_emb_dim=16, window_size=31)
+    data = replace(config.data, batch_size=4, seq_len=256)
+    slice_ = open_slice("v5e:2x2")
+    sums = []
     for compute in (ComputeConfig("bfloat16"), without(ComputeConfig("bfloat16"))):
-        model = replace(config.model, stages=stages, ssm=ssm, compute=compute)
+        model = replace(config.model, stages=(stage,), compute=compute)
         made = replace(config, model=model, data=data, mesh=MeshConfig(2, 2))
-        plans.append(compile_plan(made, open_slice("v5e:2x2"), (128,)))
-    kernels, plain = (
-        {kind: sum(m.num_bytes for m in p.moved if m.kind == kind) for kind in MOVED} for p in plans
-    )
-    assert all(p.fits for p in plans)
-    assert kernels.pop("hbm") < plain.pop("hbm")
-    assert kernels == plain
-
-
-MOVED = ("hbm", *hlo.COLLECTIVES)
+        plan = compile_plan(made, slice_, ())
+        assert plan.fits
+        sums.append(
+            {k: sum(m.num_bytes for m in plan.moved if m.kind == k) for k in hlo.COLLECTIVES}
+        )
+    kernels, arrays = sums
+    assert 0 < sum(kernels.values()) < sum(arrays.values())
+    assert all(kernels[k] <= arrays[k] for k in hlo.COLLECTIVES)

@@ -139,15 +139,17 @@ def test_each_device_gets_its_rows_and_heads(rows, heads, shape):
         return a_BLH * b_BL[..., None]
 
     def run(a, b):
+        return on_each_device(double, ("BLH", "BL"), "BLH", a, b)
+
+    def run_on_mesh(a, b):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return on_each_device(double, ("BLH", "BL"), "BLH", a, b)
+            return run(a, b)
 
     a, b = (np.float32(rng.normal(size=s)) for s in ((rows, 13, heads), (rows, 13)))
     place = jax.sharding.NamedSharding(mesh, P())
-    out = jax.jit(run)(*(jax.device_put(x, place) for x in (a, b)))
-    assert seen[0] == shape
-    assert np.array_equal(out, a * b[..., None])
-    assert np.array_equal(on_each_device(double, ("BLH", "BL"), "BLH", a, b), out)
+    on_mesh = value_and_gradients(run_on_mesh, a, *(jax.device_put(x, place) for x in (a, b)))
+    assert set(seen) == {shape}
+    assert_same(on_mesh, value_and_gradients(run, a, a, b), 1e-6)
     assert seen[-1] == a.shape
 
 

@@ -75,7 +75,7 @@ def main() -> None:
         train(replace(config, workdir=folder), stop, make_report)
     (report,) = reports
     pairs = report.pairs()
-    if len(pairs) < 2 or len(report.drawing) < 2:
+    if len(pairs) < 2:
         raise ConfigError(
             f"train.steps={config.train.steps}: too few undisturbed blocks of "
             f"{report.block} steps: use more steps"
@@ -83,15 +83,16 @@ def main() -> None:
     on, off = pairs.T
     ratios = on / off - 1
     error = ratios.std(ddof=1) / np.sqrt(len(ratios))
-    drawing = float(np.median(report.drawing[1:]))  # the first one compiled
-    share = drawing / config.eval.every / off.mean() if config.eval.every else 0.0
+    inside = float(np.mean(report.calls[report.block :]))
     print(f"step with logging     {1e3 * np.median(on):8.1f} ms (median of {len(on)} blocks)")
     print(f"step without          {1e3 * np.median(off):8.1f} ms")
     print(f"logging a step        {ratios.mean():+8.2%} (standard error {error:.2%})")
-    inside = float(np.mean(report.calls[report.block :]))
     print(f"of it inside calls    {1e3 * inside:8.2f} ms, {inside / off.mean():.2%}")
-    print(f"drawing an evaluation {1e3 * drawing:8.1f} ms, every {config.eval.every} steps", end="")
-    print(f": {share:.2%}")
+    if len(report.drawing) > 1 and config.eval.every:  # the first one compiles
+        drawing = float(np.median(report.drawing[1:]))
+        share = drawing / config.eval.every / off.mean()
+        every = f"every {config.eval.every} steps: {share:.2%}"
+        print(f"drawing an evaluation {1e3 * drawing:8.1f} ms, {every}")
 
 
 if __name__ == "__main__":

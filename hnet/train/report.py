@@ -1,6 +1,7 @@
 """What a run tells people: metrics.jsonl, TensorBoard, alarms, and one live line."""
 
 import contextlib
+import importlib.util
 import json
 import math
 import time
@@ -143,6 +144,11 @@ class Trace:
 
     def __init__(self, steps: str, folder: Path):
         self.first, self.last = _profiled_steps(steps)
+        if self.last and _loads_libtpu_in_vain():
+            raise ConfigError(
+                f"profile.steps={steps!r}: libtpu is loaded but there is no TPU, and its profiler "
+                "would kill the process: set the environment variable JAX_PLATFORMS=cpu"
+            )
         self.folder, self.is_running = folder, False
 
     @contextlib.contextmanager
@@ -160,6 +166,13 @@ class Trace:
         if self.is_running:
             jax.profiler.stop_trace()
         self.is_running = False
+
+
+def _loads_libtpu_in_vain() -> bool:
+    """Whether JAX loads libtpu though nothing here is a TPU, as `tpu.plan` needs it."""
+    wanted = jax.config.jax_platforms or "tpu"
+    is_installed = importlib.util.find_spec("libtpu") is not None
+    return "tpu" in wanted and is_installed and jax.default_backend() != "tpu"
 
 
 def _profiled_steps(text: str) -> tuple[int, int]:

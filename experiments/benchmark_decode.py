@@ -2,17 +2,17 @@
 
     python -m experiments.benchmark_decode [--batches 1 8 32] [--bytes-per-chunk 4.5]
 
-A random network decodes greedily; where its rows cut is drawn at random, each row for itself, so
-that the compression is known. For each batch size the same compiled step runs with these cuts and
-with a cut at every byte, in turns; each figure is the median over `repeats`. A batch of 1 is the
-official algorithm: one row, the main network at each boundary. On two CPU cores about a minute.
+A random network draws random bytes, and its router reads them, so each row cuts at its own times;
+the router's bias is set to the wanted rate. Everything runs as `generate` runs it, in turns: with
+patience, with rows in step, and with a bias that cuts at every byte; each figure is the median over
+`repeats`. One row in step is the official algorithm: the main network at each boundary.
 """
 
 import json
 import statistics
 import time
+from collections import defaultdict
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -24,10 +24,14 @@ from rich.table import Table
 
 from experiments.command_line import parse, run
 from hnet.chunking.config import ChunkingConfig
-from hnet.config import ConfigError, HNetConfig, SSMConfig, StageConfig
+from hnet.config import BOS_ID, EOS_ID, ConfigError, HNetConfig, SSMConfig, StageConfig
 from hnet.flops import flops_by_part, forward_terms
-from hnet.infer import stream
-from hnet.model import abstract, init_params
+from hnet.infer.decode import PATIENCE, Decoder
+from hnet.infer.sampling import Controls, Sampling
+from hnet.model import HNetLM, abstract, init_params
+
+TICKS = 32  # between two looks of the host
+MIN_ROWS = 8  # that a figure is of, so that chance does not decide how often they cut
 
 
 @dataclass(frozen=True)
@@ -44,9 +48,11 @@ class DecodeBenchmark:
     """d_model of the main network"""
     main_layers: int = 6
     """attention layers with MLP in the main network"""
+    patience: float = PATIENCE
+    """share of the rows that the main network waits for"""
     bytes: int = 128
     """decoded bytes a row, from an empty context"""
-    repeats: int = 7
+    repeats: int = 5
     """measurements of everything, in turns"""
     json: bool = False
     """print one JSON object instead of a table"""
@@ -62,13 +68,13 @@ class DecodeBenchmark:
 
 
 def network(config: DecodeBenchmark) -> HNetConfig:
-    """The network that is decoded; the router takes its cuts from outside."""
-    outer = StageConfig(("m1", "m1"), config.outer_width, chunking=ChunkingConfig(router="given"))
+    """The network that is decoded; its router has a bias, which the cosine router has not."""
+    outer = StageConfig(("m1", "m1"), config.outer_width, chunking=ChunkingConfig(router="mlp"))
     main = StageConfig(
         (f"T{config.main_layers}",), config.main_width, 4 * config.main_width, 8,
         rotary_emb_dim=config.main_width // 16,
     )  # fmt: skip
-    return HNetConfig((outer, main), ssm=SSMConfig(d_state=32))
+    return HNetConfig((outer, main), ssm=SSMConfig(d_state=16))
 
 
 def main_share(config: DecodeBenchmark) -> float:
@@ -78,75 +84,82 @@ def main_share(config: DecodeBenchmark) -> float:
     return parts["stage1/main_network"] / sum(parts.values())
 
 
-class _Program:
-    """The compiled decoding of one batch size."""
+def make_models(config: DecodeBenchmark) -> tuple[HNetLM, HNetLM]:
+    """(the network with its router at the wanted rate, the same with a cut at every byte)."""
+    graph, _ = abstract(network(config))
+    params = init_params(network(config), jax.random.key(0))
+    rng = np.random.default_rng(0)
+    ids_BL = rng.integers(0, EOS_ID, (64, 128)).astype(np.int32)
+    _, (route,) = jax.jit(lambda params: nnx.merge(graph, params)(ids_BL))(params)
+    logits = np.asarray(route.boundary_logit_BL)[:, 1:]
+    lowered = float(np.quantile(logits, 1 - 1 / config.bytes_per_chunk))
 
-    def __init__(self, config: DecodeBenchmark, params: Any, graph: nnx.GraphDef, batch: int):
-        self.params, self.batch, self.length = params, batch, config.bytes
-        rng = np.random.default_rng(batch)
-        self.cuts_TB = jnp.asarray(rng.random((config.bytes, batch)) < 1 / config.bytes_per_chunk)
-        lens = stream.full_lens(network(config), config.bytes)
+    def raised(amount):
+        model = nnx.merge(graph, params)
+        output = model.backbone.routing_module.fc2
+        output.bias = nnx.Param(output.bias[...] + amount)
+        return model
 
-        @jax.jit
-        def start(params):
-            empty = jnp.zeros((batch, 1), jnp.int32), jnp.zeros((batch,), jnp.int32)
-            no_cuts = jnp.zeros((batch, 1), bool)
-            model = nnx.merge(graph, params)
-            return stream.prefill(model, *empty, lens, boundaries_BL=no_cuts)[2]
+    return raised(-lowered), raised(100.0)
 
-        @partial(jax.jit, donate_argnums=1)
-        def decode(params, cache, cuts_TB):
-            model = nnx.merge(graph, params)
 
-            def one(carry, cut_B):
-                cache, byte_B = carry
-                logits_BV, _, cache = stream.step(model, cache, byte_B, boundary_B=cut_B)
-                byte_B = jnp.argmax(logits_BV, axis=1).astype(jnp.int32)
-                return (cache, byte_B), byte_B
+class Decoding:
+    """`batch` rows that are continued together by `bytes` each."""
 
-            return jax.lax.scan(one, (cache, jnp.zeros((batch,), jnp.int32)), cuts_TB)
+    def __init__(self, model: HNetLM, config: DecodeBenchmark, batch: int, patience: float):
+        self.decoder, self.batch = Decoder(model, patience), batch
+        self.sampling = Sampling(max_bytes=config.bytes, eos=False)
 
-        self._start, self._decode = start, decode
-
-    def bytes_per_second(self, every_byte: bool) -> float:
-        cuts_TB = jnp.ones_like(self.cuts_TB) if every_byte else self.cuts_TB
-        cache = jax.block_until_ready(self._start(self.params))
-        began = time.perf_counter()
-        jax.block_until_ready(self._decode(self.params, cache, cuts_TB))
-        return self.batch * self.length / (time.perf_counter() - began)
+    def measure(self) -> tuple[float, float]:
+        """(bytes a second of all rows, bytes a chunk)."""
+        seconds, num_boundaries = 0.0, 0
+        rounds = max(1, MIN_ROWS // self.batch)
+        for i in range(rounds):
+            state, _ = self.decoder.start([bytes([BOS_ID])] * self.batch, self.sampling)
+            controls = Controls.of(self.sampling)
+            seed_B = jnp.arange(self.batch, dtype=jnp.uint32) + jnp.uint32(i * self.batch)
+            missing = self.batch * self.sampling.max_bytes
+            jax.block_until_ready(state)
+            began = time.perf_counter()
+            while missing:
+                state, outputs = self.decoder.run(state, controls, seed_B, TICKS)
+                _, _, boundaries_TBS, given_TB = jax.device_get(outputs)
+                missing -= int(given_TB.sum())
+                num_boundaries += int(boundaries_TBS[given_TB].sum())
+            seconds += time.perf_counter() - began
+        num_bytes = rounds * self.batch * self.sampling.max_bytes
+        return num_bytes / seconds, num_bytes / num_boundaries
 
 
 def measure(config: DecodeBenchmark) -> dict[str, Any]:
     """All figures of the benchmark, as plain JSON content; rates are bytes a second, all rows."""
-    graph, _ = abstract(network(config))
-    params = init_params(network(config), jax.random.key(0))
+    cut, every_byte = make_models(config)
     batches = sorted({1, *config.batches})
-    programs = [_Program(config, params, graph, batch) for batch in batches]
-    rates: dict[tuple[int, bool], list[float]] = {}
+    decodings = {}
+    for batch in batches:
+        decodings[batch, "bytes_per_sec"] = Decoding(cut, config, batch, config.patience)
+        decodings[batch, "in_step"] = Decoding(cut, config, batch, 0.0)
+        decodings[batch, "main_at_every_byte"] = Decoding(every_byte, config, batch, 0.0)
+    rates, sizes = defaultdict(list), {}
     for repeat in range(config.repeats + 1):
-        for program in programs:
-            for every_byte in (False, True):
-                rate = program.bytes_per_second(every_byte)
-                if repeat:  # the first one compiles
-                    rates.setdefault((program.batch, every_byte), []).append(rate)
-    median = {key: statistics.median(values) for key, values in rates.items()}
-    rows = [
-        {
-            "batch": batch,
-            "bytes_per_sec": median[batch, False],
-            "bytes_per_sec_main_at_every_byte": median[batch, True],
-            "over_main_at_every_byte": median[batch, False] / median[batch, True],
-            "over_batch_1": median[batch, False] / median[1, False],
-        }
-        for batch in batches
-    ]
-    cuts = np.concatenate([np.asarray(program.cuts_TB) for program in programs], axis=1)
-    cuts[0] = True  # each row begins with a chunk
-    return {
-        "main_share_of_flops": main_share(config),
-        "bytes_per_chunk": cuts.size / int(cuts.sum()),
-        "batches": rows,
-    }
+        for (batch, how), decoding in decodings.items():
+            rate, sizes[batch, how] = decoding.measure()
+            if repeat:  # the first one compiles
+                rates[batch, how].append(rate)
+    rows = []
+    for batch in batches:
+        row = {how: statistics.median(rates[batch, how]) for b, how in decodings if b == batch}
+        rate = row["bytes_per_sec"]
+        rows.append(
+            {
+                "batch": batch,
+                **row,
+                "over_main_at_every_byte": rate / row["main_at_every_byte"],
+                "over_batch_1": rate / statistics.median(rates[1, "in_step"]),
+                "bytes_per_chunk": sizes[batch, "bytes_per_sec"],
+            }
+        )
+    return {"main_share_of_flops": main_share(config), "batches": rows}
 
 
 def main() -> None:
@@ -156,16 +169,19 @@ def main() -> None:
         print(json.dumps(found))
         return
     console = Console(highlight=False)
-    console.print(
-        f"main network: {found['main_share_of_flops']:.1%} of the FLOPs without chunking; "
-        f"{found['bytes_per_chunk']:.2f} bytes a chunk"
-    )
-    table = Table("rows", "bytes/s", "main at every byte", "over it", "over 1 row", box=None)
+    share = found["main_share_of_flops"]
+    console.print(f"main network: {share:.1%} of the FLOPs of a byte without chunking")
+    table = Table(
+        "rows", "bytes/s", "bytes/chunk", "rows in step", "main at every byte", "over it",
+        "over 1 row", box=None,
+    )  # fmt: skip
     for row in found["batches"]:
         table.add_row(
             str(row["batch"]),
             f"{row['bytes_per_sec']:,.0f}",
-            f"{row['bytes_per_sec_main_at_every_byte']:,.0f}",
+            f"{row['bytes_per_chunk']:.2f}",
+            f"{row['in_step']:,.0f}",
+            f"{row['main_at_every_byte']:,.0f}",
             f"{row['over_main_at_every_byte']:.2f} x",
             f"{row['over_batch_1']:.2f} x",
         )

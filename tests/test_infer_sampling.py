@@ -71,7 +71,12 @@ def draws(sampling, logits, seeds, count=0, utf8_state=None):
     recent = np.full((rows, sampling.repetition_window), -1, np.int32)
     state = np.zeros(rows, np.int32) if utf8_state is None else utf8_state
     return run(
-        logits, Controls.of(sampling), np.asarray(seeds, np.uint32), np.int32(count), recent, state
+        logits,
+        Controls.of(sampling),
+        np.asarray(seeds, np.uint32),
+        np.full(rows, count, np.int32),
+        recent,
+        state,
     )
 
 
@@ -117,7 +122,7 @@ def test_the_constraint_leaves_valid_bytes_only(seed, state, remaining):
     byte, logprob = draws(
         how, logits, range(5), count=4 - remaining, utf8_state=np.full(5, state, np.int32)
     )
-    allowed = set(np.flatnonzero(utf8.allowed(np.array([state]), np.int32(remaining))[0]))
+    allowed = set(np.flatnonzero(utf8.allowed(np.array([state]), np.array([remaining]))[0]))
     if state == utf8.START:
         allowed.add(EOS_ID)
     assert set(byte.tolist()) <= allowed
@@ -138,7 +143,12 @@ def test_bad_settings_are_named(field, value):
 
 def test_settings_do_not_compile_again():
     fresh = jax.jit(partial(sample))
-    args = (np.zeros(2, np.uint32), np.int32(0), np.zeros((2, 4), np.int32), np.zeros(2, np.int32))
+    args = (
+        np.zeros(2, np.uint32),
+        np.zeros(2, np.int32),
+        np.zeros((2, 4), np.int32),
+        np.zeros(2, np.int32),
+    )
     for how in (Sampling(), Sampling(temperature=0, top_k=5, top_p=0.2, valid_utf8=True)):
         fresh(logits_of(0, 2), Controls.of(how), *args)
     assert fresh._cache_size() == 1

@@ -157,9 +157,9 @@ def test_only_active_rows_run_and_in_the_smallest_batch(batch):
     sizes = compact.sizes(batch, compact.FRACTIONS)
     assert sizes[-1] == batch and sizes == sorted(set(sizes))
 
-    def double(inputs_R, state_B, rows_R):
-        ran_on = jnp.full(rows_R.shape, len(rows_R), jnp.int32)
-        state_B = state_B.at[rows_R].add(inputs_R[:, 0], mode="drop")
+    def double(inputs_R, state_B, rows):
+        ran_on = jnp.full(len(inputs_R), len(rows.index_R), jnp.int32)
+        state_B = state_B.at[rows.index_R].add(inputs_R[:, 0], mode="drop")
         return (2 * inputs_R, ran_on), state_B
 
     @partial(quick_jit, donate_argnums=2)

@@ -50,7 +50,7 @@ def test_allowed_bytes_end_the_text_in_time(text, remaining):
     """From within any character: an allowed byte leaves a way to a valid end, others none."""
     data = text.encode()[: -remaining or None]
     state = utf8.state_after(data)
-    allowed = allowed_after(np.array([state], np.int32), np.int32(remaining))[0]
+    allowed = allowed_after(np.array([state], np.int32), np.array([remaining]))[0]
     owed = {byte: utf8.OWED[utf8.NEXT[state, byte]] for byte in range(256)}
     in_time = [byte for byte in range(256) if owed[byte] <= remaining - 1]
     expected = in_time or [byte for byte in range(256) if owed[byte] <= 3]
@@ -82,6 +82,6 @@ def test_every_valid_text_stays_possible(text):
     state = np.zeros(1, np.int32)
     data = text.encode()
     for i, byte in enumerate(data):
-        assert allowed_after(state, np.int32(len(data) - i))[0, byte]
+        assert allowed_after(state, np.array([len(data) - i]))[0, byte]
         state = advance(state, np.array([byte], np.int32))
     assert int(state[0]) == utf8.START

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hnet.nn.cache import read, write
+from hnet.nn.cache import Rows
 
-FRACTIONS = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
+FRACTIONS = (1 / 8, 1 / 4, 1 / 2, 5 / 8, 3 / 4, 1.0)
 
 
 def sizes(batch: int, fractions: tuple[float, ...]) -> list[int]:
@@ -18,41 +18,55 @@ def sizes(batch: int, fractions: tuple[float, ...]) -> list[int]:
 
 
 def on_rows(
-    fn: Callable[[Any, Any, jax.Array], tuple[Any, Any]],
+    fn: Callable[[Any, Any, Rows], tuple[Any, Any]],
     active_B: jax.Array,
     inputs_B: Any,
     state: Any,
     fractions: tuple[float, ...] | None,
 ) -> tuple[Any, Any]:
-    """`fn(inputs_R, state, rows_R) -> (outputs_R, state)` on the active rows, if there are any.
+    """`fn(inputs_R, state, rows) -> (outputs_R, state)` on the active rows, if there are any.
 
-    The rows are gathered into the smallest of the `sizes` that holds them; spare places have row
-    number B, which reads some row and writes none. Outputs are scattered back, zeros elsewhere.
-    The state is not gathered: `fn` reads and writes its rows. Without fractions (an outermost
-    stage, whose rows are nearly always all active) `fn` simply runs on all rows.
+    The rows are gathered into the smallest of the `sizes` that holds them; spare places read some
+    row and write none. Outputs are scattered back, zeros elsewhere. The state is not gathered: `fn`
+    reads and writes its rows. Without fractions (an outermost stage, whose rows are nearly always
+    all active) `fn` simply runs on all rows, and the outputs of rows that are not active mean
+    nothing.
 
     The choice of a size is a loop of no or one round for each, not a conditional: XLA changes what
     a loop carries in place, but copies what a conditional returns, which here is the whole cache.
     """
     B = active_B.shape[0]
     all_rows_B = jnp.arange(B, dtype=jnp.int32)
+    all_rows = Rows(jnp.where(active_B, all_rows_B, B), are_all=True)
     if fractions is None:
-        return fn(inputs_B, state, jnp.where(active_B, all_rows_B, B))
+        return fn(inputs_B, state, all_rows)
     num_active = jnp.sum(active_B, dtype=jnp.int32)
     order_B = jnp.argsort(~active_B, stable=True).astype(jnp.int32)
-    shapes, _ = jax.eval_shape(fn, inputs_B, state, all_rows_B)
+    shapes, _ = jax.eval_shape(fn, inputs_B, state, all_rows)
     outputs = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-    smaller = 0
-    for size in sizes(B, fractions):
+
+    def run_on(size):
         rows_R = jnp.where(all_rows_B[:size] < num_active, order_B[:size], B)
 
-        def run(_, carry, rows_R=rows_R):
+        def run(_, carry):
             outputs, state = carry
-            new, state = fn(jax.tree.map(lambda a: read(a, rows_R), inputs_B), state, rows_R)
-            return jax.tree.map(lambda o, n: write(o, rows_R, n), outputs, new), state
+            inputs_R = jax.tree.map(lambda a: a.at[rows_R].get(mode="clip"), inputs_B)
+            new, state = fn(inputs_R, state, Rows(rows_R))
+            place = lambda out_B, new_R: out_B.at[rows_R].set(new_R, mode="drop")
+            return jax.tree.map(place, outputs, new), state
 
+        return run
+
+    def run_on_all(_, carry):
+        new, state = fn(inputs_B, carry[1], all_rows)
+        is_active = lambda a: active_B.reshape(B, *(1,) * (a.ndim - 1))
+        return jax.tree.map(lambda a: jnp.where(is_active(a), a, jnp.zeros_like(a)), new), state
+
+    smaller = 0
+    for size in sizes(B, fractions):
         chosen = (smaller < num_active) & (num_active <= size)
         rounds = chosen.astype(jnp.int32)
+        run = run_on_all if size == B else run_on(size)
         outputs, state = jax.lax.fori_loop(0, rounds, run, (outputs, state))
         smaller = size
     return outputs, state

@@ -16,9 +16,11 @@ from hnet.infer.prompts import length_bucket, pad
 from hnet.infer.sampling import Controls, Sampling, sample
 from hnet.model import HNetLM, split
 
+PATIENCE = 0.5  # a row at a boundary waits until half of the others are at one
+
 
 class Decoding(NamedTuple):
-    """A batch between two bytes."""
+    """A batch whose rows are between two bytes, or wait for others with a byte half done."""
 
     cache: stream.ModelCache
     logits_BV: jax.Array
@@ -27,15 +29,26 @@ class Decoding(NamedTuple):
     utf8_state_B: jax.Array
     script_state_B: jax.Array
     """of `hnet.data.scripts`: what decides a byte's route"""
-    active_B: jax.Array
+    byte_B: jax.Array
+    """the last byte that was drawn, its route and its log-probability"""
+    route_B: jax.Array
+    logprob_B: jax.Array
+    count_B: jax.Array
+    """bytes drawn so far"""
+    done_B: jax.Array
+    """whether the model is done with the last byte, so that another can be drawn"""
+    running_B: jax.Array
+    """whether another is wanted"""
 
 
 class Outputs(NamedTuple):
-    """What T steps gave."""
+    """What each of T ticks gave; a row gets at most one byte a tick."""
 
     byte_TB: jax.Array
     logprob_TB: jax.Array
     boundaries_TBS: jax.Array
+    given_TB: jax.Array
+    """whether the row got a byte"""
 
 
 @partial(jax.jit, static_argnames=("graph", "max_lens"))
@@ -46,33 +59,67 @@ def _prefill(params, input_ids_BL, lengths_B, route_ids_BL, *, graph, max_lens):
     return logits_BV, [route.boundary_mask_BL for route in routes], cache
 
 
-@partial(jax.jit, static_argnames=("graph", "num_steps"), donate_argnames="state")
-def _steps(params, state, controls, seed_B, count, route_of, *, graph, num_steps):
+@partial(jax.jit, static_argnames=("graph", "num_ticks", "patience"), donate_argnames="state")
+def _run(params, state, controls, seed_B, route_of, *, graph, num_ticks, patience):
     model = nnx.merge(graph, params)
 
-    def one(state: Decoding, i):
-        byte_B, logprob_B = sample(
-            state.logits_BV, controls, seed_B, count + i, state.recent_BW, state.utf8_state_B
+    def wants_B(state: Decoding):
+        return state.running_B & (state.count_B < controls.max_bytes)
+
+    def tick(state: Decoding) -> tuple[Decoding, Outputs]:
+        drawn_B = wants_B(state) & state.done_B
+        update = lambda on_B, new, old: jnp.where(
+            on_B.reshape(-1, *(1,) * (old.ndim - 1)), new, old
         )
-        active_B = state.active_B & (byte_B != EOS_ID)
+        byte_B, logprob_B = sample(
+            state.logits_BV, controls, seed_B, state.count_B, state.recent_BW, state.utf8_state_B
+        )
+        byte_B = update(drawn_B, byte_B, state.byte_B)
+        logprob_B = update(drawn_B, logprob_B, state.logprob_B)
+        ends_B = drawn_B & (byte_B == EOS_ID)
+        active_B = drawn_B & ~ends_B
         script_state_B, script_B = script_step(state.script_state_B, byte_B)
-        logits_BV, boundaries, cache = stream.step(
-            model, state.cache, byte_B, active_B, route_ids_B=route_of[script_B]
+        route_B = update(active_B, route_of[script_B], state.route_B)
+        logits_BV, boundaries, done_B, cache = stream.advance(
+            model, state.cache, byte_B, active_B, route_ids_B=route_B, patience=patience
         )
         recent_BW = jnp.concatenate([state.recent_BW[:, 1:], byte_B[:, None]], axis=1)
-        utf8_state_B = utf8.advance(state.utf8_state_B, byte_B)
-        state = Decoding(cache, logits_BV, recent_BW, utf8_state_B, script_state_B, active_B)
-        return state, Outputs(byte_B, logprob_B, boundaries.mask_BS)
+        new = Decoding(
+            cache,
+            update(done_B, logits_BV, state.logits_BV),
+            update(active_B, recent_BW, state.recent_BW),
+            update(active_B, utf8.advance(state.utf8_state_B, byte_B), state.utf8_state_B),
+            update(active_B, script_state_B, state.script_state_B),
+            byte_B,
+            route_B,
+            logprob_B,
+            state.count_B + drawn_B.astype(jnp.int32),
+            update(active_B, done_B, state.done_B | done_B),
+            state.running_B & ~ends_B,
+        )
+        return new, Outputs(byte_B, logprob_B, boundaries.mask_BS, done_B | ends_B)
 
-    return jax.lax.scan(one, state, jnp.arange(num_steps, dtype=jnp.int32))
+    def goes_on(carry):
+        i, state, _ = carry
+        return (i < num_ticks) & jnp.any(wants_B(state) | ~state.done_B)
+
+    def collect(carry):
+        i, state, outputs = carry
+        state, new = tick(state)
+        return i + 1, state, jax.tree.map(lambda all_T, one: all_T.at[i].set(one), outputs, new)
+
+    shapes = jax.eval_shape(tick, state)[1]
+    nothing = jax.tree.map(lambda a: jnp.zeros((num_ticks, *a.shape), a.dtype), shapes)
+    return jax.lax.while_loop(goes_on, collect, (jnp.int32(0), state, nothing))[1:]
 
 
 class Decoder:
     """A model and its compiled programs; one for each shape of batch, prompt and room."""
 
-    def __init__(self, model: HNetLM):
-        """Raises ConfigError for a model that cannot continue a text."""
-        self.config = model.config
+    def __init__(self, model: HNetLM, patience: float = PATIENCE):
+        """patience: see `hnet.infer.stream.advance`; 0 keeps all rows in step. Raises ConfigError
+        for a model that cannot continue a text."""
+        self.config, self.patience = model.config, patience
         if model.config.num_chunked and model.config.stages[0].chunking.router == "given":
             raise ConfigError(
                 "model.stages.0.chunking.router='given' cuts where it is told, which nobody can "
@@ -97,15 +144,23 @@ class Decoder:
         for row, prompt in enumerate(prompts):
             recent_BW[row, max(0, W - len(prompt)) :] = list(prompt[-W:])
         utf8_state_B = np.array([utf8.state_after(prompt) for prompt in prompts], np.int32)
-        rest = (recent_BW, utf8_state_B, script_state_B, np.ones(len(prompts), bool))
+        B = len(prompts)
+        rest = (
+            recent_BW, utf8_state_B, script_state_B,
+            np.zeros(B, np.int32), np.zeros(B, self.route_of.dtype), np.zeros(B, np.float32),
+            np.zeros(B, np.int32), np.ones(B, bool), np.ones(B, bool),
+        )  # fmt: skip
         state = Decoding(cache, logits_BV, *map(jnp.asarray, rest))
         return state, stream.byte_boundaries(self.config, jax.device_get(masks), ids_BL.shape)
 
     def run(
-        self, state: Decoding, controls: Controls, seed_B: jax.Array, count: int, num_steps: int
+        self, state: Decoding, controls: Controls, seed_B: jax.Array, num_ticks: int
     ) -> tuple[Decoding, Outputs]:
-        """`num_steps` more bytes of every row, the first being its `count`-th; donates `state`."""
-        return _steps(
-            self.params, state, controls, seed_B, jnp.int32(count), jnp.asarray(self.route_of),
-            graph=self.graph, num_steps=num_steps,
+        """Up to `num_ticks` more bytes of every row; donates `state`.
+
+        Fewer where a row has waited for others at a boundary, see `hnet.infer.stream.advance`.
+        """
+        return _run(
+            self.params, state, controls, seed_B, jnp.asarray(self.route_of),
+            graph=self.graph, num_ticks=num_ticks, patience=self.patience,
         )  # fmt: skip

@@ -151,7 +151,8 @@ def stream_text(
     batch_size: int = 32,
     block_len: int = 16,
 ) -> Iterator[Piece]:
-    """Continue every prompt, and yield text as it comes, every `block_len` bytes.
+    """Continue every prompt, and yield text as it comes, after every `block_len` ticks: a row gets
+    a byte a tick, or none while it waits for other rows at a boundary.
 
     seeds: one a prompt (default: sampling.seed + its index). bos: put byte 254 in front, as the
     official tokenizer and our training do; without it the first byte of an empty prompt is drawn
@@ -184,14 +185,14 @@ def _run(decoder, texts, seeds, sampling, bos, size, block_len) -> Iterator[Piec
     starts = [boundaries_BLS[i, len(prefix) : len(fed[i])] for i in range(len(texts))]
     rows = [_Row(text, start, sampling) for text, start in zip(texts, starts)]
     controls = Controls.of(sampling)
-    num_steps = min(block_len, sampling.max_bytes)
-    for count in range(0, sampling.max_bytes, num_steps):
-        state = state._replace(active_B=state.active_B & jnp.asarray(running_B))
-        state, outputs = decoder.run(state, controls, seed_B, count, num_steps)
-        byte_TB, logprob_TB, boundaries_TBS = jax.device_get(outputs)
+    num_ticks = min(block_len, sampling.max_bytes)
+    while running_B.any():
+        state = state._replace(running_B=state.running_B & jnp.asarray(running_B))
+        state, outputs = decoder.run(state, controls, seed_B, num_ticks)
+        byte_TB, logprob_TB, boundaries_TBS, given_TB = jax.device_get(outputs)
         for i in np.flatnonzero(running_B):
-            text = rows[i].add(byte_TB[:, i], logprob_TB[:, i], boundaries_TBS[:, i])
+            given_T = given_TB[:, i]
+            new = (byte_TB[given_T, i], logprob_TB[given_T, i], boundaries_TBS[given_T, i])
+            text = rows[i].add(*new)
             running_B[i] = rows[i].finish_reason is None
             yield Piece(int(i), text, None if running_B[i] else rows[i].result())
-        if not running_B.any():
-            return

@@ -35,6 +35,8 @@ class Sampling:
     """keep bytes at least this probable, relative to the likeliest"""
     stop: tuple[str, ...] = ()
     """the text ends before the first of these"""
+    eos: bool = True
+    """whether byte 255 ends the text; if not, it is never drawn"""
     seed: int = 0
     """of the first row; row i has seed + i"""
 
@@ -71,6 +73,7 @@ class Controls(NamedTuple):
     top_p: jax.Array
     min_p: jax.Array
     valid_utf8: jax.Array
+    eos: jax.Array
 
     @classmethod
     def of(cls, sampling: Sampling) -> "Controls":
@@ -82,6 +85,7 @@ class Controls(NamedTuple):
             jnp.float32(sampling.top_p),
             jnp.float32(sampling.min_p),
             jnp.bool_(sampling.valid_utf8),
+            jnp.bool_(sampling.eos),
         )
 
 
@@ -114,33 +118,47 @@ def keep_likely(
     return jnp.where(logits_BV >= floor_B1, logits_BV, -jnp.inf)
 
 
+def inverse_cdf(probs_BV: jax.Array, u_B: jax.Array) -> jax.Array:
+    """The byte whose share of [0, 1) holds u: a draw, if u is uniform. One with p = 0 has none."""
+    mass_BV = jnp.cumsum(probs_BV, axis=1)
+    total_B = mass_BV[:, -1]  # not quite 1
+    target_B = jnp.minimum(u_B * total_B, jnp.nextafter(total_B, jnp.zeros_like(total_B)))
+    return jnp.sum(mass_BV <= target_B[:, None], axis=1, dtype=jnp.int32)
+
+
 def sample(
     logits_BV: jax.Array,
     controls: Controls,
     seed_B: jax.Array,
-    count: jax.Array,
+    count_B: jax.Array,
     recent_BW: jax.Array,
     utf8_state_B: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """(byte (B,), its log-probability under the model itself, before any filter).
 
-    The `count`-th byte of a row depends on its seed and logits alone, not on its neighbours.
+    Byte `count_B` of a row depends on its seed and logits alone, not on its neighbours.
     """
     log_probs_BV = jax.nn.log_softmax(logits_BV, axis=1)[:, :NUM_BYTES]
     logits_BV = penalise(logits_BV[:, :NUM_BYTES], recent_BW, controls.repetition_penalty)
-    well_BV = utf8.allowed(utf8_state_B, controls.max_bytes - count)
+    well_BV = utf8.allowed(utf8_state_B, controls.max_bytes - count_B)
     may_end_B = utf8_state_B == utf8.START
     well_BV = well_BV.at[:, EOS_ID].set(may_end_B)
-    logits_BV = jnp.where(well_BV | ~controls.valid_utf8, logits_BV, -jnp.inf)
-    greedy_B = jnp.argmax(logits_BV, axis=1)
-    # the filters and the draw still run for greedy decoding, at a temperature that does no harm
-    heat = jnp.where(controls.temperature > 0, controls.temperature, 1.0)
-    likely_BV = keep_likely(logits_BV / heat, controls.top_k, controls.top_p, controls.min_p)
+    may_BV = (well_BV | ~controls.valid_utf8).at[:, EOS_ID].min(controls.eos)
+    logits_BV = jnp.where(may_BV, logits_BV, -jnp.inf)
+    filters = (controls.top_k < NUM_BYTES) | (controls.top_p < 1) | (controls.min_p > 0)
 
-    def draw(seed, logits_V):
-        key = jax.random.fold_in(jax.random.key(seed), count)
-        return jax.random.categorical(key, logits_V)
+    def draw(logits_BV):
+        logits_BV = jax.lax.cond(  # the filters sort
+            filters,
+            lambda l_BV: keep_likely(l_BV, controls.top_k, controls.top_p, controls.min_p),
+            lambda l_BV: l_BV,
+            logits_BV / controls.temperature,
+        )
+        u_B = jax.vmap(
+            lambda seed, n: jax.random.uniform(jax.random.fold_in(jax.random.key(seed), n))
+        )(seed_B, count_B)
+        return inverse_cdf(jax.nn.softmax(logits_BV, axis=1), u_B)
 
-    drawn_B = jax.vmap(draw)(seed_B, likely_BV)
-    byte_B = jnp.where(controls.temperature > 0, drawn_B, greedy_B).astype(jnp.int32)
+    greedy = lambda logits_BV: jnp.argmax(logits_BV, axis=1).astype(jnp.int32)
+    byte_B = jax.lax.cond(controls.temperature > 0, draw, greedy, logits_BV)
     return byte_B, jnp.take_along_axis(log_probs_BV, byte_B[:, None], axis=1)[:, 0]

@@ -2,7 +2,9 @@
 
 `prefill` reads prompts in parallel form and leaves a cache; `step` feeds one byte to every row. A
 stage runs only on the rows that have a position for it, gathered into a batch of one of a few
-fixed sizes, so that the cost of a step follows the boundaries. The cache is one pytree of arrays;
+fixed sizes, so that the cost of a step follows the boundaries. `advance` may also let rows wait at
+a boundary until more of them have come to one: a main network costs little more for many rows than
+for one, as long as reading its weights takes most of its time. The cache is one pytree of arrays;
 donate it, and no step copies it.
 """
 
@@ -22,6 +24,18 @@ from hnet.nn.cache import last_positions
 from hnet.stage import HNet
 
 
+class Waiting(NamedTuple):
+    """Rows between the encoder and the decoder of a stage, and what they have there."""
+
+    fresh_B: jax.Array
+    """whether the row has a chunk that the main network has not got yet"""
+    inside_B: jax.Array
+    """whether it has one that waits within the main network"""
+    chunk_BD: jax.Array
+    p_B: jax.Array
+    residual_BD: jax.Array
+
+
 class StageCache(NamedTuple):
     """What a stage remembers of B rows. D is the width of the stage."""
 
@@ -39,6 +53,7 @@ class StageCache(NamedTuple):
     """mean pool: mean of the encoder states in the unfinished chunk"""
     count_B: jax.Array | None = None
     """mean pool: positions in the unfinished chunk, float32"""
+    waiting: Waiting | None = None
     inner: "StageCache | None" = None
 
 
@@ -146,15 +161,12 @@ def _prefill_stage(
         mean_BLD, count_BL = running_mean(h_BLD, ids_BL)
         count_BL = jnp.where(route.boundary_mask_BL, 0.0, count_BL)
         open_chunk = {"mean_BD": last(mean_BLD), "count_B": last(count_BL)}
+    none_B, zeros_BD = jnp.zeros(lengths_B.shape, bool), jnp.zeros_like(last(h_BLD))
+    waiting = Waiting(none_B, none_B, zeros_BD, jnp.zeros(lengths_B.shape), zeros_BD)
     cache = StageCache(
-        lengths_B,
-        jnp.int32(max_len),
-        stacks,
-        last(h_BLD),
-        last(read_BLD),
-        inner=inner,
-        **open_chunk,
-    )
+        lengths_B, jnp.int32(max_len), stacks, last(h_BLD), last(read_BLD), **open_chunk,
+        waiting=waiting, inner=inner,
+    )  # fmt: skip
     return out_BLD[..., :width], [route, *routes], cache
 
 
@@ -176,19 +188,50 @@ def step(
     """
     if active_B is None:
         active_B = jnp.ones(byte_B.shape, bool)
+    logits_BV, boundaries, _, cache = advance(
+        model, cache, byte_B, active_B,
+        route_ids_B=route_ids_B, boundary_B=boundary_B, fractions=fractions, patience=0.0,
+    )  # fmt: skip
+    return logits_BV, boundaries, cache
+
+
+def advance(
+    model: HNetLM,
+    cache: ModelCache,
+    byte_B: jax.Array,
+    active_B: jax.Array,
+    *,
+    route_ids_B: jax.Array | None = None,
+    boundary_B: jax.Array | None = None,
+    fractions: tuple[float, ...] = FRACTIONS,
+    patience: float,
+) -> tuple[jax.Array, Boundaries, jax.Array, ModelCache]:
+    """`step` for rows that need not keep pace: (logits (B, V), boundaries, done_B, cache).
+
+    A row at a boundary waits until `patience` (static, 0 to 1) of the rows that have not gone on
+    into the main network wait there too; with 0 none waits. The logits and boundaries are those of
+    rows that are done with their byte. The others must be given the same byte and route again
+    without being active, until they are done. What a row gets does not depend on when it gets it,
+    and whatever the patience, some row gets on.
+    """
     position_B = cache.stage.position_B
     window_B2 = jnp.stack([cache.last_byte_B, byte_B], axis=1)
     given_B2 = None if boundary_B is None else jnp.stack([boundary_B, boundary_B], axis=1)
     given_B2 = model.boundaries(window_B2, _window_segments(position_B), given_B2)
-    x_BD, boundaries, stage = _step_stage(
+    at_work_B = active_B
+    if (waiting := cache.stage.waiting) is not None:
+        at_work_B = active_B | waiting.fresh_B | waiting.inside_B
+    x_BD, done_B, boundaries, stage = _step_stage(
         model.backbone, model.embeddings(byte_B), active_B, cache.stage, None, fractions,
+        patience, jnp.sum(at_work_B, dtype=jnp.int32),
         route_ids_B=model.checked_routes(route_ids_B),
         boundary_B=None if given_B2 is None else given_B2[:, 1],
     )  # fmt: skip
     none = (jnp.zeros((len(byte_B), 0), bool), jnp.zeros((len(byte_B), 0)))
     boundaries = Boundaries(*(jnp.stack(a, 1) for a in zip(*boundaries)) if boundaries else none)
     last_byte_B = jnp.where(active_B, byte_B, cache.last_byte_B)
-    return model.logits(x_BD[:, None])[:, 0], boundaries, ModelCache(last_byte_B, stage)
+    logits_BV = model.logits(x_BD[:, None])[:, 0]
+    return logits_BV, boundaries, done_B, ModelCache(last_byte_B, stage)
 
 
 def _step_stage(
@@ -198,32 +241,38 @@ def _step_stage(
     cache: StageCache,
     own_fractions: tuple[float, ...] | None,
     fractions: tuple[float, ...],
+    patience: float,
+    num_rows: jax.Array,
     *,
     route_ids_B: jax.Array | None,
     boundary_B: jax.Array | None = None,
-) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]], StageCache]:
-    """One position of the active rows; `own_fractions` for this stage, `fractions` further in."""
+) -> tuple[jax.Array, jax.Array, list[tuple[jax.Array, jax.Array]], StageCache]:
+    """A position of the active rows goes in, those of the rows that are done come out.
+
+    `own_fractions` for this stage, `fractions` further in. num_rows: how many there are to wait
+    for. Returns (output, done_B, (mask, p) of each stage, cache).
+    """
     width, position_B = x_BD.shape[-1], cache.position_B
     x_BD, stacks = stage.widen(x_BD[:, None])[:, 0], dict(cache.stacks)
-    advanced_B = position_B + active_B.astype(jnp.int32)
 
-    def run(name, x_BD):
-        def stack_step(inputs_R, caches, rows_R):
+    def run(name, x_BD, on_B):
+        def stack_step(inputs_R, caches, rows):
             x_RD, positions_R = inputs_R
-            return getattr(stage, name).step(x_RD, caches, rows_R, positions_R)
+            return getattr(stage, name).step(x_RD, caches, rows, positions_R)
 
         y_BD, stacks[name] = on_rows(
-            stack_step, active_B, (x_BD, position_B), stacks[name], own_fractions
+            stack_step, on_B, (x_BD, position_B), stacks[name], own_fractions
         )
         return y_BD
 
     if stage.is_innermost:
-        y_BD = run("main_network", x_BD)
-        return y_BD[:, :width], [], cache._replace(position_B=advanced_B, stacks=stacks)
+        y_BD = run("main_network", x_BD, active_B)
+        cache = cache._replace(position_B=position_B + active_B.astype(jnp.int32), stacks=stacks)
+        return y_BD[:, :width], active_B, [], cache
 
-    def encode(inputs_R, caches, rows_R):
+    def encode(inputs_R, caches, rows):
         x_RD, previous_RD, positions_R, *given = inputs_R
-        h_RD, caches = stage.encoder.step(x_RD, caches, rows_R, positions_R)
+        h_RD, caches = stage.encoder.step(x_RD, caches, rows, positions_R)
         p_R, wanted_R = _route(stage, previous_RD, h_RD, positions_R, *given)
         return (h_RD, stage.residual(h_RD[:, None])[:, 0], p_R, wanted_R), caches
 
@@ -232,31 +281,50 @@ def _step_stage(
         encode, active_B, inputs, stacks["encoder"], own_fractions
     )
     pooled_BD, mean_BD, count_B = _pool(stage, cache, h_BD)
-    inner, read_BD, inner_boundaries = cache.inner, cache.chunk_output_BD, []
-    calls = [(pooled_BD, p_B, active_B & wanted_B, fractions)]
+    keep = lambda new, old: jnp.where(active_B.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+    chunk_BD, p_B, residual_BD = map(keep, (pooled_BD, p_B, residual_BD), cache.waiting[2:])
+
+    inner, read_BD, inside_B = cache.inner, cache.chunk_output_BD, cache.waiting.inside_B
+    answered_B, inner_boundaries = jnp.zeros_like(active_B), []
+
+    def ask(chunk_BD, gate_B, asks_B, sizes, patience, own=True):
+        nonlocal inner, read_BD, inside_B, answered_B
+        y_BD, found_B, inner_boundary, inner = _step_stage(
+            stage.main_network, chunk_BD, asks_B, inner, sizes, sizes, patience, num_rows,
+            route_ids_B=route_ids_B,
+        )  # fmt: skip
+        read_BD = _smooth(stage.chunking.dechunk, read_BD, y_BD, gate_B, found_B)
+        answered_B |= found_B & (inside_B | (asks_B & own))
+        inside_B = (inside_B | asks_B) & ~found_B
+        inner_boundaries.append(inner_boundary)
+
     if stage.chunking.has_null:  # a row's first position opens the null slot before its own
         null_BD = jnp.broadcast_to(stage.null_group[...][None], h_BD.shape)
-        calls.insert(0, (null_BD, jnp.ones_like(p_B), active_B & (position_B == 0), ()))
-    for chunk_BD, gate_B, opens_B, sizes in calls:
-        taken_B = opens_B & (inner.position_B < inner.max_len)
-        y_BD, inner_boundary, inner = _step_stage(
-            stage.main_network, chunk_BD, taken_B, inner, sizes, sizes, route_ids_B=route_ids_B
-        )
-        read_BD = _smooth(stage.chunking.dechunk, read_BD, y_BD, gate_B, taken_B)
-        inner_boundaries.append(inner_boundary)
-    out_BD = run("decoder", read_BD + residual_BD)
-    keep = lambda new, old: jnp.where(active_B.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+        first_B = active_B & (position_B == 0) & (inner.position_B < inner.max_len)
+        ask(null_BD, jnp.where(first_B, 1.0, p_B), first_B, (), 0.0, own=False)
+    opens_B = active_B & wanted_B & (inner.position_B < inner.max_len)
+    fresh_B = cache.waiting.fresh_B | opens_B
+    to_come = (num_rows - jnp.sum(inside_B, dtype=jnp.int32)).astype(jnp.float32)
+    enough = jnp.sum(fresh_B, dtype=jnp.float32) >= patience * to_come
+    asks_B = fresh_B & enough
+    ask(chunk_BD, p_B, asks_B, fractions, patience)
+    fresh_B &= ~asks_B
+    done_B = (active_B | answered_B) & ~(fresh_B | inside_B)
+    reads_B = answered_B if stage.chunking.dechunk == "scatter" else done_B
+    out_BD = run("decoder", jnp.where(reads_B[:, None], read_BD, 0.0) + residual_BD, done_B)
     new_cache = cache._replace(
-        position_B=advanced_B, stacks=stacks, inner=inner, chunk_output_BD=read_BD,
+        position_B=position_B + done_B.astype(jnp.int32), stacks=stacks, inner=inner,
+        chunk_output_BD=read_BD,
         previous_BD=keep(h_BD, cache.previous_BD),
+        waiting=Waiting(fresh_B, inside_B, chunk_BD, p_B, residual_BD),
     )  # fmt: skip
     if mean_BD is not None:
-        count_B = jnp.where(taken_B, 0.0, count_B)
+        count_B = jnp.where(opens_B, 0.0, count_B)
         new_cache = new_cache._replace(
             mean_BD=keep(mean_BD, cache.mean_BD), count_B=keep(count_B, cache.count_B)
         )
-    own = (taken_B, jnp.where(active_B, p_B, jnp.nan))
-    return out_BD[:, :width], [own, *map(_latest, zip(*inner_boundaries))], new_cache
+    own = (answered_B, jnp.where(done_B, p_B, jnp.nan))
+    return out_BD[:, :width], done_B, [own, *map(_latest, zip(*inner_boundaries))], new_cache
 
 
 def _latest(calls: tuple) -> tuple[jax.Array, jax.Array]:
@@ -303,12 +371,10 @@ def _pool(stage: HNet, cache: StageCache, h_BD) -> tuple[jax.Array, ...]:
     return mean_BD, mean_BD, count_B
 
 
-def _smooth(how: str, read_BD, y_BD, p_B, taken_B) -> jax.Array:
+def _smooth(how: str, read_BD, y_BD, p_B, found_B) -> jax.Array:
     """What positions read after the main network has returned `y_BD` for some rows."""
-    if how == "scatter":
-        return jnp.where(taken_B[:, None], y_BD, 0.0)
     gate_B = jnp.clip(p_B, MIN_PROB, 1 - MIN_PROB) if how == "ema" else jnp.ones_like(p_B)
-    gate_B1 = jnp.where(taken_B, gate_B, 0.0)[:, None]
+    gate_B1 = jnp.where(found_B, gate_B, 0.0)[:, None]
     return gate_B1 * y_BD.astype(jnp.float32) + (1 - gate_B1) * read_BD
 
 

@@ -45,13 +45,13 @@ def advance(state_B: jax.Array, byte_B: jax.Array) -> jax.Array:
     return jnp.where(next_B == INVALID, START, next_B)
 
 
-def allowed(state_B: jax.Array, remaining: jax.Array) -> jax.Array:
-    """Bytes (B, 256) that keep the text valid and let it end well within `remaining` bytes.
+def allowed(state_B: jax.Array, remaining_B: jax.Array) -> jax.Array:
+    """Bytes (B, 256) that keep the text valid and let it end well within `remaining_B` bytes.
 
     Where no end is near enough (a prompt that stops within a character), those that keep it valid.
     """
     owed_BV = jnp.asarray(OWED)[jnp.asarray(NEXT)[state_B]]
-    in_time_BV = owed_BV < remaining
+    in_time_BV = owed_BV < remaining_B[:, None]
     possible_B1 = jnp.any(in_time_BV, axis=1, keepdims=True)
     return jnp.where(possible_B1, in_time_BV, owed_BV < OWED[INVALID])
 

@@ -1,16 +1,29 @@
 """What layers remember between positions of a stream, for rows that stand at different places.
 
 Every array has a leading layer axis (a run of layers is stacked) and a row axis: (layers, B, ...).
-A layer's `step` runs on R of the B rows and is told where its state lies by `at = (layer, rows_R)`.
-Reads and writes cost O(R); a row number of B (padding of R) reads anything and writes nothing.
+A layer's `step` runs on R of the B rows and is told where its state lies by `at = (layer, rows)`.
+Reads and writes cost O(R).
 """
 
+from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-KV_BLOCK = 64  # slots that attention over a cache reads at a time
+KV_BLOCK = 32  # slots that attention over a cache reads at a time
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["index_R"], meta_fields=["are_all"])
+@dataclass(frozen=True)
+class Rows:
+    """R rows of a batch of B."""
+
+    index_R: jax.Array
+    """their numbers; a number of B reads anything and writes nothing"""
+    are_all: bool = False
+    """R = B, and row r is number r or B: nothing has to be gathered or scattered"""
 
 
 class KVCache(NamedTuple):
@@ -33,12 +46,25 @@ class SSMCache(NamedTuple):
 
 
 def read(array: jax.Array, at: tuple) -> jax.Array:
-    """The rows `at` of a cache array, (R, ...)."""
-    return array.at[at].get(mode="clip")
+    """The entries (R, ...) at `(layer, rows)`, or `(layer, rows, index of the third axis)`."""
+    layer, rows, *inner = at
+    if not rows.are_all:
+        return array.at[(layer, rows.index_R, *inner)].get(mode="clip")
+    rest = array.shape[2 + len(inner) :]
+    start = (layer, 0, *inner, *(0 for _ in rest))
+    part = jax.lax.dynamic_slice(array, start, (1, array.shape[1], *(1 for _ in inner), *rest))
+    return part.reshape(array.shape[1], *rest)
 
 
 def write(array: jax.Array, at: tuple, new: jax.Array) -> jax.Array:
-    return array.at[at].set(new.astype(array.dtype), mode="drop")
+    """`array` with `new` (R, ...) at `(layer, rows)`, or at `(layer, rows, *further indices)`."""
+    layer, rows, *inner = at
+    new = new.astype(array.dtype)
+    if inner or not rows.are_all:
+        return array.at[(layer, rows.index_R, *inner)].set(new, mode="drop")
+    is_row = (rows.index_R < array.shape[1]).reshape(-1, *(1,) * (new.ndim - 1))
+    new = jnp.where(is_row, new, read(array, at))
+    return jax.lax.dynamic_update_index_in_dim(array, new, layer, 0)
 
 
 def last_positions(x_BLD: jax.Array, lengths_B: jax.Array, count: int) -> jax.Array:

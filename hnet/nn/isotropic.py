@@ -8,7 +8,7 @@ from flax import nnx
 
 from hnet.config import HNetConfig, StageConfig, parse_layout
 from hnet.nn.attention import Attention
-from hnet.nn.cache import KVCache, SSMCache
+from hnet.nn.cache import KVCache, Rows, SSMCache
 from hnet.nn.layers import INIT_STD, RMSNorm, SwiGLU
 from hnet.nn.mamba2 import Mamba2
 
@@ -114,9 +114,9 @@ class Isotropic(nnx.Module):
         return self.rmsnorm(x_BLD), caches
 
     def step(
-        self, x_RD: jax.Array, caches: list, rows_R: jax.Array, positions_R: jax.Array
+        self, x_RD: jax.Array, caches: list, rows: Rows, positions_R: jax.Array
     ) -> tuple[jax.Array, list[KVCache | SSMCache]]:
-        """One position of the rows `rows_R`, each of which has had `positions_R` before.
+        """One position of some rows, each of which has had `positions_R` before.
 
         The caches are carried through the scan, not sliced by it, so that they change in place.
         """
@@ -127,7 +127,7 @@ class Isotropic(nnx.Module):
             def layer(carry, inputs, graph=graph):
                 x, cache = carry
                 p, i = inputs
-                return nnx.merge(graph, p).step(x, cache, (i, rows_R), positions_R), None
+                return nnx.merge(graph, p).step(x, cache, (i, rows), positions_R), None
 
             index = jnp.arange(count, dtype=jnp.int32)
             (x_R1D, cache), _ = jax.lax.scan(layer, (x_R1D, cache), (params, index))

@@ -241,12 +241,17 @@ class Mamba2(nnx.Module):
         z, xBC, dt_R1H = self.split_inputs(x_R1D)
         taps_RWC = jnp.concatenate([read(cache.conv, at), xBC], axis=1)
         weight_WC, bias_C = self.conv_params(xBC.dtype)
-        convolved = jnp.sum(taps_RWC * weight_WC[None], axis=1, keepdims=True) + bias_C[None, None]
+        convolved = bias_C[None, None]
+        for tap in range(len(weight_WC)):  # faster than a reduction over so short an axis
+            convolved = convolved + taps_RWC[:, tap : tap + 1] * weight_WC[None, None, tap]
         x, B, C = (a.astype(jnp.float32) for a in self.split_conv(convolved))
-        dt_RH11 = dt_R1H[:, 0, :, None, None]
-        decay = jnp.exp(dt_RH11 * -jnp.exp(self.A_log[...])[None, :, None, None])
-        update = dt_RH11 * x[:, 0, :, :, None] * B[:, 0, None, None, :]
-        state_RHPN = decay * read(cache.state, at) + update
-        y_R1HP = jnp.einsum("rhpn,rn->rhp", state_RHPN, C[:, 0])[:, None]
+        dt_RH = dt_R1H[:, 0]
+        decay_RH1 = jnp.exp(dt_RH * -jnp.exp(self.A_log[...])[None])[..., None]
+        x_dt_RHP = dt_RH[..., None] * x[:, 0]
+        state_RHPN = read(cache.state, at)
+        # C h_t = a_t C h_{t-1} + (C B_t) dt_t x_t': the new state is written and not read again
+        B_C_R11 = jnp.sum(B[:, 0] * C[:, 0], axis=-1)[:, None, None]
+        y_RHP = decay_RH1 * jnp.einsum("rhpn,rn->rhp", state_RHPN, C[:, 0]) + B_C_R11 * x_dt_RHP
+        state_RHPN = decay_RH1[..., None] * state_RHPN + x_dt_RHP[..., None] * B[:, :, None]
         cache = SSMCache(write(cache.conv, at, taps_RWC[:, 1:]), write(cache.state, at, state_RHPN))
-        return self.finish(y_R1HP, x, z), cache
+        return self.finish(y_RHP[:, None], x, z), cache

@@ -30,7 +30,7 @@ from hnet.infer.decode import PATIENCE, Decoder
 from hnet.infer.sampling import Controls, Sampling
 from hnet.model import HNetLM, abstract, init_params
 
-TICKS = 32  # between two looks of the host
+TICKS = 64  # between two looks of the host
 MIN_ROWS = 8  # that a figure is of, so that chance does not decide how often they cut
 
 
@@ -44,15 +44,15 @@ class DecodeBenchmark:
     """mean of the random chunk lengths"""
     outer_width: int = 128
     """d_model of the encoder and decoder, one Mamba-2 layer each"""
-    main_width: int = 256
+    main_width: int = 384
     """d_model of the main network"""
-    main_layers: int = 6
+    main_layers: int = 8
     """attention layers with MLP in the main network"""
     patience: float = PATIENCE
     """share of the rows that the main network waits for"""
     bytes: int = 128
-    """decoded bytes a row, from an empty context"""
-    repeats: int = 5
+    """decoded bytes a row on average, from an empty context"""
+    repeats: int = 3
     """measurements of everything, in turns"""
     json: bool = False
     """print one JSON object instead of a table"""
@@ -68,8 +68,10 @@ class DecodeBenchmark:
 
 
 def network(config: DecodeBenchmark) -> HNetConfig:
-    """The network that is decoded; its router has a bias, which the cosine router has not."""
-    outer = StageConfig(("m1", "m1"), config.outer_width, chunking=ChunkingConfig(router="mlp"))
+    """The network that is decoded; its router has a bias, which the cosine router has not, and as
+    many parameters as that."""
+    chunking = ChunkingConfig(router="mlp", mlp_width=2 * config.outer_width)
+    outer = StageConfig(("m1", "m1"), config.outer_width, chunking=chunking)
     main = StageConfig(
         (f"T{config.main_layers}",), config.main_width, 4 * config.main_width, 8,
         rotary_emb_dim=config.main_width // 16,
@@ -104,30 +106,31 @@ def make_models(config: DecodeBenchmark) -> tuple[HNetLM, HNetLM]:
 
 
 class Decoding:
-    """`batch` rows that are continued together by `bytes` each."""
+    """Rows that are continued together, from a BOS."""
 
-    def __init__(self, model: HNetLM, config: DecodeBenchmark, batch: int, patience: float):
-        self.decoder, self.batch = Decoder(model, patience), batch
-        self.sampling = Sampling(max_bytes=config.bytes, eos=False)
+    def __init__(
+        self, model: HNetLM, config: DecodeBenchmark, batch: int, patience: float, rounds: int
+    ):
+        self.decoder, self.batch, self.bytes = Decoder(model, patience), batch, config.bytes
+        self.rounds = rounds
+        # twice the room, so that no row is at its end when all have `bytes` on average
+        self.sampling = Sampling(max_bytes=2 * config.bytes, eos=False)
 
     def measure(self) -> tuple[float, float]:
         """(bytes a second of all rows, bytes a chunk)."""
-        seconds, num_boundaries = 0.0, 0
-        rounds = max(1, MIN_ROWS // self.batch)
-        for i in range(rounds):
+        seconds, num_bytes, num_boundaries = 0.0, 0, 0
+        for i in range(self.rounds):
             state, _ = self.decoder.start([bytes([BOS_ID])] * self.batch, self.sampling)
             controls = Controls.of(self.sampling)
             seed_B = jnp.arange(self.batch, dtype=jnp.uint32) + jnp.uint32(i * self.batch)
-            missing = self.batch * self.sampling.max_bytes
             jax.block_until_ready(state)
-            began = time.perf_counter()
-            while missing:
+            began, wanted = time.perf_counter(), num_bytes + self.batch * self.bytes
+            while num_bytes < wanted:
                 state, outputs = self.decoder.run(state, controls, seed_B, TICKS)
                 _, _, boundaries_TBS, given_TB = jax.device_get(outputs)
-                missing -= int(given_TB.sum())
+                num_bytes += int(given_TB.sum())
                 num_boundaries += int(boundaries_TBS[given_TB].sum())
             seconds += time.perf_counter() - began
-        num_bytes = rounds * self.batch * self.sampling.max_bytes
         return num_bytes / seconds, num_bytes / num_boundaries
 
 
@@ -137,9 +140,10 @@ def measure(config: DecodeBenchmark) -> dict[str, Any]:
     batches = sorted({1, *config.batches})
     decodings = {}
     for batch in batches:
-        decodings[batch, "bytes_per_sec"] = Decoding(cut, config, batch, config.patience)
-        decodings[batch, "in_step"] = Decoding(cut, config, batch, 0.0)
-        decodings[batch, "main_at_every_byte"] = Decoding(every_byte, config, batch, 0.0)
+        rounds = max(1, MIN_ROWS // batch)
+        decodings[batch, "bytes_per_sec"] = Decoding(cut, config, batch, config.patience, rounds)
+        decodings[batch, "in_step"] = Decoding(cut, config, batch, 0.0, rounds)
+        decodings[batch, "main_at_every_byte"] = Decoding(every_byte, config, batch, 0.0, 1)
     rates, sizes = defaultdict(list), {}
     for repeat in range(config.repeats + 1):
         for (batch, how), decoding in decodings.items():

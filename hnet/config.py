@@ -18,7 +18,7 @@ from hnet.chunking.config import ChunkingConfig
 BOS_ID = 254  # byte values that valid UTF-8 never contains, as in the official tokenizer
 EOS_ID = 255
 
-_RUN = re.compile(r"([mMtT])([1-9][0-9]*)")
+_RUN = re.compile(r"([mMtT])([1-9][0-9]{0,3})")
 
 
 class ConfigError(ValueError):
@@ -30,7 +30,7 @@ def parse_layout(layout: str) -> tuple[tuple[str, int], ...]:
     if not layout or not re.fullmatch(rf"({_RUN.pattern})+", layout):
         raise ConfigError(
             f"layout {layout!r} is not a sequence of runs such as 'm4' or 'T1m4': "
-            "use the letters m, M, t, T, each followed by a count of at least 1"
+            "use the letters m, M, t, T, each followed by a count from 1 to 9999"
         )
     runs: list[tuple[str, int]] = []
     for kind, count in _RUN.findall(layout):
@@ -283,7 +283,7 @@ def _read_json(path: str | os.PathLike) -> dict[str, Any]:
             content = json.load(f)
     except OSError as e:
         raise ConfigError(f"configuration file {os.fspath(path)!r}: {e.strerror}") from None
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ConfigError(f"configuration file {os.fspath(path)!r} is not JSON: {e}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"configuration file {os.fspath(path)!r} holds no JSON object")
@@ -336,7 +336,7 @@ def _from_official(content: dict[str, Any]) -> HNetConfig:
 
 
 def _whole(values: list[Any]) -> bool:
-    return all(type(v) is int for v in values)
+    return all(type(v) is int and abs(v) < 2**31 for v in values)
 
 
 def _flatten_layout(nested: Any) -> list[tuple[str, ...]]:

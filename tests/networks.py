@@ -32,6 +32,14 @@ def network(*stages: StageConfig, **fields) -> HNetConfig:
     return HNetConfig(stages, ssm=SSMConfig(d_state=7, head_dim=13), compute=COMPUTE, **fields)
 
 
+def official_network(*parts, **fields):
+    """Stages of (width, layouts); heads of the mixers are 64 wide, as in all official ones."""
+    stages = tuple(
+        StageConfig(tuple(layouts.split()), width, 61, 4, 6, 5) for width, layouts in parts
+    )
+    return HNetConfig(stages, ssm=SSMConfig(d_state=7), **fields)
+
+
 MLP_END = {"router": "mlp", "alignment": "end", "pool": "mean", "aux_loss": "binomial"}
 
 # What tests/test_battery.py holds for every network: a new way to cut joins by one line.

@@ -61,7 +61,7 @@ def forward(graph, params, ids_BL, extra, capacities=None):
 
 @cache
 def answers(name):
-    """Of the whole batch: (expected logits, expected boundaries, what streaming gave)."""
+    """Of the whole batch: expected logits and boundaries, and {patience: what streaming gave}."""
     config = ALL[name]
     graph, params = random_params(config)
     ids_BL, extra = draw(config)
@@ -72,43 +72,50 @@ def answers(name):
     return expected, stream.byte_boundaries(config, masks, ids_BL.shape), found
 
 
-def streamed(graph, params, ids_BL, extra, lengths_B, max_lens, fractions=()):
+def streamed(graph, params, ids_BL, extra, lengths_B, max_lens, fractions=(), patiences=(0, 0.6)):
     """Prefill each row with its own length, then feed the rest byte by byte.
 
-    Returns logits (B, L, V) and boundaries (B, L, S) with NaN and -1 at bytes before a row's last
-    prompt byte, and the largest change that a step made to a row which was at its end already.
+    Returns, for each patience, logits (B, L, V) and boundaries (B, L, S), with NaN and -1 at bytes
+    before a row's last prompt byte, the logits behind the prompt, and the ticks that it took.
     """
     rows = np.arange(len(ids_BL))
 
     @quick_jit
-    def run(params):
+    def run(params, patience):
         model = nnx.merge(graph, params)
         logits_BV, _, cache = stream.prefill(model, ids_BL, lengths_B, max_lens, **extra)
 
         def one(carry, _):
-            cache, position_B = carry
+            cache, position_B, waits_B = carry
             at = (rows, jnp.minimum(position_B, L - 1))
             given = {name: jnp.asarray(a)[at] for name, a in extra.items()}
-            logits_BV, boundaries, cache = stream.step(
-                model, cache, jnp.asarray(ids_BL)[at], position_B < L,
+            active_B = (position_B < L) & ~waits_B
+            logits_BV, boundaries, done_B, cache = stream.advance(
+                model, cache, jnp.asarray(ids_BL)[at], active_B,
                 route_ids_B=given.get("route_ids_BL"), boundary_B=given.get("boundaries_BL"),
-                fractions=fractions,
+                fractions=fractions, patience=patience,
             )  # fmt: skip
-            carry = (cache, jnp.minimum(position_B + 1, L))
-            return carry, (logits_BV, boundaries.mask_BS, position_B)
+            got = (logits_BV, boundaries.mask_BS, jnp.where(done_B, position_B, L))
+            position_B = position_B + done_B.astype(jnp.int32)
+            return (cache, position_B, (active_B | waits_B) & ~done_B), got
 
-        _, steps = jax.lax.scan(one, (cache, jnp.asarray(lengths_B)), length=L)
+        start = (cache, jnp.asarray(lengths_B), jnp.zeros(len(rows), bool))
+        _, steps = jax.lax.scan(one, start, length=4 * L)
         return logits_BV, steps
 
-    prompt_logits, (logits_TBV, mask_TBS, position_TB) = jax.device_get(run(params))
-    logits_BLV = np.full((*ids_BL.shape, prompt_logits.shape[-1]), np.nan, np.float32)
-    mask_BLS = np.full((*ids_BL.shape, mask_TBS.shape[-1]), -1)
-    logits_BLV[rows, lengths_B - 1] = prompt_logits  # an empty row writes its last, overwritten
-    for t, b in np.ndindex(position_TB.shape):
-        if position_TB[t, b] < L:
+    found = {}
+    for patience in patiences:
+        prompt_logits, steps = jax.device_get(run(params, jnp.float32(patience)))
+        logits_TBV, mask_TBS, position_TB = steps
+        logits_BLV = np.full((*ids_BL.shape, prompt_logits.shape[-1]), np.nan, np.float32)
+        mask_BLS = np.full((*ids_BL.shape, mask_TBS.shape[-1]), -1)
+        logits_BLV[rows, lengths_B - 1] = prompt_logits  # an empty row writes its last, overwritten
+        for t, b in np.argwhere(position_TB < L):
             logits_BLV[b, position_TB[t, b]] = logits_TBV[t, b]
             mask_BLS[b, position_TB[t, b]] = mask_TBS[t, b]
-    return logits_BLV, mask_BLS, prompt_logits
+        ticks = 1 + np.max(np.flatnonzero(np.any(position_TB < L, axis=1)))
+        found[patience] = logits_BLV, mask_BLS, prompt_logits, ticks
+    return found
 
 
 LENGTHS = np.random.default_rng(3).permutation([*range(L + 1), *[0, 1] * 9, *[5, 6] * 11])
@@ -117,13 +124,16 @@ LENGTHS = LENGTHS.astype(np.int32)
 
 @pytest.mark.parametrize("name", ALL)
 def test_steps_equal_the_forward_pass(name):
-    expected, bytes_BLS, (logits, mask_BLS, prompt_logits) = answers(name)
-    seen = np.arange(L) >= LENGTHS[:, None] - 1
-    np.testing.assert_array_equal(np.isnan(logits[..., 0]), ~seen)
-    np.testing.assert_allclose(logits[seen], expected[seen], rtol=0, atol=1e-5)
-    np.testing.assert_array_equal(prompt_logits[LENGTHS == 0], 0)
-    fed = np.arange(L) >= LENGTHS[:, None]
-    np.testing.assert_array_equal(mask_BLS[fed], bytes_BLS[fed])
+    expected, bytes_BLS, found = answers(name)
+    seen, fed = np.arange(L) >= LENGTHS[:, None] - 1, np.arange(L) >= LENGTHS[:, None]
+    for logits, mask_BLS, prompt_logits, _ in found.values():
+        np.testing.assert_array_equal(np.isnan(logits[..., 0]), ~seen)
+        np.testing.assert_allclose(logits[seen], expected[seen], rtol=0, atol=1e-5)
+        np.testing.assert_array_equal(prompt_logits[LENGTHS == 0], 0)
+        np.testing.assert_array_equal(mask_BLS[fed], bytes_BLS[fed])
+    ticks = {patience: answer[-1] for patience, answer in found.items()}
+    assert ticks[0] == L  # nobody waits
+    assert ticks[0.6] > L or not ALL[name].num_chunked
     if name != "mixed":  # rows cut at different times, or nothing was tested
         assert np.all(np.any(bytes_BLS != bytes_BLS[:1], axis=(0, 1)))
 
@@ -135,19 +145,21 @@ def test_room_clips_as_a_capacity_does(name, slots):
     ids_BL, extra = draw(config, 1)
     expected, _ = forward(graph, params, ids_BL, extra, slots)
     free, _ = forward(graph, params, ids_BL, extra)
-    logits, _, _ = streamed(graph, params, ids_BL, extra, LENGTHS, (L, *slots))
+    found = streamed(graph, params, ids_BL, extra, LENGTHS, (L, *slots))
     seen = np.arange(L) >= LENGTHS[:, None] - 1
     assert np.abs(free - expected).max() > 1e-2  # something is clipped
-    np.testing.assert_allclose(logits[seen], expected[seen], rtol=0, atol=1e-5)
+    for logits, *_ in found.values():
+        np.testing.assert_allclose(logits[seen], expected[seen], rtol=0, atol=1e-5)
 
 
 def test_a_row_does_not_depend_on_its_neighbours():
     graph, params = random_params(NETWORKS["one_stage"])
     ids_BL, extra = draw(NETWORKS["one_stage"])
-    _, _, (together, _, _) = answers("one_stage")
+    _, _, together = answers("one_stage")
     one = slice(17, 18)
-    alone, _, _ = streamed(graph, params, ids_BL[one], extra, LENGTHS[one], (L, L))
-    np.testing.assert_allclose(alone[0], together[17], rtol=0, atol=3e-6)
+    alone = streamed(graph, params, ids_BL[one], extra, LENGTHS[one], (L, L), patiences=(0,))[0][0]
+    for logits, *_ in together.values():
+        np.testing.assert_allclose(alone[0], logits[17], rtol=0, atol=3e-6)
 
 
 @pytest.mark.parametrize("batch", [1, 7, 16])

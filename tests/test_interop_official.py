@@ -5,20 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from flax import nnx
-from networks import NETWORKS, random_params
+from networks import NETWORKS, official_network, random_params
 
-from hnet.config import ConfigError, HNetConfig, SSMConfig, StageConfig
+from hnet.config import ConfigError, SSMConfig
 from hnet.interop import from_official, to_official
 from hnet.model import HNetLM
-
-
-def official_network(*parts, **fields):
-    """Stages of (width, layouts); heads of the mixers are 64 wide, as in all official ones."""
-    stages = tuple(
-        StageConfig(tuple(layouts.split()), width, 61, 4, 6, 5) for width, layouts in parts
-    )
-    return HNetConfig(stages, ssm=SSMConfig(d_state=7), **fields)
-
 
 TWO_STAGE = official_network((32, "m2 T1"), (96, "t1m2 m1"), (96, "M1"))
 TIED = official_network((32, "t1 m1"), (64, "t1"), tie_embeddings=True)

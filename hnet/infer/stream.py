@@ -204,11 +204,11 @@ def advance(
     route_ids_B: jax.Array | None = None,
     boundary_B: jax.Array | None = None,
     fractions: tuple[float, ...] = FRACTIONS,
-    patience: float,
+    patience: float | jax.Array,
 ) -> tuple[jax.Array, Boundaries, jax.Array, ModelCache]:
     """`step` for rows that need not keep pace: (logits (B, V), boundaries, done_B, cache).
 
-    A row at a boundary waits until `patience` (static, 0 to 1) of the rows that have not gone on
+    A row at a boundary waits until a share `patience` of the rows that have not gone on
     into the main network wait there too; with 0 none waits. The logits and boundaries are those of
     rows that are done with their byte. The others must be given the same byte and route again
     without being active, until they are done. What a row gets does not depend on when it gets it,
@@ -241,7 +241,7 @@ def _step_stage(
     cache: StageCache,
     own_fractions: tuple[float, ...] | None,
     fractions: tuple[float, ...],
-    patience: float,
+    patience: float | jax.Array,
     num_rows: jax.Array,
     *,
     route_ids_B: jax.Array | None,
@@ -302,6 +302,8 @@ def _step_stage(
         null_BD = jnp.broadcast_to(stage.null_group[...][None], h_BD.shape)
         first_B = active_B & (position_B == 0) & (inner.position_B < inner.max_len)
         ask(null_BD, jnp.where(first_B, 1.0, p_B), first_B, (), 0.0, own=False)
+        # what further stages made of the null slot is told with the position, so that must not wait
+        patience = jnp.where(jnp.any(first_B), 0.0, patience)
     opens_B = active_B & wanted_B & (inner.position_B < inner.max_len)
     fresh_B = cache.waiting.fresh_B | opens_B
     to_come = (num_rows - jnp.sum(inside_B, dtype=jnp.int32)).astype(jnp.float32)

@@ -145,7 +145,10 @@ def _open_npz(path: Path) -> Opened:
                     (1, 0): np.lib.format.read_array_header_1_0,
                     (2, 0): np.lib.format.read_array_header_2_0,
                 }[version]
-                shapes[member.removesuffix(".npy")] = header(file)[0]
+                shape, _, dtype = header(file)
+                if dtype.hasobject:
+                    raise ConfigError(f"checkpoint {str(path)!r}: {member} holds Python objects")
+                shapes[member.removesuffix(".npy")] = shape
 
     def read(name: str) -> np.ndarray:
         with np.load(path, allow_pickle=False) as file:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-KV_BLOCK = 32  # slots that attention over a cache reads at a time
+KV_BLOCK = 16  # slots that attention over a cache reads at a time
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["index_R"], meta_fields=["are_all"])

@@ -250,7 +250,8 @@ def test_batch_fingerprint_sees_every_field(corpus, config):
         other = {n: a.copy() for n, a in batch.items()}
         other[name][0, 0] = not other[name][0, 0]
         seen.add(batch_fingerprint(other))
-    assert len(seen) == 4 and all(len(s) == 16 for s in seen)
+    seen.add(batch_fingerprint({n: a[::-1] for n, a in batch.items()}))
+    assert len(seen) == 5 and all(len(s) == 16 for s in seen)
 
 
 def test_bad_requests(corpus, config):

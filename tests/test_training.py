@@ -11,6 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hnet.config import ConfigError
+from hnet.data import batch_fingerprint, fingerprint
 from hnet.train import loop
 from hnet.train.config import Config, TrainConfig, claim_workdir, from_json, read_config, to_json
 from hnet.train.program import put_batch
@@ -240,3 +241,43 @@ def test_faults_in_a_row_roll_back_once_and_end_the_run_with_a_name(tmp_path, mo
     stop = replace(stop, train=replace(stop.train, on_non_finite="stop"))
     with pytest.raises(loop.StopRun, match="non-finite loss or gradient in 2 updates"):
         run(stop)
+
+
+def test_bfloat16_over_float32_weights_trains_as_float32_does(whole, tmp_path):
+    model = replace(whole[0].model, compute=replace(whole[0].model.compute, dtype="bfloat16"))
+    config = replace(whole[0], model=model, workdir=str(tmp_path))
+    outcome = run(config)
+    for row, expected in zip(rows(config), rows(whole[0])):
+        difference = abs(row["loss/ce"] - expected["loss/ce"])
+        assert 0 < difference < 0.01 * expected["loss/ce"]
+    kept = jax.tree.leaves((outcome.state.params, outcome.state.opt_state))
+    assert {leaf.dtype for leaf in kept if leaf.ndim} == {jnp.dtype("float32")}
+
+
+def test_a_step_takes_over_the_memory_of_its_state(whole):
+    config, outcome = whole
+    state = outcome.program.init()
+    batch = put_batch(batch_of(), outcome.program.mesh)
+    outcome.program.step(state, batch, outcome.program.hparams, capacities=(32,))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    assert not batch["input_ids"].is_deleted()
+
+
+def test_a_step_says_what_it_was_fed(single):
+    assert fingerprint(jax.device_get(single[2]["batch_hash"])) == batch_fingerprint(batch_of())
+
+
+def test_an_evaluation_that_is_told_to_stop_ends_between_two_batches(whole, tmp_path):
+    config = replace(whole[0], workdir=str(tmp_path))
+
+    class AtTheSecondBatchOfTheFirstEvaluation:
+        asked = 0
+
+        def stop_requested(self, step):
+            self.asked += 1
+            return self.asked > 1
+
+    stop = AtTheSecondBatchOfTheFirstEvaluation()
+    outcome = run(config, stop)
+    assert outcome.evaluation is None and int(outcome.state.step) == 0
+    assert stop.asked == 3  # before either batch, and once more by the loop

@@ -2,7 +2,8 @@
 
 from hnet.data.config import DataConfig
 from hnet.data.corpus import Corpus, Part, open_corpus, open_part
-from hnet.data.pipeline import BatchIterator, batch_fingerprint, eval_batches, train_batches
+from hnet.data.fingerprint import batch_fingerprint, batch_hash, fingerprint
+from hnet.data.pipeline import BatchIterator, eval_batches, train_batches
 
 __all__ = [
     "BatchIterator",
@@ -10,7 +11,9 @@ __all__ = [
     "DataConfig",
     "Part",
     "batch_fingerprint",
+    "batch_hash",
     "eval_batches",
+    "fingerprint",
     "open_corpus",
     "open_part",
     "train_batches",

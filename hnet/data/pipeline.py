@@ -5,14 +5,13 @@ Grain permutes the rows (a bijection computed index by index, nothing is stored)
 batches ahead; its elements are whole batches, hence no step of the pipeline can drop or reorder.
 """
 
-import hashlib
 import multiprocessing
 import os
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import grain
@@ -223,14 +222,6 @@ def eval_batches(
     """
     batches = _EvalBatches(part, config, route_groups, (process_index, process_count))
     return (batches[k] for k in range(len(batches)))
-
-
-def batch_fingerprint(batch: Mapping[str, np.ndarray]) -> str:
-    """Hash of what a batch feeds the model, 16 hexadecimal digits, for comparing two runs."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name in ("input_ids", "segment_ids", "loss_mask"):
-        digest.update(np.ascontiguousarray(batch[name]).tobytes())
-    return digest.hexdigest()
 
 
 def _close(iterators: list[grain.DatasetIterator]) -> None:

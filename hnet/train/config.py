@@ -7,7 +7,6 @@ import os
 import types
 import typing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from hnet.chunking.controller import ControllerConfig
@@ -18,6 +17,7 @@ from hnet.train.checkpoint import CheckpointConfig
 from hnet.train.distributed import DistributedConfig
 from hnet.train.optim import OptimConfig
 from hnet.train.sharding import MeshConfig
+from hnet.train.step_folders import work_folder
 from hnet.train.watchdog import WatchdogConfig
 
 
@@ -88,7 +88,7 @@ class Config:
 
     model: HNetConfig
     workdir: str
-    """folder of this run; the same command again resumes in it"""
+    """folder of this run, local or gs://bucket/folder; the same command again resumes in it"""
     seed: int = 0
     """of the initialisation and the order of the data"""
     data: DataConfig = DataConfig()
@@ -177,7 +177,7 @@ def _value(hint: Any, value: Any, path: str) -> Any:
 
 def read_config(workdir: str | os.PathLike) -> Config:
     """The configuration a run was started with. Raises ConfigError if there is none."""
-    file = Path(workdir) / "config.json"
+    file = work_folder(workdir) / "config.json"
     try:
         return from_json(Config, json.loads(file.read_text()))
     except FileNotFoundError:
@@ -199,7 +199,7 @@ def claim_workdir(config: Config) -> None:
     Raises ConfigError naming the first field that differs in a way that makes it another run. A
     changed setting of the rest is allowed; the former file is kept as config-N.json.
     """
-    folder = Path(config.workdir)
+    folder = work_folder(config.workdir)
     folder.mkdir(parents=True, exist_ok=True)
     file, content = folder / "config.json", to_json(config)
     if file.exists():

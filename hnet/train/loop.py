@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from hnet.data import BatchIterator, Corpus, batch_fingerprint, open_corpus, train_batches
+from hnet.data import BatchIterator, Corpus, fingerprint, open_corpus, train_batches
 from hnet.infer.segment import segmenter
 from hnet.train import distributed
 from hnet.train.capacity import Ladder
@@ -37,6 +37,8 @@ class Position:
     """number of the next batch"""
     bytes_seen: int = 0
     """source bytes scored so far"""
+    source_bytes: tuple[int, ...] = ()
+    """the same of each source of a mixture, in the order of data.files"""
     rollbacks: int = 0
     ladder: dict = field(default_factory=dict)
     new_counts: tuple[int, ...] = ()
@@ -51,7 +53,8 @@ class InFlight:
     step: int
     metrics: dict[str, Any]
     capacities: tuple[int, ...]
-    fingerprint: str
+    batch: int
+    """number of the batch it was fed"""
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,7 @@ def _loop(
         done += 1
         if inflight:
             _report_step(session, _read(session, inflight, position, batches))
-        inflight = InFlight(done, metrics, ladder.capacities, batch_fingerprint(batch))
+        inflight = InFlight(done, metrics, ladder.capacities, batches.position - 1)
         ladder, before = ladder.observe(position.new_counts), ladder
         if ladder.capacities != before.capacities:
             report.say(f"step {done}: chunk slots {before.capacities} -> {ladder.capacities}")
@@ -207,10 +210,16 @@ def _read(
     row: dict[str, Any] = {
         "step": inflight.step,
         "bytes_seen": position.bytes_seen,
-        "batch": inflight.fingerprint,
+        "batch": fingerprint(metrics.pop("batch_hash")),
         "input/wait_seconds": batches.wait_seconds,
         "metrics": metrics,
     }
+    names = session.corpus.train.source_names
+    if len(names) > 1:
+        added = batches.source_bytes(inflight.batch)
+        before = position.source_bytes or (0,) * len(names)
+        position.source_bytes = tuple(int(n + a) for n, a in zip(before, added))
+        row |= {f"bytes_seen/{name}": n for name, n in zip(names, position.source_bytes)}
     for s in stages:
         kept = float(metrics[f"stage{s}/chunks"]) * (1 - float(metrics[f"stage{s}/overflow_frac"]))
         row[f"stage{s}/capacity"] = inflight.capacities[s]

@@ -22,6 +22,7 @@ from hnet.train import distributed
 from hnet.train.alarms import BoundaryAlarms
 from hnet.train.config import Config
 from hnet.train.evaluate import Evaluation
+from hnet.train.log_folder import METRICS, TENSORBOARD, LogFolder
 from hnet.train.probes import probe_texts
 
 
@@ -32,12 +33,13 @@ class Report:
         self.config, self.start_step = config, start_step
         self.speaks = distributed.host_id() == 0
         self.probes = probe_texts(corpus.heldout, config.eval)
-        self.metrics = MetricsFile(config.workdir, start_step) if self.speaks else None
-        self.writer = None
-        folder = Path(config.workdir) / "tensorboard"
-        self.trace = Trace(config.profile.steps, folder)
+        self.folder = LogFolder(config.workdir)
+        tensorboard = self.folder.path / TENSORBOARD
+        self.trace = Trace(config.profile.steps, tensorboard)
+        self.metrics = self.writer = None
         if self.speaks:
-            self.writer = RunWriter(folder, resume_step=start_step or None)
+            self.metrics = MetricsFile(self.folder.path, start_step)
+            self.writer = RunWriter(tensorboard, resume_step=start_step or None)
         self.line = LiveLine(config.train.steps, start_step, enabled=self.speaks)
         targets = tuple(1 / s.chunking.target_ratio for s in config.model.stages[:-1])
         self.alarms = BoundaryAlarms(targets)
@@ -52,6 +54,7 @@ class Report:
         self.trace.close()
         if self.writer:
             self.writer.close()
+        self.folder.close()
         self.line.close()
 
     def say(self, text: str) -> None:
@@ -133,7 +136,7 @@ class Report:
         """Go on from an earlier step."""
         self.say(f"{why}: rolled back to step {step}")
         if self.metrics:
-            self.metrics = MetricsFile(self.config.workdir, step)
+            self.metrics = MetricsFile(self.folder.path, step)
 
 
 class Trace:
@@ -191,8 +194,8 @@ class MetricsFile:
     come again with the same numbers. A half-written last line is dropped too.
     """
 
-    def __init__(self, workdir: str, step: int):
-        self.path = Path(workdir) / "metrics.jsonl"
+    def __init__(self, folder: Path, step: int):
+        self.path = folder / METRICS
         if self.path.exists():
             lines = self.path.read_text().splitlines(True)
             self._replace([line for line in lines if _is_kept(line, step)])

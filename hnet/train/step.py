@@ -17,6 +17,7 @@ from hnet.chunking.controller import (
 from hnet.chunking.rate import rates_by_stage
 from hnet.chunking.routes import keep_absent
 from hnet.config import HNetConfig
+from hnet.data import batch_hash
 from hnet.loss import LossWeights, next_byte_nll, total_loss
 from hnet.train.optim import Hyperparams, OptimConfig, apply_update, direction, optimizer, schedule
 
@@ -108,6 +109,7 @@ def train_step(
             proportional=controller.proportional, integral=controller.integral,
         )  # fmt: skip
     metrics |= {
+        "batch_hash": jnp.stack(batch_hash(batch)),
         "grad_norm": grad_norm,
         "learning_rate": update_numbers.learning_rate * factor,
         "skipped_in_a_row": skipped,

@@ -17,19 +17,24 @@ STATE = "state"
 """name of Orbax's folder inside a step folder"""
 
 
-def checkpoint_folder(workdir: str | os.PathLike) -> epath.Path:
-    """``WORKDIR/checkpoints`` of a local folder or a bucket (``gs://...``).
+def work_folder(workdir: str | os.PathLike) -> epath.Path:
+    """A work directory, which is a local folder or lies in a bucket (``gs://...``).
 
     Raises ConfigError if the bucket cannot be opened: no package for it, no credentials.
     """
     path = epath.Path(workdir)
     if "://" not in os.fspath(workdir):
-        return path.expanduser().absolute() / "checkpoints"
+        return path.expanduser().absolute()
     try:
         path.exists()
     except Exception as e:  # each file system raises its own
         raise ConfigError(f"workdir {str(path)!r} cannot be opened: {mf.first_line(e)}") from None
-    return path / "checkpoints"
+    return path
+
+
+def checkpoint_folder(workdir: str | os.PathLike) -> epath.Path:
+    """``WORKDIR/checkpoints``. Raises ConfigError as `work_folder`."""
+    return work_folder(workdir) / "checkpoints"
 
 
 def list_steps(folder: epath.Path) -> list[int]:

@@ -1,0 +1,61 @@
+"""The mesh, and where every array of a run lies on it."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from hnet.config import ConfigError
+from hnet.train.sharding import MeshConfig, check_batch, make_mesh, parameter_spec, path_name
+from tests.training import build, tiny_run
+
+
+def test_the_open_axis_takes_the_devices_that_are_left():
+    assert dict(make_mesh(MeshConfig()).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert dict(make_mesh(MeshConfig(2, -1, 2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    three = make_mesh(MeshConfig(1, 3, 1), jax.devices()[:3])
+    assert dict(three.shape) == {"data": 1, "fsdp": 3, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "says"),
+    [
+        (MeshConfig(3), "mesh.data=3 x mesh.fsdp=1 x mesh.tensor=1 does not fit 8 devices"),
+        (MeshConfig(-1, 3), "mesh.data=-1 x mesh.fsdp=3 x .* does not fit 8 devices: make the"),
+        (MeshConfig(-1, -1), "mesh.data and mesh.fsdp are all -1: leave at most one open"),
+        (MeshConfig(0, 8, -2), "mesh.data=0, mesh.tensor=-2: use 1 or more, or -1"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_one_line(mesh, says):
+    with pytest.raises(ConfigError, match=says) as error:
+        make_mesh(mesh)
+    assert "\n" not in str(error.value)
+
+
+def test_rows_that_the_devices_do_not_share_evenly_are_refused():
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    check_batch(24, 3, mesh)
+    with pytest.raises(ConfigError, match=r"data.batch_size=16 is not .* = 12: use e.g. 24"):
+        check_batch(16, 3, mesh)
+
+
+def test_an_axis_that_is_not_divided_stays_whole():
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    assert parameter_spec("backbone/x/mlp/fc2/kernel", (5, 6, 8), mesh) == P(None, "tensor", "fsdp")
+    assert parameter_spec("backbone/x/mlp/fc2/kernel", (5, 7, 8), mesh) == P(None, None, "fsdp")
+    assert parameter_spec("backbone/encoder/rmsnorm/scale", (8,), mesh) == P(None)
+
+
+def test_optimizer_moments_lie_where_their_parameters_do(tmp_path):
+    state = build(tiny_run(tmp_path, mesh=MeshConfig(2, 2, 2))).abstract_state
+    name = "backbone/main_network/main_network/layers/0/mlp/fc1/kernel"
+    found = [
+        leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+        if path_name(path).endswith(name)
+    ]
+    assert len(found) == 3  # the parameter and both moments
+    for leaf in found:
+        whole, part = leaf.shape, leaf.sharding.shard_shape(leaf.shape)
+        assert np.prod(part) * 4 == np.prod(whole)
+        assert leaf.sharding == found[0].sharding

@@ -40,6 +40,10 @@ def test_logs_of_a_bucket_go_on_where_an_earlier_start_left_them(bucket):
         for name in ("metrics.jsonl", "tensorboard/boundaries/steps.jsonl"):
             with (logs.path / name).open("a") as f:
                 f.write(start)
+        other_host = LogFolder("gs://bucket/run", goes_on=False, period=3600)
+        logs.copy()
+        other_host.close()
+        assert bucket.cat("/bucket/run/metrics.jsonl").endswith(start.encode())
         logs.close()
         assert not logs.path.exists()
     assert bucket.cat("/bucket/run/metrics.jsonl") == b"one\ntwo\n"

@@ -20,8 +20,9 @@ METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 class LogFolder:
     """`path` is the local folder. Close it: the last copy to a bucket is made then."""
 
-    def __init__(self, workdir: str, *, period: float = 60.0):
-        """Brings the logs of an earlier start from a bucket, so that a resumed run goes on in them.
+    def __init__(self, workdir: str, *, goes_on: bool = True, period: float = 60.0):
+        """goes_on: bring the logs of an earlier start from a bucket, to go on in them. Only the one
+        process that writes them may: a second one would put its old copy in their place.
 
         Raises ConfigError if the bucket cannot be opened.
         """
@@ -32,9 +33,14 @@ class LogFolder:
         bucket = work_folder(workdir)
         self._spool = tempfile.mkdtemp(prefix="hnet-logs-")
         self.path = Path(self._spool)
-        for name in (METRICS, TENSORBOARD):
+        for name in (METRICS, TENSORBOARD) if goes_on else ():
             _fetch(bucket / name, self.path / name)
         self._mirror = Mirror(self.path, workdir, period=period)
+
+    def copy(self) -> None:
+        """Bring a bucket up to date now, so that its logs are never behind a checkpoint."""
+        if self._mirror:
+            self._mirror.copy()
 
     def close(self) -> None:
         """Copy what is left, and remove what was only kept for that."""

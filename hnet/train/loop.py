@@ -142,6 +142,7 @@ def _loop(
             _report_step(session, row)
         if saves and done > start:
             session.watchdog.beat("save")
+            report.folder.copy()
             position.ladder, position.data = ladder.to_json(), batches.position
             extras = {"position": asdict(position), "config": to_json(config)}
             session.checkpoints.save(done, state, extras)

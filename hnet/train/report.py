@@ -33,7 +33,7 @@ class Report:
         self.config, self.start_step = config, start_step
         self.speaks = distributed.host_id() == 0
         self.probes = probe_texts(corpus.heldout, config.eval)
-        self.folder = LogFolder(config.workdir)
+        self.folder = LogFolder(config.workdir, goes_on=self.speaks)
         tensorboard = self.folder.path / TENSORBOARD
         self.trace = Trace(config.profile.steps, tensorboard)
         self.metrics = self.writer = None

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -65,7 +66,10 @@ def main() -> None:
         return step(params, fed, capacities=capacities)
 
     batches = eval_batches(part, data, route_groups=model.config.route_groups)
-    result = evaluate(batches, run_batch, (None,) * model.config.num_chunked)
+    result = evaluate(
+        batches, run_batch, (None,) * model.config.num_chunked,
+        route_names=model.config.route_names,
+    )  # fmt: skip
     report = summary(result, part)
     if config.json:
         print(json.dumps(report))
@@ -101,6 +105,9 @@ def summary(result: Evaluation, part: Part) -> dict[str, Any]:
         **score(names),
         "unscored_bytes": part.num_bytes - result.num_bytes,
         "bytes_per_chunk": [result.bytes_per_chunk(s) for s in range(len(result.chunks_by_stage))],
+        "positions_per_chunk": [
+            result.positions_per_chunk(s) for s in range(len(result.chunks_by_stage))
+        ],
         "files": {name: score(documents) for name, documents in files.items()},
         "documents": {name: score([document]) for document, name in names.items()},
     }
@@ -118,6 +125,8 @@ def _print(report: dict[str, Any], with_documents: bool) -> None:
         console.print(f"{report['unscored_bytes']:,} bytes that nothing predicts were not scored")
     for s, size in enumerate(report["bytes_per_chunk"]):
         console.print(f"stage {s}: {size:.3f} bytes a chunk")
+        for name, own in report["positions_per_chunk"][s].items():
+            console.print(f"  route {escape(name)}: {own:.3f} positions a chunk")
 
 
 if __name__ == "__main__":

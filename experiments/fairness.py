@@ -11,6 +11,7 @@ trained on --bpe-files, and any tokenizer.json. --out gets report.json, report.m
 """
 
 import json
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -88,11 +89,11 @@ def main() -> None:
         raise ConfigError(f"out={config.out!r} has a report already: choose another folder")
     if bool(config.bpe) != bool(config.bpe_files):
         raise ConfigError("bpe and bpe_files belong together: give both, or neither")
-    lines = read_parallel([*config.files, *config.unseen], field="files, unseen")
-    lines = {language: thin(texts, config.max_lines) for language, texts in lines.items()}
     unseen = {entry.partition("=")[0] for entry in config.unseen}
     if known := unseen & {entry.partition("=")[0] for entry in config.files}:
         raise ConfigError(f"unseen={sorted(known)[0]!r} is in files too: name it once")
+    lines = read_parallel([*config.files, *config.unseen], field="files, unseen")
+    lines = {language: thin(texts, config.max_lines) for language, texts in lines.items()}
     gold = {language: list(read_ud(path)) for language, path in _pairs(config.gold)}
     systems = [byte_system()]
     if config.bpe:
@@ -137,19 +138,19 @@ def model_system(path: str) -> System:
     is_ours = (Path(path) / "config.json").exists()
     bos = is_ours and read_config(path).data.bos_eos
 
+    known: dict[bytes, tuple[Segmentation, float, int]] = {}  # texts may come in several reports
+
     def cut(texts):
-        found: dict[int, Segmentation] = {}
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        for first in range(0, len(order), BATCH):
-            rows = order[first : first + BATCH]
-            spare = [b""] * (BATCH - len(rows))
-            segmentations = segment(params, [*(texts[i] for i in rows), *spare])
-            found |= dict(zip(rows, segmentations))
-        nats = scored = 0
-        for score in logprobs(model, texts, bos=bos, batch_size=BATCH):
-            nats -= float(np.nansum(score.logprobs, dtype=np.float64))
-            scored += int(np.isfinite(score.logprobs).sum())
-        return [found[i] for i in range(len(texts))], nats, scored
+        new = sorted({text for text in texts if text not in known}, key=len)
+        for first in range(0, len(new), BATCH):
+            rows = new[first : first + BATCH]
+            whole = [*rows, *[b""] * (BATCH - len(rows))]  # one shape, one compilation
+            scores = logprobs(model, whole, bos=bos, batch_size=BATCH)
+            for text, found, score in zip(rows, segment(params, whole), scores):
+                nats = -float(np.nansum(score.logprobs, dtype=np.float64))
+                known[text] = found, nats, int(np.isfinite(score.logprobs).sum())
+        found, nats, scored = zip(*(known[text] for text in texts))
+        return list(found), math.fsum(nats), sum(scored)
 
     return System(Path(path).name, cut)
 

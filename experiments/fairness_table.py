@@ -1,14 +1,15 @@
 """Routing per script against one router and BPE, end to end: from aligned text to one table.
 
-    python -m experiments.fairness_table --train eng=eng.txt rus=rus.txt --test eng=b.txt rus=c.txt
+    python -m experiments.fairness_table --train eng=a/eng.txt rus=a/rus.txt eng=b/eng.txt ...
 
-Holds lines of the training text out, calibrates a target for each script, trains
-mixed_scripts_routed and its twin mixed_scripts_single on the same batches, trains a BPE on the same
-lines, and reports how equally all of them cut the held-out lines and the test text
+Holds lines of each text out, calibrates a target for each script on the others, trains a BPE,
+mixed_scripts_routed and its twin mixed_scripts_single on them, the two on the same batches, and
+reports how equally all of them cut the lines held out, of all texts together and of each
 (`experiments.fairness`). Two CPU cores, about 25 minutes. The same command again goes on where it
 was stopped.
 """
 
+import json
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -33,17 +34,19 @@ from hnet.train.config import Config
 from hnet.train.distributed import REQUEUE_EXIT_CODE, StopRequest
 from hnet.train.loop import StopRun, train
 
+LINES_A_DOCUMENT = 8
+
 
 @dataclass(frozen=True)
 class FairnessTableConfig:
     """The text, and how much is made of it."""
 
     train: tuple[str, ...]
-    """LANGUAGE=FILE, aligned line by line; a language named again goes on with another file"""
-    test: tuple[str, ...] = ()
-    """LANGUAGE=FILE of other aligned text to measure on"""
+    """LANGUAGE=FILE, aligned line by line; languages named again give another text, aligned anew"""
     unseen: tuple[str, ...] = ()
-    """LANGUAGE=FILE aligned with the test text, of scripts that are not trained on"""
+    """LANGUAGE=FILE aligned with the last text, of languages that are measured, not trained on"""
+    groups: tuple[str, ...] = ()
+    """scripts that share a route, such as Hiragana+Katakana; see `experiments.calibrate`"""
     out: str = "runs/fairness"
     """folder for the text, both runs and the reports"""
     mean_ratio: float = 6.0
@@ -54,26 +57,22 @@ class FairnessTableConfig:
     """of both runs"""
     bpe: int = 4096
     """size of the vocabulary of the BPE"""
-    heldout: int = 300
-    """training lines held out, spread evenly"""
-    max_lines: int = 500
-    """sentences measured, spread evenly over the test text"""
+    max_lines: int = 2000
+    """lines used of each text, spread evenly over it"""
+    heldout: int = 100
+    """of these, held out of each text"""
 
 
 def main() -> int:
     config = parse(FairnessTableConfig)
     out = Path(config.out)
-    train_lines, heldout = hold_out(read_parallel(config.train, field="train"), config)
-    measured = {"heldout": heldout}
-    unseen = {entry.partition("=")[0] for entry in config.unseen}
-    if config.test:
-        lines = read_parallel([*config.test, *config.unseen], field="test, unseen")
-        measured["test"] = {k: thin(own, config.max_lines) for k, own in lines.items()}
+    train_lines, heldout = split_texts(config)
     runs = run_configs(config, train_lines, out)
-    write_text(out, {"train": train_lines, "heldout": heldout})
+    write_text(out, {"train": train_lines, "heldout": heldout["heldout"]})
+    tokenizer = train_bpe([t for own in train_lines.values() for t in own], config.bpe)
     enable_compilation_cache()
     for settings in runs:
-        began = time.monotonic()
+        began, cpu_began = time.monotonic(), time.process_time()
         with StopRequest() as stop:
             try:
                 outcome = train(settings, stop)
@@ -83,19 +82,53 @@ def main() -> int:
         if outcome.evaluation is None:
             print("stopped and saved: the same command goes on")
             return REQUEUE_EXIT_CODE
-        print(f"{settings.workdir} took {time.monotonic() - began:.0f} s")
-    tokenizer = train_bpe([t for own in train_lines.values() for t in own], config.bpe)
+        wall, cpu = time.monotonic() - began, time.process_time() - cpu_began
+        print(f"{settings.workdir} took {wall:.0f} s, {cpu:.0f} s of all cores")
+        targets = settings.model.stages[0].chunking.target_ratios
+        for name, size in outcome.evaluation.positions_per_chunk(0).items():
+            N = targets[settings.model.route_names.index(name)]
+            print(f"  {name}: {size:.3f} bytes a chunk, target {N} ({size / N - 1:+.1%})")
     systems = [byte_system(), token_system(f"BPE {config.bpe}", tokenizer)]
     systems += [model_system(settings.workdir) for settings in runs]
-    for name, lines in measured.items():
+    for name, lines in heldout.items():
         if not (out / name / "report.json").exists():
             print(f"\n{name}:")
-            write_report(out / name, measure(systems, lines, {}), unseen & set(lines))
+            write_report(out / name, measure(systems, lines, {}), set(lines) - set(train_lines))
     return 0
 
 
+def split_texts(config: FairnessTableConfig) -> tuple[Lines, dict[str, Lines]]:
+    """(lines to train on, lines to measure on: of all texts, and of each if there are several).
+
+    Raises ConfigError for texts of other languages than the first, or too short to hold lines out.
+    """
+    texts: list[dict[str, str]] = []
+    for entry in config.train:
+        language = entry.partition("=")[0]
+        text = next((text for text in texts if language not in text), None)
+        if text is None:
+            texts.append(text := {})
+        text[language] = entry
+    if odd := [text for text in texts if set(text) != set(texts[0])]:
+        raise ConfigError(f"train: {[*odd[0]]} but first {[*texts[0]]}: give the same languages")
+    if known := {entry.partition("=")[0] for entry in config.unseen} & set(texts[0]):
+        raise ConfigError(f"unseen={sorted(known)[0]!r} is in train too: name it once")
+    parts = []
+    for text in texts:
+        more = config.unseen if text is texts[-1] else ()
+        lines = read_parallel([*text.values(), *more], field="train, unseen")
+        parts.append(hold_out({k: thin(own, config.max_lines) for k, own in lines.items()}, config))
+    join = lambda lines: {k: [t for own in lines for t in own[k]] for k in texts[0]}
+    measured = {"heldout": join([heldout for _, heldout in parts])}
+    if len(parts) > 1:
+        measured |= {f"heldout-{i}": heldout for i, (_, heldout) in enumerate(parts, 1)}
+    elif config.unseen:
+        measured = {"heldout": parts[0][1]}
+    return join([train for train, _ in parts]), measured
+
+
 def hold_out(lines: Lines, config: FairnessTableConfig) -> tuple[Lines, Lines]:
-    """(training lines, held-out lines). Raises ConfigError if nothing is left to train on."""
+    """(training lines, lines held out). Raises ConfigError if nothing is left to train on."""
     count = len(next(iter(lines.values())))
     if not 0 < config.heldout < count:
         raise ConfigError(f"heldout={config.heldout} of {count} lines: use 1 to {count - 1}")
@@ -107,14 +140,22 @@ def hold_out(lines: Lines, config: FairnessTableConfig) -> tuple[Lines, Lines]:
 
 
 def _file(out: Path, part: str, language: str) -> Path:
-    return out / "text" / f"{part}.{language}.txt"
+    return out / "text" / f"{part}.{language}.jsonl"
 
 
 def write_text(out: Path, parts: dict[str, Lines]) -> None:
-    """A file for each part and language. Raises ConfigError if there is one with other text."""
+    """A file of documents, some lines each, for each part and language.
+
+    Raises ConfigError if there is one with other text.
+    """
     for part, lines in parts.items():
         for language, texts in lines.items():
-            path, data = _file(out, part, language), b"\n".join(texts) + b"\n"
+            groups = [
+                texts[i : i + LINES_A_DOCUMENT] for i in range(0, len(texts), LINES_A_DOCUMENT)
+            ]
+            documents = [{"text": b"\n".join(group).decode(errors="replace")} for group in groups]
+            path = _file(out, part, language)
+            data = "".join(json.dumps(document) + "\n" for document in documents).encode()
             path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():
                 path.write_bytes(data)
@@ -125,7 +166,8 @@ def write_text(out: Path, parts: dict[str, Lines]) -> None:
 def run_configs(config: FairnessTableConfig, train_lines: Lines, out: Path) -> list[Config]:
     """The routed run and its twin: the same text, batches, steps and mean rate."""
     routed, single = mixed_scripts_routed.config(), mixed_scripts_single.config()
-    model = with_routes(routed.model, calibrate(train_lines, config.mean_ratio))
+    groups = [group.split("+") for group in config.groups]
+    model = with_routes(routed.model, calibrate(train_lines, config.mean_ratio, groups))
     outer, *inner = single.model.stages
     outer = replace(outer, chunking=replace(outer.chunking, target_ratio=config.mean_ratio))
     runs = {
@@ -143,6 +185,7 @@ def run_configs(config: FairnessTableConfig, train_lines: Lines, out: Path) -> l
             seed=config.seed,
             data=replace(run.data, files=files["train"], eval_files=files["heldout"]),
             train=replace(run.train, steps=config.steps or run.train.steps),
+            eval=replace(run.eval, every=0),
         )
         for name, run in runs.items()
     ]

@@ -64,6 +64,7 @@ def param_counts(config: HNetConfig) -> dict[str, int]:
             parts = {
                 "encoder": stacks[0],
                 "routing": _router_params(cut, D) * cut.num_predictors,
+                "boundary_offset": cut.routes * cut.hold_rate,
                 "residual_proj": (D * D + D) * (cut.residual == "linear"),
                 "null_group": D * cut.has_null,
                 "decoder": stacks[1],

@@ -52,13 +52,12 @@ def total_loss(
     routes: list[RouterOutput],
     batch: Mapping[str, jax.Array],
     weights: LossWeights,
-    pressure_SR: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Mean cross-entropy in nats plus weighted rate losses, and metrics as a flat dict.
 
     `loss/ce` is the mean over all learned targets; `nats` and `bytes` are sums over source bytes
     alone (`batch["loss_mask"]`), whose quotient is bits per byte. All means are over the global
-    batch. pressure_SR: of the rate controller, if there is one. `batch["labels"]` (B, L) are
+    batch. `batch["labels"]` (B, L) are
     boundaries to learn, where a stage asks for given ones.
     """
     nll_BL = next_byte_nll(logits_BLV, batch["input_ids"])
@@ -76,7 +75,6 @@ def total_loss(
         rate_loss = aux_loss(
             stage.chunking, route, weights.target_ratio_SR[s],
             logits_BLV=logits_BLV, labels_BL=batch.get("labels"),
-            pressure_R=None if pressure_SR is None else pressure_SR[s],
         )  # fmt: skip
         loss += weights.aux_weight_S[s] * rate_loss
         found = {**stage_metrics(route, num_bytes), "aux_loss": rate_loss}

@@ -14,6 +14,7 @@ from hnet.chunking.router import (
     pack_rows,
     previous,
     relaxed_bernoulli,
+    shift_logit,
 )
 from hnet.chunking.routes import apply_routed
 from hnet.chunking.rules import fixed
@@ -47,6 +48,12 @@ class HNet(nnx.Module):
         self.encoder = stack(stage.arch_layout[0])
         self.decoder = stack(stage.arch_layout[1])
         self.routing_module = make_router(stage.chunking, stage.d_model, rngs=rngs)
+        # of each route on the logit of p; set by the controller, not by a gradient
+        self.boundary_offset = (
+            nnx.Param(jnp.zeros((stage.chunking.routes,), jnp.float32))
+            if stage.chunking.hold_rate
+            else None
+        )
         # zeros, so that at first the encoder learns through the main network; the official bias
         # keeps torch's random default, which looks like an oversight and changes nothing else
         self.residual_proj = nnx.Linear(
@@ -72,6 +79,13 @@ class HNet(nnx.Module):
         """What passes by the main network, float32."""
         return h_BLD if self.residual_proj is None else self.residual_proj(h_BLD)
 
+    def offset(self, route_ids_BL: jax.Array | None) -> jax.Array | None:
+        """The controller's offset on the logit of p, for each position if routes are told apart."""
+        if self.boundary_offset is None:
+            return None
+        offset_R = jax.lax.stop_gradient(self.boundary_offset[...])
+        return offset_R[0] if self.chunking.routes == 1 else offset_R[route_ids_BL]
+
     def route(
         self,
         h_BLD: jax.Array,
@@ -93,11 +107,16 @@ class HNet(nnx.Module):
                 batch_shards=self.batch_shards,
             )  # fmt: skip
 
+        offset = self.offset(route_ids_BL)
         match chunking.router:
             case "cosine":
                 p_BL = learned(previous(h_BLD), h_BLD)
+                if offset is not None:
+                    p_BL = shift_logit(p_BL, offset)
             case "mlp":
                 logit_BL = learned(h_BLD)
+                if offset is not None:
+                    logit_BL = logit_BL + offset
                 p_BL = jax.nn.sigmoid(logit_BL)
                 if chunking.sample == "relaxed":
                     if key is None and chunking.reference_noise_at_evaluation:

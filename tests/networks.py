@@ -62,7 +62,12 @@ NETWORKS = {
         stage("t1", 39), tie_embeddings=True,
     ),
     "routed": network(
-        stage("t1 t1", 26, routes=2), stage("t1 t1", 26, routes=2, **MLP_END), stage("t1", 26)
+        stage("t1 t1", 26, routes=2, hold_rate=True), stage("t1 t1", 26, routes=2, **MLP_END),
+        stage("t1", 26),
+    ),
+    "routed_offsets": network(  # one predictor, held at the rate of each route
+        stage("t1 t1", 26, routes=2, routed_parameters=False, hold_rate=True, **MLP_END),
+        stage("t1", 26),
     ),
 }  # fmt: skip
 

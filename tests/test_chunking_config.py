@@ -23,6 +23,8 @@ def two_stages(**chunking):
         (dict(alignment="end"), "router='cosine' with alignment='end'"),
         (dict(router="fixed", target_ratio=2.5), "target_ratio=2.5"),
         (dict(router="fixed", aux_loss="bce"), "aux_loss='bce'"),
+        (dict(router="spacelike", hold_rate=True), "hold_rate=True with router='spacelike'"),
+        (dict(aux_loss="bce", hold_rate=True), "hold_rate=True with router='cosine'"),
         (dict(temperature=0.0), "temperature=0.0"),
         (dict(routes=3, route_target_ratios=(2.0, 3.0)), "route_target_ratios=(2.0, 3.0)"),
         (dict(routes=2, route_target_ratios=(2.0, 1.0)), "route_target_ratios=(2.0, 1.0)"),

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from networks import quick_jit
 
 from hnet.chunking.config import ChunkingConfig
-from hnet.chunking.controller import LIMIT, controller_init, controller_update
+from hnet.chunking.controller import LIMIT, hold_rates
 from hnet.chunking.rate import (
     aux_loss,
     binomial_nll,
@@ -19,7 +21,7 @@ from hnet.chunking.rate import (
     ratio_loss,
     route_rates,
 )
-from hnet.chunking.router import decide
+from hnet.chunking.router import decide, shift_logit
 
 B, L, R = 3, 29, 4
 
@@ -167,42 +169,39 @@ def test_one_route_is_the_official_ratio_loss():
     assert float(G) == pytest.approx(np.asarray(route.boundary_prob_BL)[valid].mean(), rel=1e-6)
 
 
-def test_pressure_adds_gradient_and_no_value():
-    of, logits, ids, segments = random_route()
-    chunking = ChunkingConfig(router="mlp", alignment="end", aux_loss="none", routes=R)
-    targets = np.asarray([2.0, 3.0, 4.0, 5.0], np.float32)
-    pressure = np.asarray([0.5, 0.0, 9.0, -0.25], np.float32)
-    loss = lambda z: aux_loss(chunking, of(z), targets, pressure_R=pressure)
-    value, slope = quick_jit(jax.value_and_grad(loss))(logits)
-    valid = segments != 0
-    p = 1 / (1 + np.exp(-logits))
-    expected = np.where(valid, (pressure * targets)[ids] / valid.sum() * p * (1 - p), 0)
-    assert value == 0
-    np.testing.assert_allclose(slope, expected, atol=1e-7)
+@given(st.floats(0.01, 0.99), st.floats(-8, 8))
+def test_a_shifted_probability_is_that_of_the_shifted_logit(p, offset):
+    expected = 1 / (1 + math.exp(-(math.log(p / (1 - p)) + offset)))
+    assert float(shift_logit(jnp.float32(p), offset)) == pytest.approx(expected, rel=1e-4)
+    ends = shift_logit(jnp.asarray([0.0, 1.0]), offset)
+    assert ends.tolist() == [0, 1]
 
 
-def test_controller_brings_what_a_fixed_loss_leaves_beside_its_target():
-    """A rate that follows a pull of its own; one route is absent now and then, one always."""
-    targets = jnp.asarray([[6.0, 3.0, 4.0]])
-    pull = np.asarray([[0.3, -0.2, 0.0]])
-    state, log_rate = controller_init(1, 3), np.log(1 / np.asarray(targets)) + pull
-    start = log_rate.copy()
-    update = quick_jit(controller_update)
-    for step in range(900):
-        counts = jnp.asarray([[100.0, 100.0 * (step % 3 == 0), 0.0]])
-        state = update(
-            state, np.exp(log_rate).astype(np.float32), counts, targets,
-            proportional=0.5, integral=0.02,
-        )  # fmt: skip
-        log_rate = log_rate + 0.1 * (start - np.asarray(state.pressure_SR) - log_rate)
-    achieved = np.exp(-log_rate)
-    np.testing.assert_allclose(achieved[0, :2], targets[0, :2], rtol=0.01)
-    assert state.pressure_SR[0, 2] == 0
-    for _ in range(9):
-        state = update(
-            state, jnp.ones((1, 3)), jnp.ones((1, 3)), targets, proportional=0.5, integral=1.0
-        )
-    assert np.all(state.integral_SR == LIMIT)
+def test_held_rates_come_to_their_targets_and_stay():
+    """Probabilities far from their targets; one route is absent now and then, one always."""
+    targets = np.asarray([[6.0, 3.0, 4.0], [2.0, 1.5, 2.0]], np.float32)
+    rng = np.random.default_rng(0)
+    logits_SRN = np.asarray([[[1.5], [-2.0], [0.0]], [[0.0], [0.3], [0.0]]])
+    logits_SRN = logits_SRN + rng.normal(size=(2, 3, 4000))
+    inner = {"boundary_offset": jnp.zeros(2), "q_proj_layer": jnp.ones(2)}
+    params = {"backbone": {"boundary_offset": jnp.zeros(3), "main_network": inner}}
+    update = quick_jit(hold_rates)
+
+    def offsets():
+        outer = params["backbone"]["boundary_offset"]
+        inner = params["backbone"]["main_network"]["boundary_offset"]
+        return np.stack([outer, np.append(inner, 0)])[..., None]
+
+    rates = lambda: np.mean(logits_SRN + offsets() > 0, axis=-1)
+    for step in range(400):
+        counts = np.asarray([[100, 100 * (step % 3 == 0), 0]] * 2, np.float32)
+        params = update(params, np.float32(rates() * counts), counts, targets, 0.05)
+    np.testing.assert_allclose(1 / rates()[:, :2], targets[:, :2], rtol=0.01)
+    assert offsets()[0, 2] == 0
+    assert np.all(params["backbone"]["main_network"]["q_proj_layer"] == 1)
+    for _ in range(20):  # a rate that does not follow winds up no further
+        params = update(params, *[np.ones((2, 3), np.float32)] * 2, targets, 1.0)
+    assert np.all(offsets()[0] == -LIMIT)
 
 
 def test_rates_of_routes_add_up_to_those_of_all():

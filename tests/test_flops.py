@@ -173,7 +173,13 @@ CUTS = {
     "cosine": ChunkingConfig(3.0),
     "space": ChunkingConfig(3.0, router="spacelike", dechunk="scatter", residual="add"),
     "mlp": ChunkingConfig(
-        3.0, router="mlp", alignment="end", pool="mean", dechunk="repeat", residual="add"
+        3.0,
+        router="mlp",
+        alignment="end",
+        pool="mean",
+        dechunk="repeat",
+        residual="add",
+        hold_rate=True,
     ),
 }
 

@@ -21,7 +21,7 @@ from hnet.model import HNetLM
 CONFIG = network(
     stage("t1 t1", 26, routes=2, window=9), stage("t1", 26), route_groups=(("Latin",),)
 )
-PROMPTS = ["", "a", "Привет, мир! and more", b"\xff\x80broken\xe2\x82", "日本語 text"]
+PROMPTS = ["", "a", "Привет, мир! and more", b"\xff\x80broken\xe2\x82", "日本語 text 12 🙂 שלום"]
 ROWS = 3
 WARM = Sampling(max_bytes=24, temperature=1.5, seed=11)
 

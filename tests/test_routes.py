@@ -193,6 +193,33 @@ def test_a_chunk_has_the_route_of_the_position_on_which_it_fires(chunking):
         assert np.array_equal(inner.route_ids_BL[b][used], expected)
 
 
+@pytest.mark.parametrize(
+    "chunking", [{}, dict(router="mlp", routed_parameters=False)], ids=["cosine", "mlp"]
+)
+def test_an_offset_moves_the_logit_of_its_route_and_gets_no_gradient(chunking):
+    graph, params = random_params(routed_network(**chunking, hold_rate=True))
+    ids = np.random.default_rng(5).integers(0, 256, (2, 23)).astype(np.int32)
+    routes = ids % 3
+
+    @quick_jit
+    def first_stage(offset_R):
+        def run(offset_R):
+            backbone = {**params["backbone"], "boundary_offset": offset_R}
+            model = nnx.merge(graph, {**params, "backbone": backbone})
+            p_BL = model(ids, route_ids_BL=routes)[1][0].boundary_prob_BL
+            return jnp.sum(p_BL), p_BL
+
+        (_, p_BL), grad_R = jax.value_and_grad(run, has_aux=True)(offset_R)
+        return p_BL[:, 1:], grad_R
+
+    logit = lambda p: np.log(p) - np.log1p(-np.asarray(p, np.float64))
+    offset_R = np.float32([1.5, 0.0, -0.7])
+    (before, _), (after, grad_R) = first_stage(np.zeros(3, np.float32)), first_stage(offset_R)
+    moved = logit(after) - logit(before)
+    np.testing.assert_allclose(moved, offset_R[routes[:, 1:]], atol=1e-3)
+    assert np.all(grad_R == 0)
+
+
 def test_route_ids_are_demanded_and_cut_to_the_routes_there_are():
     graph, params = random_params(routed_network())
     ids = np.arange(46, dtype=np.int32).reshape(2, 23)

@@ -2,7 +2,7 @@
 
     python -m experiments.pretrain mixed_scripts_routed --data.files eng.txt rus.txt ...
 
-Two CPU cores, about 10 minutes. Latin is left to the default route, so that a script which was
+Two CPU cores, about 5 minutes. Latin is left to the default route, so that a script which was
 never trained on meets a router that was. The targets give a sentence the same number of chunks in
 English, Russian, Chinese, Japanese and Malayalam at 6 bytes a chunk on average;
 `experiments.calibrate` finds those of other text.

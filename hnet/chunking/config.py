@@ -35,6 +35,9 @@ class ChunkingConfig:
     """what holds the rate of boundaries"""
     aux_loss_weight: float = 0.03
     """alpha"""
+    hold_rate: bool = False
+    """hold the rate of each route at 1/N while training, by an offset on the logit of p that is
+    part of the model (`hnet.chunking.controller`)"""
 
     sample: Literal["relaxed", "threshold"] = "relaxed"
     """mlp: straight-through relaxed Bernoulli, with noise where the model is given a key; or
@@ -65,7 +68,8 @@ class ChunkingConfig:
     @property
     def is_official(self) -> bool:
         """Whether the official model computes the same function; losses are another matter."""
-        fields = ("router", "alignment", "pool", "dechunk", "residual", "num_predictors")
+        fields = ("router", "alignment", "pool", "dechunk", "residual", "num_predictors",
+                  "hold_rate")  # fmt: skip
         return all(getattr(self, f) == getattr(ChunkingConfig(), f) for f in fields)
 
     @property
@@ -126,6 +130,11 @@ class ChunkingConfig:
             )
         if self.aux_loss == "bce" and self.router not in ("mlp", "cosine"):
             return f"aux_loss='bce' has nothing to train in router={self.router!r}: use 'none'"
+        if self.hold_rate and (self.router not in ("mlp", "cosine") or self.aux_loss == "bce"):
+            return (
+                f"hold_rate=True with router={self.router!r} and aux_loss={self.aux_loss!r}: rules "
+                "and labels say themselves how often they cut, set it to False"
+            )
         if self.aux_loss == "bce" and stage_idx:
             return f"aux_loss='bce' in stage {stage_idx}: labels are for bytes, use it in stage 0"
         return None

@@ -1,72 +1,53 @@
 """A controller that holds the boundary rate of every stage and route at its target.
 
 A rate loss of fixed weight settles where its gradient balances the one of cross-entropy, which is
-not at its target (arXiv 2507.07955: 6 -> 4.8). The controller adds a pressure on the boundary
-probability whose integral grows until the error is gone, as the PI controller of MrT5 does with
-the weight of its loss; unlike a weight, a pressure also acts where the rate loss is flat, and both
-ways.
+not at its target (arXiv 2507.07955: 6 -> 4.8). The controller moves the decision instead: a stage
+with `hold_rate` has an offset for each route on the logit of p, which follows the integral of the
+relative error, as the weight of MrT5's loss does. The offset acts at once and without a force
+against cross-entropy, and it is part of the model, so that inference cuts as training did.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-SMOOTHING = 0.9  # of the proportional part, as MrT5
-LIMIT = 4.0  # of the integral, so that a rate which cannot move winds up no further
+LIMIT = 8.0  # of an offset, so that a rate which cannot move winds up no further
 
 
 @dataclass(frozen=True)
 class ControllerConfig:
-    """Holding the boundary rate at its target while training. Off: the official rate loss alone."""
+    """Holding the rate of stages with `hold_rate`."""
 
-    enabled: bool = False
-    """add the controller's pressure to the rate losses"""
-    proportional: float = 0.5
-    """pressure for a relative error of 1, that is for twice the target rate"""
-    integral: float = 0.01
-    """growth of the pressure a step for the same error"""
+    gain: float = 0.2
+    """how far an update moves an offset for a relative error of 1, that is at twice the target. It
+    follows the schedule of the learning rate, so that in the end the noise of batches averages out
+    """
 
 
-class ControllerState(NamedTuple):
-    """What the controller remembers; part of the train state, unchanged by evaluation."""
-
-    proportional_SR: jax.Array
-    integral_SR: jax.Array
-
-    @property
-    def pressure_SR(self) -> jax.Array:
-        """What `aux_loss` takes, a row a stage; above 0 it presses towards fewer boundaries."""
-        return self.proportional_SR + self.integral_SR
-
-
-def controller_init(num_stages: int, num_routes: int) -> ControllerState:
-    """No pressure. num_stages: those that cut; num_routes: the most of any stage."""
-    zeros = jnp.zeros((num_stages, num_routes), jnp.float32)
-    return ControllerState(zeros, zeros)
-
-
-def controller_update(
-    state: ControllerState,
-    rate_SR: jax.Array,
+def hold_rates(
+    params: Any,
+    chunks_SR: jax.Array,
     count_SR: jax.Array,
     target_ratio_SR: jax.Array,
-    *,
-    proportional: jax.Array | float,
-    integral: jax.Array | float,
-) -> ControllerState:
-    """The state after a step.
+    gain: jax.Array | float,
+) -> Any:
+    """`params` of the model with every `boundary_offset` moved towards its target rate.
 
-    rate_SR: boundaries a position (F) of each stage and route in the step; count_SR: positions
-    behind it, where 0 leaves the state as it is; target_ratio_SR: N. The error is N F - 1, cut to
+    chunks_SR: boundaries of each stage and route in the step; count_SR: positions there, where 0
+    leaves the offset as it is; target_ratio_SR: N. The error is N F - 1, F = chunks / count, cut to
     [-1, 1].
     """
+    rate_SR = chunks_SR / jnp.maximum(count_SR, 1.0)
     error_SR = jnp.clip(target_ratio_SR * rate_SR - 1, -1.0, 1.0)
-    proportional_SR = SMOOTHING * state.proportional_SR + (1 - SMOOTHING) * proportional * error_SR
-    integral_SR = jnp.clip(state.integral_SR + integral * error_SR, -LIMIT, LIMIT)
-    present_SR = count_SR > 0
-    return ControllerState(
-        jnp.where(present_SR, proportional_SR, state.proportional_SR),
-        jnp.where(present_SR, integral_SR, state.integral_SR),
-    )
+    step_SR = jnp.where(count_SR > 0, gain * error_SR, 0.0)
+
+    def move(path, leaf):
+        names = [jax.tree_util.keystr((part,), simple=True) for part in path]
+        if names[-1] != "boundary_offset":
+            return leaf
+        step_R = step_SR[names.count("main_network"), : len(leaf)]
+        return jnp.clip(leaf - step_R, -LIMIT, LIMIT)
+
+    return jax.tree_util.tree_map_with_path(move, params)

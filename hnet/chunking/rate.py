@@ -34,15 +34,15 @@ def route_rates(route: RouterOutput, num_routes: int) -> tuple[jax.Array, jax.Ar
     return F_R, G_R, n_R
 
 
-def rates_by_stage(config: HNetConfig, routes: list[RouterOutput]) -> tuple[jax.Array, jax.Array]:
-    """(F, valid positions) of every stage that cuts and route, (S, R), for the controller."""
+def counts_by_stage(config: HNetConfig, routes: list[RouterOutput]) -> tuple[jax.Array, jax.Array]:
+    """(boundaries, valid positions) of every stage that cuts and route, float32 (S, R)."""
     num_routes = config.num_routes
     rows = []
     for stage, route in zip(config.stages, routes):
         F_R, _, n_R = route_rates(route, stage.chunking.routes)
         spare = (0, num_routes - stage.chunking.routes)
-        rows.append((jnp.pad(F_R, spare), jnp.pad(n_R, spare)))
-    return jnp.stack([F for F, _ in rows]), jnp.stack([n for _, n in rows])
+        rows.append((jnp.pad(F_R * n_R, spare), jnp.pad(n_R, spare)))
+    return jnp.stack([k for k, _ in rows]), jnp.stack([n for _, n in rows])
 
 
 def positions_on_route(route: RouterOutput, num_routes: int) -> jax.Array:
@@ -120,14 +120,11 @@ def aux_loss(
     *,
     logits_BLV: jax.Array | None = None,
     labels_BL: jax.Array | None = None,
-    pressure_R: jax.Array | None = None,
 ) -> jax.Array:
     """The rate loss of one stage, before its weight: a mean over its routes.
 
     target_ratio_R: N of each route (traced; a row of `config.target_ratios()`). logits_BLV: output
     of the model, where labels are spikes of its entropy; labels_BL: bool, where they are given.
-    pressure_R: of the controller (`hnet.chunking.controller`); it adds no value, but the gradient
-    of pressure * N * G.
 
     A route counts by its share of the valid positions, so that a byte's rate loss and its
     cross-entropy have the same proportion in every route; `aux_average="routes"` counts the routes
@@ -139,8 +136,6 @@ def aux_loss(
     target_ratio_R = target_ratio_R[:R]
     F_R, G_R, n_R = route_rates(route, R)
     loss_R = _loss_by_route(chunking, route, target_ratio_R, F_R, G_R, logits_BLV, labels_BL)
-    if pressure_R is not None:
-        loss_R += pressure_R[:R] * target_ratio_R * (G_R - jax.lax.stop_gradient(G_R))
     weight_R = n_R if chunking.aux_average == "positions" else (n_R > 0).astype(jnp.float32)
     share_R = weight_R / jnp.maximum(jnp.sum(weight_R), 1.0)  # exactly 1 if there is one route
     return jnp.sum(jnp.where(n_R > 0, loss_R * share_R, 0.0))

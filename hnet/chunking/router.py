@@ -59,6 +59,12 @@ def previous(x_BLD: jax.Array) -> jax.Array:
     return jnp.pad(x_BLD[:, :-1], ((0, 0), (1, 0), (0, 0)))
 
 
+def shift_logit(p: jax.Array, offset: jax.Array) -> jax.Array:
+    """sigmoid(logit(p) + offset), without the logit: 0 and 1 stay what they are."""
+    odds = p * jnp.exp(offset)
+    return odds / (1 - p + odds)
+
+
 class RoutingModule(nnx.Module):
     """The official cosine router: it cuts where neighbouring encoder states differ.
 

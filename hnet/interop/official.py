@@ -26,7 +26,7 @@ _RENAMED = {
 }
 HEAD, EMBEDDING = "lm_head.weight", "embeddings.weight"
 # Fields of ChunkingConfig that the official JSON cannot express and that change the network.
-_STRUCTURE = ("router", "alignment", "pool", "dechunk", "residual", "num_predictors")
+_STRUCTURE = ("router", "alignment", "pool", "dechunk", "residual", "num_predictors", "hold_rate")
 
 
 class Mismatch(ConfigError):

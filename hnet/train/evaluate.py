@@ -18,6 +18,10 @@ class Evaluation:
     bytes_by_document: dict[int, int] = field(default_factory=dict)
     positions: float = 0.0
     chunks_by_stage: tuple[float, ...] = ()
+    route_names: tuple[str, ...] = ()
+    chunks_SR: np.ndarray | float = 0.0
+    """of each stage and route, if routes are told apart; positions are those of the stage"""
+    positions_SR: np.ndarray | float = 0.0
 
     @property
     def nats(self) -> float:
@@ -36,6 +40,13 @@ class Evaluation:
         """Positions of stage 0 (source bytes and separators) a chunk of `stage`."""
         return self.positions / max(self.chunks_by_stage[stage], 1.0)
 
+    def positions_per_chunk(self, stage: int) -> dict[str, float]:
+        """Of each route that has positions; empty if routes are not told apart."""
+        if not np.ndim(self.positions_SR):
+            return {}
+        own = zip(self.route_names, self.positions_SR[stage], self.chunks_SR[stage])
+        return {name: float(n / max(chunks, 1.0)) for name, n, chunks in own if n}
+
     def metrics(self) -> dict[str, float]:
         """The flat form that metrics.jsonl and TensorBoard show."""
         stages = range(len(self.chunks_by_stage))
@@ -43,6 +54,11 @@ class Evaluation:
             "eval/bpb": self.bpb,
             "eval/bytes": self.num_bytes,
             **{f"eval/stage{s}/bytes_per_chunk": self.bytes_per_chunk(s) for s in stages},
+            **{
+                f"eval/stage{s}/route_{name}/positions_per_chunk": size
+                for s in stages
+                for name, size in self.positions_per_chunk(s).items()
+            },
         }
 
     def add(self, batch: Batch, metrics: dict) -> None:
@@ -56,6 +72,9 @@ class Evaluation:
             self.nats_by_document[key] = self.nats_by_document.get(key, 0.0) + nats
             self.bytes_by_document[key] = self.bytes_by_document.get(key, 0) + int(own.sum())
         self.positions += float(metrics["positions"])
+        if "chunks_SR" in metrics:
+            self.chunks_SR = self.chunks_SR + np.asarray(metrics["chunks_SR"], np.float64)
+            self.positions_SR = self.positions_SR + np.asarray(metrics["positions_SR"], np.float64)
         chunks = metrics["num_chunks_S"]
         sums = zip(self.chunks_by_stage or (0.0,) * len(chunks), chunks)
         self.chunks_by_stage = tuple(a + float(n) for a, n in sums)
@@ -66,6 +85,7 @@ def evaluate(
     run_batch: Callable[[Batch, tuple[int | None, ...]], dict],
     capacities: tuple[int | None, ...],
     *,
+    route_names: tuple[str, ...] = (),
     max_bytes: int | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
@@ -74,7 +94,7 @@ def evaluate(
     `run_batch(batch, capacities)` is `eval_step` on the devices. A batch that overflows the given
     capacities is run again with as many slots as positions: evaluation clips nothing.
     """
-    result = Evaluation()
+    result = Evaluation(route_names=route_names)
     for batch in batches:
         if should_stop():
             return None

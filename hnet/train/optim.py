@@ -10,7 +10,7 @@ import optax
 
 from hnet.config import ConfigError, HNetConfig, lr_multipliers
 
-_NOT_DECAYED = re.compile(r"scale|bias|dt_bias|A_log|D|conv1d_bias")
+_NOT_DECAYED = re.compile(r"scale|bias|dt_bias|A_log|D|conv1d_bias|boundary_offset")
 
 
 @dataclass(frozen=True)

@@ -166,4 +166,5 @@ def run_evaluation(
         return program.evaluate(params, fed, capacities=capacities)
 
     batches = eval_batches(corpus_part, config.data, route_groups=config.model.route_groups)
-    return evaluate(batches, run_batch, capacities, **limits)
+    names = config.model.route_names
+    return evaluate(batches, run_batch, capacities, route_names=names, **limits)

@@ -8,13 +8,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from hnet.chunking.controller import (
-    ControllerConfig,
-    ControllerState,
-    controller_init,
-    controller_update,
-)
-from hnet.chunking.rate import rates_by_stage
+from hnet.chunking.controller import ControllerConfig, hold_rates
+from hnet.chunking.rate import counts_by_stage
 from hnet.chunking.routes import keep_absent
 from hnet.config import HNetConfig
 from hnet.data import batch_hash
@@ -32,7 +27,6 @@ class TrainState(NamedTuple):
     """updates done, int32"""
     params: Any
     opt_state: optax.OptState
-    controller: ControllerState
     key: jax.Array
     """of the noise that relaxed routers draw; each step folds its number in"""
     skipped: jax.Array
@@ -41,8 +35,7 @@ class TrainState(NamedTuple):
 
 def init_state(params: Any, key: jax.Array, model: HNetConfig, optim: OptimConfig) -> TrainState:
     zero = jnp.zeros((), jnp.int32)
-    controller = controller_init(model.num_chunked, model.num_routes)
-    return TrainState(zero, params, optimizer(optim).init(params), controller, key, zero)
+    return TrainState(zero, params, optimizer(optim).init(params), key, zero)
 
 
 def train_step(
@@ -67,7 +60,6 @@ def train_step(
     """
     update_numbers, loss_weights = hparams
     key = jax.random.fold_in(state.key, state.step)
-    pressure_SR = state.controller.pressure_SR if controller.enabled else None
 
     def loss_fn(params, micro_batch):
         logits_BLV, routes = nnx.merge(graph, params)(
@@ -76,11 +68,9 @@ def train_step(
             boundaries_BL=micro_batch.get("boundaries"), key=key,
         )  # fmt: skip
         with jax.named_scope("loss"):
-            loss, metrics = total_loss(
-                model, logits_BLV, routes, micro_batch, loss_weights, pressure_SR
-            )
+            loss, metrics = total_loss(model, logits_BLV, routes, micro_batch, loss_weights)
             if routes:
-                metrics["rate_SR"], metrics["count_SR"] = rates_by_stage(model, routes)
+                metrics["chunks_SR"], metrics["count_SR"] = counts_by_stage(model, routes)
             return loss, metrics
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
@@ -89,32 +79,29 @@ def train_step(
     else:
         grads, metrics = _accumulated(grad_fn, state.params, batch, accumulate)
 
-    rates = metrics.pop("rate_SR", None), metrics.pop("count_SR", None)
+    counts = metrics.pop("chunks_SR", None), metrics.pop("count_SR", None)
     with jax.named_scope("optimizer"):
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss/total"]) & jnp.isfinite(grad_norm)
         directions, opt_state = direction(optim, grads, state.opt_state)
         factor = schedule(optim, state.step, num_steps)
         params = apply_update(state.params, directions, update_numbers, factor)
+        if any(stage.chunking.hold_rate for stage in model.stages[:-1]):
+            gain = controller.gain * factor
+            params = hold_rates(params, *counts, loss_weights.target_ratio_SR, gain)
         new, old = (params, opt_state), (state.params, state.opt_state)
         if model.num_routes > 1:
             predictors = tuple(s.chunking.num_predictors for s in model.stages[:-1])
-            new = keep_absent(new, old, predictors, rates[1])
+            new = keep_absent(new, old, predictors, counts[1])
         params, opt_state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         skipped = jnp.where(finite, 0, state.skipped + 1)
-    control = state.controller
-    if controller.enabled:
-        control = controller_update(
-            control, *rates, loss_weights.target_ratio_SR,
-            proportional=controller.proportional, integral=controller.integral,
-        )  # fmt: skip
     metrics |= {
         "batch_hash": jnp.stack(batch_hash(batch)),
         "grad_norm": grad_norm,
         "learning_rate": update_numbers.learning_rate * factor,
         "skipped_in_a_row": skipped,
     }
-    new_state = TrainState(state.step + 1, params, opt_state, control, state.key, skipped)
+    new_state = TrainState(state.step + 1, params, opt_state, state.key, skipped)
     return new_state, metrics
 
 
@@ -140,7 +127,9 @@ def _accumulated(grad_fn, params, batch: Batch, count: int):
 
 
 def _combine(name: str, values: jax.Array) -> jax.Array:
-    if name in ("nats", "bytes", "count_SR") or name.endswith(("prob_hist", "/chunks")):
+    if name in ("nats", "bytes", "chunks_SR", "count_SR") or name.endswith(
+        ("prob_hist", "/chunks")
+    ):
         return jnp.sum(values, axis=0)
     return jnp.max(values) if name.endswith("max_slots") else jnp.mean(values, axis=0)
 
@@ -154,13 +143,18 @@ def eval_step(
     packed_rows: int = 1,
 ) -> Metrics:
     """Nats of each byte and what each stage did (S of them cut); nothing is learned."""
-    logits_BLV, routes = nnx.merge(graph, params)(
+    model = nnx.merge(graph, params)
+    logits_BLV, routes = model(
         batch["input_ids"], batch["segment_ids"], capacities=capacities, packed_rows=packed_rows,
         route_ids_BL=batch.get("route_ids"), boundaries_BL=batch.get("boundaries"),
     )  # fmt: skip
     wanted_S = [jnp.sum(r.num_boundaries_B, dtype=jnp.float32) for r in routes]
     kept_S = [jnp.sum(r.boundary_mask_BL, dtype=jnp.float32) for r in routes]
-    return {
+    by_route = {}
+    if model.config.num_routes > 1:
+        chunks_SR, positions_SR = counts_by_stage(model.config, routes)
+        by_route = {"chunks_SR": chunks_SR, "positions_SR": positions_SR}
+    return by_route | {
         "nll_BL": next_byte_nll(logits_BLV, batch["input_ids"]),
         "positions": jnp.sum(batch["segment_ids"] != 0, dtype=jnp.float32),
         "num_chunks_S": wanted_S,

@@ -1,0 +1,160 @@
+"""calibrate, fairness and fairness_table as people call them, from aligned files to reports."""
+
+import json
+from dataclasses import replace
+
+import jax
+import pytest
+
+from experiments import calibrate, fairness, fairness_table
+from experiments.command_line import base_config
+from experiments.configs import mixed_scripts_routed, mixed_scripts_single
+from hnet import load
+from hnet.config import ConfigError
+from hnet.train import loop
+from hnet.train.config import read_config
+from tests.training import build, rows, tiny_run
+
+LINES = {  # aligned; some mix scripts, digits, emoji and right-to-left words
+    "eng": [f"line {i} of some small text" for i in range(11)],
+    "rus": [f"строка {i} очень маленького текста" for i in range(11)],
+    "jpn": [f"{i}番目の行、small text もあり 🙂 שלום" for i in range(11)],
+    "hin": [f"पंक्ति {i} छोटे पाठ की" for i in range(11)],
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def files(tmp_path):
+    for name, lines in LINES.items():
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    (tmp_path / "short.txt").write_text("one\ntwo\n")
+    return {name: f"{name}={tmp_path}/{name}.txt" for name in LINES}
+
+
+def call(monkeypatch, command, *argv):
+    monkeypatch.setattr("sys.argv", ["command", *map(str, argv)])
+    return command.main()
+
+
+def test_calibrate_writes_a_configuration_with_equal_chunks(files, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "routed.json"
+    text = ["--files", files["eng"], files["rus"], "--mean-ratio", 5]
+    call(monkeypatch, calibrate, *text, "--base", "mixed_scripts_single", "--out", out)
+    config = base_config(str(out))
+    chunking = config.model.stages[0].chunking
+    assert config.model.route_groups == (("Cyrillic",),) and config.workdir == "runs/routed"
+    assert chunking.routes == 2 and chunking.hold_rate
+    eng, rus = (sum(len(t.encode()) for t in LINES[k]) for k in ("eng", "rus"))
+    N_latin, N_cyrillic = chunking.target_ratios
+    assert N_cyrillic / N_latin == pytest.approx(rus / eng, rel=0.01)
+    assert (eng + rus) / (eng / N_latin + rus / N_cyrillic) == pytest.approx(
+        5, rel=2e-3
+    )  # the first letter's first byte
+    shown = capsys.readouterr().out
+    assert "Cyrillic" in shown and f"{N_cyrillic:.3f}" in shown
+
+    for changes, says in [
+        (["--out", out], "routed.json' exists"),
+        (["--mean-ratio", 1.2], r"mean_ratio=1.2 asks for 0.\d+ bytes a chunk.*at least"),
+        (["--mean-ratio", 1], "mean_ratio=1.0: use more than 1"),
+        (["--groups", "Cyrilic"], "'Cyrilic'.*nearest is 'Cyrillic'"),
+        (["--files", files["eng"], f"rus={tmp_path}/short.txt"], "'eng': 11, 'rus': 2"),
+    ]:
+        with pytest.raises(ConfigError, match=says):
+            call(monkeypatch, calibrate, *text, *changes)
+
+
+def test_comparable_text_is_counted_as_a_whole(files, tmp_path, monkeypatch, capsys):
+    argv = ["--files", files["eng"], f"rus={tmp_path}/short.txt", "--mean-ratio", 5]
+    call(monkeypatch, calibrate, *argv, "--aligned", False)
+    assert "11" in capsys.readouterr().out
+
+
+def test_fairness_compares_bytes_and_tokenizers(files, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "report"
+    argv = ["--files", files["eng"], files["rus"], "--unseen", files["hin"], "--out", out]
+    bpe = ["--bpe", 300, "--bpe-files", files["eng"], files["rus"]]
+    call(monkeypatch, fairness, *argv, *bpe, "--max-lines", 7)
+    content = json.loads((out / "report.json").read_text())
+    single_bytes, tokens = content["systems"]
+    assert tokens["name"] == "BPE 300" and content["unseen"] == ["hin"]
+    measured = [LINES["rus"][i * 11 // 7].encode() for i in range(7)]
+    rus = single_bytes["languages"]["rus"]
+    assert rus["chunks"] == [sum(map(len, measured))] and rus["sentences"] == 7
+    assert tokens["languages"]["rus"]["chunks"] < rus["chunks"]
+    assert "hin (unseen)" in (out / "report.md").read_text()
+    assert "<svg" in (out / "chunks.svg").read_text()
+    assert "BPE 300" in capsys.readouterr().out
+
+    other = ["--out", tmp_path / "other"]
+    for changes, says in [
+        (argv, "report already"),
+        ([*argv, *other, "--bpe", 300], "belong together"),
+        ([*argv, *other, "--unseen", files["eng"]], "'eng' is in files too"),
+        ([*argv, *other, "--gold", "eng"], "gold='eng': write LANGUAGE=FILE"),
+        ([*argv, *other, "--checkpoint", tmp_path / "nowhere"], "nowhere"),
+    ]:
+        with pytest.raises(ConfigError, match=says):
+            call(monkeypatch, fairness, *changes)
+
+
+def test_fairness_table_from_text_to_reports(files, tmp_path, monkeypatch, capsys):
+    """Two texts of three languages, of mixed scripts; both models, and again without training."""
+    tiny = tiny_run(tmp_path)
+    outer, inner = tiny.model.stages
+    outer = replace(outer, chunking=replace(outer.chunking, hold_rate=True))
+    single = replace(tiny, model=replace(tiny.model, stages=(outer, inner)))
+    monkeypatch.setattr(mixed_scripts_single, "config", lambda: single)
+    monkeypatch.setattr(mixed_scripts_routed, "config", lambda: single)
+    monkeypatch.setattr(loop, "build", build)
+    out = tmp_path / "fair"
+    both = [files["eng"], files["rus"], files["jpn"]] * 2
+    argv = [
+        "--train", *both, "--unseen", files["hin"], "--heldout", 3, "--bpe", 300, "--out", out,
+        "--mean-ratio", 5,
+    ]  # fmt: skip
+    assert call(monkeypatch, fairness_table, *argv) == 0
+    routed, twin = (read_config(out / name) for name in ("routed", "single"))
+    assert routed.data == twin.data and routed.train == twin.train and routed.seed == twin.seed
+    assert twin.model.num_routes == 1 and twin.model.stages[0].chunking.target_ratio == 5
+    assert routed.model.route_names[0] == "default" and routed.model.num_routes > 3
+    logged = rows(routed)[-1]
+    assert (
+        sum(logged[f"stage0/route_{name}/boundary_rate"] > 0 for name in routed.model.route_names)
+        > 3
+    )
+    offsets = load(out / "routed").backbone.boundary_offset[...]
+    assert 0.1 < abs(offsets).max() <= tiny.train.steps * tiny.controller.gain + 1e-6
+    names = ["bytes", "BPE 300", "routed", "single"]
+    for part, seen, unseen in [("heldout", 6, []), ("heldout-1", 3, []), ("heldout-2", 3, ["hin"])]:
+        content = json.loads((out / part / "report.json").read_text())
+        assert [system["name"] for system in content["systems"]] == names
+        assert content["unseen"] == unseen
+        for system in content["systems"]:
+            assert {*system["languages"]} == {"eng", "rus", "jpn", *unseen}
+            assert all(own["sentences"] == seen for own in system["languages"].values())
+    held, trained = (
+        [json.loads(line)["text"] for line in (out / "text" / name).read_text().splitlines()]
+        for name in ("heldout.jpn.jsonl", "train.jpn.jsonl")
+    )
+    assert held == ["\n".join([LINES["jpn"][i] for i in (0, 3, 7)] * 2)]
+    assert sorted("\n".join(trained + held).split("\n")) == sorted(LINES["jpn"] * 2)
+
+    before = {path: path.read_bytes() for path in out.rglob("report.json")}
+    assert call(monkeypatch, fairness_table, *argv) == 0
+    assert before == {path: path.read_bytes() for path in out.rglob("report.json")}
+    for changes, says in [
+        (["--heldout", 4], "holds other text"),
+        (["--heldout", 11], "heldout=11 of 11 lines"),
+        (["--train", files["eng"], files["rus"], files["eng"]], "give the same languages"),
+        (["--unseen", files["eng"]], "unseen='eng' is in train too"),
+    ]:
+        with pytest.raises(ConfigError, match=says):
+            call(monkeypatch, fairness_table, *argv, *changes)

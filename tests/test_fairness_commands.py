@@ -121,15 +121,13 @@ def test_fairness_table_from_text_to_reports(files, tmp_path, monkeypatch, capsy
         "--mean-ratio", 5,
     ]  # fmt: skip
     assert call(monkeypatch, fairness_table, *argv) == 0
+    assert "  Cyrillic: " in capsys.readouterr().out  # achieved and target of each route
     routed, twin = (read_config(out / name) for name in ("routed", "single"))
     assert routed.data == twin.data and routed.train == twin.train and routed.seed == twin.seed
     assert twin.model.num_routes == 1 and twin.model.stages[0].chunking.target_ratio == 5
     assert routed.model.route_names[0] == "default" and routed.model.num_routes > 3
-    logged = rows(routed)[-1]
-    assert (
-        sum(logged[f"stage0/route_{name}/boundary_rate"] > 0 for name in routed.model.route_names)
-        > 3
-    )
+    logged, names = rows(routed)[-1], routed.model.route_names
+    assert sum(logged[f"stage0/route_{name}/boundary_rate"] > 0 for name in names) > 3
     offsets = load(out / "routed").backbone.boundary_offset[...]
     assert 0.1 < abs(offsets).max() <= tiny.train.steps * tiny.controller.gain + 1e-6
     names = ["bytes", "BPE 300", "routed", "single"]

@@ -1,5 +1,6 @@
 """RMSNorm, SwiGLU, rotary positions and segment helpers against plain numpy."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
@@ -7,8 +8,10 @@ import pytest
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from hnet.nn.layers import SwiGLU, rms_norm, rotary, segment_positions, segment_starts
+from hnet.nn.layers import SwiGLU, by_rows, rms_norm, rotary, segment_positions, segment_starts
 
 rng = np.random.default_rng(0)
 ROWS = st.lists(st.lists(st.integers(0, 2), min_size=11, max_size=11), min_size=2, max_size=2)
@@ -66,3 +69,24 @@ def test_segment_starts_and_positions(segment_ids):
         positions[b, t] = 0 if starts[b, t] else positions[b, t - 1] + 1
     assert np.array_equal(segment_starts(segment_ids), starts)
     assert np.array_equal(segment_positions(segment_ids), positions)
+
+
+def laid_out(mesh, x, function=by_rows):
+    def on_mesh(x):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(x)
+
+    return jax.jit(on_mesh)(jax.device_put(x, NamedSharding(mesh, P()))).sharding.spec
+
+
+def test_rows_lie_over_the_mesh_where_it_divides_them():
+    auto = (AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=auto)
+    rows = P(("data", "fsdp"))
+    assert laid_out(mesh, jnp.ones((8, 3))) == rows
+    assert laid_out(mesh, jnp.ones((6, 3))) == P()
+    assert laid_out(mesh, jnp.ones((5, 8, 3)), jax.vmap(by_rows)) == P(None, *rows)
+    other = jax.make_mesh((4, 2), ("points", "tensor"), axis_types=auto)
+    assert laid_out(other, jnp.ones((8, 3))) == P()
+    part = jax.shard_map(by_rows, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    assert part(jnp.ones((16, 3))).shape == (16, 3)  # one device's rows, which are not cut again

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _NO_TRAFFIC = {
@@ -117,22 +118,35 @@ def moved(text: str) -> list[Moved]:
     """Everything that a compiled step moves, on one device."""
     computations, entry = parse(text)
     found: list[Moved] = []
-    for name, times, fused in _runs(computations, entry, 1.0, False):
-        shapes = {i.name: i.shape for i in computations[name]}
-        parts = _parts(computations[name])
-        for one in computations[name]:
+    spread: set[str] = set()
+    for run in _runs(computations, _Run(entry)):
+        instructions = computations[run.name]
+        shapes = {i.name: i.shape for i in instructions}
+        parts = _parts(instructions, run.part)
+        for one in instructions:
             kind, part = one.opcode.removesuffix("-start"), parts[one.name]
             if kind in COLLECTIVES:
+                if "async_collective_fusion_config" in one.attributes:
+                    # one collective, repeated in every fusion beside which it goes on
+                    channel = re.search(r"channel_id=\d+", one.attributes)[0]
+                    if channel in spread:
+                        continue
+                    spread.add(channel)
+                if kind == "all-reduce" and run.name.startswith("all-reduce-scatter"):
+                    kind = "reduce-scatter"  # each device slices its part, and is sent no more
                 size, group = _collective_bytes(one, kind, shapes), _group_size(one.attributes)
-                found.append(Moved(kind, part, times * size, times, group))
-            elif not fused and one.opcode not in _NO_TRAFFIC and not one.opcode.endswith("-done"):
+                found.append(Moved(kind, part, run.times * size, run.times, group))
+            elif not (run.fused or one.opcode in _NO_TRAFFIC or one.opcode.endswith("-done")):
                 size = _traffic(one, shapes, computations)
-                found.append(Moved("hbm", part, times * size, times))
+                found.append(Moved("hbm", part, run.times * size, run.times))
     return found
 
 
-def _parts(instructions: list[Instruction]) -> dict[str, str]:
-    """Part of each instruction; what the compiler added belongs to who uses or made its value."""
+def _parts(instructions: list[Instruction], around: str) -> dict[str, str]:
+    """Part of each instruction; what the compiler added belongs to who uses or made its value.
+
+    around: part of the instruction that calls these, for those that show nothing else.
+    """
     parts = {i.name: part_of(i.op_name) for i in instructions}
     for _ in range(3):  # through a start, its end, and a bitcast
         for i in reversed(instructions):
@@ -142,29 +156,39 @@ def _parts(instructions: list[Instruction]) -> dict[str, str]:
     for i in instructions:
         if parts[i.name] == "other":
             near = (parts[o] for o in i.operands if parts.get(o, "other") != "other")
-            parts[i.name] = next(near, "other")
+            parts[i.name] = next(near, around)
     return parts
 
 
-def _runs(
-    computations: dict, name: str, times: float, fused: bool
-) -> Iterator[tuple[str, float, bool]]:
-    """(computation, how often it runs, whether it lies in a fusion), callers first."""
-    yield name, times, fused
-    for one in computations[name]:
+class _Run(NamedTuple):
+    """A computation as the program runs it."""
+
+    name: str
+    times: float = 1.0
+    fused: bool = False
+    """lies in a fusion, which moves only what goes into and out of it"""
+    part: str = "other"
+
+
+def _runs(computations: dict[str, list[Instruction]], run: _Run) -> Iterator[_Run]:
+    """This computation and those that it calls, callers first."""
+    yield run
+    parts = _parts(computations[run.name], run.part)
+    for one in computations[run.name]:
+        part = parts[one.name]
         if one.opcode == "while":
-            body, condition = one.called("body"), one.called("condition")
-            trips = times * _trip_count(computations[condition], one)
-            yield from _runs(computations, body, trips, fused)
+            condition = computations[one.called("condition")]
+            times = run.times * _trip_count(condition, one)
+            yield from _runs(computations, _Run(one.called("body"), times, run.fused, part))
         elif one.opcode == "conditional":
             branches = re.search(r"branch_computations=\{([^}]*)\}", one.attributes)
             names = re.findall(r"[\w.\-]+", branches[1]) if branches else []
             names += [one.called(f"{case}_computation") for case in ("true", "false")]
             for branch in filter(None, names):
-                yield from _runs(computations, branch, times, fused)
+                yield from _runs(computations, run._replace(name=branch, part=part))
         elif (callee := one.called("calls") or one.called("to_apply")) in computations:
-            inside = fused or one.opcode not in ("call", "async-start")
-            yield from _runs(computations, callee, times, inside)
+            fused = run.fused or one.opcode not in ("call", "async-start")
+            yield from _runs(computations, _Run(callee, run.times, fused, part))
 
 
 def _trip_count(condition: list[Instruction], loop: Instruction) -> int:

@@ -5,14 +5,18 @@
 NAME and fields are those of `experiments.pretrain`, or NAME is a published model ("1stage_L"). It
 compiles the very training step of that configuration with libtpu and prints memory a chip, FLOPs by
 part at several boundary rates, collectives, a roofline of each part, and the speed it bounds: with
-all chunk slots, as training starts, and with those it settles on. Exit codes: 0 fits, 1 does not
-fit, 2 bad input.
+all chunk slots, as training starts, and with those it settles on. Writing machine code takes nearly
+all of the time: `--no-code` stops before it, and says the same but for the compile time and the
+size of the code. Exit codes: 0 fits, 1 does not fit, 2 bad input.
 """
 
 import argparse
+import itertools
 import math
 import sys
 from dataclasses import replace
+from operator import le
+from typing import NamedTuple
 
 from experiments.command_line import base_config, parse, run, run_config
 from hnet.config import PUBLISHED, ComputeConfig, ConfigError
@@ -20,44 +24,68 @@ from hnet.train.config import Config
 from tpu.aot import Plan, capacities, compile_plan, open_slice
 from tpu.roofline import memory, report, size
 
+REMAT = ("none", "dots", "layer")  # each keeps less than the one before
 
-def alternatives(config: Config, num_devices: int) -> list[tuple[str, Config]]:
-    """Other settings of memory for the same updates, the fastest first, with their options."""
-    found = []
-    for fsdp in (d for d in range(1, num_devices + 1) if num_devices % d == 0):
-        for accumulate in (1, 2, 4, 8, 16):
-            if config.data.batch_size % (num_devices * accumulate):
-                continue
-            for cost, remat in ((0, "none"), (1, "dots"), (2, "layer")):
-                model = replace(config.model, compute=replace(config.model.compute, remat=remat))
-                changed = replace(
-                    config,
-                    model=model,
-                    train=replace(config.train, accumulate=accumulate),
-                    mesh=replace(config.mesh, data=-1, fsdp=fsdp, tensor=1),
-                )
-                options = f"--model.compute.remat {remat} --train.accumulate {accumulate} "
-                options += f"--mesh.data -1 --mesh.fsdp {fsdp} --mesh.tensor 1"
-                found.append((cost + math.log2(accumulate) + (fsdp > 1), fsdp, options, changed))
-    return [(options, changed) for _, _, options, changed in sorted(found, key=lambda f: f[:2])]
+
+class Alternative(NamedTuple):
+    """Settings that need less memory, each field the less the larger it is."""
+
+    halvings: int
+    """of the batch, which changes the updates; the others do not"""
+    remat: int
+    accumulate: int
+    fsdp: int
+
+    @property
+    def slowness(self) -> float:
+        return self.remat + math.log2(self.accumulate) + (self.fsdp > 1)
+
+    def options(self, config: Config) -> list[str]:
+        words = ["--model.compute.remat", REMAT[self.remat]]
+        words += ["--train.accumulate", str(self.accumulate)]
+        words += ["--mesh.data", "-1", "--mesh.fsdp", str(self.fsdp), "--mesh.tensor", "1"]
+        rows = config.data.batch_size >> self.halvings
+        return words + ["--data.batch_size", str(rows)] * (self.halvings > 0)
+
+
+def alternatives(config: Config, num_devices: int) -> list[Alternative]:
+    """All that divide batch and devices, those of the whole batch first, then the fastest."""
+    rows = config.data.batch_size
+    divisors = [d for d in range(1, num_devices + 1) if num_devices % d == 0]
+    found = [
+        Alternative(*fields)
+        for fields in itertools.product(range(3), range(len(REMAT)), (1, 2, 4, 8, 16), divisors)
+        if rows % (num_devices * fields[2] << fields[0]) == 0
+    ]
+    return sorted(found, key=lambda a: (a.halvings, a.slowness, a.fsdp))
 
 
 def search(plan: Plan, limit: int) -> Plan | None:
-    """The first of at most `limit` alternatives that fits, compiled one after the other."""
-    tried = 0
-    for options, config in alternatives(plan.config, len(plan.slice_.devices)):
-        share = plan.state_bytes * plan.config.mesh.fsdp / config.mesh.fsdp
-        if share > plan.hbm_a_device or config == plan.config:
-            continue
-        if tried == limit:
-            break
-        tried += 1
-        other = compile_plan(config, plan.slice_, plan.capacities)
-        fits = "fits" if other.fits else "too much"
-        print(f"  {size(other.hbm_bytes)}, {fits}: {options}", flush=True)
-        if other.fits:
-            return other
-    return None
+    """The fastest found that fits, with at most `limit` tries; all make the slots of `plan`.
+
+    What a try rules out is not tried: a batch whose thriftiest settings are too much, and settings
+    that need more in every way than some that were too much.
+    """
+    num_devices, best, failed, tried = len(plan.slice_.devices), None, [], 0
+    by_batch = itertools.groupby(alternatives(plan.config, num_devices), lambda a: a.halvings)
+    for _, group in by_batch:
+        options = list(group)
+        for one in [max(options, key=lambda a: a[1:]), *options]:
+            if tried == limit or (best and one.slowness >= best[0].slowness):
+                return best and best[1]
+            state = plan.state_bytes * plan.config.mesh.fsdp / one.fsdp
+            if state > plan.hbm_a_device or any(all(map(le, one, f)) for f in failed):
+                continue
+            words = one.options(plan.config)
+            config, tried = parse(Config, plan.config, words), tried + 1
+            other = compile_plan(config, plan.slice_, plan.capacities, to_code=False)
+            fits = "fits" if other.fits else "too much"
+            print(f"  {size(other.hbm_bytes)}, {fits}: {' '.join(words)}", flush=True)
+            if other.fits:
+                best = (one, other)
+            else:
+                failed.append(one)
+    return best and best[1]
 
 
 def advice(plan: Plan) -> str:
@@ -94,25 +122,32 @@ def main(argv: list[str] | None = None) -> int:
         help="only the slots of F times the configured boundary rates; default: all slots, with "
         "which training starts, then those of the configured rates",
     )  # fmt: skip
+    parser.add_argument(
+        "--no-code", action="store_true", help="stop the compiler when memory is laid out"
+    )
     options, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     slice_ = open_slice(options.topology)
     config = plan_config(rest)
     if options.rate is not None and not options.rate > 0:
         raise ConfigError(f"rate={options.rate}: use a number above 0")
     first = capacities(config, options.rate or math.inf)
-    plan = compile_plan(config, slice_, first)
+    to_code = not options.no_code
+    plan = compile_plan(config, slice_, first, to_code=to_code)
     print(memory(plan), flush=True)
+    later = capacities(config, options.rate or 1.0)
     if not plan.fits:
         print(advice(plan))
+        if later != first:
+            print("with the slots of the configured rates it would be:")
+            print(memory(compile_plan(config, slice_, later, to_code=False)), flush=True)
         found = search(plan, options.search_limit) if options.search else None
         if options.search and found is None:
             print("nothing that was tried fits")
         if found is None:
             return 1
         plan = found
-    later = capacities(plan.config, options.rate or 1.0)
     if later != first:
-        plan = compile_plan(plan.config, slice_, later)
+        plan = compile_plan(plan.config, slice_, later, to_code=to_code)
         print(memory(plan))
     print(report(plan))
     return 0

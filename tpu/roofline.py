@@ -34,10 +34,12 @@ def roofline(plan: Plan) -> dict[str, Bound]:
         passes = 6 if part.endswith(FLOAT32_PASSES) else 1
         flops = training_flops(own, plan.config.model.compute.remat) * rows * passes
         hbm = sum(m.num_bytes for m in plan.moved if m.part == part and m.kind == "hbm")
-        sent = sum(m.num_bytes for m in plan.moved if m.part == part and m.kind != "hbm")
-        bounds[part] = Bound(
-            flops / (chip.flops * share), hbm / (chip.hbm_rate * share), sent / chip.link_rate
+        network = sum(
+            m.num_bytes / plan.slice_.network_rate(m.group)
+            for m in plan.moved
+            if m.part == part and m.kind != "hbm"
         )
+        bounds[part] = Bound(flops / (chip.flops * share), hbm / (chip.hbm_rate * share), network)
     return bounds
 
 
@@ -48,6 +50,22 @@ def _terms(config: Config, slots: tuple[int, ...]) -> tuple[Term, ...]:
 def step_seconds(plan: Plan) -> float:
     """Least time of a step if each part is bound by its slowest resource and none overlap."""
     return sum(max(bound) for bound in roofline(plan).values())
+
+
+def step_bound(plan: Plan) -> str:
+    """The resource that bounds parts which together take most of the step."""
+    seconds = dict.fromkeys(Bound._fields, 0.0)
+    for bound in roofline(plan).values():
+        seconds[bound.name] += max(bound)
+    return max(seconds, key=seconds.__getitem__)
+
+
+def peak_share(plan: Plan) -> float:
+    """Share of the slice's peak that a step of `step_seconds` is, without what remat repeats."""
+    useful = training_flops(_terms(plan.config, plan.capacities)) * plan.config.data.batch_size
+    slice_ = plan.slice_
+    peak = slice_.chip.flops * slice_.chips_a_device * len(slice_.devices)
+    return useful / step_seconds(plan) / peak
 
 
 def bytes_a_second(plan: Plan) -> float:
@@ -65,11 +83,11 @@ def size(num_bytes: float) -> str:
 
 def memory(plan: Plan) -> str:
     config, rest = plan.config, plan.hbm_bytes - plan.state_bytes
+    code = "" if plan.compile_seconds is None else f", compiled in {plan.compile_seconds:.0f} s"
     least = "" if plan.moved else "at least "  # nothing moves in a program that was given up
     return (
         f"{plan.slice_.name}: {len(plan.slice_.devices)} devices, {config.data.batch_size} rows of "
-        f"{config.data.seq_len} bytes, slots {plan.capacities}, compiled in "
-        f"{plan.compile_seconds:.0f} s\n"
+        f"{config.data.seq_len} bytes, slots {plan.capacities}{code}\n"
         f"  memory a device: state {size(plan.state_bytes)}, activations and temporaries "
         f"{least}{size(rest)}, together {least}{size(plan.hbm_bytes)} of "
         f"{size(plan.hbm_a_device)}: {'fits' if plan.fits else 'DOES NOT FIT'}"
@@ -78,7 +96,7 @@ def memory(plan: Plan) -> str:
 
 def report(plan: Plan) -> str:
     """FLOPs, collectives and the bound of each part of what `memory` spoke of."""
-    config, chip = plan.config, plan.slice_.chip
+    config = plan.config
     params = param_counts(config.model)
     lines = [
         f"parameters {sum(params.values()):,} (embedding {params['embedding']:,})",
@@ -99,11 +117,9 @@ def report(plan: Plan) -> str:
         times = "".join(f"{1e3 * seconds:10.3g}" for seconds in bound)
         lines.append(f"  {part:<24}{times}  {bound.name}")
     step = step_seconds(plan)
-    useful = training_flops(_terms(config, plan.capacities)) * config.data.batch_size
-    peak = chip.flops * plan.slice_.chips_a_device * len(plan.slice_.devices)
     lines += [
-        f"  {'step':<24}{1e3 * step:10.3g} at least, so {bytes_a_second(plan):,.0f} bytes/s and "
-        f"{100 * useful / step / peak:.0f}% of the peak at most",
+        f"  {'step':<24}{1e3 * step:10.3g} at least, mostly bound by {step_bound(plan)}: "
+        f"{bytes_a_second(plan):,.0f} bytes/s and {100 * peak_share(plan):.0f}% of the peak at most"
     ]
     return "\n".join(lines)
 

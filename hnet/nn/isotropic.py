@@ -9,7 +9,7 @@ from flax import nnx
 from hnet.config import HNetConfig, StageConfig, parse_layout
 from hnet.nn.attention import Attention
 from hnet.nn.cache import KVCache, Rows, SSMCache
-from hnet.nn.layers import INIT_STD, RMSNorm, SwiGLU
+from hnet.nn.layers import INIT_STD, RMSNorm, SwiGLU, by_rows
 from hnet.nn.mamba2 import Mamba2
 
 
@@ -88,7 +88,7 @@ class Isotropic(nnx.Module):
             graph, params = nnx.split(run)
 
             def layer(x, p, graph=graph):
-                return nnx.merge(graph, p)(x, segment_ids_BL), None
+                return by_rows(nnx.merge(graph, p)(by_rows(x), segment_ids_BL)), None
 
             layer = _rematerialised(layer, self.compute.remat)
             unroll = 1 if self.compute.scan_layers else count

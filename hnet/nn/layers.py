@@ -1,11 +1,32 @@
 """RMSNorm, SwiGLU, rotary positions, and the helpers of packed rows."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
+ROW_AXES = ("data", "fsdp")  # of the mesh: rows are divided over both
 NORM_EPS = 1e-5
 INIT_STD = 0.02  # of every linear layer that no other rule covers (goombalab/hnet)
+
+
+def by_rows(x: jax.Array) -> jax.Array:
+    """x (B, ...), its rows divided over the mesh that this is traced on, nothing else divided.
+
+    Parameters are cut over ``fsdp`` too. Unless activations say where they lie, the compiler keeps
+    all rows everywhere and cuts channels instead, at the price of an all-reduce of every matmul's
+    output; so it gathers the layer's parameters. Without a mesh, or with rows that it does not
+    divide, this is x.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(a for a in ROW_AXES if mesh.shape.get(a, 1) > 1)
+    is_manual = AxisType.Manual in mesh.axis_types  # this is one device's part already
+    if not axes or is_manual or x.shape[0] % math.prod(mesh.shape[a] for a in axes):
+        return x
+    return jax.lax.with_sharding_constraint(x, P(axes))
 
 
 def rms_norm(x_BLD: jax.Array, scale_D: jax.Array) -> jax.Array:

@@ -126,7 +126,7 @@ def rows_packed(config: Config, shards: int) -> int:
 
 
 def _on_mesh(step: Callable, mesh: jax.sharding.Mesh) -> Callable:
-    """`step` traced where its kernels find the mesh."""
+    """`step` traced where activations and kernels find the mesh."""
 
     @wraps(step)
     def traced(*args, **kwargs):

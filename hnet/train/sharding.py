@@ -11,8 +11,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hnet.config import ConfigError
+from hnet.nn.layers import ROW_AXES
 
-BATCH = P(("data", "fsdp"))  # rows; every activation is sharded on its rows alone
+BATCH = P(ROW_AXES)  # rows; every activation is sharded on its rows alone
 
 # Parameter path -> spec of its trailing axes; the first match wins. Layers of a run are stacked
 # on a leading axis, which is never sharded. fsdp cuts the axis that a matmul sums over or the

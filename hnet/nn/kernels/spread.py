@@ -7,8 +7,10 @@ import jax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from hnet.nn.layers import ROW_AXES
+
 # mesh axes that cut an axis of an array, by its letter; everything else lies whole on each device
-CUT_BY = {"B": ("data", "fsdp"), "H": ("tensor",)}
+CUT_BY = {"B": ROW_AXES, "H": ("tensor",)}
 
 
 def on_each_device(

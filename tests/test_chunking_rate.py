@@ -204,6 +204,22 @@ def test_held_rates_come_to_their_targets_and_stay():
     assert np.all(offsets()[0] == -LIMIT)
 
 
+def test_held_rate_is_that_of_all_batches_together():
+    """Small batches of a route cut less often than large ones; the sum of both is held."""
+    targets, offset = np.asarray([[4.0, 4.0]], np.float32), jnp.zeros(2)
+    logits_N = np.random.default_rng(1).normal(size=4000)
+    update, chunks, positions = quick_jit(hold_rates), 0.0, 0.0
+    for step in range(600):
+        n = 50.0 if step % 2 else 800.0
+        rate = np.mean(logits_N + np.asarray(offset[0]) - 1.5 * (n == 50) > 0)
+        counts = np.asarray([[n, 1850 - n]], np.float32)
+        made = np.asarray([[rate * n, (1850 - n) / 4]], np.float32)
+        offset = update({"boundary_offset": offset}, made, counts, targets, 0.05)["boundary_offset"]
+        if step >= 300:
+            chunks, positions = chunks + rate * n, positions + n
+    assert positions / chunks == pytest.approx(4.0, rel=0.02)
+
+
 def test_rates_of_routes_add_up_to_those_of_all():
     of, logits, *_ = random_route()
     route = of(logits)

@@ -37,11 +37,15 @@ def hold_rates(
 
     chunks_SR: boundaries of each stage and route in the step; count_SR: positions there, where 0
     leaves the offset as it is; target_ratio_SR: N. The error is N F - 1, F = chunks / count, cut to
-    [-1, 1].
+    [-1, 1]. A route with less than its equal share of the stage's positions counts by that: a few
+    positions say little, and steps that do not depend on their number would hold the mean of the
+    batches' rates, which is not the rate of all batches together.
     """
     rate_SR = chunks_SR / jnp.maximum(count_SR, 1.0)
     error_SR = jnp.clip(target_ratio_SR * rate_SR - 1, -1.0, 1.0)
-    step_SR = jnp.where(count_SR > 0, gain * error_SR, 0.0)
+    present_S1 = jnp.sum(count_SR > 0, axis=1, dtype=jnp.float32, keepdims=True)
+    share_SR = count_SR / jnp.maximum(jnp.sum(count_SR, axis=1, keepdims=True), 1.0)
+    step_SR = gain * jnp.minimum(share_SR * present_S1, 1.0) * error_SR
 
     def move(path, leaf):
         names = [jax.tree_util.keystr((part,), simple=True) for part in path]

@@ -1,5 +1,6 @@
 """One command line for all experiments: `NAME [--section.field VALUE ...]`, errors in one line."""
 
+import argparse
 import contextlib
 import dataclasses
 import importlib
@@ -47,6 +48,18 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         reason, code = f"{type(e).__name__}: {e}", FAILED
     leave(code, reason)
     sys.exit(code)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse for options beside the fields of a configuration: no abbreviations, the description
+    as it is written, and ConfigError in the place of usage and exit."""
+
+    def __init__(self, **settings):
+        kind = argparse.RawDescriptionHelpFormatter
+        super().__init__(formatter_class=kind, allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see --help)")
 
 
 def parse(cls: Any, default: Any = None, argv: list[str] | None = None) -> Any:

@@ -41,6 +41,12 @@ def trained_targets(batch: Mapping[str, jax.Array]) -> jax.Array:
     return batch["loss_mask"] | (predicted_BL & (batch["input_ids"] == EOS_ID))
 
 
+def scored_bytes(batch: Mapping[str, jax.Array]) -> jax.Array:
+    """Source bytes that the loss mask scores: one a position, or those of its token."""
+    bytes_BL = batch.get("byte_lengths", 1)
+    return jnp.sum(jnp.where(batch["loss_mask"], bytes_BL, 0), dtype=jnp.int32)
+
+
 def bits_per_byte(nats: float, num_bytes: float) -> float:
     """Summed nats over source bytes as bits a byte; NaN if there are none."""
     return nats / (math.log(2) * num_bytes) if num_bytes else math.nan
@@ -67,7 +73,7 @@ def total_loss(
     metrics = {
         "loss/ce": ce,
         "nats": jnp.sum(jnp.where(batch["loss_mask"], nll_BL, 0.0)),
-        "bytes": jnp.sum(batch["loss_mask"], dtype=jnp.int32),
+        "bytes": scored_bytes(batch),
     }
     loss = ce
     num_bytes = jnp.sum(batch["segment_ids"] != 0, dtype=jnp.float32)

@@ -68,7 +68,7 @@ def test_update_equals_optax_adamw_when_all_stages_are_alike():
         optax.clip_by_global_norm(0.7),
         optax.adamw(2e-3, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.13, mask=decayed),
     )
-    hparams = Hyperparams(jnp.float32(2e-3), jnp.float32(0.13), jnp.ones(1))
+    hparams = Hyperparams(jnp.float32(2e-3), jnp.float32(0.13), jnp.ones(1), 0.0)
     ours, theirs = params, params
     state, reference_state = optimizer(config).init(params), reference.init(params)
     for _ in range(3):
@@ -83,7 +83,7 @@ def test_update_equals_optax_adamw_when_all_stages_are_alike():
 
 def test_multiplier_scales_the_step_of_its_stage_alone():
     params = {"backbone": {"encoder": jnp.ones(2), "main_network": {"w": jnp.ones(2)}}}
-    hparams = Hyperparams(jnp.float32(0.1), jnp.float32(0.0), jnp.array([3.0, 0.5]))
+    hparams = Hyperparams(jnp.float32(0.1), jnp.float32(0.0), jnp.array([3.0, 0.5]), 0.0)
     out = apply_update(params, jax.tree.map(jnp.ones_like, params), hparams, jnp.float32(1.0))
     np.testing.assert_allclose(out["backbone"]["encoder"], 1 - 0.3, rtol=1e-6)
     np.testing.assert_allclose(out["backbone"]["main_network"]["w"], 1 - 0.05, rtol=1e-6)

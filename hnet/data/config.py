@@ -33,6 +33,9 @@ class DataConfig:
     """positions of a row"""
     bos_eos: bool = True
     """put byte 254 before and 255 behind each document, as the official tokenizer does"""
+    tokenizer: str = ""
+    """tokenizer.json of a byte-level BPE: rows hold its tokens (`model.vocab_size` must hold them),
+    scores stay bits per byte; empty = bytes"""
     num_workers: int = 0
     """processes that build batches; 0 = a thread of the main process. Text read into memory is
     copied to each of them, shards are not"""

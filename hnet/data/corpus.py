@@ -12,6 +12,7 @@ from hnet.config import ConfigError
 from hnet.data import files, pythondocs
 from hnet.data.config import DataConfig
 from hnet.data.sources import Source, is_built_in, open_source
+from hnet.data.tokens import TokenDocuments, read_vocabulary
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,19 @@ class Part:
         """The first bytes of a document, by its number in this part."""
         documents, d = self._find(document)
         return documents.read(d, 0, min(most, int(documents.length_D[d]))).tobytes()
+
+    def tokens(self, tokenizer: str) -> tuple[TokenDocuments, ...]:
+        """The documents as tokens, made once. Raises ConfigError as `Vocabulary` does."""
+        if tokenizer not in self._tokens:
+            vocabulary = read_vocabulary(tokenizer)
+            self._tokens[tokenizer] = tuple(
+                TokenDocuments(documents, vocabulary) for documents in self.documents
+            )
+        return self._tokens[tokenizer]
+
+    @cached_property
+    def _tokens(self) -> dict[str, tuple[TokenDocuments, ...]]:
+        return {}
 
     def unscored_bytes(self, config: DataConfig) -> int:
         """Bytes that no position predicts: without BOS, the first of each document."""

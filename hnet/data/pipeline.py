@@ -90,7 +90,7 @@ class _TrainBatches:
 
     def __init__(self, part: Part, config: DataConfig, groups: RouteGroups, seed: int, process):
         self._streams = _streams(part, config)
-        self._routes = RowRoutes(self._streams, groups) if groups else None
+        self._routes = _row_routes(self._streams, groups, config)
         self._order = RowOrder([s.num_rows for s in self._streams], config.weights, seed)
         self._batch_size = config.batch_size
         self._rows = _rows_of_process(config, *process)
@@ -119,7 +119,7 @@ class _EvalBatches:
     def __init__(self, part: Part, config: DataConfig, groups: RouteGroups, process):
         self._part = part
         self._streams = _streams(part, config)
-        self._routes = RowRoutes(self._streams, groups) if groups else None
+        self._routes = _row_routes(self._streams, groups, config)
         self._first_rows = np.cumsum([0, *(s.num_rows for s in self._streams)])
         self._config = config
         self._rows = _rows_of_process(config, *process)
@@ -162,7 +162,7 @@ class BatchIterator:
 
     def __next__(self) -> Batch:
         """input_ids and segment_ids int32, loss_mask bool, each (rows of this process, L); with
-        route groups also route_ids int32."""
+        route groups also route_ids, with a tokenizer also byte_lengths (bytes a token), int32."""
         began = time.perf_counter()
         # A copy, since what comes from a worker lies in shared memory that lives as long as it.
         batch = {name: np.array(array) for name, array in next(self._open[0]).items()}
@@ -230,7 +230,17 @@ def _close(iterators: list[grain.DatasetIterator]) -> None:
 
 
 def _streams(part: Part, config: DataConfig) -> list[Stream]:
-    return [Stream(d, seq_len=config.seq_len, bos_eos=config.bos_eos) for d in part.documents]
+    documents = part.tokens(config.tokenizer) if config.tokenizer else part.documents
+    return [Stream(d, seq_len=config.seq_len, bos_eos=config.bos_eos) for d in documents]
+
+
+def _row_routes(streams: list[Stream], groups: RouteGroups, config: DataConfig) -> RowRoutes | None:
+    if groups and config.tokenizer:
+        raise ConfigError(
+            f"data.tokenizer={config.tokenizer!r} with model.route_groups: scripts are told apart "
+            "in bytes; leave one of them out"
+        )
+    return RowRoutes(streams, groups) if groups else None
 
 
 def _batch(
@@ -244,6 +254,9 @@ def _batch(
     batch = {name: np.stack([getattr(row, name) for row in rows]) for name in names}
     if routes:
         batch["route_ids"] = routes(places, rows)
+    bytes_V = getattr(streams[0].documents, "bytes_V", None) if streams else None
+    if bytes_V is not None:
+        batch["byte_lengths"] = bytes_V[batch["input_ids"]]
     return batch
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import types
 import typing
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -148,6 +149,29 @@ def from_json(cls: type, content: Any, path: str = "") -> Any:
     return cls(**values)
 
 
+def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
+    """The configuration with other values, as JSON content, of some fields by dotted path.
+
+    Raises ConfigError, naming the field, for an unknown one or a value that cannot be.
+    """
+    content = to_json(config)
+    for path, value in values.items():
+        node, name = content, ""
+        for part in path.split("."):
+            parent, node, name = node, None, _join(name, part)
+            known = list(parent) if isinstance(parent, dict) else []
+            if isinstance(parent, list):
+                known = [str(i) for i in range(len(parent))]
+            if part not in known:
+                near = difflib.get_close_matches(part, known, 1) or known
+                hint = f"did you mean {' or '.join(near)}?" if near else "it has no fields"
+                raise ConfigError(f"unknown field {name}: {hint}")
+            part = int(part) if isinstance(parent, list) else part
+            node = parent[part]
+        parent[part] = value
+    return from_json(Config, content)
+
+
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
@@ -206,7 +230,7 @@ def claim_workdir(config: Config) -> None:
         before = to_json(read_config(folder))
         if before == content:
             return
-        for path, old, new in _differences(before, content):
+        for path, old, new in differences(before, content):
             if path.split(".")[0] in _FIXED and not path.startswith("model.compute"):
                 raise ConfigError(
                     f"{path}={new!r}, but the run in workdir={config.workdir} has {old!r}: "
@@ -221,9 +245,10 @@ def claim_workdir(config: Config) -> None:
     temporary.rename(file)
 
 
-def _differences(a: Any, b: Any, path: str = ""):
+def differences(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted field, value in a, value in b) wherever two contents of JSON differ."""
     if isinstance(a, dict) and isinstance(b, dict):
         for key in [*a, *(k for k in b if k not in a)]:
-            yield from _differences(a.get(key), b.get(key), _join(path, key))
+            yield from differences(a.get(key), b.get(key), _join(path, key))
     elif a != b:
         yield path, a, b

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import numpy as np
@@ -65,12 +66,13 @@ class Evaluation:
         """Count one batch, with the metrics of `eval_step` on the host."""
         scored = np.asarray(batch["loss_mask"])
         documents = np.asarray(batch["document_ids"])[scored]
+        sizes = np.asarray(batch.get("byte_lengths", scored), np.int64)[scored]
         nll = np.asarray(metrics["nll_BL"], np.float64)[scored]
         for document in np.unique(documents):
             own, key = documents == document, int(document)
             nats = float(nll[own].sum())
             self.nats_by_document[key] = self.nats_by_document.get(key, 0.0) + nats
-            self.bytes_by_document[key] = self.bytes_by_document.get(key, 0) + int(own.sum())
+            self.bytes_by_document[key] = self.bytes_by_document.get(key, 0) + int(sizes[own].sum())
         self.positions += float(metrics["positions"])
         if "chunks_SR" in metrics:
             self.chunks_SR = self.chunks_SR + np.asarray(metrics["chunks_SR"], np.float64)
@@ -88,18 +90,20 @@ def evaluate(
     route_names: tuple[str, ...] = (),
     max_bytes: int | None = None,
     should_stop: Callable[[], bool] = lambda: False,
-) -> Evaluation | None:
+    into: Any = None,
+) -> Any:
     """Score batches until `max_bytes` source bytes are reached; None if told to stop.
 
+    into: what counts them, in the place of a new Evaluation, which is returned.
     `run_batch(batch, capacities)` is `eval_step` on the devices. A batch that overflows the given
     capacities is run again with as many slots as positions: evaluation clips nothing.
     """
-    result = Evaluation(route_names=route_names)
+    result = Evaluation(route_names=route_names) if into is None else into
     for batch in batches:
         if should_stop():
             return None
         metrics = jax.device_get(run_batch(batch, capacities))
-        if any(f > 0 for f in metrics["overflow_S"]):
+        if any(np.any(lost > 0) for lost in metrics["overflow_S"]):
             metrics = jax.device_get(run_batch(batch, (None,) * len(capacities)))
         result.add(batch, metrics)
         if max_bytes is not None and result.num_bytes >= max_bytes:

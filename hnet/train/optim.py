@@ -66,6 +66,8 @@ class Hyperparams(NamedTuple):
     weight_decay: jax.Array
     multiplier_S: jax.Array
     """of each stage, the innermost included"""
+    controller_gain: jax.Array
+    """of the offsets that hold boundary rates"""
 
 
 def schedule(config: OptimConfig, step: jax.Array, num_steps: int) -> jax.Array:

@@ -9,7 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from hnet.chunking.config import ChunkingConfig
+from hnet.config import ConfigError
 from hnet.data import eval_batches
+from hnet.data.tokens import read_vocabulary
 from hnet.loss import LossWeights
 from hnet.model import abstract, init_params
 from hnet.nn.kernels.table import described, resolved, without
@@ -46,7 +49,8 @@ class Program:
     """chunk slots of a run that has just started"""
 
 
-FED = ("input_ids", "segment_ids", "loss_mask", "route_ids")  # fields of a batch for the devices
+# fields of a batch for the devices
+FED = ("input_ids", "segment_ids", "loss_mask", "route_ids", "byte_lengths")
 
 
 def build(
@@ -59,6 +63,7 @@ def build(
 
     devices: those of a topology that is compiled for but not present (`tpu.plan`); default: all.
     """
+    check_vocabulary(config)
     mesh = make_mesh(config.mesh, devices)
     check_batch(config.data.batch_size, config.train.accumulate, mesh)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -68,23 +73,68 @@ def build(
     plain_graph, _ = abstract(replace(config.model, compute=without(compute)))
     packed_rows = rows_packed(config, shards)
 
-    def make_state(key):
-        init_key, noise_key = jax.random.split(key)
-        params = init_params(config.model, init_key)
-        return init_state(params, noise_key, config.model, config.optim)
-
+    make_state, step_fn, eval_fn = pure_functions(config, graph, packed_rows)
     seed_key = jax.random.key(config.seed)
     shapes = jax.eval_shape(make_state, seed_key)
     shardings = state_shardings(shapes, mesh)
     abstract_state = jax.tree.map(
         lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, shardings
     )
+    hparams = traced_numbers(config)
+
+    jit = partial(jax.jit, compiler_options=compiler_options)
+    init = jit(make_state, out_shardings=shardings)
+    step = jit(
+        _on_mesh(step_fn, mesh),
+        static_argnames=("capacities",),
+        donate_argnums=0,
+        out_shardings=(shardings, replicated(mesh)),
+    )
+    evaluate = jit(
+        _on_mesh(eval_fn, mesh), static_argnames=("capacities",), out_shardings=replicated(mesh)
+    )
+    if devices is None:
+        hparams = jax.device_put(hparams, replicated(mesh))
+    ladder = Ladder.start(config.model, config.data.seq_len, packed_rows)
+    return Program(
+        mesh, shardings, hparams, lambda: init(seed_key), step, evaluate, abstract_state,
+        plain_graph, described(compute, platform), ladder,
+    )  # fmt: skip
+
+
+def check_vocabulary(config: Config) -> None:
+    """Raise ConfigError if the model has fewer ids than the tokenizer of its text."""
+    path, held = config.data.tokenizer, config.model.vocab_size
+    if path and (needed := read_vocabulary(path).size) > held:
+        raise ConfigError(f"model.vocab_size={held}: data.tokenizer={path!r} needs {needed}")
+
+
+def pure_functions(
+    config: Config, graph: Any, packed_rows: int
+) -> tuple[Callable, partial, partial]:
+    """(key -> state, `train_step`, `eval_step`) of a run, its settings bound, nothing jitted."""
+
+    def make_state(key: jax.Array) -> TrainState:
+        init_key, noise_key = jax.random.split(key)
+        params = init_params(config.model, init_key)
+        return init_state(params, noise_key, config.model, config.optim)
+
+    step = partial(
+        train_step, graph=graph, model=config.model, optim=config.optim,
+        num_steps=config.train.steps, accumulate=config.train.accumulate, packed_rows=packed_rows,
+    )  # fmt: skip
+    return make_state, step, partial(eval_step, graph=graph, packed_rows=packed_rows)
+
+
+def traced_numbers(config: Config) -> tuple[Hyperparams, LossWeights]:
+    """The numbers of a run that its program takes as inputs, so that others compile nothing."""
     stages = config.model.stages
-    hparams = (
+    return (
         Hyperparams(
             learning_rate=np.float32(config.optim.learning_rate),
             weight_decay=np.float32(config.optim.weight_decay),
             multiplier_S=np.asarray(config.optim.multipliers(config.model), np.float32),
+            controller_gain=np.float32(config.controller.gain),
         ),
         LossWeights(
             target_ratio_SR=np.asarray(config.model.target_ratios(), np.float32),
@@ -92,30 +142,30 @@ def build(
         ),
     )
 
-    jit = partial(jax.jit, compiler_options=compiler_options)
-    init = jit(make_state, out_shardings=shardings)
-    step = jit(
-        partial(
-            _on_mesh(train_step, mesh), graph=graph, model=config.model, optim=config.optim,
-            controller=config.controller, num_steps=config.train.steps,
-            accumulate=config.train.accumulate, packed_rows=packed_rows,
-        ),
-        static_argnames=("capacities",),
-        donate_argnums=0,
-        out_shardings=(shardings, replicated(mesh)),
-    )  # fmt: skip
-    eval_fn = jit(
-        partial(_on_mesh(eval_step, mesh), graph=graph, packed_rows=packed_rows),
-        static_argnames=("capacities",),
-        out_shardings=replicated(mesh),
+
+def untraced(config: Config) -> Config:
+    """The configuration without what is traced: runs for which it is equal share one program.
+
+    Traced are the numbers of `traced_numbers`, and the seed, through the key of the first state.
+    Target ratios are not where the stride or the first bias of a router is made of them. The work
+    directory, which no program knows, is left out too.
+    """
+    plain = ChunkingConfig()
+    stages = []
+    for stage in config.model.stages[:-1]:
+        cut = replace(stage.chunking, aux_loss_weight=plain.aux_loss_weight)
+        if cut.router not in ("fixed", "mlp"):
+            cut = replace(cut, target_ratio=plain.target_ratio, route_target_ratios=())
+        stages.append(replace(stage, chunking=cut))
+    zero = {"learning_rate": 1.0, "weight_decay": 0.0, "lr_multipliers": "none"}
+    return replace(
+        config,
+        workdir="",
+        seed=0,
+        model=replace(config.model, stages=(*stages, config.model.stages[-1])),
+        optim=replace(config.optim, **zero),
+        controller=replace(config.controller, gain=0.0),
     )
-    if devices is None:
-        hparams = jax.device_put(hparams, replicated(mesh))
-    ladder = Ladder.start(config.model, config.data.seq_len, packed_rows)
-    return Program(
-        mesh, shardings, hparams, lambda: init(seed_key), step, eval_fn, abstract_state,
-        plain_graph, described(compute, platform), ladder,
-    )  # fmt: skip
 
 
 def rows_packed(config: Config, shards: int) -> int:
@@ -125,10 +175,10 @@ def rows_packed(config: Config, shards: int) -> int:
     )
 
 
-def _on_mesh(step: Callable, mesh: jax.sharding.Mesh) -> Callable:
-    """`step` traced where activations and kernels find the mesh."""
+def _on_mesh(step: partial, mesh: jax.sharding.Mesh) -> Callable:
+    """`step` traced where activations and kernels find the mesh, under its function's name."""
 
-    @wraps(step)
+    @wraps(step.func)
     def traced(*args, **kwargs):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return step(*args, **kwargs)

@@ -4,12 +4,14 @@ import contextlib
 import importlib.util
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -185,6 +187,15 @@ def _profiled_steps(text: str) -> tuple[int, int]:
     if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
         raise ConfigError(f"profile.steps={text!r}: write FIRST:LAST, e.g. 10:20")
     return int(first), int(last)
+
+
+def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl as far as they are there; a torn line is left out."""
+    file, rows = epath.Path(workdir) / METRICS, []
+    for line in file.read_text().splitlines() if file.exists() else ():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
 
 
 class MetricsFile:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from hnet.chunking.controller import ControllerConfig, hold_rates
+from hnet.chunking.controller import hold_rates
 from hnet.chunking.rate import counts_by_stage
 from hnet.chunking.routes import keep_absent
 from hnet.config import HNetConfig
@@ -46,7 +46,6 @@ def train_step(
     graph: nnx.GraphDef,
     model: HNetConfig,
     optim: OptimConfig,
-    controller: ControllerConfig,
     num_steps: int,
     capacities: tuple[int | None, ...],
     packed_rows: int = 1,
@@ -87,7 +86,7 @@ def train_step(
         factor = schedule(optim, state.step, num_steps)
         params = apply_update(state.params, directions, update_numbers, factor)
         if any(stage.chunking.hold_rate for stage in model.stages[:-1]):
-            gain = controller.gain * factor
+            gain = update_numbers.controller_gain * factor
             params = hold_rates(params, *counts, loss_weights.target_ratio_SR, gain)
         new, old = (params, opt_state), (state.params, state.opt_state)
         if model.num_routes > 1:

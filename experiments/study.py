@@ -1,0 +1,310 @@
+"""The points of a sweep in an Optuna storage, where workers claim them: no point is done twice.
+
+A trial is one attempt at a point. A point has one trial that counts, the oldest that is waiting,
+running or finished; whoever finds an older one beside its own drops its own. A worker that dies
+leaves running trials; others see that its heartbeat stands still, fail them, and queue the point
+anew.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from experiments.space import Point, Space, Values, list_points, make_point, point_key
+from hnet.config import ConfigError
+from hnet.train.config import Config, differences, from_json, to_json
+
+_LOCAL = ("workdir", "mesh", "distributed", "watchdog", "checkpoint", "profile")
+"""sections in which the workers of one sweep may differ"""
+_MAX_DRAWS = 20  # of points that are there already, before a space counts as exhausted
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+@dataclass
+class Claim:
+    """A point that this worker trains."""
+
+    trial: Trial
+    point: Point
+    pruned: bool = False
+
+
+def worker_name() -> str:
+    """HOST/PROCESS NAMESPACE/PROCESS of this worker."""
+    with contextlib.suppress(OSError):
+        return f"{socket.gethostname()}/{os.readlink('/proc/self/ns/pid')}/{os.getpid()}"
+    return f"{socket.gethostname()}//{os.getpid()}"
+
+
+def _has_ended(worker: str) -> bool:
+    """Whether it was a process of this machine that is no more; False if that cannot be known."""
+    place, _, process = worker.rpartition("/")
+    if place != worker_name().rpartition("/")[0]:
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def open_storage(where: str) -> optuna.storages.BaseStorage:
+    """A journal file, or a database by its URL. Raises ConfigError if it cannot be opened."""
+    try:
+        if "://" in where:
+            return optuna.storages.RDBStorage(where)
+        Path(where).parent.mkdir(parents=True, exist_ok=True)
+        return optuna.storages.JournalStorage(JournalFileBackend(where))
+    except Exception as e:  # whatever a database driver raises, or its absence
+        reason = str(e).strip().splitlines() or [type(e).__name__]
+        raise ConfigError(
+            f"storage={where!r} cannot be opened ({reason[0]}): give a file, or a URL such as "
+            "postgresql://user@host/database whose driver is installed"
+        ) from None
+
+
+def _pruner(name: str) -> optuna.pruners.BasePruner:
+    match name:
+        case "median":
+            return optuna.pruners.MedianPruner(n_startup_trials=4)
+        case "halving":
+            return optuna.pruners.SuccessiveHalvingPruner()
+    return optuna.pruners.NopPruner()
+
+
+class Study(contextlib.AbstractContextManager):
+    """One worker's view of a sweep. While it is entered, its heart beats in the storage."""
+
+    def __init__(self, storage: str, name: str, base: Config, space: Space, timeout: float):
+        """timeout: seconds without a heartbeat after which a worker counts as dead.
+
+        Raises ConfigError if the study there is that of another sweep.
+        """
+        self.base, self.space, self.timeout = base, space, timeout
+        self.worker = worker_name()
+        self.points = list_points(base, space)
+        self._known = {point.key: point for point in self.points or ()}
+        self._distributions = space.distributions()
+        self._seen: dict[str, tuple[Any, float, float]] = {}
+        self.study = optuna.create_study(
+            storage=open_storage(storage), study_name=name, direction="minimize",
+            pruner=_pruner(space.pruner), load_if_exists=True,
+        )  # fmt: skip
+        self._check_identity(storage, name)
+        self._ended = threading.Event()
+        self._heart = threading.Thread(target=self._beat, daemon=True)
+
+    def _check_identity(self, storage: str, name: str) -> None:
+        choices = {k: str(v) for k, v in self._distributions.items()}
+        listed = None if self.points is None else [point.key for point in self.points]
+        space = {"sampler": self.space.sampler, "trials": self.space.trials, "points": listed}
+        mine = {"space": {**space, **choices, "seed": list(self.space.seeds)}}
+        mine["config"] = to_json(self.base)
+        if (found := self.study.user_attrs.get("sweep")) is None:
+            self.study.set_user_attr("sweep", json.dumps(mine))
+            return
+        theirs = json.loads(found)
+        theirs["config"] = to_json(from_json(Config, theirs["config"]))  # fields that came later
+        for content in (mine, theirs):
+            for section in _LOCAL:
+                del content["config"][section]
+        for field, new, old in differences(mine, theirs):
+            raise ConfigError(
+                f"study {name!r} in {storage} is another sweep: {field} is {old!r} there, here "
+                f"{new!r}: use that, or another --study or --out"
+            )
+
+    def __enter__(self) -> "Study":
+        self._heart.start()
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self._ended.set()
+        self._heart.join()
+
+    def _beat(self) -> None:
+        count = 0
+        while True:
+            with contextlib.suppress(Exception):  # a storage that is away for a while
+                self.study.set_user_attr(f"beat/{self.worker}", count)
+            count += 1
+            if self._ended.wait(self.timeout / 5):
+                return
+
+    def point(self, values: Values) -> Point:
+        key = point_key(values)
+        if key not in self._known:
+            self._known[key] = make_point(self.base, self.space, values)
+        return self._known[key]
+
+    def trials(self) -> list[FrozenTrial]:
+        """All, oldest first."""
+        return self.study.get_trials(deepcopy=False)
+
+    def finished(self) -> list[FrozenTrial]:
+        """One trial for each point that is done, pruned or failed, oldest first."""
+        return [t for t in self.trials() if _is_live(t) and t.state.is_finished()]
+
+    @property
+    def num_points(self) -> int:
+        return self.space.trials if self.points is None else len(self.points)
+
+    def num_done(self) -> int:
+        return len(self.finished())
+
+    def is_pending(self) -> bool:
+        """Whether a worker has a point, or may take one."""
+        return any(not t.state.is_finished() for t in self.trials())
+
+    def claim(self, limit: int) -> list[Claim]:
+        """Up to `limit` points, of one program where points are listed; none if all are taken."""
+        self._fail_dead()
+        self._queue_lost()
+        claims: list[Claim] = []
+        draws = 0
+        while len(claims) < limit and draws < _MAX_DRAWS:
+            trials = self.trials()
+            waiting = [t for t in trials if t.state == TrialState.WAITING]
+            if waiting and claims and self._group(waiting[0]) != claims[0].point.group:
+                break
+            if not waiting and (self.points or sum(map(_is_live, trials)) >= self.num_points):
+                break
+            trial = self._ask(len(trials))
+            if self._counts(trial):
+                values = self.space.values(trial.params)
+                try:
+                    claims.append(Claim(trial, self.point(values)))
+                except ConfigError as e:  # known only now, since the sampler chose the values
+                    self._fail(trial, str(e))
+            else:
+                draws += 1
+                trial.set_user_attr("dropped", True)
+                self._tell(trial.number, state=TrialState.FAIL)
+        return claims
+
+    def _ask(self, count: int) -> Trial:
+        if self.points is None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                # a new one each time, so that what it draws depends on the study alone
+                self.study.sampler = optuna.samplers.TPESampler(seed=count, constant_liar=True)
+        trial = self.study.ask(self._distributions)
+        trial.set_user_attr("worker", self.worker)
+        return trial
+
+    def _group(self, trial: FrozenTrial) -> str:
+        return self.point(self.space.values(_params(trial))).group
+
+    def _counts(self, mine: Trial) -> bool:
+        """Whether a trial just claimed is the oldest of its point and within the number wanted."""
+        older = [t for t in self.trials()[: mine.number] if _is_live(t)]
+        if any(_params(t) == mine.params for t in older):
+            return False
+        return len(older) < self.num_points
+
+    def _fail_dead(self) -> None:
+        beats = self.study.user_attrs
+        for trial in self.trials():
+            if trial.state != TrialState.RUNNING:
+                continue
+            worker = trial.user_attrs.get("worker", f"trial {trial.number}")
+            if worker == self.worker:
+                continue
+            if self._silence(worker, beats) > self.timeout or _has_ended(worker):
+                self._tell(trial.number, state=TrialState.FAIL)
+
+    def _silence(self, worker: str, beats: dict[str, Any]) -> float:
+        """Seconds for which this worker has seen no heartbeat of another, by its own clock.
+
+        The time between two looks counts a quarter of the timeout at most: whoever was frozen, or
+        busy, sees the others again before it gives them up.
+        """
+        beat, now = beats.get(f"beat/{worker}", "none"), time.monotonic()
+        before, silence, looked = self._seen.get(worker, (None, 0.0, now))
+        silence = silence + min(now - looked, self.timeout / 4) if beat == before else 0.0
+        self._seen[worker] = beat, silence, now
+        return silence
+
+    def _queue_lost(self) -> None:
+        """Queue every point that was listed or begun and has no trial that counts."""
+        trials = self.trials()
+        live = {self._key(t) for t in trials if _is_live(t)}
+        lost = {p.key: p.values for p in self.points or ()}
+        for trial in trials:
+            complete = _params(trial).keys() == self._distributions.keys()
+            if not _is_live(trial) and complete and not trial.user_attrs.get("dropped"):
+                lost[self._key(trial)] = self.space.values(_params(trial))
+        for key, values in lost.items():
+            if key not in live:
+                self.study.enqueue_trial(json.loads(point_key(values)))
+
+    def _key(self, trial: FrozenTrial) -> str:
+        return json.dumps(dict(sorted(_params(trial).items())))
+
+    def report(self, claim: Claim, step: int, bpb: float) -> None:
+        """Bits per byte of a point on the way, the mean over its seeds."""
+        claim.trial.report(bpb, step)
+
+    def should_prune(self, claim: Claim) -> bool:
+        return claim.trial.should_prune()
+
+    def finish(self, claim: Claim, runs: Iterable[dict[str, Any]], bpb: float | None) -> bool:
+        """Write the results of a point's runs; bpb: their mean, None if it was pruned.
+
+        False if another worker has taken the point meanwhile.
+        """
+        with contextlib.suppress(*_TAKEN):
+            claim.trial.set_user_attr("runs", list(runs))
+        state = TrialState.PRUNED if bpb is None else TrialState.COMPLETE
+        return self._tell(claim.trial.number, values=bpb, state=state)
+
+    def fail(self, claim: Claim, fault: str) -> None:
+        """Note a point that cannot be trained: it is not tried again."""
+        self._fail(claim.trial, fault)
+
+    def _fail(self, trial: Trial, fault: str) -> None:
+        with contextlib.suppress(*_TAKEN):
+            trial.set_user_attr("fault", fault)
+        self._tell(trial.number, state=TrialState.FAIL)
+
+    def release(self, claims: Iterable[Claim]) -> None:
+        """Give points back; whoever claims next takes them up."""
+        for claim in claims:
+            self._tell(claim.trial.number, state=TrialState.FAIL)
+        self._queue_lost()
+
+    def _tell(self, number: int, **outcome) -> bool:
+        try:
+            self.study.tell(number, **outcome)
+        except _TAKEN:
+            return False
+        return True
+
+
+_TAKEN = (ValueError, optuna.exceptions.UpdateFinishedTrialError)
+"""what Optuna raises for a trial that somebody else has finished"""
+
+
+def _params(trial: FrozenTrial) -> dict[str, Any]:
+    """Of a trial that may be waiting still."""
+    return {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+
+
+def _is_live(trial: FrozenTrial) -> bool:
+    """Waiting, running or finished, a noted fault included: no other is needed for its point."""
+    return trial.state != TrialState.FAIL or "fault" in trial.user_attrs

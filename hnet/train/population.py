@@ -1,0 +1,297 @@
+"""Many runs as one program: their states stacked on a leading axis, which the devices share.
+
+What one run does is `program.pure_functions`; here it is mapped over runs (R of them) that differ
+in nothing but traced numbers and seeds. Each run sees the batches of its own seed, as it would
+alone. All share the chunk slots of the one that wants most, which changes no result, since none
+overflows.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from hnet.config import ConfigError
+from hnet.data import Corpus, open_corpus, train_batches
+from hnet.data.pipeline import Batch
+from hnet.loss import bits_per_byte
+from hnet.model import abstract
+from hnet.nn.kernels.table import described, resolved, without
+from hnet.train.capacity import Ladder
+from hnet.train.checkpoint import Checkpointer
+from hnet.train.config import Config
+from hnet.train.distributed import StopRequest
+from hnet.train.evaluate import Evaluation
+from hnet.train.program import (
+    FED,
+    Program,
+    check_vocabulary,
+    pure_functions,
+    rows_packed,
+    run_evaluation,
+    traced_numbers,
+    untraced,
+)
+
+AXES = ("runs", "data", "fsdp", "tensor")  # a run lies on one device, so the last three are 1
+
+
+def build(
+    configs: Sequence[Config],
+    *,
+    devices: list | None = None,
+    compiler_options: dict[str, Any] | None = None,
+) -> Program:
+    """The program of these runs; every array of state, batch and metrics has a leading axis R.
+
+    R is a multiple of the devices: the last run is repeated behind the others to fill it. Raises
+    ConfigError unless the runs differ in traced numbers and seeds alone.
+    """
+    if any(untraced(config) != untraced(configs[0]) for config in configs):
+        raise ConfigError("these runs differ in more than traced numbers: train them apart")
+    check_vocabulary(configs[0])
+    devices = jax.devices() if devices is None else devices
+    devices = devices[: min(len(devices), len(configs))]
+    configs = [*configs, *[configs[-1]] * (-len(configs) % len(devices))]
+    grid = np.array(devices).reshape(-1, 1, 1, 1)
+    mesh = Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    by_run = NamedSharding(mesh, P("runs"))
+
+    config, platform = configs[0], mesh.devices.flat[0].platform
+    compute = replace(resolved(config.model.compute, platform), batch_shards=1)
+    graph, _ = abstract(replace(config.model, compute=compute))
+    plain_graph, _ = abstract(replace(config.model, compute=without(compute)))
+    packed_rows = rows_packed(config, shards=1)
+    make_state, step_fn, eval_fn = pure_functions(config, graph, packed_rows)
+
+    def by_device(function, *specs):
+        """Each device maps over its own runs, and its kernels see one device."""
+        return jax.shard_map(
+            function, mesh=mesh, in_specs=specs, out_specs=P("runs"), check_vma=False
+        )
+
+    def population_step(state, batch, hparams, *, capacities):
+        step = jax.vmap(partial(step_fn, capacities=capacities))
+        return by_device(step, *[P("runs")] * 3)(state, batch, hparams)
+
+    def population_eval(params, batch, *, capacities):
+        evaluate = jax.vmap(partial(eval_fn, capacities=capacities), in_axes=(0, None))
+        return by_device(evaluate, P("runs"), P())(params, batch)
+
+    jit = partial(jax.jit, out_shardings=by_run, compiler_options=compiler_options)
+    init = jit(jax.vmap(make_state))
+    keys = jax.vmap(jax.random.key)(np.asarray([c.seed for c in configs], np.uint32))
+    shapes = jax.eval_shape(init, keys)
+    hparams = jax.tree.map(lambda *numbers: np.stack(numbers), *map(traced_numbers, configs))
+    return Program(
+        mesh=mesh,
+        shardings=jax.tree.map(lambda _: by_run, shapes),
+        hparams=jax.device_put(hparams, by_run),
+        init=lambda: init(keys),
+        step=jit(population_step, static_argnames=("capacities",), donate_argnums=0),
+        evaluate=jit(population_eval, static_argnames=("capacities",)),
+        abstract_state=jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_run), shapes
+        ),
+        graph=plain_graph,
+        kernels=described(compute, platform),
+        ladder=Ladder.start(config.model, config.data.seq_len, packed_rows),
+    )
+
+
+def put_batches(batches: Sequence[Batch], mesh: Mesh) -> dict[str, jax.Array]:
+    """A batch for each run, stacked; runs behind the last one get that of the last."""
+    batches = [*batches, *[batches[-1]] * (-len(batches) % mesh.shape["runs"])]
+    sharding = NamedSharding(mesh, P("runs"))
+    return {
+        name: jax.device_put(np.stack([batch[name] for batch in batches]), sharding)
+        for name in FED
+        if name in batches[0]
+    }
+
+
+class Evaluations(tuple[Evaluation, ...]):
+    """Those of all runs, which score the same batches."""
+
+    @property
+    def num_bytes(self) -> int:
+        return self[0].num_bytes
+
+    def add(self, batch: Batch, metrics: dict) -> None:
+        for r, evaluation in enumerate(self):
+            evaluation.add(batch, jax.tree.map(lambda x, r=r: x[r], metrics))
+
+
+@dataclass
+class Progress:
+    """Where the runs stand besides their arrays: plain JSON in every checkpoint."""
+
+    curve: list[tuple[int, list[float | None]]] = field(default_factory=list)
+    """(step, held-out bits per byte of each run, None for NaN) of evaluations before the last"""
+    overflow: list[list[float]] = field(default_factory=list)
+    """largest share of chunks that a step clipped, by run and stage"""
+    faults: dict[str, str] = field(default_factory=dict)
+    """what went wrong, by number of the run"""
+    ladder: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the runs ended."""
+
+    state: Any
+    step: int
+    evaluations: Evaluations | None
+    """the last ones; None if the runs were asked to stop"""
+    progress: Progress
+
+
+Watch = Callable[[int, list[float | None]], bool]
+"""gets an entry of `Progress.curve`; True ends all runs there"""
+Show = Callable[[dict[str, Any]], None]
+"""gets a row every `train.log_every` steps: step, train/bpb of each run, positions_per_sec"""
+
+
+def train_population(
+    configs: Sequence[Config],
+    workdir: str,
+    stop: StopRequest,
+    *,
+    watch: Watch = lambda step, bpb: False,
+    show: Show = lambda row: None,
+) -> Outcome:
+    """Train the runs up to `train.steps`, from the newest good checkpoint of `workdir` if any.
+
+    A run whose updates were skipped `train.max_skipped` times in a row, for a non-finite loss or
+    gradient, counts as failed; the others go on. Raises ConfigError for settings that cannot work.
+    """
+    corpus, config = open_corpus(configs[0].data), configs[0]
+    program = build(configs)
+    with Checkpointer(workdir, config.checkpoint) as checkpoints:
+        state, progress, done = program.init(), Progress(), 0
+        progress.overflow = [[0.0] * config.model.num_chunked for _ in configs]
+        if checkpoints.steps():
+            restored = checkpoints.restore(program.abstract_state)
+            state, done = restored.state, restored.step
+            progress = Progress(**restored.extras["progress"])
+        for step, bpb in progress.curve:
+            watch(step, bpb)
+        with _open_batches(configs, corpus, done) as batches:
+            runs = _Runs(configs, corpus, program, checkpoints, stop, watch, show, batches)
+            return runs.train(state, progress, done)
+
+
+@contextlib.contextmanager
+def _open_batches(configs: Sequence[Config], corpus: Corpus, start: int):
+    """An iterator over lists of batches, one a run; equal seeds share the batch."""
+    groups = configs[0].model.route_groups
+    with contextlib.ExitStack() as stack:
+        by_seed = {
+            seed: stack.enter_context(
+                train_batches(corpus, configs[0].data, seed=seed, start=start, route_groups=groups)
+            )
+            for seed in dict.fromkeys(c.seed for c in configs)
+        }
+
+        def together() -> Iterator[list[Batch]]:
+            while True:
+                batch = {seed: next(batches) for seed, batches in by_seed.items()}
+                yield [batch[c.seed] for c in configs]
+
+        yield together()
+
+
+@dataclass
+class _Runs:
+    """What `train` needs from the first step to the last."""
+
+    configs: Sequence[Config]
+    corpus: Corpus
+    program: Program
+    checkpoints: Checkpointer
+    stop: StopRequest
+    watch: Watch
+    show: Show
+    batches: Iterator[list[Batch]]
+
+    def train(self, state: Any, progress: Progress, done: int) -> Outcome:
+        """The order is that of `hnet.train.loop`: evaluate, save, next batch, step, read."""
+        config, start, self.shown = self.configs[0], done, (time.monotonic(), done)
+        ladder = self.program.ladder
+        if progress.ladder:
+            ladder = ladder.with_json(progress.ladder)
+        inflight: tuple[int, dict] | None = None
+        while True:
+            last, ends, evaluations = done == config.train.steps, False, None
+            if last or (_due(done, config.eval.every) and done not in dict(progress.curve)):
+                evaluations = self._evaluate(state.params, ladder.capacities, done, whole=last)
+            if evaluations and not last:
+                bpb = [e.bpb if math.isfinite(e.bpb) else None for e in evaluations]
+                progress.curve.append((done, bpb))
+                ends = self.watch(done, bpb)
+            stopping = self.stop.stop_requested(done)
+            saves = stopping or last or ends or _due(done, config.checkpoint.every)
+            if saves and done > start:
+                if inflight:
+                    ladder, inflight = ladder.observe(self._read(inflight, progress)), None
+                progress.ladder = ladder.to_json()
+                self.checkpoints.save(done, state, {"progress": asdict(progress)})
+            if last or stopping or ends:
+                self.checkpoints.wait()
+                return Outcome(state, done, evaluations, progress)
+
+            batch = put_batches(next(self.batches), self.program.mesh)
+            state, metrics = self.program.step(
+                state, batch, self.program.hparams, capacities=ladder.capacities
+            )
+            done += 1
+            if inflight:
+                ladder = ladder.observe(self._read(inflight, progress))
+            inflight = done, metrics
+            self.checkpoints.check()
+
+    def _evaluate(self, params, capacities, done: int, *, whole: bool) -> Evaluations | None:
+        """Of all runs; None if a stop request came."""
+        config = self.configs[0]
+        return run_evaluation(
+            self.program, params, self.corpus.heldout, config, capacities,
+            max_bytes=None if whole else config.eval.max_bytes,
+            should_stop=lambda: self.stop.stop_requested(done),
+            into=Evaluations(
+                Evaluation(route_names=config.model.route_names) for _ in self.configs
+            ),
+        )  # fmt: skip
+
+    def _read(self, inflight: tuple[int, dict], progress: Progress) -> tuple[int, ...]:
+        """Wait for a step and note what it did; returns the most slots a row of any run wanted."""
+        step, metrics = inflight[0], jax.device_get(inflight[1])
+        config, bpb = self.configs[0], []
+        stages = range(config.model.num_chunked)
+        for r in range(len(self.configs)):
+            bpb.append(bits_per_byte(float(metrics["nats"][r]), int(metrics["bytes"][r])))
+            for s in stages:
+                lost = float(metrics[f"stage{s}/overflow_frac"][r])
+                progress.overflow[r][s] = max(progress.overflow[r][s], lost)
+            if metrics["skipped_in_a_row"][r] >= config.train.max_skipped:
+                many = f"{config.train.max_skipped} updates in a row up to step {step}"
+                fault = f"non-finite loss or gradient in {many}"
+                progress.faults.setdefault(str(r), fault)
+        if step == 1 or step % config.train.log_every == 0:
+            before, self.shown = self.shown, (time.monotonic(), step)
+            pace = (step - before[1]) / max(self.shown[0] - before[0], 1e-9)
+            positions = len(self.configs) * config.data.batch_size * config.data.seq_len
+            row = {"step": step, "train/bpb": bpb, "positions_per_sec": pace * positions}
+            self.show(row)
+        return tuple(int(metrics[f"stage{s}/max_slots"].max()) for s in stages)
+
+
+def _due(done: int, every: int) -> bool:
+    return bool(every) and done > 0 and done % every == 0

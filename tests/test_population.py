@@ -1,0 +1,167 @@
+"""Many runs in one program: each is the run it would be alone; one compilation; resumable."""
+
+from dataclasses import replace
+from functools import lru_cache, partial
+
+import jax
+import numpy as np
+import pytest
+
+from hnet.config import ChunkingConfig, ConfigError
+from hnet.data import open_corpus, train_batches
+from hnet.train import population
+from hnet.train.checkpoint import CheckpointConfig
+from hnet.train.compile_cache import CompilationLog
+from hnet.train.config import EvalConfig, TrainConfig
+from hnet.train.distributed import StopRequest
+from hnet.train.population import build as build_population
+from hnet.train.program import put_batch, run_evaluation, untraced
+from hnet.train.sharding import MeshConfig
+from tests.networks import QUICK
+from tests.training import TINY, build, tiny_run
+
+STEPS = 6
+
+
+def variant(base, seed, rate, ratio, weight, gain, router="cosine"):
+    held = router == "cosine"
+    cut = ChunkingConfig(ratio, router, aux_loss_weight=weight, hold_rate=held)
+    stages = (replace(TINY.stages[0], chunking=cut), TINY.stages[1])
+    return replace(
+        base,
+        seed=seed,
+        model=replace(TINY, stages=stages),
+        optim=replace(base.optim, learning_rate=rate, weight_decay=weight),
+        controller=replace(base.controller, gain=gain),
+    )
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory):
+    base = tiny_run(
+        tmp_path_factory.mktemp("runs"),
+        train=TrainConfig(steps=STEPS, log_every=1),
+        eval=EvalConfig(every=2, max_bytes=200),
+        checkpoint=CheckpointConfig(every=0),
+        mesh=MeshConfig(data=1),
+    )
+    return [
+        variant(base, 0, 1e-3, 3.0, 0.03, 0.5),
+        variant(base, 1, 8e-3, 5.0, 0.3, 0.1),
+        variant(base, 0, 8e-3, 3.0, 0.03, 0.5),
+    ]
+
+
+@lru_cache
+def built(configs):
+    return build_population(configs, devices=jax.devices()[:2], compiler_options=QUICK)
+
+
+def train(configs, workdir, stop=None, program=None, **hooks):
+    with pytest.MonkeyPatch.context() as patch, StopRequest() as request:
+        patch.setattr(population, "build", lambda configs: program or built(tuple(configs)))
+        return population.train_population(configs, str(workdir), stop or request, **hooks)
+
+
+@pytest.fixture(scope="module")
+def whole(configs, tmp_path_factory):
+    """The runs trained together, the programs compiled for it, and what was shown."""
+    shown, compiled = [], CompilationLog()
+    outcome = train(configs, tmp_path_factory.mktemp("whole"), show=shown.append)
+    return outcome, [entry.name for entry in compiled.entries], shown
+
+
+def alone(config):
+    """A plain loop over one run on one device."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", partial(lambda devices: devices, jax.devices()[:1]))
+        program = build(config)
+    corpus, state = open_corpus(config.data), program.init()
+    with train_batches(corpus, config.data, seed=config.seed) as batches:
+        for _ in range(STEPS):
+            fed = put_batch(next(batches), program.mesh)
+            state, _ = program.step(state, fed, program.hparams, capacities=(32,))
+    return state, run_evaluation(program, state.params, corpus.heldout, config, (32,))
+
+
+def test_a_run_of_many_is_the_run_it_would_be_alone(configs, whole):
+    r = 1
+    state, evaluation = alone(configs[r])
+    together = whole[0]
+    close = partial(np.testing.assert_allclose, rtol=0, atol=1e-5)
+    jax.tree.map(
+        lambda a, b: close(a[r], b), *jax.device_get((together.state.params, state.params))
+    )
+    np.testing.assert_allclose(together.evaluations[r].bpb, evaluation.bpb, rtol=1e-6)
+    assert together.evaluations[r].bytes_per_chunk(0) == evaluation.bytes_per_chunk(0)
+    offset = state.params["backbone"]["boundary_offset"]
+    assert np.abs(offset).max() > 0.01
+
+
+def test_one_program_trains_them_all_and_nothing_moves_between_devices(configs, whole):
+    _, compiled, shown = whole
+    assert sum("population_step" in name for name in compiled) == 1
+    assert not any("train_step" in name for name in compiled)
+    assert [row["step"] for row in shown] == list(range(1, STEPS + 1))
+    assert all(len(row["train/bpb"]) == 3 for row in shown)
+    program = built(tuple(configs))
+    assert program.mesh.shape["runs"] == 2
+    batch = {
+        name: jax.ShapeDtypeStruct((4, 8, 32), kind, sharding=program.shardings.step)
+        for name, kind in (("input_ids", int), ("segment_ids", int), ("loss_mask", bool))
+    }
+    lowered = program.step.lower(program.abstract_state, batch, program.hparams, capacities=(32,))
+    text = lowered.compile(QUICK).as_text()
+    for kind in ("all-reduce", "all-gather", "all-to-all", "collective-permute"):
+        assert f"{kind}(" not in text and f"{kind}-start(" not in text
+
+
+def test_stopped_runs_go_on_to_the_same_bits_and_report_their_curve_again(configs, whole, tmp_path):
+    class StopAt:
+        def stop_requested(self, step):
+            return step >= 3
+
+    stopped = train(configs, tmp_path, StopAt())
+    assert stopped.evaluations is None
+    seen = []
+    resumed = train(configs, tmp_path, watch=lambda *evaluated: seen.append(evaluated))
+    equal = np.testing.assert_array_equal
+    jax.tree.map(equal, *jax.device_get((resumed.state.params, whole[0].state.params)))
+    assert [step for step, _ in seen] == [2, 4]
+    assert resumed.progress.curve[1] == whole[0].progress.curve[1]
+    assert [e.bpb for e in resumed.evaluations] == [e.bpb for e in whole[0].evaluations]
+
+
+def test_a_watch_may_end_the_runs_and_a_fault_of_one_leaves_the_others(configs, tmp_path):
+    program, many = built(tuple(configs)), replace(configs[0].train, max_skipped=2)
+    numbers, weights = jax.device_get(program.hparams)
+    rates = numbers.learning_rate * np.float32([1, 1e30, 1, 1])
+    hparams = jax.device_put(
+        (numbers._replace(learning_rate=rates), weights), program.shardings.step
+    )
+    patient = [replace(config, train=many) for config in configs]
+    ends = {"program": replace(program, hparams=hparams), "watch": lambda step, bpb: step == 4}
+    outcome = train(patient, tmp_path, **ends)
+    assert outcome.evaluations[0].num_bytes >= 200 and int(outcome.state.step[0]) == 4
+    assert outcome.progress.faults.keys() == {"1"}
+    assert "non-finite loss or gradient in 2 updates" in outcome.progress.faults["1"]
+
+
+def test_what_shares_a_program(configs):
+    assert len({untraced(config) for config in configs}) == 1
+    wider = replace(configs[0], optim=replace(configs[0].optim, b1=0.8))
+    with pytest.raises(ConfigError, match="differ in more than traced numbers"):
+        population.build([configs[0], wider])
+    cut = replace(TINY.stages[0].chunking, router="fixed")
+    strides = [
+        replace(
+            TINY,
+            stages=(
+                replace(TINY.stages[0], chunking=replace(cut, target_ratio=n)),
+                *TINY.stages[1:],
+            ),
+        )
+        for n in (2.0, 3.0)
+    ]
+    one, other = (untraced(replace(configs[0], model=model)) for model in strides)
+    assert one != other

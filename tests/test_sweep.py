@@ -1,0 +1,297 @@
+"""Sweeps: spaces and their errors, claims of several workers, results, kill and resume."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from experiments import sweep
+from experiments.command_line import run_config
+from experiments.space import list_points, read_space
+from experiments.study import Study
+from hnet.config import ConfigError
+from hnet.train import loop, population
+from hnet.train.checkpoint import CheckpointConfig
+from hnet.train.config import EvalConfig, TrainConfig, to_json
+from hnet.train.report import read_metrics
+from tests.networks import QUICK
+from tests.training import build, tiny_run
+
+ROOT = Path(__file__).parent.parent
+RATES = "[space]\noptim.learning_rate = [1e-3, 4e-3]\nseed = [0, 1]\n"
+
+
+def write(folder: Path, text: str) -> str:
+    file = folder / "space.toml"
+    file.write_text(text)
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "the space in .* is empty: name at least one field"),
+        ("[space]\n", "is empty"),
+        ("[space", "is not TOML"),
+        ("sampler = 'grids'\n[space]\nseed = [1]", "sampler='grids': use one of grid, random"),
+        ("smapler = 'grid'\n[space]\nseed = [1]", "unknown setting 'smapler'.*mean sampler"),
+        ("[space]\noptim.weight_deca = [1]", "field optim.weight_deca: did you mean weight_"),
+        ("[space]\nmodel.stages.7.d_model = [1]", "unknown field model.stages.7: did you mean 0"),
+        ("[space]\noptim.learning_rate = ['x']", "optim.learning_rate='x': expected float"),
+        ("[space]\noptim.learning_rate = []", "space.optim.learning_rate=.*at least one value"),
+        ("[space]\noptim.learning_rate = [1, 1]", "is there twice"),
+        ("[space]\noptim.learning_rate = 1e-3", "give a list of values or"),
+        ("[space]\noptim.b1 = {low = 0, high = 0.9, log = true}", "use numbers above 0"),
+        ("[space]\noptim.b1 = {low = 0.1, high = 0.9}", "a grid needs num"),
+        ("sampler = 'tpe'\n[space]\noptim.b1 = [0.8]", "trials=0: sampler='tpe' needs"),
+        ("[space]\nmodel.stages.0.d_model = [16, 40]\nseed=[0]", "d_model=24 is narrower.*=40"),
+        ("[space]\nworkdir = ['a']", "every run gets its own"),
+        ("[space]\nseed = ['a']", "space.seed: give a list of whole numbers"),
+    ],
+)  # fmt: skip
+def test_a_space_that_cannot_be_is_one_line(tmp_path, text, says):
+    base = tiny_run(tmp_path)
+    with pytest.raises(ConfigError, match=says) as error:
+        list_points(base, read_space(write(tmp_path, text), base))
+    assert "\n" not in str(error.value)
+
+
+def test_points_of_one_program_stand_together_and_seeds_are_runs(tmp_path, capsys):
+    text = """[space]
+    optim = { learning_rate = { low = 1e-3, high = 1e-1, log = true, num = 3 } }
+    data.batch_size = [8, 16]
+    model.stages.0.chunking.target_ratio = { low = 2, high = 4, num = 2 }
+    seed = [0, 5, 6]"""
+    base = tiny_run(tmp_path)
+    points = list_points(base, read_space(write(tmp_path, text), base))
+    assert len(points) == 12 and all(len(point.runs) == 3 for point in points)
+    assert [len({p.group for p in part}) for part in (points[:6], points[6:], points)] == [1, 1, 2]
+    assert [p.runs[2].optim.learning_rate for p in points[:5:4]] == [1e-3, pytest.approx(1e-1)]
+    assert points[1].runs[1].model.stages[0].chunking.target_ratio == 4.0
+    assert [run.seed for run in points[0].runs] == [0, 5, 6]
+    (tmp_path / "tiny.json").write_text(json.dumps(to_json(base)))
+    argv = [str(tmp_path / "tiny.json"), "--space", str(tmp_path / "space.toml"), "--dry-run"]
+    assert sweep.main([*argv, "--out", str(tmp_path / "out"), "--width", "12"]) == 0
+    said = capsys.readouterr().out
+    assert "4 points x 3 seeds in one program" in said and "12 points, 36 runs, 4 programs" in said
+    assert not (tmp_path / "out").exists()
+
+
+def open_study(folder: Path, worker: str, text: str = RATES, timeout: float = 60.0) -> Study:
+    folder.mkdir(exist_ok=True)
+    base = tiny_run(folder / "run")
+    study = Study(
+        str(folder / "journal"), "s", base, read_space(write(folder, text), base), timeout
+    )
+    study.worker = worker
+    return study
+
+
+def finish(study: Study, claims, bpb: float = 1.0) -> None:
+    for claim in claims:
+        run = {"seed": 0, "step": 8, "bpb": bpb, "bytes_per_chunk": [], "overflow": [], "curve": []}
+        assert study.finish(claim, [run], bpb)
+
+
+def test_two_workers_share_the_points_and_none_is_done_twice(tmp_path):
+    text = "[space]\noptim.learning_rate = {low = 1e-3, high = 4e-3, num = 7}\n"
+    one, two = (open_study(tmp_path, name, text) for name in ("here//1", "there//2"))
+    one_has, two_has = one.claim(3), two.claim(3)
+    one_has += one.claim(3)
+    assert (len(one_has), len(two_has)) == (4, 3) and not two.claim(3)
+    keys = [claim.point.key for claim in one_has + two_has]
+    assert len(set(keys)) == 7
+    finish(one, one_has)
+    two.release(two_has)  # asked to stop
+    again = one.claim(9)
+    assert {c.point.key for c in again} == {c.point.key for c in two_has}
+    finish(one, again)
+    assert not one.is_pending() and not two.claim(3) and one.num_done() == two.num_points == 7
+    with pytest.raises(ConfigError, match="study 's' in .* is another sweep"):
+        open_study(tmp_path, "else//3", RATES)
+
+
+def test_claims_made_at_the_same_moment_are_one_too_many_or_twins(tmp_path):
+    tpe = "sampler = 'tpe'\ntrials = 2\n[space]\noptim.b1 = {low = 0.8, high = 0.95}\n"
+    study = open_study(tmp_path / "tpe", "here//1", tpe)
+    asked = [study._ask(n) for n in range(3)]
+    assert [study._counts(trial) for trial in asked] == [True, True, False]
+    study = open_study(tmp_path / "many", "here//1", tpe.replace("2", "9"))
+    for _ in range(2):  # two workers queue the point of a third that is dead
+        study.study.enqueue_trial({"optim.b1": 0.9})
+    assert len(study.claim(2)) == 2
+    trials = study.trials()
+    assert [t.state.name for t in trials] == ["RUNNING", "FAIL", "RUNNING"]
+    assert trials[0].params == trials[1].params != trials[2].params
+
+
+def test_points_of_a_dead_worker_are_taken_up_by_one_other(tmp_path):
+    silent = open_study(tmp_path, "far//1")
+    (held,) = silent.claim(1)
+    one, two = (open_study(tmp_path, f"near//{i}", timeout=0.4) for i in (2, 3))
+    with one, two:
+        assert len(one.claim(1)) == 1 and not two.claim(1)
+        with silent:  # its heart beats
+            assert not one.claim(1) and not two.claim(1)
+        retaken, end = [], time.monotonic() + 60
+        while not retaken and time.monotonic() < end:
+            time.sleep(0.1)
+            retaken = one.claim(9) + two.claim(9)
+        assert [claim.point.key for claim in retaken] == [held.point.key]
+        assert not silent.finish(held, [], 1.0)  # too late
+        assert not one.num_done()
+
+
+def test_what_a_killed_process_of_this_machine_held_is_free_at_once(tmp_path):
+    code = (
+        "import pathlib, os, sys; from tests.test_sweep import open_study\n"
+        "from experiments.study import worker_name\n"
+        "open_study(pathlib.Path(sys.argv[1]), worker_name()).claim(1); os._exit(9)"
+    )
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env=env, timeout=120)
+    study = open_study(tmp_path, "near//2")
+    assert [t.state.name for t in study.trials()] == ["RUNNING", "WAITING"]
+    assert len(study.claim(9)) == 2
+
+
+def test_tpe_asks_for_as_many_points_as_wanted_and_prunes_the_worse(tmp_path):
+    text = "sampler = 'tpe'\ntrials = 6\npruner = 'median'\n" + (
+        "[space]\noptim.learning_rate = {low = 1e-3, high = 1e-2, log = true}\n"
+        "optim.schedule = ['wsd', 'cosine']\noptim.lr_multipliers = [[1.0, 2.0], 'none']\n"
+    )
+    one, two = (open_study(tmp_path, name, text) for name in ("here//1", "there//2"))
+    claims = one.claim(4)
+    for n, claim in enumerate(claims):
+        assert not sweep._prune(one, [claim], 4, [2.0 + n])
+    finish(one, claims)
+    worse = two.claim(9)
+    assert len(worse) == 2 and len({c.point.key for c in claims + worse}) == 6
+    assert sweep._prune(two, worse, 4, [9.0, 9.0]) and all(claim.pruned for claim in worse)
+    for claim in worse:
+        assert two.finish(claim, [], None)
+    assert not one.claim(1) and not one.is_pending()
+    assert sorted(t.state.name for t in one.finished()) == ["COMPLETE"] * 4 + ["PRUNED"] * 2
+
+
+def sweep_in_process(folder: Path, out: Path, space: str, *argv: str, **changes) -> int:
+    base = tiny_run(folder / "run", train=TrainConfig(steps=4, log_every=1), **changes)
+    (folder / "tiny.json").write_text(json.dumps(to_json(base)))
+    quick = partial(population.build, compiler_options=QUICK)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(population, "build", quick)
+        patch.setattr(loop, "build", build)
+        patch.setattr(sweep, "enable_compilation_cache", lambda: None)
+        start = [str(folder / "tiny.json"), "--space", write(folder, space), "--out", str(out)]
+        return sweep.main([*start, *argv])
+
+
+def test_a_sweep_leaves_table_plot_hparams_and_a_configuration_to_train(tmp_path, capsys):
+    out, once = tmp_path / "out", {"eval": EvalConfig(every=2, max_bytes=200)}
+    assert sweep_in_process(tmp_path, out, RATES, **once) == 0
+    assert "compiled or loaded 1 training programs" in capsys.readouterr().out
+    with (out / "results.csv").open() as f:
+        table = list(csv.DictReader(f))
+    assert [(row["optim.learning_rate"], row["seed"]) for row in table] == [
+        ("0.001", "0"), ("0.001", "1"), ("0.004", "0"), ("0.004", "1"),
+    ]  # fmt: skip
+    assert all(row["state"] == "done" and float(row["eval/bpb"]) < 8.1 for row in table)
+    assert {"eval/stage0/bytes_per_chunk", "stage0/overflow_frac"} <= table[0].keys()
+    assert (out / "results.parquet").stat().st_size and (out / "results.png").stat().st_size
+    assert len(list((out / "tensorboard").glob("*/events*"))) == 4
+    best = run_config([str(out / "best.json")])
+    means = {r: sum(float(x["eval/bpb"]) for x in table if x["optim.learning_rate"] == r)
+             for r in ("0.001", "0.004")}  # fmt: skip
+    assert best.optim.learning_rate == float(min(means, key=means.get))
+    assert best.workdir == str(out / "best")
+
+    before = (out / "results.csv").read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "train_population", lambda *_, **__: pytest.fail("trained again"))
+        assert sweep_in_process(tmp_path, out, RATES, **once) == 0
+    assert (out / "results.csv").read_bytes() == before
+
+
+def test_a_point_alone_is_a_run_of_its_own_and_a_fault_leaves_the_others(tmp_path, monkeypatch):
+    text = "[space]\noptim.learning_rate = [9e-3, 1e-3]\n"
+    train = sweep.train
+
+    def fails_once(config, *arguments):
+        if config.optim.learning_rate == 9e-3:
+            raise loop.StopRun("non-finite loss: lower optim.learning_rate")
+        return train(config, *arguments)
+
+    monkeypatch.setattr(sweep, "train", fails_once)
+    out, twice = tmp_path / "out", {"eval": EvalConfig(every=2, max_bytes=200)}
+    assert sweep_in_process(tmp_path, out, text, "--width", "1", **twice) == 0
+    with (out / "results.csv").open() as f:
+        table = list(csv.DictReader(f))
+    assert [row["state"] for row in table] == ["failed", "done"]
+    assert "non-finite" in table[0]["fault"] and not table[1]["fault"]
+    (folder,) = (out / "runs").iterdir()
+    assert folder.name.startswith("learning_rate=0.001-")
+    last = read_metrics(folder)[-1]
+    assert last["step"] == 4 and str(last["eval/bpb"]) == table[1]["eval/bpb"]
+
+
+def start(folder: Path) -> subprocess.Popen:
+    long = tiny_run(
+        folder / "run", train=TrainConfig(steps=100_000), eval=EvalConfig(every=0),
+        checkpoint=CheckpointConfig(every=4),
+    )  # fmt: skip
+    (folder / "tiny.json").write_text(json.dumps(to_json(long)))
+    command = [sys.executable, "-m", "experiments.sweep", str(folder / "tiny.json")]
+    command += ["--space", write(folder, RATES), "--out", str(folder / "out")]
+    env = os.environ | {
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XDG_CACHE_HOME": str(folder / "cache"),
+    }
+    return subprocess.Popen(
+        command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def newest(out: Path) -> int:
+    found = out.glob("groups/*/checkpoints/*/manifest.json")
+    return max((int(path.parent.name) for path in found), default=0)
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 200) -> None:
+    end = time.monotonic() + seconds
+    while not condition() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.05)
+    assert condition(), process.communicate(timeout=10)
+
+
+def test_a_killed_sweep_goes_on_where_it_was_and_a_terminated_one_says_so(tmp_path):
+    out = tmp_path / "out"
+    process = start(tmp_path)
+    wait_for(lambda: newest(out) >= 8, process)
+    process.kill()
+    process.communicate(timeout=60)
+    before = newest(out)
+    process = start(tmp_path)
+    wait_for(lambda: newest(out) > before, process)
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 75, stderr
+    assert "the same command goes on" in stdout
+    assert len(list((out / "groups").iterdir())) == 1
+    (file,) = out.glob("groups/*/metrics.jsonl")
+    steps = [json.loads(line)["step"] for line in file.read_text().splitlines()]
+    assert steps == sorted(set(steps)) and steps[:3] == [1, 10, 20][: len(steps)]
+    states = [t.state.name for t in open_study_of(out, tmp_path).trials()]
+    assert states == ["FAIL"] * 4 + ["WAITING"] * 2
+
+
+def open_study_of(out: Path, folder: Path) -> Study:
+    base = run_config([str(folder / "tiny.json")])
+    space = read_space(str(folder / "space.toml"), base)
+    return Study(str(out / "journal.log"), "out", base, space, 60.0)

@@ -1,7 +1,7 @@
 """Continue texts with a trained model.
 
     python -m experiments.generate --checkpoint WORKDIR --prompt "Once upon a time"
-    python -m experiments.generate --checkpoint WORKDIR                 # asks, in a terminal
+    python -m experiments.generate --checkpoint WORKDIR             # asks, or reads lines of a pipe
     python -m experiments.generate --checkpoint WORKDIR --input prompts.jsonl --output texts.jsonl
 
 A checkpoint is a work directory or an official state dict with its JSON. Text is printed as it
@@ -40,7 +40,7 @@ class GenerateConfig:
     checkpoint: str
     """work directory of a run, or an official checkpoint with its JSON"""
     prompt: str | None = None
-    """text to continue, possibly empty; without one, lines are read from the terminal"""
+    """text to continue, possibly empty; without one, lines are read from the terminal or a pipe"""
     input: str = ""
     """JSONL file of prompts"""
     output: str = ""
@@ -62,8 +62,6 @@ def main() -> None:
     config = parse(GenerateConfig)
     if bool(config.input) != bool(config.output):
         raise ConfigError("input and output belong together: give both, or a prompt")
-    if config.prompt is None and not config.input and not sys.stdin.isatty():
-        raise ConfigError("there is nothing to continue: give --prompt, or --input and --output")
     if config.input:
         prompts, done = _read_prompts(config.input), _already_done(config)
     enable_compilation_cache()
@@ -107,18 +105,22 @@ def _segmentation(model: HNetLM, result: Generation) -> Segmentation:
 
 
 def _converse(model: HNetLM, config: GenerateConfig) -> None:
-    print("Type a text to continue; an empty line or Ctrl-D ends.", file=sys.stderr)
+    """Continue lines that are typed, or come through a pipe."""
+    if typed := sys.stdin.isatty():
+        print("Type a text to continue; an empty line or Ctrl-D ends.", file=sys.stderr)
     seed = config.sampling.seed
     while True:
         try:
-            prompt = input("> ")
+            prompt = input("> " if typed else "")
         except EOFError:
-            return
+            prompt = ""
         if not prompt:
-            return
+            break
         sampling = dataclasses.replace(config.sampling, seed=seed)
         _run_prompt(model, dataclasses.replace(config, sampling=sampling), prompt)
         seed += 1
+    if not typed and seed == config.sampling.seed:
+        raise ConfigError("there is nothing to continue: give --prompt, or --input and --output")
 
 
 def _read_prompts(path: str) -> list[dict[str, Any]]:
@@ -131,7 +133,7 @@ def _read_prompts(path: str) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             item = json.loads(line)
-            valid = isinstance(item["prompt"], str) and int(item.get("seed", 0)) >= 0
+            valid = isinstance(item["prompt"], str) and 0 <= int(item.get("seed", 0)) < 1 << 32
         except (ValueError, KeyError, TypeError, AttributeError):
             valid = False
         if not valid:

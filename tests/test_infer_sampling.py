@@ -131,9 +131,9 @@ def test_the_constraint_leaves_valid_bytes_only(seed, state, remaining):
 
 @pytest.mark.parametrize(
     "field, value",
-    [("max_bytes", 0), ("repetition_window", 0), ("top_k", -1), ("seed", -1), ("temperature", -0.1),
-     ("temperature", math.nan), ("top_p", 0.0), ("top_p", 1.1), ("min_p", -0.1), ("min_p", 1.5),
-     ("repetition_penalty", 0.0), ("stop", ("",))],
+    [("max_bytes", 0), ("max_bytes", 1 << 31), ("repetition_window", 0), ("top_k", -1),
+     ("seed", -1), ("temperature", -0.1), ("temperature", math.nan), ("top_p", 0.0), ("top_p", 1.1),
+     ("min_p", -0.1), ("min_p", 1.5), ("repetition_penalty", 0.0), ("stop", ("",))],
 )  # fmt: skip
 def test_bad_settings_are_named(field, value):
     with pytest.raises(ConfigError, match=field) as e:

@@ -39,6 +39,12 @@ def test_checksum_is_the_slow_one(dtype):
         assert device_checksum(x) == slow_checksum(np.asarray(x))
 
 
+def test_checksum_of_a_large_host_array_goes_by_pieces(monkeypatch):
+    monkeypatch.setattr(lv, "_PIECE", 11)
+    x = np.random.default_rng(5).normal(size=(7, 5)).astype(np.float32)
+    assert lv.checksums({"x": x})["x"] == slow_checksum(x)
+
+
 def test_checksum_does_not_depend_on_sharding():
     x = np.random.default_rng(2).normal(size=(8, 6)).astype(np.float32)
     auto = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)

@@ -11,6 +11,7 @@ from hnet.config import EOS_ID, ConfigError
 from hnet.infer import utf8
 
 NUM_BYTES = 256
+_MOST = 1 << 30  # for numbers that become int32, and lengths that are rounded up
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Sampling:
 
     def __post_init__(self):
         for name, least in (("max_bytes", 1), ("repetition_window", 1), ("top_k", 0), ("seed", 0)):
-            if (value := getattr(self, name)) < least:
-                raise ConfigError(f"{name}={value}: use {least} or more")
+            if not least <= (value := getattr(self, name)) <= _MOST:
+                raise ConfigError(f"{name}={value}: use {least} to {_MOST}")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ConfigError(
                 f"temperature={self.temperature}: use 0 (greedy) or a positive number"

@@ -92,17 +92,16 @@ def _read_leaves(
     with Checkpointer(workdir, CheckpointConfig(asynchronous=False)) as checkpointer:
         manifest = checkpointer.manifest(step)
     folder = checkpoint_folder(workdir) / str(manifest.step)
-    one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
         for leaf in shown(f"reading {folder}")(wanted):
             path = "/".join(["params", *map(str, leaf.path)])
             if tuple(manifest.leaves.get(path, {}).get("shape", ())) != leaf.shape:
                 raise ConfigError(f"checkpoint {folder} has no {path} of shape {leaf.shape}")
             try:
-                arrays = read_arrays(orbax, folder, manifest, {path: one_device})
+                arrays = read_arrays(orbax, folder, manifest, {path: None})
             except mf.Damaged as e:
                 raise ConfigError(f"checkpoint {folder}: {e}") from None
-            yield leaf, np.asarray(arrays[path])
+            yield leaf, arrays.pop(path)  # let go while the next one is read
 
 
 def _write_official(target: Path, config: HNetConfig, tensors: dict[str, np.ndarray]) -> None:

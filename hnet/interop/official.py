@@ -181,6 +181,7 @@ def entries(
             yield name, theirs
             if name == EMBEDDING and config.tie_embeddings:
                 yield HEAD, theirs
+        del array, layers, layer  # while the next parameter is read
 
 
 def to_official(model: HNetLM) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

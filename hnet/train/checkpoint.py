@@ -56,6 +56,8 @@ class CheckpointConfig:
 
 
 _SAVED = "saved already"
+# Arrays are stored in pieces: whoever writes or reads one need not hold it compressed as well.
+_CHUNK_BYTES, _FILE_BYTES = 1 << 26, 1 << 28
 
 
 class CheckpointError(RuntimeError):
@@ -95,8 +97,10 @@ class Checkpointer(contextlib.AbstractContextManager):
         self.folder = sf.checkpoint_folder(workdir)
         self.config = config
         self.last_save: SaveTimes | None = None
+        # A save that is waited for needs no second copy of all arrays, only of some at a time.
+        most_copied_gb = None if config.asynchronous else 1
         self._orbax = ocp.AsyncCheckpointer(
-            ocp.PyTreeCheckpointHandler(),
+            ocp.PyTreeCheckpointHandler(save_device_host_concurrent_gb=most_copied_gb),
             async_options=ocp.AsyncOptions(timeout_secs=config.timeout_seconds),
         )
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -154,7 +158,11 @@ class Checkpointer(contextlib.AbstractContextManager):
         # Orbax stores no empty arrays; their shape in the manifest is all there is to them.
         tree = lv.nest({path: x for path, x in arrays.items() if x.size})
         try:
-            self._orbax.save(self.folder / str(step) / sf.STATE, args=ocp.args.PyTreeSave(tree))
+            in_chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
+            arguments = ocp.args.PyTreeSave(
+                tree, in_chunks, ocdbt_target_data_file_size=_FILE_BYTES
+            )
+            self._orbax.save(self.folder / str(step) / sf.STATE, args=arguments)
         except Exception as e:
             raise CheckpointError(_failure(step, e)) from e
         blocking = time.monotonic() - start

@@ -56,7 +56,7 @@ def describe(named: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {p: {"shape": list(x.shape), "dtype": str(x.dtype)} for p, x in arrays.items()}
 
 
-def stored(leaf: dict[str, Any], sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+def stored(leaf: dict[str, Any], sharding: jax.sharding.Sharding | None) -> jax.ShapeDtypeStruct:
     """A leaf of the schema as jax describes it."""
     return jax.ShapeDtypeStruct(tuple(leaf["shape"]), jnp.dtype(leaf["dtype"]), sharding=sharding)
 
@@ -103,18 +103,20 @@ def few(items: list[str]) -> str:
     return ", ".join(items[:3]) + (", ..." if len(items) > 3 else "")
 
 
-def checksums(arrays: dict[str, jax.Array]) -> dict[str, str]:
+def checksums(arrays: dict[str, jax.Array | np.ndarray]) -> dict[str, str]:
     """64-bit checksum (hex) of each array's bits and their positions.
 
     Two wrap-around sums over the words of ``_mixed``. Sums of integers do not depend on their
     order, so any sharding on any devices gives the same numbers. Computed where the array lies.
     """
-    sums = {p: (_host_sums if _is_small(x) else _device_sums)(x) for p, x in arrays.items()}
+    sums = {p: (_host_sums if _on_host(x) else _device_sums)(x) for p, x in arrays.items()}
     return {path: f"{int(a):08x}{int(b):08x}" for path, (a, b) in jax.device_get(sums).items()}
 
 
-def _is_small(x: jax.Array) -> bool:
-    """In the memory of this process, and numpy is done before its shape would be compiled?"""
+def _on_host(x: jax.Array | np.ndarray) -> bool:
+    """In numpy, or so small that numpy is done before its shape would be compiled?"""
+    if isinstance(x, np.ndarray):
+        return True
     here = x.is_fully_addressable and all(d.platform == "cpu" for d in x.sharding.device_set)
     return here and x.size <= 1 << 20
 
@@ -145,12 +147,24 @@ def _device_sums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     for axis in range(words.ndim):
         stride = np.uint32(math.prod(words.shape[axis + 1 :]) & 0xFFFFFFFF)
         index += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * stride
-    first, second = _mixed(words, index)
-    return jnp.sum(first, dtype=jnp.uint32), jnp.sum(second, dtype=jnp.uint32)
+    zero, axes = np.uint32(0), tuple(range(words.ndim))
+    # One reduction of both: XLA:CPU would store the operands of two sums before it adds them.
+    return jax.lax.reduce(_mixed(words, index), (zero, zero), _add_pairs, axes)
 
 
-def _host_sums(x: jax.Array) -> tuple[int, int]:
+def _add_pairs(a: tuple, b: tuple) -> tuple:
+    return a[0] + b[0], a[1] + b[1]
+
+
+_PIECE = 1 << 16  # words that numpy mixes at a time, in cache
+
+
+def _host_sums(x: jax.Array | np.ndarray) -> tuple[int, int]:
     flat = np.ascontiguousarray(x).reshape(-1)
-    words = flat.view(f"<u{min(flat.dtype.itemsize, 4)}").astype(np.uint32)
-    first, second = _mixed(words, np.arange(words.size, dtype=np.uint32))
-    return tuple(int(h.sum(dtype=np.uint64)) & 0xFFFFFFFF for h in (first, second))
+    words = flat.view(f"<u{min(flat.dtype.itemsize, 4)}")
+    sums = np.zeros(2, np.uint64)
+    for start in range(0, words.size, _PIECE):
+        piece = words[start : start + _PIECE].astype(np.uint32)
+        index = np.arange(start, start + piece.size).astype(np.uint32)
+        sums += [h.sum(dtype=np.uint64) for h in _mixed(piece, index)]
+    return tuple(int(total) & 0xFFFFFFFF for total in sums)

@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from rich.console import Console
@@ -22,25 +23,24 @@ def read_arrays(
     orbax: ocp.Checkpointer,
     folder: epath.Path,
     manifest: Manifest,
-    shardings: dict[str, jax.sharding.Sharding],
-) -> dict[str, jax.Array]:
+    shardings: dict[str, jax.sharding.Sharding | None],
+) -> dict[str, jax.Array | np.ndarray]:
     """The stored arrays of these paths with these shardings, bits compared with the manifest.
 
+    None gives a numpy array, of which there never is a second copy on the way.
     Raises Damaged naming the first leaves that changed, and whatever Orbax raises.
     """
     wanted = {path: lv.stored(manifest.leaves[path], s) for path, s in shardings.items()}
     tree = lv.nest({path: leaf for path, leaf in wanted.items() if leaf.size})
     if tree:
-        arguments = ocp.args.PyTreeRestore(
-            item=tree,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
-            partial_restore=True,
-        )
+        restore_args = jax.tree.map(_restore_args, tree)
+        arguments = ocp.args.PyTreeRestore(tree, restore_args, partial_restore=True)
         tree = orbax.restore(folder / STATE, args=arguments)
     arrays, _ = lv.flatten(tree)
     for path, leaf in wanted.items():
         if not leaf.size:
-            arrays[path] = jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+            zeros = jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+            arrays[path] = zeros if leaf.sharding else np.asarray(zeros)
     sums = lv.checksums(arrays)
     bad = [path for path in arrays if sums[path] != manifest.leaves[path]["checksum"]]
     if bad:
@@ -48,11 +48,16 @@ def read_arrays(
     return arrays
 
 
+def _restore_args(leaf: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:
+    if leaf.sharding is None:
+        return ocp.RestoreArgs(restore_type=np.ndarray)
+    return ocp.checkpoint_utils.construct_restore_args(leaf)
+
+
 def check_values(orbax: ocp.Checkpointer, folder: epath.Path) -> Manifest:
     """The manifest of a step after reading all of its arrays, some at a time. Raises Damaged."""
     manifest = mf.read(folder)
     mf.check_files(folder, manifest)
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     console = Console(stderr=True)
     groups = track(
         _groups(manifest),
@@ -63,7 +68,7 @@ def check_values(orbax: ocp.Checkpointer, folder: epath.Path) -> Manifest:
     )
     for group in groups:
         try:
-            read_arrays(orbax, folder, manifest, dict.fromkeys(group, sharding))
+            read_arrays(orbax, folder, manifest, dict.fromkeys(group))
         except Damaged:
             raise
         except Exception as e:  # whatever Orbax says of a damaged file

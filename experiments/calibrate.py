@@ -39,8 +39,8 @@ class CalibrateConfig:
     mean_ratio: float
     """bytes a chunk of the whole text, over all languages"""
     groups: tuple[str, ...] = ()
-    """scripts that share a route, such as Hiragana+Katakana; all others share the default route.
-    Empty = each script of the text by itself, and Latin is the default"""
+    """scripts that share a route, such as Hiragana+Katakana; all others share the default route,
+    which gets the target of Latin where Latin has a route. Empty = each script of the text"""
     aligned: bool = True
     """line i says the same in every file; False: only the whole of each file does"""
     base: str = "default"
@@ -68,6 +68,8 @@ class Calibration:
 def calibrate(lines: Lines, mean_ratio: float, groups: Sequence[Sequence[str]] = ()) -> Calibration:
     """Targets of the routes for a parallel text.
 
+    Where Latin has a route, the default route is left without a script of this text; it then gets
+    Latin's target, for scripts that are not known to be cut as Latin is.
     Raises ConfigError for a group that names no script, or a mean ratio too small for a language.
     """
     scripts_LX = np.stack([bytes_by_script(texts) for texts in lines.values()])
@@ -81,14 +83,16 @@ def calibrate(lines: Lines, mean_ratio: float, groups: Sequence[Sequence[str]] =
             f"mean_ratio={mean_ratio} asks for {ratios.min():.2f} bytes a chunk in one of the "
             f"routes: use at least {1.01 * mean_ratio / ratios.min():.2f}"
         )
+    if route_of[SCRIPTS.index("Latin")]:
+        ratios[0] = ratios[route_of[SCRIPTS.index("Latin")]]
     return Calibration(groups, tuple(round(float(N), 3) for N in ratios), bytes_LR)
 
 
 def _own_routes(scripts_LX: np.ndarray) -> tuple[tuple[str, ...], ...]:
-    """Every script that a language writes a share of its text with, but Latin."""
+    """Every script that a language writes a share of its text with."""
     share_X = (scripts_LX / np.maximum(scripts_LX.sum(axis=1, keepdims=True), 1)).max(axis=0)
     names = [SCRIPTS[i] for i in np.flatnonzero(share_X >= LEAST_SHARE)]
-    return tuple((name,) for name in names if name not in (*COMMON_TO_ALL, "Latin"))
+    return tuple((name,) for name in names if name not in COMMON_TO_ALL)
 
 
 def with_routes(model: HNetConfig, found: Calibration) -> HNetConfig:

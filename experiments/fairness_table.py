@@ -3,10 +3,10 @@
     python -m experiments.fairness_table --train eng=a/eng.txt rus=a/rus.txt eng=b/eng.txt ...
 
 Holds lines of each text out, calibrates a target for each script on the others, trains a BPE,
-mixed_scripts_routed and its twin mixed_scripts_single on them, the two on the same batches, and
-reports how equally all of them cut the lines held out, of all texts together and of each
-(`experiments.fairness`). Two CPU cores, about 25 minutes. The same command again goes on where it
-was stopped.
+mixed_scripts_routed and its twin mixed_scripts_single on them, the two on the same batches but for
+the rows in made-up scripts, and reports how equally all of them cut the lines held out, of all
+texts together and of each (`experiments.fairness`). Two CPU cores, about 25 minutes. The same
+command again goes on where it was stopped.
 """
 
 import json

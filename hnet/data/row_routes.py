@@ -6,7 +6,7 @@ the text before it, padding has none. For a row that starts in the middle of a d
 before it is read backwards until a character with a script comes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from hnet.data.scripts import route_table, script_ids, script_ids_of_rows
 
 _WINDOW = 32  # bytes before each row that are looked at for all rows together
 _STRIDE = 1024  # bytes read backwards at a time where that is not enough
+_UNKNOWN = 0x5C121  # keeps the random numbers of unknown scripts apart from others of the seed
 
 
 class ScriptStates:
@@ -80,3 +81,30 @@ class RowRoutes:
             if before[b][1] > _WINDOW:
                 state_B[b] = self._states[places[b][0]].before(*before[b])
         return state_B
+
+
+def unknown_script(seed: int, slot: int, frac: float) -> np.ndarray | None:
+    """Byte for each byte, int32 (256,), by which a row becomes text in a script nobody knows.
+
+    None but for a share `frac` of the slots of a run: the choice and the table are functions of
+    (seed, slot) alone. Continuation bytes and the leads of two and of three bytes are permuted
+    among themselves, so that words, lengths of characters and their repetition stay; ASCII, BOS
+    and EOS do too. Not all of it is valid UTF-8.
+    """
+    rng = np.random.default_rng((_UNKNOWN, seed, slot))
+    if rng.random() >= frac:
+        return None
+    table = np.arange(256, dtype=np.int32)
+    for first, stop in ((0x80, 0xC0), (0xC2, 0xE0), (0xE0, 0xF0)):
+        rng.shuffle(table[first:stop])
+    return table
+
+
+def make_unknown(
+    batch: dict[str, np.ndarray], seed: int, slots: Iterable[int], frac: float
+) -> None:
+    """Put a share of the rows of a batch, at these slots, into unknown scripts, in place."""
+    for row, slot in enumerate(slots):
+        if (table := unknown_script(seed, slot, frac)) is not None:
+            batch["input_ids"][row] = table[batch["input_ids"][row]]
+            batch["route_ids"][row] = 0

@@ -37,7 +37,8 @@ _REMEDY = {
     "all-boundary": "raise the stage's chunking.aux_loss_weight or lower the stage's learning rate",
     "no-boundary": "raise the stage's chunking.aux_loss_weight or lower the stage's learning rate",
     "stuck": "the router gets no useful gradient: raise the stage's chunking.aux_loss_weight",
-    "drift": "the rate moves away from its target: raise the stage's chunking.aux_loss_weight",
+    "drift": "the rate moves away from its target: raise the stage's chunking.aux_loss_weight, or "
+    "controller.gain if it has hold_rate",
 }
 
 

@@ -13,7 +13,10 @@ import json
 import sys
 import time
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
+
+import numpy as np
 
 from experiments.calibrate import calibrate, with_routes
 from experiments.command_line import parse, run
@@ -28,13 +31,16 @@ from experiments.fairness import (
 )
 from hnet.config import ConfigError
 from hnet.data.parallel import Lines, read_parallel
+from hnet.data.pipeline import train_batches
 from hnet.inspect.tokens import train_bpe
 from hnet.train.compile_cache import enable_compilation_cache
 from hnet.train.config import Config
 from hnet.train.distributed import REQUEUE_EXIT_CODE, StopRequest
-from hnet.train.loop import StopRun, train
+from hnet.train.loop import Outcome, StopRun, train
+from hnet.train.program import run_batches
 
 LINES_A_DOCUMENT = 8
+LAST = 30  # updates whose batches the rates are measured on
 
 
 @dataclass(frozen=True)
@@ -84,10 +90,8 @@ def main() -> int:
             return REQUEUE_EXIT_CODE
         wall, cpu = time.monotonic() - began, time.process_time() - cpu_began
         print(f"{settings.workdir} took {wall:.0f} s, {cpu:.0f} s of all cores")
-        targets = settings.model.stages[0].chunking.target_ratios
-        for name, size in outcome.evaluation.positions_per_chunk(0).items():
-            N = targets[settings.model.route_names.index(name)]
-            print(f"  {name}: {size:.3f} bytes a chunk, target {N} ({size / N - 1:+.1%})")
+        if settings.model.num_routes > 1:
+            print_rates(settings, outcome)
     systems = [byte_system(), token_system(f"BPE {config.bpe}", tokenizer)]
     systems += [model_system(settings.workdir) for settings in runs]
     for name, lines in heldout.items():
@@ -95,6 +99,37 @@ def main() -> int:
             print(f"\n{name}:")
             write_report(out / name, measure(systems, lines, {}), set(lines) - set(train_lines))
     return 0
+
+
+def print_rates(settings: Config, outcome: Outcome) -> None:
+    """Bytes a chunk of each route with the final parameters, and how far off its target.
+
+    On the batches of the last updates, which the controller held, and on the text held out, which
+    it did not see.
+    """
+    names = settings.model.route_names
+    start = max(0, settings.train.steps - LAST)
+    groups = settings.model.route_groups
+    with train_batches(
+        outcome.corpus, settings.data, seed=settings.seed, start=start, route_groups=groups
+    ) as batches:
+        last = run_batches(
+            outcome.program,
+            outcome.state.params,
+            (
+                batch | {"document_ids": np.zeros_like(batch["segment_ids"])}
+                for batch in islice(batches, settings.train.steps - start)
+            ),
+            (None,) * settings.model.num_chunked,
+            route_names=names,
+        )
+    heldout = outcome.evaluation.positions_per_chunk(0)
+    for name, size in last.positions_per_chunk(0).items():
+        N = settings.model.stages[0].chunking.target_ratios[names.index(name)]
+        off = f"{size:.3f} in the last {LAST} batches ({size / N - 1:+.1%})"
+        if name in heldout:
+            off += f", {heldout[name]:.3f} held out ({heldout[name] / N - 1:+.1%})"
+        print(f"  {name}: target {N} bytes a chunk; {off}")
 
 
 def split_texts(config: FairnessTableConfig) -> tuple[Lines, dict[str, Lines]]:

@@ -20,10 +20,10 @@ LIMIT = 8.0  # of an offset, so that a rate which cannot move winds up no furthe
 class ControllerConfig:
     """Holding the rate of stages with `hold_rate`."""
 
-    gain: float = 0.2
+    gain: float = 0.4
     """how far an update moves an offset for a relative error of 1, that is at twice the target. It
-    follows the schedule of the learning rate, so that in the end the noise of batches averages out
-    """
+    goes with the root of the learning rate's schedule: in the end the noise of batches averages
+    out, and yet the offsets can follow as long as the router moves"""
 
 
 def hold_rates(

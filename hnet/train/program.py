@@ -1,7 +1,7 @@
 """The compiled side of a run: what is jitted, with which shardings and which traced numbers."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial, wraps
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 from hnet.chunking.config import ChunkingConfig
 from hnet.config import ConfigError
 from hnet.data import eval_batches
+from hnet.data.pipeline import Batch
 from hnet.data.tokens import read_vocabulary
 from hnet.loss import LossWeights
 from hnet.model import abstract, init_params
@@ -204,6 +205,19 @@ def run_evaluation(
     capacities: tuple[int | None, ...],
     **limits: Any,
 ) -> Evaluation | None:
+    """`run_batches` for a part of the corpus."""
+    batches = eval_batches(corpus_part, config.data, route_groups=config.model.route_groups)
+    names = config.model.route_names
+    return run_batches(program, params, batches, capacities, route_names=names, **limits)
+
+
+def run_batches(
+    program: Program,
+    params: Any,
+    batches: Iterable[Batch],
+    capacities: tuple[int | None, ...],
+    **options: Any,
+) -> Evaluation | None:
     """`evaluate` on the devices of a run; every process holds the whole batches."""
     sharding = batch_sharding(program.mesh)
 
@@ -215,6 +229,4 @@ def run_evaluation(
         }
         return program.evaluate(params, fed, capacities=capacities)
 
-    batches = eval_batches(corpus_part, config.data, route_groups=config.model.route_groups)
-    names = config.model.route_names
-    return evaluate(batches, run_batch, capacities, route_names=names, **limits)
+    return evaluate(batches, run_batch, capacities, **options)

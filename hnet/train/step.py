@@ -86,7 +86,7 @@ def train_step(
         factor = schedule(optim, state.step, num_steps)
         params = apply_update(state.params, directions, update_numbers, factor)
         if any(stage.chunking.hold_rate for stage in model.stages[:-1]):
-            gain = update_numbers.controller_gain * factor
+            gain = update_numbers.controller_gain * jnp.sqrt(factor)
             params = hold_rates(params, *counts, loss_weights.target_ratio_SR, gain)
         new, old = (params, opt_state), (state.params, state.opt_state)
         if model.num_routes > 1:

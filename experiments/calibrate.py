@@ -27,6 +27,7 @@ from hnet.data.scripts import SCRIPTS, route_table
 from hnet.train.config import to_json
 
 COMMON_TO_ALL = ("Common", "Unknown")
+UNKNOWN_SCRIPT_FRAC = 0.1  # for a default route without a script, where the base has none
 LEAST_SHARE = 0.02  # of a language's bytes, for a script to get a route without being asked for
 
 
@@ -121,7 +122,11 @@ def main() -> None:
     _print(found, lines)
     if config.out:
         out = Path(config.out)
-        content = to_json(replace(base, model=model, workdir=f"runs/{out.stem}"))
+        data = base.data
+        if any("Latin" in group for group in found.route_groups):
+            frac = data.unknown_script_frac or UNKNOWN_SCRIPT_FRAC
+            data = replace(data, unknown_script_frac=frac)
+        content = to_json(replace(base, model=model, data=data, workdir=f"runs/{out.stem}"))
         try:
             with out.open("x") as f:
                 f.write(json.dumps(content, indent=1) + "\n")

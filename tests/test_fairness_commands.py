@@ -49,10 +49,12 @@ def test_calibrate_writes_a_configuration_with_equal_chunks(files, tmp_path, mon
     call(monkeypatch, calibrate, *text, "--base", "mixed_scripts_single", "--out", out)
     config = base_config(str(out))
     chunking = config.model.stages[0].chunking
-    assert config.model.route_groups == (("Cyrillic",),) and config.workdir == "runs/routed"
-    assert chunking.routes == 2 and chunking.hold_rate
+    assert config.model.route_groups == (("Cyrillic",), ("Latin",))
+    assert config.workdir == "runs/routed" and config.data.unknown_script_frac == 0.1
+    assert chunking.routes == 3 and chunking.hold_rate
     eng, rus = (sum(len(t.encode()) for t in LINES[k]) for k in ("eng", "rus"))
-    N_latin, N_cyrillic = chunking.target_ratios
+    N_default, N_cyrillic, N_latin = chunking.target_ratios
+    assert N_default == N_latin
     assert N_cyrillic / N_latin == pytest.approx(rus / eng, rel=0.01)
     assert (eng + rus) / (eng / N_latin + rus / N_cyrillic) == pytest.approx(
         5, rel=2e-3

@@ -27,7 +27,7 @@ from hnet.data.scripts import SCRIPTS, route_table
 from hnet.train.config import to_json
 
 COMMON_TO_ALL = ("Common", "Unknown")
-UNKNOWN_SCRIPT_FRAC = 0.1  # for a default route without a script, where the base has none
+UNKNOWN_SCRIPT_FRAC = 0.06  # for a default route without a script, where the base has none
 LEAST_SHARE = 0.02  # of a language's bytes, for a script to get a route without being asked for
 
 

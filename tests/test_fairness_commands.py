@@ -50,7 +50,7 @@ def test_calibrate_writes_a_configuration_with_equal_chunks(files, tmp_path, mon
     config = base_config(str(out))
     chunking = config.model.stages[0].chunking
     assert config.model.route_groups == (("Cyrillic",), ("Latin",))
-    assert config.workdir == "runs/routed" and config.data.unknown_script_frac == 0.1
+    assert config.workdir == "runs/routed" and config.data.unknown_script_frac == 0.06
     assert chunking.routes == 3 and chunking.hold_rate
     eng, rus = (sum(len(t.encode()) for t in LINES[k]) for k in ("eng", "rus"))
     N_default, N_cyrillic, N_latin = chunking.target_ratios

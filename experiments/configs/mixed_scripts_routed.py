@@ -34,6 +34,6 @@ def config() -> Config:
     return replace(
         base,
         workdir="runs/mixed_scripts_routed",
-        data=replace(base.data, unknown_script_frac=0.1),
+        data=replace(base.data, unknown_script_frac=0.06),
         model=replace(base.model, stages=stages, route_groups=groups),
     )

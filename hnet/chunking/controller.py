@@ -20,7 +20,7 @@ LIMIT = 8.0  # of an offset, so that a rate which cannot move winds up no furthe
 class ControllerConfig:
     """Holding the rate of stages with `hold_rate`."""
 
-    gain: float = 0.4
+    gain: float = 1.0
     """how far an update moves an offset for a relative error of 1, that is at twice the target. It
     goes with the root of the learning rate's schedule: in the end the noise of batches averages
     out, and yet the offsets can follow as long as the router moves"""

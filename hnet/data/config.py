@@ -33,8 +33,8 @@ class DataConfig:
     """positions of a row"""
     unknown_script_frac: float = 0.0
     """share of the training rows that are made text in a script that nobody knows, so that the
-    default route of ``model.route_groups`` learns to cut such: all of the row has that route, and
-    its bytes beyond ASCII are exchanged, anew for each row (`hnet.data.row_routes`)"""
+    default route of ``model.route_groups`` learns to cut such: all of the row has that route, its
+    bytes beyond ASCII are exchanged, anew for each row, and are not predicted"""
     bos_eos: bool = True
     """put byte 254 before and 255 behind each document, as the official tokenizer does"""
     tokenizer: str = ""

@@ -103,8 +103,12 @@ def unknown_script(seed: int, slot: int, frac: float) -> np.ndarray | None:
 def make_unknown(
     batch: dict[str, np.ndarray], seed: int, slots: Iterable[int], frac: float
 ) -> None:
-    """Put a share of the rows of a batch, at these slots, into unknown scripts, in place."""
+    """Put a share of the rows of a batch, at these slots, into unknown scripts, in place.
+
+    They are cut but not scored: made-up text would teach the network what it never sees again.
+    """
     for row, slot in enumerate(slots):
         if (table := unknown_script(seed, slot, frac)) is not None:
             batch["input_ids"][row] = table[batch["input_ids"][row]]
             batch["route_ids"][row] = 0
+            batch["loss_mask"][row] = False

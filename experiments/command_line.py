@@ -18,6 +18,7 @@ import tyro
 
 import experiments.configs
 from hnet.config import ConfigError, HNetConfig
+from hnet.train.allocator import keep_freed_memory
 from hnet.train.checkpoint import CheckpointError
 from hnet.train.config import Config, from_json
 from hnet.train.distributed import BarrierTimeout, leave
@@ -33,6 +34,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     The other hosts of a run are told why this one ends, so that none waits for it.
     """
     reason = ""
+    keep_freed_memory()
     try:
         code = main() or 0
     except (ConfigError, BarrierTimeout, CheckpointError) as e:

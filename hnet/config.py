@@ -97,8 +97,8 @@ class ComputeConfig:
     """one compiled body for equal consecutive layers; False unrolls them"""
     ssd_block_len: int = 64
     """positions a block of the chunked SSD"""
-    attention_block_len: int = 256
-    """query positions a block of attention"""
+    attention_block_len: int = 128
+    """positions a block of attention, of queries and of keys"""
     attention_backend: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     """what computes attention in a run: our own blocks (xla), JAX's kernel for TPUs (splash) or
     NVIDIA's (cudnn, never run); auto: splash on TPUs, else xla"""

@@ -7,8 +7,8 @@ one row of text. A multiply-add is two operations. There are two conventions:
              matmul, the SSD is its recurrence; routing, residual projection and smoothing are not
              counted. For comparison with published numbers.
 `executed`   what `hnet` runs: attention and SSD in blocks, every chunk slot whether filled or not,
-             routing and smoothing; element-wise operations as XLA counts them, one an element and
-             none for exp, log and rsqrt. For rooflines and utilisation.
+             each row as one segment, routing and smoothing; element-wise operations as XLA counts
+             them, one an element and none for exp, log and rsqrt. For rooflines and utilisation.
 """
 
 import math
@@ -20,7 +20,6 @@ from hnet.chunking.config import ChunkingConfig
 from hnet.chunking.dechunk import EMA_BLOCK
 from hnet.chunking.routes import BLOCKS_PER_ROUTE, MIN_BLOCK
 from hnet.config import ConfigError, HNetConfig, StageConfig, parse_layout
-from hnet.nn.attention import MAX_BLOCKS
 
 Convention = Literal["published", "executed"]
 
@@ -28,7 +27,7 @@ Convention = Literal["published", "executed"]
 _NORM = 4  # square, sum, times 1/rms, times scale
 _SILU = 4  # negation, plus one, division, product
 _MASK = 3  # two comparisons, and
-_SOFTMAX = 6  # scale, mask, max, minus max, sum, division
+_SOFTMAX = 4  # mask, max, minus max, sum
 _DECAY = 3  # difference of exponents, mask, times scores
 _GATE = 4 + _SILU  # of Mamba-2: times dt, skip, silu, product
 _GELU = 83  # erfc is a polynomial of two branches
@@ -208,17 +207,18 @@ def _attention(
             ("softmax", "elementwise", 3 * H * pairs),
             ("out_proj", "weight", 2 * S * D * D),
         ]
-    block = max(config.compute.attention_block_len, math.ceil(S / MAX_BLOCKS))
-    blocked, pairs = S > block, S * S  # masked pairs are computed too
-    if blocked:  # hnet.nn.attention.attention
-        spans = [(i, min(i + block, S)) for i in range(0, S, block)]
-        pairs = sum((j - i) * (j - (0 if window < 0 else max(0, i - window))) for i, j in spans)
+    block = min(config.compute.attention_block_len, S)  # hnet.nn.attention.attention
+    blocks = math.ceil(S / block)
+    first = [0 if window < 0 else max(0, i * block - window) // block for i in range(blocks)]
+    visited = sum(i + 1 - j for i, j in enumerate(first))  # of a block of queries and one of keys
+    pairs, padded = visited * block**2, blocks * block  # masked pairs are computed too
+    carried = 2 * visited * block * D + 2 * padded * D  # sums so far shrink; scale, division
     return [
         ("norm1, addition", "elementwise", (_NORM + 1) * S * D),
         ("Wqkv", "weight", 6 * S * D * D),
         ("rotary", "elementwise", 3 * S * H * stage.rotary_emb_dim),
-        ("scores", "mixing", 2 * pairs * D, blocked),
-        ("softmax", "elementwise", (_SOFTMAX * H + _MASK) * pairs, blocked),
+        ("scores", "mixing", 2 * pairs * D, True),
+        ("softmax", "elementwise", (_SOFTMAX * H + _MASK) * pairs + carried, True),
         ("values", "mixing", 2 * pairs * D),
         ("out_proj", "weight", 2 * S * D * D),
     ]
@@ -275,7 +275,7 @@ def training_flops(terms: tuple[Term, ...], remat: str = "none") -> float:
     """Forward, a backward of twice its operations, and what the backward pass computes again.
 
     remat: as `compute.remat`: "layer" repeats every stack, "dots" all but its matmuls with
-    parameters. Blocked attention repeats its scores whichever is chosen.
+    parameters. Attention repeats its scores whichever is chosen.
     """
 
     def again(term: Term) -> int:

@@ -8,7 +8,7 @@ import pytest
 from golden_data import relative_error
 from networks import quick_jit
 
-from hnet.nn.attention import MAX_BLOCKS, attention, attention_reference
+from hnet.nn.attention import attention, attention_reference
 
 B, L, H, K = 2, 23, 3, 5
 rng = np.random.default_rng(0)
@@ -24,22 +24,25 @@ def test_attention_is_softmax_over_what_is_visible(window, block_len):
     assert relative_error(out, oracles.attention(Q, KEYS, V, SEGMENTS, window)) < 2e-6
 
 
+@pytest.mark.parametrize("block_len", [5, 64])
 @pytest.mark.parametrize("window", [-1, 3])
-def test_gradients_of_blocks_are_those_of_one_block(window):
+def test_gradients_of_blocks_are_those_of_the_reference(window, block_len):
     cotangent = np.float32(rng.normal(size=(B, L, H, K)))
 
     def gradients(f, **how):
         scalar = lambda q, k, v: jnp.sum(f(q, k, v, SEGMENTS, window=window, **how) * cotangent)
         return quick_jit(jax.grad(scalar, (0, 1, 2)))(Q, KEYS, V)
 
-    for ours, whole in zip(gradients(attention, block_len=5), gradients(attention_reference)):
+    for ours, whole in zip(
+        gradients(attention, block_len=block_len), gradients(attention_reference)
+    ):
         assert relative_error(ours, whole) < 1e-5
 
 
 def test_keys_before_every_window_of_a_block_are_never_read():
     """A NaN in a key that is only masked would spread; the cost of a window is linear in L."""
     poisoned_K, poisoned_V = KEYS.copy(), V.copy()
-    poisoned_K[:, :7] = poisoned_V[:, :7] = np.nan
+    poisoned_K[:, :5] = poisoned_V[:, :5] = np.nan
     segments = np.ones((B, L), np.int32)
     out = attend(Q, poisoned_K, poisoned_V, segments, window=3, block_len=5)
     clean = attend(Q, KEYS, V, segments, window=3, block_len=5)
@@ -47,13 +50,41 @@ def test_keys_before_every_window_of_a_block_are_never_read():
     assert np.array_equal(out[:, 10:], clean[:, 10:])
 
 
-@pytest.mark.parametrize("length", [16, 17, 97])
-def test_number_of_blocks_in_the_program_is_bounded(length):
-    q = jnp.zeros((1, length, 1, 2))
-    segments = jnp.ones((1, length), jnp.int32)
-    program = jax.make_jaxpr(lambda q: attention(q, q, q, segments, block_len=1))(q)
-    blocks = str(program).count("remat")
-    assert MAX_BLOCKS // 2 < blocks <= MAX_BLOCKS
+def test_keys_of_other_segments_are_never_read():
+    """So the cost of packed rows follows their segments: here 1..9 and 10..23, blocks of 5."""
+    poisoned_K, poisoned_V = KEYS.copy(), V.copy()
+    poisoned_K[:, :5] = poisoned_V[:, :5] = np.nan
+    segments = np.repeat(SEGMENTS[:1], B, axis=0)
+    out = attend(Q, poisoned_K, poisoned_V, segments, block_len=5)
+    clean = attend(Q, KEYS, V, segments, block_len=5)
+    assert np.all(np.isnan(out[:, :9]))
+    assert np.array_equal(out[:, 10:], clean[:, 10:])
+
+
+def test_no_gradient_crosses_a_segment():
+    grad = quick_jit(jax.grad(lambda k: jnp.sum(attention(Q, k, V, SEGMENTS, block_len=5)[0, 9:])))
+    assert np.all(grad(KEYS)[0, :9] == 0) and np.all(grad(KEYS)[0, 9:22] != 0)
+
+
+def test_program_does_not_grow_with_the_row():
+    def equations(length):
+        q, segments = jnp.zeros((1, length, 1, 2)), jnp.ones((1, length), jnp.int32)
+        grad = jax.grad(lambda q: jnp.sum(attention(q, q, q, segments, block_len=2)))
+        return str(jax.make_jaxpr(grad)(q)).count(" = ")
+
+    assert equations(8) == equations(64)
+
+
+def test_copies_of_a_vmap_share_their_loops():
+    """Each with its own segments, and no gather in place of a slice."""
+    segments = np.stack([SEGMENTS, SEGMENTS[::-1]])
+
+    def gradient(segments):
+        return jax.grad(lambda q: jnp.sum(attention(q, KEYS, V, segments, block_len=5)))(Q)
+
+    together = quick_jit(jax.vmap(gradient))(segments)
+    assert relative_error(together, np.stack([gradient(s) for s in segments])) < 1e-6
+    assert " gather" not in str(jax.make_jaxpr(jax.vmap(gradient))(segments))
 
 
 def test_large_scores_do_not_overflow():

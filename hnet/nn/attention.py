@@ -11,9 +11,7 @@ from hnet.config import HNetConfig, StageConfig
 from hnet.nn.cache import KVCache, read, ring, write
 from hnet.nn.kernels.spread import on_each_device
 from hnet.nn.kernels.table import kernel
-from hnet.nn.layers import linear, rotary, segment_positions
-
-MAX_BLOCKS = 16  # query blocks are unrolled in the compiled program, so their number is bounded
+from hnet.nn.layers import fused_linear, linear, rotary, segment_positions
 
 
 def attention_reference(
@@ -50,32 +48,154 @@ def attention(
     segment_ids_BL: jax.Array,
     *,
     window: int = -1,
-    block_len: int = 256,
+    block_len: int = 128,
 ) -> jax.Array:
-    """`attention_reference` block by block: keys no query of a block may see are never read.
+    """`attention_reference` block by block, for rows in which equal neighbours are a segment.
 
-    Scores are recomputed in the backward pass, so memory is linear in L for a window.
+    Blocks of keys that no query of a block may see, for causality, window or segments, are never
+    computed, so the cost of a row follows its segments (arXiv 2205.14135, with bounds that are read
+    at run time). The backward pass computes scores again: memory is linear in L.
     """
-    L = q_BLHK.shape[1]
-    block_len = max(block_len, -(-L // MAX_BLOCKS))
-    if L <= block_len:
-        return attention_reference(q_BLHK, k_BLHK, v_BLHK, segment_ids_BL, window=window)
-    out = []
-    for start in range(0, L, block_len):
-        end = min(start + block_len, L)
-        first = 0 if window < 0 else max(0, start - window)
+    B, L, H, _ = q_BLHK.shape
+    T = min(block_len, L)
+    padded = -(-L // T) * T
+    index_L = jnp.arange(padded, dtype=jnp.int32)
+    segment_ids_BL = jnp.pad(segment_ids_BL, ((0, 0), (0, padded - L)), constant_values=-1)
+    first_BL = index_L[None, :] - segment_positions(segment_ids_BL)
+    if window >= 0:
+        first_BL = jnp.maximum(first_BL, index_L[None, :] - window)
 
-        def block(q, k, v, s, offset=start - first):
-            return attention_reference(q, k, v, s, window=window, offset=offset)
+    def heads_first(x_BLHK):
+        return jnp.pad(x_BLHK, ((0, 0), (0, padded - L), (0, 0), (0, 0))).swapaxes(1, 2)
 
-        one_block = jax.checkpoint(block)
-        keys = slice(first, end)
-        out.append(
-            one_block(
-                q_BLHK[:, start:end], k_BLHK[:, keys], v_BLHK[:, keys], segment_ids_BL[:, keys]
+    q_BHLK, k_BHLK, v_BHLK = map(heads_first, (q_BLHK, k_BLHK, v_BLHK))
+    scaled_BHLK = q_BHLK * jnp.asarray(1 / math.sqrt(q_BHLK.shape[-1]), q_BHLK.dtype)
+    return _by_blocks(scaled_BHLK, k_BHLK, v_BHLK, first_BL, T).swapaxes(1, 2)[:, :L]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _by_blocks(q_BHLK, k_BHLK, v_BHLK, first_BL, T):
+    """softmax(q k') v over the keys from `first_BL` to the query itself; T divides L."""
+    return _by_blocks_fwd(q_BHLK, k_BHLK, v_BHLK, first_BL, T)[0]
+
+
+def _by_blocks_fwd(q_BHLK, k_BHLK, v_BHLK, first_BL, T):
+    first_block = _first_blocks(first_BL, T)
+    B, H, L, K = q_BHLK.shape
+
+    def query_block(i):
+        q_BHTK, first_BT = _cut(q_BHLK, i, T), _cut(first_BL, i, T, axis=1)
+
+        def key_block(j, carry):
+            max_BHT, sum_BHT, out_BHTK = carry
+            scores_BHTM = _einsum("bhtk,bhmk->bhtm", q_BHTK, _cut(k_BHLK, j, T))
+            visible_BTM = _visible(first_BT, i, j, T)
+            scores_BHTM = jnp.where(visible_BTM[:, None], scores_BHTM, -jnp.inf)
+            new_max_BHT = jnp.maximum(max_BHT, jnp.max(scores_BHTM, axis=-1))
+            weights_BHTM = jnp.exp(scores_BHTM - new_max_BHT[..., None])
+            shrink_BHT = jnp.exp(max_BHT - new_max_BHT)
+            added_BHTK = _einsum(
+                "bhtm,bhmk->bhtk", weights_BHTM.astype(v_BHLK.dtype), _cut(v_BHLK, j, T)
             )
-        )
-    return jnp.concatenate(out, axis=1)
+            sum_BHT = sum_BHT * shrink_BHT + jnp.sum(weights_BHTM, axis=-1)
+            return new_max_BHT, sum_BHT, out_BHTK * shrink_BHT[..., None] + added_BHTK
+
+        lowest_BHT = jnp.full((B, H, T), jnp.finfo(jnp.float32).min)
+        nothing = (lowest_BHT, jnp.zeros((B, H, T)), jnp.zeros((B, H, T, K)))
+        max_BHT, sum_BHT, out_BHTK = _loop(first_block, i, key_block, nothing)
+        out_BHTK = (out_BHTK / sum_BHT[..., None]).astype(q_BHLK.dtype)
+        return out_BHTK, max_BHT + jnp.log(sum_BHT)
+
+    out, log_sum = jax.lax.map(query_block, jnp.arange(L // T, dtype=jnp.int32))
+    out_BHLK, log_sum_BHL = (
+        jnp.moveaxis(a, 0, 2).reshape(B, H, L, *a.shape[4:]) for a in (out, log_sum)
+    )
+    return out_BHLK, (q_BHLK, k_BHLK, v_BHLK, first_BL, out_BHLK, log_sum_BHL)
+
+
+def _by_blocks_bwd(T, saved, grad_BHLK):
+    """Scores are computed keys first: then only one of the five products has to transpose."""
+    q_BHLK, k_BHLK, v_BHLK, first_BL, out_BHLK, log_sum_BHL = saved
+    first_block = _first_blocks(first_BL, T)
+    grad_dot_out_BHL = jnp.sum(
+        grad_BHLK.astype(jnp.float32) * out_BHLK.astype(jnp.float32), axis=-1
+    )
+    dtype = q_BHLK.dtype
+
+    def query_block(carry, i):
+        q, grad = _cut(q_BHLK, i, T), _cut(grad_BHLK, i, T)
+        log_sum, grad_dot_out = _cut(log_sum_BHL, i, T), _cut(grad_dot_out_BHL, i, T)
+        first_BT = _cut(first_BL, i, T, axis=1)
+
+        def key_block(j, carry):
+            dq, dk_BHLK, dv_BHLK = carry
+            k, v = _cut(k_BHLK, j, T), _cut(v_BHLK, j, T)
+            scores_BHMT = _einsum("bhmk,bhtk->bhmt", k, q)
+            visible_BMT = _visible(first_BT, i, j, T).swapaxes(1, 2)
+            weights_BHMT = jnp.exp(
+                jnp.where(visible_BMT[:, None], scores_BHMT - log_sum[:, :, None], -jnp.inf)
+            )
+            dv = _einsum("bhmt,bhtk->bhmk", weights_BHMT.astype(dtype), grad)
+            dweights_BHMT = _einsum("bhmk,bhtk->bhmt", v, grad)
+            dscores_BHMT = weights_BHMT * (dweights_BHMT - grad_dot_out[:, :, None])
+            dscores_BHMT = dscores_BHMT.astype(dtype)
+            dk = _einsum("bhmt,bhtk->bhmk", dscores_BHMT, q)
+            dq += _einsum("bhmt,bhmk->bhtk", dscores_BHMT, k)
+            return dq, _add_to(dk_BHLK, dk, j, T), _add_to(dv_BHLK, dv, j, T)
+
+        dq, *carry = _loop(first_block, i, key_block, (jnp.zeros(q.shape), *carry))
+        return tuple(carry), dq
+
+    zeros = jnp.zeros(k_BHLK.shape)
+    blocks = jnp.arange(q_BHLK.shape[2] // T, dtype=jnp.int32)
+    (dk_BHLK, dv_BHLK), dq = jax.lax.scan(query_block, (zeros, zeros), blocks)
+    dq_BHLK = jnp.moveaxis(dq, 0, 2).reshape(q_BHLK.shape)
+    return dq_BHLK.astype(dtype), dk_BHLK.astype(dtype), dv_BHLK.astype(dtype), None
+
+
+_by_blocks.defvjp(_by_blocks_fwd, _by_blocks_bwd)
+
+
+@jax.custom_batching.custom_vmap
+def _first_key_block(first_BN: jax.Array) -> jax.Array:
+    """The lowest of the rows. Under vmap it is that of all copies, so that they share a loop."""
+    return jnp.min(first_BN, axis=0)
+
+
+@_first_key_block.def_vmap
+def _(size, _batched, first_SBN):
+    return _first_key_block(first_SBN.reshape(-1, first_SBN.shape[-1])), False
+
+
+def _first_blocks(first_BL: jax.Array, T: int) -> jax.Array:
+    """The first block of keys that each block of queries sees: the one its first query sees."""
+    return _first_key_block(first_BL.reshape(len(first_BL), -1, T)[:, :, 0]) // T
+
+
+def _loop(first_block, i, body, carry):
+    if len(first_block) == 1:  # nothing to skip: no loop in the program
+        return body(0, carry)
+    return jax.lax.fori_loop(first_block[i], i + 1, body, carry)
+
+
+def _visible(first_BT, i, j, T):
+    """Which keys of block j the queries of block i see, (B, T, T)."""
+    index_T = jnp.arange(T, dtype=jnp.int32)
+    key_T, query_T = j * T + index_T, i * T + index_T
+    causal_TM = key_T[None, :] <= query_T[:, None]
+    return causal_TM[None] & (key_T[None, None, :] >= first_BT[:, :, None])
+
+
+def _cut(a, i, T, axis=2):
+    return jax.lax.dynamic_slice_in_dim(a, i * T, T, axis)
+
+
+def _add_to(a_BHLK, new_BHTK, j, T):
+    return jax.lax.dynamic_update_slice_in_dim(a_BHLK, _cut(a_BHLK, j, T) + new_BHTK, j * T, 2)
+
+
+def _einsum(spec, *operands):
+    return jnp.einsum(spec, *operands, preferred_element_type=jnp.float32)
 
 
 def cached_attention(
@@ -126,9 +246,10 @@ class Attention(nnx.Module):
     def qkv(self, x_BLD: jax.Array, positions_BL: jax.Array) -> tuple[jax.Array, ...]:
         """Rotated queries and keys, and values, each (B, L, H, K)."""
         B, L, _ = x_BLD.shape
-        qkv = self.Wqkv(x_BLD).reshape(B, L, 3, self.stage.num_heads, -1)
-        q, k = (rotary(qkv[:, :, i], positions_BL, self.stage.rotary_emb_dim) for i in (0, 1))
-        return q, k, qkv[:, :, 2]
+        parts = fused_linear(self.Wqkv, x_BLD, (self.stage.d_model,) * 3)
+        q, k, v = (part.reshape(B, L, self.stage.num_heads, -1) for part in parts)
+        dim = self.stage.rotary_emb_dim
+        return rotary(q, positions_BL, dim), rotary(k, positions_BL, dim), v
 
     def attend(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> tuple[jax.Array, ...]:
         """The output, and the keys and values (B, L, H, K) it was made of."""

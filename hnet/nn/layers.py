@@ -1,5 +1,6 @@
 """RMSNorm, SwiGLU, rotary positions, and the helpers of packed rows."""
 
+import itertools
 import math
 
 import jax
@@ -46,10 +47,43 @@ class RMSNorm(nnx.Module):
         return rms_norm(x_BLD, self.scale[...])
 
 
+@jax.custom_vjp
+def matmul(x_XD: jax.Array, weight_DF: jax.Array) -> jax.Array:
+    """x @ weight. Its own derivative, since XLA on a CPU copies the left operand of a product that
+    contracts its rows: x is narrower than the gradient, and one copy serves all its products."""
+    return x_XD @ weight_DF
+
+
+def _matmul_bwd(saved, grad_XF):
+    x_XD, weight_DF = saved
+    rows = tuple(range(x_XD.ndim - 1))
+    grad_weight_DF = jax.lax.dot_general(x_XD, grad_XF, ((rows, rows), ((), ())))
+    return grad_XF @ weight_DF.T, grad_weight_DF
+
+
+matmul.defvjp(lambda x, weight: (matmul(x, weight), (x, weight)), _matmul_bwd)
+
+
 def linear(d_in: int, d_out: int, *, std: float = INIT_STD, dtype, rngs: nnx.Rngs) -> nnx.Linear:
     """A linear layer without bias, float32 weights N(0, std), matmul in `dtype`."""
     init = nnx.initializers.normal(std)
-    return nnx.Linear(d_in, d_out, use_bias=False, kernel_init=init, dtype=dtype, rngs=rngs)
+    return nnx.Linear(
+        d_in, d_out, use_bias=False, kernel_init=init, dtype=dtype, rngs=rngs,
+        dot_general=lambda x, weight, *_, **__: matmul(x, weight),
+    )  # fmt: skip
+
+
+def fused_linear(layer: nnx.Linear, x_BLD: jax.Array, widths: tuple[int, ...]) -> list[jax.Array]:
+    """The output of a linear layer cut into parts of `widths`, by cutting what is smaller.
+
+    Of many positions that is the weight: the outputs, and the gradients of each, are then made
+    where they are needed, and never copied together or apart. Of few it is the output.
+    """
+    kernel, ends = layer.kernel[...], list(itertools.accumulate(widths))
+    if x_BLD.size < kernel.size:
+        return jnp.split(layer(x_BLD), ends[:-1], axis=-1)
+    x_BLD, kernel = x_BLD.astype(layer.dtype), kernel.astype(layer.dtype)
+    return [matmul(x_BLD, kernel[:, end - width : end]) for width, end in zip(widths, ends)]
 
 
 class SwiGLU(nnx.Module):
@@ -60,7 +94,8 @@ class SwiGLU(nnx.Module):
         self.fc2 = linear(d_mlp, d_model, std=out_std, dtype=dtype, rngs=rngs)
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        y_BLF, gate_BLF = jnp.split(self.fc1(x_BLD), 2, axis=-1)
+        d_mlp = self.fc2.in_features
+        y_BLF, gate_BLF = fused_linear(self.fc1, x_BLD, (d_mlp, d_mlp))
         return self.fc2(y_BLF * jax.nn.silu(gate_BLF))
 
 

@@ -3,6 +3,10 @@
 Axes here: H heads, P channels a head, N state size, T positions a block, K blocks.
 """
 
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -11,7 +15,7 @@ from hnet.config import HNetConfig, StageConfig
 from hnet.nn.cache import SSMCache, last_positions, read, write
 from hnet.nn.kernels.spread import on_each_device
 from hnet.nn.kernels.table import kernel
-from hnet.nn.layers import RMSNorm, linear
+from hnet.nn.layers import RMSNorm, fused_linear, linear
 
 
 def ssd_reference(x_BLHP, dt_BLH, A_H, B_BLN, C_BLN, segment_ids_BL) -> jax.Array:
@@ -38,33 +42,17 @@ def ssd_reference(x_BLHP, dt_BLH, A_H, B_BLN, C_BLN, segment_ids_BL) -> jax.Arra
     return jax.vmap(one_row)(x_BLHP, dt_BLH, B_BLN, C_BLN, segment_ids_BL)
 
 
-@jax.custom_vjp
-def segment_sum_exp(log_a: jax.Array, visible: jax.Array) -> jax.Array:
-    """exp(sum_{j < r <= i} log_a[..., r]) at [..., i, j] where `visible`, else 0.
+class Marks(NamedTuple):
+    """Which decays of a block of T positions cross no segment boundary."""
 
-    log_a is (..., T), visible broadcasts to (..., T, T) and lies in the lower triangle. The forward
-    pass subtracts two cumulative sums. Differentiating that form cancels almost everything for a
-    head that forgets fast, so the backward pass sums the gradients of just the entries that
-    contain each factor.
-    """
-    total = jnp.cumsum(log_a, axis=-1)
-    return jnp.exp(jnp.where(visible, total[..., :, None] - total[..., None, :], -jnp.inf))
-
-
-def _segment_sum_exp_fwd(log_a, visible):
-    out = segment_sum_exp(log_a, visible)
-    return out, out
-
-
-def _segment_sum_exp_bwd(out, grad):
-    T = out.shape[-1]
-    from_r = jnp.triu(jnp.ones((T, T), out.dtype))  # [r, i]: i >= r
-    before_r = jnp.tril(jnp.ones((T, T), bool), -1)  # [r, j]: j < r
-    per_rj = jnp.matmul(from_r, grad * out, precision=jax.lax.Precision.HIGHEST)
-    return jnp.sum(jnp.where(before_r, per_rj, 0), axis=-1), None
-
-
-segment_sum_exp.defvjp(_segment_sum_exp_fwd, _segment_sum_exp_bwd)
+    visible_BKTT: jax.Array
+    """[i, j]: j <= i in the same segment"""
+    to_end_BKT: jax.Array
+    """the segment is that of the block's last position"""
+    reaches_BKT: jax.Array
+    """the segment goes on from the block before"""
+    stays_BK: jax.Array
+    """the one before the block is also that of the block's last position"""
 
 
 def ssd(
@@ -92,48 +80,140 @@ def ssd(
         a = jnp.pad(a, ((0, 0), (0, K * T - length)) + ((0, 0),) * (a.ndim - 2))
         return a.reshape(a.shape[0], K, T, *a.shape[2:])
 
-    def einsum(spec, *operands):
-        cast = [a.astype(dtype) for a in operands]
-        return jnp.einsum(spec, *cast, preferred_element_type=jnp.float32)
-
     x, dt, B, C, segment_ids = map(blocks, (x_BLHP, dt_BLH, B_BLN, C_BLN, segment_ids_BL))
-    log_a_BKHT = (dt * A_H[None, None, None, :]).swapaxes(2, 3)
-    x_dt = x.astype(jnp.float32) * dt[..., None]
+    dt_BKHT = dt.swapaxes(2, 3)
+    x_dt = (x.swapaxes(2, 3).astype(jnp.float32) * dt_BKHT[..., None]).astype(dtype)
+    log_a_BKHT = dt_BKHT * A_H[None, None, :, None]
+    B, C = B.astype(jnp.float32), C.astype(jnp.float32)
+    y_BKHTP = _by_blocks(x_dt, log_a_BKHT, B, C, _marks(segment_ids))
+    return y_BKHTP.swapaxes(2, 3).reshape(x.shape[0], K * T, *x.shape[3:])[:, :length]
 
-    same_BKTT = segment_ids[:, :, :, None] == segment_ids[:, :, None, :]
-    visible_BKTT = same_BKTT & jnp.tril(jnp.ones((T, T), bool))[None, None]
-    decay_BKHTT = segment_sum_exp(log_a_BKHT, visible_BKTT[:, :, None])
-    scores_BKTT = einsum("bkin,bkjn->bkij", C, B)
-    y = einsum("bkhij,bkjhp->bkihp", decay_BKHTT * scores_BKTT[:, :, None], x_dt)
-    if K == 1:
-        return y.reshape(x_BLHP.shape)
 
-    last_BK = segment_ids[:, :, -1]
-    after_BKHT = jnp.pad(log_a_BKHT[..., 1:], ((0, 0), (0, 0), (0, 0), (0, 1)))
-    to_end_BKHT = jnp.exp(jax.lax.cumsum(after_BKHT, axis=3, reverse=True))
-    to_end_BKHT = jnp.where((segment_ids == last_BK[..., None])[:, :, None], to_end_BKHT, 0.0)
-    x_end = x_dt * to_end_BKHT.transpose(0, 1, 3, 2)[..., None]
-    state_BKHPN = einsum("bktn,bkthp->bkhpn", B, x_end)
-
-    # State entering block k+1 = (state entering block k, decayed) + (what block k adds); nothing
-    # survives a block whose end lies in another segment than the end of the block before.
-    stays_BK = jnp.pad(last_BK[:, 1:] == last_BK[:, :-1], ((0, 0), (1, 0)))
-    from_start_BKHT = jnp.exp(jnp.cumsum(log_a_BKHT, axis=-1))
-    carry_BKH = jnp.where(stays_BK[..., None], from_start_BKHT[..., -1], 0.0)
-
-    def pass_on(state_BHPN, inputs):
-        added_BHPN, carry_BH = inputs
-        return carry_BH[:, :, None, None] * state_BHPN + added_BHPN, state_BHPN
-
-    by_block = (state_BKHPN.swapaxes(0, 1), carry_BKH.swapaxes(0, 1))
-    _, entering = jax.lax.scan(pass_on, jnp.zeros_like(state_BKHPN[:, 0]), by_block)
-    entering_BKHPN = entering.swapaxes(0, 1)
-
+def _marks(segment_ids_BKT: jax.Array) -> Marks:
+    T = segment_ids_BKT.shape[-1]
+    same_BKTT = segment_ids_BKT[..., :, None] == segment_ids_BKT[..., None, :]
+    last_BK = segment_ids_BKT[:, :, -1]
     before_BK = jnp.pad(last_BK[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    reaches_BKT = segment_ids == before_BK[..., None]
-    from_start_BKHT = jnp.where(reaches_BKT[:, :, None], from_start_BKHT, 0.0)
-    y += einsum("bktn,bkhpn->bkthp", C, entering_BKHPN) * from_start_BKHT.swapaxes(2, 3)[..., None]
-    return y.reshape(x.shape[0], K * T, *x.shape[3:])[:, :length]
+    return Marks(
+        same_BKTT & jnp.tril(jnp.ones((T, T), bool))[None, None],
+        segment_ids_BKT == last_BK[..., None],
+        segment_ids_BKT == before_BK[..., None],
+        last_BK == before_BK,
+    )
+
+
+class _Decays(NamedTuple):
+    """Factors by which a position or a state shrinks, 0 across a segment boundary."""
+
+    within_BKHTT: jax.Array
+    to_end_BKHT: jax.Array
+    from_start_BKHT: jax.Array
+    carry_BKH: jax.Array
+
+
+def _decays(log_a_BKHT: jax.Array, marks: Marks) -> _Decays:
+    """Sums are matmuls: XLA on a CPU makes a cumulative sum again for each use of an entry."""
+    total_BKHT = _sum(log_a_BKHT, jnp.triu)  # of factors up to and with this one
+    later_BKHT = _sum(log_a_BKHT, lambda a: jnp.tril(a, -1))
+    log_within = jnp.where(
+        marks.visible_BKTT[:, :, None],
+        total_BKHT[..., :, None] - total_BKHT[..., None, :],
+        -jnp.inf,
+    )
+    from_start_BKHT = jnp.exp(total_BKHT)
+    return _Decays(
+        jnp.exp(log_within),
+        jnp.where(marks.to_end_BKT[:, :, None], jnp.exp(later_BKHT), 0.0),
+        jnp.where(marks.reaches_BKT[:, :, None], from_start_BKHT, 0.0),
+        jnp.where(marks.stays_BK[..., None], from_start_BKHT[..., -1], 0.0),
+    )
+
+
+def _sum(a_XT: jax.Array, triangle: Callable) -> jax.Array:
+    """At i the sum over the r with triangle(ones)[r, i]."""
+    T = a_XT.shape[-1]
+    ones_TT = triangle(jnp.ones((T, T), a_XT.dtype))
+    return jnp.matmul(a_XT, ones_TT, precision=jax.lax.Precision.HIGHEST)
+
+
+def _einsum(spec: str, *operands: jax.Array, dtype) -> jax.Array:
+    cast = [a.astype(dtype) for a in operands]
+    return jnp.einsum(spec, *cast, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _by_blocks(x_BKHTP, log_a_BKHT, B_BKTN, C_BKTN, marks: Marks) -> jax.Array:
+    """`ssd` of x times dt, with one matmul a head and block for each product; y_BKHTP float32."""
+    return _by_blocks_fwd(x_BKHTP, log_a_BKHT, B_BKTN, C_BKTN, marks)[0]
+
+
+def _by_blocks_fwd(x, log_a_BKHT, B, C, marks):
+    einsum = partial(_einsum, dtype=x.dtype)
+    decays = _decays(log_a_BKHT, marks)
+    scores_BKTT = einsum("bkin,bkjn->bkij", C, B)
+    y = einsum("bkhij,bkhjp->bkhip", decays.within_BKHTT * scores_BKTT[:, :, None], x)
+    entering = None
+    if x.shape[1] > 1:
+        B_end_BKHNT = B.swapaxes(2, 3)[:, :, None] * decays.to_end_BKHT[:, :, :, None]
+        added_BKHNP = einsum("bkhnt,bkhtp->bkhnp", B_end_BKHNT, x)
+        entering, _ = _carried(added_BKHNP, decays.carry_BKH)
+        C_start_BKHTN = C[:, :, None] * decays.from_start_BKHT[..., None]
+        y += einsum("bkhtn,bkhnp->bkhtp", C_start_BKHTN, entering)
+    return y, (x, log_a_BKHT, B, C, marks, scores_BKTT, entering)
+
+
+def _carried(added_BKHNP, carry_BKH, reverse=False):
+    """State entering each block: that entering the block before, decayed, and what it added."""
+
+    def pass_on(state_BHNP, inputs):
+        added_BHNP, carry_BH = inputs
+        return carry_BH[:, :, None, None] * state_BHNP + added_BHNP, state_BHNP
+
+    by_block = (added_BKHNP.swapaxes(0, 1), carry_BKH.swapaxes(0, 1))
+    zero = jnp.zeros_like(added_BKHNP[:, 0])
+    last, entering_KBHNP = jax.lax.scan(pass_on, zero, by_block, reverse=reverse)
+    return entering_KBHNP.swapaxes(0, 1), last
+
+
+def _by_blocks_bwd(saved, dy):
+    """The derivative with decays made again, so that no (T, T) array of a head is kept.
+
+    The derivative by log a_r of sum_{j < r <= i} log a is summed over all pairs i > j, at i >= r
+    less at j >= r. Without i = j, which depends on no decay, nothing large cancels in it.
+    """
+    x, log_a_BKHT, B, C, marks, scores_BKTT, entering = saved
+    T, dtype = x.shape[3], x.dtype
+    einsum = partial(_einsum, dtype=dtype)
+    decays = _decays(log_a_BKHT, marks)
+    weights_BKHTT = decays.within_BKHTT * scores_BKTT[:, :, None]
+    dx = einsum("bkhij,bkhip->bkhjp", weights_BKHTT, dy)
+    dweights_BKHTT = einsum("bkhip,bkhjp->bkhij", dy, x)
+    dscores_BKTT = jnp.sum(dweights_BKHTT * decays.within_BKHTT, axis=2)
+    dB = einsum("bkij,bkin->bkjn", dscores_BKTT, C)
+    dC = einsum("bkij,bkjn->bkin", dscores_BKTT, B)
+    before_TT = jnp.tril(jnp.ones((T, T), bool), -1)
+    pairs_BKHTT = jnp.where(before_TT[None, None, None], dweights_BKHTT * weights_BKHTT, 0.0)
+    dtotal_BKHT = jnp.sum(pairs_BKHTT, axis=-1) - jnp.sum(pairs_BKHTT, axis=-2)
+    dlog_a = jnp.zeros_like(log_a_BKHT)
+    if x.shape[1] > 1:
+        dC_start = einsum("bkhtp,bkhnp->bkhtn", dy, entering)
+        dC += jnp.sum(dC_start * decays.from_start_BKHT[..., None], axis=2)
+        dtotal_BKHT += jnp.sum(dC_start * C[:, :, None], axis=-1) * decays.from_start_BKHT
+        C_start_BKHNT = C.swapaxes(2, 3)[:, :, None] * decays.from_start_BKHT[:, :, :, None]
+        dentering = einsum("bkhnt,bkhtp->bkhnp", C_start_BKHNT, dy)
+        dadded, _ = _carried(dentering, decays.carry_BKH, reverse=True)
+        dcarry_BKH = jnp.sum(dadded * entering, axis=(-2, -1)) * decays.carry_BKH
+        B_end_BKHTN = B[:, :, None] * decays.to_end_BKHT[..., None]
+        dx += einsum("bkhtn,bkhnp->bkhtp", B_end_BKHTN, dadded)
+        dB_end = einsum("bkhtp,bkhnp->bkhtn", x, dadded)
+        dB += jnp.sum(dB_end * decays.to_end_BKHT[..., None], axis=2)
+        dlater_BKHT = jnp.sum(dB_end * B[:, :, None], axis=-1) * decays.to_end_BKHT
+        dlog_a = _sum(dlater_BKHT, lambda a: jnp.triu(a, 1)) + dcarry_BKH[..., None]
+    dlog_a += _sum(dtotal_BKHT, jnp.tril)
+    return dx.astype(dtype), dlog_a, dB, dC, None
+
+
+_by_blocks.defvjp(_by_blocks_fwd, _by_blocks_bwd)
 
 
 def ssd_final_state(x_BLHP, dt_BLH, A_H, B_BLN) -> jax.Array:
@@ -188,8 +268,8 @@ class Mamba2(nnx.Module):
 
     def split_inputs(self, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """in_proj cut into the gate z, the convolution's input xBC, and dt (softplus applied)."""
-        cuts = [self.d_inner, 2 * self.d_inner + 2 * self.d_state]
-        z, xBC, dt = jnp.split(self.in_proj(x_BLD), cuts, axis=-1)
+        widths = (self.d_inner, self.d_inner + 2 * self.d_state, self.num_heads)
+        z, xBC, dt = fused_linear(self.in_proj, x_BLD, widths)
         dt_BLH = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...][None, None, :])
         return z, xBC, dt_BLH
 

@@ -240,6 +240,7 @@ def _mamba(config: HNetConfig, stage: StageConfig, S: float, convention: Convent
     block = min(config.compute.ssd_block_len, S)  # hnet.nn.mamba2.ssd
     blocks = math.ceil(S / block)
     padded, state = blocks * block, inner * N * (blocks > 1)
+    between = padded * (2 * heads * N + inner) * (blocks > 1)  # B to the end, C from it, addition
     return [
         ("norm1, addition", "elementwise", (_NORM + 1) * S * D),
         ("in_proj", "weight", in_proj),
@@ -247,7 +248,8 @@ def _mamba(config: HNetConfig, stage: StageConfig, S: float, convention: Convent
         ("ssd decay", "elementwise", (_DECAY * heads + _MASK) * padded * block),
         ("ssd in block", "mixing", 2 * padded * block * (N + inner)),
         ("ssd states", "mixing", 4 * padded * state),
-        ("ssd carry", "elementwise", 2 * blocks * state + 3 * padded * inner * (blocks > 1)),
+        ("ssd sums", "mixing", 4 * heads * padded * block),
+        ("ssd carry", "elementwise", 2 * blocks * state + between),
         ("gate, norm", "elementwise", (_GATE + _NORM) * S * inner),
         ("out_proj", "weight", out_proj),
     ]

@@ -9,7 +9,7 @@ from flax import nnx
 from hnet.config import HNetConfig, StageConfig, parse_layout
 from hnet.nn.attention import Attention
 from hnet.nn.cache import KVCache, Rows, SSMCache
-from hnet.nn.layers import INIT_STD, RMSNorm, SwiGLU, by_rows
+from hnet.nn.layers import INIT_STD, MATMUL, RMSNorm, SwiGLU, by_rows
 from hnet.nn.mamba2 import Mamba2
 
 
@@ -138,5 +138,5 @@ class Isotropic(nnx.Module):
 def _rematerialised(layer, remat: str):
     if remat == "none":
         return layer
-    saved = jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims if remat == "dots" else None
+    saved = jax.checkpoint_policies.save_only_these_names(MATMUL) if remat == "dots" else None
     return jax.checkpoint(layer, policy=saved, prevent_cse=False)

@@ -6,9 +6,11 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+MATMUL = "matmul"  # name of the products with weights, for rematerialisation
 ROW_AXES = ("data", "fsdp")  # of the mesh: rows are divided over both
 NORM_EPS = 1e-5
 INIT_STD = 0.02  # of every linear layer that no other rule covers (goombalab/hnet)
@@ -47,10 +49,15 @@ class RMSNorm(nnx.Module):
         return rms_norm(x_BLD, self.scale[...])
 
 
-@jax.custom_vjp
 def matmul(x_XD: jax.Array, weight_DF: jax.Array) -> jax.Array:
-    """x @ weight. Its own derivative, since XLA on a CPU copies the left operand of a product that
-    contracts its rows: x is narrower than the gradient, and one copy serves all its products."""
+    """x @ weight, under a name that rematerialisation knows (`hnet.nn.isotropic`)."""
+    return checkpoint_name(_matmul(x_XD, weight_DF), MATMUL)
+
+
+@jax.custom_vjp
+def _matmul(x_XD: jax.Array, weight_DF: jax.Array) -> jax.Array:
+    """Its own derivative, since XLA on a CPU copies the left operand of a product that contracts
+    its rows: x is narrower than the gradient, and one copy serves all its products."""
     return x_XD @ weight_DF
 
 
@@ -61,7 +68,7 @@ def _matmul_bwd(saved, grad_XF):
     return grad_XF @ weight_DF.T, grad_weight_DF
 
 
-matmul.defvjp(lambda x, weight: (matmul(x, weight), (x, weight)), _matmul_bwd)
+_matmul.defvjp(lambda x, weight: (x @ weight, (x, weight)), _matmul_bwd)
 
 
 def linear(d_in: int, d_out: int, *, std: float = INIT_STD, dtype, rngs: nnx.Rngs) -> nnx.Linear:

@@ -171,7 +171,8 @@ class Step:
 def part_functions(step: Step) -> dict[str, tuple[Callable, tuple]]:
     """Each part of stage 0, the network inside it, and the loss, with inputs of the real shapes."""
     config, segment_ids_BL = step.config, step.batch["segment_ids"]
-    model = nnx.merge(step.graph, step.state.params)
+    params = jax.tree.map(jnp.copy, step.state.params)  # a step gives its own away
+    model = nnx.merge(step.graph, params)
     stage, slots = model.backbone, step.lengths[1:]
 
     def of_module(module, call):
@@ -223,7 +224,7 @@ def compiled_parts(step: Step) -> dict[str, Callable[[], Any]]:
     def timed(f, inputs):
         def both(*inputs):
             out, pull = jax.vjp(f, *inputs)
-            return out, pull(jnp.ones_like(out))
+            return pull(out)
 
         compiled = jax.jit(both).lower(*inputs).compile()
         return lambda: jax.block_until_ready(compiled(*inputs))

@@ -8,8 +8,8 @@ All figures are medians of repeats that take turns, beside the rate of a large f
 same process: machines differ, ratios less. The router is kept, but where it cuts is forced to
 every 1/fraction-th position, with exactly as many chunk slots. `parts` runs each part alone,
 forward and backward, beside the time that its operations (`hnet.flops`) would take at the rate of
-the matmul. `lengths` trains one row of windowed outer layers around a main network with full
-attention. For decoding: `python -m experiments.benchmark_decode`. On two CPU cores about 5 minutes.
+the matmul. `lengths` trains one row a device, with windowed outer layers around a main network with
+full attention. For decoding: `python -m experiments.benchmark_decode`. On two CPU cores about 5 minutes.
 """
 
 import json
@@ -39,6 +39,7 @@ from hnet.loss import next_byte_nll
 from hnet.nn.layers import segment_positions
 from hnet.train import loop
 from hnet.train.config import Config
+from hnet.train.cpu import one_device_a_core
 from hnet.train.distributed import StopRequest
 from hnet.train.program import build, put_batch
 
@@ -58,7 +59,7 @@ class Benchmark:
     fractions: tuple[float, ...] = (1.0, 0.5, 0.25, 0.125)
     """chunks a position; the parts are those of the second, or of the only one"""
     lengths: tuple[int, ...] = (512, 2048, 8192, 32768)
-    """bytes of the one row of `lengths`"""
+    """bytes a row of `lengths`"""
     batch_size: int = 8
     """rows of a step"""
     seq_len: int = 512
@@ -92,8 +93,8 @@ def measured_config(name: str, batch_size: int, seq_len: int) -> Config:
 
 
 def long_row(length: int) -> Config:
-    """One row: windowed attention beside Mamba-2 outside, full attention inside."""
-    base = measured_config("", 1, length)
+    """A row a device: windowed attention beside Mamba-2 outside, full attention inside."""
+    base = measured_config("", len(jax.devices()), length)
     outer, main = base.model.stages
     outer = replace(outer, arch_layout=("m1t1", "t1m1"), window_size=127)
     return replace(base, model=replace(base.model, stages=(outer, main)))
@@ -355,13 +356,13 @@ def measure(config: Benchmark) -> dict[str, Any]:
 def show(found: dict[str, Any]) -> None:
     console = Console(highlight=False, width=120)
     lengths = found.get("lengths")
-    for title, part in (("training step", found), ("one long row", lengths)):
+    for title, part in (("training step", found), ("long rows", lengths)):
         if not part or "steps" not in part:
             continue
         console.print(f"{title}; large matmul {part['matmul_gflops']:.0f} GFLOP/s")
         table = Table(
             "what", "fraction", "bytes/s", "over GFLOP/s", "of matmul rate", "forward bytes/s",
-            "compile s", "temp MB", box=None,
+            "compile s", "temp MB a device", box=None,
         )  # fmt: skip
         for row in part["steps"]:
             table.add_row(
@@ -392,6 +393,7 @@ def show(found: dict[str, Any]) -> None:
 
 def main() -> None:
     config = parse(Benchmark)
+    one_device_a_core(config.batch_size)
     found = measure(config)
     show(found)
     if config.json:

@@ -18,7 +18,7 @@ import tyro
 
 import experiments.configs
 from hnet.config import ConfigError, HNetConfig
-from hnet.train.allocator import keep_freed_memory
+from hnet.train.cpu import keep_freed_memory
 from hnet.train.checkpoint import CheckpointError
 from hnet.train.config import Config, from_json
 from hnet.train.distributed import BarrierTimeout, leave

@@ -18,9 +18,10 @@ from hnet.inspect.render import print_segmentations
 from hnet.inspect.segmentation import Segmentation
 from hnet.train.compile_cache import enable_compilation_cache
 from hnet.train.config import Config
-from hnet.train.distributed import REQUEUE_EXIT_CODE, StopRequest, host_id, initialize
+from hnet.train.cpu import one_device_a_core
+from hnet.train.distributed import REQUEUE_EXIT_CODE, StopRequest, host_id, initialize, num_hosts
 from hnet.train.loop import Outcome, StopRun, train
-from hnet.train.sharding import replicated
+from hnet.train.sharding import MeshConfig, replicated
 
 PARAGRAPH_BYTES = 400  # of the paragraph that is shown cut
 
@@ -28,6 +29,8 @@ PARAGRAPH_BYTES = 400  # of the paragraph that is shown cut
 def main() -> int:
     config = run_config()
     initialize(config.distributed)
+    if config.mesh == MeshConfig() and num_hosts() == 1:
+        one_device_a_core(config.data.batch_size // config.train.accumulate)
     enable_compilation_cache()
     began = time.monotonic()
     with StopRequest() as stop:

@@ -9,7 +9,8 @@ same process: machines differ, ratios less. The router is kept, but where it cut
 every 1/fraction-th position, with exactly as many chunk slots. `parts` runs each part alone,
 forward and backward, beside the time that its operations (`hnet.flops`) would take at the rate of
 the matmul. `lengths` trains one row a device, with windowed outer layers around a main network with
-full attention. For decoding: `python -m experiments.benchmark_decode`. On two CPU cores about 5 minutes.
+full attention. For decoding: `python -m experiments.benchmark_decode`. On two CPU cores about 8
+minutes, most of them compilation.
 """
 
 import json

@@ -18,9 +18,9 @@ import tyro
 
 import experiments.configs
 from hnet.config import ConfigError, HNetConfig
-from hnet.train.cpu import keep_freed_memory
 from hnet.train.checkpoint import CheckpointError
 from hnet.train.config import Config, from_json
+from hnet.train.cpu import keep_freed_memory
 from hnet.train.distributed import BarrierTimeout, leave
 
 FAILED = 1

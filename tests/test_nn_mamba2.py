@@ -74,12 +74,13 @@ def test_gradients_are_those_of_the_recurrence(block_len):
             assert relative_error(grad, reference) < 1e-5, name
 
 
-def test_no_gradient_crosses_a_segment():
+@pytest.mark.parametrize("block_len", [8, 11])  # the segment starts a block, or lies inside one
+def test_no_gradient_crosses_a_segment(block_len):
     cotangent = np.zeros((B, L, H, P), np.float32)
     cotangent[0, 16:] = 1  # the third segment of row 0
 
     def scalar(x, dt, B, C):
-        return jnp.sum(ssd(x, dt, INPUTS["A"], B, C, SEGMENTS, block_len=8) * cotangent)
+        return jnp.sum(ssd(x, dt, INPUTS["A"], B, C, SEGMENTS, block_len=block_len) * cotangent)
 
     inputs = [INPUTS[n] for n in ("x", "dt", "B", "C")]
     for grad in quick_jit(jax.grad(scalar, range(4)))(*inputs):

@@ -209,7 +209,10 @@ def _by_blocks_bwd(saved, dy):
         dB += jnp.sum(dB_end * decays.to_end_BKHT[..., None], axis=2)
         dlater_BKHT = jnp.sum(dB_end * B[:, :, None], axis=-1) * decays.to_end_BKHT
         dlog_a = _sum(dlater_BKHT, lambda a: jnp.triu(a, 1)) + dcarry_BKH[..., None]
-    dlog_a += _sum(dtotal_BKHT, jnp.tril)
+    same_BKTT = marks.visible_BKTT.astype(jnp.float32)  # what cancels in a segment stays in it
+    dlog_a += jnp.einsum(
+        "bkhi,bkir->bkhr", dtotal_BKHT, same_BKTT, precision=jax.lax.Precision.HIGHEST
+    )
     return dx.astype(dtype), dlog_a, dB, dC, None
 
 

@@ -34,6 +34,8 @@ def one_device_a_core(rows: int) -> int:
     """
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return 0
-    count = math.gcd(rows, len(os.sched_getaffinity(0)))
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    count = math.gcd(rows, cores)
     jax.config.update("jax_num_cpu_devices", count)
     return count

@@ -43,6 +43,7 @@ from hnet.train.config import Config
 from hnet.train.cpu import one_device_a_core
 from hnet.train.distributed import StopRequest
 from hnet.train.program import build, put_batch
+from hnet.train.sharding import batch_sharding
 
 Measure = Literal["step", "parts", "lengths", "pretrain", "input"]
 
@@ -135,7 +136,7 @@ class Step:
         self.config, self.fraction, self.label = config, fraction, label
         self.lengths = (config.data.seq_len, *slots(config, fraction))
         program = build(config)
-        self.state, self.graph = program.init(), program.graph
+        self.mesh, self.graph, self.state = program.mesh, program.graph, program.init()
         self.batch, self.hparams = put_batch(random_batch(config), program.mesh), program.hparams
         how = {"capacities": self.lengths[1:]}
         with forced(fraction):
@@ -184,11 +185,14 @@ def part_functions(step: Step) -> dict[str, tuple[Callable, tuple]]:
     def route(stage, h_BLD):
         return stage.route(h_BLD, segment_ids_BL, slots[0])
 
-    x_BLD = model.embeddings(step.batch["input_ids"])
-    h_BLD = stage.encoder(x_BLD, segment_ids_BL)
-    decided = route(stage, h_BLD)
-    chunks = stage.chunk(h_BLD, decided, slots[0])
-    y_BMD, _ = stage.main_network(chunks.x_BMD, chunks.segment_ids_BM, slots[1:])
+    def rows_apart(arrays):  # as they lie in the step
+        return jax.device_put(arrays, batch_sharding(step.mesh))
+
+    x_BLD = rows_apart(model.embeddings(step.batch["input_ids"]))
+    h_BLD = rows_apart(stage.encoder(x_BLD, segment_ids_BL))
+    decided = rows_apart(route(stage, h_BLD))
+    chunks = rows_apart(stage.chunk(h_BLD, decided, slots[0]))
+    y_BMD = rows_apart(stage.main_network(chunks.x_BMD, chunks.segment_ids_BM, slots[1:])[0])
     how = config.model.stages[0].chunking.dechunk
     stack = lambda stack, x: stack(x, segment_ids_BL)
     inner = lambda net, x: net(x, chunks.segment_ids_BM, slots[1:])[0]

@@ -1,13 +1,26 @@
 """The mesh, and where every array of a run lies on it."""
 
+from dataclasses import replace
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from hnet.config import ConfigError
-from hnet.train.sharding import MeshConfig, check_batch, make_mesh, parameter_spec, path_name
+from hnet.train.program import build as build_program
+from hnet.train.sharding import (
+    MeshConfig,
+    batch_sharding,
+    check_batch,
+    make_mesh,
+    parameter_spec,
+    path_name,
+)
+from tests.networks import QUICK
 from tests.training import build, tiny_run
+from tpu import hlo
 
 
 def test_the_open_axis_takes_the_devices_that_are_left():
@@ -59,3 +72,32 @@ def test_optimizer_moments_lie_where_their_parameters_do(tmp_path):
         whole, part = leaf.shape, leaf.sharding.shard_shape(leaf.shape)
         assert np.prod(part) * 4 == np.prod(whole)
         assert leaf.sharding == found[0].sharding
+
+
+def test_the_tensor_axis_sums_activations_and_moves_nothing_bigger_than_a_weight(tmp_path):
+    """Heads and halves of fused projections are where they are used (arXiv 1909.08053)."""
+    config = tiny_run(tmp_path, mesh=MeshConfig(1, 1, 2))
+    config = replace(config, data=replace(config.data, seq_len=128))
+    devices = jax.devices()[:2]
+    program = build_program(config, devices=devices, compiler_options=QUICK)
+    shape, rows = (config.data.batch_size, config.data.seq_len), batch_sharding(program.mesh)
+    kinds = {"input_ids": jnp.int32, "segment_ids": jnp.int32, "loss_mask": jnp.bool_}
+    batch = {k: jax.ShapeDtypeStruct(shape, kind, sharding=rows) for k, kind in kinds.items()}
+    slots = 96
+    lowered = program.step.lower(
+        program.abstract_state, batch, program.hparams, capacities=(slots,)
+    )
+    computations, _ = hlo.parse(lowered.compile().as_text())
+    parameters = jax.tree.leaves(program.abstract_state.params)
+    weight = max(4 * leaf.size for leaf in parameters)
+    width = config.model.stages[1].d_model
+    activation = 4 * shape[0] * slots * width
+    assert activation > 2 * weight
+    sums = 0
+    for one in (i for found in computations.values() for i in found):
+        size = hlo.shape_bytes(one.shape)
+        if one.opcode == "all-reduce" and hlo.part_of(one.op_name) == "stage1/main_network":
+            sums += size
+        elif one.opcode in hlo.COLLECTIVES and one.opcode != "all-reduce":
+            assert size <= weight, one
+    assert sums == 4 * activation  # of attention and of the MLP, forwards and backwards

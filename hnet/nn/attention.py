@@ -246,9 +246,9 @@ class Attention(nnx.Module):
     def qkv(self, x_BLD: jax.Array, positions_BL: jax.Array) -> tuple[jax.Array, ...]:
         """Rotated queries and keys, and values, each (B, L, H, K)."""
         B, L, _ = x_BLD.shape
-        parts = fused_linear(self.Wqkv, x_BLD, (self.stage.d_model,) * 3)
-        q, k, v = (part.reshape(B, L, self.stage.num_heads, -1) for part in parts)
-        dim = self.stage.rotary_emb_dim
+        H, dim = self.stage.num_heads, self.stage.rotary_emb_dim
+        parts = fused_linear(self.Wqkv, x_BLD, (self.stage.d_model,) * 3, heads=H)
+        q, k, v = (part.reshape(B, L, H, -1) for part in parts)
         return rotary(q, positions_BL, dim), rotary(k, positions_BL, dim), v
 
     def attend(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> tuple[jax.Array, ...]:

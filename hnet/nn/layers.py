@@ -27,9 +27,24 @@ def by_rows(x: jax.Array) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     axes = tuple(a for a in ROW_AXES if mesh.shape.get(a, 1) > 1)
     is_manual = AxisType.Manual in mesh.axis_types  # this is one device's part already
-    if not axes or is_manual or x.shape[0] % math.prod(mesh.shape[a] for a in axes):
+    if is_manual or x.shape[0] % math.prod(mesh.shape[a] for a in axes):
         return x
-    return jax.lax.with_sharding_constraint(x, P(axes))
+    if not axes and tensor_devices() == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(axes or None))
+
+
+def tensor_devices() -> int:
+    """Devices that share the width of a layer, on the mesh that this is traced on."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if AxisType.Manual in mesh.axis_types else mesh.shape.get("tensor", 1)
+
+
+def whole(parameter: jax.Array) -> jax.Array:
+    """A small parameter, all of it on every device."""
+    if tensor_devices() == 1:
+        return parameter
+    return jax.lax.with_sharding_constraint(parameter, P())
 
 
 def rms_norm(x_BLD: jax.Array, scale_D: jax.Array) -> jax.Array:
@@ -80,17 +95,47 @@ def linear(d_in: int, d_out: int, *, std: float = INIT_STD, dtype, rngs: nnx.Rng
     )  # fmt: skip
 
 
-def fused_linear(layer: nnx.Linear, x_BLD: jax.Array, widths: tuple[int, ...]) -> list[jax.Array]:
-    """The output of a linear layer cut into parts of `widths`, by cutting what is smaller.
+def fused_linear(
+    layer: nnx.Linear,
+    x_BLD: jax.Array,
+    widths: tuple[int, ...],
+    *,
+    heads: int,
+    cut: int | None = None,
+) -> list[jax.Array]:
+    """The output of a linear layer, cut into parts of `widths`, by cutting what is smaller.
 
     Of many positions that is the weight: the outputs, and the gradients of each, are then made
     where they are needed, and never copied together or apart. Of few it is the output.
+
+    If the mesh axis ``tensor`` has several devices, each of the first `cut` parts (all, if None),
+    which are equally wide, is divided over them by its `heads`; the other parts lie whole. In the
+    official weights the parts stand side by side, so an equal share of the columns would be a share
+    of no part. Weights are stored with their rows cut, and moved to the columns that a device
+    computes, which costs less than moving activations.
     """
     kernel, ends = layer.kernel[...], list(itertools.accumulate(widths))
-    if x_BLD.size < kernel.size:
+    devices = tensor_devices()
+    if devices == 1 and x_BLD.size < kernel.size:
         return jnp.split(layer(x_BLD), ends[:-1], axis=-1)
     x_BLD, kernel = x_BLD.astype(layer.dtype), kernel.astype(layer.dtype)
-    return [matmul(x_BLD, kernel[:, end - width : end]) for width, end in zip(widths, ends)]
+    if devices == 1:
+        return [matmul(x_BLD, kernel[:, end - width : end]) for width, end in zip(widths, ends)]
+    place = jax.lax.with_sharding_constraint
+    stored = P("tensor" if x_BLD.shape[-1] % devices == 0 else None, None)
+    kernel = place(kernel, stored)
+    cut = (len(widths) if cut is None else cut) if heads % devices == 0 else 0
+    parts = []
+    if cut:
+        together = place(kernel[:, : ends[cut - 1]], stored).reshape(-1, cut, widths[0])
+        together = place(together, P(None, None, "tensor"))
+        y_BLPF = jnp.einsum("bld,dpf->blpf", x_BLD, together)
+        unconstrained = P.UNCONSTRAINED
+        y_BLPF = place(y_BLPF, P(unconstrained, unconstrained, None, "tensor"))
+        parts += [y_BLPF[:, :, i] for i in range(cut)]
+    for width, end in zip(widths[cut:], ends[cut:]):
+        parts.append(by_rows(x_BLD @ place(kernel[:, end - width : end], P())))
+    return parts
 
 
 class SwiGLU(nnx.Module):
@@ -102,7 +147,7 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         d_mlp = self.fc2.in_features
-        y_BLF, gate_BLF = fused_linear(self.fc1, x_BLD, (d_mlp, d_mlp))
+        y_BLF, gate_BLF = fused_linear(self.fc1, x_BLD, (d_mlp, d_mlp), heads=d_mlp)
         return self.fc2(y_BLF * jax.nn.silu(gate_BLF))
 
 

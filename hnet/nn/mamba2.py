@@ -15,7 +15,7 @@ from hnet.config import HNetConfig, StageConfig
 from hnet.nn.cache import SSMCache, last_positions, read, write
 from hnet.nn.kernels.spread import on_each_device
 from hnet.nn.kernels.table import kernel
-from hnet.nn.layers import RMSNorm, fused_linear, linear
+from hnet.nn.layers import RMSNorm, by_rows, fused_linear, linear, whole
 
 
 def ssd_reference(x_BLHP, dt_BLH, A_H, B_BLN, C_BLN, segment_ids_BL) -> jax.Array:
@@ -269,17 +269,21 @@ class Mamba2(nnx.Module):
         self.norm = RMSNorm(self.d_inner)
         self.out_proj = linear(self.d_inner, stage.d_model, std=out_std, dtype=dtype, rngs=rngs)
 
-    def split_inputs(self, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """in_proj cut into the gate z, the convolution's input xBC, and dt (softplus applied)."""
-        widths = (self.d_inner, self.d_inner + 2 * self.d_state, self.num_heads)
-        z, xBC, dt = fused_linear(self.in_proj, x_BLD, widths)
-        dt_BLH = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...][None, None, :])
-        return z, xBC, dt_BLH
+    def split_inputs(self, x_BLD: jax.Array) -> tuple[jax.Array, ...]:
+        """in_proj cut into the gate z, the convolution's inputs x and BC, and dt (after softplus).
 
-    def split_conv(self, xBC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The activated convolution output cut into x_BLHP, B_BLN and C_BLN."""
-        cuts = [self.d_inner, self.d_inner + self.d_state]
-        x, B, C = jnp.split(jax.nn.silu(xBC), cuts, axis=-1)
+        B and C serve all heads.
+        """
+        H = self.num_heads
+        widths = (self.d_inner, self.d_inner, 2 * self.d_state, H)
+        z, x, BC, dt = fused_linear(self.in_proj, x_BLD, widths, heads=H, cut=2)
+        dt_BLH = jax.nn.softplus(dt.astype(jnp.float32) + self.dt_bias[...][None, None, :])
+        return z, x, BC, dt_BLH
+
+    def activate(self, x: jax.Array, BC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The outputs of the convolution, activated: x_BLHP, B_BLN and C_BLN."""
+        x, BC = jax.nn.silu(x), by_rows(jax.nn.silu(BC))
+        B, C = map(by_rows, jnp.split(BC, 2, axis=-1))
         return x.reshape(*x.shape[:2], self.num_heads, -1), B, C
 
     def finish(self, y_BLHP: jax.Array, x_BLHP: jax.Array, z: jax.Array) -> jax.Array:
@@ -289,45 +293,55 @@ class Mamba2(nnx.Module):
         return self.out_proj(self.norm(y))
 
     def conv_params(self, dtype) -> tuple[jax.Array, jax.Array]:
-        return self.conv1d_weight[...].astype(dtype), self.conv1d_bias[...].astype(dtype)
+        weight_WC, bias_C = whole(self.conv1d_weight[...]), whole(self.conv1d_bias[...])
+        return weight_WC.astype(dtype), bias_C.astype(dtype)
 
     def __call__(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
         return self.mix(x_BLD, segment_ids_BL)[0]
 
     def mix(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> tuple[jax.Array, ...]:
-        """The output, and what a state at the end is made of: xBC, x_BLHP, dt_BLH, A_H, B_BLN."""
-        z, xBC, dt_BLH = self.split_inputs(x_BLD)
-        convolved = causal_conv(xBC, *self.conv_params(xBC.dtype), segment_ids_BL)
-        x, B, C = self.split_conv(convolved)
+        """The output, and what a state at the end is made of.
+
+        That is (x, BC) before the convolution, x_BLHP, dt_BLH, A_H and B_BLN.
+        """
+        z, x, BC, dt_BLH = self.split_inputs(x_BLD)
+        inputs, d_inner = (x, BC), self.d_inner
+        weight_WC, bias_C = self.conv_params(z.dtype)
+        x = causal_conv(x, weight_WC[:, :d_inner], bias_C[:d_inner], segment_ids_BL)
+        BC = causal_conv(BC, weight_WC[:, d_inner:], bias_C[d_inner:], segment_ids_BL)
+        x, B, C = self.activate(x, BC)
         A_H = -jnp.exp(self.A_log[...])
         if other := kernel("ssd_backend", self.compute):
-            inputs = (x, dt_BLH, dt_BLH * A_H[None, None, :], B, C, segment_ids_BL)
+            given = (x, dt_BLH, dt_BLH * A_H[None, None, :], B, C, segment_ids_BL)
             axes = ("BLHP", "BLH", "BLH", "BLN", "BLN", "BL")
-            y = on_each_device(other, axes, "BLHP", *inputs)
+            y = on_each_device(other, axes, "BLHP", *given)
         else:
             y = ssd(x, dt_BLH, A_H, B, C, segment_ids_BL, block_len=self.compute.ssd_block_len)
-        return self.finish(y, x, z), xBC, x, dt_BLH, A_H, B
+        return self.finish(y, x, z), inputs, x, dt_BLH, A_H, B
 
     def prefill(
         self, x_BLD: jax.Array, segment_ids_BL: jax.Array, lengths_B: jax.Array, max_len: int
     ) -> tuple[jax.Array, SSMCache]:
         """`__call__`, and the cache (of one layer) of rows that end at `lengths_B`."""
-        out_BLD, xBC, x, dt_BLH, A_H, B = self.mix(x_BLD, segment_ids_BL)
+        out_BLD, inputs, x, dt_BLH, A_H, B = self.mix(x_BLD, segment_ids_BL)
         dt_BLH = jnp.where((segment_ids_BL != 0)[..., None], dt_BLH, 0.0)
-        conv = last_positions(xBC, lengths_B, self.conv1d_weight.shape[0] - 1)
+        before = self.conv1d_weight.shape[0] - 1
+        conv = jnp.concatenate([last_positions(a, lengths_B, before) for a in inputs], axis=-1)
         return out_BLD, SSMCache(conv, ssd_final_state(x, dt_BLH, A_H, B))
 
     def step(
         self, x_R1D: jax.Array, cache: SSMCache, at: tuple, positions_R: jax.Array
     ) -> tuple[jax.Array, SSMCache]:
         """One position of R rows: `ssd_reference` for one t."""
-        z, xBC, dt_R1H = self.split_inputs(x_R1D)
+        z, *inputs, dt_R1H = self.split_inputs(x_R1D)
+        xBC = jnp.concatenate(inputs, axis=-1)
         taps_RWC = jnp.concatenate([read(cache.conv, at), xBC], axis=1)
         weight_WC, bias_C = self.conv_params(xBC.dtype)
         convolved = bias_C[None, None]
         for tap in range(len(weight_WC)):  # faster than a reduction over so short an axis
             convolved = convolved + taps_RWC[:, tap : tap + 1] * weight_WC[None, None, tap]
-        x, B, C = (a.astype(jnp.float32) for a in self.split_conv(convolved))
+        cut = jnp.split(convolved, [self.d_inner], axis=-1)
+        x, B, C = (a.astype(jnp.float32) for a in self.activate(*cut))
         dt_RH = dt_R1H[:, 0]
         decay_RH1 = jnp.exp(dt_RH * -jnp.exp(self.A_log[...])[None])[..., None]
         x_dt_RHP = dt_RH[..., None] * x[:, 0]

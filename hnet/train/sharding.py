@@ -17,11 +17,11 @@ BATCH = P(ROW_AXES)  # rows; every activation is sharded on its rows alone
 
 # Parameter path -> spec of its trailing axes; the first match wins. Layers of a run are stacked
 # on a leading axis, which is never sharded. fsdp cuts the axis that a matmul sums over or the
-# widest other one; tensor cuts heads, the MLP's and Mamba's inner width.
+# widest other one. tensor cuts heads, the MLP's and Mamba's inner width; the weights into these
+# hold several parts side by side, so they are stored with their rows cut (see `fused_linear`).
 PARAMETERS: tuple[tuple[str, P], ...] = (
-    (r".*/(Wqkv|in_proj|fc1)/kernel", P("fsdp", "tensor")),
+    (r".*/(Wqkv|in_proj|fc1)/kernel", P(("fsdp", "tensor"), None)),
     (r".*/(out_proj|fc2)/kernel", P("tensor", "fsdp")),
-    (r".*/conv1d_weight", P(None, "tensor")),
     (r".*(residual_proj|q_proj_layer|k_proj_layer)/kernel", P("fsdp", None)),
     (r"embeddings/embedding", P(None, "fsdp")),
     (r"lm_head/kernel", P("fsdp", None)),
@@ -73,7 +73,11 @@ def parameter_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     if len(spec) > len(shape):
         return P()
     axes = (None,) * (len(shape) - len(spec)) + tuple(spec)
-    return P(*(a if a and n % mesh.shape[a] == 0 else None for a, n in zip(axes, shape)))
+    return P(*(a if a and n % _devices(a, mesh) == 0 else None for a, n in zip(axes, shape)))
+
+
+def _devices(axes: str | tuple[str, ...], mesh: Mesh) -> int:
+    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
 
 
 def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:

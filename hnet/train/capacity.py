@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from hnet.config import HNetConfig
 
 PATIENCE = 30  # steps whose counts are known before there are fewer slots, and between two such
-DEVIATIONS = 3.0  # of the counts, that slots are held for above their mean
+DEVIATIONS = 4.0  # of the counts, that slots are held for above their mean
 GUARD = 1.02  # slots over that, or over the highest count if it is higher
 WORTH = 0.92  # fewer slots are taken from this share of the present ones on
 WORTH_UNSETTLED = 0.6  # the same while counts still move a lot: each capacity is a compilation

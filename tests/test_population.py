@@ -88,11 +88,13 @@ def test_a_run_of_many_is_the_run_it_would_be_alone(configs, whole):
     r = 1
     state, evaluation = alone(configs[r])
     together = whole[0]
-    close = partial(np.testing.assert_allclose, rtol=0, atol=1e-5)
+    # Adam divides a gradient by its own size: where the gradient is little more than rounding, the
+    # update (of up to 3e-3, six times) is not exact to rounding any more.
+    close = partial(np.testing.assert_allclose, rtol=0, atol=1e-4)
     jax.tree.map(
         lambda a, b: close(a[r], b), *jax.device_get((together.state.params, state.params))
     )
-    np.testing.assert_allclose(together.evaluations[r].bpb, evaluation.bpb, rtol=1e-6)
+    np.testing.assert_allclose(together.evaluations[r].bpb, evaluation.bpb, rtol=1e-5)
     assert together.evaluations[r].bytes_per_chunk(0) == evaluation.bytes_per_chunk(0)
     offset = state.params["backbone"]["boundary_offset"]
     assert np.abs(offset).max() > 0.01

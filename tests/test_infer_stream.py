@@ -159,7 +159,8 @@ def test_a_row_does_not_depend_on_its_neighbours():
     one = slice(17, 18)
     alone = streamed(graph, params, ids_BL[one], extra, LENGTHS[one], (L, L), patiences=(0,))[0][0]
     for logits, *_ in together.values():
-        np.testing.assert_allclose(alone[0], logits[17], rtol=0, atol=3e-6)
+        # one row is computed in other shapes than 64, which round otherwise
+        np.testing.assert_allclose(alone[0], logits[17], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("batch", [1, 7, 16])

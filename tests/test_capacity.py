@@ -63,7 +63,7 @@ def test_steady_counts_never_overflow_and_fill_their_slots(seed, deviation):
         if step >= 2 * PATIENCE:
             used.append(count / ladder.capacities[0])
         ladder = ladder.observe((count,))
-    # four deviations, as 30 counts show them (up to 1.35 times too large); guard and rung; and slots
+    # four deviations, as 30 counts show them (up to 1.35 times too large); guard and rung; slots
     # that are few enough already
     assert np.mean(used) >= WORTH / (1 + 4 * 1.35 * deviation) / 1.06
 

@@ -424,7 +424,8 @@ def test_fsdp_gathers_parameters_and_leaves_rows_where_they_are(tiny):
     # a matrix forward, some again backward, its gradient once; of the activations, which are a
     # hundred times larger, nothing
     assert 2 * 0.75 < sum(m.num_bytes for m in sent) / num_bytes < 4 * 0.75
-    assert {m.kind for m in sent} == {"all-gather", "reduce-scatter", "all-reduce"}
+    # whether gradients are scattered as they are summed is the compiler's choice
+    assert {m.kind for m in sent} - {"reduce-scatter"} == {"all-gather", "all-reduce"}
 
     compiled = compile_plan(config, slice_, (32,))
     assert compiled.moved == plan.moved and compiled.compile_seconds > 0

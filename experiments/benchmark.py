@@ -138,7 +138,8 @@ class Step:
         program = build(config)
         self.mesh, self.graph, self.state = program.mesh, program.graph, program.init()
         self.batch, self.hparams = put_batch(random_batch(config), program.mesh), program.hparams
-        how = {"capacities": self.lengths[1:]}
+        packed_rows = program.ladder.packed_rows  # share the slots of a stage
+        how = {"capacities": tuple(packed_rows * n for n in self.lengths[1:])}
         with forced(fraction):
             began = time.perf_counter()
             lowered = program.step.lower(self.state, self.batch, self.hparams, **how)
@@ -146,8 +147,16 @@ class Step:
             self.compile_seconds = time.perf_counter() - began
             self.evaluate = program.evaluate.lower(self.state.params, self.batch, **how).compile()
 
-    def run(self) -> None:
-        self.state, _ = jax.block_until_ready(self.step(self.state, self.batch, self.hparams))
+        metrics = self.run()
+        for s in range(config.model.num_chunked):
+            cut, clipped = metrics[f"stage{s}/boundary_rate"], metrics[f"stage{s}/overflow_frac"]
+            if clipped or abs(cut - fraction) > 0.01:
+                raise RuntimeError(f"stage {s} cuts {cut:.3f} and clips {clipped:.3f} of it")
+
+    def run(self) -> dict[str, jax.Array]:
+        results = self.step(self.state, self.batch, self.hparams)
+        self.state, metrics = jax.block_until_ready(results)
+        return metrics
 
     def forward(self) -> None:
         jax.block_until_ready(self.evaluate(self.state.params, self.batch))

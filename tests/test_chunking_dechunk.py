@@ -15,7 +15,7 @@ from networks import quick_jit
 
 from hnet.chunking.chunk import chunk
 from hnet.chunking.dechunk import EMA_BLOCK, confidence, dechunk, ema, ema_reference
-from hnet.chunking.router import decide, half_cosine_distance, previous
+from hnet.chunking.router import decide, half_cosine_distance, pack_rows, previous
 
 B, L, D = 2, 13, 3
 rng = np.random.default_rng(0)
@@ -186,7 +186,8 @@ def test_gradients_of_the_ema_are_those_of_the_recurrence():
 # --- sharding -----------------------------------------------------------------------------------
 
 
-def test_batch_sharded_chunking_moves_nothing_between_devices():
+@pytest.mark.parametrize("packed_rows", [1, 2])
+def test_batch_sharded_chunking_moves_nothing_between_devices(packed_rows):
     """Routing, chunk, EMA and dechunk, and their gradient, on eight devices."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     rows = NamedSharding(mesh, PartitionSpec("data"))
@@ -194,9 +195,10 @@ def test_batch_sharded_chunking_moves_nothing_between_devices():
 
     def scalar(x_BLD, segment_ids_BL, cotangent_BLD):
         p_BL = half_cosine_distance(previous(x_BLD), x_BLD)
-        route = decide(p_BL, segment_ids_BL, capacity)
-        chunks = chunk(x_BLD, route, capacity)
-        out_BLD = dechunk(jnp.tanh(chunks.x_BMD), chunks, route)
+        route = decide(p_BL, segment_ids_BL, capacity, packed_rows=packed_rows)
+        packed_BLD, packed = pack_rows(x_BLD, route)
+        chunks = chunk(packed_BLD, packed, capacity)
+        out_BLD = dechunk(jnp.tanh(chunks.x_BMD), chunks, packed).reshape(x_BLD.shape)
         return jnp.sum(out_BLD * cotangent_BLD, axis=(1, 2)), out_BLD
 
     def with_gradient(x_BLD, segment_ids_BL, cotangent_BLD):

@@ -237,7 +237,7 @@ def _mamba(config: HNetConfig, stage: StageConfig, S: float, convention: Convent
             ("gate", "elementwise", 5 * S * D),
             ("out_proj", "weight", out_proj),
         ]
-    block = min(config.compute.ssd_block_len, S)  # hnet.nn.mamba2.ssd
+    block = min(config.compute.ssd_block_len, S)  # hnet.nn.ssd
     blocks = math.ceil(S / block)
     padded, state = blocks * block, inner * N * (blocks > 1)
     between = padded * (2 * heads * N + inner) * (blocks > 1)  # B to the end, C from it, addition

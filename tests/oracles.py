@@ -29,14 +29,14 @@ def attention(q_BLHK, k_BLHK, v_BLHK, segment_ids_BL, window):
     return out
 
 
-def causal_conv(x_BLC, weight_WC, bias_C, segment_ids_BL):
+def causal_conv_silu(x_BLC, weight_WC, bias_C, segment_ids_BL):
     out = np.zeros(x_BLC.shape)
     for b, t in np.ndindex(x_BLC.shape[:2]):
         out[b, t] = bias_C
         for back in range(min(len(weight_WC), t + 1)):
             if segment_ids_BL[b, t - back] == segment_ids_BL[b, t]:
                 out[b, t] += np.float64(weight_WC[-1 - back]) * x_BLC[b, t - back]
-    return out
+    return out / (1 + np.exp(-out))
 
 
 def rotary(x_BLHK, positions_BL, rotary_dim):

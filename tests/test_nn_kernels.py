@@ -22,7 +22,7 @@ from hnet.nn.kernels.splash import attention_splash
 from hnet.nn.kernels.spread import on_each_device
 from hnet.nn.kernels.ssd import ssd_pallas
 from hnet.nn.kernels.table import KERNELS, described, kernel, resolved, without
-from hnet.nn.mamba2 import ssd_reference
+from hnet.nn.ssd import ssd_reference
 from hnet.train.config import MeshConfig
 from tpu import hlo
 from tpu.aot import compile_plan, open_slice

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hnet.nn.layers import SwiGLU, by_rows, rms_norm, rotary, segment_positions, segment_starts
+from hnet.nn.layers import (
+    SwiGLU,
+    by_rows,
+    gated,
+    matmul,
+    rms_norm,
+    rotary,
+    segment_positions,
+    segment_starts,
+)
 
 rng = np.random.default_rng(0)
 ROWS = st.lists(st.lists(st.integers(0, 2), min_size=11, max_size=11), min_size=2, max_size=2)
@@ -20,7 +29,7 @@ ROWS = st.lists(st.lists(st.integers(0, 2), min_size=11, max_size=11), min_size=
 def test_rms_norm():
     x, scale = rng.normal(size=(2, 3, 7)), rng.normal(size=7)
     x[0] *= 3e-3  # where the epsilon counts
-    expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * scale
+    expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * scale[None, None]
     np.testing.assert_allclose(rms_norm(jnp.float32(x), jnp.float32(scale)), expected, rtol=2e-6)
 
 
@@ -38,6 +47,32 @@ def test_swiglu_gates_the_first_half_with_the_second():
     y, gate = np.split(x @ np.float64(mlp.fc1.kernel[...]), 2, axis=-1)
     expected = (y * gate / (1 + np.exp(-gate))) @ np.float64(mlp.fc2.kernel[...])
     np.testing.assert_allclose(mlp(jnp.float32(x)), expected, rtol=1e-5, atol=1e-8)
+
+
+def plain_norm(x, scale):
+    return x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-5) * scale[None, None]
+
+
+@pytest.mark.parametrize(
+    ("ours", "plain", "shapes"),
+    [
+        (rms_norm, plain_norm, [(2, 3, 7), (7,)]),
+        (gated, lambda x, gate: x * gate * jax.nn.sigmoid(gate), [(2, 3, 7), (2, 3, 7)]),
+        (matmul, jnp.matmul, [(2, 3, 7), (7, 5)]),  # its weight's gradient either way round
+        (matmul, jnp.matmul, [(2, 3, 5), (5, 7)]),
+    ],
+)
+def test_derivatives_of_our_own(ours, plain, shapes):
+    """Are those that differentiation of the plain formula finds, in float64."""
+    inputs = [np.float32(3 * rng.normal(size=s)) for s in shapes]
+    out, pull = jax.vjp(ours, *inputs)
+    cotangent = np.float32(rng.normal(size=out.shape))
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        _, plain_pull = jax.vjp(plain, *map(np.float64, inputs))
+        expected = plain_pull(np.float64(cotangent))
+    for found, wanted in zip(pull(cotangent), expected):
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("rotary_dim", [0, 6, 8])

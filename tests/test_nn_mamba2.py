@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import quick_jit
 
-from hnet.nn.mamba2 import causal_conv, ssd, ssd_reference
+from hnet.nn.mamba2 import causal_conv_silu
+from hnet.nn.ssd import ssd, ssd_reference
 
 B, L, H, P, N = 2, 29, 3, 5, 7
 rng = np.random.default_rng(0)
@@ -94,7 +95,7 @@ def test_bfloat16_operands_stay_near():
     assert 1e-5 < relative_error(y, oracles.ssd(*INPUTS.values(), SEGMENTS)) < 3e-2
 
 
-convolve = quick_jit(causal_conv)
+convolve = quick_jit(causal_conv_silu)
 
 
 @given(segment_rows(11), st.integers(0, 9))
@@ -102,12 +103,37 @@ def test_convolution_sees_its_own_segment(segment_ids, seed):
     rng = np.random.default_rng(seed)
     x, weight, bias = (np.float32(rng.normal(size=s)) for s in ((2, 11, 3), (4, 3), (3,)))
     out = convolve(x, weight, bias, segment_ids)
-    assert relative_error(out, oracles.causal_conv(x, weight, bias, segment_ids)) < 1e-6
+    assert relative_error(out, oracles.causal_conv_silu(x, weight, bias, segment_ids)) < 1e-6
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])
 def test_convolution_of_rows_shorter_than_its_taps(length):
     x, weight, bias = (np.float32(rng.normal(size=s)) for s in ((2, length, 3), (4, 3), (3,)))
     segment_ids = np.ones((2, length), np.int32)
-    out = causal_conv(x, weight, bias, segment_ids)
-    assert relative_error(out, oracles.causal_conv(x, weight, bias, segment_ids)) < 1e-6
+    out = causal_conv_silu(x, weight, bias, segment_ids)
+    assert relative_error(out, oracles.causal_conv_silu(x, weight, bias, segment_ids)) < 1e-6
+
+
+def test_gradients_of_the_convolution():
+    """Those of the same sum written with one matrix a tap, and in float64."""
+    segment_ids = np.stack([np.repeat([1, 2, 0], [2, 5, 4]), np.repeat([3, 4, 5], [1, 9, 1])])
+    rng = np.random.default_rng(0)
+    shapes = (2, 11, 3), (4, 3), (3,), (2, 11, 3)
+    x, weight, bias, cotangent = (np.float32(rng.normal(size=s)) for s in shapes)
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    taps = np.stack([same & np.eye(11, k=-back, dtype=bool) for back in range(4)])
+
+    def plain(x, weight, bias):
+        with jax.numpy_dtype_promotion("standard"):
+            moved = jnp.einsum("wbls,bsc->wblc", taps.astype(x.dtype), x)
+            out = bias[None, None] + jnp.einsum("wblc,wc->blc", moved, weight[::-1])
+            return jnp.sum(out * jax.nn.sigmoid(out) * cotangent)
+
+    def ours(*inputs):
+        return jnp.sum(causal_conv_silu(*inputs, np.int32(segment_ids)) * cotangent)
+
+    found = quick_jit(jax.grad(ours, (0, 1, 2)))(x, weight, bias)
+    with jax.enable_x64(True):
+        wanted = jax.grad(plain, (0, 1, 2))(*map(np.float64, (x, weight, bias)))
+    for ours, theirs in zip(found, wanted):
+        assert relative_error(ours, np.asarray(theirs)) < 1e-6

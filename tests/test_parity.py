@@ -19,7 +19,7 @@ from hnet.interop import from_official, to_official
 from hnet.model import split
 from hnet.nn.attention import attention
 from hnet.nn.layers import rotary, segment_positions
-from hnet.nn.mamba2 import ssd
+from hnet.nn.ssd import ssd
 
 LOGIT_TOLERANCE = 2e-5
 PROB_TOLERANCE = 3e-6

@@ -114,13 +114,14 @@ def _by_blocks_fwd(q_BHLK, k_BHLK, v_BHLK, first_BL, T):
 
 
 def _by_blocks_bwd(T, saved, grad_BHLK):
-    """Scores are computed keys first: then only one of the five products has to transpose."""
+    """Scores are computed keys first, and dq with its channels first: then none of the products
+    contracts the rows of its left operand, which XLA on a CPU does slowly."""
     q_BHLK, k_BHLK, v_BHLK, first_BL, out_BHLK, log_sum_BHL = saved
     first_block = _first_blocks(first_BL, T)
     grad_dot_out_BHL = jnp.sum(
         grad_BHLK.astype(jnp.float32) * out_BHLK.astype(jnp.float32), axis=-1
     )
-    dtype = q_BHLK.dtype
+    dtype, k_BHKL = q_BHLK.dtype, jax.lax.optimization_barrier(k_BHLK.swapaxes(2, 3))
 
     def query_block(carry, i):
         q, grad = _cut(q_BHLK, i, T), _cut(grad_BHLK, i, T)
@@ -128,7 +129,7 @@ def _by_blocks_bwd(T, saved, grad_BHLK):
         first_BT = _cut(first_BL, i, T, axis=1)
 
         def key_block(j, carry):
-            dq, dk_BHLK, dv_BHLK = carry
+            dq_BHKT, dk_BHLK, dv_BHLK = carry
             k, v = _cut(k_BHLK, j, T), _cut(v_BHLK, j, T)
             scores_BHMT = _einsum("bhmk,bhtk->bhmt", k, q)
             visible_BMT = _visible(first_BT, i, j, T).swapaxes(1, 2)
@@ -140,11 +141,12 @@ def _by_blocks_bwd(T, saved, grad_BHLK):
             dscores_BHMT = weights_BHMT * (dweights_BHMT - grad_dot_out[:, :, None])
             dscores_BHMT = dscores_BHMT.astype(dtype)
             dk = _einsum("bhmt,bhtk->bhmk", dscores_BHMT, q)
-            dq += _einsum("bhmt,bhmk->bhtk", dscores_BHMT, k)
-            return dq, _add_to(dk_BHLK, dk, j, T), _add_to(dv_BHLK, dv, j, T)
+            dq_BHKT += _einsum("bhkm,bhmt->bhkt", _cut(k_BHKL, j, T, axis=3), dscores_BHMT)
+            return dq_BHKT, _add_to(dk_BHLK, dk, j, T), _add_to(dv_BHLK, dv, j, T)
 
-        dq, *carry = _loop(first_block, i, key_block, (jnp.zeros(q.shape), *carry))
-        return tuple(carry), dq
+        nothing = jnp.zeros(q.swapaxes(2, 3).shape)
+        dq_BHKT, *carry = _loop(first_block, i, key_block, (nothing, *carry))
+        return tuple(carry), jax.lax.optimization_barrier(dq_BHKT).swapaxes(2, 3)
 
     zeros = jnp.zeros(k_BHLK.shape)
     blocks = jnp.arange(q_BHLK.shape[2] // T, dtype=jnp.int32)

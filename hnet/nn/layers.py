@@ -47,11 +47,57 @@ def whole(parameter: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(parameter, P())
 
 
+@jax.custom_vjp
 def rms_norm(x_BLD: jax.Array, scale_D: jax.Array) -> jax.Array:
     """x / rms(x) * scale, computed in float32 whatever the input's dtype."""
-    x_BLD = x_BLD.astype(jnp.float32)
-    rms = jax.lax.rsqrt(jnp.mean(jnp.square(x_BLD), axis=-1, keepdims=True) + NORM_EPS)
-    return x_BLD * rms * scale_D[None, None, :]
+    return _rms_norm_fwd(x_BLD, scale_D)[0]
+
+
+def _rms_norm_fwd(x_BLD, scale_D):
+    x32_BLD = x_BLD.astype(jnp.float32)
+    mean_BL1 = jnp.mean(jnp.square(x32_BLD), axis=-1, keepdims=True)
+    rms_BL1 = jax.lax.rsqrt(mean_BL1 + NORM_EPS)
+    return x32_BLD * rms_BL1 * scale_D[None, None, :], (x_BLD, scale_D, rms_BL1)
+
+
+def _rms_norm_bwd(saved, dout_BLD):
+    """Both sums are of one product, which is made once."""
+    x_BLD, scale_D, rms_BL1 = saved
+    x32_BLD, precision = x_BLD.astype(jnp.float32), jax.lax.Precision.HIGHEST
+    product_BLD = dout_BLD * x32_BLD
+    dscale_D = jnp.einsum("bl,bld->d", rms_BL1[..., 0], product_BLD, precision=precision)
+    mean_BL1 = jnp.einsum("bld,d->bl", product_BLD, scale_D, precision=precision)[..., None]
+    shrink_BL1 = mean_BL1 * (rms_BL1**3 / x_BLD.shape[-1])
+    dx_BLD = dout_BLD * scale_D[None, None, :] * rms_BL1 - x32_BLD * shrink_BL1
+    return dx_BLD.astype(x_BLD.dtype), dscale_D
+
+
+rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd)
+
+
+def silu_and_grad(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """silu(x) = x sigmoid(x) and its derivative, for a backward pass.
+
+    The sigmoid is made of a tanh. Were it written as in the forward pass, XLA would see that they
+    are the same, and keep the sigmoids of all layers in memory.
+    """
+    sigmoid = 0.5 * jnp.tanh(0.5 * x) + 0.5
+    return x * sigmoid, sigmoid * (1 + x * (1 - sigmoid))
+
+
+@jax.custom_vjp
+def gated(x: jax.Array, gate: jax.Array) -> jax.Array:
+    """x silu(gate)."""
+    return x * jax.nn.silu(gate)
+
+
+def _gated_bwd(saved, dout):
+    x, gate = saved
+    silu, silu_grad = silu_and_grad(gate)
+    return dout * silu, dout * x * silu_grad
+
+
+gated.defvjp(lambda x, gate: (gated(x, gate), (x, gate)), _gated_bwd)
 
 
 class RMSNorm(nnx.Module):
@@ -72,14 +118,18 @@ def matmul(x_XD: jax.Array, weight_DF: jax.Array) -> jax.Array:
 @jax.custom_vjp
 def _matmul(x_XD: jax.Array, weight_DF: jax.Array) -> jax.Array:
     """Its own derivative, since XLA on a CPU copies the left operand of a product that contracts
-    its rows: x is narrower than the gradient, and one copy serves all its products."""
+    its rows: that is to be the narrower one."""
     return x_XD @ weight_DF
 
 
 def _matmul_bwd(saved, grad_XF):
     x_XD, weight_DF = saved
     rows = tuple(range(x_XD.ndim - 1))
-    grad_weight_DF = jax.lax.dot_general(x_XD, grad_XF, ((rows, rows), ((), ())))
+    rows = ((rows, rows), ((), ()))
+    if x_XD.shape[-1] > grad_XF.shape[-1]:
+        grad_weight_DF = jax.lax.dot_general(grad_XF, x_XD, rows).T
+    else:
+        grad_weight_DF = jax.lax.dot_general(x_XD, grad_XF, rows)
     return grad_XF @ weight_DF.T, grad_weight_DF
 
 
@@ -116,7 +166,7 @@ def fused_linear(
     """
     kernel, ends = layer.kernel[...], list(itertools.accumulate(widths))
     devices = tensor_devices()
-    if devices == 1 and x_BLD.size < kernel.size:
+    if devices == 1 and x_BLD.size // len(kernel) < len(kernel):
         return jnp.split(layer(x_BLD), ends[:-1], axis=-1)
     x_BLD, kernel = x_BLD.astype(layer.dtype), kernel.astype(layer.dtype)
     if devices == 1:
@@ -148,7 +198,7 @@ class SwiGLU(nnx.Module):
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         d_mlp = self.fc2.in_features
         y_BLF, gate_BLF = fused_linear(self.fc1, x_BLD, (d_mlp, d_mlp), heads=d_mlp)
-        return self.fc2(y_BLF * jax.nn.silu(gate_BLF))
+        return self.fc2(gated(y_BLF, gate_BLF))
 
 
 def rotary(x_BLHK: jax.Array, positions_BL: jax.Array, rotary_dim: int) -> jax.Array:

@@ -1,0 +1,257 @@
+"""The SSD recurrence of Mamba-2 (arXiv 2405.21060) as block matmuls, with its derivative.
+
+Axes here: H heads, P channels a head, N state size, T positions a block, K blocks.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def ssd_reference(x_BLHP, dt_BLH, A_H, B_BLN, C_BLN, segment_ids_BL) -> jax.Array:
+    """The recurrence itself, one position at a time (arXiv 2405.21060, eq. 1 and 16):
+
+    h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t',  y_t = h_t C_t,  h reset at each segment start.
+    Returns y_BLHP in float32. Slow: the oracle of `ssd`.
+    """
+
+    def one_row(x_LHP, dt_LH, B_LN, C_LN, segment_ids_L):
+        def step(carry, inputs):
+            state_HPN, previous = carry
+            x_HP, dt_H, B_N, C_N, segment = inputs
+            state_HPN = jnp.where(segment == previous, state_HPN, 0.0)
+            decay_H11 = jnp.exp(dt_H * A_H)[:, None, None]
+            update_HPN = (dt_H[:, None] * x_HP)[:, :, None] * B_N[None, None, :]
+            state_HPN = decay_H11 * state_HPN + update_HPN
+            return (state_HPN, segment), state_HPN @ C_N
+
+        zero = jnp.zeros((*x_LHP.shape[1:], B_LN.shape[-1]), jnp.float32)
+        inputs = (x_LHP, dt_LH, B_LN, C_LN, segment_ids_L)
+        return jax.lax.scan(step, (zero, segment_ids_L[0]), inputs)[1]
+
+    return jax.vmap(one_row)(x_BLHP, dt_BLH, B_BLN, C_BLN, segment_ids_BL)
+
+
+class Marks(NamedTuple):
+    """Which decays of a block of T positions cross no segment boundary."""
+
+    log_same_BKTT: jax.Array
+    """0 if both positions lie in one segment, else -inf"""
+    to_end_BKT: jax.Array
+    """the segment is that of the block's last position"""
+    reaches_BKT: jax.Array
+    """the segment goes on from the block before"""
+    stays_BK: jax.Array
+    """the one before the block is also that of the block's last position"""
+
+
+def ssd(
+    x_BLHP: jax.Array,
+    dt_BLH: jax.Array,
+    A_H: jax.Array,
+    B_BLN: jax.Array,
+    C_BLN: jax.Array,
+    segment_ids_BL: jax.Array,
+    *,
+    block_len: int,
+) -> jax.Array:
+    """`ssd_reference` as matmuls over blocks of T positions (arXiv 2405.21060, section 6).
+
+    Within a block y = (L o C B' o dt') x with L[i, j] = exp(sum_{j < r <= i} dt_r A); between
+    blocks a state of H x N x P is carried. Equal neighbours in `segment_ids_BL` are one segment;
+    every decay across a segment boundary is exactly zero. Decays are float32, matmul operands
+    have the dtype of `x_BLHP`. Returns y_BLHP in float32.
+    """
+    length = x_BLHP.shape[1]
+    T = min(block_len, length)
+    K = -(-length // T)
+
+    def blocks(a):  # (B, L, ...) -> (B, K, T, ...); the padding (dt = 0) changes no state
+        a = jnp.pad(a, ((0, 0), (0, K * T - length)) + ((0, 0),) * (a.ndim - 2))
+        return a.reshape(a.shape[0], K, T, *a.shape[2:])
+
+    x, dt, B, C, segment_ids = map(blocks, (x_BLHP, dt_BLH, B_BLN, C_BLN, segment_ids_BL))
+    dt_BKHT = dt.swapaxes(2, 3)
+    log_a_BKHT = dt_BKHT * A_H[None, None, :, None]
+    B, C = B.astype(jnp.float32), C.astype(jnp.float32)
+    y_BKTHP = _by_blocks(x, dt_BKHT, log_a_BKHT, B, C, _marks(segment_ids))
+    return y_BKTHP.reshape(x.shape[0], K * T, *x.shape[3:])[:, :length]
+
+
+def _marks(segment_ids_BKT: jax.Array) -> Marks:
+    last_BK = segment_ids_BKT[:, :, -1]
+    before_BK = jnp.pad(last_BK[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    same_BKTT = segment_ids_BKT[..., :, None] == segment_ids_BKT[..., None, :]
+    return Marks(
+        jnp.log(same_BKTT.astype(jnp.float32)),
+        segment_ids_BKT == last_BK[..., None],
+        segment_ids_BKT == before_BK[..., None],
+        last_BK == before_BK,
+    )
+
+
+class _Decays(NamedTuple):
+    """Factors by which a position or a state shrinks, 0 across a segment boundary."""
+
+    within_BKHTT: jax.Array
+    """[i, j] from j to i, or [j, i]"""
+    to_end_BKTH1: jax.Array
+    from_start_BKTH1: jax.Array
+    carry_BKH: jax.Array
+
+
+def _decays(log_a_BKHT: jax.Array, marks: Marks, *, to_first: bool) -> _Decays:
+    """Sums are matmuls: XLA on a CPU makes a cumulative sum again for each use of an entry.
+
+    `to_first`: `within` is [i, j] with i >= j, and otherwise [j, i].
+    """
+    total_BKHT = _sum(log_a_BKHT, jnp.triu)  # of factors up to and with this one
+    later_BKHT = _sum(log_a_BKHT, lambda a: jnp.tril(a, -1))
+    to, start = total_BKHT[..., :, None], total_BKHT[..., None, :]
+    if not to_first:
+        to, start = to.swapaxes(3, 4), start.swapaxes(3, 4)
+    T = log_a_BKHT.shape[-1]
+    causal_TT = np.where(np.tri(T, dtype=bool) if to_first else np.tri(T, dtype=bool).T, 0, -np.inf)
+    mask_BKTT = marks.log_same_BKTT + jnp.asarray(causal_TT, jnp.float32)[None, None]
+    from_start_BKHT = jnp.exp(total_BKHT)
+    return _Decays(
+        jnp.exp(to - start + mask_BKTT[:, :, None]),
+        _by_position(jnp.where(marks.to_end_BKT[:, :, None], jnp.exp(later_BKHT), 0.0)),
+        _by_position(jnp.where(marks.reaches_BKT[:, :, None], from_start_BKHT, 0.0)),
+        jnp.where(marks.stays_BK[..., None], from_start_BKHT[..., -1], 0.0),
+    )
+
+
+def _by_position(a_BKHT: jax.Array) -> jax.Array:
+    return a_BKHT.swapaxes(2, 3)[..., None]
+
+
+def _sum(a_XT: jax.Array, triangle: Callable) -> jax.Array:
+    """At i the sum over the r with triangle(ones)[r, i]."""
+    T = a_XT.shape[-1]
+    ones_TT = triangle(jnp.ones((T, T), a_XT.dtype))
+    return jnp.matmul(a_XT, ones_TT, precision=jax.lax.Precision.HIGHEST)
+
+
+def _einsum(spec: str, *operands: jax.Array, dtype) -> jax.Array:
+    cast = [a.astype(dtype) for a in operands]
+    return jnp.einsum(spec, *cast, preferred_element_type=jnp.float32)
+
+
+def _transposed(a_BKTN: jax.Array) -> jax.Array:
+    """The transposed array itself, not a matmul that reads its operand the other way."""
+    return jax.lax.optimization_barrier(a_BKTN.swapaxes(2, 3))
+
+
+@jax.custom_vjp
+def _by_blocks(x_BKTHP, dt_BKHT, log_a_BKHT, B_BKTN, C_BKTN, marks: Marks) -> jax.Array:
+    """`ssd` in blocks; y_BKTHP float32.
+
+    Within a block one matmul a head; between blocks one for all heads, since B and C serve all. No
+    product contracts the rows of its left operand, which XLA on a CPU does slowly: what would be
+    the left operand is transposed first where it is smallest.
+    """
+    return _by_blocks_fwd(x_BKTHP, dt_BKHT, log_a_BKHT, B_BKTN, C_BKTN, marks)[0]
+
+
+def _by_blocks_fwd(x, dt_BKHT, log_a_BKHT, B, C, marks):
+    einsum = partial(_einsum, dtype=x.dtype)
+    decays = _decays(log_a_BKHT, marks, to_first=True)
+    scores_BKTT = einsum("bkin,bkjn->bkij", C, B)
+    weights_BKHTT = decays.within_BKHTT * scores_BKTT[:, :, None] * dt_BKHT[..., None, :]
+    y = einsum("bkhij,bkhjp->bkhip", weights_BKHTT, x.swapaxes(2, 3)).swapaxes(2, 3)
+    entering = None
+    if x.shape[1] > 1:
+        x_end = x.astype(jnp.float32) * (_by_position(dt_BKHT) * decays.to_end_BKTH1)
+        added_BKNHP = einsum("bknt,bkthp->bknhp", _transposed(B), x_end)
+        entering = _carried(added_BKNHP, decays.carry_BKH)
+        y += decays.from_start_BKTH1 * einsum("bktn,bknhp->bkthp", C, entering)
+    return y, (x, dt_BKHT, log_a_BKHT, B, C, marks, entering)
+
+
+def _carried(added_BKNHP, carry_BKH, reverse=False):
+    """State entering each block: that entering the block before, decayed, and what it added."""
+
+    def pass_on(state_BNHP, inputs):
+        added_BNHP, carry_BH = inputs
+        return carry_BH[:, None, :, None] * state_BNHP + added_BNHP, state_BNHP
+
+    by_block = (added_BKNHP.swapaxes(0, 1), carry_BKH.swapaxes(0, 1))
+    zero = jnp.zeros_like(added_BKNHP[:, 0])
+    return jax.lax.scan(pass_on, zero, by_block, reverse=reverse)[1].swapaxes(0, 1)
+
+
+def _by_blocks_bwd(saved, dy):
+    """The derivative with decays made again, so that no (T, T) array of a head is kept.
+
+    The derivative by log a_r of sum_{j < r <= i} log a is summed over all pairs i > j, at i >= r
+    less at j >= r. Without i = j, which depends on no decay, nothing large cancels in it.
+    """
+    x, dt_BKHT, log_a_BKHT, B, C, marks, entering = saved
+    T = x.shape[2]
+    einsum = partial(_einsum, dtype=x.dtype)
+    decays = _decays(log_a_BKHT, marks, to_first=False)
+    scores_BKTT = einsum("bkjn,bkin->bkji", B, C)
+    dt_BKHT1 = dt_BKHT[..., None]
+    weights_BKHTT = decays.within_BKHTT * scores_BKTT[:, :, None] * dt_BKHT1
+    dy_BKHTP = dy.swapaxes(2, 3)
+    dx = einsum("bkhji,bkhip->bkhjp", weights_BKHTT, dy_BKHTP).swapaxes(2, 3)
+    # from here on by the weight of j at i without dt_j
+    dweights_BKHTT = einsum("bkhjp,bkhip->bkhji", x.swapaxes(2, 3), dy_BKHTP)
+    same_BKHT = jnp.diagonal(dweights_BKHTT, axis1=-2, axis2=-1)
+    dweights_BKHTT = dweights_BKHTT * decays.within_BKHTT
+    dscores_BKTT = jnp.sum(dweights_BKHTT * dt_BKHT1, axis=2)
+    dB = einsum("bkji,bkin->bkjn", dscores_BKTT, C)
+    dC = einsum("bkij,bkjn->bkin", _transposed(dscores_BKTT), B)
+    later_TT = jnp.asarray(np.tri(T, k=-1).T, jnp.float32)
+    pairs_BKHTT = dweights_BKHTT * (scores_BKTT * later_TT[None, None])[:, :, None]
+    pairs_BKHT = jnp.sum(pairs_BKHTT, axis=-1)
+    ddt_BKHT = pairs_BKHT + same_BKHT * jnp.sum(B * C, axis=-1)[:, :, None]
+    dtotal_BKHT = jnp.einsum(
+        "bkhj,bkhji->bkhi", dt_BKHT, pairs_BKHTT, precision=jax.lax.Precision.HIGHEST
+    )
+    dtotal_BKHT -= dt_BKHT * pairs_BKHT
+    dlog_a = jnp.zeros_like(log_a_BKHT)
+    if x.shape[1] > 1:
+        x, dt_BKTH1 = x.astype(jnp.float32), _by_position(dt_BKHT)
+
+        def over_channels(a_BKTHP, b_BKTHP):  # (B, K, H, T)
+            return jnp.sum(a_BKTHP * b_BKTHP, axis=-1).swapaxes(2, 3)
+
+        dy_start = dy * decays.from_start_BKTH1
+        dC += einsum("bkthp,bknhp->bktn", dy_start, entering)
+        dtotal_BKHT += over_channels(dy_start, einsum("bktn,bknhp->bkthp", C, entering))
+        dentering = einsum("bknt,bkthp->bknhp", _transposed(C), dy_start)
+        dadded = _carried(dentering, decays.carry_BKH, reverse=True)
+        dcarry_BKH = jnp.sum(dadded * entering, axis=(2, 4)) * decays.carry_BKH
+        x_end = x * (dt_BKTH1 * decays.to_end_BKTH1)
+        dB += einsum("bkthp,bknhp->bktn", x_end, dadded)
+        dx_end = einsum("bktn,bknhp->bkthp", B, dadded)
+        dx += dx_end * (dt_BKTH1 * decays.to_end_BKTH1)
+        dlater_BKHT = over_channels(dx_end, x) * decays.to_end_BKTH1[..., 0].swapaxes(2, 3)
+        ddt_BKHT += dlater_BKHT
+        dlog_a = _sum(dlater_BKHT * dt_BKHT, lambda a: jnp.triu(a, 1)) + dcarry_BKH[..., None]
+    same_BKTT = jnp.exp(marks.log_same_BKTT) * jnp.asarray(np.tri(T), jnp.float32)[None, None]
+    dlog_a += jnp.einsum(  # what cancels in a segment stays in it
+        "bkhi,bkir->bkhr", dtotal_BKHT, same_BKTT, precision=jax.lax.Precision.HIGHEST
+    )
+    return dx.astype(saved[0].dtype), ddt_BKHT, dlog_a, dB, dC, None
+
+
+_by_blocks.defvjp(_by_blocks_fwd, _by_blocks_bwd)
+
+
+def ssd_final_state(x_BLHP, dt_BLH, A_H, B_BLN) -> jax.Array:
+    """h after the last position of rows of one segment: sum_t exp(sum_{r>t} dt_r A) dt_t x_t B_t'.
+
+    A position with dt = 0 (padding) leaves the state alone. Returns (B, H, P, N) in float32.
+    """
+    log_a_BLH = dt_BLH * A_H[None, None, :]
+    after_BLH = jnp.pad(log_a_BLH[:, 1:], ((0, 0), (0, 1), (0, 0)))
+    to_end_BLH = jnp.exp(jax.lax.cumsum(after_BLH, axis=1, reverse=True))
+    x_end = x_BLHP.astype(jnp.float32) * (dt_BLH * to_end_BLH)[..., None]
+    return jnp.einsum("blhp,bln->bhpn", x_end, B_BLN.astype(jnp.float32))

@@ -34,7 +34,7 @@ from experiments.command_line import base_config, parse, run
 from hnet.chunking.dechunk import dechunk
 from hnet.chunking.router import decide
 from hnet.config import ConfigError
-from hnet.data import open_corpus, train_batches
+from hnet.data import Corpus, open_corpus, train_batches
 from hnet.flops import flops_by_part, forward_terms, training_flops
 from hnet.loss import next_byte_nll
 from hnet.nn.layers import segment_positions
@@ -43,6 +43,7 @@ from hnet.train.config import Config
 from hnet.train.cpu import one_device_a_core
 from hnet.train.distributed import StopRequest
 from hnet.train.program import build, put_batch
+from hnet.train.report import Report
 from hnet.train.sharding import batch_sharding
 
 Measure = Literal["step", "parts", "lengths", "pretrain", "input"]
@@ -170,6 +171,7 @@ class Step:
             "what": self.label,
             "fraction": self.fraction,
             "batch": [data.batch_size, data.seq_len],
+            "mflops_a_byte": flops / num_bytes / 1e6,
             "bytes_per_sec": num_bytes / seconds,
             "bytes_per_sec_over_gflops": num_bytes / seconds / gflops,
             "achieved_over_matmul": flops / seconds / 1e9 / gflops,
@@ -208,7 +210,7 @@ def part_functions(step: Step) -> dict[str, tuple[Callable, tuple]]:
     modules = {
         "stage0/encoder": (stage.encoder, stack, h_BLD),
         "stage0/routing": (stage, lambda s, h: route(s, h).boundary_prob_BL, h_BLD),
-        "stage1/main_network": (stage.main_network, inner, chunks.x_BMD),
+        MAIN: (stage.main_network, inner, chunks.x_BMD),
         "stage0/decoder": (stage.decoder, stack, h_BLD),
     }
     found = {}
@@ -233,8 +235,11 @@ def part_functions(step: Step) -> dict[str, tuple[Callable, tuple]]:
     return found
 
 
-def compiled_parts(step: Step) -> dict[str, Callable[[], Any]]:
-    """Each part forward and backward, as something to time."""
+MAIN = "stage1/main_network"
+
+
+def compiled_parts(step: Step, only: tuple[str, ...] = ()) -> dict[str, Callable[[], Any]]:
+    """Each part forward and backward, as something to time; some of them if named."""
 
     def timed(f, inputs):
         def both(*inputs):
@@ -245,7 +250,8 @@ def compiled_parts(step: Step) -> dict[str, Callable[[], Any]]:
         return lambda: jax.block_until_ready(compiled(*inputs))
 
     with forced(step.fraction):
-        return {name: timed(f, inputs) for name, (f, inputs) in part_functions(step).items()}
+        parts = part_functions(step)
+        return {name: timed(*parts[name]) for name in only or parts}
 
 
 def matmul_seconds(size: int = 2048) -> tuple[Callable[[], Any], float]:
@@ -273,8 +279,12 @@ def measure_steps(steps: list[Step], repeats: int, parts_of: Step | None = None)
     functions: dict[Any, Callable[[], Any]] = {"matmul": matmul}
     for i, step in enumerate(steps):
         functions |= {("step", i): step.run, ("forward", i): step.forward}
-    if parts_of:
+    if parts_of:  # of one step all, of the others the one that has to follow the compression
         functions |= {("part", name): f for name, f in compiled_parts(parts_of).items()}
+        for i, step in enumerate(steps):
+            functions[("main", i)] = (
+                functions["part", MAIN] if step is parts_of else compiled_parts(step, (MAIN,))[MAIN]
+            )
     seconds = medians(functions, repeats)
     gflops = operations / seconds["matmul"] / 1e9
     found: dict[str, Any] = {"matmul_gflops": gflops}
@@ -283,6 +293,8 @@ def measure_steps(steps: list[Step], repeats: int, parts_of: Step | None = None)
         for i, step in enumerate(steps)
     ]
     if parts_of:
+        for i, row in enumerate(found["steps"]):
+            row["main_network_ms"] = 1e3 * seconds["main", i]
         whole = seconds["step", steps.index(parts_of)]
         terms = forward_terms(parts_of.config.model, parts_of.lengths)
         rows, ideal = parts_of.config.data.batch_size, flops_by_part(terms)
@@ -302,32 +314,78 @@ def measure_steps(steps: list[Step], repeats: int, parts_of: Step | None = None)
     return found
 
 
-def measure_pretrain(config: Config, steps: int = 60) -> dict[str, float]:
+class PacedReport(Report):
+    """A report that times the steps of a run, and has bare steps take turns with them.
+
+    Once the slots have settled it stops the run after every `turn` steps for as many bare steps:
+    the same program on a state of its own, without input, metrics, log or files.
+    """
+
+    def __init__(self, config: Config, corpus: Corpus, start_step: int, *, settled: int, turn: int):
+        super().__init__(config, corpus, start_step)
+        self.settled, self.turn = settled, turn
+        self.bare, self.seconds = None, {"run": [], "bare": []}
+        self.steps, self.capacities = [], None
+
+    def step(self, row: dict[str, Any]) -> list[str]:
+        capacities = tuple(row[f"stage{s}/capacity"] for s in range(self.config.model.num_chunked))
+        alarms = super().step(row)
+        self.steps.append(time.perf_counter())
+        if row["step"] <= self.settled or capacities != self.capacities:
+            self.capacities, self.steps = capacities, []
+        elif len(self.steps) > self.turn + 1:  # the first began before the run went on
+            self.seconds["run"].append((self.steps[-1] - self.steps[1]) / (len(self.steps) - 2))
+            self._take_turn()
+            self.steps = []
+        return alarms
+
+    def _take_turn(self) -> None:
+        if not self.bare or self.bare[0] != self.capacities:
+            program = build(self.config)
+            state, batch = program.init(), put_batch(random_batch(self.config), program.mesh)
+            lowered = program.step.lower(state, batch, program.hparams, capacities=self.capacities)
+            self.bare = self.capacities, lowered.compile(), batch, program.hparams, state
+        _, step, batch, hparams, state = self.bare
+        seconds = []
+        for repeat in range(self.turn + 1):  # the first waits for the step of the run in flight
+            began = time.perf_counter()
+            state, _ = jax.block_until_ready(step(state, batch, hparams))
+            seconds += [time.perf_counter() - began] * (repeat > 0)
+        self.bare = *self.bare[:-1], state
+        self.seconds["bare"].append(statistics.fmean(seconds))
+
+
+def measure_pretrain(config: Config, turns: int) -> dict[str, float]:
     """Bytes a second of `pretrain` with input, logging and metrics, over those of the bare step."""
+    settled, turn = 100, 10
+    reports = []
+
+    def make_report(*args):
+        reports.append(PacedReport(*args, settled=settled, turn=turn))
+        return reports[0]
+
     with tempfile.TemporaryDirectory() as folder:
         config = replace(
             config,
             workdir=folder,
-            train=replace(config.train, steps=steps),
+            train=replace(config.train, steps=settled + turns * (turn + 2) + 1),
             eval=replace(config.eval, every=0, max_bytes=1024),
             checkpoint=replace(config.checkpoint, every=0),
         )
         with StopRequest() as stop:
-            loop.train(config, stop)
-        lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if 10 < row["step"] < steps]
-    program = build(config)
-    state, batch = program.init(), put_batch(random_batch(config), program.mesh)
-    capacities = tuple(rows[-1][f"stage{s}/capacity"] for s in range(config.model.num_chunked))
-    step = program.step.lower(state, batch, program.hparams, capacities=capacities).compile()
-    seconds = []
-    for repeat in range(10):
-        began = time.perf_counter()
-        state, _ = jax.block_until_ready(step(state, batch, program.hparams))
-        seconds += [time.perf_counter() - began] * (repeat > 0)
-    bare = config.data.batch_size * config.data.seq_len / statistics.median(seconds)
-    whole = statistics.median(row["bytes_per_sec"] for row in rows)
-    return {"bytes_per_sec": whole, "bare_step": bare, "over_bare_step": whole / bare}
+            loop.train(config, stop, make_report)
+    seconds = reports[0].seconds
+    if not seconds["bare"]:
+        raise RuntimeError(f"the chunk slots did not settle within {config.train.steps} steps")
+    ratios = [bare / run for run, bare in zip(seconds["run"], seconds["bare"])]
+    per_batch = config.data.batch_size * config.data.seq_len
+    return {
+        "bytes_per_sec": per_batch / statistics.median(seconds["run"]),
+        "bare_step": per_batch / statistics.median(seconds["bare"]),
+        "over_bare_step": statistics.median(ratios),
+        "lowest_turn": min(ratios),
+        "highest_turn": max(ratios),
+    }
 
 
 def measure_input(config: Config, batches: int = 200) -> dict[str, float]:
@@ -363,7 +421,7 @@ def measure(config: Benchmark) -> dict[str, Any]:
     if "input" in config.measure:
         found["input"] = measure_input(base)
     if "pretrain" in config.measure:
-        found["pretrain"] = measure_pretrain(base)
+        found["pretrain"] = measure_pretrain(base, config.repeats)
     return found
 
 
@@ -375,13 +433,14 @@ def show(found: dict[str, Any]) -> None:
             continue
         console.print(f"{title}; large matmul {part['matmul_gflops']:.0f} GFLOP/s")
         table = Table(
-            "what", "fraction", "bytes/s", "over GFLOP/s", "of matmul rate", "forward bytes/s",
-            "compile s", "temp MB a device", box=None,
+            "what", "fraction", "MFLOP a byte", "bytes/s", "over GFLOP/s", "of matmul rate",
+            "main network ms", "forward bytes/s", "compile s", "temp MB a device", box=None,
         )  # fmt: skip
         for row in part["steps"]:
             table.add_row(
-                row["what"], f"{row['fraction']:g}", f"{row['bytes_per_sec']:,.0f}",
-                f"{row['bytes_per_sec_over_gflops']:.1f}", f"{row['achieved_over_matmul']:.2f}",
+                row["what"], f"{row['fraction']:g}", f"{row['mflops_a_byte']:.2f}",
+                f"{row['bytes_per_sec']:,.0f}", f"{row['bytes_per_sec_over_gflops']:.1f}",
+                f"{row['achieved_over_matmul']:.2f}", f"{row.get('main_network_ms', 0):.0f}",
                 f"{row['forward_bytes_per_sec']:,.0f}", f"{row['compile_seconds']:.1f}",
                 f"{row['temp_mb']:,.0f}",
             )  # fmt: skip
@@ -401,7 +460,8 @@ def show(found: dict[str, Any]) -> None:
     if row := found.get("pretrain"):
         console.print(
             f"pretrain {row['bytes_per_sec']:,.0f} bytes/s, {row['over_bare_step']:.1%} of the "
-            f"bare step's {row['bare_step']:,.0f}"
+            f"bare step's {row['bare_step']:,.0f} (turns from {row['lowest_turn']:.1%} to "
+            f"{row['highest_turn']:.1%})"
         )
 
 

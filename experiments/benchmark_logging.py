@@ -4,12 +4,15 @@
 
 Takes the settings of `experiments.pretrain` and trains in a folder that is deleted afterwards. A
 block is `train.log_every` steps, so that each one with logging writes one row of scalars and
-histograms; its neighbours without are what it is compared with. Blocks that compile or evaluate are
-left out. What an evaluation draws and writes is timed apart and spread over `eval.every` steps.
+histograms. Four in a row are one sample: without, with, with, without, so that a machine that gets
+steadily faster or slower counts on both sides alike. Samples with a compilation or an evaluation
+are left out. What an evaluation draws and writes is timed apart, on fewer evaluations than the
+settings ask for, and spread over `eval.every` steps.
 """
 
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -21,9 +24,13 @@ from hnet.train.distributed import StopRequest
 from hnet.train.loop import train
 from hnet.train.report import Report
 
+SAMPLE = 4  # blocks
+SAMPLES_AN_EVALUATION = 5
+DRAWS = 10_000  # of the bootstrap
+
 
 class Alternating(Report):
-    """A report that is silent in every other block of steps, and watches the clock."""
+    """A report that is silent in half of the blocks of steps, and watches the clock."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -36,7 +43,7 @@ class Alternating(Report):
     def step(self, row):
         step = row["step"]
         self.began[step] = time.perf_counter()
-        if step // self.block % 2 == 0:
+        if step // self.block % SAMPLE in (0, 1):  # of samples that begin with block 1, 5, ...
             return []
         alarms = super().step(row)
         self.calls.append(time.perf_counter() - self.began[step])
@@ -51,14 +58,17 @@ class Alternating(Report):
         super().evaluated(*args)
         self.drawing.append(time.perf_counter() - began)
 
-    def pairs(self) -> np.ndarray:
-        """Seconds a step of neighbouring blocks (with, without), float64 (pairs, 2)."""
+    def samples(self) -> np.ndarray:
+        """Seconds a step with and without, of each undisturbed sample, float64 (samples, 2)."""
         found = []
-        for n in range(1, max(self.began) // self.block - 1, 2):
-            edges = [self.began.get(b * self.block) for b in (n, n + 1, n + 2)]
+        for first in range(1, max(self.began) // self.block, SAMPLE):
+            edges = [self.began.get(b * self.block) for b in range(first, first + SAMPLE + 1)]
             # a block after a compilation may still be filling the pipeline
-            if None not in edges and not {n - 1, n, n + 1, n + 2} & self.disturbed:
-                found.append(np.diff(edges) / self.block)
+            if None not in edges and not self.disturbed.intersection(
+                range(first - 1, first + SAMPLE)
+            ):
+                off, on, on_too, off_too = np.diff(edges) / self.block
+                found.append(((on + on_too) / 2, (off + off_too) / 2))
         return np.array(found).reshape(-1, 2)
 
 
@@ -71,28 +81,42 @@ def main() -> None:
         reports.append(Alternating(*args))
         return reports[-1]
 
+    every = SAMPLES_AN_EVALUATION * SAMPLE * config.train.log_every
+    evaluation = replace(config.eval, every=every if config.eval.every else 0)
     with tempfile.TemporaryDirectory() as folder, StopRequest() as stop:
-        train(replace(config, workdir=folder), stop, make_report)
+        train(replace(config, workdir=folder, eval=evaluation), stop, make_report)
     (report,) = reports
-    pairs = report.pairs()
-    if len(pairs) < 2:
+    samples = report.samples()
+    if len(samples) < 2:
         raise ConfigError(
-            f"train.steps={config.train.steps}: too few undisturbed blocks of "
-            f"{report.block} steps: use more steps"
+            f"train.steps={config.train.steps}: too few undisturbed samples of "
+            f"{SAMPLE * report.block} steps: use more steps"
         )
-    on, off = pairs.T
-    ratios = on / off - 1
-    error = ratios.std(ddof=1) / np.sqrt(len(ratios))
+    on, off = samples.T
+    step = np.median(off)
+    cost, *interval = median_with_interval(on / off - 1)
     inside = float(np.mean(report.calls[report.block :]))
-    print(f"step with logging     {1e3 * np.median(on):8.1f} ms (median of {len(on)} blocks)")
-    print(f"step without          {1e3 * np.median(off):8.1f} ms")
-    print(f"logging a step        {ratios.mean():+8.2%} (standard error {error:.2%})")
-    print(f"of it inside calls    {1e3 * inside:8.2f} ms, {inside / off.mean():.2%}")
+    print(f"step with logging     {1e3 * np.median(on):8.1f} ms (median of {len(on)} samples)")
+    print(f"step without          {1e3 * step:8.1f} ms")
+    print(f"logging a step        {cost:+8.2%} ({_range(interval)} with 95%, by bootstrap)")
+    print(f"of it inside calls    {1e3 * inside:8.2f} ms, {inside / step:.2%}")
     if len(report.drawing) > 1 and config.eval.every:  # the first one compiles
         drawing = float(np.median(report.drawing[1:]))
-        share = drawing / config.eval.every / off.mean()
+        share = drawing / config.eval.every / step
         every = f"every {config.eval.every} steps: {share:.2%}"
         print(f"drawing an evaluation {1e3 * drawing:8.1f} ms, {every}")
+        print(f"altogether            {cost + share:+8.2%} ({_range(np.add(interval, share))})")
+
+
+def _range(bounds: Sequence[float]) -> str:
+    return " to ".join(f"{bound:+.2%}" for bound in bounds)
+
+
+def median_with_interval(values: np.ndarray) -> tuple[float, float, float]:
+    """The median and the range that holds 95% of the medians of resampled values."""
+    draws = np.random.default_rng(0).choice(values, (DRAWS, len(values)))
+    low, high = np.quantile(np.median(draws, axis=1), (0.025, 0.975))
+    return float(np.median(values)), float(low), float(high)
 
 
 if __name__ == "__main__":

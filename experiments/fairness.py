@@ -29,7 +29,7 @@ from hnet import load
 from hnet.config import ConfigError
 from hnet.data.parallel import Lines, read_parallel
 from hnet.infer.score import logprobs
-from hnet.infer.segment import segmenter
+from hnet.infer.segment import ROWS, segment_all, segmenter
 from hnet.inspect.fairness import LanguageScore, cut_at, score_language
 from hnet.inspect.fairness_report import (
     Scores,
@@ -39,13 +39,12 @@ from hnet.inspect.fairness_report import (
     to_json,
     to_markdown,
 )
-from hnet.inspect.gold import read_ud
+from hnet.inspect.gold import read_ud, thin
 from hnet.inspect.segmentation import Segmentation
 from hnet.inspect.tokens import read_tokenizer, token_starts, train_bpe
 from hnet.model import split
 from hnet.train.config import read_config
 
-BATCH = 32
 Cut = Callable[[Sequence[bytes]], tuple[list[Segmentation], float, int]]
 """texts -> (their segmentations, nats, scored bytes)"""
 
@@ -111,13 +110,6 @@ def _pairs(entries: Sequence[str]) -> list[tuple[str, str]]:
     return [(a, b) for a, _, b in (entry.partition("=") for entry in entries)]
 
 
-def thin(texts: Sequence[bytes], most: int) -> list[bytes]:
-    """At most so many of the texts, evenly spread; all if `most` is 0."""
-    if not most or len(texts) <= most:
-        return list(texts)
-    return [texts[i * len(texts) // most] for i in range(most)]
-
-
 def byte_system() -> System:
     """Every byte a chunk, as a plain byte model has it."""
     return System("bytes", lambda texts: ([cut_at(t, range(len(t))) for t in texts], np.nan, 0))
@@ -141,14 +133,11 @@ def model_system(path: str) -> System:
     known: dict[bytes, tuple[Segmentation, float, int]] = {}  # texts may come in several reports
 
     def cut(texts):
-        new = sorted({text for text in texts if text not in known}, key=len)
-        for first in range(0, len(new), BATCH):
-            rows = new[first : first + BATCH]
-            whole = [*rows, *[b""] * (BATCH - len(rows))]  # one shape, one compilation
-            scores = logprobs(model, whole, bos=bos, batch_size=BATCH)
-            for text, found, score in zip(rows, segment(params, whole), scores):
-                nats = -float(np.nansum(score.logprobs, dtype=np.float64))
-                known[text] = found, nats, int(np.isfinite(score.logprobs).sum())
+        new = list({text: None for text in texts if text not in known})
+        scores = logprobs(model, new, bos=bos, batch_size=ROWS)
+        for text, found, score in zip(new, segment_all(segment, params, new), scores):
+            nats = -float(np.nansum(score.logprobs, dtype=np.float64))
+            known[text] = found, nats, int(np.isfinite(score.logprobs).sum())
         found, nats, scored = zip(*(known[text] for text in texts))
         return list(found), math.fsum(nats), sum(scored)
 

@@ -25,13 +25,13 @@ from experiments.fairness import (
     byte_system,
     measure,
     model_system,
-    thin,
     token_system,
     write_report,
 )
 from hnet.config import ConfigError
 from hnet.data.parallel import Lines, read_parallel
 from hnet.data.pipeline import train_batches
+from hnet.inspect.gold import thin
 from hnet.inspect.tokens import train_bpe
 from hnet.train.compile_cache import enable_compilation_cache
 from hnet.train.config import Config

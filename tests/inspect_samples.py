@@ -18,7 +18,7 @@ TEXTS = {
     "chinese": ("Han", "我们昨天在河边看见了三只白色的鸟,它们慢慢地飞走了。"),
     "thai": ("Thai", "เมื่อวานนี้เด็กๆไปเล่นน้ำที่แม่น้ำใกล้บ้าน"),
     "turkish": ("Latin", "Evlerimizdekilerden hiçbiri dün akşam gelmedi, çünkü yağmur yağıyordu."),
-    "code": ("Latin", "def area(width, height=1.5):\n\tif width < 0:\n\t\traise ValueError()\n"
+    "tabs": ("Latin", "def area(width, height=1.5):\n\tif width < 0:\n\t\traise ValueError()\n"
              "\treturn width * height  # square metres\n"),
     "emoji": ("Latin", "A family 👨‍👩‍👧 and a flag 🏳️‍🌈, cafe\u0301 naïve \u202eevil\u202c."),
     "hostile": ("Latin", HOSTILE),

@@ -44,9 +44,9 @@ def tiny_run(workdir: Path, **changes) -> Config:
     return replace(base, **changes)
 
 
-def run(config: Config, stop=None) -> Outcome:
+def run(config: Config, stop=None, devices=None) -> Outcome:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "build", build)
+        patch.setattr(loop, "build", partial(build, devices=devices))
         if stop:
             return loop.train(config, stop)
         with StopRequest() as stop:

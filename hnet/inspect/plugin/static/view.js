@@ -104,7 +104,7 @@ export class View {
   /** Look for new runs and steps; a view of the newest step follows it. */
   async reload() {
     await this.guard(async () => {
-      const atEnd = this.state.step >= this.steps.length - 1;
+      const { atEnd } = this;
       await this.findRuns();
       this.info.clear();
       this.views.clear();
@@ -115,11 +115,12 @@ export class View {
     });
   }
 
-  /** Show a run first (i = 0) or beside it, at the step shown or the last one before it. */
+  /** Show a run first (i = 0) or beside it, at the last step not after the one shown; at its newest
+   * step if that was shown of the run before. */
   async chooseRun(i, name) {
     await this.guard(async () => {
       if (name) await this.load(name);
-      const before = this.stepNumber ?? Infinity;
+      const before = this.atEnd ? Infinity : this.stepNumber;
       this.state.runs[i] = name;
       this.runSelects[i].value = name ?? "";
       this.state.step = Math.max(this.steps.findLastIndex((s) => s <= before), 0);
@@ -199,6 +200,10 @@ export class View {
     return this.goTo(this.state.step + by);
   }
 
+  get atEnd() {
+    return this.state.step >= this.steps.length - 1;
+  }
+
   get stepNumber() {
     return this.steps[this.state.step];
   }
@@ -208,9 +213,9 @@ export class View {
       clearInterval(this.timer);
       this.timer = null;
     } else {
-      if (this.state.step >= this.steps.length - 1) this.goTo(0);
+      if (this.atEnd) this.goTo(0);
       this.timer = setInterval(() => {
-        if (this.state.step >= this.steps.length - 1) this.togglePlay();
+        if (this.atEnd) this.togglePlay();
         else if (!this.loading) this.moveStep(1);
       }, PLAY_MS);
     }
@@ -279,7 +284,7 @@ export class View {
     const summary = drawSummary(runs.map(({ label }, i) => ({ label, pairs: pairs(i) })), levels);
     const rest = texts.length - keys.length;
     const more = rest > 0
-      ? el("button", { type: "button", class: "more", onclick: () => { this.shown += PAGE; this.set({}); } }, `Show ${Math.min(rest, PAGE)} more of ${rest} texts`)
+      ? el("button", { type: "button", class: "more", onclick: () => { this.shown += PAGE; this.set({}); } }, `Show ${Math.min(rest, PAGE)} of ${rest} more text${rest === 1 ? "" : "s"}`)
       : null;
     const labels = el("div", { class: "columns runnames" }, ...runs.map(({ label }) => el("div", {}, label)));
     this.main.dataset.level = level;

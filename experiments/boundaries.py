@@ -54,7 +54,7 @@ class BoundariesConfig:
     max_bytes: int = 2048
     """longer texts are cut off here"""
     seed: int = 0
-    """of the random controls"""
+    """of the shifts that boundary enrichment is compared with"""
     json: bool = False
     """print one JSON object instead of tables"""
 
@@ -119,9 +119,7 @@ def stage_report(
 ) -> dict[str, Any]:
     """Everything that is said about the boundaries of one stage, as plain JSON content."""
     kinds = sorted({kind for seg in found for kind, offsets in seg.gold.items() if offsets})
-    scores = {
-        kind: metrics.boundary_scores(found, kind, stage=stage, seed=config.seed) for kind in kinds
-    }
+    scores = {kind: metrics.boundary_scores(found, kind, stage=stage) for kind in kinds}
     rows = [(_as_routed(seg, stage, alignment), s) for seg, s in zip(found, surprisal)]
     chunks = [chunk for seg in found for chunk in seg.chunks(stage)]
     vocabulary = vocabulary_report(chunks)

@@ -20,7 +20,8 @@ PERCENTILES = (5, 25, 50, 75, 95, 99)
 class Score:
     """Agreement of predicted with gold boundaries, pooled over texts (micro-average).
 
-    Counts are floats because a control is averaged over draws. A ratio with nothing below it is 0.
+    Counts are floats because hits of a control may be expected ones. A ratio with nothing below it
+    is 0.
     """
 
     hits: float
@@ -47,7 +48,7 @@ class BoundaryScores:
 
     learned: Score
     random: Score
-    """the same number of boundaries in each text, drawn uniformly"""
+    """what the same number of boundaries in each text, drawn uniformly, is expected to hit"""
     fixed_stride: Score
     """the same number of boundaries in each text, evenly spaced"""
 
@@ -64,19 +65,12 @@ def stride_boundaries(count: int, length: int) -> np.ndarray:
 
 
 def boundary_scores(
-    segmentations: Iterable[Segmentation],
-    kind: str,
-    *,
-    stage: int = 0,
-    seed: int = 0,
-    draws: int = 16,
+    segmentations: Iterable[Segmentation], kind: str, *, stage: int = 0
 ) -> BoundaryScores:
     """Precision, recall and F1 of `stage` against gold `kind`, with rate-matched controls.
 
-    draws: seeded draws of the random control that are averaged, in each text. Texts without that
-    kind of gold are left out. Raises ConfigError if none has it.
+    Texts without that kind of gold are left out. Raises ConfigError if none has it.
     """
-    rng = np.random.default_rng(seed)
     totals = np.zeros((3, 3))  # learned, random, fixed stride; hits, predicted, gold
     found = False
     for seg in segmentations:
@@ -85,9 +79,9 @@ def boundary_scores(
         found = True
         gold, cuts, length = seg.gold[kind], seg.boundaries(stage), max(len(seg.data), 1)
         # of `count` distinct offsets drawn from length - 1, a hypergeometric number is gold
-        drawn = rng.hypergeometric(len(gold), length - 1 - len(gold), len(cuts), draws)
+        expected = len(cuts) * len(gold) / max(length - 1, 1)
         stride = stride_boundaries(len(cuts), length)
-        hits = [score_offsets(cuts, gold).hits, drawn.mean(), score_offsets(stride, gold).hits]
+        hits = [score_offsets(cuts, gold).hits, expected, score_offsets(stride, gold).hits]
         totals += [[h, len(cuts), len(gold)] for h in hits]
     if not found:
         raise ConfigError(f"gold kind {kind!r} is in none of the texts: annotate or read it first")
@@ -190,7 +184,7 @@ def undecided_frac(segmentations: Iterable[Segmentation], stage: int = 0) -> flo
     return float(((probs >= low) & (probs <= high)).mean()) if probs.size else 0.0
 
 
-def summarize(segmentations: Sequence[Segmentation], *, seed: int = 0) -> dict[str, float]:
+def summarize(segmentations: Sequence[Segmentation]) -> dict[str, float]:
     """Scalars of a set of texts by tag, for TensorBoard and tables.
 
     For each stage ``stage0/``: ``bytes_per_chunk``, ``chunk_bytes_p50`` and so on, ``chunk_cv``,
@@ -214,7 +208,7 @@ def summarize(segmentations: Sequence[Segmentation], *, seed: int = 0) -> dict[s
         scalars[tag + "undecided_frac"] = undecided_frac(texts, stage)
         for kind in kinds:
             if any(kind in seg.gold for seg in texts):
-                scores = boundary_scores(texts, kind, stage=stage, seed=seed)
+                scores = boundary_scores(texts, kind, stage=stage)
                 scalars[f"{tag}f1_{kind}"] = scores.learned.f1
                 scalars[f"{tag}f1_{kind}_random"] = scores.random.f1
                 scalars[f"{tag}f1_{kind}_stride"] = scores.fixed_stride.f1

@@ -62,7 +62,6 @@ export class View {
       field("Script", this.routeSelect),
       field("Gold", this.goldSelect),
       field("Text", this.search),
-      button("↻", "Look for new runs and steps", () => this.reload(), "reload"),
       button("◐", "Light, dark or automatic colours", () => this.theme.next()),
       el(
         "div",
@@ -71,6 +70,7 @@ export class View {
         this.slider,
         button("›", "Next step", () => this.moveStep(1)),
         this.play,
+        button("↻", "Look for new runs and steps", () => this.reload()),
         this.stepLabel,
         el("label", { class: "preview" }, this.preview, "preview p >", this.threshold, this.thresholdLabel),
       ),

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import io
 import json
+import os
 import pkgutil
 import re
 import sys
@@ -26,6 +27,7 @@ from hnet.train.distributed import BarrierTimeout, leave
 FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
+NOBODY_READS = 141  # as a shell says of a program that SIGPIPE ended
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
@@ -37,6 +39,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     keep_freed_memory()
     try:
         code = main() or 0
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        code = NOBODY_READS
     except (ConfigError, BarrierTimeout, CheckpointError) as e:
         reason, code = f"error: {' '.join(str(e).split())}", BAD_INPUT
         if not isinstance(e, ConfigError):

@@ -78,6 +78,17 @@ def test_bad_input_exits_with_2_and_one_line_on_stderr(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("length", [1, 1_000_000])
+def test_output_that_nobody_reads_ends_without_a_word(length):
+    """Output that waits in the buffer to the end, and output that does not."""
+    code = f"from experiments.command_line import run; run(lambda: print({length} * 'x'))"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, **pipes) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(60) == 141
+
+
 def wait_for(condition, process: subprocess.Popen, seconds: float = 200) -> None:
     end = time.monotonic() + seconds
     while not condition() and process.poll() is None and time.monotonic() < end:

@@ -61,7 +61,7 @@ class Alternating(Report):
     def samples(self) -> np.ndarray:
         """Seconds a step with and without, of each undisturbed sample, float64 (samples, 2)."""
         found = []
-        for first in range(1, max(self.began) // self.block, SAMPLE):
+        for first in range(1, max(self.began, default=0) // self.block, SAMPLE):
             edges = [self.began.get(b * self.block) for b in range(first, first + SAMPLE + 1)]
             # a block after a compilation may still be filling the pipeline
             if None not in edges and not self.disturbed.intersection(

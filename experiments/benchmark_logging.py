@@ -2,12 +2,13 @@
 
     python -m experiments.benchmark_logging [NAME] [--section.field VALUE ...]
 
-Takes the settings of `experiments.pretrain` and trains in a folder that is deleted afterwards. A
-block is `train.log_every` steps, so that each one with logging writes one row of scalars and
-histograms. Four in a row are one sample: without, with, with, without, so that a machine that gets
-steadily faster or slower counts on both sides alike. Samples with a compilation or an evaluation
-are left out. What an evaluation draws and writes is timed apart, on fewer evaluations than the
-settings ask for, and spread over `eval.every` steps.
+Takes the settings of `experiments.pretrain` and trains in a folder that is deleted afterwards. With
+logging means a row of scalars and histograms at every step, so that its cost stands out from what a
+machine's speed wavers; a run that logs at every tenth pays a tenth of it. Four blocks in a row are
+one sample: without, with, with, without, so that a machine that gets steadily faster or slower
+counts on both sides alike. Samples with a compilation or an evaluation are left out. What an
+evaluation draws and writes is timed apart, on fewer evaluations than the settings ask for, and
+spread over `eval.every` steps.
 """
 
 import tempfile
@@ -24,6 +25,7 @@ from hnet.train.distributed import StopRequest
 from hnet.train.loop import train
 from hnet.train.report import Report
 
+BLOCK = 5  # steps
 SAMPLE = 4  # blocks
 SAMPLES_AN_EVALUATION = 5
 DRAWS = 10_000  # of the bootstrap
@@ -34,23 +36,22 @@ class Alternating(Report):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.block = self.config.train.log_every
         self.began: dict[int, float] = {}  # when the report of each step began
         self.disturbed: set[int] = set()  # blocks that evaluated or compiled
-        self.calls: list[float] = []  # seconds inside the report of each step that is logged
+        self.calls: list[float] = []  # seconds inside the report of each step that was logged
         self.drawing: list[float] = []  # seconds of each evaluation's texts and summaries
 
     def step(self, row):
         step = row["step"]
         self.began[step] = time.perf_counter()
-        if step // self.block % SAMPLE in (0, 1):  # of samples that begin with block 1, 5, ...
+        if step // BLOCK % SAMPLE in (0, 1):  # of samples that begin with block 1, 5, ...
             return []
         alarms = super().step(row)
         self.calls.append(time.perf_counter() - self.began[step])
         return alarms
 
     def say(self, text):
-        self.disturbed.add(max(self.began, default=0) // self.block)
+        self.disturbed.add(max(self.began, default=0) // BLOCK)
         super().say(text)
 
     def evaluated(self, *args):
@@ -61,13 +62,13 @@ class Alternating(Report):
     def samples(self) -> np.ndarray:
         """Seconds a step with and without, of each undisturbed sample, float64 (samples, 2)."""
         found = []
-        for first in range(1, max(self.began, default=0) // self.block, SAMPLE):
-            edges = [self.began.get(b * self.block) for b in range(first, first + SAMPLE + 1)]
+        for first in range(1, max(self.began, default=0) // BLOCK, SAMPLE):
+            edges = [self.began.get(b * BLOCK) for b in range(first, first + SAMPLE + 1)]
             # a block after a compilation may still be filling the pipeline
             if None not in edges and not self.disturbed.intersection(
                 range(first - 1, first + SAMPLE)
             ):
-                off, on, on_too, off_too = np.diff(edges) / self.block
+                off, on, on_too, off_too = np.diff(edges) / BLOCK
                 found.append(((on + on_too) / 2, (off + off_too) / 2))
         return np.array(found).reshape(-1, 2)
 
@@ -81,35 +82,43 @@ def main() -> None:
         reports.append(Alternating(*args))
         return reports[-1]
 
-    every = SAMPLES_AN_EVALUATION * SAMPLE * config.train.log_every
-    evaluation = replace(config.eval, every=every if config.eval.every else 0)
+    every = SAMPLES_AN_EVALUATION * SAMPLE * BLOCK if config.eval.every else 0
     with tempfile.TemporaryDirectory() as folder, StopRequest() as stop:
-        train(replace(config, workdir=folder, eval=evaluation), stop, make_report)
+        measured = replace(
+            config,
+            workdir=folder,
+            train=replace(config.train, log_every=1),
+            eval=replace(config.eval, every=every),
+        )
+        train(measured, stop, make_report)
     (report,) = reports
     samples = report.samples()
     if len(samples) < 2:
         raise ConfigError(
             f"train.steps={config.train.steps}: too few undisturbed samples of "
-            f"{SAMPLE * report.block} steps: use more steps"
+            f"{SAMPLE * BLOCK} steps: use more steps"
         )
     on, off = samples.T
     step = np.median(off)
-    cost, *interval = median_with_interval(on / off - 1)
-    inside = float(np.mean(report.calls[report.block :]))
-    print(f"step with logging     {1e3 * np.median(on):8.1f} ms (median of {len(on)} samples)")
-    print(f"step without          {1e3 * step:8.1f} ms")
-    print(f"logging a step        {cost:+8.2%} ({_range(interval)} with 95%, by bootstrap)")
-    print(f"of it inside calls    {1e3 * inside:8.2f} ms, {inside / step:.2%}")
+    row = np.array(median_with_interval(on / off - 1))
+    inside = float(np.mean(report.calls[BLOCK:]))
+    print(f"step with a row logged {1e3 * np.median(on):7.1f} ms (median of {len(on)} samples)")
+    print(f"step without           {1e3 * step:7.1f} ms")
+    print(f"a row                 {_with_interval(row)} of a step")
+    print(f"of it inside calls     {1e3 * inside:7.2f} ms, {inside / step:.2%}")
+    cost = row / config.train.log_every
+    print(f"a row in {config.train.log_every:<3} steps      {_with_interval(cost)}")
     if len(report.drawing) > 1 and config.eval.every:  # the first one compiles
         drawing = float(np.median(report.drawing[1:]))
         share = drawing / config.eval.every / step
         every = f"every {config.eval.every} steps: {share:.2%}"
-        print(f"drawing an evaluation {1e3 * drawing:8.1f} ms, {every}")
-        print(f"altogether            {cost + share:+8.2%} ({_range(np.add(interval, share))})")
+        print(f"drawing an evaluation  {1e3 * drawing:7.1f} ms, {every}")
+        print(f"altogether            {_with_interval(cost + share)}")
 
 
-def _range(bounds: Sequence[float]) -> str:
-    return " to ".join(f"{bound:+.2%}" for bound in bounds)
+def _with_interval(values: Sequence[float]) -> str:
+    value, low, high = values
+    return f"{value:+8.2%} ({low:+.2%} to {high:+.2%} with 95%, by bootstrap)"
 
 
 def median_with_interval(values: np.ndarray) -> tuple[float, float, float]:

@@ -11,8 +11,8 @@ from flax import nnx
 
 from hnet.config import EOS_ID, ConfigError
 from hnet.data.scripts import route_table, script_ids, script_step
-from hnet.infer import stream, utf8
-from hnet.infer.prompts import length_bucket, pad
+from hnet.infer import room, stream, utf8
+from hnet.infer.prompts import pad
 from hnet.infer.sampling import Controls, Sampling, sample
 from hnet.model import HNetLM, split
 
@@ -147,16 +147,25 @@ class Decoder:
         self.route_of = route_table(model.config.route_groups, "model.route_groups")
 
     def start(self, prompts: Sequence[bytes], sampling: Sampling) -> tuple[Decoding, np.ndarray]:
-        """(state after the prompts, boundaries bool (B, L, stages that cut)); a row a prompt."""
+        """(state after the prompts, boundaries bool (B, L, stages that cut)); a row a prompt.
+
+        Raises ConfigError if a cache for `sampling.max_bytes` does not fit into memory.
+        """
         ids_BL, lengths_B = pad(prompts)
         script_BL, script_state_B = np.zeros_like(ids_BL), np.zeros(len(prompts), np.uint32)
         for row, prompt in enumerate(prompts):
             script_BL[row, : len(prompt)], script_state_B[row] = script_ids(prompt)
-        room = length_bucket(ids_BL.shape[1] + sampling.max_bytes)
-        logits_BV, masks, cache = _prefill(
-            self.params, ids_BL, lengths_B, self.route_of[script_BL],
-            static=self.static, max_lens=stream.full_lens(self.config, room),
-        )  # fmt: skip
+        inputs = (self.params, ids_BL, lengths_B, self.route_of[script_BL])
+
+        def room_for(num_bytes):
+            return {"static": self.static, "max_lens": stream.full_lens(self.config, num_bytes)}
+
+        def cache_bytes(num_bytes):
+            _, _, cache = _prefill.eval_shape(*inputs, **room_for(num_bytes))
+            return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+
+        longest = room.positions(ids_BL.shape[1], sampling.max_bytes, len(prompts), cache_bytes)
+        logits_BV, masks, cache = _prefill(*inputs, **room_for(longest))
         W = sampling.repetition_window
         recent_BW = np.full((len(prompts), W), -1, np.int32)
         for row, prompt in enumerate(prompts):

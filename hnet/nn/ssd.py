@@ -108,18 +108,24 @@ def _decays(log_a_BKHT: jax.Array, marks: Marks, *, to_first: bool) -> _Decays:
     """Sums are matmuls: XLA on a CPU makes a cumulative sum again for each use of an entry.
 
     `to_first`: `within` is [i, j] with i >= j, and otherwise [j, i].
+
+    A difference of two long sums has their rounding, which is relative in its exponential. So each
+    logarithm is a multiple of 2^-8, whose sums are exact, and a remainder, whose sums are small.
     """
-    total_BKHT = _sum(log_a_BKHT, jnp.triu)  # of factors up to and with this one
+    coarse_BKHT = jnp.round(log_a_BKHT * 256) / 256
+    sums_XBKHT = _sum(jnp.stack([coarse_BKHT, log_a_BKHT - coarse_BKHT]), jnp.triu)
+    total_BKHT = sums_XBKHT[0] + sums_XBKHT[1]  # of factors up to and with this one
     later_BKHT = _sum(log_a_BKHT, lambda a: jnp.tril(a, -1))
-    to, start = total_BKHT[..., :, None], total_BKHT[..., None, :]
-    if not to_first:
-        to, start = to.swapaxes(3, 4), start.swapaxes(3, 4)
+    coarse_BKHTT, rest_BKHTT = (
+        a[..., :, None] - a[..., None, :] if to_first else a[..., None, :] - a[..., :, None]
+        for a in sums_XBKHT
+    )
     T = log_a_BKHT.shape[-1]
     causal_TT = np.where(np.tri(T, dtype=bool) if to_first else np.tri(T, dtype=bool).T, 0, -np.inf)
     mask_BKTT = marks.log_same_BKTT + jnp.asarray(causal_TT, jnp.float32)[None, None]
     from_start_BKHT = jnp.exp(total_BKHT)
     return _Decays(
-        jnp.exp(to - start + mask_BKTT[:, :, None]),
+        jnp.exp(coarse_BKHTT + rest_BKHTT + mask_BKTT[:, :, None]),
         _by_position(jnp.where(marks.to_end_BKT[:, :, None], jnp.exp(later_BKHT), 0.0)),
         _by_position(jnp.where(marks.reaches_BKT[:, :, None], from_start_BKHT, 0.0)),
         jnp.where(marks.stays_BK[..., None], from_start_BKHT[..., -1], 0.0),

@@ -1,0 +1,45 @@
+"""Whether a cache fits into memory, before anything is allocated."""
+
+from collections.abc import Callable
+
+import jax
+
+from hnet.config import ConfigError
+from hnet.infer.prompts import MIN_LENGTH, length_bucket
+
+MAX_POSITIONS = (1 << 31) - 64  # int32, less the null slots that stages add to a row
+
+
+def free_memory() -> int | None:
+    """Bytes that can still be allocated on the default device; None where nobody says."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    try:
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":") for line in file)
+        return 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError):
+        return None
+
+
+def positions(prompt_len: int, max_bytes: int, rows: int, cache_bytes: Callable[[int], int]) -> int:
+    """Positions that a cache needs for prompts of up to `prompt_len` and what follows them.
+
+    cache_bytes: what a cache with room for so many takes; while it is made, one layer of it is
+    there twice. Raises ConfigError if that is more than the free memory.
+    """
+    room = min(length_bucket(prompt_len + max_bytes), MAX_POSITIONS)
+    needed, free = 2 * cache_bytes(room), free_memory()
+    if free is None or needed <= free:
+        return room
+    fits = room
+    while fits > MIN_LENGTH and 2 * cache_bytes(fits) > free:
+        fits = length_bucket(fits) // 2
+    most = fits - prompt_len
+    remedy = f"use {most} or less" if most > 0 else "use a shorter prompt"
+    raise ConfigError(
+        f"sampling.max_bytes={max_bytes}: a cache for {rows} x {room} bytes needs "
+        f"{needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free: {remedy}"
+        + (", or fewer rows together (batch_size)" if rows > 1 else "")
+    )

@@ -1,0 +1,172 @@
+"""`experiments.generate` as people start it: a prompt, a pipe, a file of prompts, and errors."""
+
+import base64
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from networks import network, random_params, stage
+
+from experiments import command_line
+from experiments import generate as command
+from hnet.config import ConfigError
+from hnet.infer import room
+from hnet.infer.decode import Decoder
+from hnet.infer.generate import chunk_starts, generate, stream_text
+from hnet.infer.sampling import Sampling
+
+SAMPLING = Sampling(max_bytes=12, temperature=0.8)
+FLAGS = ["--sampling.max_bytes", "12", "--sampling.temperature", "0.8"]
+LINES = [
+    {"prompt": "a", "id": 7},
+    {"prompt": "Привет", "seed": 2**32 - 1},
+    {"prompt": "", "seed": 0},
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return nnx.merge(*random_params(network(stage("t1 t1", 26, window=9), stage("t1", 26))))
+
+
+@pytest.fixture
+def run(model, monkeypatch, capsys):
+    """(exit code, stdout, stderr) of the command with these options and this on its stdin."""
+    monkeypatch.setattr(command, "load", lambda path, dtype: model)
+    monkeypatch.setattr(command, "enable_compilation_cache", lambda: None)
+    monkeypatch.setattr(command_line, "keep_freed_memory", lambda: None)
+
+    def run(*options, stdin=""):
+        monkeypatch.setattr("sys.argv", ["generate", "--checkpoint", "x", *FLAGS, *options])
+        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as e:
+            command_line.run(command.main)
+        return e.value.code, *capsys.readouterr()
+
+    return run
+
+
+def refused(answer, *says):
+    code, _, err = answer
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
+    assert all(text in err for text in says), err
+
+
+def test_a_prompt_is_printed_with_its_continuation(run, model):
+    (expected,) = generate(model, ["Once"], SAMPLING)
+    assert run("--prompt", "Once") == (0, f"Once{expected.text}\n", "")
+    _, out, _ = run("--prompt", "Once", "--boundaries", "True")
+    assert out.startswith(f"Once{expected.text}\n") and len(out) > 2 * len(expected.text)
+
+
+def test_lines_of_a_pipe_are_continued_until_an_empty_one(run, model):
+    texts = [
+        generate(model, [prompt], SAMPLING, seeds=[seed])[0].text
+        for seed, prompt in enumerate(["ab", "c é"])
+    ]
+    both = f"ab{texts[0]}\nc é{texts[1]}\n"
+    assert run(stdin="ab\nc é\n") == (0, both, "")
+    assert run(stdin="ab\nc é") == (0, both, "")  # cut off without a newline
+    assert run(stdin="ab\nc é\n\nnever\n") == (0, both, "")
+    refused(run(stdin=""), "nothing to continue")
+
+
+def test_a_file_of_prompts_becomes_a_file_of_texts(run, model, tmp_path):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "texts.jsonl"
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in LINES), encoding="utf-8")
+    files = ("--input", str(prompts), "--output", str(out), "--sampling.seed", "5")
+    assert run(*files, "--batch_size", "2")[0] == 0
+    seeds = [5, 2**32 - 1, 0]  # one that is not given follows from the first
+    expected = generate(model, [line["prompt"] for line in LINES], SAMPLING, seeds=seeds)
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    for line, got, result in zip(LINES, found, expected, strict=True):
+        assert got.items() >= line.items() and got["finish_reason"] == result.finish_reason
+        data = got["text"].encode() if "text" in got else base64.b64decode(got["base64"])
+        assert data == result.data
+        assert ("text" in got) == (data.decode("utf-8", "replace").encode() == data)
+        np.testing.assert_allclose(got["logprobs"], result.logprobs, rtol=0, atol=2e-5)
+        assert got["starts"] == chunk_starts(model.config, result.boundaries)
+
+    whole = out.read_bytes()
+    refused(run(*files), f"output='{out}' exists", "resume")
+    assert out.read_bytes() == whole
+    first, second, _ = whole.splitlines(keepends=True)
+    out.write_bytes(first + second[:20])  # killed while it wrote
+    assert run(*files, "--resume", "True")[0] == 0
+    again = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line.get("text", line.get("base64")) for line in again] == [
+        line.get("text", line.get("base64")) for line in found
+    ]
+    assert out.read_bytes().startswith(first)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"prompt": "a", "seed": 4294967296}', '{"prompt": "a", "seed": -1}', '{"prompt": 3}',
+     '{"prompt": "a", "seed": "x"}', '{"prompt": "a", "seed": null}', '{"seed": 1}', '"a"', "{"],
+)  # fmt: skip
+def test_lines_that_are_no_prompts_are_named(run, tmp_path, line):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "texts.jsonl"
+    prompts.write_text('{"prompt": "fine"}\n' + line + "\n")
+    refused(run("--input", str(prompts), "--output", str(out)), f"input='{prompts}'", "line 2")
+    assert not out.exists()
+
+
+def test_files_that_are_missing_or_alone_are_named(run, tmp_path):
+    out = tmp_path / "texts.jsonl"
+    missing = tmp_path / "missing.jsonl"
+    refused(run("--input", str(missing)), "input and output belong together")
+    refused(run("--input", str(missing), "--output", str(out)), f"input='{missing}'", "No such")
+    missing.write_bytes(b"\xff\n")
+    refused(run("--input", str(missing), "--output", str(out)), "UTF-8")
+    assert not out.exists()
+
+
+def test_text_that_could_steer_a_terminal_is_spelled_out():
+    assert command._visible("a\x1b[2J\n\tb\u202e\x7fé") == "a\\u{001b}[2J\n\tb\\u{202e}\\u{007f}é"
+
+
+# --- how much is asked for ----------------------------------------------------------------------
+
+
+def test_a_length_that_no_memory_holds_is_refused(run):
+    refused(
+        run("--prompt", "a", "--sampling.max_bytes", "1000000000"),
+        "sampling.max_bytes=1000000000", "GB", "or less",
+    )  # fmt: skip
+
+
+def test_what_is_refused_and_what_the_remedy_says(model, monkeypatch):
+    monkeypatch.setattr(room, "free_memory", lambda: 3_000_000)
+    decoder = Decoder(model)
+    with pytest.raises(ConfigError, match="use [0-9]+ or less, or fewer rows together") as e:
+        decoder.start([b"abc", b"d"], Sampling(max_bytes=10**6))
+    most = int(str(e.value).split("use ")[1].split()[0])
+    assert most > 1000
+    state, _ = decoder.start([b"abc", b"d"], Sampling(max_bytes=most))
+    assert 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache)) <= 3_000_000
+    with pytest.raises(ConfigError, match=f"max_bytes={most + 1}:"):
+        decoder.start([b"abc", b"d"], Sampling(max_bytes=most + 1))
+    monkeypatch.setattr(room, "free_memory", lambda: 10)
+    with pytest.raises(ConfigError, match="use a shorter prompt"):
+        decoder.start([b"abc"], Sampling(max_bytes=1))
+    monkeypatch.setattr(room, "free_memory", lambda: None)  # nobody says: try
+    decoder.start([b"abc", b"d"], Sampling(max_bytes=most))
+
+
+def test_a_cache_that_does_not_grow_streams_as_long_as_it_is_told():
+    """States and windows take the same room whatever the length."""
+    model = nnx.merge(*random_params(network(stage("m1 m1", 26), stage("t1", 26, window=4))))
+    pieces = stream_text(model, ["ab"], Sampling(max_bytes=1 << 30, eos=False), block_len=4)
+    texts = [next(pieces) for _ in range(6)]
+    assert all(piece.finished is None for piece in texts) and "".join(p.text for p in texts)

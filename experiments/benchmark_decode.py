@@ -92,8 +92,8 @@ def make_models(config: DecodeBenchmark) -> tuple[HNetLM, HNetLM]:
     params = init_params(network(config), jax.random.key(0))
     rng = np.random.default_rng(0)
     ids_BL = rng.integers(0, EOS_ID, (64, 128)).astype(np.int32)
-    _, (route,) = jax.jit(lambda params: nnx.merge(graph, params)(ids_BL))(params)
-    logits = np.asarray(route.boundary_logit_BL)[:, 1:]
+    find = lambda params: nnx.merge(graph, params)(ids_BL)[1][0].boundary_logit_BL
+    logits = np.asarray(jax.jit(find)(params))[:, 1:]
     lowered = float(np.quantile(logits, 1 - 1 / config.bytes_per_chunk))
 
     def raised(amount):

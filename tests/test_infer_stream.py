@@ -127,7 +127,8 @@ def forward(graph, params, ids_BL, extra, capacities=None):
 def answers(name):
     """Of the whole batch: expected logits and boundaries, and {patience: what streaming gave}."""
     config = ALL[name]
-    graph, params = random_params(config)
+    # a seed with which it does not cut nearly everywhere
+    graph, params = random_params(config, 4 if name == "mixed_scripts_single" else 3)
     if name in REPOSITORY:
         params = scaled_by_depth(config, params)
     ids_BL, extra = draw(config)
@@ -200,9 +201,9 @@ def test_steps_equal_the_forward_pass(name):
     ticks = {patience: answer[-1] for patience, answer in found.items()}
     assert ticks[0] == L  # nobody waits
     assert ticks[0.6] > L or not ALL[name].num_chunked
-    cuts_by_position = [s.chunking.router == "fixed" for s in ALL[name].stages[:-1]]
+    routers = np.array([s.chunking.router for s in ALL[name].stages[:-1]], str)
     if name != "mixed":  # rows cut at different times, or nothing was tested
-        assert np.all(np.any(bytes_BLS != bytes_BLS[:1], axis=(0, 1)) | cuts_by_position)
+        assert np.all(np.any(bytes_BLS != bytes_BLS[:1], axis=(0, 1)) | (routers == "fixed"))
 
 
 @pytest.mark.parametrize("name, slots", [("one_stage", (4,)), ("pooled_ends", (5, 3))])

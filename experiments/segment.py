@@ -82,7 +82,8 @@ def _texts(config: SegmentConfig) -> list[bytes]:
 def _write_page(config: SegmentConfig, found: list[Segmentation]) -> None:
     try:
         with open(config.html, "x", encoding="utf-8") as f:
-            f.write(to_html(found, title=f"Chunk boundaries of {config.checkpoint}"))
+            title = f"Chunk boundaries of {config.checkpoint}"
+            f.write(to_html({config.checkpoint: found}, title=title))
     except OSError as e:
         raise ConfigError(f"html={config.html!r}: {e.strerror}") from None
     print(f"wrote {config.html}")

@@ -192,18 +192,21 @@ def _signs(data, first, last, edges):
         if end <= first or start >= last:
             continue
         boxes = [rf"\x{byte:02X}" for byte in data[max(start, first) : min(end, last)]]
-        hidden = unicodedata.category(char) in ("Cc", "Cf", "Zl", "Zp", "Co", "Cn")
+        category = unicodedata.category(char)
+        hidden = category in ("Cc", "Cf", "Zl", "Zp", "Co", "Cn")
+        alone = "◌" + char if category[0] == "M" else char
         if is_invalid(char):
             yield boxes[0]
         elif set(edges) & set(range(start + 1, end)):
-            yield from [char, *boxes] if start >= first else boxes
+            if start >= first:
+                yield f"U+{ord(char):04X}" if hidden else alone
+            yield from boxes
         elif char in "\t\n":
             yield {"\t": "⇥\t", "\n": "↵\n"}[char]
         elif hidden and char != "\u200d":
             yield f"U+{ord(char):04X}"
         else:
-            is_mark = unicodedata.category(char)[0] == "M"
-            yield "◌" + char if is_mark and start == first else char
+            yield alone if start == first else char
 
 
 def is_inside(seg, offset):
@@ -413,7 +416,10 @@ def test_hostile_and_broken_text_is_shown_as_text(view):
     broken = card(view, "invalid bytes").locator(".byte").all_text_contents()
     assert r"\xFF\xFE" in "".join(broken)
     assert {"U+0000", "U+001B"} <= set(broken)
-    assert "U+202E" in card(view, "emoji").locator(".byte").all_text_contents()
+    for step in range(len(STEPS[RUN])):  # whether a boundary cuts it or not
+        to_step(view, step)
+        assert "U+202E" in card(view, "emoji").locator(".byte").all_text_contents()
+        assert "\u202e" not in "".join(cut_text(view, "emoji"))
     assert "⇥" in "".join(cut_text(view, "tabs"))
 
 
@@ -476,6 +482,7 @@ def test_self_contained_page(open_page, tmp_path, stored):
     (tmp_path / "page.html").write_text(to_html(runs, title="Two models"), encoding="utf-8")
     page = open_page((tmp_path / "page.html").as_uri())
     assert page.title() == "Two models"
+    sync_api.expect(page.locator(".runnames")).to_have_text(RUN)  # and no step, for none is known
     page.get_by_label("Compare with run").select_option(OTHER)
     show_all(page)
     for column, name in enumerate(runs):

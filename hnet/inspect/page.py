@@ -33,12 +33,13 @@ def to_html(
     segmentations: Sequence[Segmentation] | Mapping[str, Sequence[Segmentation]],
     *,
     title: str = "Chunk boundaries",
-    step: int = 0,
+    step: int | None = None,
 ) -> str:
     """One HTML page without any outside reference that shows the texts as the plugin does.
 
     segmentations: texts of one model, or of several by name to compare. step: the training step
-    they are from. Data enter as JSON in which no markup can begin, and are shown as text only.
+    they are from, if it is known. Data enter as JSON in which no markup can begin, and are shown as
+    text only.
     """
     runs = segmentations if isinstance(segmentations, Mapping) else {"model": segmentations}
     data = {name: _run(texts, step) for name, texts in runs.items()}
@@ -52,7 +53,7 @@ def to_html(
     )
 
 
-def _run(segmentations: Sequence[Segmentation], step: int) -> dict:
+def _run(segmentations: Sequence[Segmentation], step: int | None) -> dict:
     keyed = {text_key(seg): seg for seg in segmentations}
     return {
         "step": step,

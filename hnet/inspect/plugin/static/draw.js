@@ -31,18 +31,30 @@ const BLANK = { "\t": "⇥", "\n": "↵", "\r": "␍" };
 const hex = (byte) => byte.toString(16).toUpperCase().padStart(2, "0");
 const byteBox = (byte, why) => el("span", { class: "byte", title: why }, `\\x${hex(byte)}`);
 
+/** A box with the number of a character that would be invisible, or turn the text around it. */
+function numberBox(char) {
+  const code = char.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
+  return el("span", { class: "byte", title: "invisible character" }, `U+${code}`);
+}
+
 /** Nodes that show one character; a blank keeps its effect on the line behind its sign. */
 function shownCharacter(char) {
   if (BLANK[char]) {
     const keep = char === "\r" ? "" : char;
     return [el("span", { class: "blank" }, BLANK[char]), document.createTextNode(keep)];
   }
-  if (HIDDEN.test(char) && !JOINERS.includes(char)) {
-    const code = char.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
-    return [el("span", { class: "byte", title: "invisible character" }, `U+${code}`)];
-  }
+  if (HIDDEN.test(char) && !JOINERS.includes(char)) return [numberBox(char)];
   return [document.createTextNode(char)];
 }
+
+/** What stands before the bytes of a character that a boundary cuts: it touches no neighbour. */
+function cutCharacter(char) {
+  const shown = HIDDEN.test(char) ? numberBox(char) : onItsOwn(char);
+  return el("span", { class: "cut", title: "a boundary cuts it" }, shown);
+}
+
+/** A mark needs something to sit on. */
+const onItsOwn = (char) => (MARK.test(char) ? `◌${char}` : char);
 
 /** Direction of the first strong letter, so that a separator stands where the chunk begins. */
 function directionOf(text) {
@@ -81,16 +93,15 @@ function fillChunk(node, seg, chunk, chars, goldOffsets, isCut) {
       node.append(byteBox(seg.bytes[start], "not valid UTF-8"));
     } else if (isCut(start, end)) {
       flush();
-      if (from === start) node.append(el("span", { class: "cut", title: "a boundary cuts it" }, char));
+      if (from === start) node.append(cutCharacter(char));
       const why = `byte of U+${char.codePointAt(0).toString(16).toUpperCase()}`;
       for (let o = from; o < Math.min(end, chunk.end); o++) node.append(byteBox(seg.bytes[o], why));
     } else {
       read += char;
-      if (start === chunk.start && MARK.test(char)) plain += "◌"; // a mark needs something to sit on
       if (BLANK[char] || HIDDEN.test(char)) {
         flush();
         node.append(...shownCharacter(char));
-      } else plain += char;
+      } else plain += start === chunk.start ? onItsOwn(char) : char;
     }
   }
   flush();

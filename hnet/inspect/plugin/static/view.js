@@ -253,7 +253,8 @@ export class View {
     const fetched = await Promise.all(chosen.map((run, i) => this.fetchViews(run, steps[i], keys)));
     if (turn !== this.turn) return;
     this.loading = false;
-    const runs = chosen.map((run, i) => ({ label: `${run} · step ${steps[i].toLocaleString("en")}`, found: fetched[i] }));
+    const at = (step) => (step === null ? "" : ` · step ${step.toLocaleString("en")}`); // a page may know none
+    const runs = chosen.map((run, i) => ({ label: run + at(steps[i]), found: fetched[i] }));
     this.draw(runs, texts, keys);
   }
 

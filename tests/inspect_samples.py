@@ -1,12 +1,9 @@
 """Probe texts in many scripts, and segmentations that look as if a model learned to cut them."""
 
-from dataclasses import replace
-
 import numpy as np
 
 from hnet.inspect.gold import annotate
 from hnet.inspect.segmentation import Segmentation
-from hnet.inspect.writer import RunWriter
 
 HOSTILE = "<img src=x onerror=\"document.title='pwned'\"> & <b>bold</b> </script> [a](javascript:x)"
 TEXTS = {
@@ -53,18 +50,3 @@ def segment(text: Segmentation, skill: float, rng: np.random.Generator) -> Segme
         routes=[next(n for s, n in reversed(text.routes) if s <= i) for i in range(length)],
         gold=text.gold,
     )
-
-
-def write_run(logdir, steps, *, seed=0, stages=2, learn=1.0, routes=True, summaries=True) -> None:
-    """A run's log folder with segmentations at `steps`."""
-    rng = np.random.default_rng(seed)
-    with RunWriter(logdir) as writer:
-        for step in steps:
-            skill = learn * step / max(max(steps), 1)
-            writer.scalars(step, {"train/bpb": 4 - 2 * skill, "loss/ce": 2.7 - skill})
-            texts = [segment(t, skill, rng) for t in probe_texts()]
-            texts = [
-                replace(t, stages=t.stages[:stages], routes=t.routes if routes else ())
-                for t in texts
-            ]
-            writer.write_segmentations(step, texts, summaries=summaries)

@@ -3,7 +3,7 @@ import logging
 import fsspec
 import numpy as np
 import pytest
-from inspect_samples import probe_texts, segment, write_run
+from inspect_samples import probe_texts, segment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hnet.config import ConfigError
@@ -25,6 +25,16 @@ def test_scalars_by_tag(tmp_path):
     found = events(tmp_path)
     assert [(e.step, e.value) for e in found.Scalars("train/bpb")] == [(3, 2.5), (5, 2.0)]
     assert found.Scalars("stage0/route_Latin/bytes_per_chunk")[0].value == 4
+
+
+def write_run(logdir, steps):
+    """A run's log folder with segmentations at `steps`, more skilled each time."""
+    rng = np.random.default_rng(0)
+    with RunWriter(logdir) as writer:
+        for step in steps:
+            skill = step / max(max(steps), 1)
+            writer.scalars(step, {"train/bpb": 4 - 2 * skill, "loss/ce": 2.7 - skill})
+            writer.write_segmentations(step, [segment(t, skill, rng) for t in probe_texts()])
 
 
 def test_everything_a_probe_step_writes(tmp_path):

@@ -10,8 +10,8 @@ command again goes on where it was stopped.
 """
 
 import json
-import sys
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -28,19 +28,20 @@ from experiments.fairness import (
     token_system,
     write_report,
 )
+from experiments.pretrain import train_to_end
 from hnet.config import ConfigError
 from hnet.data.parallel import Lines, read_parallel
-from hnet.data.pipeline import train_batches
+from hnet.data.pipeline import Batch, eval_batches, train_batches
+from hnet.data.row_routes import make_unknown
 from hnet.inspect.gold import thin
 from hnet.inspect.tokens import train_bpe
 from hnet.train.compile_cache import enable_compilation_cache
 from hnet.train.config import Config
-from hnet.train.distributed import REQUEUE_EXIT_CODE, StopRequest
-from hnet.train.loop import Outcome, StopRun, train
+from hnet.train.loop import Outcome
 from hnet.train.program import run_batches
 
 LINES_A_DOCUMENT = 8
-LAST = 30  # updates whose batches the rates are measured on
+LAST = 100  # updates whose batches the rates are measured on
 
 
 @dataclass(frozen=True)
@@ -79,15 +80,9 @@ def main() -> int:
     enable_compilation_cache()
     for settings in runs:
         began, cpu_began = time.monotonic(), time.process_time()
-        with StopRequest() as stop:
-            try:
-                outcome = train(settings, stop)
-            except StopRun as e:
-                print(f"error: {e}", file=sys.stderr)
-                return 1
-        if outcome.evaluation is None:
-            print("stopped and saved: the same command goes on")
-            return REQUEUE_EXIT_CODE
+        outcome = train_to_end(settings)
+        if isinstance(outcome, int):
+            return outcome
         wall, cpu = time.monotonic() - began, time.process_time() - cpu_began
         print(f"{settings.workdir} took {wall:.0f} s, {cpu:.0f} s of all cores")
         if settings.model.num_routes > 1:
@@ -104,32 +99,43 @@ def main() -> int:
 def print_rates(settings: Config, outcome: Outcome) -> None:
     """Bytes a chunk of each route with the final parameters, and how far off its target.
 
-    On the batches of the last updates, which the controller held, and on the text held out, which
-    it did not see.
+    On the batches of the last updates, and on the text held out, with which nothing was set. The
+    default route has of it what stands before any script, and all of it in made-up scripts.
     """
-    names = settings.model.route_names
+    data, groups, names = settings.data, settings.model.route_groups, settings.model.route_names
     start = max(0, settings.train.steps - LAST)
-    groups = settings.model.route_groups
+
+    def sizes(batches: Iterable[Batch]) -> dict[str, float]:
+        capacities = (None,) * settings.model.num_chunked
+        found = run_batches(
+            outcome.program, outcome.state.params, batches, capacities, route_names=names
+        )
+        return found.positions_per_chunk(0)
+
+    def made_up() -> Iterator[Batch]:
+        heldout = eval_batches(outcome.corpus.heldout, data, route_groups=groups)
+        for k, batch in enumerate(heldout):
+            slots = range(k * data.batch_size, (k + 1) * data.batch_size)
+            make_unknown(batch, settings.seed, slots, 1.0)
+            yield batch
+
     with train_batches(
-        outcome.corpus, settings.data, seed=settings.seed, start=start, route_groups=groups
+        outcome.corpus, data, seed=settings.seed, start=start, route_groups=groups
     ) as batches:
-        last = run_batches(
-            outcome.program,
-            outcome.state.params,
-            (
-                batch | {"document_ids": np.zeros_like(batch["segment_ids"])}
-                for batch in islice(batches, settings.train.steps - start)
-            ),
-            (None,) * settings.model.num_chunked,
-            route_names=names,
+        last = sizes(
+            batch | {"document_ids": np.zeros_like(batch["segment_ids"])}
+            for batch in islice(batches, settings.train.steps - start)
         )
     heldout = outcome.evaluation.positions_per_chunk(0)
-    for name, size in last.positions_per_chunk(0).items():
-        N = settings.model.stages[0].chunking.target_ratios[names.index(name)]
-        off = f"{size:.3f} in the last {LAST} batches ({size / N - 1:+.1%})"
-        if name in heldout:
-            off += f", {heldout[name]:.3f} held out ({heldout[name] / N - 1:+.1%})"
-        print(f"  {name}: target {N} bytes a chunk; {off}")
+    if data.unknown_script_frac:
+        heldout |= sizes(made_up())
+    for name, N in zip(names, settings.model.stages[0].chunking.target_ratios):
+        shown = [
+            f"{found[name]:.3f} {where} ({found[name] / N - 1:+.1%})"
+            for where, found in ((f"in the last {LAST} batches", last), ("held out", heldout))
+            if name in found
+        ]
+        print(f"  {name}: target {N} bytes a chunk; {', '.join(shown) or 'no text'}")
 
 
 def split_texts(config: FairnessTableConfig) -> tuple[Lines, dict[str, Lines]]:

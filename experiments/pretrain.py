@@ -12,7 +12,7 @@ import lzma
 import sys
 import time
 
-from experiments.command_line import run, run_config
+from experiments.command_line import FAILED, run, run_config
 from hnet.infer.segment import segmenter
 from hnet.inspect.render import print_segmentations
 from hnet.inspect.segmentation import Segmentation
@@ -33,15 +33,9 @@ def main() -> int:
         one_device_a_core(config.data.batch_size // config.train.accumulate)
     enable_compilation_cache()
     began = time.monotonic()
-    with StopRequest() as stop:
-        try:
-            outcome = train(config, stop)
-        except StopRun as e:
-            print(f"error: {e}", file=sys.stderr)
-            return 1
-    if outcome.evaluation is None:
-        print(f"stopped and saved at step {int(outcome.state.step)}: the same command resumes")
-        return REQUEUE_EXIT_CODE
+    outcome = train_to_end(config)
+    if isinstance(outcome, int):
+        return outcome
     text = b"".join(outcome.corpus.heldout.texts())
     if text:
         paragraph = _cut_paragraph(config, outcome, text)  # on all hosts: it is a computation
@@ -49,6 +43,20 @@ def main() -> int:
             _conclude(outcome, text, time.monotonic() - began)
             print_segmentations(paragraph)
     return 0
+
+
+def train_to_end(config: Config) -> Outcome | int:
+    """`train`, ended by signals; a run without an end says why and gives the exit code."""
+    with StopRequest() as stop:
+        try:
+            outcome = train(config, stop)
+        except StopRun as e:
+            print(f"error: {e}", file=sys.stderr)
+            return FAILED
+    if outcome.evaluation is None:
+        print(f"stopped and saved at step {int(outcome.state.step)}: the same command resumes")
+        return REQUEUE_EXIT_CODE
+    return outcome
 
 
 def _cut_paragraph(config: Config, outcome: Outcome, text: bytes) -> list[Segmentation]:

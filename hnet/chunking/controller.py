@@ -5,15 +5,25 @@ not at its target (arXiv 2507.07955: 6 -> 4.8). The controller moves the decisio
 with `hold_rate` has an offset for each route on the logit of p, which follows the integral of the
 relative error, as the weight of MrT5's loss does. The offset acts at once and without a force
 against cross-entropy, and it is part of the model, so that inference cuts as training did.
+
+While the router moves, an offset that follows it within a few updates carries the noise of their
+batches, and one that averages longer lags behind. After the last update nothing moves any more, and
+the offsets are set to the quantiles of the logits of a long text (`hnet.train.settle`).
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from hnet.chunking.router import RouterOutput
+from hnet.config import ConfigError
 
 LIMIT = 8.0  # of an offset, so that a rate which cannot move winds up no further
+MIN_CHUNKS = 30  # of a route for its quantile to be surer than what the controller held
 
 
 @dataclass(frozen=True)
@@ -22,8 +32,15 @@ class ControllerConfig:
 
     gain: float = 1.0
     """how far an update moves an offset for a relative error of 1, that is at twice the target. It
-    goes with the root of the learning rate's schedule: in the end the noise of batches averages
-    out, and yet the offsets can follow as long as the router moves"""
+    goes with the root of the learning rate's schedule: the less the router moves, the more batches
+    are averaged"""
+    settle_bytes: int = 500_000
+    """positions of training text on which the offsets are set after the last update (at most as
+    many batches as were trained on); 0 = leave them as the last update did"""
+
+    def __post_init__(self):
+        if self.settle_bytes < 0:
+            raise ConfigError(f"controller.settle_bytes={self.settle_bytes}: use 0 or more")
 
 
 def hold_rates(
@@ -47,11 +64,58 @@ def hold_rates(
     share_SR = count_SR / jnp.maximum(jnp.sum(count_SR, axis=1, keepdims=True), 1.0)
     step_SR = gain * jnp.minimum(share_SR * present_S1, 1.0) * error_SR
 
-    def move(path, leaf):
+    def move(stage, leaf):
+        return jnp.clip(leaf - step_SR[stage, : len(leaf)], -LIMIT, LIMIT)
+
+    return map_offsets(move, params)
+
+
+def map_offsets(function: Callable[[int, Any], Any], params: Any) -> Any:
+    """`params` of the model with `function(stage, offsets)` in the place of a stage's offsets."""
+
+    def replaced(path, leaf):
         names = [jax.tree_util.keystr((part,), simple=True) for part in path]
         if names[-1] != "boundary_offset":
             return leaf
-        step_R = step_SR[names.count("main_network"), : len(leaf)]
-        return jnp.clip(leaf - step_R, -LIMIT, LIMIT)
+        return function(names.count("main_network"), leaf)
 
-    return jax.tree_util.tree_map_with_path(move, params)
+    return jax.tree_util.tree_map_with_path(replaced, params)
+
+
+def free_logits(params: Any, routes: Sequence[RouterOutput]) -> dict[int, tuple[jax.Array, ...]]:
+    """(logit of p without the offset, route) of each position, by stage with an offset.
+
+    Float32 and int32 (B, L) of that stage. The logit is NaN on padding, and infinite where a
+    boundary is forced.
+    """
+    found = {}
+
+    def free(stage, offset_R):
+        route = routes[stage]
+        ids_BL = route.route_ids_BL
+        if ids_BL is None:
+            ids_BL = jnp.zeros(route.segment_ids_BL.shape, jnp.int32)
+        p_BL = jnp.where(route.segment_ids_BL != 0, route.boundary_prob_BL, jnp.nan)
+        found[stage] = jnp.log(p_BL) - jnp.log1p(-p_BL) - offset_R[ids_BL], ids_BL
+        return offset_R
+
+    map_offsets(free, params)
+    return found
+
+
+def exact_offsets(
+    logit_N: np.ndarray, route_N: np.ndarray, target_ratios: Sequence[float]
+) -> np.ndarray:
+    """The offset of each route that makes 1 in `target_ratio` of its positions a boundary.
+
+    logit_N, route_N: of N positions, as `free_logits` has them, without padding. Float32 (R,), NaN
+    for a route with too few positions to tell.
+    """
+    offset_R = np.full(len(target_ratios), np.nan, np.float32)
+    for r, target_ratio in enumerate(target_ratios):
+        own = np.sort(logit_N[route_N == r].astype(np.float64))
+        chunks = round(len(own) / target_ratio)
+        if chunks >= MIN_CHUNKS:
+            below, above = np.clip(own[len(own) - chunks - 1 : len(own) - chunks + 1], -99, 99)
+            offset_R[r] = np.clip(-(below + above) / 2, -LIMIT, LIMIT)
+    return offset_R

@@ -82,6 +82,18 @@ class Evaluation:
         self.chunks_by_stage = tuple(a + float(n) for a, n in sums)
 
 
+class OfEachRun(tuple):
+    """What counts the batches of each run of a population, whose metrics have a leading axis."""
+
+    @property
+    def num_bytes(self) -> int:
+        return self[0].num_bytes
+
+    def add(self, batch: Batch, metrics: dict) -> None:
+        for r, own in enumerate(self):
+            own.add(batch, jax.tree.map(lambda x, r=r: x[r], metrics))
+
+
 def evaluate(
     batches: Iterable[Batch],
     run_batch: Callable[[Batch, tuple[int | None, ...]], dict],

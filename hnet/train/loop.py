@@ -17,6 +17,7 @@ from hnet.train.config import Config, claim_workdir, to_json
 from hnet.train.evaluate import Evaluation
 from hnet.train.program import Program, build, put_batch, run_evaluation
 from hnet.train.report import Report
+from hnet.train.settle import settle
 from hnet.train.sharding import replicated
 from hnet.train.step import TrainState
 from hnet.train.watchdog import Watchdog
@@ -41,6 +42,8 @@ class Position:
     """the same of each source of a mixture, in the order of data.files"""
     rollbacks: int = 0
     ladder: dict = field(default_factory=dict)
+    settled: int = 0
+    """step whose parameters got exact boundary offsets"""
     new_counts: tuple[int, ...] = ()
     """most that was wanted of a row of slots, by stage, in the last step; the ladder learns of it
     a step later"""
@@ -131,6 +134,9 @@ def _loop(
         if evaluates:
             if inflight:
                 row, inflight = _read(session, inflight, position, batches), None
+            if last and position.settled != done:
+                state = _settled(session, state, ladder)
+                position.settled = done
             evaluation = _evaluate(session, state, done, ladder, whole=last)
             if evaluation:
                 report.evaluated(done, evaluation, row, segment, state.params)
@@ -166,6 +172,12 @@ def _loop(
         if ladder.capacities != before.capacities:
             report.say(f"step {done}: chunk slots {before.capacities} -> {ladder.capacities}")
         session.checkpoints.check()
+
+
+def _settled(session: Session, state: TrainState, ladder: Ladder) -> TrainState:
+    session.watchdog.beat("settle")
+    program, corpus, configs = session.program, session.corpus, [session.config]
+    return state._replace(params=settle(program, state.params, corpus, configs, ladder.capacities))
 
 
 def _evaluate(

@@ -29,7 +29,7 @@ from hnet.train.capacity import Ladder
 from hnet.train.checkpoint import Checkpointer
 from hnet.train.config import Config
 from hnet.train.distributed import StopRequest
-from hnet.train.evaluate import Evaluation
+from hnet.train.evaluate import Evaluation, OfEachRun
 from hnet.train.program import (
     FED,
     Program,
@@ -40,6 +40,7 @@ from hnet.train.program import (
     traced_numbers,
     untraced,
 )
+from hnet.train.settle import settle
 
 AXES = ("runs", "data", "fsdp", "tensor")  # a run lies on one device, so the last three are 1
 
@@ -118,18 +119,6 @@ def put_batches(batches: Sequence[Batch], mesh: Mesh) -> dict[str, jax.Array]:
     }
 
 
-class Evaluations(tuple[Evaluation, ...]):
-    """Those of all runs, which score the same batches."""
-
-    @property
-    def num_bytes(self) -> int:
-        return self[0].num_bytes
-
-    def add(self, batch: Batch, metrics: dict) -> None:
-        for r, evaluation in enumerate(self):
-            evaluation.add(batch, jax.tree.map(lambda x, r=r: x[r], metrics))
-
-
 @dataclass
 class Progress:
     """Where the runs stand besides their arrays: plain JSON in every checkpoint."""
@@ -141,6 +130,8 @@ class Progress:
     faults: dict[str, str] = field(default_factory=dict)
     """what went wrong, by number of the run"""
     ladder: dict = field(default_factory=dict)
+    settled: int = 0
+    """step whose parameters got exact boundary offsets"""
 
 
 @dataclass(frozen=True)
@@ -149,7 +140,7 @@ class Outcome:
 
     state: Any
     step: int
-    evaluations: Evaluations | None
+    evaluations: tuple[Evaluation, ...] | None
     """the last ones; None if the runs were asked to stop"""
     progress: Progress
 
@@ -231,6 +222,10 @@ class _Runs:
         inflight: tuple[int, dict] | None = None
         while True:
             last, ends, evaluations = done == config.train.steps, False, None
+            if last and progress.settled != done:
+                params, slots = state.params, ladder.capacities
+                params = settle(self.program, params, self.corpus, self.configs, slots)
+                state, progress.settled = state._replace(params=params), done
             if last or (_due(done, config.eval.every) and done not in dict(progress.curve)):
                 evaluations = self._evaluate(state.params, ladder.capacities, done, whole=last)
             if evaluations and not last:
@@ -258,14 +253,14 @@ class _Runs:
             inflight = done, metrics
             self.checkpoints.check()
 
-    def _evaluate(self, params, capacities, done: int, *, whole: bool) -> Evaluations | None:
-        """Of all runs; None if a stop request came."""
+    def _evaluate(self, params, capacities, done: int, *, whole: bool):
+        """An Evaluation of each run; None if a stop request came."""
         config = self.configs[0]
         return run_evaluation(
             self.program, params, self.corpus.heldout, config, capacities,
             max_bytes=None if whole else config.eval.max_bytes,
             should_stop=lambda: self.stop.stop_requested(done),
-            into=Evaluations(
+            into=OfEachRun(
                 Evaluation(route_names=config.model.route_names) for _ in self.configs
             ),
         )  # fmt: skip

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from hnet.chunking.controller import hold_rates
+from hnet.chunking.controller import free_logits, hold_rates
 from hnet.chunking.rate import counts_by_stage
 from hnet.chunking.routes import keep_absent
 from hnet.config import HNetConfig
@@ -154,6 +154,7 @@ def eval_step(
         chunks_SR, positions_SR = counts_by_stage(model.config, routes)
         by_route = {"chunks_SR": chunks_SR, "positions_SR": positions_SR}
     return by_route | {
+        "free_logits": free_logits(params, routes),
         "nll_BL": next_byte_nll(logits_BLV, batch["input_ids"]),
         "positions": jnp.sum(batch["segment_ids"] != 0, dtype=jnp.float32),
         "num_chunks_S": wanted_S,

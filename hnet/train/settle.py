@@ -1,0 +1,79 @@
+"""After the last update: boundary rates are set to their targets on a long text."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hnet.chunking.controller import exact_offsets, map_offsets
+from hnet.data import Corpus, train_batches
+from hnet.data.pipeline import Batch
+from hnet.train.config import Config
+from hnet.train.evaluate import OfEachRun
+from hnet.train.program import Program, run_batches
+
+SEED = 0x5E771E  # of an order of the text that is that of no run
+UNKNOWN_SCRIPT_FRAC = 0.3  # where the default route has made-up scripts: enough of each route
+
+
+class Logits:
+    """Those of the positions of one stage, which `evaluate` gathers, and their routes."""
+
+    def __init__(self, stage: int):
+        self.stage, self.logits, self.routes = stage, [], []
+
+    def add(self, batch: Batch, metrics: dict) -> None:
+        del batch
+        logit_BL, route_BL = map(np.asarray, metrics["free_logits"][self.stage])
+        is_padding_BL = np.isnan(logit_BL)
+        self.logits.append(logit_BL[~is_padding_BL])
+        self.routes.append(route_BL[~is_padding_BL])
+
+    def exact_offsets(self, config: Config) -> np.ndarray:
+        targets = config.model.stages[self.stage].chunking.target_ratios
+        return exact_offsets(np.concatenate(self.logits), np.concatenate(self.routes), targets)
+
+
+def settle(
+    program: Program,
+    params: Any,
+    corpus: Corpus,
+    configs: Sequence[Config],
+    capacities: tuple[int | None, ...],
+) -> Any:
+    """`params` with exact offsets in every stage that holds its rate, the outermost first.
+
+    What a stage is fed depends on the cuts of those around it, hence a pass over the text for each.
+    Routers draw no noise, as in inference. configs: of the run, or of all runs of a population,
+    whose arrays have a leading axis.
+    """
+    data, model = configs[0].data, configs[0].model
+    positions = data.batch_size * data.seq_len
+    num_batches = min(-(-configs[0].controller.settle_bytes // positions), configs[0].train.steps)
+    if data.unknown_script_frac:
+        data = replace(data, unknown_script_frac=UNKNOWN_SCRIPT_FRAC)
+    for s, stage in enumerate(model.stages[:-1]):
+        if not (stage.chunking.hold_rate and num_batches):
+            continue
+        found = OfEachRun(Logits(s) for _ in configs)
+        into = found if "runs" in program.mesh.shape else found[0]
+        with train_batches(corpus, data, seed=SEED, route_groups=model.route_groups) as batches:
+            run_batches(program, params, islice(batches, num_batches), capacities, into=into)
+        exact = [logits.exact_offsets(config) for logits, config in zip(found, configs)]
+        params = map_offsets(partial(_set, s, exact), params)
+    return params
+
+
+def _set(wanted: int, exact: list[np.ndarray], stage: int, offset: jax.Array) -> jax.Array:
+    """The offsets of a stage, or of it in each run; those that are not known stay."""
+    if stage != wanted:
+        return offset
+    runs = offset.reshape(-1, offset.shape[-1]).shape[0]  # the last one may stand there again
+    new = np.stack([*exact, *[exact[-1]] * (runs - len(exact))]).reshape(offset.shape)
+    choose = jax.jit(lambda old, new: jnp.where(jnp.isnan(new), old, new))
+    return jax.device_put(choose(offset, new), offset.sharding)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hnet.chunking.rate import aux_loss, boundary_rates, route_rates
+from hnet.chunking.rate import aux_loss, boundary_rates, route_rates, target_rate
 from hnet.chunking.router import RouterOutput
 from hnet.config import EOS_ID, HNetConfig
 
@@ -34,11 +34,15 @@ def next_byte_nll(logits_BLV: jax.Array, input_ids_BL: jax.Array) -> jax.Array:
 
 
 def trained_targets(batch: Mapping[str, jax.Array]) -> jax.Array:
-    """Positions whose byte is learned: source bytes (the loss mask) and each document's EOS."""
+    """Positions whose byte is learned: source bytes (the loss mask) and each document's EOS.
+
+    Where no byte of a row is scored, as in made-up scripts, no EOS is either.
+    """
     seen_BL = batch["segment_ids"] != 0
     same_BL = batch["segment_ids"][:, 1:] == batch["segment_ids"][:, :-1]
     predicted_BL = seen_BL & jnp.pad(same_BL, ((0, 0), (1, 0)))
-    return batch["loss_mask"] | (predicted_BL & (batch["input_ids"] == EOS_ID))
+    is_scored_B1 = jnp.any(batch["loss_mask"], axis=1, keepdims=True)
+    return batch["loss_mask"] | (predicted_BL & is_scored_B1 & (batch["input_ids"] == EOS_ID))
 
 
 def scored_bytes(batch: Mapping[str, jax.Array]) -> jax.Array:
@@ -84,6 +88,8 @@ def total_loss(
         )  # fmt: skip
         loss += weights.aux_weight_S[s] * rate_loss
         found = {**stage_metrics(route, num_bytes), "aux_loss": rate_loss}
+        targets_R = weights.target_ratio_SR[s, : stage.chunking.routes]
+        found["target_rate"] = target_rate(route, targets_R)
         if stage.chunking.routes > 1:
             found |= route_metrics(route, config.route_names)
         metrics |= {f"stage{s}/{name}": value for name, value in found.items()}

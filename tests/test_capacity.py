@@ -115,15 +115,24 @@ def test_a_ladder_read_back_from_json_goes_on_alike():
         ([0.4 + 0.01 * i for i in range(WINDOW)], {"drift"}),
         ([0.6] * (WINDOW - 1), set()),
         ([0.24 + 0.0001 * i for i in range(WINDOW)], set()),
+        ([0.25] * (WINDOW - 1) + [0.6], set()),  # a batch that cuts often
     ],
 )
 def test_alarms_are_named(rates, alarm):
-    assert diagnose(rates, 0.25) == alarm
+    assert diagnose(rates, [0.25] * len(rates)) == alarm
 
 
 def test_an_alarm_is_said_once_until_it_was_absent():
-    alarms = BoundaryAlarms((0.25, 0.5))
+    alarms = BoundaryAlarms((True, False))
     rates = [0.97] * (PERSISTENCE + 2) + [0.5] + [0.97] * PERSISTENCE
-    said = [alarms.check(step, (rate, 0.5)) for step, rate in enumerate(rates)]
+    said = [alarms.check(step, (rate, 0.5), (0.25, 0.5)) for step, rate in enumerate(rates)]
     assert [step for step, lines in enumerate(said) if lines] == [PERSISTENCE - 1, len(rates) - 1]
-    assert "'all-boundary' at stage 0" in said[-1][0]
+    assert "'all-boundary' at stage 0" in said[-1][0] and "controller.gain" in said[-1][0]
+    said = [alarms.check(step, (0.25, 0.97), (0.25, 0.5)) for step in range(PERSISTENCE)][-1]
+    assert "'all-boundary' at stage 1" in said[0] and "aux_loss_weight" in said[0]
+
+
+def test_a_mix_of_routes_that_moves_its_target_is_no_drift():
+    targets = [0.1 + 0.004 * i for i in range(WINDOW)]
+    assert diagnose([1.2 * target for target in targets], targets) == set()
+    assert diagnose([1.2 * target for target in targets], [0.1] * WINDOW) == {"drift"}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from networks import quick_jit
 
 from hnet.chunking.config import ChunkingConfig
-from hnet.chunking.controller import LIMIT, hold_rates
+from hnet.chunking.controller import LIMIT, exact_offsets, free_logits, hold_rates
 from hnet.chunking.rate import (
     aux_loss,
     binomial_nll,
@@ -20,6 +20,7 @@ from hnet.chunking.rate import (
     hinge,
     ratio_loss,
     route_rates,
+    target_rate,
 )
 from hnet.chunking.router import decide, shift_logit
 
@@ -218,6 +219,49 @@ def test_held_rate_is_that_of_all_batches_together():
         if step >= 300:
             chunks, positions = chunks + rate * n, positions + n
     assert positions / chunks == pytest.approx(4.0, rel=0.02)
+
+
+def test_the_target_of_a_batch_is_that_of_its_mix_of_routes():
+    of, logits, *_ = random_route()
+    route, targets = of(logits), np.asarray([6.0, 3.0, 4.0, 2.0], np.float32)
+    n_R = np.asarray(route_rates(route, R)[2])
+    assert n_R[2] == 0 and len(set(n_R)) == R
+    expected = sum(n / N for n, N in zip(n_R, targets)) / n_R.sum()
+    assert float(target_rate(route, targets)) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 9.0])
+def test_exact_offsets_cut_one_position_in_target_ratio(scale):
+    """Routes far from their targets, with forced boundaries; the fourth is hardly there."""
+    rng = np.random.default_rng(0)
+    targets = [6.0, 2.0, 11.0, 3.0]
+    routes = rng.choice(4, 4001, p=[0.5, 0.3, 0.19, 0.01])
+    logits = rng.normal(2 - routes, scale, 4001).astype(np.float32)
+    logits[::71] = np.inf
+    offsets = exact_offsets(logits, routes, targets)
+    assert np.isnan(offsets[3]) and np.all(np.abs(offsets) <= LIMIT, where=~np.isnan(offsets))
+    for r, N in enumerate(targets[:3]):
+        own = logits[routes == r]
+        if abs(offsets[r]) < LIMIT:
+            assert abs(np.sum(own + offsets[r] > 0) - len(own) / N) <= 1
+    assert np.sum(np.abs(offsets[:3]) < LIMIT) == (3 if scale == 1 else 2)
+    assert np.all(exact_offsets(np.full(900, np.inf), np.zeros(900), [3.0]) == -LIMIT)
+
+
+def test_free_logits_are_those_without_the_offset():
+    of, logits, segments, *_ = random_route()
+    route = of(logits)
+    offsets = jnp.asarray([0.5, -1.0, 9.0, 2.0])
+    p_BL = shift_logit(route.boundary_prob_BL, offsets[route.route_ids_BL])
+    params = {"backbone": {"boundary_offset": offsets, "main_network": {}}}
+    found = free_logits(params, [route._replace(boundary_prob_BL=p_BL)])
+    (logit_BL, ids_BL), valid = found[0], np.asarray(route.segment_ids_BL) != 0
+    assert list(found) == [0] and np.array_equal(ids_BL, route.route_ids_BL)
+    assert np.array_equal(np.isnan(logit_BL), ~valid)
+    p_BL = np.asarray(route.boundary_prob_BL, np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        expected = np.log(p_BL) - np.log1p(-p_BL)
+    np.testing.assert_allclose(logit_BL[valid], expected[valid], rtol=2e-5, atol=1e-5)
 
 
 def test_rates_of_routes_add_up_to_those_of_all():

@@ -45,6 +45,13 @@ def test_an_eos_that_starts_a_row_is_no_target():
     assert trained_targets(batch).tolist() == [[False, False, True]]
 
 
+def test_an_eos_of_a_row_without_scored_bytes_is_no_target():
+    ids = jnp.array([[BOS_ID, 97, EOS_ID]] * 2, jnp.int32)
+    scored = jnp.array([[False, True, False], [False, False, False]])
+    batch = {"input_ids": ids, "segment_ids": jnp.ones((2, 3), jnp.int32), "loss_mask": scored}
+    assert trained_targets(batch).tolist() == [[False, True, True], [False] * 3]
+
+
 def test_bits_per_byte_of_a_known_source_is_its_entropy():
     """The chain's own predictions, fed as logits, score its entropy rate on the bytes alone."""
     source, length = MarkovSource(), 4001
@@ -107,6 +114,7 @@ def test_total_loss_adds_weighted_rate_losses():
     assert int(metrics["bytes"]) == int(mask.sum())
     assert float(metrics["nats"]) == pytest.approx(nll[np.asarray(mask)].sum(), rel=1e-6)
     assert float(metrics["stage0/boundary_rate"]) == 0.5
+    assert float(metrics["stage0/target_rate"]) == pytest.approx(1 / 3)
     assert float(metrics["stage0/bytes_per_chunk"]) == 2.0
     assert int(metrics["stage0/max_slots"]) == 2
     assert float(metrics["stage0/undecided_frac"]) == pytest.approx(1 / 8)

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +11,16 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hnet.config import ConfigError
-from hnet.data import batch_fingerprint, fingerprint
+from hnet.chunking.controller import ControllerConfig
+from hnet.config import ChunkingConfig, ConfigError
+from hnet.data import batch_fingerprint, fingerprint, train_batches
 from hnet.train import loop
 from hnet.train.config import Config, TrainConfig, claim_workdir, from_json, read_config, to_json
-from hnet.train.program import put_batch
+from hnet.train.optim import schedule
+from hnet.train.program import put_batch, run_batches
+from hnet.train.settle import SEED
 from hnet.train.sharding import MeshConfig, replicated
-from tests.training import build, rows, run, tiny_run
+from tests.training import TINY, build, rows, run, tiny_run
 
 
 def bits(tree):
@@ -73,6 +77,74 @@ def test_the_same_command_after_the_end_changes_nothing(whole):
     again = run(config)
     assert rows(config) == before
     assert_equal_trees(again.state, outcome.state)
+
+
+@pytest.fixture(scope="module")
+def held(tmp_path_factory):
+    """A run that holds the rates of two stages; the router of the inner one draws noise."""
+    outer, inner = TINY.stages
+    ends = ChunkingConfig(2.0, "mlp", "end", "mean", aux_loss="binomial", hold_rate=True)
+    outer = replace(outer, chunking=replace(outer.chunking, hold_rate=True))
+    model = replace(TINY, stages=(outer, replace(outer, chunking=ends), inner))
+    config = tiny_run(tmp_path_factory.mktemp("held"), model=model)
+    return config, run(config)
+
+
+@pytest.mark.parametrize("step", [0, 3, 7])
+def test_offsets_move_by_the_error_and_the_root_of_the_schedule(held, step):
+    config, outcome = held
+    program, before = outcome.program, bits(outcome.program.init().params)
+    with train_batches(outcome.corpus, config.data, seed=0) as batches:
+        fed = put_batch(next(batches), program.mesh)
+    state = outcome.program.init()
+    state = state._replace(step=jax.device_put(np.int32(step), state.step.sharding))
+    state, metrics = program.step(state, fed, program.hparams, capacities=(64, 64))
+    factor = float(schedule(config.optim, jnp.int32(step), config.train.steps))
+    for s, (old, new) in enumerate(zip(offsets(before), offsets(bits(state.params)))):
+        error = config.model.stages[s].chunking.target_ratio * metrics[f"stage{s}/boundary_rate"]
+        expected = -config.controller.gain * np.sqrt(factor) * np.clip(error - 1, -1, 1)
+        assert abs(expected) > 0.01 * factor
+        np.testing.assert_allclose(new - old, [expected], rtol=1e-5)
+
+
+def test_the_last_update_is_followed_by_exact_offsets(held, tmp_path):
+    """On the text that they are set on, every stage is at its target; that is saved, once."""
+    config, outcome = held
+    with train_batches(outcome.corpus, config.data, seed=SEED) as batches:
+        found = run_batches(
+            outcome.program, outcome.state.params, islice(batches_of(batches), 8), (None, None)
+        )
+    sizes = np.divide([found.positions, found.chunks_by_stage[0]], found.chunks_by_stage)
+    np.testing.assert_allclose(sizes, [3, 2], rtol=0.01)
+
+    class StopAtTheEnd:
+        def stop_requested(self, step):
+            return step == 8
+
+    stopped_config = replace(config, workdir=str(tmp_path))
+    stopped = run(stopped_config, StopAtTheEnd())
+    assert stopped.evaluation is None
+    assert_equal_trees(stopped.state, outcome.state)
+    again = run(stopped_config)
+    assert_equal_trees(again.state, outcome.state)
+    assert again.evaluation.bpb == outcome.evaluation.bpb
+    unsettled = replace(config, workdir=str(tmp_path / "0"), controller=ControllerConfig(1.0, 0))
+    left = run(unsettled).state.params
+    moved = jax.tree.map(
+        lambda a, b: not np.array_equal(a, b), bits(left), bits(again.state.params)
+    )
+    assert np.all(offsets(moved)) and sum(jax.tree.leaves(moved)) == 2
+
+
+def offsets(params) -> list:
+    outer = params["backbone"]
+    return [outer["boundary_offset"], outer["main_network"]["boundary_offset"]]
+
+
+def batches_of(batches):
+    """With what evaluation asks for besides."""
+    for batch in batches:
+        yield batch | {"document_ids": np.zeros_like(batch["segment_ids"])}
 
 
 @pytest.mark.parametrize("stop_at", [3, 4])

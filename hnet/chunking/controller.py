@@ -34,7 +34,7 @@ class ControllerConfig:
     """how far an update moves an offset for a relative error of 1, that is at twice the target. It
     goes with the root of the learning rate's schedule: the less the router moves, the more batches
     are averaged"""
-    settle_bytes: int = 500_000
+    settle_bytes: int = 1_000_000
     """positions of training text on which the offsets are set after the last update (at most as
     many batches as were trained on); 0 = leave them as the last update did"""
 

@@ -34,6 +34,12 @@ def route_rates(route: RouterOutput, num_routes: int) -> tuple[jax.Array, jax.Ar
     return F_R, G_R, n_R
 
 
+def target_rate(route: RouterOutput, target_ratio_R: jax.Array) -> jax.Array:
+    """Boundary rate of this batch if every route cut at its target."""
+    n_R = route_rates(route, len(target_ratio_R))[2]
+    return jnp.sum(n_R / target_ratio_R) / jnp.maximum(jnp.sum(n_R), 1.0)
+
+
 def counts_by_stage(config: HNetConfig, routes: list[RouterOutput]) -> tuple[jax.Array, jax.Array]:
     """(boundaries, valid positions) of every stage that cuts and route, float32 (S, R)."""
     num_routes = config.num_routes

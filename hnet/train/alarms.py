@@ -1,6 +1,8 @@
 """Names for the ways in which learned boundaries go wrong, while there is time to stop."""
 
 from collections import deque
+from collections.abc import Sequence
+from statistics import fmean
 
 WINDOW = 50  # steps that "stuck" and "drift" look back on
 PERSISTENCE = 20  # steps that an extreme rate must last: the first updates swing through both
@@ -11,48 +13,55 @@ class BoundaryAlarms:
 
     all-boundary: nearly every position starts a chunk. no-boundary: hardly any does.
     stuck: the rate has not moved though it is far from the target. drift: the rate ran away from
-    the target over the window. An alarm is repeated only after it has been absent.
+    the target over the window, steps at either end of it taken together: a batch of another mix of
+    texts is no drift. An alarm is repeated only after it has been absent.
     """
 
-    def __init__(self, target_rates: tuple[float, ...]):
-        self.target_rates = target_rates
-        self.history = [deque(maxlen=WINDOW) for _ in target_rates]
+    def __init__(self, is_held: tuple[bool, ...]):
+        """is_held: of each stage, whether the controller holds its rate."""
+        self.is_held = is_held
+        self.history = [deque(maxlen=WINDOW) for _ in is_held]
         self.active: set[tuple[int, str]] = set()
 
-    def check(self, step: int, rates: tuple[float, ...]) -> list[str]:
+    def check(self, step: int, rates: tuple[float, ...], targets: tuple[float, ...]) -> list[str]:
+        """rates, targets: of each stage in this step."""
         found = set()
-        for stage, (rate, target) in enumerate(zip(rates, self.target_rates)):
-            self.history[stage].append(rate)
-            found |= {(stage, name) for name in diagnose(list(self.history[stage]), target)}
+        for stage, both in enumerate(zip(rates, targets)):
+            self.history[stage].append(both)
+            found |= {(stage, name) for name in diagnose(*zip(*self.history[stage]))}
         new = sorted(found - self.active)
         self.active = found
         return [
             f"step {step}: alarm {name!r} at stage {stage}: boundary rate {rates[stage]:.3f}, "
-            f"target {self.target_rates[stage]:.3f}; {_REMEDY[name]}"
+            f"target {targets[stage]:.3f}; {self._remedy(stage, name)}"
             for stage, name in new
         ]
 
+    def _remedy(self, stage: int, name: str) -> str:
+        if self.is_held[stage]:
+            return f"{_CAUSE[name]}: raise controller.gain or lower the stage's learning rate"
+        return f"{_CAUSE[name]}: raise the stage's chunking.aux_loss_weight, or use hold_rate"
 
-_REMEDY = {
-    "all-boundary": "raise the stage's chunking.aux_loss_weight or lower the stage's learning rate",
-    "no-boundary": "raise the stage's chunking.aux_loss_weight or lower the stage's learning rate",
-    "stuck": "the router gets no useful gradient: raise the stage's chunking.aux_loss_weight",
-    "drift": "the rate moves away from its target: raise the stage's chunking.aux_loss_weight, or "
-    "controller.gain if it has hold_rate",
+
+_CAUSE = {
+    "all-boundary": "cross-entropy wants more chunks than the target",
+    "no-boundary": "the rate overshot its target",
+    "stuck": "the router gets no useful gradient",
+    "drift": "the rate moves away from its target",
 }
 
 
-def diagnose(rates: list[float], target: float) -> set[str]:
-    """Alarms of one stage from its last boundary rates, oldest first."""
-    rate, full = rates[-1], len(rates) == WINDOW
-    recent = rates[-PERSISTENCE:]
+def diagnose(rates: Sequence[float], targets: Sequence[float]) -> set[str]:
+    """Alarms of one stage from its last boundary rates and their targets, oldest first."""
+    full, recent = len(rates) == WINDOW, rates[-PERSISTENCE:]
     if len(recent) == PERSISTENCE and min(recent) > 0.95:
         return {"all-boundary"}
-    if len(recent) == PERSISTENCE and max(recent) < 0.1 * target:
+    if len(recent) == PERSISTENCE and max(recent) < 0.1 * targets[-1]:
         return {"no-boundary"}
-    far = abs(rate - target) > 0.5 * target
-    if full and far and max(rates) - min(rates) < 0.02 * target:
+    off = [rate / target - 1 for rate, target in zip(rates, targets)]
+    before, now = abs(fmean(off[:PERSISTENCE])), abs(fmean(off[-PERSISTENCE:]))
+    if full and now > 0.5 and max(rates) - min(rates) < 0.02 * targets[-1]:
         return {"stuck"}
-    if full and far and abs(rates[-1] - target) > 1.5 * abs(rates[0] - target):
+    if full and now > 0.5 and now > 1.5 * before:
         return {"drift"}
     return set()

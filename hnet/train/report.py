@@ -43,8 +43,7 @@ class Report:
             self.metrics = MetricsFile(self.folder.path, start_step)
             self.writer = RunWriter(tensorboard, resume_step=start_step or None)
         self.line = LiveLine(config.train.steps, start_step, enabled=self.speaks)
-        targets = tuple(1 / s.chunking.target_ratio for s in config.model.stages[:-1])
-        self.alarms = BoundaryAlarms(targets)
+        self.alarms = BoundaryAlarms(tuple(s.chunking.hold_rate for s in config.model.stages[:-1]))
         self.logged_at, self.logged_bytes, self.logged_wait = time.monotonic(), None, 0.0
         if self.speaks and start_step:
             self.say(f"resuming at step {start_step}")
@@ -104,8 +103,11 @@ class Report:
 
     def _watch_boundaries(self, step: int, metrics: dict[str, Any]) -> list[str]:
         stages = range(self.config.model.num_chunked)
-        rates = tuple(float(metrics[f"stage{s}/boundary_rate"]) for s in stages)
-        alarms = self.alarms.check(step, rates)
+        rates, targets = (
+            tuple(float(metrics[f"stage{s}/{name}"]) for s in stages)
+            for name in ("boundary_rate", "target_rate")
+        )
+        alarms = self.alarms.check(step, rates, targets)
         for alarm in alarms:
             self.say(alarm)
         if int(metrics["skipped_in_a_row"]):

@@ -1,0 +1,136 @@
+"""What a router for each script costs beside one router for all.
+
+    python -m experiments.benchmark_routing [--routes 16] [--config mixed_scripts_single]
+
+Times the router of stage 0 alone, forward and backward, and the whole training step, with one route
+and with many, in turns; the route of a row changes every `run` bytes. About 2 minutes on a core.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from experiments.command_line import base_config, parse, run
+from hnet.chunking.router import make_router, previous
+from hnet.chunking.routes import apply_routed
+from hnet.config import ConfigError, StageConfig
+from hnet.data.scripts import SCRIPTS
+from hnet.train.config import Config
+from hnet.train.program import build, put_batch
+
+BYTES_PER_CHUNK = 4  # of the chunk slots of a step
+
+
+@dataclass(frozen=True)
+class RoutingBenchmark:
+    """What to measure and how often."""
+
+    config: str = "mixed_scripts_single"
+    """a named configuration or a JSON file, with one route"""
+    routes: int = 16
+    """routes to compare with"""
+    run: int = 32
+    """positions in a row of one route"""
+    rows: int = 0
+    """rows of a batch; 0 = as configured"""
+    repeats: int = 15
+    """measurements of everything, in turns"""
+
+    def __post_init__(self):
+        for name, least in (("routes", 2), ("run", 1), ("rows", 0), ("repeats", 1)):
+            if (value := getattr(self, name)) < least:
+                raise ConfigError(f"{name}={value}: use {least} or more")
+
+
+def main() -> None:
+    options = parse(RoutingBenchmark)
+    base = base_config(options.config)
+    if base.model.num_routes > 1 or not base.model.num_chunked:
+        raise ConfigError(f"config={options.config!r}: give one that cuts, with one route")
+    rows = options.rows or base.data.batch_size
+    base, calls = replace(base, data=replace(base.data, batch_size=rows)), {}
+    for routes in 1, options.routes:
+        config = with_routes(base, routes)
+        batch = random_batch(config, routes, options.run)
+        calls["router", routes] = router_call(config.model.stages[0], batch["route_ids"], routes)
+        calls["training step", routes] = step_call(config, batch)
+    times = {key: [] for key in calls}
+    for repeat in range(options.repeats + 1):  # the first one compiles
+        for key, call in calls.items():
+            began = time.perf_counter()
+            jax.block_until_ready(call())
+            if repeat:
+                times[key].append(time.perf_counter() - began)
+    table = Table("what", "1 route", f"{options.routes} routes", "ratio", box=None)
+    for what in "router", "training step":
+        one, many = (1e3 * statistics.median(times[what, r]) for r in (1, options.routes))
+        table.add_row(what, f"{one:.2f} ms", f"{many:.2f} ms", f"{many / one:.2f}")
+    Console(highlight=False).print(table)
+
+
+def with_routes(base: Config, routes: int) -> Config:
+    """The configuration with that many routes in stage 0, a script each."""
+    outer, *inner = base.model.stages
+    outer = replace(outer, chunking=replace(outer.chunking, routes=routes))
+    groups = tuple((name,) for name in SCRIPTS[2 : routes + 1]) if routes > 1 else ()
+    return replace(base, model=replace(base.model, stages=(outer, *inner), route_groups=groups))
+
+
+def random_batch(config: Config, routes: int, run: int) -> dict[str, np.ndarray]:
+    rng, shape = np.random.default_rng(0), (config.data.batch_size, config.data.seq_len)
+    ids = rng.integers(0, 254, shape).astype(np.int32)
+    runs = rng.integers(0, routes, (shape[0], -(-shape[1] // run))).astype(np.int32)
+    route_ids = np.repeat(runs, run, axis=1)[:, : shape[1]]
+    segments = np.ones(shape, np.int32)
+    return {
+        "input_ids": ids,
+        "segment_ids": segments,
+        "loss_mask": ids >= 0,
+        "route_ids": route_ids,
+    }
+
+
+def router_call(stage: StageConfig, route_ids_BL: np.ndarray, routes: int) -> Callable:
+    """Value and gradients, of parameters and states, of the sum of a stage's probabilities."""
+    router = make_router(stage.chunking, stage.d_model, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(router)
+    rng = np.random.default_rng(1)
+    x_BLD = jnp.asarray(rng.normal(size=(*route_ids_BL.shape, stage.d_model)), jnp.float32)
+    takes_two = stage.chunking.router == "cosine"
+
+    @jax.jit
+    def both(params, x_BLD, route_ids_BL):
+        def total(params, x_BLD):
+            inputs = (previous(x_BLD), x_BLD) if takes_two else (x_BLD,)
+            return jnp.sum(apply_routed(nnx.merge(graph, params), routes, route_ids_BL, *inputs))
+
+        return jax.value_and_grad(total, (0, 1))(params, x_BLD)
+
+    return lambda: both(params, x_BLD, route_ids_BL)
+
+
+def step_call(config: Config, batch: dict[str, np.ndarray]) -> Callable:
+    """An update after the other."""
+    program = build(config)
+    state, fed = program.init(), put_batch(batch, program.mesh)
+    slots = program.ladder.packed_rows * config.data.seq_len // BYTES_PER_CHUNK
+
+    def call():
+        nonlocal state
+        capacities = (slots,) * config.model.num_chunked
+        state, metrics = program.step(state, fed, program.hparams, capacities=capacities)
+        return metrics
+
+    return call
+
+
+if __name__ == "__main__":
+    run(main)

@@ -99,8 +99,9 @@ def test_tables_have_a_row_for_each_stage_and_language(scores):
     assert (row["system"], row["max/min"], row["mean bpb"]) == ("tokens", "2.500", "-")
     assert dict(zip(head, model))["mean bpb"] == "1.500"
     _, eng, rus, heb = language_rows(scores, {"heb"})
-    assert eng == ["eng", "12.0", "2.0", "3.0; 2.000 bpb"]
-    assert rus[3] == "3.5; 1.000 bpb" and heb[0] == "heb (unseen)"
+    assert eng == ["eng", "12.0", "2.0 (6.00)", "3.0 (4.00); 2.000 bpb"]
+    assert rus[3].startswith("3.5 (") and rus[3].endswith("); 1.000 bpb")
+    assert heb[0] == "heb (unseen)"
     text = to_markdown(scores, {"heb"})
     assert "| rus\\| |" in text and text.count("\n|---") == 2
 

@@ -73,7 +73,8 @@ def language_rows(scores: Scores, unseen: Collection[str] = ()) -> list[list[str
         row = [language + mark, f"{score.bytes_per_sentence:.1f}"]
         for languages in scores.values():
             own = languages[language]
-            chunks = " / ".join(f"{n:.1f}" for n in own.chunks_per_sentence)
+            sizes = zip(own.chunks_per_sentence, own.bytes_per_chunk)
+            chunks = " / ".join(f"{n:.1f} ({size:.2f})" for n, size in sizes)
             row.append(chunks + (f"; {own.bpb:.3f} bpb" if own.scored_bytes else ""))
         rows.append(row)
     return rows
@@ -81,7 +82,7 @@ def language_rows(scores: Scores, unseen: Collection[str] = ()) -> list[list[str
 
 def to_markdown(scores: Scores, unseen: Collection[str] = ()) -> str:
     """Both tables."""
-    note = "Chunks a sentence (of each stage, outermost first) and bits per byte:"
+    note = "Chunks a sentence (bytes a chunk) of each stage, outermost first; bits per byte:"
     tables = summary_rows(scores, unseen), language_rows(scores, unseen)
     return f"{_markdown_table(tables[0])}\n{note}\n\n{_markdown_table(tables[1])}"
 

@@ -224,7 +224,7 @@ def test_controller_table_holds_the_rate_that_a_fixed_weight_had(tmp_path, monke
 def test_benchmark_routing_compares_both(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(benchmark_routing, "base_config", lambda name: tiny_run(tmp_path))
     monkeypatch.setattr(benchmark_routing, "build", build)
-    call(monkeypatch, benchmark_routing, "--routes", 3, "--repeats", 1, "--rows", 2)
+    call(monkeypatch, benchmark_routing, "--routes", 3, "--repeats", 1, "--rows", 8)
     shown = capsys.readouterr().out
     assert "3 routes" in shown and "training step" in shown
     with pytest.raises(ConfigError, match="routes=1: use 2 or more"):

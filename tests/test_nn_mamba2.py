@@ -49,6 +49,20 @@ def test_ssd_at_any_block_length(block_len):
     assert relative_error(y, oracles.ssd(*INPUTS.values(), SEGMENTS)) < 2e-6
 
 
+def test_what_was_forgotten_does_not_blur_what_is_remembered():
+    """Decays of nearly 1 behind many of e^-9, whose logarithms add up to hundreds."""
+    draw = np.random.default_rng(1)
+    length = 64
+    dt = np.where(draw.random((1, length, 1)) < 0.7, 9.0, 0.013).astype(np.float32)
+    x, B_BLN, C_BLN = (
+        np.float32(draw.normal(size=(1, length, *shape))) for shape in ((1, P), (N,), (N,))
+    )
+    x = np.where(dt[..., None] < 1, x, 0)
+    inputs = (x, dt, np.float32([-1.0]), B_BLN, C_BLN, np.ones((1, length), np.int32))
+    reference = quick_jit(ssd_reference)(*inputs)
+    assert relative_error(blockwise(*inputs, block_len=length), reference) < 1e-6
+
+
 def test_sequential_reference_is_the_recurrence():
     y = quick_jit(ssd_reference)(*INPUTS.values(), SEGMENTS)
     assert relative_error(y, oracles.ssd(*INPUTS.values(), SEGMENTS)) < 2e-6

@@ -22,8 +22,8 @@ from hnet.infer.sampling import Sampling
 SAMPLING = Sampling(max_bytes=12, temperature=0.8)
 FLAGS = ["--sampling.max_bytes", "12", "--sampling.temperature", "0.8"]
 LINES = [
-    {"prompt": "a", "id": 7},
     {"prompt": "Привет", "seed": 2**32 - 1},
+    {"prompt": "a", "id": 7},
     {"prompt": "", "seed": 0},
 ]
 
@@ -90,7 +90,7 @@ def test_a_file_of_prompts_becomes_a_file_of_texts(run, model, tmp_path):
     prompts.write_text("".join(json.dumps(line) + "\n" for line in LINES), encoding="utf-8")
     files = ("--input", str(prompts), "--output", str(out), "--sampling.seed", "5")
     assert run(*files, "--batch_size", "2")[0] == 0
-    seeds = [5, 2**32 - 1, 0]  # one that is not given follows from the first
+    seeds = [2**32 - 1, 5 + 1, 0]  # one that is not given is the first and the line's number
     prompted = [line["prompt"] for line in LINES]
     expected = generate(model, prompted, SAMPLING, seeds=seeds, batch_size=2)
     found = [json.loads(line) for line in out.read_text().splitlines()]

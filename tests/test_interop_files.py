@@ -126,6 +126,9 @@ def test_nothing_is_overwritten(tmp_path, weights):
     before = path.read_bytes()
     with pytest.raises(ConfigError, match="exists"):
         convert(path, path)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ConfigError, match="mine' exists"):
+        convert(path, tmp_path / "mine")
     with pytest.raises(ConfigError, match="exists"):
         write_tensors(path, weights)
     (tmp_path / "b.json").write_text("mine")

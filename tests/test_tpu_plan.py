@@ -289,6 +289,16 @@ def test_roofline_takes_the_slowest_resource(tiny):
     assert "mostly bound by hbm" in report(plan)
 
 
+def test_rows_that_share_slots_attend_over_all_of_them(tiny):
+    alone = roofline(made_up(plan_config(tiny), capacities=(24,)))
+    shared = roofline(made_up(plan_config(tiny), capacities=(24,), packed_rows=4))
+    # 96 x 96 scores for four rows; two operations a channel, made three times and once again
+    more = (96 * 96 / 4 - 24 * 24) * 2 * 64 * (4 + 3) * 16 / 197e12
+    main = "stage1/main_network"
+    assert shared[main].compute - alone[main].compute == pytest.approx(more)
+    assert {**shared, main: alone[main]} == alone
+
+
 @pytest.mark.parametrize(
     "name, num_devices, group, links",
     [
@@ -355,7 +365,7 @@ def test_the_published_table_takes_the_fewest_micro_batches_and_goes_on(
 
     def compiled(config, slice_, slots, *, to_code):
         tried.append((config.train.accumulate, slots))
-        assert not to_code and (config.data.batch_size, config.mesh.fsdp) == (256, 64)
+        assert not to_code and (config.data.batch_size, config.mesh.fsdp) == (256, 16)
         fits = config.train.accumulate > 1
         moved = [hlo.Moved("hbm", "stage0/encoder", 8.19e11, 1)] if fits else []
         return Plan(config, slice_, slots, None, GIB, 14 * GIB, fits, moved)

@@ -123,6 +123,8 @@ class Plan:
     """that a device needs; at least, if the compiler gave up"""
     fits: bool
     moved: list[hlo.Moved]
+    packed_rows: int = 1
+    """rows that share a row of slots"""
 
     @property
     def hbm_a_device(self) -> float:
@@ -135,8 +137,8 @@ FULLEST = 1.2  # what the fullest row of a batch holds, over the mean
 def capacities(config: Config, factor: float = math.inf) -> tuple[int, ...]:
     """Slots of a row that training settles on at `factor` times the configured boundary rates.
 
-    The default is all slots, with which training starts. Rows do not share slots here: a run that
-    packs them (`train.packed_rows`) needs no more.
+    The default is all slots, with which training starts. Each row has its own share here, also
+    where rows share slots (`train.packed_rows`): such a run needs no more.
     """
     model, L = config.model, config.data.seq_len
     full = Ladder.start(model, L).full
@@ -158,7 +160,8 @@ def compile_plan(
         folder = Path(name)
         program = _program(config, slice_, folder)
         state = sum(_device_bytes(leaf) for leaf in jax.tree.leaves(program.abstract_state))
-        plan = Plan(config, slice_, slots, None, state, math.inf, False, [])
+        packed_rows = program.ladder.packed_rows
+        plan = Plan(config, slice_, slots, None, state, math.inf, False, [], packed_rows)
         lowered = _lower(config, program, slots) if to_code else None
         began = time.monotonic()
         try:

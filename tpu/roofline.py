@@ -1,5 +1,6 @@
 """What bounds a compiled step, and the report about it."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from hnet.flops import Term, flops_by_part, forward_terms, param_counts, training_flops
@@ -25,7 +26,7 @@ class Bound(NamedTuple):
 
 def roofline(plan: Plan) -> dict[str, Bound]:
     """Least time of every part, forward and backward, with each resource alone and used fully."""
-    terms = _terms(plan.config, plan.capacities)
+    terms = _terms(plan.config, plan.capacities, plan.packed_rows)
     rows = plan.config.data.batch_size / len(plan.slice_.devices)
     chip, share = plan.slice_.chip, plan.slice_.chips_a_device
     bounds: dict[str, Bound] = {}
@@ -43,8 +44,19 @@ def roofline(plan: Plan) -> dict[str, Bound]:
     return bounds
 
 
-def _terms(config: Config, slots: tuple[int, ...]) -> tuple[Term, ...]:
-    return forward_terms(config.model, (config.data.seq_len, *slots))
+def _terms(config: Config, slots: tuple[int, ...], packed_rows: int) -> tuple[Term, ...]:
+    """Of one row. Where rows share slots, the stages inside see all of them as one long row."""
+    L = config.data.seq_len
+    alone = forward_terms(config.model, (L, *slots))
+    together = forward_terms(config.model, (L, *(packed_rows * n for n in slots)))
+    return tuple(
+        replace(many, flops=many.flops / packed_rows) if _is_inside(many.part) else one
+        for one, many in zip(alone, together)
+    )
+
+
+def _is_inside(part: str) -> bool:
+    return part.startswith("stage") and not part.startswith("stage0/")
 
 
 def step_seconds(plan: Plan) -> float:
@@ -62,7 +74,8 @@ def step_bound(plan: Plan) -> str:
 
 def peak_share(plan: Plan) -> float:
     """Share of the slice's peak that a step of `step_seconds` is, without what remat repeats."""
-    useful = training_flops(_terms(plan.config, plan.capacities)) * plan.config.data.batch_size
+    terms = _terms(plan.config, plan.capacities, plan.packed_rows)
+    useful = training_flops(terms) * plan.config.data.batch_size
     slice_ = plan.slice_
     peak = slice_.chip.flops * slice_.chips_a_device * len(slice_.devices)
     return useful / step_seconds(plan) / peak
@@ -101,7 +114,7 @@ def report(plan: Plan) -> str:
     lines = [
         f"parameters {sum(params.values()):,} (embedding {params['embedding']:,})",
         "",
-        *_flops_table(config),
+        *_flops_table(config, plan.packed_rows),
     ]
     lines += ["", "collectives a device and step (bytes sent, for a ring):"]
     kinds: dict[tuple[str, int], list[hlo.Moved]] = {}
@@ -124,12 +137,12 @@ def report(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _flops_table(config: Config) -> list[str]:
+def _flops_table(config: Config, packed_rows: int) -> list[str]:
     L, remat = config.data.seq_len, config.model.compute.remat
     lines = ["MFLOPs a byte by boundary rate, in slots that training would choose:"]
     columns = {}
     for factor in RATES:
-        columns[factor] = _terms(config, capacities(config, factor))
+        columns[factor] = _terms(config, capacities(config, factor), packed_rows)
     lines.append(f"  {'rate / configured':<24}" + "".join(f"{factor:>10g}" for factor in RATES))
     parts = [flops_by_part(terms) for terms in columns.values()]
     for part in parts[0]:

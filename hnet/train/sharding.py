@@ -16,12 +16,13 @@ from hnet.nn.layers import ROW_AXES
 BATCH = P(ROW_AXES)  # rows; every activation is sharded on its rows alone
 
 # Parameter path -> spec of its trailing axes; the first match wins. Layers of a run are stacked
-# on a leading axis, which is never sharded. fsdp cuts the axis that a matmul sums over or the
-# widest other one. tensor cuts heads, the MLP's and Mamba's inner width; the weights into these
+# on a leading axis, which is never sharded. fsdp cuts rows, the axis that a matmul sums over: the
+# compiler for TPUs scatters the gradients of these as it sums them, not always those of columns.
+# tensor cuts heads, the MLP's and Mamba's inner width; the weights into these
 # hold several parts side by side, so they are stored with their rows cut (see `fused_linear`).
 PARAMETERS: tuple[tuple[str, P], ...] = (
     (r".*/(Wqkv|in_proj|fc1)/kernel", P(("fsdp", "tensor"), None)),
-    (r".*/(out_proj|fc2)/kernel", P("tensor", "fsdp")),
+    (r".*/(out_proj|fc2)/kernel", P(("tensor", "fsdp"), None)),
     (r".*(residual_proj|q_proj_layer|k_proj_layer)/kernel", P("fsdp", None)),
     (r"embeddings/embedding", P(None, "fsdp")),
     (r"lm_head/kernel", P("fsdp", None)),

@@ -5,9 +5,8 @@
 Both sides are processes as people start them, start-up, compilation and evaluation included, each
 with a compilation cache that is empty at its beginning: `experiments.sweep` once, then
 `experiments.pretrain` for every learning rate and seed. Wall seconds and CPU seconds of both, and
-the differences of the held-out bits per byte: rounding, unless it has turned a boundary that was
-at p = 0.5, after which a run at a high learning rate goes its own way. On two CPU cores about five
-minutes.
+the differences of the held-out bits per byte (`experiments.sweep_rounding` says why they are not
+rounding alone). On two CPU cores about five minutes.
 """
 
 import csv
@@ -46,7 +45,7 @@ class SweepBenchmark:
 
 def main() -> int:
     options = parse(SweepBenchmark)
-    rates = [float(f"{rate:.4g}") for rate in np.geomspace(1e-3, 1e-2, options.rates)]
+    rates = learning_rates(options.rates)
     seeds = list(range(options.seeds))
     with tempfile.TemporaryDirectory(prefix="hnet-sweep-") as folder:
         place = Path(folder)
@@ -79,6 +78,10 @@ def main() -> int:
         "sweep said": programs[0] if programs else "",
     }, indent=1))  # fmt: skip
     return 0
+
+
+def learning_rates(count: int) -> list[float]:
+    return [float(f"{rate:.4g}") for rate in np.geomspace(1e-3, 1e-2, count)]
 
 
 def _timed(commands: list[list[str]], cache: Path) -> tuple[dict[str, float], str]:

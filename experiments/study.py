@@ -8,29 +8,24 @@ anew.
 
 import contextlib
 import json
-import os
-import socket
 import threading
 import time
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from experiments.space import Point, Space, Values, list_points, make_point, point_key
+from experiments.study_storage import has_ended, open_storage, pruner, worker_name
 from hnet.config import ConfigError
 from hnet.train.config import Config, differences, from_json, to_json
 
 _LOCAL = ("workdir", "mesh", "distributed", "watchdog", "checkpoint", "profile")
 """sections in which the workers of one sweep may differ"""
 _MAX_DRAWS = 20  # of points that are there already, before a space counts as exhausted
-
-optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 @dataclass
@@ -40,51 +35,6 @@ class Claim:
     trial: Trial
     point: Point
     pruned: bool = False
-
-
-def worker_name() -> str:
-    """HOST/PROCESS NAMESPACE/PROCESS of this worker."""
-    with contextlib.suppress(OSError):
-        return f"{socket.gethostname()}/{os.readlink('/proc/self/ns/pid')}/{os.getpid()}"
-    return f"{socket.gethostname()}//{os.getpid()}"
-
-
-def _has_ended(worker: str) -> bool:
-    """Whether it was a process of this machine that is no more; False if that cannot be known."""
-    place, _, process = worker.rpartition("/")
-    if place != worker_name().rpartition("/")[0]:
-        return False
-    try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        pass
-    return False
-
-
-def open_storage(where: str) -> optuna.storages.BaseStorage:
-    """A journal file, or a database by its URL. Raises ConfigError if it cannot be opened."""
-    try:
-        if "://" in where:
-            return optuna.storages.RDBStorage(where)
-        Path(where).parent.mkdir(parents=True, exist_ok=True)
-        return optuna.storages.JournalStorage(JournalFileBackend(where))
-    except Exception as e:  # whatever a database driver raises, or its absence
-        reason = str(e).strip().splitlines() or [type(e).__name__]
-        raise ConfigError(
-            f"storage={where!r} cannot be opened ({reason[0]}): give a file, or a URL such as "
-            "postgresql://user@host/database whose driver is installed"
-        ) from None
-
-
-def _pruner(name: str) -> optuna.pruners.BasePruner:
-    match name:
-        case "median":
-            return optuna.pruners.MedianPruner(n_startup_trials=4)
-        case "halving":
-            return optuna.pruners.SuccessiveHalvingPruner()
-    return optuna.pruners.NopPruner()
 
 
 class Study(contextlib.AbstractContextManager):
@@ -103,7 +53,7 @@ class Study(contextlib.AbstractContextManager):
         self._seen: dict[str, tuple[Any, float, float]] = {}
         self.study = optuna.create_study(
             storage=open_storage(storage), study_name=name, direction="minimize",
-            pruner=_pruner(space.pruner), load_if_exists=True,
+            pruner=pruner(space.pruner), load_if_exists=True,
         )  # fmt: skip
         self._check_identity(storage, name)
         self._ended = threading.Event()
@@ -225,7 +175,7 @@ class Study(contextlib.AbstractContextManager):
             worker = trial.user_attrs.get("worker", f"trial {trial.number}")
             if worker == self.worker:
                 continue
-            if self._silence(worker, beats) > self.timeout or _has_ended(worker):
+            if self._silence(worker, beats) > self.timeout or has_ended(worker):
                 self._tell(trial.number, state=TrialState.FAIL)
 
     def _silence(self, worker: str, beats: dict[str, Any]) -> float:

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import statistics
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -131,13 +132,18 @@ def _write_parquet(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def _write_hparams(study: Study, folder: Path) -> None:
-    """A TensorBoard run a run, with its fields, its curve and its end; those there are kept."""
+    """A TensorBoard run a run, with its fields, its curve and its end; those there are kept.
+
+    A run appears in one move, so that one that is there is whole.
+    """
+    folder.mkdir(exist_ok=True)
     for trial, values, run in _runs(study):
         name = re.sub(r"[^A-Za-z0-9_.=,-]+", "_", describe(values))[:80]
         place = folder / f"{trial.number:04}-{name}-seed={run['seed']}"
         if place.exists():
             continue
-        with RunWriter(place) as writer:
+        unfinished = Path(tempfile.mkdtemp(prefix=".hparams-", dir=folder.parent))
+        with RunWriter(unfinished) as writer:
             plain = {n: v if _is_plain(v) else json.dumps(v) for n, v in values.items()}
             writer.hparams({**plain, "seed": run["seed"]})
             for step, bpb in run["curve"]:
@@ -148,6 +154,8 @@ def _write_hparams(study: Study, folder: Path) -> None:
                 f"eval/stage{s}/bytes_per_chunk": n for s, n in enumerate(run["bytes_per_chunk"])
             }
             writer.scalars(run["step"], {n: v for n, v in ends.items() if v is not None})
+        with contextlib.suppress(OSError):  # another worker was faster
+            unfinished.rename(place)
 
 
 def _runs(study: Study) -> Iterator[tuple]:

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.sweep_rounding import compare
 from hnet.config import ChunkingConfig, ConfigError
 from hnet.data import open_corpus, train_batches
 from hnet.train import population
@@ -101,6 +102,15 @@ def test_a_run_of_many_is_the_run_it_would_be_alone(configs, whole):
     )
     np.testing.assert_allclose(together.evaluations[r].bpb, evaluation.bpb, rtol=1e-5)
     assert together.evaluations[r].bytes_per_chunk(0) == evaluation.bytes_per_chunk(0)
+
+
+def test_each_step_of_many_is_that_of_one_and_a_boundary_turns_only_at_a_half(configs):
+    runs = [replace(config, mesh=MeshConfig()) for config in configs[:2]]
+    for way in compare(runs, jax.devices()[:2], compiler_options=QUICK):
+        assert len(way.gradient) == STEPS and 0 < max(way.gradient) < 1e-5
+        assert max(way.nearest) < 1e-4 and all(n < 3 for n in way.turned)
+        first = next((t for t, n in enumerate(way.turned) if n), STEPS)
+        assert max(way.loss[: first + 1]) < 1e-5
 
 
 def test_one_program_trains_them_all_and_nothing_moves_between_devices(configs, whole):

@@ -54,8 +54,9 @@ def test_rows_that_the_devices_do_not_share_evenly_are_refused():
 
 def test_an_axis_that_is_not_divided_stays_whole():
     mesh = make_mesh(MeshConfig(2, 2, 2))
-    assert parameter_spec("backbone/x/mlp/fc2/kernel", (5, 6, 8), mesh) == P(None, "tensor", "fsdp")
-    assert parameter_spec("backbone/x/mlp/fc2/kernel", (5, 7, 8), mesh) == P(None, None, "fsdp")
+    by_rows = P(None, ("tensor", "fsdp"), None)
+    assert parameter_spec("backbone/x/mlp/fc2/kernel", (5, 12, 7), mesh) == by_rows
+    assert parameter_spec("backbone/x/mlp/fc2/kernel", (5, 6, 8), mesh) == P(None, None, None)
     assert parameter_spec("backbone/encoder/rmsnorm/scale", (8,), mesh) == P(None)
 
 

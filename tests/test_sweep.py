@@ -1,8 +1,11 @@
 """Sweeps: spaces and their errors, claims of several workers, results, kill and resume."""
 
+import contextlib
 import csv
 import json
+import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -12,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from experiments import sweep
+from experiments import sweep, sweep_results, sweep_train
 from experiments.command_line import run_config
 from experiments.space import list_points, read_space
 from experiments.study import Study
+from experiments.study_storage import worker_name
 from hnet.config import ConfigError
 from hnet.train import loop, population
 from hnet.train.checkpoint import CheckpointConfig
@@ -152,7 +156,7 @@ def test_points_of_a_dead_worker_are_taken_up_by_one_other(tmp_path):
 def test_what_a_killed_process_of_this_machine_held_is_free_at_once(tmp_path):
     code = (
         "import pathlib, os, sys; from tests.test_sweep import open_study\n"
-        "from experiments.study import worker_name\n"
+        "from experiments.study_storage import worker_name\n"
         "open_study(pathlib.Path(sys.argv[1]), worker_name()).claim(1); os._exit(9)"
     )
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
@@ -170,11 +174,11 @@ def test_tpe_asks_for_as_many_points_as_wanted_and_prunes_the_worse(tmp_path):
     one, two = (open_study(tmp_path, name, text) for name in ("here//1", "there//2"))
     claims = one.claim(4)
     for n, claim in enumerate(claims):
-        assert not sweep._prune(one, [claim], 4, [2.0 + n])
+        assert not sweep_train._prune(one, [claim], 4, [2.0 + n])
     finish(one, claims)
     worse = two.claim(9)
     assert len(worse) == 2 and len({c.point.key for c in claims + worse}) == 6
-    assert sweep._prune(two, worse, 4, [9.0, 9.0]) and all(claim.pruned for claim in worse)
+    assert sweep_train._prune(two, worse, 4, [9.0, 9.0]) and all(claim.pruned for claim in worse)
     for claim in worse:
         assert two.finish(claim, [], None)
     assert not one.claim(1) and not one.is_pending()
@@ -214,21 +218,23 @@ def test_a_sweep_leaves_table_plot_hparams_and_a_configuration_to_train(tmp_path
 
     before = (out / "results.csv").read_bytes()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep, "train_population", lambda *_, **__: pytest.fail("trained again"))
+        patch.setattr(
+            sweep_train, "train_population", lambda *_, **__: pytest.fail("trained again")
+        )
         assert sweep_in_process(tmp_path, out, RATES, **once) == 0
     assert (out / "results.csv").read_bytes() == before
 
 
 def test_a_point_alone_is_a_run_of_its_own_and_a_fault_leaves_the_others(tmp_path, monkeypatch):
     text = "[space]\noptim.learning_rate = [9e-3, 1e-3]\n"
-    train = sweep.train
+    train = sweep_train.train
 
     def fails_once(config, *arguments):
         if config.optim.learning_rate == 9e-3:
             raise loop.StopRun("non-finite loss: lower optim.learning_rate")
         return train(config, *arguments)
 
-    monkeypatch.setattr(sweep, "train", fails_once)
+    monkeypatch.setattr(sweep_train, "train", fails_once)
     out, twice = tmp_path / "out", {"eval": EvalConfig(every=2, max_bytes=200)}
     assert sweep_in_process(tmp_path, out, text, "--width", "1", **twice) == 0
     with (out / "results.csv").open() as f:
@@ -289,6 +295,108 @@ def test_a_killed_sweep_goes_on_where_it_was_and_a_terminated_one_says_so(tmp_pa
     assert steps == sorted(set(steps)) and steps[:3] == [1, 10, 20][: len(steps)]
     states = [t.state.name for t in open_study_of(out, tmp_path).trials()]
     assert states == ["FAIL"] * 4 + ["WAITING"] * 2
+
+
+MANY = "[space]\noptim.learning_rate = {low = 1e-3, high = 9e-3, num = 12}\nseed = [0]\n"
+
+
+def work_on_many(folder: Path) -> None:
+    """One worker of the sweep MANY, which notes what it starts and finishes it at once."""
+
+    def train_points(study, claims, options, stop):
+        with (folder / "started").open("a") as f:
+            f.writelines(f"{claim.point.key}\n" for claim in claims)
+        for claim in claims:
+            rate = claim.point.values["optim.learning_rate"]
+            curve = [(step, rate) for step in range(500)]  # long lines in the journal
+            run = {"seed": 0, "step": 8, "bpb": rate, "bytes_per_chunk": [], "overflow": []}
+            sweep_train._finish(study, claim, [{**run, "curve": curve}])
+        return True
+
+    sweep.train_points = train_points
+    study = open_study(folder, worker_name(), MANY)
+    with study:
+        sweep._work(study, sweep_train.Options(folder, 3, 60.0), Never())
+
+
+class Never:
+    def stop_requested(self, step):
+        return False
+
+
+def test_a_sweep_killed_at_any_time_repeats_nothing_that_was_done(tmp_path):
+    """Workers die by SIGKILL after random bytes of the journal, one after the other."""
+    code = (
+        "import os, pathlib, sys; from tests.test_sweep import work_on_many\n"
+        "for line in sys.stdin:\n"
+        "    pid = os.fork()\n"
+        "    if not pid:\n"
+        "        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)\n"
+        "        work_on_many(pathlib.Path(sys.argv[1])); os._exit(0)\n"
+        "    print(pid, flush=True); os.waitpid(pid, 0); print('ended', flush=True)\n"
+    )
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"}
+    command, pipe = [sys.executable, "-c", code, str(tmp_path)], subprocess.PIPE
+    journal, started, rng = tmp_path / "journal", tmp_path / "started", random.Random(0)
+    written = lambda: journal.stat().st_size if journal.exists() else 0
+    looks = []
+    with subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdin=pipe, stdout=pipe) as nurse:
+
+        def worker(bytes_to_live: float) -> None:
+            end = written() + bytes_to_live
+            print("go", file=nurse.stdin, flush=True)
+            pid = int(nurse.stdout.readline())
+            with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+                while written() < end:
+                    time.sleep(0.001)
+                    os.kill(pid, 0)
+                time.sleep(rng.uniform(0, 0.01))
+                os.kill(pid, signal.SIGKILL)
+            assert nurse.stdout.readline() == "ended\n"
+
+        for _ in range(12):
+            worker(rng.uniform(0, 20_000))
+            # of the dead; others would wait half a minute before they remove it
+            (tmp_path / "journal.lock").unlink(missing_ok=True)
+            before = started.read_text().splitlines() if started.exists() else []
+            study = open_study(tmp_path, "looks//1", MANY)
+            looks.append(({study._key(t) for t in study.finished()}, len(before)))
+        worker(math.inf)
+        nurse.stdin.close()
+    study = open_study(tmp_path, "looks//1", MANY)
+    keys, starts = [study._key(t) for t in study.finished()], started.read_text().splitlines()
+    assert sorted(keys) == sorted(point.key for point in study.points) and not study.is_pending()
+    assert all(t.value == t.params["optim.learning_rate"] for t in study.finished())
+    assert 2 < len({len(done) for done, _ in looks})  # the deaths came in the middle
+    for done, count in looks:
+        assert done <= set(keys) and not done & set(starts[count:])
+    assert len(starts) <= len(keys) + 3 * len(looks)
+
+
+def test_half_a_line_of_a_killed_worker_is_cut_off(tmp_path):
+    study = open_study(tmp_path, "here//1")
+    finish(study, study.claim(1))
+    with (tmp_path / "journal").open("ab") as f:
+        f.write(b'{"op_code":4,"worker')
+    other = open_study(tmp_path, "there//2")
+    finish(other, other.claim(9))
+    assert other.num_done() == open_study(tmp_path, "late//3").num_done() == 2
+
+
+def test_what_a_killed_worker_wrote_of_a_run_is_not_taken_for_all_of_it(tmp_path, monkeypatch):
+    study = open_study(tmp_path, "here//1", "[space]\noptim.learning_rate = [1e-3]\nseed = [0]\n")
+    finish(study, study.claim(1))
+
+    def dies(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sweep_results.RunWriter, "scalars", dies)
+        sweep_results._write_hparams(study, tmp_path / "tensorboard")
+    assert not list((tmp_path / "tensorboard").iterdir())
+    sweep_results._write_hparams(study, tmp_path / "tensorboard")
+    (run,) = (tmp_path / "tensorboard").iterdir()
+    assert run.name.endswith("learning_rate=0.001-seed=0") and list(run.glob("events*"))
 
 
 def open_study_of(out: Path, folder: Path) -> Study:

@@ -175,13 +175,13 @@ def train_population(
             progress = Progress(**restored.extras["progress"])
         for step, bpb in progress.curve:
             watch(step, bpb)
-        with _open_batches(configs, corpus, done) as batches:
+        with open_batches(configs, corpus, done) as batches:
             runs = _Runs(configs, corpus, program, checkpoints, stop, watch, show, batches)
             return runs.train(state, progress, done)
 
 
 @contextlib.contextmanager
-def _open_batches(configs: Sequence[Config], corpus: Corpus, start: int):
+def open_batches(configs: Sequence[Config], corpus: Corpus, start: int):
     """An iterator over lists of batches, one a run; equal seeds share the batch."""
     groups = configs[0].model.route_groups
     with contextlib.ExitStack() as stack:

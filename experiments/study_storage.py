@@ -1,0 +1,78 @@
+"""Where the workers of a sweep meet: an Optuna storage, and which processes are at work."""
+
+import contextlib
+import os
+import socket
+from pathlib import Path
+
+import optuna
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+
+from hnet.config import ConfigError
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def worker_name() -> str:
+    """HOST/PROCESS NAMESPACE/PROCESS of this worker."""
+    with contextlib.suppress(OSError):
+        return f"{socket.gethostname()}/{os.readlink('/proc/self/ns/pid')}/{os.getpid()}"
+    return f"{socket.gethostname()}//{os.getpid()}"
+
+
+def has_ended(worker: str) -> bool:
+    """Whether it was a process of this machine that is no more; False if that cannot be known."""
+    place, _, process = worker.rpartition("/")
+    if place != worker_name().rpartition("/")[0]:
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+class _WholeLines(JournalFileSymlinkLock):
+    """Whoever holds it writes behind a whole line. A worker that is killed while it writes leaves
+    half a line, which readers skip; with another behind it, it would make the journal unreadable.
+    """
+
+    def __init__(self, journal: str):
+        super().__init__(journal)
+        self.journal = journal
+
+    def acquire(self) -> bool:
+        acquired = super().acquire()
+        with open(self.journal, "rb+") as f:
+            last = f.seek(0, os.SEEK_END) and (f.seek(-1, os.SEEK_END), f.read())[1]
+            if last and last != b"\n":
+                f.seek(0)
+                f.truncate(f.read().rfind(b"\n") + 1)
+        return acquired
+
+
+def open_storage(where: str) -> optuna.storages.BaseStorage:
+    """A journal file, or a database by its URL. Raises ConfigError if it cannot be opened."""
+    try:
+        if "://" in where:
+            return optuna.storages.RDBStorage(where)
+        Path(where).parent.mkdir(parents=True, exist_ok=True)
+        journal = JournalFileBackend(where, lock_obj=_WholeLines(where))
+        return optuna.storages.JournalStorage(journal)
+    except Exception as e:  # whatever a database driver raises, or its absence
+        reason = str(e).strip().splitlines() or [type(e).__name__]
+        raise ConfigError(
+            f"storage={where!r} cannot be opened ({reason[0]}): give a file, or a URL such as "
+            "postgresql://user@host/database whose driver is installed"
+        ) from None
+
+
+def pruner(name: str) -> optuna.pruners.BasePruner:
+    match name:
+        case "median":
+            return optuna.pruners.MedianPruner(n_startup_trials=4)
+        case "halving":
+            return optuna.pruners.SuccessiveHalvingPruner()
+    return optuna.pruners.NopPruner()

@@ -1,0 +1,149 @@
+"""How far runs of one program are from the same runs alone, and why.
+
+    python -m experiments.sweep_rounding [--rates 8] [--seeds 2] [--name tiny]
+
+A step is compared twice. From one state: the gradient that one program finds for all runs beside
+that of a run alone, where both start from the state of the run alone. On its own: both sides go
+their own way from the first state on, and after each step the run's batch is cut with the
+parameters of both. The two programs add in another order, so gradients differ by rounding; Adam
+divides a gradient by its own size, so parameters whose gradient is hardly more than rounding move
+apart by up to a learning rate; in the end a boundary at p = 0.5 turns on one side, and from there
+on the runs are two. About two minutes on one CPU core.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from experiments.benchmark_sweep import SweepBenchmark, learning_rates
+from experiments.command_line import parse, run, run_config
+from hnet.data import open_corpus
+from hnet.train import population
+from hnet.train.config import Config
+from hnet.train.program import Program, build, put_batch, traced_numbers
+
+
+@dataclass
+class Way:
+    """How one run went in both programs, a number a step."""
+
+    gradient: list[float]
+    """norm of the difference over norm, from the same state"""
+    loss: list[float]
+    """difference over the loss of the run alone, each on its own way"""
+    turned: list[int]
+    """boundaries of the next batch that only one side has"""
+    nearest: list[float]
+    """distance of p from 0.5 where a boundary turned, the largest; 0 if none did"""
+
+
+def main() -> int:
+    options = parse(SweepBenchmark)
+    base = run_config([options.name])
+    configs = [
+        replace(base, seed=seed, optim=replace(base.optim, learning_rate=rate))
+        for rate in learning_rates(options.rates)
+        for seed in range(options.seeds)
+    ]
+    ways = compare(configs)
+    firsts = [next((t for t, n in enumerate(way.turned) if n), None) for way in ways]
+    apart = [way.loss[: t + 1] if t is not None else way.loss for way, t in zip(ways, firsts)]
+    after = [way.loss[t + 1 :] for way, t in zip(ways, firsts) if t is not None]
+    print(json.dumps({
+        "runs": len(ways),
+        "steps": base.train.steps,
+        "gradient from the same state, off by at most": _short(w.gradient for w in ways),
+        "loss while all boundaries are equal, off by at most": _short(apart),
+        "step after which a boundary turned first, by run": firsts,
+        "p of that boundary, off 0.5 by at most": _short(
+            [[w.nearest[t]] for w, t in zip(ways, firsts) if t is not None]
+        ),
+        "loss after that, off by at most": _short(after),
+    }, indent=1))  # fmt: skip
+    return 0
+
+
+def _short(columns) -> float:
+    return float(f"{max((max(column, default=0.0) for column in columns), default=0.0):.1e}")
+
+
+def compare(configs: list[Config], devices: list | None = None, **build_options: Any) -> list[Way]:
+    """Train the runs in one program and alone, with all chunk slots."""
+    devices = jax.devices() if devices is None else devices
+    together = population.build(configs, devices=devices, **build_options)
+    alone = build(configs[0], **build_options)  # what differs in the others is traced
+    hparams = [traced_numbers(config) for config in configs]
+    cut = jax.jit(partial(_cut, graph=alone.graph))
+    corpus, ways = open_corpus(configs[0].data), [Way([], [], [], []) for _ in configs]
+    many = together.init()
+    first = {config.seed: build(config, **build_options).init() for config in configs}
+    one = [jax.tree.map(jnp.copy, first[config.seed]) for config in configs]
+    with population.open_batches(configs, corpus, 0) as batches:
+        batch = next(batches)
+        for _ in range(configs[0].train.steps):
+            old = [_moment(state) for state in one]
+            forced, _ = _step(together, _stacked(one, together), batch, together.hparams)
+            many, many_metrics = _step(together, many, batch, together.hparams)
+            forced_moment, many_params = _moment(forced), jax.device_get(many.params)
+            following = next(batches)
+            for r, way in enumerate(ways):
+                fed, capacities = put_batch(batch[r], alone.mesh), alone.ladder.capacities
+                one[r], metrics = alone.step(one[r], fed, hparams[r], capacities=capacities)
+                new = _moment(one[r])
+                scale = np.linalg.norm(new - configs[r].optim.b1 * old[r])
+                way.gradient.append(float(np.linalg.norm(forced_moment[r] - new) / scale))
+                loss = float(metrics["loss/total"])
+                way.loss.append(abs(float(many_metrics["loss/total"][r]) - loss) / loss)
+                ids = [jnp.asarray(following[r][name]) for name in ("input_ids", "segment_ids")]
+                p, mine = cut(jax.device_get(one[r].params), *ids)
+                _, theirs = cut(jax.tree.map(lambda x, r=r: x[r], many_params), *ids)
+                turned = np.asarray(mine != theirs)
+                way.turned.append(int(turned.sum()))
+                way.nearest.append(float(np.abs(np.asarray(p)[turned] - 0.5).max(initial=0.0)))
+            batch = following
+    return ways
+
+
+def _cut(params: Any, input_ids_BL: jax.Array, segment_ids_BL: jax.Array, *, graph: nnx.GraphDef):
+    """p and boundaries of all stages, each in one row."""
+    _, routes = nnx.merge(graph, params)(input_ids_BL, segment_ids_BL)
+    flat = lambda arrays: jnp.concatenate([a.ravel() for a in arrays])
+    return flat([r.boundary_prob_BL for r in routes]), flat([r.boundary_mask_BL for r in routes])
+
+
+def _step(program: Program, state: Any, batch: list, hparams: Any):
+    fed = population.put_batches(batch, program.mesh)
+    return program.step(state, fed, hparams, capacities=program.ladder.capacities)
+
+
+def _stacked(states: list, program: Program) -> Any:
+    """States of single runs as that of the program, the last repeated as there."""
+    states = [*states, *[states[-1]] * (-len(states) % program.mesh.shape["runs"])]
+    return jax.tree.map(
+        lambda sharding, *leaves: jax.device_put(jnp.stack(leaves), sharding),
+        program.shardings, *states,
+    )  # fmt: skip
+
+
+def _moment(state: Any) -> np.ndarray:
+    """Adam's mean of gradients, flat, a row each where there are several runs. From states that
+    were equal these differ as the gradients do, times 1 - b1."""
+    (mean,) = (part.mu for part in jax.tree.leaves(state.opt_state, is_leaf=_is_adam)
+               if _is_adam(part))  # fmt: skip
+    shape = (*state.step.shape, -1)
+    flat = [np.reshape(leaf, shape) for leaf in jax.tree.leaves(jax.device_get(mean))]
+    return np.concatenate(flat, axis=-1)
+
+
+def _is_adam(part: Any) -> bool:
+    return hasattr(part, "mu")
+
+
+if __name__ == "__main__":
+    run(main)

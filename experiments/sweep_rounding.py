@@ -77,13 +77,13 @@ def compare(configs: list[Config], devices: list | None = None, **build_options:
     """Train the runs in one program and alone, with all chunk slots."""
     devices = jax.devices() if devices is None else devices
     together = population.build(configs, devices=devices, **build_options)
-    alone = build(configs[0], **build_options)  # what differs in the others is traced
+    by_seed = {c.seed: build(c, devices=devices, **build_options) for c in configs}
+    alone = by_seed[configs[0].seed]  # what differs in the others is traced
     hparams = [traced_numbers(config) for config in configs]
     cut = jax.jit(partial(_cut, graph=alone.graph))
     corpus, ways = open_corpus(configs[0].data), [Way([], [], [], []) for _ in configs]
     many = together.init()
-    first = {config.seed: build(config, **build_options).init() for config in configs}
-    one = [jax.tree.map(jnp.copy, first[config.seed]) for config in configs]
+    one = [by_seed[config.seed].init() for config in configs]
     with population.open_batches(configs, corpus, 0) as batches:
         batch = next(batches)
         for _ in range(configs[0].train.steps):

@@ -346,8 +346,9 @@ def test_a_sweep_killed_at_any_time_repeats_nothing_that_was_done(tmp_path):
             end = written() + bytes_to_live
             print("go", file=nurse.stdin, flush=True)
             pid = int(nurse.stdout.readline())
+            late = time.monotonic() + 60
             with contextlib.suppress(ProcessLookupError):  # it has ended by itself
-                while written() < end:
+                while written() < end and time.monotonic() < late:
                     time.sleep(0.001)
                     os.kill(pid, 0)
                 time.sleep(rng.uniform(0, 0.01))
@@ -361,7 +362,7 @@ def test_a_sweep_killed_at_any_time_repeats_nothing_that_was_done(tmp_path):
             before = started.read_text().splitlines() if started.exists() else []
             study = open_study(tmp_path, "looks//1", MANY)
             looks.append(({study._key(t) for t in study.finished()}, len(before)))
-        worker(math.inf)
+        worker(math.inf)  # ends by itself, long before it is late
         nurse.stdin.close()
     study = open_study(tmp_path, "looks//1", MANY)
     keys, starts = [study._key(t) for t in study.finished()], started.read_text().splitlines()

@@ -26,15 +26,15 @@ def free_memory() -> int | None:
 def positions(prompt_len: int, max_bytes: int, rows: int, cache_bytes: Callable[[int], int]) -> int:
     """Positions that a cache needs for prompts of up to `prompt_len` and what follows them.
 
-    cache_bytes: what a cache with room for so many takes; while it is made, one layer of it is
-    there twice. Raises ConfigError if that is more than the free memory.
+    cache_bytes: what a cache with room for so many takes; it is made in place. Raises ConfigError
+    if that is more than the free memory.
     """
     room = min(length_bucket(prompt_len + max_bytes), MAX_POSITIONS)
-    needed, free = 2 * cache_bytes(room), free_memory()
+    needed, free = cache_bytes(room), free_memory()
     if free is None or needed <= free:
         return room
     fits = room
-    while fits > MIN_LENGTH and 2 * cache_bytes(fits) > free:
+    while fits > MIN_LENGTH and cache_bytes(fits) > free:
         fits = length_bucket(fits) // 2
     most = fits - prompt_len
     remedy = f"use {most} or less" if most > 0 else "use a shorter prompt"

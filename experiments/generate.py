@@ -13,6 +13,7 @@ text at which the chunks of each stage start). A text that is not valid UTF-8 co
 
 import base64
 import dataclasses
+import itertools
 import json
 import sys
 import unicodedata
@@ -77,8 +78,10 @@ def main() -> None:
 def _run_prompt(model: HNetLM, config: GenerateConfig, prompt: str) -> None:
     """Print the continuation as it comes."""
     show = _visible if sys.stdout.isatty() else str
-    print(show(prompt), end="", flush=True)
-    for piece in stream_text(model, [prompt], config.sampling, bos=config.bos, block_len=8):
+    pieces = stream_text(model, [prompt], config.sampling, bos=config.bos, block_len=8)
+    first = next(pieces)  # what is refused is refused before anything is printed
+    print(show(prompt), end="")
+    for piece in itertools.chain([first], pieces):
         print(show(piece.text), end="", flush=True)
     print()
     if config.boundaries:

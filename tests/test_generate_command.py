@@ -64,8 +64,8 @@ def continued(model, prompt, seed=0):
 
 
 def refused(answer, *says):
-    code, _, err = answer
-    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
+    code, out, err = answer
+    assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
     assert all(text in err for text in says), err
 
 

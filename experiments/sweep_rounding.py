@@ -7,8 +7,8 @@ that of a run alone, where both start from the state of the run alone. On its ow
 their own way from the first state on, and after each step the run's batch is cut with the
 parameters of both. The two programs add in another order, so gradients differ by rounding; Adam
 divides a gradient by its own size, so parameters whose gradient is hardly more than rounding move
-apart by up to a learning rate; in the end a boundary at p = 0.5 turns on one side, and from there
-on the runs are two. About two minutes on one CPU core.
+apart; in the end a boundary whose p is near 0.5 turns on one side. About two minutes on one CPU
+core.
 """
 
 import json

@@ -7,8 +7,9 @@ that of a run alone, where both start from the state of the run alone. On its ow
 their own way from the first state on, and after each step the run's batch is cut with the
 parameters of both. The two programs add in another order, so gradients differ by rounding; Adam
 divides a gradient by its own size, so parameters whose gradient is hardly more than rounding move
-apart; in the end a boundary whose p is near 0.5 turns on one side. About two minutes on one CPU
-core.
+apart; in the end a boundary whose p is near 0.5 turns on one side. The control is the run alone
+once more, from parameters that are one unit in the last place larger: what rounding by itself does
+to a run. About two minutes on one CPU core.
 """
 
 import json
@@ -41,6 +42,8 @@ class Way:
     """boundaries of the next batch that only one side has"""
     nearest: list[float]
     """distance of p from 0.5 where a boundary turned, the largest; 0 if none did"""
+    control: list[float]
+    """difference of loss between the run alone and the one that starts one last place from it"""
 
 
 def main() -> int:
@@ -65,6 +68,10 @@ def main() -> int:
             [[w.nearest[t]] for w, t in zip(ways, firsts) if t is not None]
         ),
         "loss after that, off by at most": _short(after),
+        "loss by step, off by at most": [_short([d]) for d in zip(*(w.loss for w in ways))],
+        "the same of a run alone that starts one last place away": [
+            _short([d]) for d in zip(*(w.control for w in ways))
+        ],
     }, indent=1))  # fmt: skip
     return 0
 
@@ -81,9 +88,12 @@ def compare(configs: list[Config], devices: list | None = None, **build_options:
     alone = by_seed[configs[0].seed]  # what differs in the others is traced
     hparams = [traced_numbers(config) for config in configs]
     cut = jax.jit(partial(_cut, graph=alone.graph))
-    corpus, ways = open_corpus(configs[0].data), [Way([], [], [], []) for _ in configs]
+    corpus, ways = open_corpus(configs[0].data), [Way([], [], [], [], []) for _ in configs]
     many = together.init()
     one = [by_seed[config.seed].init() for config in configs]
+    near = [by_seed[config.seed].init() for config in configs]
+    up = jax.jit(partial(jax.tree.map, lambda x: jnp.nextafter(x, jnp.full_like(x, jnp.inf))))
+    near = [state._replace(params=up(state.params)) for state in near]
     with population.open_batches(configs, corpus, 0) as batches:
         batch = next(batches)
         for _ in range(configs[0].train.steps):
@@ -100,6 +110,8 @@ def compare(configs: list[Config], devices: list | None = None, **build_options:
                 way.gradient.append(float(np.linalg.norm(forced_moment[r] - new) / scale))
                 loss = float(metrics["loss/total"])
                 way.loss.append(abs(float(many_metrics["loss/total"][r]) - loss) / loss)
+                near[r], metrics = alone.step(near[r], fed, hparams[r], capacities=capacities)
+                way.control.append(abs(float(metrics["loss/total"]) - loss) / loss)
                 ids = [jnp.asarray(following[r][name]) for name in ("input_ids", "segment_ids")]
                 p, mine = cut(jax.device_get(one[r].params), *ids)
                 _, theirs = cut(jax.tree.map(lambda x, r=r: x[r], many_params), *ids)

@@ -28,7 +28,7 @@ _NORM = 4  # square, sum, times 1/rms, times scale
 _SILU = 4  # negation, plus one, division, product
 _MASK = 3  # two comparisons, and
 _SOFTMAX = 4  # mask, max, minus max, sum
-_DECAY = 3  # difference of exponents, mask, times scores
+_DECAY = 5  # two differences of exponents, their sum, mask, times scores
 _GATE = 4 + _SILU  # of Mamba-2: times dt, skip, silu, product
 _GELU = 83  # erfc is a polynomial of two branches
 _ROUTE = 8  # q and k: square, sum, times 1/norm; product and sum
@@ -248,7 +248,7 @@ def _mamba(config: HNetConfig, stage: StageConfig, S: float, convention: Convent
         ("ssd decay", "elementwise", (_DECAY * heads + _MASK) * padded * block),
         ("ssd in block", "mixing", 2 * padded * block * (N + inner)),
         ("ssd states", "mixing", 4 * padded * state),
-        ("ssd sums", "mixing", 4 * heads * padded * block),
+        ("ssd sums", "mixing", 6 * heads * padded * block),
         ("ssd carry", "elementwise", 2 * blocks * state + between),
         ("gate, norm", "elementwise", (_GATE + _NORM) * S * inner),
         ("out_proj", "weight", out_proj),

@@ -264,6 +264,17 @@ def test_free_logits_are_those_without_the_offset():
     np.testing.assert_allclose(logit_BL[valid], expected[valid], rtol=2e-5, atol=1e-5)
 
 
+def test_the_ratio_loss_presses_on_p_before_the_offset():
+    """Held rates may be right already: what the loss sees are those without the controller."""
+    of, logits, *_ = random_route()
+    chunking, target = ChunkingConfig(routes=R), jnp.full((R,), 3.0)
+    held = lambda z: of(logits - 2.0)._replace(free_prob_BL=of(z).boundary_prob_BL)
+    loss, gradient = jax.value_and_grad(lambda z: aux_loss(chunking, held(z), target))(logits)
+    of_free = jax.value_and_grad(lambda z: aux_loss(chunking, of(z), target))(logits)
+    assert loss == of_free[0] != aux_loss(chunking, of(logits - 2.0), target)
+    assert np.array_equal(gradient, of_free[1]) and np.any(gradient)
+
+
 def test_rates_of_routes_add_up_to_those_of_all():
     of, logits, *_ = random_route()
     route = of(logits)

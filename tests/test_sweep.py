@@ -1,6 +1,5 @@
 """Sweeps: spaces and their errors, claims of several workers, results, kill and resume."""
 
-import contextlib
 import csv
 import json
 import math
@@ -326,44 +325,30 @@ class Never:
 
 def test_a_sweep_killed_at_any_time_repeats_nothing_that_was_done(tmp_path):
     """Workers die by SIGKILL after random bytes of the journal, one after the other."""
-    code = (
-        "import os, pathlib, sys; from tests.test_sweep import work_on_many\n"
-        "for line in sys.stdin:\n"
-        "    pid = os.fork()\n"
-        "    if not pid:\n"
-        "        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)\n"
-        "        work_on_many(pathlib.Path(sys.argv[1])); os._exit(0)\n"
-        "    print(pid, flush=True); os.waitpid(pid, 0); print('ended', flush=True)\n"
-    )
+    code = "import pathlib, sys; from tests.test_sweep import work_on_many as work\n"
+    code += "work(pathlib.Path(sys.argv[1]))"
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"}
-    command, pipe = [sys.executable, "-c", code, str(tmp_path)], subprocess.PIPE
     journal, started, rng = tmp_path / "journal", tmp_path / "started", random.Random(0)
     written = lambda: journal.stat().st_size if journal.exists() else 0
     looks = []
-    with subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdin=pipe, stdout=pipe) as nurse:
 
-        def worker(bytes_to_live: float) -> None:
-            end = written() + bytes_to_live
-            print("go", file=nurse.stdin, flush=True)
-            pid = int(nurse.stdout.readline())
-            late = time.monotonic() + 60
-            with contextlib.suppress(ProcessLookupError):  # it has ended by itself
-                while written() < end and time.monotonic() < late:
-                    time.sleep(0.001)
-                    os.kill(pid, 0)
-                time.sleep(rng.uniform(0, 0.01))
-                os.kill(pid, signal.SIGKILL)
-            assert nurse.stdout.readline() == "ended\n"
+    def worker(bytes_to_live: float) -> None:
+        end, late = written() + bytes_to_live, time.monotonic() + 60
+        command = [sys.executable, "-c", code, str(tmp_path)]
+        with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL) as process:
+            while written() < end and time.monotonic() < late and process.poll() is None:
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, 0.01))
+            process.kill()
 
-        for _ in range(12):
-            worker(rng.uniform(0, 20_000))
-            # of the dead; others would wait half a minute before they remove it
-            (tmp_path / "journal.lock").unlink(missing_ok=True)
-            before = started.read_text().splitlines() if started.exists() else []
-            study = open_study(tmp_path, "looks//1", MANY)
-            looks.append(({study._key(t) for t in study.finished()}, len(before)))
-        worker(math.inf)  # ends by itself, long before it is late
-        nurse.stdin.close()
+    for _ in range(5):
+        worker(rng.uniform(0, 40_000))
+        # of the dead; others would wait half a minute before they remove it
+        (tmp_path / "journal.lock").unlink(missing_ok=True)
+        before = started.read_text().splitlines() if started.exists() else []
+        study = open_study(tmp_path, "looks//1", MANY)
+        looks.append(({study._key(t) for t in study.finished()}, len(before)))
+    worker(math.inf)  # ends by itself, long before it is late
     study = open_study(tmp_path, "looks//1", MANY)
     keys, starts = [study._key(t) for t in study.finished()], started.read_text().splitlines()
     assert sorted(keys) == sorted(point.key for point in study.points) and not study.is_pending()

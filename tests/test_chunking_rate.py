@@ -254,7 +254,8 @@ def test_free_logits_are_those_without_the_offset():
     offsets = jnp.asarray([0.5, -1.0, 9.0, 2.0])
     p_BL = shift_logit(route.boundary_prob_BL, offsets[route.route_ids_BL])
     params = {"backbone": {"boundary_offset": offsets, "main_network": {}}}
-    found = free_logits(params, [route._replace(free_prob_BL=p_BL)])
+    held = route._replace(boundary_prob_BL=p_BL, free_prob_BL=route.boundary_prob_BL)
+    found = free_logits(params, [held])
     (logit_BL, ids_BL), valid = found[0], np.asarray(route.segment_ids_BL) != 0
     assert list(found) == [0] and np.array_equal(ids_BL, route.route_ids_BL)
     assert np.array_equal(np.isnan(logit_BL), ~valid)

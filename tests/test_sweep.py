@@ -313,7 +313,8 @@ def work_on_many(folder: Path) -> None:
         return True
 
     sweep.train_points = train_points
-    study = open_study(folder, worker_name(), MANY)
+    # a trial that died before it had a worker's name is given up after the timeout alone
+    study = open_study(folder, worker_name(), MANY, timeout=3.0)
     with study:
         sweep._work(study, sweep_train.Options(folder, 3, 60.0), Never())
 

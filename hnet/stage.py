@@ -99,7 +99,7 @@ class HNet(nnx.Module):
         packed_rows: int = 1,
     ) -> RouterOutput:
         """Where this stage cuts its encoder states, which are float32; arguments as in `HNetLM`."""
-        chunking, compared_BL, logit_BL, free_BL = self.chunking, None, None, None
+        chunking, compared_BL, logit_BL = self.chunking, None, None
 
         def learned(*inputs_BLD):
             return apply_routed(
@@ -112,11 +112,11 @@ class HNet(nnx.Module):
             case "cosine":
                 p_BL = learned(previous(h_BLD), h_BLD)
                 if offset is not None:
-                    free_BL, p_BL = p_BL, shift_logit(p_BL, offset)
+                    p_BL = shift_logit(p_BL, offset)
             case "mlp":
                 logit_BL = learned(h_BLD)
                 if offset is not None:
-                    free_BL, logit_BL = jax.nn.sigmoid(logit_BL), logit_BL + offset
+                    logit_BL = logit_BL + offset
                 p_BL = jax.nn.sigmoid(logit_BL)
                 if chunking.sample == "relaxed":
                     if key is None and chunking.reference_noise_at_evaluation:
@@ -132,7 +132,7 @@ class HNet(nnx.Module):
         return decide(
             p_BL, segment_ids_BL, capacity,
             alignment=chunking.alignment, compared_BL=compared_BL, boundary_logit_BL=logit_BL,
-            route_ids_BL=route_ids_BL, free_prob_BL=free_BL, packed_rows=packed_rows,
+            route_ids_BL=route_ids_BL, packed_rows=packed_rows,
         )  # fmt: skip
 
     def chunk(self, h_BLD: jax.Array, route: RouterOutput, capacity: int) -> Chunks:

@@ -254,8 +254,7 @@ def test_free_logits_are_those_without_the_offset():
     offsets = jnp.asarray([0.5, -1.0, 9.0, 2.0])
     p_BL = shift_logit(route.boundary_prob_BL, offsets[route.route_ids_BL])
     params = {"backbone": {"boundary_offset": offsets, "main_network": {}}}
-    held = route._replace(boundary_prob_BL=p_BL, free_prob_BL=route.boundary_prob_BL)
-    found = free_logits(params, [held])
+    found = free_logits(params, [route._replace(boundary_prob_BL=p_BL)])
     (logit_BL, ids_BL), valid = found[0], np.asarray(route.segment_ids_BL) != 0
     assert list(found) == [0] and np.array_equal(ids_BL, route.route_ids_BL)
     assert np.array_equal(np.isnan(logit_BL), ~valid)
@@ -263,17 +262,6 @@ def test_free_logits_are_those_without_the_offset():
     with np.errstate(divide="ignore", invalid="ignore"):
         expected = np.log(p_BL) - np.log1p(-p_BL)
     np.testing.assert_allclose(logit_BL[valid], expected[valid], rtol=2e-5, atol=1e-5)
-
-
-def test_the_ratio_loss_presses_on_p_before_the_offset():
-    """Held rates may be right already: what the loss sees are those without the controller."""
-    of, logits, *_ = random_route()
-    chunking, target = ChunkingConfig(routes=R), jnp.full((R,), 3.0)
-    held = lambda z: of(logits - 2.0)._replace(free_prob_BL=of(z).boundary_prob_BL)
-    loss, gradient = jax.value_and_grad(lambda z: aux_loss(chunking, held(z), target))(logits)
-    of_free = jax.value_and_grad(lambda z: aux_loss(chunking, of(z), target))(logits)
-    assert loss == of_free[0] != aux_loss(chunking, of(logits - 2.0), target)
-    assert np.array_equal(gradient, of_free[1]) and np.any(gradient)
 
 
 def test_rates_of_routes_add_up_to_those_of_all():

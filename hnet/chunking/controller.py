@@ -95,8 +95,8 @@ def free_logits(params: Any, routes: Sequence[RouterOutput]) -> dict[int, tuple[
         ids_BL = route.route_ids_BL
         if ids_BL is None:
             ids_BL = jnp.zeros(route.segment_ids_BL.shape, jnp.int32)
-        p_BL = jnp.where(route.segment_ids_BL != 0, route.free_prob_BL, jnp.nan)
-        found[stage] = jnp.log(p_BL) - jnp.log1p(-p_BL), ids_BL
+        p_BL = jnp.where(route.segment_ids_BL != 0, route.boundary_prob_BL, jnp.nan)
+        found[stage] = jnp.log(p_BL) - jnp.log1p(-p_BL) - offset_R[ids_BL], ids_BL
         return offset_R
 
     map_offsets(free, params)

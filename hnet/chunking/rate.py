@@ -119,13 +119,6 @@ def entropy_spikes(logits_BLV: jax.Array, segment_ids_BL: jax.Array) -> jax.Arra
     return spikes_BL
 
 
-def _free(route: RouterOutput) -> RouterOutput:
-    """The decisions without the controller's offset."""
-    if route.free_prob_BL is None:
-        return route
-    return route._replace(boundary_prob_BL=route.free_prob_BL, boundary_BL=route.free_prob_BL)
-
-
 def aux_loss(
     chunking: ChunkingConfig,
     route: RouterOutput,
@@ -143,13 +136,11 @@ def aux_loss(
     cross-entropy have the same proportion in every route; `aux_average="routes"` counts the routes
     that are present alike, as MAGNET does with its scripts. Binomial and hinge are taken for the
     positions of a route in one row (arXiv 2211.09761), and rows count by those positions; the ratio
-    is of all rows together (arXiv 2507.07955). Where a controller holds the rate, the ratio is that
-    of p before its offset: of the held p it would be right already, press no more, and let the
-    logits run away from the offset.
+    is of all rows together (arXiv 2507.07955).
     """
     R = chunking.routes
     target_ratio_R = target_ratio_R[:R]
-    F_R, G_R, n_R = route_rates(_free(route), R)
+    F_R, G_R, n_R = route_rates(route, R)
     loss_R = _loss_by_route(chunking, route, target_ratio_R, F_R, G_R, logits_BLV, labels_BL)
     weight_R = n_R if chunking.aux_average == "positions" else (n_R > 0).astype(jnp.float32)
     share_R = weight_R / jnp.maximum(jnp.sum(weight_R), 1.0)  # exactly 1 if there is one route

@@ -32,8 +32,6 @@ class RouterOutput(NamedTuple):
     """logit of p, from a router that has one"""
     route_ids_BL: jax.Array | None = None
     """route of each position, int32; None = routes are not told apart"""
-    free_prob_BL: jax.Array | None = None
-    """p before the controller's offset, where a stage has one"""
 
     @property
     def packed_rows(self) -> int:
@@ -149,7 +147,6 @@ def decide(
     compared_BL: jax.Array | None = None,
     boundary_logit_BL: jax.Array | None = None,
     route_ids_BL: jax.Array | None = None,
-    free_prob_BL: jax.Array | None = None,
     packed_rows: int = 1,
 ) -> RouterOutput:
     """Boundaries lie where p > 0.5 (strictly, as the official code), as far as the slots reach.
@@ -187,7 +184,6 @@ def decide(
         straight_through_BL,
         boundary_logit_BL,
         route_ids_BL,
-        None if free_prob_BL is None else bounded(free_prob_BL),
     )
 
 

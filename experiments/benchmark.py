@@ -426,7 +426,7 @@ def measure(config: Benchmark) -> dict[str, Any]:
 
 
 def show(found: dict[str, Any]) -> None:
-    console = Console(highlight=False, width=120)
+    console = Console(highlight=False, width=150)
     lengths = found.get("lengths")
     for title, part in (("training step", found), ("long rows", lengths)):
         if not part or "steps" not in part:

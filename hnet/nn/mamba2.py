@@ -27,8 +27,7 @@ from hnet.nn.ssd import ssd, ssd_final_state
 def causal_conv_silu(x_BLC, weight_WC, bias_C, segment_ids_BL) -> jax.Array:
     """silu of a depthwise causal convolution that sees no other segment.
 
-    Tap W-1 is the position itself. Computed in the dtype of x. The derivative makes the
-    convolution again, so that nothing but its input is kept.
+    Tap W-1 is the position itself. Computed in the dtype of x.
     """
     return jax.nn.silu(_convolved(x_BLC, weight_WC, bias_C, _taps(segment_ids_BL, weight_WC)))
 

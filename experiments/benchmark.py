@@ -2,51 +2,38 @@
 
     python -m experiments.benchmark [--fractions 1 0.5] [--lengths 2048 32768] [--json FILE]
     python -m experiments.benchmark --config default --compare reference --measure step
-    python -m experiments.benchmark --measure pretrain
+    python -m experiments.benchmark --measure pretrain decode [--decode.batches 1 32]
 
 All figures are medians of repeats that take turns, beside the rate of a large float32 matmul in the
-same process: machines differ, ratios less. The router is kept, but where it cuts is forced to
-every 1/fraction-th position, with exactly as many chunk slots. `parts` runs each part alone,
-forward and backward, beside the time that its operations (`hnet.flops`) would take at the rate of
-the matmul. `lengths` trains one row a device, with windowed outer layers around a main network with
-full attention. For decoding: `python -m experiments.benchmark_decode`. On two CPU cores about 8
-minutes, most of them compilation.
+same process: machines differ, ratios less. `step` and `parts` cut at forced fractions of the
+positions (`benchmark_step`); `lengths` trains one row a device, with windowed outer layers around a
+main network with full attention; `pretrain` takes turns with its bare step (`benchmark_pretrain`);
+`decode` is `benchmark_decode`. On two CPU cores about 8 minutes, most of them compilation.
 """
 
 import json
-import statistics
-import tempfile
-import time
-from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
-from unittest import mock
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
+from experiments import benchmark_decode
+from experiments.benchmark_decode import DecodeBenchmark
+from experiments.benchmark_input import delivered
+from experiments.benchmark_pretrain import measure_pretrain
+from experiments.benchmark_step import Step, measure_steps
 from experiments.command_line import base_config, parse, run
-from hnet.chunking.dechunk import dechunk
-from hnet.chunking.router import decide
 from hnet.config import ConfigError
-from hnet.data import Corpus, open_corpus, train_batches
-from hnet.flops import flops_by_part, forward_terms, training_flops
-from hnet.loss import next_byte_nll
-from hnet.nn.layers import segment_positions
-from hnet.train import loop
+from hnet.data import open_corpus, train_batches
 from hnet.train.config import Config
-from hnet.train.cpu import one_device_a_core
-from hnet.train.distributed import StopRequest
-from hnet.train.program import build, put_batch
-from hnet.train.report import Report
-from hnet.train.sharding import batch_sharding
+from hnet.train.cpu import keep_freed_memory, one_device_a_core
 
-Measure = Literal["step", "parts", "lengths", "pretrain", "input"]
+Measure = Literal["step", "parts", "lengths", "pretrain", "input", "decode"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +45,8 @@ class Benchmark:
     compare: str = ""
     """another configuration, whose steps take turns with those of the first"""
     measure: tuple[Measure, ...] = ("step", "parts", "lengths", "input")
-    """step and forward; its parts; long rows; pretrain with all its logging; the input alone"""
+    """step and forward; its parts; long rows; pretrain with all its logging; the input alone;
+    decoding"""
     fractions: tuple[float, ...] = (1.0, 0.5, 0.25, 0.125)
     """chunks a position; the parts are those of the second, or of the only one"""
     lengths: tuple[int, ...] = (512, 2048, 8192, 32768)
@@ -68,7 +56,9 @@ class Benchmark:
     seq_len: int = 512
     """bytes a row"""
     repeats: int = 7
-    """measurements of everything, in turns"""
+    """measurements of everything but decoding, in turns"""
+    decode: DecodeBenchmark = DecodeBenchmark()
+    """what to decode, in a network of its own"""
     json: str = ""
     """file for all figures"""
 
@@ -103,300 +93,18 @@ def long_row(length: int) -> Config:
     return replace(base, model=replace(base.model, stages=(outer, main)))
 
 
-def forced(fraction: float) -> Any:
-    """While it is entered, every router that is traced cuts at each 1/fraction-th position.
-
-    Its probabilities keep their gradient and are moved to the right side of the threshold.
-    """
-
-    def decide_by_stride(p_BL, segment_ids_BL, capacity, **how):
-        cuts_BL = segment_positions(segment_ids_BL) % round(1 / fraction) == 0
-        p_BL = jnp.where(cuts_BL, 0.75 + 0.2 * p_BL, 0.2 * p_BL)
-        return decide(p_BL, segment_ids_BL, capacity, **{**how, "compared_BL": None})
-
-    return mock.patch("hnet.stage.decide", decide_by_stride)
+def measure_input(config: Config, seconds: float = 2.0) -> dict[str, float]:
+    """Source bytes a second of the input pipeline alone."""
+    with train_batches(open_corpus(config.data), config.data, seed=0) as batches:
+        next(batches)  # starts what builds them
+        return {"bytes_per_sec": delivered(batches, seconds)}
 
 
-def slots(config: Config, fraction: float) -> tuple[int, ...]:
-    lengths = [config.data.seq_len]
-    for _ in config.model.stages[:-1]:
-        lengths.append(-(-lengths[-1] // round(1 / fraction)))
-    return tuple(lengths[1:])
-
-
-def random_batch(config: Config) -> dict[str, np.ndarray]:
-    shape = config.data.batch_size, config.data.seq_len
-    ids = np.random.default_rng(0).integers(0, 254, shape).astype(np.int32)
-    return {"input_ids": ids, "segment_ids": np.ones(shape, np.int32), "loss_mask": ids >= 0}
-
-
-class Step:
-    """A compiled training step of random bytes, and the forward pass alone."""
-
-    def __init__(self, config: Config, fraction: float, label: str):
-        self.config, self.fraction, self.label = config, fraction, label
-        self.lengths = (config.data.seq_len, *slots(config, fraction))
-        program = build(config)
-        self.mesh, self.graph, self.state = program.mesh, program.graph, program.init()
-        self.batch, self.hparams = put_batch(random_batch(config), program.mesh), program.hparams
-        packed_rows = program.ladder.packed_rows  # share the slots of a stage
-        how = {"capacities": tuple(packed_rows * n for n in self.lengths[1:])}
-        with forced(fraction):
-            began = time.perf_counter()
-            lowered = program.step.lower(self.state, self.batch, self.hparams, **how)
-            self.step = lowered.compile()
-            self.compile_seconds = time.perf_counter() - began
-            self.evaluate = program.evaluate.lower(self.state.params, self.batch, **how).compile()
-
-        metrics = self.run()
-        for s in range(config.model.num_chunked):
-            cut, clipped = metrics[f"stage{s}/boundary_rate"], metrics[f"stage{s}/overflow_frac"]
-            if clipped or abs(cut - fraction) > 0.01:
-                raise RuntimeError(f"stage {s} cuts {cut:.3f} and clips {clipped:.3f} of it")
-
-    def run(self) -> dict[str, jax.Array]:
-        results = self.step(self.state, self.batch, self.hparams)
-        self.state, metrics = jax.block_until_ready(results)
-        return metrics
-
-    def forward(self) -> None:
-        jax.block_until_ready(self.evaluate(self.state.params, self.batch))
-
-    def figures(self, seconds: float, forward_seconds: float, gflops: float) -> dict[str, Any]:
-        data, memory = self.config.data, self.step.memory_analysis()
-        terms = forward_terms(self.config.model, self.lengths)
-        flops = training_flops(terms, self.config.model.compute.remat) * data.batch_size
-        num_bytes = data.batch_size * data.seq_len
-        return {
-            "what": self.label,
-            "fraction": self.fraction,
-            "batch": [data.batch_size, data.seq_len],
-            "mflops_a_byte": flops / num_bytes / 1e6,
-            "bytes_per_sec": num_bytes / seconds,
-            "bytes_per_sec_over_gflops": num_bytes / seconds / gflops,
-            "achieved_over_matmul": flops / seconds / 1e9 / gflops,
-            "forward_bytes_per_sec": num_bytes / forward_seconds,
-            "compile_seconds": self.compile_seconds,
-            "temp_mb": memory.temp_size_in_bytes / 1e6,
-            "argument_mb": memory.argument_size_in_bytes / 1e6,
-        }
-
-
-def part_functions(step: Step) -> dict[str, tuple[Callable, tuple]]:
-    """Each part of stage 0, the network inside it, and the loss, with inputs of the real shapes."""
-    config, segment_ids_BL = step.config, step.batch["segment_ids"]
-    params = jax.tree.map(jnp.copy, step.state.params)  # a step gives its own away
-    model = nnx.merge(step.graph, params)
-    stage, slots = model.backbone, step.lengths[1:]
-
-    def of_module(module, call):
-        graph, params = nnx.split(module)
-        return lambda params, *inputs: call(nnx.merge(graph, params), *inputs), params
-
-    def route(stage, h_BLD):
-        return stage.route(h_BLD, segment_ids_BL, slots[0])
-
-    def rows_apart(arrays):  # as they lie in the step
-        return jax.device_put(arrays, batch_sharding(step.mesh))
-
-    x_BLD = rows_apart(model.embeddings(step.batch["input_ids"]))
-    h_BLD = rows_apart(stage.encoder(x_BLD, segment_ids_BL))
-    decided = rows_apart(route(stage, h_BLD))
-    chunks = rows_apart(stage.chunk(h_BLD, decided, slots[0]))
-    y_BMD = rows_apart(stage.main_network(chunks.x_BMD, chunks.segment_ids_BM, slots[1:])[0])
-    how = config.model.stages[0].chunking.dechunk
-    stack = lambda stack, x: stack(x, segment_ids_BL)
-    inner = lambda net, x: net(x, chunks.segment_ids_BM, slots[1:])[0]
-    modules = {
-        "stage0/encoder": (stage.encoder, stack, h_BLD),
-        "stage0/routing": (stage, lambda s, h: route(s, h).boundary_prob_BL, h_BLD),
-        MAIN: (stage.main_network, inner, chunks.x_BMD),
-        "stage0/decoder": (stage.decoder, stack, h_BLD),
-    }
-    found = {}
-    for name, (module, call, x) in modules.items():
-        f, params = of_module(module, call)
-        found[name] = f, (params, x)
-    found["stage0/chunk"] = lambda h: stage.chunk(h, decided, slots[0]).x_BMD, (h_BLD,)
-
-    def smooth(y_BMD, p_BM, c_BL):
-        own = chunks._replace(boundary_prob_BM=p_BM)
-        return dechunk(y_BMD, own, decided._replace(boundary_prob_BL=c_BL), how)
-
-    probabilities = chunks.boundary_prob_BM, decided.boundary_prob_BL
-    found["stage0/dechunk"] = smooth, (y_BMD, *probabilities)
-    if stage.residual_proj is not None:
-        f, params = of_module(stage.residual_proj, lambda layer, h: layer(h))
-        found["stage0/residual_proj"] = f, (params, h_BLD)
-    head, params = of_module(
-        model, lambda m, x: next_byte_nll(m.logits(x), step.batch["input_ids"])
-    )
-    found["head"] = head, (params, x_BLD)
-    return found
-
-
-MAIN = "stage1/main_network"
-
-
-def compiled_parts(step: Step, only: tuple[str, ...] = ()) -> dict[str, Callable[[], Any]]:
-    """Each part forward and backward, as something to time; some of them if named."""
-
-    def timed(f, inputs):
-        def both(*inputs):
-            out, pull = jax.vjp(f, *inputs)
-            return pull(out)
-
-        compiled = jax.jit(both).lower(*inputs).compile()
-        return lambda: jax.block_until_ready(compiled(*inputs))
-
-    with forced(step.fraction):
-        parts = part_functions(step)
-        return {name: timed(*parts[name]) for name in only or parts}
-
-
-def matmul_seconds(size: int = 2048) -> tuple[Callable[[], Any], float]:
-    """A large float32 matmul to time, and its operations."""
-    a = jnp.ones((size, size), jnp.float32)
-    f = jax.jit(lambda a: a @ a)
-    return lambda: jax.block_until_ready(f(a)), 2.0 * size**3
-
-
-def medians(functions: dict[Any, Callable[[], Any]], repeats: int) -> dict[Any, float]:
-    """Median seconds of each, taking turns; the first turn does not count."""
-    seconds: dict[Any, list[float]] = {name: [] for name in functions}
-    for repeat in range(repeats + 1):
-        for name, f in functions.items():
-            began = time.perf_counter()
-            f()
-            if repeat:
-                seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def measure_steps(steps: list[Step], repeats: int, parts_of: Step | None = None) -> dict[str, Any]:
-    """Figures of all steps, and of the parts of one, at the matmul rate of the same minutes."""
-    matmul, operations = matmul_seconds()
-    functions: dict[Any, Callable[[], Any]] = {"matmul": matmul}
-    for i, step in enumerate(steps):
-        functions |= {("step", i): step.run, ("forward", i): step.forward}
-    if parts_of:  # of one step all, of the others the one that has to follow the compression
-        functions |= {("part", name): f for name, f in compiled_parts(parts_of).items()}
-        for i, step in enumerate(steps):
-            functions[("main", i)] = (
-                functions["part", MAIN] if step is parts_of else compiled_parts(step, (MAIN,))[MAIN]
-            )
-    seconds = medians(functions, repeats)
-    gflops = operations / seconds["matmul"] / 1e9
-    found: dict[str, Any] = {"matmul_gflops": gflops}
-    found["steps"] = [
-        step.figures(seconds["step", i], seconds["forward", i], gflops)
-        for i, step in enumerate(steps)
-    ]
-    if parts_of:
-        for i, row in enumerate(found["steps"]):
-            row["main_network_ms"] = 1e3 * seconds["main", i]
-        whole = seconds["step", steps.index(parts_of)]
-        terms = forward_terms(parts_of.config.model, parts_of.lengths)
-        rows, ideal = parts_of.config.data.batch_size, flops_by_part(terms)
-        parts = {n[1]: s for n, s in seconds.items() if n[0] == "part"}
-        found["parts"] = [
-            {
-                "part": name,
-                "ms": 1e3 * s,
-                "share_of_step": s / whole,
-                "ms_at_matmul_rate": 3e-6 * rows * ideal.get(name, 0.0) / gflops,
-            }
-            for name, s in parts.items()
-        ]
-        cuts = ("stage0/routing", "stage0/chunk", "stage0/dechunk")
-        found["routing_chunk_dechunk_share"] = sum(parts[name] for name in cuts) / whole
-        found["parts_over_step"] = sum(parts.values()) / whole
-    return found
-
-
-class PacedReport(Report):
-    """A report that times the steps of a run, and has bare steps take turns with them.
-
-    Once the slots have settled it stops the run after every `turn` steps for as many bare steps:
-    the same program on a state of its own, without input, metrics, log or files.
-    """
-
-    def __init__(self, config: Config, corpus: Corpus, start_step: int, *, settled: int, turn: int):
-        super().__init__(config, corpus, start_step)
-        self.settled, self.turn = settled, turn
-        self.bare, self.seconds = None, {"run": [], "bare": []}
-        self.steps, self.capacities = [], None
-
-    def step(self, row: dict[str, Any]) -> list[str]:
-        capacities = tuple(row[f"stage{s}/capacity"] for s in range(self.config.model.num_chunked))
-        alarms = super().step(row)
-        self.steps.append(time.perf_counter())
-        if row["step"] <= self.settled or capacities != self.capacities:
-            self.capacities, self.steps = capacities, []
-        elif len(self.steps) > self.turn + 1:  # the first began before the run went on
-            self.seconds["run"].append((self.steps[-1] - self.steps[1]) / (len(self.steps) - 2))
-            self._take_turn()
-            self.steps = []
-        return alarms
-
-    def _take_turn(self) -> None:
-        if not self.bare or self.bare[0] != self.capacities:
-            program = build(self.config)
-            state, batch = program.init(), put_batch(random_batch(self.config), program.mesh)
-            lowered = program.step.lower(state, batch, program.hparams, capacities=self.capacities)
-            self.bare = self.capacities, lowered.compile(), batch, program.hparams, state
-        _, step, batch, hparams, state = self.bare
-        seconds = []
-        for repeat in range(self.turn + 1):  # the first waits for the step of the run in flight
-            began = time.perf_counter()
-            state, _ = jax.block_until_ready(step(state, batch, hparams))
-            seconds += [time.perf_counter() - began] * (repeat > 0)
-        self.bare = *self.bare[:-1], state
-        self.seconds["bare"].append(statistics.fmean(seconds))
-
-
-def measure_pretrain(config: Config, turns: int) -> dict[str, float]:
-    """Bytes a second of `pretrain` with input, logging and metrics, over those of the bare step."""
-    settled, turn = 100, 10
-    reports = []
-
-    def make_report(*args):
-        reports.append(PacedReport(*args, settled=settled, turn=turn))
-        return reports[0]
-
-    with tempfile.TemporaryDirectory() as folder:
-        config = replace(
-            config,
-            workdir=folder,
-            train=replace(config.train, steps=settled + turns * (turn + 2) + 1),
-            eval=replace(config.eval, every=0, max_bytes=1024),
-            checkpoint=replace(config.checkpoint, every=0),
-        )
-        with StopRequest() as stop:
-            loop.train(config, stop, make_report)
-    seconds = reports[0].seconds
-    if not seconds["bare"]:
-        raise RuntimeError(f"the chunk slots did not settle within {config.train.steps} steps")
-    ratios = [bare / run for run, bare in zip(seconds["run"], seconds["bare"])]
-    per_batch = config.data.batch_size * config.data.seq_len
-    return {
-        "bytes_per_sec": per_batch / statistics.median(seconds["run"]),
-        "bare_step": per_batch / statistics.median(seconds["bare"]),
-        "over_bare_step": statistics.median(ratios),
-        "lowest_turn": min(ratios),
-        "highest_turn": max(ratios),
-    }
-
-
-def measure_input(config: Config, batches: int = 200) -> dict[str, float]:
-    """Bytes a second of the input pipeline alone."""
-    batches_of = train_batches(open_corpus(config.data), config.data, seed=0, start=0)
-    next(batches_of)
-    began = time.perf_counter()
-    for _ in range(batches):
-        next(batches_of)
-    per_batch = config.data.batch_size * config.data.seq_len
-    return {"bytes_per_sec": batches * per_batch / (time.perf_counter() - began)}
+def measure_decode(config: DecodeBenchmark) -> dict[str, Any]:
+    """`benchmark_decode` in a process of its own: to decode, one device has all cores."""
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=keep_freed_memory) as process:
+        return process.submit(benchmark_decode.measure, config).result()
 
 
 def measure(config: Benchmark) -> dict[str, Any]:
@@ -422,6 +130,8 @@ def measure(config: Benchmark) -> dict[str, Any]:
         found["input"] = measure_input(base)
     if "pretrain" in config.measure:
         found["pretrain"] = measure_pretrain(base, config.repeats)
+    if "decode" in config.measure:
+        found["decode"] = measure_decode(config.decode)
     return found
 
 
@@ -463,6 +173,8 @@ def show(found: dict[str, Any]) -> None:
             f"bare step's {row['bare_step']:,.0f} (turns from {row['lowest_turn']:.1%} to "
             f"{row['highest_turn']:.1%})"
         )
+    if "decode" in found:
+        benchmark_decode.show(found["decode"], console)
 
 
 def main() -> None:

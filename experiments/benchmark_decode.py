@@ -57,8 +57,6 @@ class DecodeBenchmark:
     """decoded bytes a row on average, from an empty context"""
     repeats: int = 3
     """measurements of everything, in turns"""
-    json: bool = False
-    """print one JSON object instead of a table"""
 
     def __post_init__(self):
         for name in ("outer_width", "main_width", "main_layers", "bytes", "repeats"):
@@ -68,6 +66,14 @@ class DecodeBenchmark:
             raise ConfigError(
                 f"bytes_per_chunk={self.bytes_per_chunk}, batches={self.batches}: use 1 or more"
             )
+
+
+@dataclass(frozen=True)
+class Command(DecodeBenchmark):
+    """What to decode and how often."""
+
+    json: bool = False
+    """print one JSON object instead of a table"""
 
 
 def network(config: DecodeBenchmark) -> HNetConfig:
@@ -169,15 +175,9 @@ def measure(config: DecodeBenchmark) -> dict[str, Any]:
     return {"main_share_of_flops": main_share(config), "batches": rows}
 
 
-def main() -> None:
-    config = parse(DecodeBenchmark)
-    found = measure(config)
-    if config.json:
-        print(json.dumps(found))
-        return
-    console = Console(highlight=False)
+def show(found: dict[str, Any], console: Console) -> None:
     share = found["main_share_of_flops"]
-    console.print(f"main network: {share:.1%} of the FLOPs of a byte without chunking")
+    console.print(f"decoding; main network {share:.1%} of the FLOPs of a byte without chunking")
     table = Table(
         "rows", "bytes/s", "bytes/chunk", "rows in step", "main at every byte", "over it",
         "over 1 row", box=None,
@@ -193,6 +193,15 @@ def main() -> None:
             f"{row['over_batch_1']:.2f} x",
         )
     console.print(table)
+
+
+def main() -> None:
+    config = parse(Command)
+    found = measure(config)
+    if config.json:
+        print(json.dumps(found))
+    else:
+        show(found, Console(highlight=False))
 
 
 if __name__ == "__main__":

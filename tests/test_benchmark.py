@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import benchmark
-from experiments.benchmark import Benchmark, Step, forced, measure_steps, slots
+from experiments import benchmark_step
+from experiments.benchmark import Benchmark
+from experiments.benchmark_step import Step, forced, measure_steps, slots
 from hnet.config import ConfigError
 from tests.training import build, tiny_run
 
@@ -16,7 +17,7 @@ from tests.training import build, tiny_run
 @pytest.fixture(scope="module")
 def step(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmark, "build", build)
+        patch.setattr(benchmark_step, "build", build)
         return Step(tiny_run(tmp_path_factory.mktemp("run")), 0.25, "tiny")
 
 

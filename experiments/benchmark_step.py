@@ -1,0 +1,236 @@
+"""A training step with forced cuts, and each of its parts, as things to time in turns.
+
+The router is kept, but where it cuts is forced to every 1/fraction-th position, with exactly as
+many chunk slots. A part runs alone, forward and backward, beside the time that its operations
+(`hnet.flops`) would take at the rate of a large float32 matmul in the same process.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from hnet.chunking.dechunk import dechunk
+from hnet.chunking.router import decide
+from hnet.flops import flops_by_part, forward_terms, training_flops
+from hnet.loss import next_byte_nll
+from hnet.nn.layers import segment_positions
+from hnet.train.config import Config
+from hnet.train.program import build, put_batch
+from hnet.train.sharding import batch_sharding
+
+MAIN = "stage1/main_network"
+
+
+def forced(fraction: float) -> Any:
+    """While it is entered, every router that is traced cuts at each 1/fraction-th position.
+
+    Its probabilities keep their gradient and are moved to the right side of the threshold.
+    """
+
+    def decide_by_stride(p_BL, segment_ids_BL, capacity, **how):
+        cuts_BL = segment_positions(segment_ids_BL) % round(1 / fraction) == 0
+        p_BL = jnp.where(cuts_BL, 0.75 + 0.2 * p_BL, 0.2 * p_BL)
+        return decide(p_BL, segment_ids_BL, capacity, **{**how, "compared_BL": None})
+
+    return mock.patch("hnet.stage.decide", decide_by_stride)
+
+
+def slots(config: Config, fraction: float) -> tuple[int, ...]:
+    lengths = [config.data.seq_len]
+    for _ in config.model.stages[:-1]:
+        lengths.append(-(-lengths[-1] // round(1 / fraction)))
+    return tuple(lengths[1:])
+
+
+def random_batch(config: Config) -> dict[str, np.ndarray]:
+    shape = config.data.batch_size, config.data.seq_len
+    ids = np.random.default_rng(0).integers(0, 254, shape).astype(np.int32)
+    return {"input_ids": ids, "segment_ids": np.ones(shape, np.int32), "loss_mask": ids >= 0}
+
+
+class Step:
+    """A compiled training step of random bytes, and the forward pass alone."""
+
+    def __init__(self, config: Config, fraction: float, label: str):
+        self.config, self.fraction, self.label = config, fraction, label
+        self.lengths = (config.data.seq_len, *slots(config, fraction))
+        program = build(config)
+        self.mesh, self.graph, self.state = program.mesh, program.graph, program.init()
+        self.batch, self.hparams = put_batch(random_batch(config), program.mesh), program.hparams
+        packed_rows = program.ladder.packed_rows  # share the slots of a stage
+        how = {"capacities": tuple(packed_rows * n for n in self.lengths[1:])}
+        with forced(fraction):
+            began = time.perf_counter()
+            lowered = program.step.lower(self.state, self.batch, self.hparams, **how)
+            self.step = lowered.compile()
+            self.compile_seconds = time.perf_counter() - began
+            self.evaluate = program.evaluate.lower(self.state.params, self.batch, **how).compile()
+
+        metrics = self.run()
+        for s in range(config.model.num_chunked):
+            cut, clipped = metrics[f"stage{s}/boundary_rate"], metrics[f"stage{s}/overflow_frac"]
+            if clipped or abs(cut - fraction) > 0.01:
+                raise RuntimeError(f"stage {s} cuts {cut:.3f} and clips {clipped:.3f} of it")
+
+    def run(self) -> dict[str, jax.Array]:
+        results = self.step(self.state, self.batch, self.hparams)
+        self.state, metrics = jax.block_until_ready(results)
+        return metrics
+
+    def forward(self) -> None:
+        jax.block_until_ready(self.evaluate(self.state.params, self.batch))
+
+    def figures(self, seconds: float, forward_seconds: float, gflops: float) -> dict[str, Any]:
+        data, memory = self.config.data, self.step.memory_analysis()
+        terms = forward_terms(self.config.model, self.lengths)
+        flops = training_flops(terms, self.config.model.compute.remat) * data.batch_size
+        num_bytes = data.batch_size * data.seq_len
+        return {
+            "what": self.label,
+            "fraction": self.fraction,
+            "batch": [data.batch_size, data.seq_len],
+            "mflops_a_byte": flops / num_bytes / 1e6,
+            "bytes_per_sec": num_bytes / seconds,
+            "bytes_per_sec_over_gflops": num_bytes / seconds / gflops,
+            "achieved_over_matmul": flops / seconds / 1e9 / gflops,
+            "forward_bytes_per_sec": num_bytes / forward_seconds,
+            "compile_seconds": self.compile_seconds,
+            "temp_mb": memory.temp_size_in_bytes / 1e6,
+            "argument_mb": memory.argument_size_in_bytes / 1e6,
+        }
+
+
+def part_functions(step: Step) -> dict[str, tuple[Callable, tuple]]:
+    """Each part of stage 0, the network inside it, and the loss, with inputs of the real shapes."""
+    config, segment_ids_BL = step.config, step.batch["segment_ids"]
+    params = jax.tree.map(jnp.copy, step.state.params)  # a step gives its own away
+    model = nnx.merge(step.graph, params)
+    stage, slots = model.backbone, step.lengths[1:]
+
+    def of_module(module, call):
+        graph, params = nnx.split(module)
+        return lambda params, *inputs: call(nnx.merge(graph, params), *inputs), params
+
+    def route(stage, h_BLD):
+        return stage.route(h_BLD, segment_ids_BL, slots[0])
+
+    def rows_apart(arrays):  # as they lie in the step
+        return jax.device_put(arrays, batch_sharding(step.mesh))
+
+    x_BLD = rows_apart(model.embeddings(step.batch["input_ids"]))
+    h_BLD = rows_apart(stage.encoder(x_BLD, segment_ids_BL))
+    decided = rows_apart(route(stage, h_BLD))
+    chunks = rows_apart(stage.chunk(h_BLD, decided, slots[0]))
+    y_BMD = rows_apart(stage.main_network(chunks.x_BMD, chunks.segment_ids_BM, slots[1:])[0])
+    how = config.model.stages[0].chunking.dechunk
+    stack = lambda stack, x: stack(x, segment_ids_BL)
+    inner = lambda net, x: net(x, chunks.segment_ids_BM, slots[1:])[0]
+    modules = {
+        "stage0/encoder": (stage.encoder, stack, h_BLD),
+        "stage0/routing": (stage, lambda s, h: route(s, h).boundary_prob_BL, h_BLD),
+        MAIN: (stage.main_network, inner, chunks.x_BMD),
+        "stage0/decoder": (stage.decoder, stack, h_BLD),
+    }
+    found = {}
+    for name, (module, call, x) in modules.items():
+        f, params = of_module(module, call)
+        found[name] = f, (params, x)
+    found["stage0/chunk"] = lambda h: stage.chunk(h, decided, slots[0]).x_BMD, (h_BLD,)
+
+    def smooth(y_BMD, p_BM, c_BL):
+        own = chunks._replace(boundary_prob_BM=p_BM)
+        return dechunk(y_BMD, own, decided._replace(boundary_prob_BL=c_BL), how)
+
+    probabilities = chunks.boundary_prob_BM, decided.boundary_prob_BL
+    found["stage0/dechunk"] = smooth, (y_BMD, *probabilities)
+    if stage.residual_proj is not None:
+        f, params = of_module(stage.residual_proj, lambda layer, h: layer(h))
+        found["stage0/residual_proj"] = f, (params, h_BLD)
+    head, params = of_module(
+        model, lambda m, x: next_byte_nll(m.logits(x), step.batch["input_ids"])
+    )
+    found["head"] = head, (params, x_BLD)
+    return found
+
+
+def compiled_parts(step: Step, only: tuple[str, ...] = ()) -> dict[str, Callable[[], Any]]:
+    """Each part forward and backward, as something to time; some of them if named."""
+
+    def timed(f, inputs):
+        def both(*inputs):
+            out, pull = jax.vjp(f, *inputs)
+            return pull(out)
+
+        compiled = jax.jit(both).lower(*inputs).compile()
+        return lambda: jax.block_until_ready(compiled(*inputs))
+
+    with forced(step.fraction):
+        parts = part_functions(step)
+        return {name: timed(*parts[name]) for name in only or parts}
+
+
+def matmul_seconds(size: int = 2048) -> tuple[Callable[[], Any], float]:
+    """A large float32 matmul to time, and its operations."""
+    a = jnp.ones((size, size), jnp.float32)
+    f = jax.jit(lambda a: a @ a)
+    return lambda: jax.block_until_ready(f(a)), 2.0 * size**3
+
+
+def medians(functions: dict[Any, Callable[[], Any]], repeats: int) -> dict[Any, float]:
+    """Median seconds of each, taking turns; the first turn does not count."""
+    seconds: dict[Any, list[float]] = {name: [] for name in functions}
+    for repeat in range(repeats + 1):
+        for name, f in functions.items():
+            began = time.perf_counter()
+            f()
+            if repeat:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def measure_steps(steps: list[Step], repeats: int, parts_of: Step | None = None) -> dict[str, Any]:
+    """Figures of all steps, and of the parts of one, at the matmul rate of the same minutes."""
+    matmul, operations = matmul_seconds()
+    functions: dict[Any, Callable[[], Any]] = {"matmul": matmul}
+    for i, step in enumerate(steps):
+        functions |= {("step", i): step.run, ("forward", i): step.forward}
+    if parts_of:  # of one step all, of the others the one that has to follow the compression
+        functions |= {("part", name): f for name, f in compiled_parts(parts_of).items()}
+        for i, step in enumerate(steps):
+            functions[("main", i)] = (
+                functions["part", MAIN] if step is parts_of else compiled_parts(step, (MAIN,))[MAIN]
+            )
+    seconds = medians(functions, repeats)
+    gflops = operations / seconds["matmul"] / 1e9
+    found: dict[str, Any] = {"matmul_gflops": gflops}
+    found["steps"] = [
+        step.figures(seconds["step", i], seconds["forward", i], gflops)
+        for i, step in enumerate(steps)
+    ]
+    if parts_of:
+        for i, row in enumerate(found["steps"]):
+            row["main_network_ms"] = 1e3 * seconds["main", i]
+        whole = seconds["step", steps.index(parts_of)]
+        terms = forward_terms(parts_of.config.model, parts_of.lengths)
+        rows, ideal = parts_of.config.data.batch_size, flops_by_part(terms)
+        parts = {n[1]: s for n, s in seconds.items() if n[0] == "part"}
+        found["parts"] = [
+            {
+                "part": name,
+                "ms": 1e3 * s,
+                "share_of_step": s / whole,
+                "ms_at_matmul_rate": 3e-6 * rows * ideal.get(name, 0.0) / gflops,
+            }
+            for name, s in parts.items()
+        ]
+        cuts = ("stage0/routing", "stage0/chunk", "stage0/dechunk")
+        found["routing_chunk_dechunk_share"] = sum(parts[name] for name in cuts) / whole
+        found["parts_over_step"] = sum(parts.values()) / whole
+    return found

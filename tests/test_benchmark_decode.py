@@ -11,14 +11,9 @@ from experiments.benchmark import Benchmark, measure
 from experiments.benchmark_decode import DecodeBenchmark, main_share, make_models
 from hnet.config import EOS_ID, ConfigError
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TINY = DecodeBenchmark((1,), outer_width=32, main_width=64, main_layers=1, bytes=8, repeats=2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_figures_are_those_of_the_rates(monkeypatch):

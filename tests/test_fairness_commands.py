@@ -25,19 +25,14 @@ from hnet.train import loop
 from hnet.train.config import read_config
 from tests.training import build, rows, tiny_run
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 LINES = {  # aligned; some mix scripts, digits, emoji and right-to-left words
     "eng": [f"line {i} of some small text" for i in range(11)],
     "rus": [f"строка {i} очень маленького текста" for i in range(11)],
     "jpn": [f"{i}番目の行、small text もあり 🙂 שלום" for i in range(11)],
     "hin": [f"पंक्ति {i} छोटे पाठ की" for i in range(11)],
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

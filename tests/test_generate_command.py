@@ -19,6 +19,8 @@ from hnet.infer.decode import Decoder
 from hnet.infer.generate import chunk_starts, generate, stream_text
 from hnet.infer.sampling import Sampling
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SAMPLING = Sampling(max_bytes=12, temperature=0.8)
 FLAGS = ["--sampling.max_bytes", "12", "--sampling.temperature", "0.8"]
 LINES = [
@@ -26,13 +28,6 @@ LINES = [
     {"prompt": "a", "id": 7},
     {"prompt": "", "seed": 0},
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

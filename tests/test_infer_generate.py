@@ -17,6 +17,8 @@ from hnet.infer.score import logprobs
 from hnet.inspect.segmentation import Segmentation
 from hnet.model import HNetLM
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # Routed, so that the script of the text so far matters; one shape of batch, so few compilations.
 CONFIG = network(
     stage("t1 t1", 26, routes=2, window=9), stage("t1", 26), route_groups=(("Latin",),)
@@ -24,13 +26,6 @@ CONFIG = network(
 PROMPTS = ["", "a", "Привет, мир! and more", b"\xff\x80broken\xe2\x82", "日本語 text 12 🙂 שלום"]
 ROWS = 3
 WARM = Sampling(max_bytes=24, temperature=1.5, seed=11)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

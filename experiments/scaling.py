@@ -26,6 +26,7 @@ from typing import Any
 from rich.console import Console
 
 from experiments.command_line import OneLineParser, run, run_config
+from experiments.pretrain import train_to_end
 from experiments.scaling_fit import draw, fit
 from experiments.scaling_ladder import (
     BYTES_PER_TOKEN,
@@ -41,8 +42,7 @@ from hnet.data.tokens import read_vocabulary
 from hnet.inspect.tokens import train_bpe
 from hnet.train.compile_cache import enable_compilation_cache
 from hnet.train.config import Config, from_json, to_json
-from hnet.train.distributed import REQUEUE_EXIT_CODE, StopRequest
-from hnet.train.loop import StopRun, train
+from hnet.train.distributed import REQUEUE_EXIT_CODE
 from hnet.train.report import read_metrics
 
 BPE_SAMPLE = 8 << 20  # bytes of the training text that the vocabulary is learned from
@@ -164,20 +164,14 @@ def run_points(options: argparse.Namespace) -> int:
     if unknown := set(options.only or ()) - rows.keys():
         raise ConfigError(f"only={sorted(unknown)}: the plan has {', '.join(rows)}")
     enable_compilation_cache()
-    with StopRequest() as stop:
-        for name in options.only or rows:
-            if _result(out, rows[name]) is not None:
-                continue
-            console.print(f"training {name}: {rows[name]['steps']} steps")
-            file = out / "configs" / f"{name}.json"
-            try:
-                outcome = train(from_json(Config, json.loads(file.read_text())), stop)
-            except StopRun as e:
-                console.print(f"{name} failed: {e}")
-                continue
-            if outcome.evaluation is None:
-                console.print("stopped and saved: the same command goes on")
-                return REQUEUE_EXIT_CODE
+    for name in options.only or rows:
+        if _result(out, rows[name]) is not None:
+            continue
+        console.print(f"training {name}: {rows[name]['steps']} steps")
+        file = out / "configs" / f"{name}.json"
+        outcome = train_to_end(from_json(Config, json.loads(file.read_text())))
+        if outcome == REQUEUE_EXIT_CODE:
+            return outcome  # after a run that failed, the others are trained all the same
     return 0
 
 

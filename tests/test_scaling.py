@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from experiments import scaling
-from experiments.command_line import run_config
+from experiments.command_line import FAILED, run_config
 from experiments.scaling_fit import fit
 from experiments.scaling_ladder import FAMILIES, make_points, peak_learning_rate
 from hnet.config import PUBLISHED, ConfigError
 from hnet.data import DataConfig
+from hnet.train.distributed import REQUEUE_EXIT_CODE
 from tests.training import tiny_run
 
 LEVELS = (128, 256, 512, 1024, 1536, 2048)
@@ -115,6 +116,32 @@ def test_finished_models_are_fitted_and_drawn(tmp_path, capsys):
     assert found["curves"]["bytes"]["a"] == pytest.approx(1, abs=0.01)
     assert found["curves"]["bytes"]["c"] == pytest.approx(0.3, abs=0.01)
     assert (out / "scaling.png").stat().st_size and "bytes-256" in capsys.readouterr().out
+
+
+def test_models_are_trained_in_turn_past_one_that_fails_and_up_to_a_stop(tmp_path, monkeypatch):
+    out, ends, trained = tmp_path / "out", {}, []
+    small = ["--data.files", "synthetic:latin", "--data.seq_len", "64"]
+    levels = ["--levels", "64", "96", "128", "192"]
+    assert scaling.main(["plan", "--out", str(out), *levels, "--families", "bytes", *small]) == 0
+
+    def train_to_end(config):
+        name = config.workdir.split("/")[-1]
+        trained.append(name)
+        if name not in ends:
+            folder = out / "runs" / name
+            folder.mkdir(parents=True)
+            end = {"step": config.train.steps, "eval/bpb": 2.0}
+            (folder / "metrics.jsonl").write_text(json.dumps(end) + "\n")
+        return ends.get(name)
+
+    monkeypatch.setattr(scaling, "train_to_end", train_to_end)
+    monkeypatch.setattr(scaling, "enable_compilation_cache", lambda: None)
+    ends |= {"bytes-64": FAILED, "bytes-128": REQUEUE_EXIT_CODE}
+    assert scaling.main(["run", "--out", str(out)]) == REQUEUE_EXIT_CODE
+    assert trained == ["bytes-64", "bytes-96", "bytes-128"]
+    ends.clear()
+    assert scaling.main(["run", "--out", str(out)]) == 0
+    assert trained[3:] == ["bytes-64", "bytes-128", "bytes-192"]
 
 
 def test_a_row_of_tokens_holds_as_many_bytes_as_one_of_bytes(base, ladder):

@@ -217,10 +217,27 @@ def test_controller_table_holds_the_rate_that_a_fixed_weight_had(tmp_path, monke
 
 
 def test_benchmark_routing_compares_both(monkeypatch, capsys, tmp_path):
+    timed = []
+
+    def noted(config):
+        timed.append((config.model.num_routes, config.data.batch_size))
+        return build(config)
+
+    def noted_call(stage, route_ids_BL, routes):
+        timed.append((stage.chunking.routes, len(route_ids_BL), len(np.unique(route_ids_BL))))
+        return router_call(stage, route_ids_BL, routes)
+
+    router_call = benchmark_routing.router_call
     monkeypatch.setattr(benchmark_routing, "base_config", lambda name: tiny_run(tmp_path))
-    monkeypatch.setattr(benchmark_routing, "build", build)
-    call(monkeypatch, benchmark_routing, "--routes", 3, "--repeats", 1, "--rows", 8)
-    shown = capsys.readouterr().out
-    assert "3 routes" in shown and "training step" in shown
+    monkeypatch.setattr(benchmark_routing, "build", noted)
+    monkeypatch.setattr(benchmark_routing, "router_call", noted_call)
+    call(monkeypatch, benchmark_routing, "--routes", 3, "--repeats", 1, "--rows", 16, "--run", 8)
+    assert timed == [(1, 16, 1), (1, 16), (3, 16, 3), (3, 16)]
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split() == ["what", "1", "route", "3", "routes", "ratio"]
+    for what, line in zip(("router", "training step"), rows, strict=True):
+        assert line.startswith(what)
+        one, _, many, _, ratio = line.removeprefix(what).split()
+        assert float(ratio) == pytest.approx(float(many) / float(one), rel=0.1)
     with pytest.raises(ConfigError, match="routes=1: use 2 or more"):
         call(monkeypatch, benchmark_routing, "--routes", 1)

@@ -63,6 +63,10 @@ def test_language_score_by_hand():
     assert score.bpb == pytest.approx(1.5)
     assert score.utf8_split_frac == (0.5, 0)  # of the cuts at 2, inside я, and 4
     assert score.words_f1 == (pytest.approx(2 / 3), 1)
+    _, *rows = summary_rows({"two": {"eng": score}})
+    assert [row[:4] for row in rows] == [["two", "0", "2.00", "2.0"], ["two", "1", "4.00", "1.0"]]
+    (_, (*_, cell)) = language_rows({"two": {"eng": score}})
+    assert cell == "2.0 (2.00) / 1.0 (4.00); 1.500 bpb"
     with pytest.raises(ConfigError, match="no sentence"):
         score_language([])
 

@@ -235,7 +235,7 @@ def test_benchmark_routing_compares_both(monkeypatch, capsys, tmp_path):
     assert timed == [(1, 16, 1), (1, 16), (3, 16, 3), (3, 16)]
     head, *rows = capsys.readouterr().out.splitlines()
     assert head.split() == ["what", "1", "route", "3", "routes", "ratio"]
-    for what, line in zip(("router", "training step"), rows, strict=True):
+    for what, line in zip(("router", "training step"), map(str.strip, rows), strict=True):
         assert line.startswith(what)
         one, _, many, _, ratio = line.removeprefix(what).split()
         assert float(ratio) == pytest.approx(float(many) / float(one), rel=0.1)

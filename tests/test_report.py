@@ -1,14 +1,74 @@
-"""Profiles begin and end where they are asked to, whatever the run does."""
+"""What a run logs, line by line; profiles that begin and end where they are asked to."""
 
+import math
 import types
 from contextlib import nullcontext
 
 import jax
+import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hnet.config import ConfigError
+from hnet.data import open_corpus
 from hnet.train import report
-from hnet.train.report import Trace
+from hnet.train.config import TrainConfig
+from hnet.train.report import MetricsFile, Report, Trace, read_metrics
+from tests.training import tiny_run
+
+
+def row_of(step, **changes):
+    """What the loop says of a step that read 100 bytes at 2 bits each."""
+    metrics = {
+        "nats": 200 * math.log(2), "bytes": 100, "skipped_in_a_row": 0,
+        "stage0/boundary_rate": 0.3, "stage0/target_rate": 0.3, "stage0/overflow_frac": 0.0,
+        "stage0/prob_hist": np.arange(20),
+    }  # fmt: skip
+    arrays = {name: np.asarray(value) for name, value in (metrics | changes).items()}
+    waited = {"input/wait_seconds": 0.5 * step}
+    return {"step": step, "bytes_seen": 100 * step, **waited, "metrics": arrays}
+
+
+def test_a_run_logs_its_first_step_and_every_tenth(tmp_path, monkeypatch, capsys):
+    config = tiny_run(tmp_path, train=TrainConfig(steps=30, log_every=10))
+    clock = types.SimpleNamespace(monotonic=lambda: now)
+    monkeypatch.setattr(report, "time", clock)
+    now = 5.0
+    with Report(config, open_corpus(config.data), 0) as told:
+        for step in range(1, 21):
+            now += 4.0
+            clipped = {"stage0/overflow_frac": 0.125} if step == 7 else {}
+            skipped = {"skipped_in_a_row": 1} if step == 9 else {}
+            assert told.step(row_of(step, **clipped, **skipped)) == []
+    first, *others = read_metrics(tmp_path)
+    assert [row["step"] for row in (first, *others)] == [1, 10, 20]
+    assert all(row["train/bpb"] == pytest.approx(2) for row in (first, *others))
+    assert first["bytes_per_sec"] == 100 / 4 and first["input/stall_frac"] == 0.5 / 4
+    for row in others:
+        assert row["bytes_per_sec"] == 100 / 4 and row["input/stall_frac"] == 0.5 / 4
+    says = capsys.readouterr().out
+    assert "step 7: overflow: 12.50% of stage 0's chunks were clipped" in says
+    assert "step 9: update skipped, loss or gradient is not finite" in says
+    assert says.count("overflow") == says.count("skipped") == 1
+    events = EventAccumulator(str(tmp_path / "tensorboard"), {"histograms": 0}).Reload()
+    assert [e.step for e in events.Scalars("train/bpb")] == [1, 10, 20]
+    histograms = events.Histograms("stage0/prob_hist")
+    assert [e.step for e in histograms] == [1, 10, 20]
+    assert histograms[0].histogram_value.num == sum(range(20))
+
+
+def test_metrics_of_a_resumed_run_end_where_it_goes_on(tmp_path):
+    file = MetricsFile(tmp_path, 0)
+    for step in (1, 2, 3):
+        file.write({"step": step})
+    with file.path.open("a") as f:
+        f.write('{"step": 2}')  # torn: its end is missing
+    file = MetricsFile(tmp_path, 2)
+    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
+    file.amend(1, {"eval/bpb": 9.0})
+    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
+    file.amend(2, {"eval/bpb": 3.0})
+    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2, "eval/bpb": 3.0}]
 
 
 @pytest.fixture

@@ -21,13 +21,12 @@ from rich.text import Text
 
 from experiments.command_line import base_config, parse, run
 from hnet.chunking.targets import equal_chunk_ratios
-from hnet.config import ConfigError, HNetConfig
+from hnet.config import ConfigError
 from hnet.data.parallel import Lines, bytes_by_script, read_parallel
 from hnet.data.scripts import SCRIPTS, route_table
-from hnet.train.config import to_json
+from hnet.train.config import Config, to_json
 
 COMMON_TO_ALL = ("Common", "Unknown")
-UNKNOWN_SCRIPT_FRAC = 0.06  # for a default route without a script, where the base has none
 LEAST_SHARE = 0.02  # of a language's bytes, for a script to get a route without being asked for
 
 
@@ -96,8 +95,12 @@ def _own_routes(scripts_LX: np.ndarray) -> tuple[tuple[str, ...], ...]:
     return tuple((name,) for name in names if name not in COMMON_TO_ALL)
 
 
-def with_routes(model: HNetConfig, found: Calibration) -> HNetConfig:
-    """`model` with these routes and targets in stage 0, and routes in the stages that had some."""
+def with_routes(base: Config, found: Calibration) -> Config:
+    """`base` with these routes and targets in stage 0, and routes in the stages that had some.
+
+    A default route that is left without a script of the text is fitted in the end.
+    """
+    model = base.model
     if not model.num_chunked:
         raise ConfigError("base: its model cuts nothing: use one with at least two stages")
     routes, stages = len(found.target_ratios), list(model.stages)
@@ -105,7 +108,12 @@ def with_routes(model: HNetConfig, found: Calibration) -> HNetConfig:
         changes = {"routes": routes, "route_target_ratios": found.target_ratios if s == 0 else ()}
         if s == 0 or stage.chunking.routes > 1:
             stages[s] = replace(stage, chunking=replace(stage.chunking, **changes))
-    return replace(model, stages=tuple(stages), route_groups=found.route_groups)
+    has_latin = any("Latin" in group for group in found.route_groups)
+    return replace(
+        base,
+        model=replace(model, stages=tuple(stages), route_groups=found.route_groups),
+        controller=replace(base.controller, fit_default=has_latin and stages[0].chunking.hold_rate),
+    )
 
 
 def main() -> None:
@@ -118,15 +126,11 @@ def main() -> None:
     lines = read_parallel(config.files, aligned=config.aligned)
     groups = [tuple(group.split("+")) for group in config.groups]
     found = calibrate(lines, config.mean_ratio, groups)
-    model = with_routes(base.model, found)
+    routed = with_routes(base, found)
     _print(found, lines)
     if config.out:
         out = Path(config.out)
-        data = base.data
-        if any("Latin" in group for group in found.route_groups):
-            frac = data.unknown_script_frac or UNKNOWN_SCRIPT_FRAC
-            data = replace(data, unknown_script_frac=frac)
-        content = to_json(replace(base, model=model, data=data, workdir=f"runs/{out.stem}"))
+        content = to_json(replace(routed, workdir=f"runs/{out.stem}"))
         try:
             with out.open("x") as f:
                 f.write(json.dumps(content, indent=1) + "\n")

@@ -3,15 +3,15 @@
     python -m experiments.fairness_table --train eng=a/eng.txt rus=a/rus.txt eng=b/eng.txt ...
 
 Holds lines of each text out, calibrates a target for each script on the others, trains a BPE,
-mixed_scripts_routed and its twin mixed_scripts_single on them, the two on the same batches but for
-the rows in made-up scripts, and reports how equally all of them cut the lines held out, of all
-texts together and of each (`experiments.fairness`). Two CPU cores, about 25 minutes. The same
-command again goes on where it was stopped.
+mixed_scripts_routed and its twin mixed_scripts_single on them, both on the same batches, and
+reports how equally all of them cut the lines held out, of all texts together and of each
+(`experiments.fairness`). Two CPU cores, about 25 minutes. The same command again goes on where it
+was stopped.
 """
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -32,7 +32,7 @@ from experiments.pretrain import train_to_end
 from hnet.config import ConfigError
 from hnet.data.parallel import Lines, read_parallel
 from hnet.data.pipeline import Batch, eval_batches, train_batches
-from hnet.data.row_routes import make_unknown
+from hnet.data.row_routes import in_unknown_scripts
 from hnet.inspect.gold import thin
 from hnet.inspect.tokens import train_bpe
 from hnet.train.compile_cache import enable_compilation_cache
@@ -99,8 +99,8 @@ def main() -> int:
 def print_rates(settings: Config, outcome: Outcome) -> None:
     """Bytes a chunk of each route with the final parameters, and how far off its target.
 
-    On the batches of the last updates, and on the text held out, with which nothing was set. The
-    default route has of it what stands before any script, and all of it in made-up scripts.
+    On the batches of the last updates, and on the text held out, with which nothing was set; for a
+    default route that was fitted, on this text in made-up scripts.
     """
     data, groups, names = settings.data, settings.model.route_groups, settings.model.route_names
     start = max(0, settings.train.steps - LAST)
@@ -112,13 +112,6 @@ def print_rates(settings: Config, outcome: Outcome) -> None:
         )
         return found.positions_per_chunk(0)
 
-    def made_up() -> Iterator[Batch]:
-        heldout = eval_batches(outcome.corpus.heldout, data, route_groups=groups)
-        for k, batch in enumerate(heldout):
-            slots = range(k * data.batch_size, (k + 1) * data.batch_size)
-            make_unknown(batch, settings.seed, slots, 1.0)
-            yield batch
-
     with train_batches(
         outcome.corpus, data, seed=settings.seed, start=start, route_groups=groups
     ) as batches:
@@ -127,12 +120,17 @@ def print_rates(settings: Config, outcome: Outcome) -> None:
             for batch in islice(batches, settings.train.steps - start)
         )
     heldout = outcome.evaluation.positions_per_chunk(0)
-    if data.unknown_script_frac:
-        heldout |= sizes(made_up())
+    if settings.controller.fit_default:
+        batches = eval_batches(outcome.corpus.heldout, data, route_groups=groups)
+        heldout |= sizes(in_unknown_scripts(batches, settings.seed))
+        last.pop(names[0], None)
     for name, N in zip(names, settings.model.stages[0].chunking.target_ratios):
         shown = [
             f"{found[name]:.3f} {where} ({found[name] / N - 1:+.1%})"
-            for where, found in ((f"in the last {LAST} batches", last), ("held out", heldout))
+            for where, found in (
+                (f"in the last {settings.train.steps - start} batches", last),
+                ("held out", heldout),
+            )
             if name in found
         ]
         print(f"  {name}: target {N} bytes a chunk; {', '.join(shown) or 'no text'}")
@@ -208,11 +206,11 @@ def run_configs(config: FairnessTableConfig, train_lines: Lines, out: Path) -> l
     """The routed run and its twin: the same text, batches, steps and mean rate."""
     routed, single = mixed_scripts_routed.config(), mixed_scripts_single.config()
     groups = [group.split("+") for group in config.groups]
-    model = with_routes(routed.model, calibrate(train_lines, config.mean_ratio, groups))
+    found = calibrate(train_lines, config.mean_ratio, groups)
     outer, *inner = single.model.stages
     outer = replace(outer, chunking=replace(outer.chunking, target_ratio=config.mean_ratio))
     runs = {
-        "routed": replace(routed, model=model),
+        "routed": with_routes(routed, found),
         "single": replace(single, model=replace(single.model, stages=(outer, *inner))),
     }
     files = {

@@ -34,15 +34,11 @@ def next_byte_nll(logits_BLV: jax.Array, input_ids_BL: jax.Array) -> jax.Array:
 
 
 def trained_targets(batch: Mapping[str, jax.Array]) -> jax.Array:
-    """Positions whose byte is learned: source bytes (the loss mask) and each document's EOS.
-
-    Where no byte of a row is scored, as in made-up scripts, no EOS is either.
-    """
+    """Positions whose byte is learned: source bytes (the loss mask) and each document's EOS."""
     seen_BL = batch["segment_ids"] != 0
     same_BL = batch["segment_ids"][:, 1:] == batch["segment_ids"][:, :-1]
     predicted_BL = seen_BL & jnp.pad(same_BL, ((0, 0), (1, 0)))
-    is_scored_B1 = jnp.any(batch["loss_mask"], axis=1, keepdims=True)
-    return batch["loss_mask"] | (predicted_BL & is_scored_B1 & (batch["input_ids"] == EOS_ID))
+    return batch["loss_mask"] | (predicted_BL & (batch["input_ids"] == EOS_ID))
 
 
 def scored_bytes(batch: Mapping[str, jax.Array]) -> jax.Array:

@@ -13,6 +13,7 @@ from networks import quick_jit
 from hnet.chunking.config import ChunkingConfig
 from hnet.chunking.controller import LIMIT, exact_offsets, free_logits, hold_rates
 from hnet.chunking.rate import (
+    SOFT,
     aux_loss,
     binomial_nll,
     boundary_rates,
@@ -20,6 +21,7 @@ from hnet.chunking.rate import (
     hinge,
     ratio_loss,
     route_rates,
+    row_rate_error,
     target_rate,
 )
 from hnet.chunking.router import decide, shift_logit
@@ -148,6 +150,23 @@ def test_losses_by_route(name, average):
     assert float(value) == pytest.approx(np.average(expected, weights=weight), rel=1e-4)
     assert np.all(np.isfinite(slope)) and np.all(slope[segments == 0] == 0)
     assert np.any(slope != 0) and np.all(np.isfinite(slope_target)) and slope_target[2] == 0
+
+
+def test_the_error_of_rows_counts_boundaries_softly_in_each_row():
+    p = np.array([[0.2, 0.6, 0.4, 0.52, 0.7], [0.2, 0.45, 0.9, 0.3, 0.55], [0.9] * 5])
+    segments = np.array([[1, 1, 2, 2, 0], [1, 1, 1, 1, 1], [0] * 5], np.int32)
+    errors = []
+    for p_L, valid_L, starts in zip(p, segments != 0, [{0, 2}, {0}]):
+        soft = [
+            1 if t in starts else 1 / (1 + math.exp((0.3 - math.log(p / (1 - p))) / SOFT))
+            for t, p in enumerate(p_L[valid_L])
+        ]
+        errors.append((3 * sum(soft) / len(soft) - 1) ** 2)
+    route = decide(jnp.asarray(p, jnp.float32), jnp.asarray(segments), 5)
+    error = lambda threshold: row_rate_error(route, jnp.float32(3), threshold)
+    found, grad = jax.value_and_grad(error)(jnp.float32(0.3))
+    np.testing.assert_allclose(found, sum(errors) / 2, rtol=1e-5)
+    assert np.isfinite(grad) and grad != 0
 
 
 def test_one_route_is_the_official_ratio_loss():

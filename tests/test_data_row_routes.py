@@ -1,6 +1,5 @@
 """Route ids of packed rows against whole documents decoded by Python."""
 
-from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -13,7 +12,7 @@ from test_data_scripts import slow_ids, texts
 from hnet.config import ConfigError
 from hnet.data import DataConfig, eval_batches, open_corpus, open_part, row_routes, train_batches
 from hnet.data.packing import Stream
-from hnet.data.row_routes import RowRoutes, ScriptStates
+from hnet.data.row_routes import RowRoutes, ScriptStates, in_unknown_scripts, unknown_script
 from hnet.data.scripts import SCRIPTS, script_ids
 
 GROUPS = (("Cyrillic", "Greek"), ("Han", "Hiragana", "Katakana"), ("Common",))
@@ -108,45 +107,36 @@ def test_batches_bring_route_ids_to_whoever_asks(files):
         assert "route_ids" not in next(batches)
 
 
-def test_a_share_of_the_training_rows_is_in_unknown_scripts(files):
-    """The same slots however the run is divided and resumed; evaluation as it is."""
-    plain = DataConfig(files=files, eval_fraction=0, batch_size=4, seq_len=11)
-    config = replace(plain, unknown_script_frac=0.3)
+def test_a_share_of_the_rows_is_put_into_unknown_scripts(files):
+    """Byte for byte of the same kind, in a script of its own for each row, on the default route."""
+    config = DataConfig(files=files, eval_fraction=0, batch_size=4, seq_len=11)
     corpus, fields = open_corpus(config), ("input_ids", "segment_ids", "loss_mask", "route_ids")
 
-    def rows(config, **options):
-        with train_batches(corpus, config, seed=5, route_groups=GROUPS, **options) as batches:
-            taken = list(islice(batches, 50))
-        return [[batch[k] for batch in taken] for k in fields]
+    def rows(batches):
+        taken = list(batches)
+        return [np.concatenate([batch[k] for batch in taken]) for k in fields]
 
-    was, got = ([np.concatenate(field) for field in rows(c)] for c in (plain, config))
-    changed = np.array([(a != b).any() for a, b in zip(was[0], got[0])])
-    beyond_ascii = (was[0] >= 0x80) & (was[0] < 0xF0)
+    with train_batches(corpus, config, seed=5, route_groups=GROUPS) as opened:
+        batches = list(islice(opened, 50))
+    was, got = rows(batches), rows(in_unknown_scripts(batches, seed=5, frac=0.3))
+    np.testing.assert_array_equal(was[0], rows(batches)[0])
+    changed = (was[0] != got[0]).any(axis=1)
+    beyond_ascii = (was[0] >= 0x80) & (was[0] < 0xF5)
     possible = beyond_ascii.any(axis=1)
     assert abs(changed[possible].mean() - 0.3) < 0.1  # of about 100 rows
     assert (changed.reshape(-1, 4).sum(axis=0) > 3).all()
     assert not got[3][changed].any() and was[3][changed].any()
     np.testing.assert_array_equal(got[3][possible & ~changed], was[3][possible & ~changed])
     np.testing.assert_array_equal(got[0][~beyond_ascii], was[0][~beyond_ascii])
-    for kind in [(0x80, 0xC0), (0xC2, 0xE0), (0xE0, 0xF0)]:
-        of_kind = [(x[0] >= kind[0]) & (x[0] < kind[1]) for x in (was, got)]
+    for first, stop in [(0x80, 0xC0), (0xC2, 0xE0), (0xE0, 0xF0), (0xF0, 0xF5)]:
+        of_kind = [(x[0] >= first) & (x[0] < stop) for x in (was, got)]
+        assert of_kind[0].any()
         np.testing.assert_array_equal(*of_kind)
     for a, b in zip(was[0][changed], got[0][changed]):  # byte for byte, and back
         assert len({*zip(a.tolist(), b.tolist())}) == len({*a.tolist()}) == len({*b.tolist()})
-    np.testing.assert_array_equal(got[1], was[1])
-    np.testing.assert_array_equal(got[2][possible], (was[2] & ~changed[:, None])[possible])
-
-    later = [np.concatenate(field) for field in rows(config, start=7)]
-    parts = [rows(config, process_index=p, process_count=2) for p in (0, 1)]
-    for i in range(len(fields)):
-        np.testing.assert_array_equal(later[i][: 43 * 4], got[i][7 * 4 :])
-        joined = np.concatenate([np.concatenate(both) for both in zip(parts[0][i], parts[1][i])])
-        np.testing.assert_array_equal(joined, got[i])
-    for a, b in zip(*(eval_batches(corpus.train, c, route_groups=GROUPS) for c in (plain, config))):
-        for name in fields:
-            np.testing.assert_array_equal(a[name], b[name])
-    with pytest.raises(ConfigError, match="unknown_script_frac=0.3 without model.route_groups"):
-        train_batches(corpus, config, seed=5)
+    assert len({unknown_script(5, slot, 1.0).tobytes() for slot in range(9)}) == 9
+    for k in (1, 2):
+        np.testing.assert_array_equal(got[k], was[k])
 
 
 def test_a_group_without_a_script_is_refused(files):

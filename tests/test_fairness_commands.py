@@ -20,7 +20,7 @@ from experiments.configs import mixed_scripts_routed, mixed_scripts_single
 from hnet import load
 from hnet.config import ConfigError
 from hnet.data import eval_batches, open_corpus, train_batches
-from hnet.data.row_routes import make_unknown
+from hnet.data.row_routes import unknown_script
 from hnet.train import loop
 from hnet.train.config import read_config
 from tests.training import build, rows, tiny_run
@@ -48,6 +48,13 @@ def call(monkeypatch, command, *argv):
     return command.main()
 
 
+def held_run(workdir):
+    tiny = tiny_run(workdir)
+    outer, inner = tiny.model.stages
+    outer = replace(outer, chunking=replace(outer.chunking, hold_rate=True))
+    return replace(tiny, model=replace(tiny.model, stages=(outer, inner)))
+
+
 def test_calibrate_writes_a_configuration_with_equal_chunks(files, tmp_path, monkeypatch, capsys):
     out = tmp_path / "routed.json"
     text = ["--files", files["eng"], files["rus"], "--mean-ratio", 5]
@@ -55,7 +62,7 @@ def test_calibrate_writes_a_configuration_with_equal_chunks(files, tmp_path, mon
     config = base_config(str(out))
     chunking = config.model.stages[0].chunking
     assert config.model.route_groups == (("Cyrillic",), ("Latin",))
-    assert config.workdir == "runs/routed" and config.data.unknown_script_frac == 0.06
+    assert config.workdir == "runs/routed" and config.controller.fit_default
     assert chunking.routes == 3 and chunking.hold_rate
     eng, rus = (sum(len(t.encode()) for t in LINES[k]) for k in ("eng", "rus"))
     N_default, N_cyrillic, N_latin = chunking.target_ratios
@@ -129,8 +136,9 @@ def check_rates(shown, config):
 
     def made_up():
         for k, batch in enumerate(eval_batches(corpus.heldout, config.data, route_groups=groups)):
-            make_unknown(batch, config.seed, range(8 * k, 8 * k + 8), 1.0)
-            yield batch
+            tables = [unknown_script(config.seed, 8 * k + i, 1.0) for i in range(8)]
+            ids = np.stack([table[row] for table, row in zip(tables, batch["input_ids"])])
+            yield batch | {"input_ids": ids, "route_ids": np.zeros_like(ids)}
 
     with train_batches(corpus, config.data, seed=config.seed, route_groups=groups) as batches:
         last = sizes(islice(batches, config.train.steps))
@@ -138,20 +146,20 @@ def check_rates(shown, config):
     heldout["default"] = sizes(made_up())["default"]
     for name, N in zip(names, config.model.stages[0].chunking.target_ratios):
         line = next(line for line in shown.splitlines() if line.startswith(f"  {name}: target {N}"))
-        parts = [(last[name], "in the last 100 batches"), (heldout[name], "held out")]
-        for size, where in parts:
-            assert (f"{size:.3f} {where} ({size / N - 1:+.1%})" in line) == (size > 0)
+        last_size = 0 if name == "default" else last[name]
+        for size, where in [(last_size, "in the last 8 batches"), (heldout[name], "held out")]:
+            assert (
+                where not in line
+                if not size
+                else (f"{size:.3f} {where} ({size / N - 1:+.1%})" in line)
+            )
 
 
 def test_fairness_table_from_text_to_reports(files, tmp_path, monkeypatch, capsys):
     """Two texts of three languages, of mixed scripts; both models, and again without training."""
-    tiny = tiny_run(tmp_path)
-    outer, inner = tiny.model.stages
-    outer = replace(outer, chunking=replace(outer.chunking, hold_rate=True))
-    single = replace(tiny, model=replace(tiny.model, stages=(outer, inner)))
+    single = held_run(tmp_path)
     monkeypatch.setattr(mixed_scripts_single, "config", lambda: single)
-    made_up = replace(single, data=replace(single.data, unknown_script_frac=0.3))
-    monkeypatch.setattr(mixed_scripts_routed, "config", lambda: made_up)
+    monkeypatch.setattr(mixed_scripts_routed, "config", lambda: single)
     monkeypatch.setattr(loop, "build", build)
     out = tmp_path / "fair"
     both = [files["eng"], files["rus"], files["jpn"]] * 2
@@ -163,7 +171,7 @@ def test_fairness_table_from_text_to_reports(files, tmp_path, monkeypatch, capsy
     shown = capsys.readouterr().out
     routed, twin = (read_config(out / name) for name in ("routed", "single"))
     check_rates(shown, routed)
-    assert routed.data == replace(twin.data, unknown_script_frac=0.3)
+    assert routed.data == twin.data and routed.controller.fit_default
     assert routed.train == twin.train and routed.seed == twin.seed
     assert twin.model.num_routes == 1 and twin.model.stages[0].chunking.target_ratio == 5
     assert routed.model.route_names[0] == "default" and routed.model.num_routes > 3
@@ -201,7 +209,7 @@ def test_fairness_table_from_text_to_reports(files, tmp_path, monkeypatch, capsy
 
 def test_controller_table_holds_the_rate_that_a_fixed_weight_had(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loop, "build", build)
-    monkeypatch.setattr(mixed_scripts_single, "config", lambda: tiny_run(tmp_path))
+    monkeypatch.setattr(mixed_scripts_single, "config", lambda: held_run(tmp_path))
     assert call(monkeypatch, controller_table) == 0
     fixed, held = (read_config(tmp_path / name) for name in ("fixed", "held"))
     of = lambda config: config.model.stages[0].chunking

@@ -45,13 +45,6 @@ def test_an_eos_that_starts_a_row_is_no_target():
     assert trained_targets(batch).tolist() == [[False, False, True]]
 
 
-def test_an_eos_of_a_row_without_scored_bytes_is_no_target():
-    ids = jnp.array([[BOS_ID, 97, EOS_ID]] * 2, jnp.int32)
-    scored = jnp.array([[False, True, False], [False, False, False]])
-    batch = {"input_ids": ids, "segment_ids": jnp.ones((2, 3), jnp.int32), "loss_mask": scored}
-    assert trained_targets(batch).tolist() == [[False, True, True], [False] * 3]
-
-
 def test_bits_per_byte_of_a_known_source_is_its_entropy():
     """The chain's own predictions, fed as logits, score its entropy rate on the bytes alone."""
     source, length = MarkovSource(), 4001

@@ -90,8 +90,8 @@ def held(tmp_path_factory):
     return config, run(config)
 
 
-@pytest.mark.parametrize("step", [0, 3, 7])
-def test_offsets_move_by_the_error_and_the_root_of_the_schedule(held, step):
+@pytest.mark.parametrize("step", [0, 4, 6, 7])
+def test_offsets_move_in_the_end_by_the_error_and_the_root_of_the_schedule(held, step):
     config, outcome = held
     program, before = outcome.program, bits(outcome.program.init().params)
     with train_batches(outcome.corpus, config.data, seed=0) as batches:
@@ -104,7 +104,8 @@ def test_offsets_move_by_the_error_and_the_root_of_the_schedule(held, step):
         error = config.model.stages[s].chunking.target_ratio * metrics[f"stage{s}/boundary_rate"]
         expected = -config.controller.gain * np.sqrt(factor) * np.clip(error - 1, -1, 1)
         assert abs(expected) > 0.01 * factor
-        np.testing.assert_allclose(new - old, [expected], rtol=1e-5)
+        acts = step >= 6  # 0.3 of 8 updates
+        np.testing.assert_allclose(new - old, [expected * acts], rtol=1e-5)
 
 
 def test_the_last_update_is_followed_by_exact_offsets(held, tmp_path):

@@ -4,7 +4,8 @@ A rate loss of fixed weight settles where its gradient balances the one of cross
 not at its target (arXiv 2507.07955: 6 -> 4.8). The controller moves the decision instead: a stage
 with `hold_rate` has an offset for each route on the logit of p, which follows the integral of the
 relative error, as the weight of MrT5's loss does. The offset acts at once and without a force
-against cross-entropy, and it is part of the model, so that inference cuts as training did.
+against cross-entropy, and it is part of the model, so that inference cuts as training did. It is
+needed in the end alone: held from the first update on, a model learns less in the same time.
 
 While the router moves, an offset that follows it within a few updates carries the noise of their
 batches, and one that averages longer lags behind. After the last update nothing moves any more, and
@@ -30,6 +31,9 @@ MIN_CHUNKS = 30  # of a route for its quantile to be surer than what the control
 class ControllerConfig:
     """Holding the rate of stages with `hold_rate`."""
 
+    hold_frac: float = 0.3
+    """share of the updates, the last ones, in which offsets move. Before them the rate loss acts
+    alone: it settles at more chunks than the target, with which a model learns faster at first"""
     gain: float = 1.0
     """how far an update moves an offset for a relative error of 1, that is at twice the target. It
     goes with the root of the learning rate's schedule: the less the router moves, the more batches
@@ -37,8 +41,14 @@ class ControllerConfig:
     settle_bytes: int = 1_000_000
     """positions of training text on which the offsets are set after the last update (at most as
     many batches as were trained on); 0 = leave them as the last update did"""
+    fit_default: bool = False
+    """the default route has no script of the text: fit its router, then its offset, on as much of
+    it in made-up scripts (`hnet.train.default_route`), so that a script which was never trained on
+    is cut at this route's target"""
 
     def __post_init__(self):
+        if not 0 <= self.hold_frac <= 1:
+            raise ConfigError(f"controller.hold_frac={self.hold_frac}: use a share from 0 to 1")
         if self.settle_bytes < 0:
             raise ConfigError(f"controller.settle_bytes={self.settle_bytes}: use 0 or more")
 

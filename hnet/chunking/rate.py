@@ -11,6 +11,7 @@ from hnet.config import HNetConfig
 from hnet.nn.layers import segment_starts
 
 MIN_PROB = 1e-6  # of p as a target of cross-entropy, where a router has no logit
+SOFT = 0.1  # logits over which `row_rate_error` counts a boundary softly
 
 
 def boundary_rates(route: RouterOutput) -> tuple[jax.Array, jax.Array]:
@@ -71,6 +72,21 @@ def ratio_loss(F: jax.Array, G: jax.Array, target_ratio: jax.Array | float) -> j
     """
     N = target_ratio
     return N / (N - 1) * ((N - 1) * F * G + (1 - F) * (1 - G))
+
+
+def row_rate_error(route: RouterOutput, target_ratio: jax.Array, threshold: jax.Array) -> jax.Array:
+    """Mean over rows of (N F - 1)^2, F = mean of sigmoid((logit of p - threshold) / SOFT).
+
+    Unlike the ratio loss it wants the target from each row alone, and its gradient comes from
+    the positions that are about to turn.
+    """
+    valid_BL = route.segment_ids_BL != 0
+    p_BL = jnp.clip(route.boundary_prob_BL, MIN_PROB, 1 - MIN_PROB)
+    soft_BL = jax.nn.sigmoid((jnp.log(p_BL) - jnp.log1p(-p_BL) - threshold) / SOFT)
+    n_B = jnp.sum(valid_BL, axis=1, dtype=jnp.float32)
+    F_B = jnp.sum(jnp.where(valid_BL, soft_BL, 0.0), axis=1) / jnp.maximum(n_B, 1.0)
+    error_B = jnp.where(n_B > 0, jnp.square(target_ratio * F_B - 1), 0.0)
+    return jnp.sum(error_B) / jnp.maximum(jnp.sum(n_B > 0, dtype=jnp.float32), 1.0)
 
 
 def binomial_nll(k: jax.Array, n: jax.Array, rate: jax.Array) -> jax.Array:

@@ -31,10 +31,6 @@ class DataConfig:
     """rows of a step over all processes"""
     seq_len: int = 512
     """positions of a row"""
-    unknown_script_frac: float = 0.0
-    """share of the training rows that are made text in a script that nobody knows, so that the
-    default route of ``model.route_groups`` learns to cut such: all of the row has that route, its
-    bytes beyond ASCII are exchanged, anew for each row, and are not predicted"""
     bos_eos: bool = True
     """put byte 254 before and 255 behind each document, as the official tokenizer does"""
     tokenizer: str = ""
@@ -59,10 +55,6 @@ class DataConfig:
         if not 0 <= self.eval_fraction < 1:
             raise ConfigError(
                 f"data.eval_fraction={self.eval_fraction}: use a share from 0 to below 1"
-            )
-        if not 0 <= self.unknown_script_frac <= 1:
-            raise ConfigError(
-                f"data.unknown_script_frac={self.unknown_script_frac}: use a share from 0 to 1"
             )
         if self.weights and len(self.weights) != max(1, len(self.files)):
             raise ConfigError(

@@ -23,7 +23,7 @@ from hnet.config import ConfigError
 from hnet.data.config import DataConfig
 from hnet.data.corpus import Corpus, Part
 from hnet.data.packing import Stream
-from hnet.data.row_routes import RowRoutes, make_unknown
+from hnet.data.row_routes import RowRoutes
 
 Batch = dict[str, np.ndarray]
 RouteGroups = Sequence[Sequence[str]]
@@ -92,13 +92,6 @@ class _TrainBatches:
         self._streams = _streams(part, config)
         self._routes = _row_routes(self._streams, groups, config)
         self._order = RowOrder([s.num_rows for s in self._streams], config.weights, seed)
-        self._seed = seed
-        self._unknown_frac = config.unknown_script_frac
-        if self._unknown_frac and not groups:
-            raise ConfigError(
-                f"data.unknown_script_frac={self._unknown_frac} without model.route_groups: "
-                "there is no default route to learn it; use 0"
-            )
         self._batch_size = config.batch_size
         self._rows = _rows_of_process(config, *process)
 
@@ -109,10 +102,7 @@ class _TrainBatches:
         slots = [k * self._batch_size + i for i in self._rows]
         places = [self._order(slot) for slot in slots]
         names = ("input_ids", "segment_ids", "loss_mask")
-        batch = _batch(self._streams, places, names, self._routes)
-        if self._unknown_frac:
-            make_unknown(batch, self._seed, slots, self._unknown_frac)
-        return batch
+        return _batch(self._streams, places, names, self._routes)
 
     def source_bytes(self, k: int) -> np.ndarray:
         """int64 (S,), scored bytes of each stream in batch k over all processes."""

@@ -6,7 +6,7 @@ the text before it, padding has none. For a row that starts in the middle of a d
 before it is read backwards until a character with a script comes.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -100,15 +100,17 @@ def unknown_script(seed: int, slot: int, frac: float) -> np.ndarray | None:
     return table
 
 
-def make_unknown(
-    batch: dict[str, np.ndarray], seed: int, slots: Iterable[int], frac: float
-) -> None:
-    """Put a share of the rows of a batch, at these slots, into unknown scripts, in place.
+def in_unknown_scripts(
+    batches: Iterable[dict[str, np.ndarray]], seed: int, frac: float = 1.0
+) -> Iterator[dict[str, np.ndarray]]:
+    """Whole batches in their order, a share of their rows each in an unknown script of its own.
 
-    They are cut but not scored: made-up text would teach the network what it never sees again.
+    All positions of these rows have the default route.
     """
-    for row, slot in enumerate(slots):
-        if (table := unknown_script(seed, slot, frac)) is not None:
-            batch["input_ids"][row] = table[batch["input_ids"][row]]
-            batch["route_ids"][row] = 0
-            batch["loss_mask"][row] = False
+    for k, batch in enumerate(batches):
+        ids_BL, routes_BL = batch["input_ids"].copy(), batch["route_ids"].copy()
+        for row in range(len(ids_BL)):
+            table = unknown_script(seed, k * len(ids_BL) + row, frac)
+            if table is not None:
+                ids_BL[row], routes_BL[row] = table[ids_BL[row]], 0
+        yield batch | {"input_ids": ids_BL, "route_ids": routes_BL}

@@ -39,7 +39,7 @@ class BoundaryAlarms:
 
     def _remedy(self, stage: int, name: str) -> str:
         if self.is_held[stage]:
-            return f"{_CAUSE[name]}: raise controller.gain or lower the stage's learning rate"
+            return f"{_CAUSE[name]}: raise controller.hold_frac or controller.gain"
         return f"{_CAUSE[name]}: raise the stage's chunking.aux_loss_weight, or use hold_rate"
 
 

@@ -110,6 +110,14 @@ class Config:
                 f"model.route_groups=() names no scripts, but the stages tell "
                 f"{self.model.num_routes} routes apart: give {self.model.num_routes - 1} groups"
             )
+        cuts = [stage.chunking for stage in self.model.stages[:-1]]
+        if self.controller.fit_default and not any(
+            cut.hold_rate and cut.num_predictors > 1 for cut in cuts
+        ):
+            raise ConfigError(
+                "controller.fit_default=True, but no stage has a router for each route and holds "
+                "their rates: set chunking.routes and hold_rate of one, or use False"
+            )
         by_row = [
             i
             for i, stage in enumerate(self.model.stages[1:-1], 1)

@@ -120,8 +120,9 @@ def pure_functions(
         params = init_params(config.model, init_key)
         return init_state(params, noise_key, config.model, config.optim)
 
+    hold_from = round((1 - config.controller.hold_frac) * config.train.steps)
     step = partial(
-        train_step, graph=graph, model=config.model, optim=config.optim,
+        train_step, hold_from=hold_from, graph=graph, model=config.model, optim=config.optim,
         num_steps=config.train.steps, accumulate=config.train.accumulate, packed_rows=packed_rows,
     )  # fmt: skip
     return make_state, step, partial(eval_step, graph=graph, packed_rows=packed_rows)
@@ -197,6 +198,16 @@ def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str
     }
 
 
+def put_whole_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+    """A batch that every process has all rows of, as global arrays."""
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_callback(batch[name].shape, sharding, batch[name].__getitem__)
+        for name in FED
+        if name in batch
+    }
+
+
 def run_evaluation(
     program: Program,
     params: Any,
@@ -219,14 +230,9 @@ def run_batches(
     **options: Any,
 ) -> Evaluation | None:
     """`evaluate` on the devices of a run; every process holds the whole batches."""
-    sharding = batch_sharding(program.mesh)
 
     def run_batch(batch, capacities):
-        fed = {
-            name: jax.make_array_from_callback(batch[name].shape, sharding, batch[name].__getitem__)
-            for name in FED
-            if name in batch
-        }
+        fed = put_whole_batch(batch, program.mesh)
         return program.evaluate(params, fed, capacities=capacities)
 
     return evaluate(batches, run_batch, capacities, **options)

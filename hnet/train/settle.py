@@ -1,7 +1,9 @@
-"""After the last update: boundary rates are set to their targets on a long text."""
+"""After the last update: boundary rates are set to their targets on a long text.
 
-from collections.abc import Sequence
-from dataclasses import replace
+So is the default route's router where no script of the text is its own (`fit_default`).
+"""
+
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -13,12 +15,14 @@ import numpy as np
 from hnet.chunking.controller import exact_offsets, map_offsets
 from hnet.data import Corpus, train_batches
 from hnet.data.pipeline import Batch
+from hnet.data.row_routes import in_unknown_scripts
 from hnet.train.config import Config
+from hnet.train.default_route import fit_default_route
 from hnet.train.evaluate import OfEachRun
 from hnet.train.program import Program, run_batches
 
 SEED = 0x5E771E  # of an order of the text that is that of no run
-UNKNOWN_SCRIPT_FRAC = 0.3  # where the default route has made-up scripts: enough of each route
+UNKNOWN_FRAC = 0.1  # of the rows, where the default route has made-up scripts: enough of each route
 
 
 class Logits:
@@ -52,18 +56,27 @@ def settle(
     Routers draw no noise, as in inference. configs: of the run, or of all runs of a population,
     whose arrays have a leading axis.
     """
-    data, model = configs[0].data, configs[0].model
-    positions = data.batch_size * data.seq_len
-    num_batches = min(-(-configs[0].controller.settle_bytes // positions), configs[0].train.steps)
-    if data.unknown_script_frac:
-        data = replace(data, unknown_script_frac=UNKNOWN_SCRIPT_FRAC)
+    config, model = configs[0], configs[0].model
+    positions = config.data.batch_size * config.data.seq_len
+    num_batches = min(-(-config.controller.settle_bytes // positions), config.train.steps)
+    fits = config.controller.fit_default
+
+    def text(seed: int, unknown_frac: float) -> Iterator[Batch]:
+        groups = model.route_groups
+        with train_batches(corpus, config.data, seed=seed, route_groups=groups) as batches:
+            own = islice(batches, num_batches)
+            yield from in_unknown_scripts(own, seed, unknown_frac) if fits else own
+
     for s, stage in enumerate(model.stages[:-1]):
         if not (stage.chunking.hold_rate and num_batches):
             continue
+        if fits and stage.chunking.num_predictors > 1:
+            targets = [c.model.stages[s].chunking.target_ratios[0] for c in configs]
+            made_up = text(SEED + 1, 1.0)
+            params = fit_default_route(program, params, s, targets, made_up, num_batches)
         found = OfEachRun(Logits(s) for _ in configs)
         into = found if "runs" in program.mesh.shape else found[0]
-        with train_batches(corpus, data, seed=SEED, route_groups=model.route_groups) as batches:
-            run_batches(program, params, islice(batches, num_batches), capacities, into=into)
+        run_batches(program, params, text(SEED, fits * UNKNOWN_FRAC), capacities, into=into)
         exact = [logits.exact_offsets(config) for logits, config in zip(found, configs)]
         params = map_offsets(partial(_set, s, exact), params)
     return params

@@ -48,10 +48,11 @@ def train_step(
     optim: OptimConfig,
     num_steps: int,
     capacities: tuple[int | None, ...],
+    hold_from: int,
     packed_rows: int = 1,
     accumulate: int = 1,
 ) -> tuple[TrainState, Metrics]:
-    """One update from one batch of rows.
+    """One update from one batch of rows. From update `hold_from` on the controller acts.
 
     A non-finite loss or gradient leaves parameters and optimizer as they were and is counted.
     With `accumulate` > 1 the batch is cut into that many micro-batches, whose gradients and
@@ -87,6 +88,7 @@ def train_step(
         params = apply_update(state.params, directions, update_numbers, factor)
         if any(stage.chunking.hold_rate for stage in model.stages[:-1]):
             gain = update_numbers.controller_gain * jnp.sqrt(factor)
+            gain = jnp.where(state.step < hold_from, 0.0, gain)
             params = hold_rates(params, *counts, loss_weights.target_ratio_SR, gain)
         new, old = (params, opt_state), (state.params, state.opt_state)
         if model.num_routes > 1:

@@ -1,0 +1,106 @@
+"""After the last update: a default route that no script of the text has is fitted on made-up ones.
+
+A script which was never trained on comes with bytes whose embeddings are random still, and one of
+them is at every second or third position. What a router makes of it is luck: cut at one threshold,
+such scripts had 2 to 10 bytes a chunk. So the default route's router learns to be at its target in
+any script: text whose rows are each put into a script of its own is to be cut at it in every row.
+Nothing else changes, so that nothing else is lost.
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from hnet.chunking.controller import map_offsets
+from hnet.chunking.rate import row_rate_error
+from hnet.data.pipeline import Batch
+from hnet.train.program import Program, put_whole_batch
+from hnet.train.sharding import replicated
+
+LEARNING_RATE = 1e-2  # of Adam, at first; it falls to 0
+
+
+def fit_default_route(
+    program: Program,
+    params: Any,
+    stage: int,
+    target_ratios: Sequence[float],
+    batches: Iterable[Batch],
+    num_batches: int,
+) -> Any:
+    """`params` where the default route's router of a stage is fitted to batches of this route.
+
+    It learns with a threshold of its own, so that the offset is not known afterwards: it is left
+    at 0. target_ratios: N of this route in the run, or in each run of a population, whose arrays
+    have a leading axis.
+    """
+    schedule = optax.linear_schedule(LEARNING_RATE, 0.0, num_batches)
+    optimizer = optax.adam(schedule)
+    step = partial(_step, graph=program.graph, stage=stage, optimizer=optimizer)
+    take, put, start = partial(_take, stage=stage), partial(_put, stage=stage), optimizer.init
+    N = jnp.float32(target_ratios[0])
+    if "runs" in program.mesh.shape:
+        runs = jax.tree.leaves(params)[0].shape[0]  # the last one may stand there again
+        N = jnp.asarray((*target_ratios, *target_ratios[-1:] * (runs - len(target_ratios))))
+        take, put, start = map(jax.vmap, (take, put, start))
+        step = jax.vmap(step, in_axes=(0, 0, 0, None, 0))
+    jit = partial(jax.jit, out_shardings=replicated(program.mesh))
+    fitted = jit(take)(params)
+    moments, step = jit(start)(fitted), jit(step)
+    for batch in batches:
+        fitted, moments = step(fitted, moments, params, put_whole_batch(batch, program.mesh), N)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+    return jax.device_put(jax.jit(put)(params, fitted), shardings)
+
+
+def _step(
+    fitted: dict[str, jax.Array],
+    moments: optax.OptState,
+    params: Any,
+    batch: Batch,
+    target_ratio: jax.Array,
+    *,
+    graph: nnx.GraphDef,
+    stage: int,
+    optimizer: optax.GradientTransformation,
+) -> tuple[dict[str, jax.Array], optax.OptState]:
+    """One update from one batch; what follows this router in the model is not run."""
+
+    def error(fitted):
+        model = nnx.merge(graph, _put(params, fitted, stage=stage))
+        ids = (batch[name] for name in ("input_ids", "segment_ids"))
+        _, routes = model(*ids, route_ids_BL=batch["route_ids"])
+        return row_rate_error(routes[stage], target_ratio, fitted["threshold"])
+
+    grads = jax.grad(error)(fitted)
+    with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer power
+        updates, moments = optimizer.update(grads, moments)
+    return optax.apply_updates(fitted, updates), moments
+
+
+def _take(params: Any, stage: int) -> dict[str, jax.Array]:
+    """The default route's parameters of a stage's router by their path, and a threshold."""
+    found = {"threshold": jnp.zeros((), jnp.float32)}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        names = [jax.tree_util.keystr((part,), simple=True) for part in path]
+        if "routing_module" in names and names.count("main_network") == stage:
+            found[jax.tree_util.keystr(path)] = leaf[0]
+    return found
+
+
+def _put(params: Any, fitted: dict[str, jax.Array], stage: int) -> Any:
+    """`params` with what was taken in its place, and without an offset of this route."""
+
+    def replaced(path, leaf):
+        own = fitted.get(jax.tree_util.keystr(path))
+        return leaf if own is None else leaf.at[0].set(own)
+
+    def reset(s, offset_R):
+        return offset_R.at[0].set(0.0) if s == stage else offset_R
+
+    return map_offsets(reset, jax.tree_util.tree_map_with_path(replaced, params))

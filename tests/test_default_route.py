@@ -1,0 +1,124 @@
+"""A default route without a script of the text: fitted on made-up scripts, one run or many."""
+
+from dataclasses import replace
+from itertools import islice
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hnet.chunking.controller import ControllerConfig, map_offsets
+from hnet.config import ChunkingConfig, ConfigError
+from hnet.data import open_corpus, train_batches
+from hnet.data.row_routes import in_unknown_scripts
+from hnet.train import settle as settling
+from hnet.train.config import TrainConfig
+from hnet.train.default_route import fit_default_route
+from hnet.train.population import build as build_population
+from hnet.train.program import put_whole_batch
+from hnet.train.settle import settle
+from hnet.train.sharding import MeshConfig
+from tests.networks import QUICK
+from tests.training import TINY, build, tiny_run
+
+GROUPS = (("Latin",), ("Greek", "Devanagari"))
+STEPS = 24
+
+
+def routed(workdir, ratio=3.0):
+    cut = ChunkingConfig(ratio, routes=3, hold_rate=True)
+    files = ("synthetic:latin:9000", "synthetic:greek:9000", "synthetic:devanagari:9000")
+    base, (outer, inner) = tiny_run(workdir), TINY.stages
+    return replace(
+        base,
+        model=replace(
+            TINY,
+            stages=(replace(outer, arch_layout=("t1", "t1"), chunking=cut), inner),
+            route_groups=GROUPS,
+        ),  # fmt: skip
+        data=replace(base.data, files=files, batch_size=4, seq_len=64),
+        controller=ControllerConfig(fit_default=True),
+        train=TrainConfig(steps=STEPS),
+        mesh=MeshConfig(data=1),
+    )
+
+
+def made_up(corpus, config, count, seed=5):
+    with train_batches(corpus, config.data, seed=seed, route_groups=GROUPS) as batches:
+        return list(in_unknown_scripts(islice(batches, count), seed))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    config = routed(tmp_path_factory.mktemp("alone"))
+    program = build(config, devices=jax.devices()[:1])
+    return config, program, open_corpus(config.data), program.init().params
+
+
+def logits(program, params, batches):
+    """Of each row, without the offset."""
+    fed = [put_whole_batch(batch, program.mesh) for batch in batches]
+    found = [program.evaluate(params, batch, capacities=(None,))["free_logits"] for batch in fed]
+    return np.concatenate([np.asarray(stages[0][0]) for stages in found])
+
+
+def test_rows_come_to_the_target_each_and_nothing_else_changes(alone):
+    config, program, corpus, start = alone
+    batches = made_up(corpus, config, 3)
+    fitted = fit_default_route(program, start, 0, [3.0], batches * 15, 45)
+
+    def spread(params):  # of sizes of chunks, where all rows together are at the target
+        free_BL = logits(program, params, batches)
+        return np.log((free_BL > np.quantile(free_BL, 2 / 3)).mean(axis=1)).std()
+
+    assert spread(fitted) < 0.5 * spread(start)
+    assert (start["backbone"]["boundary_offset"] == fitted["backbone"]["boundary_offset"]).all()
+    for (path, new), old in zip(
+        jax.tree_util.tree_leaves_with_path(fitted), jax.tree.leaves(start)
+    ):
+        is_router = "routing_module" in jax.tree_util.keystr(path)
+        assert (new[0] != old[0]).any() == is_router
+        np.testing.assert_array_equal(new[is_router:], old[is_router:])
+
+
+def test_the_last_update_is_followed_by_a_fit_whatever_the_offset_was(alone, monkeypatch):
+    """The offset is exact for the router that was fitted, on text that nothing was set on."""
+    monkeypatch.setattr(settling, "UNKNOWN_FRAC", 0.5)
+    config, program, corpus, start = alone
+    start = map_offsets(lambda stage, offset_R: offset_R - 8.0, start)
+    fitted = settle(program, start, corpus, [config], (None,))
+    assert all(
+        (new[0] != old[0]).any()
+        for new, old in zip(
+            *(jax.tree.leaves(p["backbone"]["routing_module"]) for p in (fitted, start))
+        )
+    )
+    free_BL = logits(program, fitted, made_up(corpus, config, 12, seed=77))
+    cut_BL = free_BL + fitted["backbone"]["boundary_offset"][0] > 0
+    assert 1 / cut_BL.mean() == pytest.approx(3, rel=0.2)
+
+
+def test_runs_fitted_together_are_those_fitted_alone(alone):
+    config, program, corpus, start = alone
+    configs = [config, replace(routed(config.workdir, 4.0), seed=1)]
+    devices = jax.devices()[:1]
+    together = build_population(configs, devices=devices, compiler_options=QUICK)
+    params = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x]), start)
+    batches = made_up(corpus, config, 3)
+
+    def fit(program, params, targets):
+        return jax.device_get(fit_default_route(program, params, 0, targets, batches, 3))
+
+    found = fit(together, params, [3.0, 4.0])
+    own = fit(program, jax.tree.map(lambda x: x[1], params), [4.0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[1], b, atol=1e-4), found, own)
+
+
+def test_a_default_route_that_nothing_fits_is_refused(tmp_path):
+    config = routed(tmp_path)
+    outer, inner = config.model.stages
+    for change in ({"hold_rate": False}, {"routed_parameters": False}):
+        stage = replace(outer, chunking=replace(outer.chunking, **change))
+        with pytest.raises(ConfigError, match="controller.fit_default=True"):
+            replace(config, model=replace(config.model, stages=(stage, inner)))

@@ -18,6 +18,7 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
+from experiments.benchmark_step import random_batch
 from experiments.command_line import base_config, parse, run
 from hnet.chunking.router import make_router, previous
 from hnet.chunking.routes import apply_routed
@@ -59,7 +60,7 @@ def main() -> None:
     base, calls = replace(base, data=replace(base.data, batch_size=rows)), {}
     for routes in 1, options.routes:
         config = with_routes(base, routes)
-        batch = random_batch(config, routes, options.run)
+        batch = routed_batch(config, routes, options.run)
         calls["router", routes] = router_call(config.model.stages[0], batch["route_ids"], routes)
         calls["training step", routes] = step_call(config, batch)
     times = {key: [] for key in calls}
@@ -84,18 +85,11 @@ def with_routes(base: Config, routes: int) -> Config:
     return replace(base, model=replace(base.model, stages=(outer, *inner), route_groups=groups))
 
 
-def random_batch(config: Config, routes: int, run: int) -> dict[str, np.ndarray]:
-    rng, shape = np.random.default_rng(0), (config.data.batch_size, config.data.seq_len)
-    ids = rng.integers(0, 254, shape).astype(np.int32)
-    runs = rng.integers(0, routes, (shape[0], -(-shape[1] // run))).astype(np.int32)
-    route_ids = np.repeat(runs, run, axis=1)[:, : shape[1]]
-    segments = np.ones(shape, np.int32)
-    return {
-        "input_ids": ids,
-        "segment_ids": segments,
-        "loss_mask": ids >= 0,
-        "route_ids": route_ids,
-    }
+def routed_batch(config: Config, routes: int, run: int) -> dict[str, np.ndarray]:
+    """Random bytes, with another route every `run` of them."""
+    rng, (rows, length) = np.random.default_rng(0), (config.data.batch_size, config.data.seq_len)
+    runs = rng.integers(0, routes, (rows, -(-length // run))).astype(np.int32)
+    return {**random_batch(config), "route_ids": np.repeat(runs, run, axis=1)[:, :length]}
 
 
 def router_call(stage: StageConfig, route_ids_BL: np.ndarray, routes: int) -> Callable:

@@ -206,5 +206,5 @@ def test_the_training_step_compiles_with_kernels_for_a_tpu():
             {k: sum(m.num_bytes for m in plan.moved if m.kind == k) for k in hlo.COLLECTIVES}
         )
     kernels, arrays = sums
-    assert 0 < sum(kernels.values()) < sum(arrays.values())
+    assert 0 < sum(kernels.values()) <= sum(arrays.values())
     assert all(kernels[k] <= arrays[k] for k in hlo.COLLECTIVES)

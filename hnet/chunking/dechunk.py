@@ -66,9 +66,9 @@ def ema(y_BMD: jax.Array, gate_BM: jax.Array, segment_ids_BM: jax.Array) -> jax.
     return z_KBTD.swapaxes(0, 1).reshape(y_BMD.shape[0], K * T, -1)[:, :length]
 
 
-def confidence(selected_prob_BL: jax.Array) -> jax.Array:
+def confidence(selected_prob: jax.Array) -> jax.Array:
     """1 in the forward pass, the gradient of c in the backward pass (arXiv 2507.07955, eq. 7)."""
-    return 1 + (selected_prob_BL - jax.lax.stop_gradient(selected_prob_BL))
+    return 1 + (selected_prob - jax.lax.stop_gradient(selected_prob))
 
 
 def dechunk(
@@ -96,4 +96,8 @@ def dechunk(
     if how == "scatter":
         reads_BL &= route.boundary_mask_BL
     out_BLD = jnp.where(reads_BL[..., None], gather(z_BMD, chunks.slot_BL), 0.0)
-    return out_BLD * confidence(route.selected_prob_BL)[..., None] if how == "ema" else out_BLD
+    if how != "ema":
+        return out_BLD
+    # XLA on a CPU sums over channels slowly, for the gradient of c, where there is one row of many
+    out_XD, c_X1 = out_BLD.reshape(-1, out_BLD.shape[-1]), route.selected_prob_BL.reshape(-1, 1)
+    return (out_XD * confidence(c_X1)).reshape(out_BLD.shape)

@@ -9,7 +9,9 @@ from flax import nnx
 
 from hnet.chunking.config import Alignment, ChunkingConfig
 from hnet.chunking.routes import stack_routes
-from hnet.nn.layers import INIT_STD, segment_starts
+from hnet.nn.layers import INIT_STD, matmul, segment_starts
+
+HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class RouterOutput(NamedTuple):
@@ -77,8 +79,8 @@ class RoutingModule(nnx.Module):
             return jnp.eye(*shape, dtype=dtype)
 
         self.q_proj_layer, self.k_proj_layer = (
-            nnx.Linear(d_model, d_model, use_bias=False, kernel_init=identity,
-                       precision=jax.lax.Precision.HIGHEST, rngs=rngs)
+            nnx.Linear(d_model, d_model, use_bias=False, kernel_init=identity, rngs=rngs,
+                       dot_general=lambda x, weight, *_, **__: matmul(x, weight, HIGHEST))
             for _ in range(2)
         )  # fmt: skip
 
@@ -94,7 +96,7 @@ class BoundaryPredictor(nnx.Module):
         def layer(d_in, d_out):
             return nnx.Linear(
                 d_in, d_out, kernel_init=nnx.initializers.normal(INIT_STD),
-                precision=jax.lax.Precision.HIGHEST, rngs=rngs,
+                precision=HIGHEST, rngs=rngs,
             )  # fmt: skip
 
         self.fc1, self.fc2 = layer(d_model, d_hidden), layer(d_hidden, 1)

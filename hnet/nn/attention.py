@@ -256,13 +256,12 @@ class Attention(nnx.Module):
     def attend(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> tuple[jax.Array, ...]:
         """The output, and the keys and values (B, L, H, K) it was made of."""
         q, k, v = self.qkv(x_BLD, segment_positions(segment_ids_BL))
-        inputs, window = (q, k, v, segment_ids_BL), self.stage.window_size
-        if other := kernel("attention_backend", self.compute):
-            axes = ("BLHK", "BLHK", "BLHK", "BL")
-            out_BLHK = on_each_device(partial(other, window=window), axes, "BLHK", *inputs)
-        else:
-            block_len = self.compute.attention_block_len
-            out_BLHK = attention(*inputs, window=window, block_len=block_len)
+        blocked = partial(attention, block_len=self.compute.attention_block_len)
+        attend = kernel("attention_backend", self.compute) or blocked
+        axes = ("BLHK", "BLHK", "BLHK", "BL")
+        out_BLHK = on_each_device(
+            partial(attend, window=self.stage.window_size), axes, "BLHK", q, k, v, segment_ids_BL
+        )
         return self.out_proj(out_BLHK.reshape(x_BLD.shape)), k, v
 
     def __call__(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:

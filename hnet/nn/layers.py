@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -110,30 +111,36 @@ class RMSNorm(nnx.Module):
         return rms_norm(x_BLD, self.scale[...])
 
 
-def matmul(x_XD: jax.Array, weight_DF: jax.Array) -> jax.Array:
+def matmul(x_XD: jax.Array, weight_DF: jax.Array, precision=None) -> jax.Array:
     """x @ weight, under a name that rematerialisation knows (`hnet.nn.isotropic`)."""
-    return checkpoint_name(_matmul(x_XD, weight_DF), MATMUL)
+    return checkpoint_name(_matmul(x_XD, weight_DF, precision), MATMUL)
 
 
-@jax.custom_vjp
-def _matmul(x_XD: jax.Array, weight_DF: jax.Array) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(x_XD: jax.Array, weight_DF: jax.Array, precision) -> jax.Array:
     """Its own derivative, since XLA on a CPU copies the left operand of a product that contracts
     its rows: that is to be the narrower one."""
-    return x_XD @ weight_DF
+    return jnp.matmul(x_XD, weight_DF, precision=precision)
 
 
-def _matmul_bwd(saved, grad_XF):
+def _matmul_bwd(precision, saved, grad_XF):
     x_XD, weight_DF = saved
     rows = tuple(range(x_XD.ndim - 1))
-    rows = ((rows, rows), ((), ()))
+    product = partial(
+        jax.lax.dot_general, dimension_numbers=((rows, rows), ((), ())), precision=precision
+    )
     if x_XD.shape[-1] > grad_XF.shape[-1]:
-        grad_weight_DF = jax.lax.dot_general(grad_XF, x_XD, rows).T
+        grad_weight_DF = product(grad_XF, x_XD).T
     else:
-        grad_weight_DF = jax.lax.dot_general(x_XD, grad_XF, rows)
-    return grad_XF @ weight_DF.T, grad_weight_DF
+        grad_weight_DF = product(x_XD, grad_XF)
+    return jnp.matmul(grad_XF, weight_DF.T, precision=precision), grad_weight_DF
 
 
-_matmul.defvjp(lambda x, weight: (x @ weight, (x, weight)), _matmul_bwd)
+def _matmul_fwd(x_XD, weight_DF, precision):
+    return _matmul(x_XD, weight_DF, precision), (x_XD, weight_DF)
+
+
+_matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
 def linear(d_in: int, d_out: int, *, std: float = INIT_STD, dtype, rngs: nnx.Rngs) -> nnx.Linear:

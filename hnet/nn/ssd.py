@@ -173,22 +173,44 @@ def _by_blocks_fwd(x, dt_BKHT, log_a_BKHT, B, C, marks):
     entering = None
     if x.shape[1] > 1:
         x_end = x.astype(jnp.float32) * (_by_position(dt_BKHT) * decays.to_end_BKTH1)
-        added_BKNHP = einsum("bknt,bkthp->bknhp", _transposed(B), x_end)
-        entering = _carried(added_BKNHP, decays.carry_BKH)
-        y += decays.from_start_BKTH1 * einsum("bktn,bknhp->bkthp", C, entering)
+        before = partial(_neighbour, step=-1)
+        added_BKND = einsum("bknt,bktd->bknd", _transposed(before(B)), before(_flat(x_end)))
+        entering = _carried(added_BKND, before(decays.carry_BKH), step=1)
+        y += decays.from_start_BKTH1 * einsum("bktn,bknd->bktd", C, entering).reshape(x.shape)
     return y, (x, dt_BKHT, log_a_BKHT, B, C, marks, entering)
 
 
-def _carried(added_BKNHP, carry_BKH, reverse=False):
-    """State entering each block: that entering the block before, decayed, and what it added."""
+def _flat(a_BKTHP: jax.Array) -> jax.Array:
+    """Heads and their channels as one axis D."""
+    return a_BKTHP.reshape(*a_BKTHP.shape[:3], -1)
 
-    def pass_on(state_BNHP, inputs):
-        added_BNHP, carry_BH = inputs
-        return carry_BH[:, None, :, None] * state_BNHP + added_BNHP, state_BNHP
 
-    by_block = (added_BKNHP.swapaxes(0, 1), carry_BKH.swapaxes(0, 1))
-    zero = jnp.zeros_like(added_BKNHP[:, 0])
-    return jax.lax.scan(pass_on, zero, by_block, reverse=reverse)[1].swapaxes(0, 1)
+def _neighbour(a_BKX: jax.Array, *, step: int) -> jax.Array:
+    """What the block `step` places further holds, 0 if there is none."""
+    pad = [(0, 0)] * a_BKX.ndim
+    pad[1] = (max(-step, 0), max(step, 0))
+    return jnp.pad(a_BKX[:, step:] if step > 0 else a_BKX[:, :step], pad)
+
+
+def _carried(added_BKND, carry_BKH, *, step: int):
+    """s_k = added_k + carry_k s_{k - step}, s = 0 outside the row, in the place of `added`.
+
+    A loop over the second axis: a scan would want the blocks first, and copy both ways.
+    """
+    B, K, N, D = added_BKND.shape
+    H = carry_BKH.shape[-1]
+
+    def pass_on(i, loop):
+        states_BKND, state_BNHP = loop
+        k = i if step > 0 else K - 1 - i
+        added_BNHP = jax.lax.dynamic_index_in_dim(states_BKND, k, 1, False).reshape(B, N, H, -1)
+        carry_BH = jax.lax.dynamic_index_in_dim(carry_BKH, k, 1, False)
+        state_BNHP = carry_BH[:, None, :, None] * state_BNHP + added_BNHP
+        state_B1ND = state_BNHP.reshape(B, 1, N, D)
+        return jax.lax.dynamic_update_slice_in_dim(states_BKND, state_B1ND, k, 1), state_BNHP
+
+    zero = jnp.zeros((B, N, H, D // H), added_BKND.dtype)
+    return jax.lax.fori_loop(0, K, pass_on, (added_BKND, zero))[0]
 
 
 def _by_blocks_bwd(saved, dy):
@@ -229,14 +251,18 @@ def _by_blocks_bwd(saved, dy):
             return jnp.sum(a_BKTHP * b_BKTHP, axis=-1).swapaxes(2, 3)
 
         dy_start = dy * decays.from_start_BKTH1
-        dC += einsum("bkthp,bknhp->bktn", dy_start, entering)
-        dtotal_BKHT += over_channels(dy_start, einsum("bktn,bknhp->bkthp", C, entering))
-        dentering = einsum("bknt,bkthp->bknhp", _transposed(C), dy_start)
-        dadded = _carried(dentering, decays.carry_BKH, reverse=True)
-        dcarry_BKH = jnp.sum(dadded * entering, axis=(2, 4)) * decays.carry_BKH
+        dC += einsum("bktd,bknd->bktn", _flat(dy_start), entering)
+        read = einsum("bktn,bknd->bktd", C, entering).reshape(x.shape)
+        dtotal_BKHT += over_channels(dy_start, read)
+        # by what a block leaves behind, through the states that enter all blocks after it
+        after = partial(_neighbour, step=1)
+        dadded = einsum("bknt,bktd->bknd", _transposed(after(C)), after(_flat(dy_start)))
+        dadded = _carried(dadded, after(decays.carry_BKH), step=-1)
+        by_head_BKNHP = (dadded * entering).reshape(*dadded.shape[:3], -1, x.shape[-1])
+        dcarry_BKH = jnp.sum(by_head_BKNHP, axis=(2, 4)) * decays.carry_BKH
         x_end = x * (dt_BKTH1 * decays.to_end_BKTH1)
-        dB += einsum("bkthp,bknhp->bktn", x_end, dadded)
-        dx_end = einsum("bktn,bknhp->bkthp", B, dadded)
+        dB += einsum("bktd,bknd->bktn", _flat(x_end), dadded)
+        dx_end = einsum("bktn,bknd->bktd", B, dadded).reshape(x.shape)
         dx += dx_end * (dt_BKTH1 * decays.to_end_BKTH1)
         dlater_BKHT = over_channels(dx_end, x) * decays.to_end_BKTH1[..., 0].swapaxes(2, 3)
         ddt_BKHT += dlater_BKHT

@@ -190,9 +190,11 @@ def _cut(stage: str, cut: ChunkingConfig, S: int, D: int) -> Iterator[Term]:
 
 def _ema(part: str, S: int, D: int) -> Iterator[Term]:
     block = min(EMA_BLOCK, S)  # hnet.chunking.dechunk.ema
-    padded = math.ceil(S / block) * block
-    yield Term(part, "ema", "mixing", 2 * padded * block * D)
-    yield Term(part, "ema carry", "elementwise", 2 * padded * D)
+    blocks = math.ceil(S / block)
+    yield Term(part, "ema", "mixing", 2 * blocks * block**2 * D)
+    if blocks > 1:
+        yield Term(part, "ema carry", "elementwise", 2 * blocks * block * D)
+        yield from _ema(part, blocks, D)
 
 
 def _attention(

@@ -30,11 +30,20 @@ def ema_reference(y_BMD: jax.Array, gate_BM: jax.Array, segment_ids_BM: jax.Arra
 def ema(y_BMD: jax.Array, gate_BM: jax.Array, segment_ids_BM: jax.Array) -> jax.Array:
     """`ema_reference` as matmuls over blocks of slots (arXiv 2507.07955, eq. 5).
 
-    With a_m = 1 - P_m (0 at a segment start), a block is z = W y + (prod a) z_before, where
-    W[i, j] = P_j prod_{j < r <= i} a_r. The products are summed logarithms of only the factors
-    they contain, so nothing cancels. float32 in and out.
+    float32 in and out.
     """
-    length = y_BMD.shape[1]
+    log_keep_BM = jnp.log1p(-gate_BM)
+    return _decaying_sums(gate_BM[..., None] * y_BMD, log_keep_BM, segment_starts(segment_ids_BM))
+
+
+def _decaying_sums(x_BMD: jax.Array, log_keep_BM: jax.Array, start_BM: jax.Array) -> jax.Array:
+    """z_m = x_m + a_m z_{m-1} with a = exp(log_keep), 0 where a segment starts.
+
+    A block is z = W x + (prod a) z_before with W[i, j] = prod_{j < r <= i} a_r, and the last z of
+    all blocks are decaying sums themselves, so it is log(M) matmuls deep. The products are summed
+    logarithms of only the factors they contain, so nothing cancels.
+    """
+    length = x_BMD.shape[1]
     T = min(EMA_BLOCK, length)
     K = -(-length // T)
 
@@ -42,28 +51,23 @@ def ema(y_BMD: jax.Array, gate_BM: jax.Array, segment_ids_BM: jax.Array) -> jax.
         a = jnp.pad(a, ((0, 0), (0, K * T - length)) + ((0, 0),) * (a.ndim - 2))
         return a.reshape(a.shape[0], K, T, *a.shape[2:])
 
-    y_BKTD, gate_BKT = blocks(y_BMD), blocks(gate_BM)
-    start_BKT = blocks(segment_starts(segment_ids_BM))
-    log_keep_BKT = jnp.log1p(-gate_BKT)
+    x_BKTD, log_keep_BKT, start_BKT = blocks(x_BMD), blocks(log_keep_BM), blocks(start_BM)
     later_TT = jnp.tril(jnp.ones((T, T), bool), -1)  # [r, j]: factor r acts on slot j < r
     log_BKTT = jnp.where(later_TT[None, None], log_keep_BKT[..., None], 0.0)
-    resets_BKT = jnp.cumsum(start_BKT, axis=-1, dtype=jnp.int32)
-    same_BKTT = resets_BKT[..., :, None] == resets_BKT[..., None, :]
+    starts_BKT = jnp.cumsum(start_BKT, axis=-1, dtype=jnp.int32)
+    same_BKTT = starts_BKT[..., :, None] == starts_BKT[..., None, :]
     visible_BKTT = same_BKTT & jnp.tril(jnp.ones((T, T), bool))[None, None]
-    decay_BKTT = jnp.where(visible_BKTT, jnp.exp(jnp.cumsum(log_BKTT, axis=-2)), 0.0)
-    weight_BKTT = decay_BKTT * gate_BKT[..., None, :]
-    z_BKTD = jnp.einsum("bkij,bkjd->bkid", weight_BKTT, y_BKTD, precision=jax.lax.Precision.HIGHEST)
-    from_start_BKT = jnp.exp(jnp.cumsum(log_keep_BKT, axis=-1))
-    from_start_BKT = jnp.where(resets_BKT == 0, from_start_BKT, 0.0)
-
-    def pass_on(z_BD, inputs):
-        z_BTD, from_start_BT = inputs
-        z_BTD = z_BTD + from_start_BT[..., None] * z_BD[:, None]
-        return z_BTD[:, -1], z_BTD
-
-    by_block = (z_BKTD.swapaxes(0, 1), from_start_BKT.swapaxes(0, 1))
-    _, z_KBTD = jax.lax.scan(pass_on, jnp.zeros_like(y_BMD[:, 0]), by_block)
-    return z_KBTD.swapaxes(0, 1).reshape(y_BMD.shape[0], K * T, -1)[:, :length]
+    weight_BKTT = jnp.where(visible_BKTT, jnp.exp(jnp.cumsum(log_BKTT, axis=-2)), 0.0)
+    z_BKTD = jnp.einsum("bkij,bkjd->bkid", weight_BKTT, x_BKTD, precision=jax.lax.Precision.HIGHEST)
+    if K > 1:
+        log_from_start_BKT = jnp.cumsum(log_keep_BKT, axis=-1)
+        from_start_BKT = jnp.where(starts_BKT == 0, jnp.exp(log_from_start_BKT), 0.0)
+        last_BKD = _decaying_sums(
+            z_BKTD[:, :, -1], log_from_start_BKT[..., -1], starts_BKT[..., -1] > 0
+        )
+        before_BKD = jnp.pad(last_BKD[:, :-1], ((0, 0), (1, 0), (0, 0)))
+        z_BKTD += from_start_BKT[..., None] * before_BKD[:, :, None]
+    return z_BKTD.reshape(x_BMD.shape[0], K * T, -1)[:, :length]
 
 
 def confidence(selected_prob: jax.Array) -> jax.Array:

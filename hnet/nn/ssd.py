@@ -173,9 +173,8 @@ def _by_blocks_fwd(x, dt_BKHT, log_a_BKHT, B, C, marks):
     entering = None
     if x.shape[1] > 1:
         x_end = x.astype(jnp.float32) * (_by_position(dt_BKHT) * decays.to_end_BKTH1)
-        before = partial(_neighbour, step=-1)
-        added_BKND = einsum("bknt,bktd->bknd", _transposed(before(B)), before(_flat(x_end)))
-        entering = _carried(added_BKND, before(decays.carry_BKH), step=1)
+        added_BKND = einsum("bknt,bktd->bknd", _transposed(B), _flat(x_end))
+        entering = _carried(added_BKND, decays.carry_BKH)
         y += decays.from_start_BKTH1 * einsum("bktn,bknd->bktd", C, entering).reshape(x.shape)
     return y, (x, dt_BKHT, log_a_BKHT, B, C, marks, entering)
 
@@ -185,29 +184,23 @@ def _flat(a_BKTHP: jax.Array) -> jax.Array:
     return a_BKTHP.reshape(*a_BKTHP.shape[:3], -1)
 
 
-def _neighbour(a_BKX: jax.Array, *, step: int) -> jax.Array:
-    """What the block `step` places further holds, 0 if there is none."""
-    pad = [(0, 0)] * a_BKX.ndim
-    pad[1] = (max(-step, 0), max(step, 0))
-    return jnp.pad(a_BKX[:, step:] if step > 0 else a_BKX[:, :step], pad)
+def _carried(added_BKND, carry_BKH, *, reverse: bool = False):
+    """State entering each block: that entering the block before, decayed, and what it added.
 
-
-def _carried(added_BKND, carry_BKH, *, step: int):
-    """s_k = added_k + carry_k s_{k - step}, s = 0 outside the row, in the place of `added`.
-
-    A loop over the second axis: a scan would want the blocks first, and copy both ways.
+    A loop over the second axis, in the place of `added`: a scan would want the blocks first, and
+    copy both ways.
     """
     B, K, N, D = added_BKND.shape
     H = carry_BKH.shape[-1]
 
     def pass_on(i, loop):
         states_BKND, state_BNHP = loop
-        k = i if step > 0 else K - 1 - i
+        k = K - 1 - i if reverse else i
         added_BNHP = jax.lax.dynamic_index_in_dim(states_BKND, k, 1, False).reshape(B, N, H, -1)
         carry_BH = jax.lax.dynamic_index_in_dim(carry_BKH, k, 1, False)
-        state_BNHP = carry_BH[:, None, :, None] * state_BNHP + added_BNHP
         state_B1ND = state_BNHP.reshape(B, 1, N, D)
-        return jax.lax.dynamic_update_slice_in_dim(states_BKND, state_B1ND, k, 1), state_BNHP
+        states_BKND = jax.lax.dynamic_update_slice_in_dim(states_BKND, state_B1ND, k, 1)
+        return states_BKND, carry_BH[:, None, :, None] * state_BNHP + added_BNHP
 
     zero = jnp.zeros((B, N, H, D // H), added_BKND.dtype)
     return jax.lax.fori_loop(0, K, pass_on, (added_BKND, zero))[0]
@@ -254,10 +247,8 @@ def _by_blocks_bwd(saved, dy):
         dC += einsum("bktd,bknd->bktn", _flat(dy_start), entering)
         read = einsum("bktn,bknd->bktd", C, entering).reshape(x.shape)
         dtotal_BKHT += over_channels(dy_start, read)
-        # by what a block leaves behind, through the states that enter all blocks after it
-        after = partial(_neighbour, step=1)
-        dadded = einsum("bknt,bktd->bknd", _transposed(after(C)), after(_flat(dy_start)))
-        dadded = _carried(dadded, after(decays.carry_BKH), step=-1)
+        dentering = einsum("bknt,bktd->bknd", _transposed(C), _flat(dy_start))
+        dadded = _carried(dentering, decays.carry_BKH, reverse=True)
         by_head_BKNHP = (dadded * entering).reshape(*dadded.shape[:3], -1, x.shape[-1])
         dcarry_BKH = jnp.sum(by_head_BKNHP, axis=(2, 4)) * decays.carry_BKH
         x_end = x * (dt_BKTH1 * decays.to_end_BKTH1)

@@ -1,5 +1,7 @@
 """From chunk slots back to positions: smoothing, upsampling, confidence."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import jax
@@ -27,13 +29,36 @@ def ema_reference(y_BMD: jax.Array, gate_BM: jax.Array, segment_ids_BM: jax.Arra
     return jax.vmap(one_row)(y_BMD, gate_BM, segment_starts(segment_ids_BM))
 
 
+@jax.custom_vjp
 def ema(y_BMD: jax.Array, gate_BM: jax.Array, segment_ids_BM: jax.Array) -> jax.Array:
     """`ema_reference` as matmuls over blocks of slots (arXiv 2507.07955, eq. 5).
 
     float32 in and out.
     """
-    log_keep_BM = jnp.log1p(-gate_BM)
-    return _decaying_sums(gate_BM[..., None] * y_BMD, log_keep_BM, segment_starts(segment_ids_BM))
+    return _smoothed(gate_BM, segment_ids_BM)(gate_BM[..., None] * y_BMD)
+
+
+def _smoothed(gate_BM: jax.Array, segment_ids_BM: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    starts_BM = segment_starts(segment_ids_BM)
+    return partial(_decaying_sums, log_keep_BM=jnp.log1p(-gate_BM), start_BM=starts_BM)
+
+
+def _ema_bwd(saved, dz_BMD):
+    """z_m = P_m y_m + (1 - P_m) z_{m-1} by y and P, with s_m = dz_m + (1 - P_{m+1}) s_{m+1}."""
+    y_BMD, gate_BM, segment_ids_BM, z_BMD = saved
+    (s_BMD,) = jax.linear_transpose(_smoothed(gate_BM, segment_ids_BM), y_BMD)(dz_BMD)
+    starts_BM1 = segment_starts(segment_ids_BM)[..., None]
+    before_BMD = jnp.where(starts_BM1, 0.0, jnp.pad(z_BMD[:, :-1], ((0, 0), (1, 0), (0, 0))))
+    dgate_BM = _over_channels(s_BMD * (y_BMD - before_BMD))
+    return gate_BM[..., None] * s_BMD, dgate_BM, None
+
+
+def _ema_fwd(*inputs):
+    z_BMD = ema(*inputs)
+    return z_BMD, (*inputs, z_BMD)
+
+
+ema.defvjp(_ema_fwd, _ema_bwd)
 
 
 def _decaying_sums(x_BMD: jax.Array, log_keep_BM: jax.Array, start_BM: jax.Array) -> jax.Array:
@@ -68,6 +93,11 @@ def _decaying_sums(x_BMD: jax.Array, log_keep_BM: jax.Array, start_BM: jax.Array
         before_BKD = jnp.pad(last_BKD[:, :-1], ((0, 0), (1, 0), (0, 0)))
         z_BKTD += from_start_BKT[..., None] * before_BKD[:, :, None]
     return z_BKTD.reshape(x_BMD.shape[0], K * T, -1)[:, :length]
+
+
+def _over_channels(a_BLD: jax.Array) -> jax.Array:
+    """Sums over D, of one axis of rows: XLA on a CPU makes them slowly if B is 1."""
+    return jnp.sum(a_BLD.reshape(-1, a_BLD.shape[-1]), axis=-1).reshape(a_BLD.shape[:-1])
 
 
 def confidence(selected_prob: jax.Array) -> jax.Array:

@@ -147,14 +147,16 @@ def test_confidence_is_one_with_the_gradient_of_c():
 
 # --- the EMA ------------------------------------------------------------------------------------
 
-M = 2 * EMA_BLOCK + 7
+M = EMA_BLOCK**2 + 79  # blocks of blocks of blocks
 Y = np.float32(rng.normal(size=(B, M, D)))
-GATE = np.float32(rng.choice([1e-4, 0.02, 0.5, 0.9, 1 - 1e-4], size=(B, M)))
-CHUNK_SEGMENTS = np.stack([np.repeat([1, 2, 3], [5, 40, M - 45]), np.repeat([1, 0], [50, M - 50])])
+# mostly so small that a state lives on through blocks
+GATE = rng.choice([1e-4, 3e-3, 0.5, 1 - 1e-4], size=(B, M), p=[0.6, 0.37, 0.02, 0.01])
+GATE = GATE.astype(np.float32)
+CHUNK_SEGMENTS = np.stack([np.repeat([1, 2, 3], [5, 60, M - 65]), np.repeat([1, 0], [50, M - 50])])
 CHUNK_SEGMENTS = CHUNK_SEGMENTS.astype(np.int32)
 
 
-@pytest.mark.parametrize("slots", [1, 5, EMA_BLOCK, M])
+@pytest.mark.parametrize("slots", [1, 5, EMA_BLOCK, 2 * EMA_BLOCK + 7, M])
 @pytest.mark.parametrize("smooth", [ema, ema_reference])
 def test_ema_is_the_recurrence(smooth, slots):
     inputs = Y[:, :slots], GATE[:, :slots], CHUNK_SEGMENTS[:, :slots]

@@ -64,7 +64,9 @@ def logits(program, params, batches):
 
 
 def test_rows_come_to_the_target_each_and_nothing_else_changes(alone):
+    """Wherever the offset was, which had no text to hold."""
     config, program, corpus, start = alone
+    start = map_offsets(lambda stage, offset_R: offset_R - 8.0, start)
     batches = made_up(corpus, config, 3)
     fitted = fit_default_route(program, start, 0, [3.0], batches * 15, 45)
 
@@ -73,20 +75,21 @@ def test_rows_come_to_the_target_each_and_nothing_else_changes(alone):
         return np.log((free_BL > np.quantile(free_BL, 2 / 3)).mean(axis=1)).std()
 
     assert spread(fitted) < 0.5 * spread(start)
-    assert (start["backbone"]["boundary_offset"] == fitted["backbone"]["boundary_offset"]).all()
+    assert fitted["backbone"]["boundary_offset"].tolist() == [0, -8, -8]
     for (path, new), old in zip(
         jax.tree_util.tree_leaves_with_path(fitted), jax.tree.leaves(start)
     ):
+        if "boundary_offset" in jax.tree_util.keystr(path):
+            continue
         is_router = "routing_module" in jax.tree_util.keystr(path)
         assert (new[0] != old[0]).any() == is_router
         np.testing.assert_array_equal(new[is_router:], old[is_router:])
 
 
-def test_the_last_update_is_followed_by_a_fit_whatever_the_offset_was(alone, monkeypatch):
+def test_the_last_update_is_followed_by_a_fit_and_its_offset(alone, monkeypatch):
     """The offset is exact for the router that was fitted, on text that nothing was set on."""
     monkeypatch.setattr(settling, "UNKNOWN_FRAC", 0.5)
     config, program, corpus, start = alone
-    start = map_offsets(lambda stage, offset_R: offset_R - 8.0, start)
     fitted = settle(program, start, corpus, [config], (None,))
     assert all(
         (new[0] != old[0]).any()

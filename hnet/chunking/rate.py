@@ -84,7 +84,7 @@ def row_rate_error(route: RouterOutput, target_ratio: jax.Array, threshold: jax.
     p_BL = jnp.clip(route.boundary_prob_BL, MIN_PROB, 1 - MIN_PROB)
     soft_BL = jax.nn.sigmoid((jnp.log(p_BL) - jnp.log1p(-p_BL) - threshold) / SOFT)
     n_B = jnp.sum(valid_BL, axis=1, dtype=jnp.float32)
-    F_B = jnp.sum(jnp.where(valid_BL, soft_BL, 0.0), axis=1) / jnp.maximum(n_B, 1.0)
+    F_B = jnp.sum(soft_BL, axis=1) / jnp.maximum(n_B, 1.0)  # p is 0 on padding
     error_B = jnp.where(n_B > 0, jnp.square(target_ratio * F_B - 1), 0.0)
     return jnp.sum(error_B) / jnp.maximum(jnp.sum(n_B > 0, dtype=jnp.float32), 1.0)
 

@@ -82,8 +82,9 @@ def test_bad_input_exits_with_2_and_one_line_on_stderr(tmp_path):
 def test_output_that_nobody_reads_ends_without_a_word(length):
     """Output that waits in the buffer to the end, and output that does not."""
     code = f"from experiments.command_line import run; run(lambda: print({length} * 'x'))"
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, **pipes) as process:
+    how = {"cwd": ROOT, "text": True, "env": os.environ | {"PYTHONUNBUFFERED": ""}}
+    how |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], **how) as process:
         process.stdout.close()
         assert process.stderr.read() == ""
         assert process.wait(60) == 141

@@ -1,5 +1,7 @@
 """The SSD and the convolution against plain loops, with segments, and their gradients."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,6 +109,21 @@ def test_no_gradient_crosses_a_segment(block_len):
     inputs = [INPUTS[n] for n in ("x", "dt", "B", "C")]
     for grad in quick_jit(jax.grad(scalar, range(4)))(*inputs):
         assert np.all(grad[0, :16] == 0) and np.all(grad[1] == 0) and np.any(grad[0, 16:] != 0)
+
+
+def test_passing_states_on_copies_none_of_the_others():
+    """Else a row costs the square of its blocks: no instruction of a loop copies all states."""
+    blocks, T, N = 7, 5, 3
+    shapes = (1, blocks * T, 2, 11), (1, blocks * T, 2), (2,), *[(1, blocks * T, N)] * 2
+    given = [jnp.ones(shape, jnp.float32) for shape in shapes]
+    segment_ids = jnp.ones((1, blocks * T), jnp.int32)
+    run = lambda *inputs: jnp.sum(ssd(*inputs, segment_ids, block_len=T))
+    text = jax.jit(jax.grad(run, range(5))).lower(*given).compile().as_text()
+    bodies = set(re.findall(r"body=%?([\w.-]+)", text))
+    inside = [c for c in text.split("\n\n") if c.lstrip("%").split(" ")[0] in bodies]
+    assert len(inside) == len(bodies) == 2  # forward and backward
+    copies = re.compile(rf"f32\[1,{blocks},{N},22\]\S* copy")
+    assert not any(copies.search(body) for body in inside)
 
 
 def test_bfloat16_operands_stay_near():

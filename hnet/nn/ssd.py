@@ -187,8 +187,8 @@ def _flat(a_BKTHP: jax.Array) -> jax.Array:
 def _carried(added_BKND, carry_BKH, *, reverse: bool = False):
     """State entering each block: that entering the block before, decayed, and what it added.
 
-    A loop over the second axis, in the place of `added`: a scan would want the blocks first, and
-    copy both ways.
+    A loop over the second axis: a scan would want the blocks first, and copy both ways. In place
+    of `added` XLA on a CPU would copy all states for each block.
     """
     B, K, N, D = added_BKND.shape
     H = carry_BKH.shape[-1]
@@ -196,14 +196,14 @@ def _carried(added_BKND, carry_BKH, *, reverse: bool = False):
     def pass_on(i, loop):
         states_BKND, state_BNHP = loop
         k = K - 1 - i if reverse else i
-        added_BNHP = jax.lax.dynamic_index_in_dim(states_BKND, k, 1, False).reshape(B, N, H, -1)
-        carry_BH = jax.lax.dynamic_index_in_dim(carry_BKH, k, 1, False)
         state_B1ND = state_BNHP.reshape(B, 1, N, D)
         states_BKND = jax.lax.dynamic_update_slice_in_dim(states_BKND, state_B1ND, k, 1)
+        added_BNHP = jax.lax.dynamic_index_in_dim(added_BKND, k, 1, False).reshape(B, N, H, -1)
+        carry_BH = jax.lax.dynamic_index_in_dim(carry_BKH, k, 1, False)
         return states_BKND, carry_BH[:, None, :, None] * state_BNHP + added_BNHP
 
     zero = jnp.zeros((B, N, H, D // H), added_BKND.dtype)
-    return jax.lax.fori_loop(0, K, pass_on, (added_BKND, zero))[0]
+    return jax.lax.fori_loop(0, K, pass_on, (jnp.zeros_like(added_BKND), zero))[0]
 
 
 def _by_blocks_bwd(saved, dy):

@@ -11,6 +11,7 @@ import sys
 import unicodedata
 from dataclasses import replace
 from importlib.metadata import entry_points
+from urllib.parse import quote_plus
 
 import jax
 import numpy as np
@@ -318,6 +319,47 @@ def test_a_running_run_grows_and_the_view_follows(view, grow):
     view.get_by_role("button", name="Look for new").click()
     view.locator(".steplabel", has_text="step 30 (3 of 3)").wait_for()
     view.locator(".runnames", has_text="step 30").wait_for()
+
+
+@pytest.fixture
+def held(watched):
+    """Lets the answers about a run wait until they are let go: (run) -> function that does it."""
+    page, _ = watched
+    matching = []
+
+    def hold(name):
+        waiting = []
+        matching.append(re.compile(r"/run\?run=" + re.escape(quote_plus(name))))
+        page.route(matching[-1], lambda route: waiting.append(route))
+
+        def let_go():
+            assert waiting
+            with page.expect_response(matching[-1]):
+                waiting.pop().continue_()
+
+        return let_go
+
+    yield hold
+    for pattern in matching:
+        page.unroute(pattern)
+
+
+def test_the_run_chosen_last_is_shown_though_another_loads_later(open_page, address, held):
+    let_go = held(GROWING)  # the first one, which is shown until another is chosen
+    page = open_page(address + PLUGIN)
+    page.get_by_label("Run", exact=True).select_option(RUN)
+    page.locator(".runnames", has_text=f"{RUN} · step {NEWEST}").wait_for()
+    let_go()
+    to_step(page, 2)
+    assert page.get_by_label("Run", exact=True).input_value() == RUN
+
+
+def test_the_view_is_usable_while_new_steps_are_looked_for(view, held):
+    let_go = held(RUN)
+    view.get_by_role("button", name="Look for new").click()
+    to_step(view, 1)
+    let_go()
+    to_step(view, 2)
 
 
 def test_another_run_is_shown_at_the_nearest_step_before(view):

@@ -19,6 +19,7 @@ export class View {
     this.runs = [];
     this.info = new Map(); // run -> {steps, texts}
     this.views = new Map(); // run|step|key -> prepared segmentation, the oldest first
+    this.wanted = [null, null]; // the runs chosen last, which may still be loading
     this.state = { runs: [null, null], step: 0, level: "0", route: "", gold: "", query: "", threshold: null };
     this.shown = PAGE;
     this.turn = 0;
@@ -104,22 +105,27 @@ export class View {
   /** Look for new runs and steps; a view of the newest step follows it. */
   async reload() {
     await this.guard(async () => {
-      const { atEnd } = this;
       await this.findRuns();
-      this.info.clear();
-      this.views.clear();
       if (this.state.runs[0] === null) return this.start();
-      await Promise.all(this.state.runs.filter((run) => run !== null).map((run) => this.load(run)));
+      const before = this.state.runs.filter((run) => run !== null);
+      const found = await Promise.all(before.map((run) => this.source.run(run)));
+      const { atEnd } = this;
+      // A run that was chosen meanwhile stays; others are asked for again when they are chosen.
+      for (const run of this.info.keys()) if (!this.state.runs.includes(run)) this.info.delete(run);
+      before.forEach((run, i) => this.info.set(run, found[i]));
+      this.views.clear();
       this.fillFilters();
       await this.goTo(atEnd ? this.steps.length - 1 : this.state.step);
     });
   }
 
   /** Show a run first (i = 0) or beside it, at the last step not after the one shown; at its newest
-   * step if that was shown of the run before. */
+   * step if that was shown of the run before. Of several choices the last one counts, in whatever
+   * order they load. */
   async chooseRun(i, name) {
+    this.wanted[i] = name;
     await this.guard(async () => {
-      if (name) await this.load(name);
+      if (!(await stillWanted(name && this.load(name), () => this.wanted[i] === name))) return;
       const before = this.atEnd ? Infinity : this.stepNumber;
       this.state.runs[i] = name;
       this.runSelects[i].value = name ?? "";
@@ -250,9 +256,10 @@ export class View {
     const steps = chosen.map((run) => this.stepOf(run));
     this.showStep();
     this.loading = true;
-    const fetched = await Promise.all(chosen.map((run, i) => this.fetchViews(run, steps[i], keys)));
-    if (turn !== this.turn) return;
+    const fetching = Promise.all(chosen.map((run, i) => this.fetchViews(run, steps[i], keys)));
+    if (!(await stillWanted(fetching, () => turn === this.turn))) return;
     this.loading = false;
+    const fetched = await fetching;
     const at = (step) => (step === null ? "" : ` · step ${step.toLocaleString("en")}`); // a page may know none
     const runs = chosen.map((run, i) => ({ label: run + at(steps[i]), found: fetched[i] }));
     this.draw(runs, texts, keys);
@@ -306,7 +313,18 @@ export class View {
     try {
       await action();
     } catch (e) {
+      this.loading = false;
       this.say(`This view could not be loaded: ${e.message}`);
     }
   }
+}
+
+/** Wait for an answer, then say whether it is still asked for; if not, an error is no news either. */
+async function stillWanted(answer, isWanted) {
+  try {
+    await answer;
+  } catch (e) {
+    if (isWanted()) throw e;
+  }
+  return isWanted();
 }

@@ -105,9 +105,6 @@ class ComputeConfig:
     ssd_backend: Literal["auto", "xla", "pallas"] = "auto"
     """what computes the SSD in a run: matmuls over blocks (xla) or a kernel for TPUs (pallas);
     auto: pallas on TPUs, else xla"""
-    batch_shards: int = 1
-    """equal parts of the batch whose positions are grouped by route apart: the devices that the
-    batch lies on, so that nothing moves between them"""
 
 
 @dataclass(frozen=True)
@@ -218,7 +215,7 @@ def _check(config: HNetConfig) -> None:
     for name in ("d_state", "d_conv", "expand", "head_dim"):
         if (value := getattr(config.ssm, name)) < 1:
             raise ConfigError(f"model.ssm.{name}={value}: use 1 or more")
-    for name in ("ssd_block_len", "attention_block_len", "batch_shards"):
+    for name in ("ssd_block_len", "attention_block_len"):
         if (value := getattr(config.compute, name)) < 1:
             raise ConfigError(f"model.compute.{name}={value}: use 1 or more")
     for i, stage in enumerate(config.stages):

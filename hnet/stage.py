@@ -38,7 +38,6 @@ class HNet(nnx.Module):
             return Isotropic(config, stage, layout, num_residuals=num_residuals, rngs=rngs)
 
         self.stage_idx, self.chunking = stage_idx, stage.chunking
-        self.batch_shards = config.compute.batch_shards
         self.is_innermost = stage_idx == config.num_chunked
         padding = stage.d_model - config.stages[max(stage_idx - 1, 0)].d_model
         self.pad_dimension = nnx.Param(jnp.zeros((padding,), jnp.float32)) if padding else None
@@ -103,9 +102,8 @@ class HNet(nnx.Module):
 
         def learned(*inputs_BLD):
             return apply_routed(
-                self.routing_module, chunking.num_predictors, route_ids_BL, *inputs_BLD,
-                batch_shards=self.batch_shards,
-            )  # fmt: skip
+                self.routing_module, chunking.num_predictors, route_ids_BL, *inputs_BLD
+            )
 
         offset = self.offset(route_ids_BL)
         match chunking.router:

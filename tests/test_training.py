@@ -192,6 +192,17 @@ def test_a_longer_run_keeps_the_former_configuration(tmp_path):
     assert kept == config
 
 
+def test_a_configuration_of_an_earlier_version_is_read_unless_it_would_train_otherwise(tmp_path):
+    config = tiny_run(tmp_path)
+    content = to_json(config)
+    content["model"]["compute"]["batch_shards"] = 2
+    content["data"]["unknown_script_frac"] = 0.0
+    assert from_json(Config, content) == config
+    content["data"]["unknown_script_frac"] = 0.06
+    with pytest.raises(ConfigError, match="unknown field data.unknown_script_frac"):
+        from_json(Config, content)
+
+
 def test_configuration_json_round_trip_and_its_errors(tmp_path):
     config = tiny_run(tmp_path)
     content = json.loads(json.dumps(to_json(config)))

@@ -4,7 +4,6 @@ With one route a router's parameters are as they are alone; with R > 1 each has 
 Positions are packed into blocks of one route each, and every block is given its route's parameters.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,6 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from hnet.nn.kernels.spread import on_each_device
 
 BLOCKS_PER_ROUTE = 4  # so at most 5 R blocks, of which at most a fifth is not filled
 MIN_BLOCK = 8
@@ -60,6 +61,32 @@ def pack_by_route(route_ids_N: jax.Array, num_routes: int, block_len: int) -> Bl
     return Blocks(source.reshape(num_blocks, T), place_N, route_K)
 
 
+def _row_by_row(position_KT: jax.Array, B: int, L: int) -> jax.Array:
+    """Positions that are counted down the B rows, counted along them; B * L stays as it is."""
+    along_KT = position_KT % B * L + position_KT // B
+    return jnp.where(position_KT < B * L, along_KT, B * L)
+
+
+@jax.custom_vjp
+def _into_blocks(x_BLD: jax.Array, source_KT: jax.Array, place_BL: jax.Array) -> jax.Array:
+    """The state in each place (K, T, D), 0 in spare ones.
+
+    Every position has one place, so that the gradient is gathered from there: JAX would scatter
+    it, which XLA on a CPU does row after row.
+    """
+    x_ND = x_BLD.reshape(-1, x_BLD.shape[-1])
+    return x_ND.at[source_KT].get(mode="fill", fill_value=0)
+
+
+def _into_blocks_bwd(place_BL, grad_KTD):
+    return grad_KTD.reshape(-1, grad_KTD.shape[-1])[place_BL], None, None
+
+
+_into_blocks.defvjp(
+    lambda x, source, place: (_into_blocks(x, source, place), place), _into_blocks_bwd
+)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _for_each_block(run, params: Any, route_K: jax.Array, inputs_KTD: list[jax.Array]) -> jax.Array:
     """`run(params of the block's route, the block's inputs)` (K, T), one block after the other.
@@ -101,44 +128,37 @@ _for_each_block.defvjp(_for_each_block_fwd, _for_each_block_bwd)
 
 
 def apply_routed(
-    router: nnx.Module,
-    num_routes: int,
-    route_ids_BL: jax.Array | None,
-    *inputs_BLD: jax.Array,
-    batch_shards: int = 1,
+    router: nnx.Module, num_routes: int, route_ids_BL: jax.Array | None, *inputs_BLD: jax.Array
 ) -> jax.Array:
     """`router(*inputs)` (B, L), each position with the parameters of its route.
 
-    router: maps (..., D) inputs to (...); stacked by `stack_routes`. batch_shards: equal parts of
-    the batch that are packed apart; where the batch lies on that many devices, nothing moves
-    between them. One route is a plain call.
+    router: maps (..., D) inputs to (...); stacked by `stack_routes`. Each device of the mesh packs
+    its own rows, so nothing but the parameters' gradients moves between them. One route is a plain
+    call.
     """
     if num_routes == 1:
         return router(*inputs_BLD)
     graph, params = nnx.split(router)
-    B, L = route_ids_BL.shape
-    shards = math.gcd(B, batch_shards)
-    N = B // shards * L
-    block_len = max(MIN_BLOCK, -(-N // (BLOCKS_PER_ROUTE * num_routes)))
+    leaves, tree = jax.tree.flatten(params)
+    num_inputs = len(inputs_BLD)
 
     def run(own_params, inputs_TD):
         return nnx.merge(graph, own_params)(*inputs_TD)
 
-    def one_shard(route_ids_BL, *inputs_BLD):
+    def own_rows(route_ids_BL, *arrays):
+        inputs_BLD, leaves = arrays[:num_inputs], arrays[num_inputs:]
+        (B, L), N = route_ids_BL.shape, route_ids_BL.size
+        block_len = max(MIN_BLOCK, -(-N // (BLOCKS_PER_ROUTE * num_routes)))
         # Packing goes position by position over all rows, so that it is causal in every row.
-        def by_position(a):
-            return a.swapaxes(0, 1).reshape(N, *a.shape[2:])
+        blocks = pack_by_route(route_ids_BL.T.reshape(N), num_routes, block_len)
+        place_BL = blocks.place_N.reshape(L, B).T
+        source_KT = _row_by_row(blocks.source_KT, B, L)
+        packed = [_into_blocks(x, source_KT, place_BL) for x in inputs_BLD]
+        params = jax.tree.unflatten(tree, leaves)
+        return _for_each_block(run, params, blocks.route_K, packed).reshape(-1)[place_BL]
 
-        blocks = pack_by_route(by_position(route_ids_BL), num_routes, block_len)
-        packed = [
-            by_position(x).at[blocks.source_KT].get(mode="fill", fill_value=0) for x in inputs_BLD
-        ]
-        out_KT = _for_each_block(run, params, blocks.route_K, packed)
-        out_N = out_KT.reshape(-1)[blocks.place_N]
-        return out_N.reshape(L, B // shards).swapaxes(0, 1)
-
-    split = [a.reshape(shards, B // shards, *a.shape[1:]) for a in (route_ids_BL, *inputs_BLD)]
-    return jax.vmap(one_shard)(*split).reshape(B, L)
+    axes = ("BL", *["BLD"] * num_inputs, *["R" + "D" * (leaf.ndim - 1) for leaf in leaves])
+    return on_each_device(own_rows, axes, "BL", route_ids_BL, *inputs_BLD, *leaves)
 
 
 def keep_absent(new: Any, old: Any, num_predictors: tuple[int, ...], count_SR: jax.Array) -> Any:

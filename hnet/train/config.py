@@ -131,6 +131,11 @@ class Config:
             )
 
 
+# Fields of earlier versions that are read and left out: one that says what the mesh says, and one
+# whose 0 changed nothing.
+_GONE = {"model.compute.batch_shards": range(1, 2**20), "data.unknown_script_frac": (0,)}
+
+
 def to_json(config: Any) -> dict[str, Any]:
     """A configuration as plain JSON content."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
@@ -145,6 +150,7 @@ def from_json(cls: type, content: Any, path: str = "") -> Any:
         raise ConfigError(f"{path or 'configuration'}={content!r}: expected an object")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
+    content = {k: v for k, v in content.items() if v not in _GONE.get(_join(path, k), ())}
     for name in content:
         if name not in fields:
             near = difflib.get_close_matches(name, fields, 1)

@@ -67,7 +67,7 @@ def build(
     by_run = NamedSharding(mesh, P("runs"))
 
     config, platform = configs[0], mesh.devices.flat[0].platform
-    compute = replace(resolved(config.model.compute, platform), batch_shards=1)
+    compute = resolved(config.model.compute, platform)
     graph, _ = abstract(replace(config.model, compute=compute))
     plain_graph, _ = abstract(replace(config.model, compute=without(compute)))
     packed_rows = rows_packed(config, shards=1)

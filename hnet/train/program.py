@@ -69,7 +69,7 @@ def build(
     check_batch(config.data.batch_size, config.train.accumulate, mesh)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     platform = mesh.devices.flat[0].platform
-    compute = replace(resolved(config.model.compute, platform), batch_shards=shards)
+    compute = resolved(config.model.compute, platform)
     graph, _ = abstract(replace(config.model, compute=compute))
     plain_graph, _ = abstract(replace(config.model, compute=without(compute)))
     packed_rows = rows_packed(config, shards)

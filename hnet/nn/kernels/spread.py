@@ -1,4 +1,4 @@
-"""Kernels on a mesh: the compiler cannot cut them, so each device runs one on its own rows."""
+"""On a mesh each device runs kernels, and what else the compiler cannot cut, on its own rows."""
 
 import math
 from collections.abc import Callable
@@ -14,24 +14,24 @@ CUT_BY = {"B": ROW_AXES, "H": ("tensor",)}
 
 
 def on_each_device(
-    kernel: Callable[..., jax.Array], axes: tuple[str, ...], out: str, *arrays: jax.Array
+    function: Callable[..., jax.Array], axes: tuple[str, ...], out: str, *arrays: jax.Array
 ) -> jax.Array:
-    """kernel(*arrays) on the mesh that the caller traces under, if any.
+    """function(*arrays) on the mesh that the caller traces under, if any.
 
     axes: the letters of each array's axes ("BLHK"), out: those of the result. Rows lie over the
     mesh axes `data` and `fsdp`, heads over `tensor`; an axis that they do not divide stays whole.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or AxisType.Manual in mesh.axis_types:  # no mesh, or already one device's part
-        return kernel(*arrays)
+        return function(*arrays)
     size = {letter: n for name, a in zip(axes, arrays) for letter, n in zip(name, a.shape)}
     cut = {}
     for letter, candidates in CUT_BY.items():
         found = tuple(a for a in candidates if a in mesh.shape)
-        if found and size[letter] % math.prod(mesh.shape[a] for a in found) == 0:
+        if found and size.get(letter, 1) % math.prod(mesh.shape[a] for a in found) == 0:
             cut[letter] = found
     spec = {name: P(*(cut.get(letter) for letter in name)) for name in (*axes, out)}
     run = jax.shard_map(
-        kernel, in_specs=tuple(spec[name] for name in axes), out_specs=spec[out], check_vma=False
+        function, in_specs=tuple(spec[name] for name in axes), out_specs=spec[out], check_vma=False
     )
     return run(*arrays)

@@ -25,7 +25,7 @@ from typing import Any
 
 from rich.console import Console
 
-from experiments.command_line import OneLineParser, run, run_config
+from experiments.command_line import FAILED, OneLineParser, run, run_config
 from experiments.pretrain import train_to_end
 from experiments.scaling_fit import draw, fit
 from experiments.scaling_ladder import (
@@ -164,6 +164,7 @@ def run_points(options: argparse.Namespace) -> int:
     if unknown := set(options.only or ()) - rows.keys():
         raise ConfigError(f"only={sorted(unknown)}: the plan has {', '.join(rows)}")
     enable_compilation_cache()
+    failed = []
     for name in options.only or rows:
         if _result(out, rows[name]) is not None:
             continue
@@ -171,8 +172,12 @@ def run_points(options: argparse.Namespace) -> int:
         file = out / "configs" / f"{name}.json"
         outcome = train_to_end(from_json(Config, json.loads(file.read_text())))
         if outcome == REQUEUE_EXIT_CODE:
-            return outcome  # after a run that failed, the others are trained all the same
-    return 0
+            return outcome
+        if outcome == FAILED:
+            failed.append(name)  # the others are trained all the same
+    if failed:
+        console.print(f"failed: {', '.join(failed)}; the same command tries them again")
+    return FAILED if failed else 0
 
 
 def _result(out: Path, row: dict[str, Any]) -> float | None:

@@ -139,9 +139,12 @@ def test_models_are_trained_in_turn_past_one_that_fails_and_up_to_a_stop(tmp_pat
     ends |= {"bytes-64": FAILED, "bytes-128": REQUEUE_EXIT_CODE}
     assert scaling.main(["run", "--out", str(out)]) == REQUEUE_EXIT_CODE
     assert trained == ["bytes-64", "bytes-96", "bytes-128"]
+    del ends["bytes-128"]
+    assert scaling.main(["run", "--out", str(out)]) == FAILED
+    assert trained[3:] == ["bytes-64", "bytes-128", "bytes-192"]
     ends.clear()
     assert scaling.main(["run", "--out", str(out)]) == 0
-    assert trained[3:] == ["bytes-64", "bytes-128", "bytes-192"]
+    assert trained[6:] == ["bytes-64"]
 
 
 def test_a_row_of_tokens_holds_as_many_bytes_as_one_of_bytes(base, ladder):

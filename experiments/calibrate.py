@@ -109,10 +109,12 @@ def with_routes(base: Config, found: Calibration) -> Config:
         if s == 0 or stage.chunking.routes > 1:
             stages[s] = replace(stage, chunking=replace(stage.chunking, **changes))
     has_latin = any("Latin" in group for group in found.route_groups)
+    cuts = [stage.chunking for stage in stages[:-1]]
+    holds = any(cut.hold_rate and cut.num_predictors > 1 for cut in cuts)
     return replace(
         base,
         model=replace(model, stages=tuple(stages), route_groups=found.route_groups),
-        controller=replace(base.controller, fit_default=has_latin and stages[0].chunking.hold_rate),
+        controller=replace(base.controller, fit_default=has_latin and holds),
     )
 
 

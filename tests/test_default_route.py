@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hnet.chunking import routes
 from hnet.chunking.controller import ControllerConfig, map_offsets
 from hnet.config import ChunkingConfig, ConfigError
 from hnet.data import open_corpus, train_batches
@@ -75,7 +76,9 @@ def test_rows_come_to_the_target_each_and_nothing_else_changes(alone):
         return np.log((free_BL > np.quantile(free_BL, 2 / 3)).mean(axis=1)).std()
 
     assert spread(fitted) < 0.5 * spread(start)
-    assert fitted["backbone"]["boundary_offset"].tolist() == [0, -8, -8]
+    own, *others = fitted["backbone"]["boundary_offset"].tolist()
+    assert others == [-8, -8]
+    assert (logits(program, fitted, batches) + own > 0).mean() == pytest.approx(1 / 3, rel=0.15)
     for (path, new), old in zip(
         jax.tree_util.tree_leaves_with_path(fitted), jax.tree.leaves(start)
     ):
@@ -84,6 +87,26 @@ def test_rows_come_to_the_target_each_and_nothing_else_changes(alone):
         is_router = "routing_module" in jax.tree_util.keystr(path)
         assert (new[0] != old[0]).any() == is_router
         np.testing.assert_array_equal(new[is_router:], old[is_router:])
+
+
+def test_each_device_packs_its_own_rows_by_route(alone, monkeypatch):
+    config, program, corpus, start = alone
+    packed, pack = [], routes.pack_by_route
+    monkeypatch.setattr(
+        routes,
+        "pack_by_route",
+        lambda ids_N, *rest: packed.append(ids_N.size) or pack(ids_N, *rest),
+    )
+    batches = made_up(corpus, config, 2)
+    together = build(replace(config, mesh=MeshConfig(data=2)), devices=jax.devices()[:2])
+    params = jax.device_put(start, together.shardings.params)
+    fitted, own = (
+        jax.device_get(fit_default_route(p, state, 0, [3.0], batches, 2))
+        for p, state in ((together, params), (program, start))
+    )
+    batch_size, seq_len = config.data.batch_size, config.data.seq_len
+    assert set(packed) == {batch_size * seq_len // 2, batch_size * seq_len}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), fitted, own)
 
 
 def test_the_last_update_is_followed_by_a_fit_and_its_offset(alone, monkeypatch):

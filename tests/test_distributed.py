@@ -189,7 +189,7 @@ try:
     if distributed.host_id() == 1:
         raise ConfigError("data.files: nothing here")
     try:
-        distributed.barrier("loaded", timeout_seconds=1.5)
+        distributed.barrier("loaded", timeout_seconds=5)
     except distributed.BarrierTimeout as e:
         print("missing:", e, flush=True)
         distributed.leave(1)

@@ -333,7 +333,10 @@ def held(watched):
         page.route(matching[-1], lambda route: waiting.append(route))
 
         def let_go():
-            assert waiting
+            for _ in range(600):  # until the page has asked
+                if waiting:
+                    break
+                page.wait_for_timeout(50)
             with page.expect_response(matching[-1]):
                 waiting.pop().continue_()
 

@@ -123,7 +123,7 @@ def test_one_program_trains_them_all_and_nothing_moves_between_devices(configs, 
     assert program.mesh.shape["runs"] == 2
     batch = {
         name: jax.ShapeDtypeStruct((4, 8, 32), kind, sharding=program.shardings.step)
-        for name, kind in (("input_ids", int), ("segment_ids", int), ("loss_mask", bool))
+        for name, kind in (("input_ids", "int32"), ("segment_ids", "int32"), ("loss_mask", "bool"))
     }
     lowered = program.step.lower(program.abstract_state, batch, program.hparams, capacities=(32,))
     text = lowered.compile(QUICK).as_text()

@@ -334,7 +334,7 @@ def test_a_sweep_killed_at_any_time_repeats_nothing_that_was_done(tmp_path):
     looks = []
 
     def worker(bytes_to_live: float) -> None:
-        end, late = written() + bytes_to_live, time.monotonic() + 60
+        end, late = written() + bytes_to_live, time.monotonic() + 200
         command = [sys.executable, "-c", code, str(tmp_path)]
         with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL) as process:
             while written() < end and time.monotonic() < late and process.poll() is None:

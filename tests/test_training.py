@@ -201,6 +201,12 @@ def test_a_configuration_of_an_earlier_version_is_read_unless_it_would_train_oth
     content["data"]["unknown_script_frac"] = 0.06
     with pytest.raises(ConfigError, match="unknown field data.unknown_script_frac"):
         from_json(Config, content)
+    del content["controller"]["hold_frac"]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    held = replace(config, controller=replace(config.controller, hold_frac=1.0))
+    assert read_config(tmp_path) == held  # a trained model is read
+    with pytest.raises(ConfigError, match="unknown_script_frac=0.06, which is not trained with"):
+        claim_workdir(config)
 
 
 def test_configuration_json_round_trip_and_its_errors(tmp_path):

@@ -215,14 +215,26 @@ def _value(hint: Any, value: Any, path: str) -> Any:
 
 def read_config(workdir: str | os.PathLike) -> Config:
     """The configuration a run was started with. Raises ConfigError if there is none."""
+    return from_json(Config, _up_to_date(_stored(workdir)))
+
+
+def _up_to_date(content: Any) -> Any:
+    """What an earlier version wrote, in today's fields: a model is what it was trained to be."""
+    if isinstance(content, dict):
+        if isinstance(data := content.get("data"), dict):
+            data.pop("unknown_script_frac", None)
+        if isinstance(controller := content.get("controller"), dict):
+            controller.setdefault("hold_frac", 1.0)
+    return content
+
+
+def _stored(workdir: str | os.PathLike) -> Any:
     file = work_folder(workdir) / "config.json"
     try:
-        return from_json(Config, json.loads(file.read_text()))
+        return json.loads(file.read_text())
     except FileNotFoundError:
         raise ConfigError(f"{file} does not exist: give the work directory of a run") from None
     except (OSError, ValueError) as e:
-        if isinstance(e, ConfigError):
-            raise
         raise ConfigError(f"{file} cannot be read: {e}") from None
 
 
@@ -242,6 +254,11 @@ def claim_workdir(config: Config) -> None:
     file, content = folder / "config.json", to_json(config)
     if file.exists():
         before = to_json(read_config(folder))
+        if gone := _stored(folder).get("data", {}).get("unknown_script_frac"):
+            raise ConfigError(
+                f"the run in workdir={config.workdir} has data.unknown_script_frac={gone!r}, which "
+                "is not trained with any more: use another workdir to start anew"
+            )
         if before == content:
             return
         for path, old, new in differences(before, content):

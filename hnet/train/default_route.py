@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from hnet.chunking.controller import map_offsets
+from hnet.chunking.controller import LIMIT, map_offsets
 from hnet.chunking.rate import row_rate_error
 from hnet.data.pipeline import Batch
-from hnet.train.program import Program, put_whole_batch
+from hnet.train.program import Program, on_mesh, put_whole_batch
 from hnet.train.sharding import replicated
 
 LEARNING_RATE = 1e-2  # of Adam, at first; it falls to 0
@@ -35,9 +35,8 @@ def fit_default_route(
 ) -> Any:
     """`params` where the default route's router of a stage is fitted to batches of this route.
 
-    It learns with a threshold of its own, so that the offset is not known afterwards: it is left
-    at 0. target_ratios: N of this route in the run, or in each run of a population, whose arrays
-    have a leading axis.
+    It learns with a threshold of its own, which makes the offset. target_ratios: N of this route
+    in the run, or in each run of a population, whose arrays have a leading axis.
     """
     schedule = optax.linear_schedule(LEARNING_RATE, 0.0, num_batches)
     optimizer = optax.adam(schedule)
@@ -49,6 +48,8 @@ def fit_default_route(
         N = jnp.asarray((*target_ratios, *target_ratios[-1:] * (runs - len(target_ratios))))
         take, put, start = map(jax.vmap, (take, put, start))
         step = jax.vmap(step, in_axes=(0, 0, 0, None, 0))
+    else:
+        step = on_mesh(step, program.mesh)
     jit = partial(jax.jit, out_shardings=replicated(program.mesh))
     fitted = jit(take)(params)
     moments, step = jit(start)(fitted), jit(step)
@@ -94,13 +95,14 @@ def _take(params: Any, stage: int) -> dict[str, jax.Array]:
 
 
 def _put(params: Any, fitted: dict[str, jax.Array], stage: int) -> Any:
-    """`params` with what was taken in its place, and without an offset of this route."""
+    """`params` with what was taken in its place, and the threshold as this route's offset."""
 
     def replaced(path, leaf):
         own = fitted.get(jax.tree_util.keystr(path))
         return leaf if own is None else leaf.at[0].set(own)
 
-    def reset(s, offset_R):
-        return offset_R.at[0].set(0.0) if s == stage else offset_R
+    def offset(s, offset_R):
+        own = jnp.clip(-fitted["threshold"], -LIMIT, LIMIT)
+        return offset_R.at[0].set(own) if s == stage else offset_R
 
-    return map_offsets(reset, jax.tree_util.tree_map_with_path(replaced, params))
+    return map_offsets(offset, jax.tree_util.tree_map_with_path(replaced, params))

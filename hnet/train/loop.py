@@ -4,6 +4,7 @@ import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -175,9 +176,11 @@ def _loop(
 
 
 def _settled(session: Session, state: TrainState, ladder: Ladder) -> TrainState:
-    session.watchdog.beat("settle")
-    program, corpus, configs = session.program, session.corpus, [session.config]
-    return state._replace(params=settle(program, state.params, corpus, configs, ladder.capacities))
+    params = settle(
+        session.program, state.params, session.corpus, [session.config], ladder.capacities,
+        beat=partial(session.watchdog.beat, "settle"),
+    )  # fmt: skip
+    return state._replace(params=params)
 
 
 def _evaluate(

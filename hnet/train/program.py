@@ -86,13 +86,13 @@ def build(
     jit = partial(jax.jit, compiler_options=compiler_options)
     init = jit(make_state, out_shardings=shardings)
     step = jit(
-        _on_mesh(step_fn, mesh),
+        on_mesh(step_fn, mesh),
         static_argnames=("capacities",),
         donate_argnums=0,
         out_shardings=(shardings, replicated(mesh)),
     )
     evaluate = jit(
-        _on_mesh(eval_fn, mesh), static_argnames=("capacities",), out_shardings=replicated(mesh)
+        on_mesh(eval_fn, mesh), static_argnames=("capacities",), out_shardings=replicated(mesh)
     )
     if devices is None:
         hparams = jax.device_put(hparams, replicated(mesh))
@@ -177,7 +177,7 @@ def rows_packed(config: Config, shards: int) -> int:
     )
 
 
-def _on_mesh(step: partial, mesh: jax.sharding.Mesh) -> Callable:
+def on_mesh(step: partial, mesh: jax.sharding.Mesh) -> Callable:
     """`step` traced where activations and kernels find the mesh, under its function's name."""
 
     @wraps(step.func)

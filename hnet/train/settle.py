@@ -3,7 +3,7 @@
 So is the default route's router where no script of the text is its own (`fit_default`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -49,12 +49,13 @@ def settle(
     corpus: Corpus,
     configs: Sequence[Config],
     capacities: tuple[int | None, ...],
+    beat: Callable[[], None] = lambda: None,
 ) -> Any:
     """`params` with exact offsets in every stage that holds its rate, the outermost first.
 
     What a stage is fed depends on the cuts of those around it, hence a pass over the text for each.
     Routers draw no noise, as in inference. configs: of the run, or of all runs of a population,
-    whose arrays have a leading axis.
+    whose arrays have a leading axis. beat: called at every batch, for it takes long.
     """
     config, model = configs[0], configs[0].model
     positions = config.data.batch_size * config.data.seq_len
@@ -65,7 +66,9 @@ def settle(
         groups = model.route_groups
         with train_batches(corpus, config.data, seed=seed, route_groups=groups) as batches:
             own = islice(batches, num_batches)
-            yield from in_unknown_scripts(own, seed, unknown_frac) if fits else own
+            for batch in in_unknown_scripts(own, seed, unknown_frac) if fits else own:
+                beat()
+                yield batch
 
     for s, stage in enumerate(model.stages[:-1]):
         if not (stage.chunking.hold_rate and num_batches):

@@ -91,9 +91,15 @@ export class View {
   async start() {
     await this.guard(async () => {
       await this.findRuns();
-      if (this.runs.length) await this.chooseRun(0, this.runs[0]);
-      else this.say("No run here has written segmentations yet.");
+      await this.showFirst();
     });
+  }
+
+  /** Show the run that was chosen already, else the first one. */
+  async showFirst() {
+    const run = this.wanted[0] ?? this.runs[0];
+    if (run === undefined) this.say("No run here has written segmentations yet.");
+    else await this.chooseRun(0, run);
   }
 
   async findRuns() {
@@ -106,13 +112,15 @@ export class View {
   async reload() {
     await this.guard(async () => {
       await this.findRuns();
-      if (this.state.runs[0] === null) return this.start();
+      if (this.state.runs[0] === null) return this.showFirst();
       const before = this.state.runs.filter((run) => run !== null);
-      const found = await Promise.all(before.map((run) => this.source.run(run)));
+      const isShown = (run) => this.state.runs.includes(run);
+      const found = new Map(before.map((run) => [run, this.source.run(run)]));
+      await Promise.all(before.map((run) => stillWanted(found.get(run), () => isShown(run))));
       const { atEnd } = this;
       // A run that was chosen meanwhile stays; others are asked for again when they are chosen.
-      for (const run of this.info.keys()) if (!this.state.runs.includes(run)) this.info.delete(run);
-      before.forEach((run, i) => this.info.set(run, found[i]));
+      for (const run of this.info.keys()) if (!isShown(run)) this.info.delete(run);
+      for (const run of before.filter(isShown)) this.info.set(run, await found.get(run));
       this.views.clear();
       this.fillFilters();
       await this.goTo(atEnd ? this.steps.length - 1 : this.state.step);

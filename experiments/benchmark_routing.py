@@ -3,13 +3,15 @@
     python -m experiments.benchmark_routing [--routes 16] [--config mixed_scripts_single]
 
 Times the router of stage 0 alone, forward and backward, and the whole training step, with one route
-and with many, in turns; the route of a row changes every `run` bytes. About 2 minutes on a core.
+and with many, in turns, on all devices, a CPU being one for each core as in training; the route of
+a row changes every `run` bytes. About 2 minutes on two cores.
 """
 
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +27,9 @@ from hnet.chunking.routes import apply_routed
 from hnet.config import ConfigError, StageConfig
 from hnet.data.scripts import SCRIPTS
 from hnet.train.config import Config
-from hnet.train.program import build, put_batch
+from hnet.train.cpu import one_device_a_core
+from hnet.train.program import Program, build, on_mesh, put_batch
+from hnet.train.sharding import replicated
 
 BYTES_PER_CHUNK = 4  # of the chunk slots of a step
 
@@ -57,12 +61,14 @@ def main() -> None:
     if base.model.num_routes > 1 or not base.model.num_chunked:
         raise ConfigError(f"config={options.config!r}: give one that cuts, with one route")
     rows = options.rows or base.data.batch_size
+    one_device_a_core(rows)
     base, calls = replace(base, data=replace(base.data, batch_size=rows)), {}
     for routes in 1, options.routes:
         config = with_routes(base, routes)
-        batch = routed_batch(config, routes, options.run)
-        calls["router", routes] = router_call(config.model.stages[0], batch["route_ids"], routes)
-        calls["training step", routes] = step_call(config, batch)
+        program, batch = build(config), routed_batch(config, routes, options.run)
+        fed = put_batch(batch, program.mesh)
+        calls["router", routes] = router_call(config.model.stages[0], fed, program.mesh, routes)
+        calls["training step", routes] = step_call(program, config, fed)
     times = {key: [] for key in calls}
     for repeat in range(options.repeats + 1):  # the first one compiles
         for key, call in calls.items():
@@ -92,15 +98,20 @@ def routed_batch(config: Config, routes: int, run: int) -> dict[str, np.ndarray]
     return {**random_batch(config), "route_ids": np.repeat(runs, run, axis=1)[:, :length]}
 
 
-def router_call(stage: StageConfig, route_ids_BL: np.ndarray, routes: int) -> Callable:
+def router_call(
+    stage: StageConfig, fed: dict[str, jax.Array], mesh: jax.sharding.Mesh, routes: int
+) -> Callable:
     """Value and gradients, of parameters and states, of the sum of a stage's probabilities."""
     router = make_router(stage.chunking, stage.d_model, rngs=nnx.Rngs(0))
     graph, params = nnx.split(router)
-    rng = np.random.default_rng(1)
-    x_BLD = jnp.asarray(rng.normal(size=(*route_ids_BL.shape, stage.d_model)), jnp.float32)
+    rng, route_ids_BL = np.random.default_rng(1), fed["route_ids"]
+    x_BLD = rng.normal(size=(*route_ids_BL.shape, stage.d_model)).astype(np.float32)
+    x_BLD = jax.device_put(x_BLD, route_ids_BL.sharding)
+    params = jax.device_put(params, replicated(mesh))
     takes_two = stage.chunking.router == "cosine"
 
     @jax.jit
+    @partial(on_mesh, mesh=mesh)
     def both(params, x_BLD, route_ids_BL):
         def total(params, x_BLD):
             inputs = (previous(x_BLD), x_BLD) if takes_two else (x_BLD,)
@@ -111,10 +122,9 @@ def router_call(stage: StageConfig, route_ids_BL: np.ndarray, routes: int) -> Ca
     return lambda: both(params, x_BLD, route_ids_BL)
 
 
-def step_call(config: Config, batch: dict[str, np.ndarray]) -> Callable:
+def step_call(program: Program, config: Config, fed: dict[str, jax.Array]) -> Callable:
     """An update after the other."""
-    program = build(config)
-    state, fed = program.init(), put_batch(batch, program.mesh)
+    state = program.init()
     slots = program.ladder.packed_rows * config.data.seq_len // BYTES_PER_CHUNK
 
     def call():

@@ -237,16 +237,17 @@ def test_benchmark_routing_compares_both(monkeypatch, capsys, tmp_path):
         timed.append((config.model.num_routes, config.data.batch_size))
         return build(config)
 
-    def noted_call(stage, route_ids_BL, routes):
-        timed.append((stage.chunking.routes, len(route_ids_BL), len(np.unique(route_ids_BL))))
-        return router_call(stage, route_ids_BL, routes)
+    def noted_call(stage, fed, mesh, routes):
+        ids_BL = fed["route_ids"]
+        timed.append((stage.chunking.routes, len(ids_BL), len(np.unique(ids_BL))))
+        return router_call(stage, fed, mesh, routes)
 
     router_call = benchmark_routing.router_call
     monkeypatch.setattr(benchmark_routing, "base_config", lambda name: tiny_run(tmp_path))
     monkeypatch.setattr(benchmark_routing, "build", noted)
     monkeypatch.setattr(benchmark_routing, "router_call", noted_call)
     call(monkeypatch, benchmark_routing, "--routes", 3, "--repeats", 1, "--rows", 16, "--run", 8)
-    assert timed == [(1, 16, 1), (1, 16), (3, 16, 3), (3, 16)]
+    assert timed == [(1, 16), (1, 16, 1), (3, 16), (3, 16, 3)]
     head, *rows = capsys.readouterr().out.splitlines()
     assert head.split() == ["what", "1", "route", "3", "routes", "ratio"]
     for what, line in zip(("router", "training step"), map(str.strip, rows), strict=True):

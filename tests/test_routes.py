@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from networks import network, quick_jit, random_params, stage
 
+from hnet.chunking import routes
 from hnet.chunking.config import ChunkingConfig
 from hnet.chunking.router import BoundaryPredictor, RoutingModule, make_router, previous
 from hnet.chunking.routes import apply_routed, keep_absent, pack_by_route
@@ -63,8 +64,10 @@ def test_every_position_has_a_place_of_its_own_in_a_block_of_its_route(data):
 
 
 @pytest.mark.parametrize("kind", ["cosine", "mlp"])
-@pytest.mark.parametrize("devices", [0, 1, 3])  # 0: no mesh
-def test_routed_router_is_the_router_of_each_positions_route(kind, devices):
+@pytest.mark.parametrize("devices, together", [(0, 0), (0, 2**23), (1, 0), (3, 2**23), (3, 0)])
+def test_routed_router_is_the_router_of_each_positions_route(kind, devices, together, monkeypatch):
+    """Without a mesh and on one; blocks one after the other, and side by side."""
+    monkeypatch.setattr(routes, "SIDE_BY_SIDE", together)
     rng = np.random.default_rng(0)
     B, L = 3, 31
     x = rng.normal(size=(B, L, D)).astype(np.float32)
@@ -135,8 +138,10 @@ def dot_flops(jaxpr) -> int:
 
 
 @pytest.mark.parametrize("kind", ["cosine", "mlp"])
-def test_sixteen_routes_cost_little_more_than_one(kind):
+@pytest.mark.parametrize("together", [0, 2**23])
+def test_sixteen_routes_cost_little_more_than_one(kind, together, monkeypatch):
     """Counted, not timed: every route at every position would be 16 times one."""
+    monkeypatch.setattr(routes, "SIDE_BY_SIDE", together)
     x = jnp.zeros((2, 256, D), jnp.float32)
     ids = jnp.zeros((2, 256), jnp.int32)
 

@@ -16,6 +16,10 @@ from hnet.nn.kernels.spread import on_each_device
 
 BLOCKS_PER_ROUTE = 4  # so at most 5 R blocks, of which at most a fifth is not filled
 MIN_BLOCK = 8
+# Up to so many numbers, states and the parameters copied to each block, blocks are computed
+# together: a loop over them takes longer on a CPU (`experiments.benchmark_routing`). Beyond, the
+# copies would be most of the work.
+SIDE_BY_SIDE = 2**23
 
 
 def stack_routes(make: Callable[[nnx.Rngs], nnx.Module], routes: int, rngs: nnx.Rngs) -> nnx.Module:
@@ -91,8 +95,7 @@ _into_blocks.defvjp(
 def _for_each_block(run, params: Any, route_K: jax.Array, inputs_KTD: list[jax.Array]) -> jax.Array:
     """`run(params of the block's route, the block's inputs)` (K, T), one block after the other.
 
-    A loop, because its blocks side by side would need K copies of the parameters. Its gradient is
-    written down because JAX would add a gradient of all routes for each block.
+    Its gradient is written down because JAX would add one of all routes for each block.
     """
 
     def one_block(_, block):
@@ -155,7 +158,13 @@ def apply_routed(
         source_KT = _row_by_row(blocks.source_KT, B, L)
         packed = [_into_blocks(x, source_KT, place_BL) for x in inputs_BLD]
         params = jax.tree.unflatten(tree, leaves)
-        return _for_each_block(run, params, blocks.route_K, packed).reshape(-1)[place_BL]
+        route_K = blocks.route_K
+        copies = route_K.size * sum(leaf[0].size for leaf in leaves)
+        if copies + sum(x.size for x in packed) <= SIDE_BY_SIDE:
+            out_KT = jax.vmap(run)(_of_route(params, route_K), packed)
+        else:
+            out_KT = _for_each_block(run, params, route_K, packed)
+        return out_KT.reshape(-1)[place_BL]
 
     axes = ("BL", *["BLD"] * num_inputs, *["R" + "D" * (leaf.ndim - 1) for leaf in leaves])
     return on_each_device(own_rows, axes, "BL", route_ids_BL, *inputs_BLD, *leaves)

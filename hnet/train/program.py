@@ -177,13 +177,13 @@ def rows_packed(config: Config, shards: int) -> int:
     )
 
 
-def on_mesh(step: partial, mesh: jax.sharding.Mesh) -> Callable:
-    """`step` traced where activations and kernels find the mesh, under its function's name."""
+def on_mesh(function: Callable, mesh: jax.sharding.Mesh) -> Callable:
+    """`function` traced where activations and kernels find the mesh, under its own name."""
 
-    @wraps(step.func)
+    @wraps(function.func if isinstance(function, partial) else function)
     def traced(*args, **kwargs):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return step(*args, **kwargs)
+            return function(*args, **kwargs)
 
     return traced
 

@@ -90,6 +90,7 @@ def test_stop_request_of_one_process():
 
 TOGETHER = """
 import sys, time
+from pathlib import Path
 import jax
 from hnet.config import ConfigError
 from hnet.train import distributed
@@ -110,7 +111,10 @@ except ConfigError as e:
     print("differs:", e, flush=True)
 watchdog = Watchdog(workdir, WatchdogConfig(timeout_seconds=0.4))
 watchdog.beat("restore")
-time.sleep(0.5)
+for _ in range(600):  # until the silence was noticed
+    if list(Path(workdir).glob(f"hang-host{me}-*.txt")):
+        break
+    time.sleep(0.05)
 if me == 0:
     try:
         distributed.barrier("restored", timeout_seconds=0.5)

@@ -123,11 +123,12 @@ def test_alarms_are_named(rates, alarm):
 
 
 def test_an_alarm_is_said_once_until_it_was_absent():
-    alarms = BoundaryAlarms((True, False))
+    alarms = BoundaryAlarms((True, False), hold_from=PERSISTENCE)
     rates = [0.97] * (PERSISTENCE + 2) + [0.5] + [0.97] * PERSISTENCE
     said = [alarms.check(step, (rate, 0.5), (0.25, 0.5)) for step, rate in enumerate(rates)]
     assert [step for step, lines in enumerate(said) if lines] == [PERSISTENCE - 1, len(rates) - 1]
     assert "'all-boundary' at stage 0" in said[-1][0] and "controller.gain" in said[-1][0]
+    assert "it is held from step 21 on" in said[PERSISTENCE - 1][0]
     said = [alarms.check(step, (0.25, 0.97), (0.25, 0.5)) for step in range(PERSISTENCE)][-1]
     assert "'all-boundary' at stage 1" in said[0] and "aux_loss_weight" in said[0]
 

@@ -52,6 +52,10 @@ class ControllerConfig:
         if self.settle_bytes < 0:
             raise ConfigError(f"controller.settle_bytes={self.settle_bytes}: use 0 or more")
 
+    def hold_from(self, num_steps: int) -> int:
+        """Updates of a run before the first one in which offsets move."""
+        return round((1 - self.hold_frac) * num_steps)
+
 
 def hold_rates(
     params: Any,

@@ -17,9 +17,9 @@ class BoundaryAlarms:
     texts is no drift. An alarm is repeated only after it has been absent.
     """
 
-    def __init__(self, is_held: tuple[bool, ...]):
-        """is_held: of each stage, whether the controller holds its rate."""
-        self.is_held = is_held
+    def __init__(self, is_held: tuple[bool, ...], hold_from: int):
+        """is_held: of each stage, whether the controller holds its rate from `hold_from` on."""
+        self.is_held, self.hold_from = is_held, hold_from
         self.history = [deque(maxlen=WINDOW) for _ in is_held]
         self.active: set[tuple[int, str]] = set()
 
@@ -33,11 +33,13 @@ class BoundaryAlarms:
         self.active = found
         return [
             f"step {step}: alarm {name!r} at stage {stage}: boundary rate {rates[stage]:.3f}, "
-            f"target {targets[stage]:.3f}; {self._remedy(stage, name)}"
+            f"target {targets[stage]:.3f}; {self._remedy(step, stage, name)}"
             for stage, name in new
         ]
 
-    def _remedy(self, stage: int, name: str) -> str:
+    def _remedy(self, step: int, stage: int, name: str) -> str:
+        if self.is_held[stage] and step <= self.hold_from:
+            return f"{_CAUSE[name]}: it is held from step {self.hold_from + 1} on"
         if self.is_held[stage]:
             return f"{_CAUSE[name]}: raise controller.hold_frac or controller.gain"
         return f"{_CAUSE[name]}: raise the stage's chunking.aux_loss_weight, or use hold_rate"

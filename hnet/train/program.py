@@ -120,7 +120,7 @@ def pure_functions(
         params = init_params(config.model, init_key)
         return init_state(params, noise_key, config.model, config.optim)
 
-    hold_from = round((1 - config.controller.hold_frac) * config.train.steps)
+    hold_from = config.controller.hold_from(config.train.steps)
     step = partial(
         train_step, hold_from=hold_from, graph=graph, model=config.model, optim=config.optim,
         num_steps=config.train.steps, accumulate=config.train.accumulate, packed_rows=packed_rows,

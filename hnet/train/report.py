@@ -43,7 +43,8 @@ class Report:
             self.metrics = MetricsFile(self.folder.path, start_step)
             self.writer = RunWriter(tensorboard, resume_step=start_step or None)
         self.line = LiveLine(config.train.steps, start_step, enabled=self.speaks)
-        self.alarms = BoundaryAlarms(tuple(s.chunking.hold_rate for s in config.model.stages[:-1]))
+        is_held = tuple(s.chunking.hold_rate for s in config.model.stages[:-1])
+        self.alarms = BoundaryAlarms(is_held, config.controller.hold_from(config.train.steps))
         self.logged_at, self.logged_bytes, self.logged_wait = time.monotonic(), None, 0.0
         if self.speaks and start_step:
             self.say(f"resuming at step {start_step}")

@@ -113,7 +113,9 @@ def test_the_last_update_is_followed_by_a_fit_and_its_offset(alone, monkeypatch)
     """The offset is exact for the router that was fitted, on text that nothing was set on."""
     monkeypatch.setattr(settling, "UNKNOWN_FRAC", 0.5)
     config, program, corpus, start = alone
-    fitted = settle(program, start, corpus, [config], (None,))
+    beats = []
+    fitted = settle(program, start, corpus, [config], (None,), beat=lambda: beats.append(1))
+    assert len(beats) == 2 * STEPS  # a fit and a pass over as many batches as were trained on
     assert all(
         (new[0] != old[0]).any()
         for new, old in zip(

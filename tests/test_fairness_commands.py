@@ -120,6 +120,18 @@ def test_fairness_compares_bytes_and_tokenizers(files, tmp_path, monkeypatch, ca
             call(monkeypatch, fairness, *changes)
 
 
+@pytest.mark.parametrize("change", [{}, {"routed_parameters": False}, {"hold_rate": False}])
+def test_calibrated_default_route_is_fitted_where_something_fits_it(tmp_path, change):
+    base = held_run(tmp_path)
+    outer, inner = base.model.stages
+    outer = replace(outer, chunking=replace(outer.chunking, **change))
+    base = replace(base, model=replace(base.model, stages=(outer, inner)))
+    found = calibrate.Calibration((("Latin",), ("Greek",)), (3.0, 3.0, 4.0), np.ones((2, 3)))
+    config = calibrate.with_routes(base, found)
+    assert config.controller.fit_default == (not change)
+    assert config.model.stages[0].chunking.target_ratios == (3.0, 3.0, 4.0)
+
+
 def check_rates(shown, config):
     """The sizes of chunks that were printed are those of the saved model, counted anew.
 

@@ -73,7 +73,8 @@ def _step(
     """One update from one batch; what follows this router in the model is not run."""
 
     def error(fitted):
-        model = nnx.merge(graph, _put(params, fitted, stage=stage))
+        free = fitted | {"threshold": jnp.zeros_like(fitted["threshold"])}  # it acts on p, below
+        model = nnx.merge(graph, _put(params, free, stage=stage))
         ids = (batch[name] for name in ("input_ids", "segment_ids"))
         _, routes = model(*ids, route_ids_BL=batch["route_ids"])
         return row_rate_error(routes[stage], target_ratio, fitted["threshold"])

@@ -28,8 +28,8 @@ from experiments.benchmark_input import delivered
 from experiments.benchmark_pretrain import measure_pretrain
 from experiments.benchmark_step import Step, measure_steps
 from experiments.command_line import base_config, parse, run
-from hnet.config import ConfigError
 from hnet.data import open_corpus, train_batches
+from hnet.errors import ConfigError
 from hnet.train.config import Config
 from hnet.train.cpu import keep_freed_memory, one_device_a_core
 

@@ -27,7 +27,8 @@ from rich.table import Table
 
 from experiments.command_line import parse, run
 from hnet.chunking.config import ChunkingConfig
-from hnet.config import BOS_ID, EOS_ID, ConfigError, HNetConfig, SSMConfig, StageConfig
+from hnet.config import BOS_ID, EOS_ID, HNetConfig, SSMConfig, StageConfig
+from hnet.errors import ConfigError
 from hnet.flops import flops_by_part, forward_terms
 from hnet.infer.decode import PATIENCE, Decoder
 from hnet.infer.sampling import Controls, Sampling

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.command_line import parse, run
-from hnet.config import ConfigError
 from hnet.data import BatchIterator, open_corpus, train_batches
+from hnet.errors import ConfigError
 from hnet.train.config import read_config
 
 

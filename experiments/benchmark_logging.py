@@ -19,7 +19,7 @@ from dataclasses import replace
 import numpy as np
 
 from experiments.command_line import run, run_config
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.train.compile_cache import enable_compilation_cache
 from hnet.train.distributed import StopRequest
 from hnet.train.loop import train

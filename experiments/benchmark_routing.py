@@ -24,8 +24,9 @@ from experiments.benchmark_step import random_batch
 from experiments.command_line import base_config, parse, run
 from hnet.chunking.router import make_router, previous
 from hnet.chunking.routes import apply_routed
-from hnet.config import ConfigError, StageConfig
+from hnet.config import StageConfig
 from hnet.data.scripts import SCRIPTS
+from hnet.errors import ConfigError
 from hnet.train.config import Config
 from hnet.train.cpu import one_device_a_core
 from hnet.train.program import Program, build, on_mesh, put_batch

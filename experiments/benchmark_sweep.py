@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.command_line import parse, run
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.train.report import read_metrics
 
 

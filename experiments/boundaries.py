@@ -26,7 +26,7 @@ from rich.text import Text
 
 from experiments.command_line import parse, run
 from hnet import load
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.infer.score import logprobs
 from hnet.infer.segment import segment_all, segmenter
 from hnet.inspect import metrics

@@ -21,9 +21,9 @@ from rich.text import Text
 
 from experiments.command_line import base_config, parse, run
 from hnet.chunking.targets import equal_chunk_ratios
-from hnet.config import ConfigError
 from hnet.data.parallel import Lines, bytes_by_script, read_parallel
 from hnet.data.scripts import SCRIPTS, route_table
+from hnet.errors import ConfigError
 from hnet.train.config import Config, to_json
 
 COMMON_TO_ALL = ("Common", "Unknown")

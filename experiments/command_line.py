@@ -18,7 +18,8 @@ from typing import Any, NoReturn
 import tyro
 
 import experiments.configs
-from hnet.config import ConfigError, HNetConfig
+from hnet.config import HNetConfig
+from hnet.errors import ConfigError
 from hnet.train.checkpoint import CheckpointError
 from hnet.train.config import Config, from_json
 from hnet.train.cpu import keep_freed_memory

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from experiments.command_line import run, run_config
 from experiments.pretrain import train_to_end
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.train.compile_cache import enable_compilation_cache
 from hnet.train.config import Config
 from hnet.train.evaluate import Evaluation

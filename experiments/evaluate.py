@@ -23,8 +23,8 @@ from rich.text import Text
 
 from experiments.command_line import parse, run
 from hnet import load
-from hnet.config import ConfigError
 from hnet.data import DataConfig, Part, eval_batches, open_corpus, open_part
+from hnet.errors import ConfigError
 from hnet.loss import bits_per_byte
 from hnet.model import split
 from hnet.train.config import read_config

@@ -26,8 +26,8 @@ from rich.text import Text
 
 from experiments.command_line import parse, run
 from hnet import load
-from hnet.config import ConfigError
 from hnet.data.parallel import Lines, read_parallel
+from hnet.errors import ConfigError
 from hnet.infer.score import logprobs
 from hnet.infer.segment import ROWS, segment_all, segmenter
 from hnet.inspect.fairness import LanguageScore, cut_at, score_language

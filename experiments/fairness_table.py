@@ -29,10 +29,10 @@ from experiments.fairness import (
     write_report,
 )
 from experiments.pretrain import train_to_end
-from hnet.config import ConfigError
 from hnet.data.parallel import Lines, read_parallel
 from hnet.data.pipeline import Batch, eval_batches, train_batches
 from hnet.data.row_routes import in_unknown_scripts
+from hnet.errors import ConfigError
 from hnet.inspect.gold import thin
 from hnet.inspect.tokens import train_bpe
 from hnet.train.compile_cache import enable_compilation_cache

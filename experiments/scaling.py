@@ -36,9 +36,9 @@ from experiments.scaling_ladder import (
     make_points,
     point_config,
 )
-from hnet.config import ConfigError
 from hnet.data import open_corpus
 from hnet.data.tokens import read_vocabulary
+from hnet.errors import ConfigError
 from hnet.inspect.tokens import train_bpe
 from hnet.train.compile_cache import enable_compilation_cache
 from hnet.train.config import Config, from_json, to_json

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import least_squares
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 
 RESAMPLED = 400  # fits of the bootstrap
 EXPONENTS = (0.05, 0.15, 0.4)  # c that the search starts from

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from hnet.config import ChunkingConfig, ConfigError, HNetConfig, StageConfig, parse_layout
+from hnet.config import ChunkingConfig, HNetConfig, StageConfig, parse_layout
+from hnet.errors import ConfigError
 from hnet.flops import forward_terms, param_counts, stage_lengths
 from hnet.train.config import Config
 from hnet.train.optim import OptimConfig

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from experiments.command_line import parse, run
 from hnet import load
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.infer.segment import segment_all, segmenter
 from hnet.inspect.gold import annotate
 from hnet.inspect.page import to_html

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import optuna
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.train.config import Config, to_json, with_fields
 from hnet.train.program import untraced
 

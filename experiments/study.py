@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from experiments.space import Point, Space, Values, list_points, make_point, point_key
 from experiments.study_storage import has_ended, open_storage, pruner, worker_name
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.train.config import Config, differences, from_json, to_json
 
 _LOCAL = ("workdir", "mesh", "distributed", "watchdog", "checkpoint", "profile")

@@ -8,7 +8,7 @@ from pathlib import Path
 import optuna
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 

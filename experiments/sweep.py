@@ -27,7 +27,7 @@ from experiments.space import Point, Space, describe, list_points, read_space
 from experiments.study import Claim, Study
 from experiments.sweep_results import write_results
 from experiments.sweep_train import Options, train_points
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.train.compile_cache import CompilationLog, enable_compilation_cache
 from hnet.train.config import Config
 from hnet.train.distributed import REQUEUE_EXIT_CODE, StopRequest

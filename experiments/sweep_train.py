@@ -18,7 +18,7 @@ from rich.markup import escape
 
 from experiments.space import describe
 from experiments.study import Claim, Study
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.train.config import Config
 from hnet.train.distributed import StopRequest
 from hnet.train.evaluate import Evaluation

@@ -14,15 +14,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from hnet.chunking.config import ChunkingConfig
+from hnet.errors import ConfigError
 
 BOS_ID = 254  # byte values that valid UTF-8 never contains, as in the official tokenizer
 EOS_ID = 255
 
 _RUN = re.compile(r"([mMtT])([1-9][0-9]{0,3})")
-
-
-class ConfigError(ValueError):
-    """A setting that cannot work: one line naming the field, its value and the remedy."""
 
 
 def parse_layout(layout: str) -> tuple[tuple[str, int], ...]:

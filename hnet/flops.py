@@ -19,7 +19,8 @@ from typing import Literal
 from hnet.chunking.config import ChunkingConfig
 from hnet.chunking.dechunk import EMA_BLOCK
 from hnet.chunking.routes import BLOCKS_PER_ROUTE, MIN_BLOCK
-from hnet.config import ConfigError, HNetConfig, StageConfig, parse_layout
+from hnet.config import HNetConfig, StageConfig, parse_layout
+from hnet.errors import ConfigError
 
 Convention = Literal["published", "executed"]
 

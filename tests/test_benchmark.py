@@ -10,7 +10,7 @@ from flax import nnx
 from experiments import benchmark_step
 from experiments.benchmark import Benchmark
 from experiments.benchmark_step import Step, forced, measure_steps, slots
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from tests.training import build, tiny_run
 
 

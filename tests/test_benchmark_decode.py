@@ -9,7 +9,8 @@ from flax import nnx
 
 from experiments.benchmark import Benchmark, measure
 from experiments.benchmark_decode import DecodeBenchmark, main_share, make_models
-from hnet.config import EOS_ID, ConfigError
+from hnet.config import EOS_ID
+from hnet.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.benchmark_input import InputBenchmark, consumed, delivered, measure
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.train.config import claim_workdir
 from tests.training import tiny_run
 

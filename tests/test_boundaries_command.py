@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from experiments import boundaries
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.infer import score
 from hnet.infer.segment import segment_all, segmenter
 from hnet.model import split

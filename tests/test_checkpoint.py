@@ -19,7 +19,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.train import leaves as lv
 from hnet.train import manifest as mf
 from hnet.train import step_folders as sf

@@ -7,7 +7,7 @@ from networks import network, stage
 
 from experiments.configs.systems import SYSTEMS
 from hnet.chunking.config import ChunkingConfig
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 
 
 def two_stages(**chunking):

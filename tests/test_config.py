@@ -12,7 +12,6 @@ from hnet.config import (
     PUBLISHED,
     ChunkingConfig,
     ComputeConfig,
-    ConfigError,
     HNetConfig,
     SSMConfig,
     StageConfig,
@@ -20,6 +19,7 @@ from hnet.config import (
     lr_multipliers,
     parse_layout,
 )
+from hnet.errors import ConfigError
 from hnet.model import abstract
 
 OUTER = StageConfig(("m2", "T1"), 64, 100, 4, 16, 31)

@@ -8,9 +8,9 @@ import pytest
 from data_helpers import jsonl, make_documents
 from hypothesis import given
 
-from hnet.config import ConfigError
 from hnet.data import DataConfig, open_corpus, open_part
 from hnet.data.corpus import Part, _divide
+from hnet.errors import ConfigError
 
 
 def write(folder, contents):

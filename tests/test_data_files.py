@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 from data_helpers import jsonl
 
-from hnet.config import ConfigError
 from hnet.data.files import expand, read_documents
+from hnet.errors import ConfigError
 
 RAW = b"caf\xc3\xa9 \xff\xfe\x00 raw\r\n"  # not UTF-8, with a zero byte
 

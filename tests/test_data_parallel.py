@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from data_helpers import jsonl
 
-from hnet.config import ConfigError
 from hnet.data.parallel import bytes_by_script, read_parallel
 from hnet.data.scripts import SCRIPTS
+from hnet.errors import ConfigError
 
 
 @pytest.fixture

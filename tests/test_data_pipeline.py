@@ -16,9 +16,10 @@ import pytest
 from data_helpers import jsonl
 
 import hnet
-from hnet.config import BOS_ID, ConfigError
+from hnet.config import BOS_ID
 from hnet.data import DataConfig, batch_fingerprint, eval_batches, open_corpus, train_batches
 from hnet.data.pipeline import _PERIOD, RowOrder
+from hnet.errors import ConfigError
 
 FIELDS = ("input_ids", "segment_ids", "loss_mask")
 

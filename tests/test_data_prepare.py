@@ -9,11 +9,11 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from data_helpers import jsonl
 
 import hnet.data.prepare as module
-from hnet.config import ConfigError
 from hnet.data import DataConfig, batch_fingerprint, open_corpus, open_part, train_batches
 from hnet.data.__main__ import main
 from hnet.data.prepare import prepare
 from hnet.data.shards import RECORD_BYTES
+from hnet.errors import ConfigError
 
 TEXTS = [
     "x",

@@ -6,8 +6,8 @@ import lzma
 
 import pytest
 
-from hnet.config import ConfigError
 from hnet.data import DataConfig, open_corpus, pythondocs
+from hnet.errors import ConfigError
 
 
 @pytest.fixture(scope="module")

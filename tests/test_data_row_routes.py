@@ -9,11 +9,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_data_scripts import slow_ids, texts
 
-from hnet.config import ConfigError
 from hnet.data import DataConfig, eval_batches, open_corpus, open_part, row_routes, train_batches
 from hnet.data.packing import Stream
 from hnet.data.row_routes import RowRoutes, ScriptStates, in_unknown_scripts, unknown_script
 from hnet.data.scripts import SCRIPTS, script_ids
+from hnet.errors import ConfigError
 
 GROUPS = (("Cyrillic", "Greek"), ("Han", "Hiragana", "Katakana"), ("Common",))
 LATIN, CYRILLIC, HAN, COMMON = 0, 1, 2, 3

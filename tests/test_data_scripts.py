@@ -10,7 +10,6 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from hnet.config import ConfigError
 from hnet.data import script_table, scripts
 from hnet.data.script_table import TABLE_FILE, make_table, read_table
 from hnet.data.scripts import (
@@ -21,6 +20,7 @@ from hnet.data.scripts import (
     script_ids_of_rows,
     script_step,
 )
+from hnet.errors import ConfigError
 
 TABLE_TEXT = TABLE_FILE.read_text(encoding="utf-8")
 SCRIPT_OF = read_table(TABLE_TEXT)[1]

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from hnet.config import ConfigError
 from hnet.data import DataConfig, eval_batches, open_part
 from hnet.data.synthetic import SCRIPTS, MarkovSource, documents, synthesize
+from hnet.errors import ConfigError
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from hnet.config import BOS_ID, EOS_ID, ConfigError
+from hnet.config import BOS_ID, EOS_ID
 from hnet.data import DataConfig, eval_batches, open_corpus, train_batches
 from hnet.data.packing import Stream
 from hnet.data.tokens import TokenDocuments, Vocabulary
+from hnet.errors import ConfigError
 from hnet.loss import scored_bytes
 from hnet.train.evaluate import Evaluation
 from hnet.train.program import check_vocabulary

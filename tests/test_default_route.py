@@ -10,9 +10,10 @@ import pytest
 
 from hnet.chunking import routes
 from hnet.chunking.controller import ControllerConfig, map_offsets
-from hnet.config import ChunkingConfig, ConfigError
+from hnet.config import ChunkingConfig
 from hnet.data import open_corpus, train_batches
 from hnet.data.row_routes import in_unknown_scripts
+from hnet.errors import ConfigError
 from hnet.train import settle as settling
 from hnet.train.config import TrainConfig
 from hnet.train.default_route import fit_default_route

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.train import distributed
 from hnet.train.checkpoint import Checkpointer
 from hnet.train.distributed import DistributedConfig, StopRequest
@@ -92,7 +92,7 @@ TOGETHER = """
 import sys, time
 from pathlib import Path
 import jax
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.train import distributed
 from hnet.train.checkpoint import Checkpointer
 from hnet.train.distributed import StopRequest
@@ -185,7 +185,7 @@ def test_two_hosts_agree_and_save_the_same_step(tmp_path):
 
 ODD = """
 import sys
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.train import distributed
 distributed.initialize()
 print("joined", distributed.num_hosts(), flush=True)

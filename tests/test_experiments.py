@@ -12,7 +12,7 @@ import pytest
 from etils import epath
 
 from experiments.command_line import base_config, named_configs, run_config
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.model import abstract
 from hnet.train.config import to_json
 from hnet.train.distributed import REQUEUE_EXIT_CODE

@@ -19,9 +19,9 @@ from experiments import (
 from experiments.command_line import base_config
 from experiments.configs import mixed_scripts_routed, mixed_scripts_single
 from hnet import load
-from hnet.config import ConfigError
 from hnet.data import eval_batches, open_corpus, train_batches
 from hnet.data.row_routes import unknown_script
+from hnet.errors import ConfigError
 from hnet.train import loop
 from hnet.train.config import read_config
 from tests.training import build, rows, tiny_run

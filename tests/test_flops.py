@@ -8,15 +8,8 @@ import pytest
 from flax import nnx
 
 from hnet import HNetLM
-from hnet.config import (
-    PUBLISHED,
-    ChunkingConfig,
-    ComputeConfig,
-    ConfigError,
-    HNetConfig,
-    SSMConfig,
-    StageConfig,
-)
+from hnet.config import PUBLISHED, ChunkingConfig, ComputeConfig, HNetConfig, SSMConfig, StageConfig
+from hnet.errors import ConfigError
 from hnet.flops import (
     Term,
     flops_by_part,

@@ -13,7 +13,7 @@ from networks import network, random_params, stage
 
 from experiments import command_line
 from experiments import generate as command
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.infer import room
 from hnet.infer.decode import Decoder
 from hnet.infer.generate import chunk_starts, generate, stream_text

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import NETWORKS, network, random_params, stage
 
-from hnet.config import BOS_ID, EOS_ID, ConfigError
+from hnet.config import BOS_ID, EOS_ID
 from hnet.data.scripts import route_table, script_ids
+from hnet.errors import ConfigError
 from hnet.infer import stream
 from hnet.infer.generate import _Row, chunk_starts, generate, stream_text
 from hnet.infer.sampling import Sampling

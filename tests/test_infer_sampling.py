@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hnet.config import EOS_ID, ConfigError
+from hnet.config import EOS_ID
+from hnet.errors import ConfigError
 from hnet.infer import utf8
 from hnet.infer.sampling import Controls, Sampling, keep_likely, penalise, sample
 

@@ -6,7 +6,8 @@ import pytest
 from flax import nnx
 from networks import network, quick_jit, random_params, stage
 
-from hnet.config import BOS_ID, ConfigError
+from hnet.config import BOS_ID
+from hnet.errors import ConfigError
 from hnet.infer.score import logprobs
 from hnet.model import HNetLM
 

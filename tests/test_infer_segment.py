@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.infer.segment import as_starts, segment_all, segmenter
 from hnet.inspect.segmentation import Segmentation
 from tests.networks import MLP_END, network, quick_jit, random_params, stage

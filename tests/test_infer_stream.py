@@ -19,7 +19,8 @@ from networks import COMPUTE, NETWORKS, network, quick_jit, random_params, stage
 
 from experiments.configs import default, mixed_scripts_routed, mixed_scripts_single, reference, tiny
 from experiments.configs.systems import SYSTEMS
-from hnet.config import PUBLISHED, ConfigError, HNetConfig, SSMConfig, layout_height
+from hnet.config import PUBLISHED, HNetConfig, SSMConfig, layout_height
+from hnet.errors import ConfigError
 from hnet.infer import compact, stream
 from hnet.interop import from_official
 from hnet.nn import cache as nn_cache

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.inspect.fairness import chunk_spread, cut_at, mean_bpb, score_language, spread
 from hnet.inspect.fairness_report import (
     language_rows,

@@ -2,7 +2,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.inspect.lexical import (
     CLASSES,
     Share,

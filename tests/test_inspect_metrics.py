@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from inspect_samples import probe_texts, segment
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.inspect import metrics
 from hnet.inspect.segmentation import Segmentation, StageBoundaries
 

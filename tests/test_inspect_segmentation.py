@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.inspect.segmentation import (
     Segmentation,
     StageBoundaries,

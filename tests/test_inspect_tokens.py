@@ -2,7 +2,7 @@
 
 import pytest
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.inspect.tokens import read_tokenizer, token_starts, train_bpe
 
 tokenizers = pytest.importorskip("tokenizers")

@@ -6,7 +6,7 @@ import pytest
 from inspect_samples import probe_texts, segment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.inspect.mirror import Mirror
 from hnet.inspect.segmentation import Segmentation, StageBoundaries
 from hnet.inspect.store import FOLDER, INDEX

@@ -14,7 +14,8 @@ from flax import nnx
 from networks import network, official_network, random_params, stage
 
 from experiments import command_line
-from hnet.config import ConfigError, HNetConfig
+from hnet.config import HNetConfig
+from hnet.errors import ConfigError
 from hnet.interop import convert, load, to_official, verify
 from hnet.interop.__main__ import main
 from hnet.interop.official import from_official, official_shapes

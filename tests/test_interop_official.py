@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 from networks import NETWORKS, official_network, random_params
 
-from hnet.config import ConfigError, SSMConfig
+from hnet.config import SSMConfig
+from hnet.errors import ConfigError
 from hnet.interop import from_official, to_official
 from hnet.model import HNetLM
 

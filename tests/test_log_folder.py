@@ -7,7 +7,7 @@ import pytest
 from etils.epath.backend import fsspec_backend
 from fsspec.implementations.memory import MemoryFileSystem
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.inspect import mirror
 from hnet.train.config import claim_workdir, read_config
 from hnet.train.log_folder import LogFolder

@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 from networks import quick_jit
 
 from experiments.command_line import base_config
-from hnet.config import ComputeConfig, ConfigError, StageConfig
+from hnet.config import ComputeConfig, StageConfig
+from hnet.errors import ConfigError
 from hnet.nn.attention import attention_reference
 from hnet.nn.kernels.cudnn import attention_cudnn
 from hnet.nn.kernels.splash import attention_splash

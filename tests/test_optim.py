@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from hnet.config import PUBLISHED, ConfigError
+from hnet.config import PUBLISHED
+from hnet.errors import ConfigError
 from hnet.model import abstract
 from hnet.train.optim import (
     Hyperparams,

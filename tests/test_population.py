@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from experiments.sweep_rounding import compare
-from hnet.config import ChunkingConfig, ConfigError
+from hnet.config import ChunkingConfig
 from hnet.data import open_corpus, train_batches
+from hnet.errors import ConfigError
 from hnet.train import population
 from hnet.train.checkpoint import CheckpointConfig
 from hnet.train.compile_cache import CompilationLog

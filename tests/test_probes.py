@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from hnet.config import ConfigError
 from hnet.data import open_part
+from hnet.errors import ConfigError
 from hnet.train.config import EvalConfig
 from hnet.train.probes import probe_texts
 

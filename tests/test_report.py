@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hnet.config import ConfigError
 from hnet.data import open_corpus
+from hnet.errors import ConfigError
 from hnet.train import report
 from hnet.train.config import TrainConfig
 from hnet.train.report import MetricsFile, Report, Trace, read_metrics

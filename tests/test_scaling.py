@@ -10,8 +10,9 @@ from experiments import scaling
 from experiments.command_line import FAILED, run_config
 from experiments.scaling_fit import fit
 from experiments.scaling_ladder import FAMILIES, make_points, peak_learning_rate
-from hnet.config import PUBLISHED, ConfigError
+from hnet.config import PUBLISHED
 from hnet.data import DataConfig
+from hnet.errors import ConfigError
 from hnet.train.distributed import REQUEUE_EXIT_CODE
 from tests.training import tiny_run
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.train.program import build as build_program
 from hnet.train.sharding import (
     MeshConfig,

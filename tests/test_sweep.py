@@ -19,7 +19,7 @@ from experiments.command_line import run_config
 from experiments.space import list_points, read_space
 from experiments.study import Study
 from experiments.study_storage import worker_name
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.train import loop, population
 from hnet.train.checkpoint import CheckpointConfig
 from hnet.train.config import EvalConfig, TrainConfig, to_json

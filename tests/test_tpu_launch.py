@@ -25,7 +25,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.train.distributed import REQUEUE_EXIT_CODE
 from tpu import bundle, gke, slurm, tpu_vm
 from tpu.commands import HostReport, check_name, check_word, parse_reports, verdict, worst_first

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.command_line import base_config
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.flops import param_counts
 from hnet.train.capacity import PATIENCE, Ladder
 from hnet.train.sharding import check_batch

@@ -12,8 +12,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hnet.chunking.controller import ControllerConfig
-from hnet.config import ChunkingConfig, ConfigError
+from hnet.config import ChunkingConfig
 from hnet.data import batch_fingerprint, fingerprint, train_batches
+from hnet.errors import ConfigError
 from hnet.train import loop
 from hnet.train.config import Config, TrainConfig, claim_workdir, from_json, read_config, to_json
 from hnet.train.optim import schedule

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.train import distributed
 from hnet.train.watchdog import Watchdog, WatchdogConfig
 

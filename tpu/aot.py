@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.flops import stage_lengths
 from hnet.train.capacity import Ladder, needed, rung
 from hnet.train.config import Config, from_json, to_json

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.train.distributed import REQUEUE_EXIT_CODE
 
 

@@ -9,7 +9,7 @@ import tempfile
 from datetime import datetime
 from pathlib import Path
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.train.distributed import REQUEUE_EXIT_CODE
 from tpu import bundle
 from tpu.commands import HostReport, Runner, Step, verdict, worst_first

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from tpu import gke, slurm, tpu_vm
 from tpu.commands import LaunchError, Runner, check_name, check_word
 

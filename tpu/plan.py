@@ -19,7 +19,8 @@ from operator import le
 from typing import NamedTuple
 
 from experiments.command_line import base_config, parse, run, run_config
-from hnet.config import PUBLISHED, ComputeConfig, ConfigError
+from hnet.config import PUBLISHED, ComputeConfig
+from hnet.errors import ConfigError
 from hnet.train.config import Config
 from tpu.aot import Plan, capacities, compile_plan, open_slice
 from tpu.roofline import memory, report, size

@@ -5,7 +5,7 @@ import re
 import shlex
 from pathlib import Path
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.train.distributed import REQUEUE_EXIT_CODE
 from tpu import bundle
 from tpu.commands import Runner, Step, check_word, parse_reports, worst_first

@@ -7,7 +7,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.train.distributed import REQUEUE_EXIT_CODE
 from tpu import bundle
 from tpu.commands import HostReport, LaunchError, Runner, Step, parse_reports, verdict, worst_first

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hnet.chunking.router import RouterOutput
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 
 LIMIT = 8.0  # of an offset, so that a rate which cannot move winds up no further
 MIN_CHUNKS = 30  # of a route for its quantile to be surer than what the controller held

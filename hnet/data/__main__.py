@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hnet.config import ConfigError
 from hnet.data import DataConfig, open_corpus
 from hnet.data.prepare import prepare
+from hnet.errors import ConfigError
 
 
 @dataclass(frozen=True)

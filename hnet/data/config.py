@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from functools import cached_property
 
 import numpy as np
 
-from hnet.config import ConfigError
 from hnet.data import files, pythondocs
 from hnet.data.config import DataConfig
 from hnet.data.sources import Source, is_built_in, open_source
 from hnet.data.tokens import TokenDocuments, read_vocabulary
+from hnet.errors import ConfigError
 
 
 @dataclass(frozen=True)

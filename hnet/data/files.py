@@ -11,7 +11,7 @@ import os
 import zlib
 from collections.abc import Iterator
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 
 SHARD_SUFFIXES = (".array_record", ".arrayrecord")
 _PACKED_SUFFIXES = (".bz2", ".xz", ".zst", ".zip", ".7z", ".tar", ".tgz")

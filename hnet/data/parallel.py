@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hnet.config import ConfigError
 from hnet.data.scripts import SCRIPTS, script_ids
+from hnet.errors import ConfigError
 
 Lines = dict[str, list[bytes]]
 

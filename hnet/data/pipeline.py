@@ -19,11 +19,11 @@ import numpy as np
 from absl.flags import FLAGS
 from grain.experimental import index_shuffle
 
-from hnet.config import ConfigError
 from hnet.data.config import DataConfig
 from hnet.data.corpus import Corpus, Part
 from hnet.data.packing import Stream
 from hnet.data.row_routes import RowRoutes
+from hnet.errors import ConfigError
 
 Batch = dict[str, np.ndarray]
 RouteGroups = Sequence[Sequence[str]]

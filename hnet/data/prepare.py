@@ -16,7 +16,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from hnet.config import ConfigError
 from hnet.data.files import expand, is_shard, read_documents
 from hnet.data.shards import (
     MANIFEST,
@@ -26,6 +25,7 @@ from hnet.data.shards import (
     read_resume_point,
     replace_file,
 )
+from hnet.errors import ConfigError
 
 _FORMAT = "hnet-shards-1"
 _LOCK = ".lock"

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 
 NAME = "python:"
 """the entry of ``data.files`` that names this corpus"""

@@ -27,8 +27,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hnet.config import ConfigError
 from hnet.data.script_table import COMMON, TABLE_FILE, read_table
+from hnet.errors import ConfigError
 
 START_STATE = 0
 

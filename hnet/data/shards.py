@@ -18,7 +18,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from rich.console import Console
 from rich.progress import track
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 
 RECORD_BYTES = 16_384
 MANIFEST = "manifest.json"

@@ -17,9 +17,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from hnet.config import ConfigError
 from hnet.data import files, pythondocs, synthetic
 from hnet.data.shards import read_index
+from hnet.errors import ConfigError
 
 _SHOW_PROGRESS_FROM = 64 << 20
 

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 
 PREFIX = "synthetic:"
 """``synthetic:SCRIPT`` or ``synthetic:SCRIPT:BYTES`` in ``data.files`` names such text"""

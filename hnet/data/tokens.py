@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 
 BYTES = 256
 

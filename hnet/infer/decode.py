@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hnet.config import EOS_ID, ConfigError
+from hnet.config import EOS_ID
 from hnet.data.scripts import route_table, script_ids, script_step
+from hnet.errors import ConfigError
 from hnet.infer import room, stream, utf8
 from hnet.infer.prompts import pad
 from hnet.infer.sampling import Controls, Sampling, sample

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hnet.config import BOS_ID, EOS_ID, ConfigError, HNetConfig
+from hnet.config import BOS_ID, EOS_ID, HNetConfig
+from hnet.errors import ConfigError
 from hnet.infer import utf8
 from hnet.infer.decode import Decoder
 from hnet.infer.prompts import encode

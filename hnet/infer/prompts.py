@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 
 MIN_LENGTH = 16
 

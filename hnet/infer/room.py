@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.infer.prompts import MIN_LENGTH, length_bucket
 
 MAX_POSITIONS = (1 << 31) - 64  # int32, less the null slots that stages add to a row

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hnet.config import EOS_ID, ConfigError
+from hnet.config import EOS_ID
+from hnet.errors import ConfigError
 from hnet.infer import utf8
 
 NUM_BYTES = 256

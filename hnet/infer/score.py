@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hnet.config import BOS_ID, ConfigError
+from hnet.config import BOS_ID
 from hnet.data.scripts import route_table, script_ids_of_rows
+from hnet.errors import ConfigError
 from hnet.infer.prompts import encode, length_bucket, pad
 from hnet.model import HNetLM, split
 

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from hnet.chunking.router import RouterOutput
-from hnet.config import ConfigError, HNetConfig
+from hnet.config import HNetConfig
+from hnet.errors import ConfigError
 from hnet.infer.compact import FRACTIONS
 from hnet.infer.stage_cache import StageCache, prefill_stage
 from hnet.infer.stage_step import Pace, step_stage, window_segments

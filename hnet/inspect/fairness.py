@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.inspect.metrics import boundary_scores, utf8_split_frac
 from hnet.inspect.segmentation import Segmentation, StageBoundaries
 

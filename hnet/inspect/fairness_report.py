@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.inspect.fairness import LanguageScore, chunk_spread, mean_bpb
 
 Scores = Mapping[str, Mapping[str, LanguageScore]]

@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.inspect.segmentation import Segmentation, characters, inside, read_segmentations
 
 _LAYOUT_TOKENS = {

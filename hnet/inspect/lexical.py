@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 
 CLASSES = (
     "char_alpha", "char_other", "spaced_alpha", "spaced_other", "inner_alpha", "inner_other",

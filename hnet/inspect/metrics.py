@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.inspect.gold import inside_character
 from hnet.inspect.segmentation import Segmentation
 

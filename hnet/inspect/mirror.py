@@ -5,7 +5,7 @@ import os
 import threading
 from pathlib import Path
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 

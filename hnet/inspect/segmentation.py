@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 
 VERSION = 1
 Alignment = Literal["start", "end"]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import jax
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.interop.convert import convert, verify
 from hnet.interop.official import Mismatch
 

@@ -12,7 +12,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from hnet.config import ConfigError, HNetConfig
+from hnet.config import HNetConfig
+from hnet.errors import ConfigError
 from hnet.interop.load import DType, beside, dtypes, load, shown
 from hnet.interop.official import Leaf, assemble, check_fit, check_official, entries, leaves
 from hnet.interop.tensors import FORMATS, TensorFile, write_tensors

@@ -12,7 +12,8 @@ from flax import nnx
 from rich.console import Console
 from rich.progress import track
 
-from hnet.config import ConfigError, HNetConfig
+from hnet.config import HNetConfig
+from hnet.errors import ConfigError
 from hnet.interop.official import assemble, check_fit
 from hnet.interop.tensors import TensorFile
 from hnet.model import HNetLM, abstract

@@ -14,7 +14,8 @@ import numpy as np
 from flax import nnx
 
 from hnet.chunking.config import ChunkingConfig
-from hnet.config import ConfigError, HNetConfig
+from hnet.config import HNetConfig
+from hnet.errors import ConfigError
 from hnet.model import HNetLM
 
 _RENAMED = {

@@ -15,7 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 
 FORMATS = (".pt", ".safetensors", ".npz")
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.train import distributed
 from hnet.train import leaves as lv
 from hnet.train import manifest as mf

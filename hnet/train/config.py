@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hnet.chunking.controller import ControllerConfig
-from hnet.config import ConfigError, HNetConfig
+from hnet.config import HNetConfig
 from hnet.data.config import DataConfig
 from hnet.data.scripts import route_table
+from hnet.errors import ConfigError
 from hnet.train.checkpoint import CheckpointConfig
 from hnet.train.distributed import DistributedConfig
 from hnet.train.optim import OptimConfig

@@ -26,7 +26,7 @@ from jax._src import distributed as jax_distributed  # the only door to the key-
 from jax.experimental import multihost_utils
 
 import hnet
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.train.manifest import first_line
 
 log = logging.getLogger(__name__)

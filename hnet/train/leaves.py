@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 
 
 def flatten(tree: Any, prefix: str = "") -> tuple[dict[str, Any], Any]:

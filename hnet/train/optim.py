@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hnet.config import ConfigError, HNetConfig, lr_multipliers
+from hnet.config import HNetConfig, lr_multipliers
+from hnet.errors import ConfigError
 
 _NOT_DECAYED = re.compile(r"scale|bias|dt_bias|A_log|D|conv1d_bias|boundary_offset")
 

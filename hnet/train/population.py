@@ -19,9 +19,9 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hnet.config import ConfigError
 from hnet.data import Corpus, open_corpus, train_batches
 from hnet.data.pipeline import Batch
+from hnet.errors import ConfigError
 from hnet.loss import bits_per_byte
 from hnet.model import abstract
 from hnet.nn.kernels.table import described, resolved, without

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 
 from hnet.chunking.config import ChunkingConfig
-from hnet.config import ConfigError
 from hnet.data import eval_batches
 from hnet.data.pipeline import Batch
 from hnet.data.tokens import read_vocabulary
+from hnet.errors import ConfigError
 from hnet.loss import LossWeights
 from hnet.model import abstract, init_params
 from hnet.nn.kernels.table import described, resolved, without

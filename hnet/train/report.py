@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from hnet.config import ConfigError
 from hnet.data import Corpus
+from hnet.errors import ConfigError
 from hnet.inspect.writer import RunWriter
 from hnet.loss import PROB_BINS, bits_per_byte
 from hnet.train import distributed

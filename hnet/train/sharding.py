@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.nn.layers import ROW_AXES
 
 BATCH = P(ROW_AXES)  # rows; every activation is sharded on its rows alone

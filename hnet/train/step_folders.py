@@ -8,7 +8,7 @@ import os
 
 from etils import epath
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.train import manifest as mf
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from etils import epath
 from rich.console import Console
 from rich.progress import track
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.train import leaves as lv
 from hnet.train import manifest as mf
 from hnet.train.manifest import Damaged, Manifest

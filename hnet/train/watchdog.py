@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 
 from etils import epath
 
-from hnet.config import ConfigError
+from hnet.errors import ConfigError
 from hnet.train import distributed
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import jax
 
-from hnet.config import ComputeConfig, ConfigError
+from hnet.config import ComputeConfig
+from hnet.errors import ConfigError
 from hnet.nn.kernels.cudnn import attention_cudnn
 from hnet.nn.kernels.splash import attention_splash
 from hnet.nn.kernels.ssd import ssd_pallas

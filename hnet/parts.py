@@ -1,0 +1,96 @@
+"""Parts by name: what a configuration may put in a place of the network.
+
+A part is a class in a file of its own that nests its settings as `Config`. A table holds one line
+per part, ``name: "module:Class"``, and imports a class only when it is asked for. A configuration
+may also name a class outside of the table the same way, ``"my_paper.hazard:Hazard"``.
+"""
+
+import dataclasses
+import difflib
+import importlib
+from typing import Any, ClassVar
+
+from hnet.errors import ConfigError
+
+
+class Table:
+    """The parts of one kind. Every name that is not known raises."""
+
+    def __init__(self, kind: str, names: dict[str, str]):
+        """kind: what an error calls it, "boundary predictor". names: name -> "module:Class"."""
+        self.kind, self.names = kind, names
+
+    def find(self, name: str) -> type:
+        """The class of a name, or of "module:Class". Raises ConfigError if there is none."""
+        place = self.names.get(name, name if ":" in name else None)
+        if place is None:
+            near = difflib.get_close_matches(name, self.names, 1) or self.names
+            raise ConfigError(
+                f"{self.kind} {name!r} is unknown: use {', '.join(near)}, or package.module:Class"
+            )
+        module, _, class_name = place.partition(":")
+        try:
+            found = getattr(importlib.import_module(module), class_name, None)
+        except ImportError as e:
+            raise ConfigError(f"{self.kind} {name!r} cannot be imported: {e}") from None
+        if not (isinstance(found, type) and issubclass(getattr(found, "Config", object), Settings)):
+            raise ConfigError(
+                f"{self.kind} {name!r} is no part: {module} needs a class {class_name!r} that "
+                "nests its settings as Config"
+            )
+        if found.Config.table is not self:
+            raise ConfigError(f"{self.kind} {name!r} is a {found.Config.table.kind}")
+        return found
+
+    def name_of(self, part: type) -> str:
+        """The name under which `find` returns this class."""
+        place = f"{part.__module__}:{part.__qualname__}"
+        return next((name for name, known in self.names.items() if known == place), place)
+
+
+class Settings:
+    """Base of every part's `Config`, a frozen dataclass.
+
+    `part` is the class that it configures, `table` the table of its kind. `traced` names the
+    fields that a compiled program takes as inputs: a sweep may vary them without compiling again.
+    """
+
+    part: ClassVar[type]
+    table: ClassVar[Table]
+    traced: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def name(self) -> str:
+        return self.table.name_of(self.part)
+
+    def problem(self) -> str | None:
+        """One line, "field=value: remedy", on a setting that cannot work; None if all can."""
+        return None
+
+    def numbers(self) -> dict[str, float]:
+        """The traced fields and their values."""
+        return {name: getattr(self, name) for name in self.traced}
+
+    def with_numbers(self, numbers: dict[str, Any] | None) -> Any:
+        """These settings with arrays instead of the traced fields."""
+        return dataclasses.replace(self, **numbers) if numbers else self
+
+    def without_numbers(self) -> Any:
+        """These settings with defaults instead of the traced fields: what a program depends on."""
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        return dataclasses.replace(self, **{name: defaults[name] for name in self.traced})
+
+
+class Part:
+    """Base of all parts. A subclass without settings of its own gets an empty `Config`."""
+
+    Config: ClassVar[type[Settings]]
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "Config" not in cls.__dict__ and hasattr(cls, "Config"):
+            doc = f"{cls.__name__} has no settings."
+            own = type("Config", (cls.Config,), {"__doc__": doc, "__module__": cls.__module__})
+            cls.Config = dataclasses.dataclass(frozen=True)(own)
+        if "Config" in cls.__dict__:
+            cls.Config.part = cls

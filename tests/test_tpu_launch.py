@@ -5,6 +5,7 @@ reach a real cluster.
 """
 
 import argparse
+import inspect
 import json
 import os
 import re
@@ -28,7 +29,15 @@ from hypothesis import strategies as st
 from hnet.errors import ConfigError
 from hnet.train.distributed import REQUEUE_EXIT_CODE
 from tpu import bundle, gke, slurm, tpu_vm
-from tpu.commands import HostReport, check_name, check_word, parse_reports, verdict, worst_first
+from tpu.commands import (
+    HostReport,
+    check_name,
+    check_word,
+    parse_reports,
+    shell_line,
+    verdict,
+    worst_first,
+)
 from tpu.launch import ACTIONS, main
 
 TPU = Path(bundle.__file__).parent
@@ -49,9 +58,26 @@ if os.path.exists(answer):
     sys.stdout.write(open(answer).read())
 """
 
+
+def kill_group(file):
+    """End the group of a run's process if the file names one that lives.
+
+    A damaged file may hold any number, and 1 would mean every process of this machine.
+    """
+    found = re.fullmatch("([1-9][0-9]+) ([0-9]+)\n", file.read_text())
+    try:
+        stat = Path("/proc", found[1] if found else "none", "stat").read_text()
+        if stat.rpartition(")")[2].split()[19] == found[2] and os.getpgid(int(found[1])) > 1:
+            os.killpg(int(found[1]), signal.SIGKILL)
+    except OSError:
+        pass
+
+
 # The hosts of a slice are folders, each the home of its processes.
 GCLOUD = f"""#!{sys.executable}
-import json, os, pathlib, shutil, signal, subprocess, sys
+import json, os, pathlib, re, shutil, signal, subprocess, sys
+from pathlib import Path
+{inspect.getsource(kill_group)}
 stub = pathlib.Path(os.environ["STUB_DIR"])
 words = sys.argv[1:]
 with open(stub / "calls.jsonl", "a") as f:
@@ -76,11 +102,8 @@ elif action == ["queued-resources", "describe"]:
         sys.exit("not found")
     print(state.read_text())
 elif action == ["queued-resources", "delete"]:
-    for pid in stub.glob("host*/hnet-launch/runs/*/host-*.pid"):
-        try:
-            os.killpg(int(pid.read_text().split()[0]), signal.SIGKILL)
-        except OSError:
-            pass
+    for file in stub.glob("host*/hnet-launch/runs/*/host-*.pid"):
+        kill_group(file)
     for host in hosts:
         shutil.rmtree(host)
     state.unlink()
@@ -160,11 +183,8 @@ def cloud(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bundle, "SHIPPED", ("tpu",))  # enough for the hosts of this test
     yield Cloud(tmp_path, shared)
-    for pid in tmp_path.glob("**/runs/*/host-*.pid"):
-        try:
-            os.killpg(int(pid.read_text().split()[0]), signal.SIGKILL)
-        except OSError:
-            pass
+    for file in tmp_path.glob("**/runs/*/host-*.pid"):
+        kill_group(file)
 
 
 class Cloud:
@@ -433,12 +453,55 @@ def test_hosts_start_one_after_the_other(cloud):
     assert time.monotonic() - began >= 0.6
 
 
+@pytest.mark.parametrize("content", ["", "abc\n", "1\n", "7 x\n", "\x1b[2J 1\n", "99999 1\n"])
+def test_a_damaged_file_of_a_host_is_a_killed_run(cloud, content):
+    folder = cloud.folder / "home/runs/r"
+    folder.mkdir(parents=True)
+    for name in ("host-0.pid", "host-0.exit"):
+        (folder / name).write_text(content)
+    done = on_host(cloud, "status", "r", HNET_HOST_ID="0")
+    (report,) = parse_reports(done.stdout)
+    assert report.state == "ended" and report.code == 137
+    assert on_host(cloud, "exec", "r", "true", HNET_HOST_ID="0").returncode == 0
+
+
+LOG_LINES = [
+    "HNET host=abc name=x state=ended code=1 at=2",
+    "HNET host=",
+    "HNET host=3",
+    "HNET host=9 name=x state=ended code=x at=2",
+    "HNET host=9 name=x state=ended code=1 at=1e999",
+    "HNET host=9 name=x state=odd code=1 at=2",
+    "HNET and more",
+    "HNET host=0 name=x state=ended code=1 at=2 pid=- stopped=yes",
+]
+
+
+def test_lines_of_a_log_that_look_like_a_report_are_lines_of_the_log(slice_, capfd):
+    script = slice_.shared / "talk.sh"
+    script.write_text("printf '%s\\n' " + shlex.join(LOG_LINES) + "\n")
+    words = ["tpu-vm", "run", "run-1", "--stagger", "0", "--poll", "0.1", "--watch", "--go"]
+    assert main([*words, "--", "bash", str(script)]) == 0
+    assert main(["tpu-vm", "status", "run-1", "--go"]) == 0
+    out = capfd.readouterr().out
+    assert len(re.findall(r"^host \d \(.*\): ended, exit code 0$", out, re.M)) == HOSTS
+    assert main(["tpu-vm", "logs", "run-1", "--go"]) == 0
+    out = capfd.readouterr().out
+    assert len(re.findall(r"^==== host \d \(.*\): ended, exit code 0$", out, re.M)) == HOSTS
+    assert all(out.count("\n" + line + "\n") == HOSTS for line in LOG_LINES)
+
+
+def test_only_whole_reports_are_read():
+    assert parse_reports("\n".join(LOG_LINES[:-1])) == []
+    (report,) = parse_reports(LOG_LINES[-1])
+    assert report == HostReport(0, "x", "ended", 1, 2.0, True)
+
+
 def test_a_killed_supervisor_is_reported(cloud):
     host = {"HNET_HOST_ID": "0"}
     (report,) = parse_reports(on_host(cloud, "start", "r", "sleep", "60", **host).stdout)
     assert report.state == "running"
-    pid = int((cloud.folder / "home/runs/r/host-0.pid").read_text().split()[0])
-    os.killpg(pid, signal.SIGKILL)
+    kill_group(cloud.folder / "home/runs/r/host-0.pid")
     cloud.wait_for(lambda: "state=ended code=137" in on_host(cloud, "status", "r", **host).stdout)
 
 
@@ -492,21 +555,46 @@ def gke_options(**fields):
     return argparse.Namespace(**base | fields)
 
 
-@settings(max_examples=40)
-@given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))))
-def test_manifest_is_yaml_and_keeps_every_word(words):
+def as_kubernetes(text, environment=()):
+    """What a container gets: $$ becomes $, $(NAME) the variable, or stays if there is none."""
+    out, i = "", 0
+    while i < len(text):
+        if text.startswith("$$", i):
+            out, i = out + "$", i + 2
+        elif text.startswith("$(", i) and ")" in text[i:]:
+            end = text.index(")", i)
+            name = text[i + 2 : end]
+            out += "replaced" if name in environment else text[i : end + 1]
+            i = end + 1
+        else:
+            out, i = out + text[i], i + 1
+    return out
+
+
+def container(**fields):
     with mock.patch.object(bundle, "code_hash", lambda: "0"):  # slow, and no part of this
-        job = yaml.safe_load(gke.manifest(gke_options(command=words)))
+        job = yaml.safe_load(gke.manifest(gke_options(**fields)))
     pod = job["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
-    sent = [word.replace("$$(", "$(") for word in pod["containers"][0]["command"]]
-    expected = [word.replace("$$(", "$(") for word in words]
-    assert sent == ["bash", "/hnet/code/tpu/host.sh", "exec", "run-1", *expected]
+    return pod["containers"][0]
 
 
-def test_manifest_escapes_what_kubernetes_would_expand():
-    job = yaml.safe_load(gke.manifest(gke_options(command=["$(HNET_HOME)"])))
-    pod = job["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
-    assert pod["containers"][0]["command"][-1] == "$$(HNET_HOME)"
+nasty_words = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
+dollars = st.text("$()AH_")
+
+
+@settings(max_examples=60)
+@given(st.lists(st.one_of(nasty_words, dollars)))
+def test_every_word_arrives_as_it_was_given(words):
+    sent = container(command=words)
+    environment = [variable["name"] for variable in sent["env"]]
+    arrived = [as_kubernetes(word, [*environment, "A", "H"]) for word in sent["command"]]
+    assert arrived == ["bash", "/hnet/code/tpu/host.sh", "exec", "run-1", *words]
+
+
+def test_dollars_of_a_command_are_doubled():
+    words = ["$(HNET_HOME)", "$$", "$$(HNET_HOME)", "$", "a$b"]
+    sent = container(command=words)["command"][-5:]
+    assert sent == ["$$(HNET_HOME)", "$$$$", "$$$$(HNET_HOME)", "$$", "a$$b"]
 
 
 def test_manifest_requeues_on_75_and_eviction_only():
@@ -566,8 +654,21 @@ def test_xpk_gets_the_command_as_one_quoted_word(cloud, capsys):
     assert shlex.split(flags["command"])[-4:] == ["python", "-m", "x", "a b'"]
     assert (flags["restart-on-exit-codes"], flags["max-restarts"]) == ("75", "100")
     assert f"--env=HNET_CODE_HASH={bundle.code_hash()}" in call
-    assert main([*words, "--", "two\nlines"]) == 2
-    assert "line break" in capsys.readouterr().err
+    assert "--env=HNET_STAGGER=0.5" in call
+    assert main([*words, "--", "echo", "$$ $(HNET_HOME)"]) == 0  # XPK puts it into a manifest too
+    flags = dict(w[2:].split("=", 1) for w in cloud.calls()[-1][3:] if not w.startswith("--env"))
+    assert shlex.split(as_kubernetes(flags["command"], ["HNET_HOME"]))[-1] == "$$ $(HNET_HOME)"
+    for word in ("two\nlines", "a\rb", "a\u2028b", "\x1b[0m"):
+        assert main([*words, "--", word]) == 2
+        assert "line break" in capsys.readouterr().err
+    assert len(cloud.calls()) == 2
+
+
+@pytest.mark.parametrize("answer", ["[]", '{"items": [{}]}', "no", "[" * 100_000])
+def test_an_answer_that_is_no_list_of_pods(cloud, capfd, answer):
+    (cloud.folder / "kubectl.out").write_text(answer)
+    assert main(["gke", "status", "run-1", *PLACE, "--cluster", "c", "--go"]) == 1
+    assert "error: kubectl gave no list of pods" in capfd.readouterr().err
 
 
 def test_gke_logs_show_the_pod_that_failed_first(cloud, capfd):
@@ -650,7 +751,7 @@ def test_slurm_run_logs_stop(cloud, capfd):
     assert main(["slurm", "logs", "run-1", "--lines", "1", "--go"]) == 0  # --home is remembered
     out = capfd.readouterr().out
     assert re.findall(r"last of .*|==== host \d", out) == [
-        "==== host 1", "last of 1\\x1b[2J", "==== host 0", "last of 0\\x1b[2J",
+        "==== host 1", "last of 1\\u{001b}[2J", "==== host 0", "last of 0\\u{001b}[2J",
     ]  # fmt: skip
     assert main(["slurm", "stop", "run-1", "--go"]) == 0
     assert (folder / "stop").exists()
@@ -660,6 +761,10 @@ def test_slurm_run_logs_stop(cloud, capfd):
 
 
 # --- bundle -------------------------------------------------------------------------------------
+
+
+def test_config_hash_of_words_that_are_no_file(tmp_path):
+    assert bundle.config_hash(["x" * 5000 + ".json", str(tmp_path) + "/none.json"])
 
 
 def test_bundle_holds_what_a_host_needs_and_follows_every_change(tmp_path):
@@ -699,11 +804,14 @@ def test_config_hash_follows_words_and_json_files(tmp_path, monkeypatch):
         (["tpu-vm", "create", "Run_1", *PLACE], "name='Run_1': use 1 to 39"),
         (["tpu-vm", "create", "r", "--zone", "z"], "project is not known yet: give --project"),
         (["tpu-vm", "create", "r", *PLACE, "--accelerator", "tpu7x-16"], "does not serve TPU7x"),
-        (["tpu-vm", "run", "r", *PLACE], "run needs a command behind --"),
+        (["tpu-vm", "run", "r", *PLACE], "run needs a command after --"),
         (["tpu-vm", "create", "r", *PLACE, "--bucket", "b; rm"], "bucket='b; rm'"),
         (["gke", "create", "r", *PLACE, "--cluster", "c", "--accelerator", "v6e-7"], "v6e- 4, 16"),
         (["gke", "run", "r", *PLACE, "--cluster", "c", "--", "x"], "give --image"),
-        (["slurm", "run", "r", "--nodes", "0", "--", "x"], "nodes=0: use 1 or more"),
+        (
+            ["slurm", "run", "r", "--nodes", "0", "--", "x"],
+            "--nodes: '0': use a whole number from 1",
+        ),
         (["slurm", "run", "r", "--account", "a\n#SBATCH", "--", "x"], "account='a\\n#SBATCH'"),
     ],
 )
@@ -711,6 +819,99 @@ def test_bad_input_gets_one_line(cloud, capsys, words, message):
     assert main(words) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["tpu-vm", "create", "r", *PLACE, "--poll"],
+        ["tpu-vm", "run", "r", *PLACE, "--poll"],
+        ["gke", "run", "r", *PLACE, "--cluster", "c", "--image", "i", "--stagger"],
+        ["slurm", "run", "r", "--max-restarts"],
+        ["slurm", "run", "r", "--cpus-per-gpu"],
+        ["tpu-vm", "logs", "r", *PLACE, "--lines"],
+        ["tpu-vm", "stop", "r", *PLACE, "--grace"],
+    ],
+)
+def test_numbers_are_checked_before_anything_happens(cloud, capsys, words):
+    before = sorted(cloud.folder.rglob("*"))
+    command = ["--", "true"] if words[1] == "run" else []
+    for value in ("nan", "inf", "-1", "1e400", "-inf", "x", "", "1e99"):
+        assert main([*words[:-1], f"{words[-1]}={value}", "--go", *command]) == 2
+        err = capsys.readouterr().err
+        assert f"argument {words[-1]}: {value!r}: use a" in err and err.count("\n") == 1
+    assert cloud.calls() == [] and sorted(cloud.folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["tpu-vm", "create", "r", *PLACE, "--accelerator", "v9-1"],
+        ["tpu-vm", "create", "r", *PLACE, "--bucket", "a b"],
+        ["gke", "create", "r", *PLACE, "--cluster", "c", "--accelerator", "v6e-7"],
+        ["gke", "run", "r", *PLACE, "--cluster", "c", "--image", "i", "--via", "xpk", "--", "\n"],
+        ["slurm", "run", "r", "--home", "a b", "--", "true"],
+        ["slurm", "run", "r", "--home", "/h", "--", os.fsdecode(b"\xff")],
+        ["slurm", "run", "r", "--home", "/h", "--"],
+        ["slurm", "nonsense", "r"],
+        ["slurm", "run", "r", "--nonsense", "--", "true"],
+    ],
+)
+def test_a_refused_command_keeps_nothing(cloud, capsys, words):
+    before = sorted(cloud.folder.rglob("*"))
+    assert main([*words[:3], "--go", *words[3:]]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert cloud.calls() == [] and sorted(cloud.folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"{",
+        b"[]",
+        b"\xff",
+        b"[" * 100_000,
+        b'{"zone": 3}',
+        b'{"zone": ["z"]}',
+        b'{"spot": "yes"}',
+        b'{"spot": 1}',
+        b'{"ssh_arg": "--a"}',
+        b'{"create_arg": [1]}',
+        b'{"nonsense": "x"}',
+        b'{"zone": "z; rm"}',
+        b'{"accelerator": "v9-1"}',
+        b'{"zone": "\\u202e"}',
+    ],
+)
+def test_kept_settings_are_checked_when_they_are_read(cloud, capsys, content):
+    file = cloud.folder / "runs/launch/r/settings.json"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(content)
+    for go in ([], ["--go"]):
+        assert main(["tpu-vm", "status", "r", *PLACE[:2], *go]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and err.count("\n") == 1 and len(err) < 400
+    assert cloud.calls() == [] and file.read_bytes() == content
+
+
+def test_kept_settings_of_a_choice(cloud, capsys):
+    file = cloud.folder / "runs/launch/r/settings.json"
+    file.parent.mkdir(parents=True)
+    file.write_text('{"via": "nonsense"}')
+    assert main(["gke", "status", "r", *PLACE, "--cluster", "c"]) == 2
+    assert "via='nonsense': use jobset or xpk" in capsys.readouterr().err
+
+
+def test_state_that_is_no_folder(cloud, capsys):
+    (cloud.folder / "file").touch()
+    for go in ([], ["--go"]):
+        assert main(["tpu-vm", "create", "r", *PLACE, "--state", "file", *go]) == 2
+        assert "error: file/r/settings.json cannot be read" in capsys.readouterr().err
+    (cloud.folder / "runs/launch/r/settings.json").mkdir(parents=True)
+    assert main(["tpu-vm", "create", "r", *PLACE, "--go"]) == 2
+    assert "settings.json cannot be read (Is a directory)" in capsys.readouterr().err
+    assert cloud.calls() == []
 
 
 def test_a_missing_tool_gets_one_line(cloud, capsys, monkeypatch):
@@ -736,6 +937,25 @@ def test_words_and_names_never_need_quotes(text):
 def test_sizes_of_slices(accelerator, hosts, shape):
     assert tpu_vm.num_hosts(accelerator) == hosts
     assert gke.topology(accelerator) == (shape, hosts)
+
+
+@given(st.lists(st.text(st.characters(exclude_characters="\0", max_codepoint=0xD7FF))))
+@settings(max_examples=30)
+def test_a_printed_command_is_one_line_that_bash_reads_back(words):
+    line = shell_line(words)
+    assert len(line.splitlines()) <= 1 and line.isprintable()
+    done = subprocess.run(["bash", "-c", f"printf '<%s>' {line}"], capture_output=True)
+    assert done.stdout.decode() == ("".join(f"<{word}>" for word in words) or "<>")
+
+
+def test_what_is_printed_cannot_steer_a_terminal(cloud, capsys):
+    assert main(["slurm", "run", "r", "--", "a\x1b[2J", "b\u202ec"]) == 0
+    out = capsys.readouterr().out
+    assert "$'a\\x1b[2J'" in out and "\x1b" not in out and "\u202e" not in out
+    assert main(["slurm", "run", "bad\x1b[2J", "--", "x"]) == 2
+    assert main(["slurm", "run", "r", "--home", "\u202e", "--", "x"]) == 2
+    assert main(["slurm", "x\x1b", "r"]) == 2
+    assert "\x1b" not in (err := capsys.readouterr().err) and "\u202e" not in err
 
 
 # --- shell --------------------------------------------------------------------------------------

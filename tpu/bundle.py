@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,8 +38,8 @@ def code_hash(root: Path = ROOT) -> str:
 
 def config_hash(command: Sequence[str]) -> str:
     """16 hex digits of the command and of the JSON files that it names."""
-    files = [Path(word) for word in command if word.endswith(".json")]
-    contents = [f.read_bytes().hex() for f in files if f.is_file()]
+    files = [word for word in command if word.endswith(".json") and os.path.isfile(word)]
+    contents = [Path(file).read_bytes().hex() for file in files]
     return hashlib.sha256(json.dumps([list(command), contents]).encode()).hexdigest()[:16]
 
 

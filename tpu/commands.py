@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from hnet.errors import ConfigError
+from hnet.printable import printable
 from hnet.train.distributed import REQUEUE_EXIT_CODE
 
 
@@ -36,12 +37,13 @@ class Runner:
         self.go, self.out = go, out or sys.stdout
 
     def say(self, text: str) -> None:
-        print(text, file=self.out, flush=True)
+        """Print lines; what could steer the terminal is written as its number."""
+        print(printable(text, keep="\n\t"), file=self.out, flush=True)
 
     def run(self, step: Step, *, capture: bool = False) -> str:
         """The command's stdout if `capture`, else "". Raises LaunchError if it fails."""
         self.say(f"\n# {step.why}" + ("   [COSTS MONEY]" if step.costs else ""))
-        self.say(shlex.join(step.argv))
+        self.say(shell_line(step.argv))
         if not self.go:
             return ""
         try:
@@ -51,7 +53,7 @@ class Runner:
         except OSError as e:
             raise LaunchError(f"{step.argv[0]} cannot be started: {e.strerror}") from None
         if done.returncode and not step.may_fail:
-            words = shlex.join(step.argv[:5])
+            words = shell_line(step.argv[:5])
             raise LaunchError(f"{words} ... ended with exit code {done.returncode}: see above")
         return done.stdout or ""
 
@@ -68,6 +70,21 @@ class Runner:
                 n += 1
             path.rename(kept)
         path.write_text(text)
+
+
+def shell_line(words: Sequence[str]) -> str:
+    """One line that bash reads as these words, with nothing in it that a terminal obeys."""
+    return " ".join(shlex.quote(w) if w.isprintable() else _numbered(w) for w in words)
+
+
+def _numbered(word: str) -> str:
+    """A word in bash's form $'...', its bytes as numbers where they are no plain character."""
+    plain = (c if " " <= c <= "~" and c not in "\\'" else _bytes(c) for c in word)
+    return "$'" + "".join(plain) + "'"
+
+
+def _bytes(char: str) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in char.encode("utf-8", "surrogateescape"))
 
 
 def check_name(field: str, value: str) -> str:
@@ -104,25 +121,31 @@ class HostReport(NamedTuple):
         return f"host {self.host} ({self.name}): {self.state}{end}"
 
 
+_REPORT = re.compile(
+    r"HNET host=(\d{1,6}) name=(\S+) state=(running|ended|absent) code=(-|\d{1,3})"
+    r" at=(-|\d{1,12}(?:\.\d*)?)(?: .*)?"
+)
+
+
+def parse_report(line: str) -> HostReport | None:
+    """The report that tpu/host.sh writes as one line; None for any other line."""
+    found = _REPORT.fullmatch(line)
+    if found is None:
+        return None
+    host, name, state, code, at = found.groups()
+    return HostReport(
+        int(host),
+        name,
+        state,
+        None if code == "-" else int(code),
+        None if at == "-" else float(at),
+        line.endswith(" stopped=yes"),
+    )
+
+
 def parse_reports(text: str) -> list[HostReport]:
-    """The ``HNET key=value ...`` lines of `text`; anything else is ignored."""
-    reports = []
-    for line in text.splitlines():
-        if not line.startswith("HNET host="):
-            continue
-        field = dict(word.split("=", 1) for word in line.split()[1:] if "=" in word)
-        code, at = (None if field.get(key, "-") == "-" else field[key] for key in ("code", "at"))
-        reports.append(
-            HostReport(
-                int(field["host"]),
-                field.get("name", "?"),
-                field.get("state", "absent"),
-                None if code is None else int(code),
-                None if at is None else float(at),
-                field.get("stopped") == "yes",
-            )
-        )
-    return reports
+    """The reports among the lines of `text`; anything else is ignored."""
+    return [report for line in text.splitlines() if (report := parse_report(line))]
 
 
 def worst_first(reports: Sequence[HostReport]) -> list[HostReport]:

@@ -12,8 +12,8 @@ from pathlib import Path
 from hnet.errors import ConfigError
 from hnet.train.distributed import REQUEUE_EXIT_CODE
 from tpu import bundle
-from tpu.commands import HostReport, Runner, Step, verdict, worst_first
-from tpu.tpu_vm import family, printable
+from tpu.commands import HostReport, LaunchError, Runner, Step, verdict, worst_first
+from tpu.tpu_vm import family
 
 JOBSET = "https://github.com/kubernetes-sigs/jobset/releases/download/v0.11.1/manifests.yaml"
 MOUNT = "/mnt/hnet"
@@ -72,6 +72,14 @@ def yaml_string(text: str) -> str:
     return '"' + "".join(plain) + '"'
 
 
+def unexpanded(text: str) -> str:
+    """`text` as it must be written in a command or an environment so that Kubernetes gives it back.
+
+    Kubernetes replaces $(NAME) by a variable and $$ by one $.
+    """
+    return text.replace("$", "$$")
+
+
 def manifest(options: argparse.Namespace) -> str:
     """The JobSet of a run.
 
@@ -79,10 +87,9 @@ def manifest(options: argparse.Namespace) -> str:
     """
     shape, hosts = topology(options.accelerator)
     label = MACHINES[family(options.accelerator)[0]][0]
-    # Kubernetes would replace $(NAME) in a command and in values of the environment.
-    words = [word.replace("$(", "$$(") for word in _host_command(options)]
+    words = map(unexpanded, _host_command(options))
     environment = "".join(
-        f"\n                - {{name: {name}, value: {yaml_string(value)}}}"
+        f"\n                - {{name: {name}, value: {yaml_string(unexpanded(value))}}}"
         for name, value in _environment(options).items()
     )
     account = annotations = mounts = volumes = ""
@@ -146,6 +153,17 @@ spec:
 """
 
 
+def check(options: argparse.Namespace) -> None:
+    """Raises ConfigError for options that this platform cannot use."""
+    topology(options.accelerator)
+    for word in options.command if options.via == "xpk" else ():
+        if not word.isprintable():
+            raise ConfigError(
+                f"command: {word!r} has a line break or control character, which xpk cannot pass "
+                "on: use --via jobset"
+            )
+
+
 # --- actions -------------------------------------------------------------------------------------
 
 
@@ -193,16 +211,12 @@ def setup(options: argparse.Namespace, runner: Runner) -> None:
 
 def run(options: argparse.Namespace, runner: Runner) -> None:
     if options.via == "xpk":
-        if any("\n" in word for word in options.command):
-            raise ConfigError(
-                "command has a line break, which xpk cannot pass on: use --via jobset"
-            )
         words = ["workload", "create", f"--workload={options.name}", "--num-slices=1"]
         words += [f"--tpu-type={options.accelerator}", f"--docker-image={options.image}"]
         words += [f"--max-restarts={options.max_restarts}"]
         words += [f"--restart-on-exit-codes={REQUEUE_EXIT_CODE}"]
         words += [f"--env={name}={value}" for name, value in _environment(options).items()]
-        words += [f"--command={shlex.join(_host_command(options))}"]
+        words += [f"--command={unexpanded(shlex.join(_host_command(options)))}"]
         runner.run(Step("submit; it is restarted on requeue and eviction", _xpk(options, *words)))
         return
     file = Path(options.state) / options.name / "jobset.yaml"
@@ -215,8 +229,11 @@ def _pods(options: argparse.Namespace, runner: Runner) -> dict[str, HostReport]:
     chosen = f"jobset.sigs.k8s.io/jobset-name={options.name}"
     words = ("kubectl", "get", "pods", f"--selector={chosen}", "--output=json")
     text = runner.run(Step("pods of the run", words), capture=True)
-    pods = json.loads(text)["items"] if text.strip() else []
-    return {pod["metadata"]["name"]: _report(pod) for pod in pods}
+    try:
+        pods = json.loads(text)["items"] if text.strip() else []
+        return {pod["metadata"]["name"]: _report(pod) for pod in pods}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise LaunchError(f"kubectl gave no list of pods ({type(e).__name__}: {e})") from None
 
 
 def _report(pod: dict) -> HostReport:
@@ -255,7 +272,7 @@ def logs(options: argparse.Namespace, runner: Runner) -> None:
             continue
         words = ("kubectl", "logs", pod, f"--container={container}", f"--tail={options.lines}")
         text = runner.run(Step(str(report), words, may_fail=True), capture=True)
-        runner.say("\n".join(printable(line) for line in text.splitlines()))
+        runner.say(text.rstrip("\n"))
 
 
 def stop(options: argparse.Namespace, runner: Runner) -> None:

@@ -43,7 +43,7 @@ host_id() {
 running_pid() {
   local pid started
   read -r pid started 2>/dev/null <"$folder/host-$id.pid" || return 1
-  [[ $started == "$(start_time "$pid")" ]] || return 1
+  [[ $pid =~ ^[0-9]+$ && -n $started && $started == "$(start_time "$pid")" ]] || return 1
   echo "$pid"
 }
 
@@ -62,13 +62,14 @@ device_holder() {
 }
 
 check() {
-  local pid holder
+  local pid holder comm LC_ALL=C
   if pid=$(running_pid); then
     fail "run $run is running already (pid $pid): stop it first"
   fi
   holder=$(device_holder)
   if [[ -n $holder ]]; then
-    fail "pid $holder ($(cat "/proc/$holder/comm" 2>/dev/null)) holds the accelerator: end it first"
+    comm=$(cat "/proc/$holder/comm" 2>/dev/null || true)
+    fail "pid $holder (${comm//[^[:graph:]]/?}) holds the accelerator: end it first"
   fi
   if [[ -n ${HNET_CODE_HASH:-} ]]; then
     local here
@@ -114,13 +115,13 @@ supervise() {
 }
 
 status() {
-  local pid code at stopped=no
+  local pid code at stopped=no ending='^[0-9]{1,3} [0-9]{1,12}([.][0-9]*)?$'
   [[ ! -e $folder/host-$id.stop ]] || stopped=yes
   if pid=$(running_pid); then
     echo "HNET host=$id name=$(hostname) state=running code=- at=- pid=$pid stopped=$stopped"
-  elif read -r code at 2>/dev/null <"$folder/host-$id.exit"; then
+  elif read -r code at 2>/dev/null <"$folder/host-$id.exit" && [[ "$code $at" =~ $ending ]]; then
     echo "HNET host=$id name=$(hostname) state=ended code=$code at=$at pid=- stopped=$stopped"
-  elif [[ -e $folder/host-$id.pid ]]; then # killed with its supervisor, or the host was restarted
+  elif [[ -e $folder/host-$id.pid ]]; then # killed with its supervisor, or a damaged file
     at=$(stat -c %Y "$folder/host-$id.pid")
     echo "HNET host=$id name=$(hostname) state=ended code=137 at=$at pid=- stopped=$stopped"
   else
@@ -137,7 +138,7 @@ stop() {
   while ((left-- > 0)) && running_pid >/dev/null; do sleep 0.2; done
   if pid=$(running_pid); then
     echo "host $id still runs after $1 s: killed" >&2
-    kill -KILL -- "-$pid"
+    if ((pid == 1)); then kill -KILL 1; else kill -KILL -- "-$pid"; fi # -1 would be all there are
   fi
 }
 

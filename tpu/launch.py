@@ -9,15 +9,16 @@ the run failed, 2 bad input, 75 the run wants to be started again.
 """
 
 import argparse
-import json
-import os
+import math
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from hnet.errors import ConfigError
+from hnet.printable import printable
 from tpu import gke, slurm, tpu_vm
 from tpu.commands import LaunchError, Runner, check_name, check_word
+from tpu.settings import VIA, keep, recall
 
 ACTIONS = ("create", "setup", "run", "logs", "status", "stop")
 PLATFORMS = {"tpu-vm": tpu_vm, "gke": gke, "slurm": slurm}
@@ -25,56 +26,35 @@ PLATFORMS = {"tpu-vm": tpu_vm, "gke": gke, "slurm": slurm}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    options = _parse(sys.argv[1:] if arguments is None else arguments)
-    runner = Runner(options.go)
     try:
+        options = _parse(sys.argv[1:] if arguments is None else arguments)
+        runner = Runner(options.go)
         check_name("name", options.name)
-        _recall(options)
+        recall(options)
         _check(options)
+        if options.go:
+            keep(options)
         runner.say("# running" if options.go else "# dry run: nothing is executed without --go")
         return getattr(PLATFORMS[options.platform], options.action)(options, runner) or 0
     except ConfigError as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {printable(e)}", file=sys.stderr)
         return 2
     except LaunchError as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {printable(e)}", file=sys.stderr)
+        return 1
+    except OSError as e:
+        print(f"error: {printable(e.filename)}: {e.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; what was started goes on", file=sys.stderr)
         return 130
 
 
-# What describes the hardware is kept in STATE/NAME/settings.json, so that it is given once and a
-# slice that is created again is the same, spot or not.
-REMEMBERED = ("project", "zone", "accelerator", "runtime_version", "spot", "create_arg", "ssh_arg",
-              "bucket", "cluster", "via", "service_account", "image", "home")  # fmt: skip
-DEFAULTS = {
-    "accelerator": "v5litepod-16",
-    "via": "jobset",
-    "home": os.path.expanduser("~/hnet-launch"),
-}
 REQUIRED = {"tpu-vm": ("project", "zone"), "gke": ("project", "zone", "cluster")}
 
 
-def _recall(options: argparse.Namespace) -> None:
-    """Fill in what was not given from earlier commands for the same name; keep it with --go."""
-    file = Path(options.state) / options.name / "settings.json"
-    try:
-        kept = json.loads(file.read_text()) if file.exists() else {}
-    except ValueError as e:
-        raise ConfigError(f"{file} is not JSON ({e}): delete it and give all options") from None
-    for field in REMEMBERED:
-        if hasattr(options, field) and not getattr(options, field):
-            setattr(
-                options, field, kept.get(field) or DEFAULTS.get(field) or getattr(options, field)
-            )
-    if options.go:
-        given = {f: getattr(options, f) for f in REMEMBERED if getattr(options, f, None)}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(kept | given, indent=1) + "\n")
-
-
 def _check(options: argparse.Namespace) -> None:
+    """Raises ConfigError for options, given or recalled, that cannot work."""
     required = REQUIRED.get(options.platform, ())
     if options.platform == "gke" and options.action in ("setup", "run"):
         required += ("image",)
@@ -85,18 +65,45 @@ def _check(options: argparse.Namespace) -> None:
                   "service_account", "home", "partition", "account", "time"):  # fmt: skip
         if value := getattr(options, field, None):
             check_word(field.replace("_", "-"), value)
+    if getattr(options, "via", None) not in (None, *VIA):
+        raise ConfigError(f"via={options.via!r}: use {' or '.join(VIA)}")
     if options.action == "run" and not options.command:
         raise ConfigError(
-            "run needs a command behind --, e.g. -- python -m experiments.pretrain --workdir DIR"
+            "run needs a command after --, e.g. -- python -m experiments.pretrain --workdir DIR"
         )
+    for word in options.command:
+        if any("\ud800" <= c <= "\udfff" for c in word):
+            raise ConfigError(f"command: {printable(word)} is not UTF-8")
+    PLATFORMS[options.platform].check(options)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, as all others here."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+def _number(kind: type, low: float, high: float) -> Callable[[str], int | float]:
+    """Reads an option: a finite number from `low` to `high`."""
+
+    def read(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:  # NaN is not, either
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r}: use {what} from {low} to {high}")
+        return value
+
+    return read
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     arguments = list(arguments)
     cut = arguments.index("--") if "--" in arguments else len(arguments)
-    parser = argparse.ArgumentParser(
-        prog="python -m tpu.launch", description=__doc__.split("\n")[0]
-    )
+    parser = _Parser(prog="python -m tpu.launch", description=__doc__.split("\n")[0])
     platforms = parser.add_subparsers(dest="platform", required=True, metavar="PLATFORM")
     adders = {"tpu-vm": _add_tpu_vm, "gke": _add_gke, "slurm": _add_slurm}
     for name, module in PLATFORMS.items():
@@ -111,6 +118,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+DAY = 86400
+_SECONDS = _number(float, 0, DAY)
+_COUNT = _number(int, 0, 1_000_000)
+_AT_LEAST_ONE = _number(int, 1, 1_000_000)
+
+
 def _add_common(parser: argparse.ArgumentParser, action: str) -> None:
     parser.add_argument("name", help="of the run, and of what is created for it")
     how = parser.add_mutually_exclusive_group()
@@ -118,16 +131,22 @@ def _add_common(parser: argparse.ArgumentParser, action: str) -> None:
     how.add_argument("--dry-run", action="store_true", help="only print them (the default)")
     parser.add_argument("--state", default="runs/launch", help="folder for generated files")
     if action == "run":
-        parser.add_argument("--max-restarts", type=int, default=100, metavar="N")
+        parser.add_argument("--max-restarts", type=_COUNT, default=100, metavar="N")
         parser.add_argument(
-            "--stagger", type=float, default=0.5, metavar="S", help="host i starts i * S s later"
+            "--stagger", type=_SECONDS, default=0.5, metavar="S", help="host i starts i * S s later"
         )
     if action in ("run", "logs"):
-        parser.add_argument("--lines", type=int, default=40, metavar="N", help="of each host's log")
+        parser.add_argument(
+            "--lines", type=_COUNT, default=40, metavar="N", help="of each host's log"
+        )
     if action == "stop":
         parser.add_argument("--delete", action="store_true", help="also give the hardware back")
         parser.add_argument(
-            "--grace", type=int, default=300, metavar="S", help="time to save, then it is killed"
+            "--grace",
+            type=_number(int, 0, DAY),
+            default=300,
+            metavar="S",
+            help="time to save, then it is killed",
         )
 
 
@@ -138,7 +157,7 @@ def _add_tpu_vm(parser: argparse.ArgumentParser, action: str) -> None:
     parser.add_argument("--runtime-version", help="default: that of the accelerator")
     parser.add_argument("--spot", action="store_true", help="cheaper, may be taken away any time")
     parser.add_argument("--bucket", help="Cloud Storage bucket, mounted at /mnt/hnet")
-    parser.add_argument("--poll", type=float, default=60.0, metavar="S")
+    parser.add_argument("--poll", type=_number(float, 0.001, DAY), default=60.0, metavar="S")
     for name in ("--create-arg", "--ssh-arg"):
         parser.add_argument(name, action="append", default=[], metavar="FLAG", help="passed on")
     if action == "run":
@@ -154,7 +173,7 @@ def _add_gke(parser: argparse.ArgumentParser, action: str) -> None:
     parser.add_argument("--zone")
     parser.add_argument("--cluster")
     parser.add_argument("--accelerator", help="default v5litepod-16, that is a v5e-16")
-    parser.add_argument("--via", choices=("jobset", "xpk"), help="default jobset")
+    parser.add_argument("--via", choices=VIA, help="default jobset")
     parser.add_argument("--spot", action="store_true")
     parser.add_argument("--bucket", help="Cloud Storage bucket, mounted at /mnt/hnet (jobset)")
     parser.add_argument("--service-account", help="Kubernetes one that may use the bucket")
@@ -167,9 +186,9 @@ def _add_gke(parser: argparse.ArgumentParser, action: str) -> None:
 def _add_slurm(parser: argparse.ArgumentParser, action: str) -> None:
     parser.add_argument("--home", help="shared folder of code and runs (default ~/hnet-launch)")
     if action == "run":
-        parser.add_argument("--nodes", type=int, default=1)
-        parser.add_argument("--gpus-per-node", type=int, default=8)
-        parser.add_argument("--cpus-per-gpu", type=int, default=8)
+        parser.add_argument("--nodes", type=_AT_LEAST_ONE, default=1)
+        parser.add_argument("--gpus-per-node", type=_AT_LEAST_ONE, default=8)
+        parser.add_argument("--cpus-per-gpu", type=_AT_LEAST_ONE, default=8)
         parser.add_argument("--time", default="24:00:00", help="limit; 5 min before, it saves")
         parser.add_argument("--partition")
         parser.add_argument("--account")

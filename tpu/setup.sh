@@ -43,7 +43,7 @@ esac
 unpack() {
   for pid_file in "$home"/runs/*/host-*.pid; do
     [[ -e $pid_file ]] || continue
-    read -r pid _ <"$pid_file" || continue
+    read -r pid _ <"$pid_file" && [[ $pid =~ ^[0-9]+$ ]] || continue
     if [[ ! -e ${pid_file%.pid}.exit && -d /proc/$pid ]]; then
       fail "$(basename "$(dirname "$pid_file")") runs here (pid $pid): stop it before its code changes"
     fi

@@ -5,13 +5,12 @@ import re
 import shlex
 from pathlib import Path
 
-from hnet.errors import ConfigError
 from hnet.train.distributed import REQUEUE_EXIT_CODE
 from tpu import bundle
-from tpu.commands import Runner, Step, check_word, parse_reports, worst_first
-from tpu.tpu_vm import printable
+from tpu.commands import HostReport, Runner, Step, check_word, parse_report, shell_line, worst_first
 
 SECONDS_TO_SAVE = 300
+KILLED = 137
 
 
 def folder(options: argparse.Namespace) -> Path:
@@ -33,7 +32,7 @@ def script(options: argparse.Namespace) -> str:
         "time": options.time,
         "partition": options.partition,
         "account": options.account,
-        "output": check_word("home", str(folder(options) / "slurm-%j.log")),
+        "output": folder(options) / "slurm-%j.log",
         "open-mode": "append",
         "signal": f"TERM@{SECONDS_TO_SAVE}",
     }
@@ -55,10 +54,10 @@ def script(options: argparse.Namespace) -> str:
             f"folder={shlex.quote(str(folder(options)))}",
             'rm -f "$folder"/host-*.exit',
             'srun --kill-on-bad-exit=1 --open-mode=append --output="$folder/host-%t.log" \\',
-            f"  {shlex.join(host)}",
+            f"  {shell_line(host)}",
             "code=$?",
             'first=$(cat "$folder"/host-*.exit 2>/dev/null | sort -k2,2n |',
-            "  awk '$1 != 0 { print $1; exit }')",
+            "  awk '$1 ~ /^[0-9]+$/ && $1 != 0 { print $1; exit }')",
             f'if [[ "${{first:-$code}}" == {REQUEUE_EXIT_CODE} && ! -e "$folder/stop" ]] &&',
             f"  ((${{SLURM_RESTART_COUNT:-0}} < {options.max_restarts})); then",
             '  exec scontrol requeue "$SLURM_JOB_ID"',
@@ -69,6 +68,11 @@ def script(options: argparse.Namespace) -> str:
     )
 
 
+def check(options: argparse.Namespace) -> None:
+    """Raises ConfigError for options that this platform cannot use."""
+    check_word("home", options.home)
+
+
 # --- actions -------------------------------------------------------------------------------------
 
 
@@ -77,7 +81,6 @@ def create(options: argparse.Namespace, runner: Runner) -> None:
 
 
 def setup(options: argparse.Namespace, runner: Runner) -> None:
-    check_word("home", options.home)
     archive = Path(options.state) / options.name / "code.tar.gz"
     runner.say(f"\n# pack the code, hash {bundle.code_hash()}: {archive}")
     if runner.go:
@@ -88,9 +91,6 @@ def setup(options: argparse.Namespace, runner: Runner) -> None:
 
 
 def run(options: argparse.Namespace, runner: Runner) -> None:
-    for field in ("nodes", "gpus_per_node", "cpus_per_gpu"):
-        if (value := getattr(options, field)) < 1:
-            raise ConfigError(f"{field.replace('_', '-')}={value}: use 1 or more")
     file = Path(options.state) / options.name / "job.sbatch"
     runner.write(file, script(options), "the batch script")
     if runner.go:
@@ -111,15 +111,20 @@ def status(options: argparse.Namespace, runner: Runner) -> None:
 
 def _host_logs(options: argparse.Namespace):
     """(report, log file) of every task of the last start, the first to fail on top."""
-    lines, files = [], {}
+    found = {}
     for log in folder(options).glob("host-*.log"):
-        number = int(re.sub(r"\D", "", log.stem) or 0)
-        files[number] = log
-        end = log.with_suffix(".exit")
-        code, at = end.read_text().split() if end.exists() else ("-", "-")
-        state = "ended" if end.exists() else "running"
-        lines.append(f"HNET host={number} name=task state={state} code={code} at={at}")
-    return [(r, files[r.host]) for r in worst_first(parse_reports("\n".join(lines)))]
+        if number := re.fullmatch(r"host-(\d{1,6})", log.stem):
+            found[_task(int(number[1]), log.with_suffix(".exit"))] = log
+    return [(report, found[report]) for report in worst_first(list(found))]
+
+
+def _task(number: int, end: Path) -> HostReport:
+    """What the file that a task leaves at its end says; a damaged one is that of a killed task."""
+    if not end.exists():
+        return HostReport(number, "task", "running")
+    code, _, at = end.read_text(errors="replace").strip().partition(" ")
+    line = f"HNET host={number} name=task state=ended code={code} at={at}"
+    return parse_report(line) or HostReport(number, "task", "ended", KILLED, end.stat().st_mtime)
 
 
 def logs(options: argparse.Namespace, runner: Runner) -> None:
@@ -128,7 +133,7 @@ def logs(options: argparse.Namespace, runner: Runner) -> None:
         return
     for report, file in _host_logs(options):
         text = file.read_text(errors="replace").splitlines()[-options.lines :]
-        runner.say(f"\n==== {report}\n" + "\n".join(printable(line) for line in text))
+        runner.say(f"\n==== {report}\n" + "\n".join(text))
 
 
 def stop(options: argparse.Namespace, runner: Runner) -> None:

@@ -10,7 +10,16 @@ from pathlib import Path
 from hnet.errors import ConfigError
 from hnet.train.distributed import REQUEUE_EXIT_CODE
 from tpu import bundle
-from tpu.commands import HostReport, LaunchError, Runner, Step, parse_reports, verdict, worst_first
+from tpu.commands import (
+    HostReport,
+    LaunchError,
+    Runner,
+    Step,
+    parse_report,
+    parse_reports,
+    verdict,
+    worst_first,
+)
 
 HOME = "hnet-launch"  # below the home directory of each host; see tpu/host.sh
 RUNTIMES = {
@@ -58,6 +67,11 @@ def host(options: argparse.Namespace, action: str, *words: str, **env: str) -> l
     settings = [f"{key}={value}" for key, value in env.items()]
     script = f"{HOME}/code/tpu/host.sh"
     return ["env", *settings, "bash", script, action, options.name, *words]
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raises ConfigError for options that this platform cannot use."""
+    family(options.accelerator)
 
 
 # --- actions -------------------------------------------------------------------------------------
@@ -176,20 +190,19 @@ def logs(options: argparse.Namespace, runner: Runner) -> int:
         command = ssh(options, remote, f"--output-directory={folder}")
         runner.run(Step("fetch the end of each host's log", command, may_fail=True))
         texts = [f.read_text(errors="replace") for f in sorted(Path(folder).glob("*.log"))]
-    by_report = {}
-    for text in texts:
-        for report in parse_reports(text)[:1]:
-            by_report[report] = text
-    for report in worst_first(list(by_report)):
-        lines = [line for line in by_report[report].splitlines() if not line.startswith("HNET ")]
-        runner.say(f"\n==== {report}")
-        runner.say("\n".join(printable(line) for line in lines))
+    log_of = dict(filter(None, map(_split_log, texts)))
+    for report in worst_first(list(log_of)):
+        runner.say(f"\n==== {report}\n" + "\n".join(log_of[report]))
     return 0
 
 
-def printable(line: str) -> str:
-    """A line of a log without the control characters that could rewrite the terminal."""
-    return "".join(c if c.isprintable() or c == "\t" else f"\\x{ord(c):02x}" for c in line)
+def _split_log(text: str) -> tuple[HostReport, list[str]] | None:
+    """The report of a host, which stands before its log, and all other lines."""
+    lines = text.splitlines()
+    for i, line in enumerate(lines):
+        if report := parse_report(line):
+            return report, lines[:i] + lines[i + 1 :]
+    return None
 
 
 def stop(options: argparse.Namespace, runner: Runner) -> int:

@@ -1,0 +1,36 @@
+import os
+import re
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hnet.printable import JOINERS, printable
+
+
+def test_what_steers_a_terminal_or_turns_text_is_written_as_its_number():
+    assert printable("run\x1b[2J\u202egnp.exe\u2028x\x85") == (
+        "run\\u{001b}[2J\\u{202e}gnp.exe\\u{2028}x\\u{0085}"
+    )
+    assert printable("a\nb\tc\r") == "a\\nb\\tc\\r"
+    assert printable("a\nb\tc", keep="\n") == "a\nb\\tc"
+    assert printable("می\u200cخواهم", keep=JOINERS) == "می\u200cخواهم"
+
+
+def test_bytes_of_a_file_name_that_are_no_utf8():
+    shown = printable(os.fsdecode(b"caf\xe9\xff"))
+    assert shown == "caf\\xe9\\xff"
+    shown.encode()  # can be printed
+
+
+def test_what_has_a_shape_stays():
+    for text in ("plain", "Größe 日本語 हिन्दी עברית 😀", "a b\\c", ""):
+        assert printable(text) == text
+    assert printable(3) == "3"
+
+
+@given(st.text(st.characters()))
+def test_one_line_without_control_characters(text):
+    shown = printable(text)
+    assert len(shown.splitlines()) <= 1
+    assert not re.search(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069]", shown)
+    shown.encode()

@@ -8,6 +8,7 @@ from hnet.chunking.router import RouterOutput
 from hnet.chunking.rules import byte_boundaries
 from hnet.config import HNetConfig
 from hnet.nn.layers import linear, segment_starts
+from hnet.nn.parameters import metadata, set_stage
 from hnet.stage import HNet
 
 
@@ -18,11 +19,13 @@ class HNetLM(nnx.Module):
         self.config = config
         width, vocab = config.stages[0].d_model, config.vocab_size
         self.embeddings = nnx.Embed(
-            vocab, width, embedding_init=nnx.initializers.normal(1.0), rngs=rngs
-        )
+            vocab, width, embedding_init=nnx.initializers.normal(1.0), rngs=rngs,
+            embedding_metadata=metadata("vocab embed"),
+        )  # fmt: skip
         self.backbone = HNet(config, rngs=rngs)
-        head = linear(width, vocab, dtype=config.compute.dtype, rngs=rngs)
+        head = linear(width, vocab, "embed vocab", dtype=config.compute.dtype, rngs=rngs)
         self.lm_head = None if config.tie_embeddings else head
+        set_stage(self, 0)  # embeddings and head
 
     def __call__(
         self,

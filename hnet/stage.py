@@ -20,6 +20,7 @@ from hnet.chunking.routes import apply_routed
 from hnet.chunking.rules import fixed
 from hnet.config import HNetConfig, layout_height
 from hnet.nn.isotropic import Isotropic
+from hnet.nn.parameters import metadata, parameter, set_stage
 
 
 class HNet(nnx.Module):
@@ -40,16 +41,19 @@ class HNet(nnx.Module):
         self.stage_idx, self.chunking = stage_idx, stage.chunking
         self.is_innermost = stage_idx == config.num_chunked
         padding = stage.d_model - config.stages[max(stage_idx - 1, 0)].d_model
-        self.pad_dimension = nnx.Param(jnp.zeros((padding,), jnp.float32)) if padding else None
+        self.pad_dimension = (
+            parameter(jnp.zeros((padding,), jnp.float32), "channels") if padding else None
+        )
         if self.is_innermost:
             self.main_network = stack(stage.arch_layout[0])
+            set_stage(self, stage_idx)
             return
         self.encoder = stack(stage.arch_layout[0])
         self.decoder = stack(stage.arch_layout[1])
         self.routing_module = make_router(stage.chunking, stage.d_model, rngs=rngs)
         # of each route on the logit of p; set by the controller, not by a gradient
         self.boundary_offset = (
-            nnx.Param(jnp.zeros((stage.chunking.routes,), jnp.float32))
+            parameter(jnp.zeros((stage.chunking.routes,), jnp.float32), "script", decay=False)
             if stage.chunking.hold_rate
             else None
         )
@@ -58,13 +62,15 @@ class HNet(nnx.Module):
         self.residual_proj = nnx.Linear(
             stage.d_model, stage.d_model, kernel_init=nnx.initializers.zeros,
             precision=jax.lax.Precision.HIGHEST, rngs=rngs,
+            kernel_metadata=metadata("embed out"), bias_metadata=metadata("out", decay=False),
         ) if stage.chunking.residual == "linear" else None  # fmt: skip
         self.null_group = (
-            nnx.Param(jax.random.normal(rngs.params(), (stage.d_model,), jnp.float32))
+            parameter(jax.random.normal(rngs.params(), (stage.d_model,), jnp.float32), "channels")
             if stage.chunking.has_null
             else None
         )
         self.main_network = HNet(config, stage_idx + 1, outer=num_residuals, rngs=rngs)
+        set_stage(self, stage_idx)  # of all but the main network, which has its own
 
     def widen(self, x_BLD: jax.Array) -> jax.Array:
         if self.pad_dimension is None:

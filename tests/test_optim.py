@@ -5,19 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from hnet.config import PUBLISHED
 from hnet.errors import ConfigError
 from hnet.model import abstract
+from hnet.nn.parameters import ParameterInfo, describe
 from hnet.train.optim import (
     Hyperparams,
     OptimConfig,
     apply_update,
     direction,
-    is_decayed,
     optimizer,
     schedule,
-    stage_of,
 )
 from tests.training import TINY
 
@@ -41,11 +41,11 @@ def test_cosine_goes_to_zero():
 
 
 def test_stages_and_decay_of_the_two_stage_network_follow_the_official_groups():
-    params = abstract(PUBLISHED["2stage_L"])[1]
+    infos = describe(nnx.merge(*abstract(PUBLISHED["2stage_L"])))
     stages, decayed = {}, {}
-    for path, _ in jax.tree_util.tree_leaves_with_path(params):
+    for path, info in jax.tree_util.tree_leaves_with_path(infos):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        stages[name], decayed[name] = stage_of(path, 3), is_decayed(path)
+        stages[name], decayed[name] = info.stage, info.decay
     assert stages["embeddings/embedding"] == stages["lm_head/kernel"] == 0
     assert stages["backbone/encoder/layers/0/mixer/in_proj/kernel"] == 0
     assert stages["backbone/routing_module/q_proj_layer/kernel"] == 0
@@ -65,6 +65,7 @@ def test_update_equals_optax_adamw_when_all_stages_are_alike():
     is_shape = lambda x: isinstance(x, tuple)
     params = jax.tree.map(draw, names, is_leaf=is_shape)
     decayed = {"lm_head": {"kernel": True}, "norm": {"scale": False}}
+    infos = jax.tree.map(lambda decay: ParameterInfo(("out",), decay, stage=0), decayed)
     reference = optax.chain(
         optax.clip_by_global_norm(0.7),
         optax.adamw(2e-3, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.13, mask=decayed),
@@ -75,7 +76,7 @@ def test_update_equals_optax_adamw_when_all_stages_are_alike():
     for _ in range(3):
         grads = jax.tree.map(draw, names, is_leaf=is_shape)
         directions, state = direction(config, grads, state)
-        ours = apply_update(ours, directions, hparams, jnp.float32(1.0))
+        ours = apply_update(ours, directions, infos, hparams, jnp.float32(1.0))
         with jax.numpy_dtype_promotion("standard"):
             updates, reference_state = reference.update(grads, reference_state, theirs)
         theirs = optax.apply_updates(theirs, updates)
@@ -85,7 +86,10 @@ def test_update_equals_optax_adamw_when_all_stages_are_alike():
 def test_multiplier_scales_the_step_of_its_stage_alone():
     params = {"backbone": {"encoder": jnp.ones(2), "main_network": {"w": jnp.ones(2)}}}
     hparams = Hyperparams(jnp.float32(0.1), jnp.float32(0.0), jnp.array([3.0, 0.5]), 0.0)
-    out = apply_update(params, jax.tree.map(jnp.ones_like, params), hparams, jnp.float32(1.0))
+    outer, inner = (ParameterInfo(("out",), stage=stage) for stage in (0, 1))
+    infos = {"backbone": {"encoder": outer, "main_network": {"w": inner}}}
+    ones = jax.tree.map(jnp.ones_like, params)
+    out = apply_update(params, ones, infos, hparams, jnp.float32(1.0))
     np.testing.assert_allclose(out["backbone"]["encoder"], 1 - 0.3, rtol=1e-6)
     np.testing.assert_allclose(out["backbone"]["main_network"]["w"], 1 - 0.05, rtol=1e-6)
 

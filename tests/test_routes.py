@@ -18,6 +18,7 @@ from hnet.chunking.config import ChunkingConfig
 from hnet.chunking.router import BoundaryPredictor, RoutingModule, make_router, previous
 from hnet.chunking.routes import apply_routed, keep_absent, pack_by_route
 from hnet.model import abstract
+from hnet.nn.parameters import describe
 
 R, D = 5, 7
 
@@ -254,12 +255,13 @@ def test_route_ids_are_demanded_and_cut_to_the_routes_there_are():
 
 
 def test_absent_routes_keep_parameters_and_moments():
-    _, params = abstract(routed_network())
+    graph, params = abstract(routed_network())
+    infos = describe(nnx.merge(graph, params))
     old = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), params)
     new = jax.tree.map(lambda a: np.ones(a.shape, a.dtype), params)
     counts = np.asarray([[4, 0, 1], [0, 2, 0]], np.float32)
     for wrap in (lambda tree: tree, lambda tree: {"mu": tree, "count": np.ones((), np.int32)}):
-        kept = jax.device_get(keep_absent(wrap(new), wrap(old), (3, 3), counts))
+        kept = jax.device_get(keep_absent(wrap(new), wrap(old), infos, counts))
         inside = kept.get("mu", kept)["backbone"]
         outer = inside["routing_module"]["q_proj_layer"]["kernel"]
         inner = inside["main_network"]["routing_module"]["k_proj_layer"]["kernel"]
@@ -268,5 +270,9 @@ def test_absent_routes_keep_parameters_and_moments():
         rest = [a for path, a in jax.tree_util.tree_leaves_with_path(kept)
                 if "routing_module" not in jax.tree_util.keystr(path)]  # fmt: skip
         assert len(rest) > 10 and all(np.all(a == 1) for a in rest)
-    alone = jax.device_get(keep_absent(new, old, (1, 3), counts))
-    assert alone["backbone"]["routing_module"]["q_proj_layer"]["kernel"].min() == 1
+    graph, params = abstract(routed_network(routed_parameters=False))
+    infos = describe(nnx.merge(graph, params))
+    old, new = (jax.tree.map(lambda a, n=n: np.full(a.shape, n, a.dtype), params) for n in (0, 1))
+    shared = jax.device_get(keep_absent(new, old, infos, counts))["backbone"]
+    assert shared["routing_module"]["q_proj_layer"]["kernel"].min() == 1
+    assert shared["main_network"]["routing_module"]["q_proj_layer"]["kernel"].min() == 0

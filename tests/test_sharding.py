@@ -1,14 +1,21 @@
 """The mesh, and where every array of a run lies on it."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from experiments.configs.systems import hnet, magnet
+from hnet.config import PUBLISHED
 from hnet.errors import ConfigError
+from hnet.model import abstract
+from hnet.nn.parameters import describe
 from hnet.train.program import build as build_program
 from hnet.train.sharding import (
     MeshConfig,
@@ -17,6 +24,7 @@ from hnet.train.sharding import (
     make_mesh,
     parameter_spec,
     path_name,
+    state_shardings,
 )
 from tests.networks import QUICK
 from tests.training import build, tiny_run
@@ -55,9 +63,29 @@ def test_rows_that_the_devices_do_not_share_evenly_are_refused():
 def test_an_axis_that_is_not_divided_stays_whole():
     mesh = make_mesh(MeshConfig(2, 2, 2))
     by_rows = P(None, ("tensor", "fsdp"), None)
-    assert parameter_spec("backbone/x/mlp/fc2/kernel", (5, 12, 7), mesh) == by_rows
-    assert parameter_spec("backbone/x/mlp/fc2/kernel", (5, 6, 8), mesh) == P(None, None, None)
-    assert parameter_spec("backbone/encoder/rmsnorm/scale", (8,), mesh) == P(None)
+    assert parameter_spec(("mlp", "out"), (5, 12, 7), mesh) == by_rows
+    assert parameter_spec(("mlp", "out"), (5, 6, 8), mesh) == P(None, None, None)
+    assert parameter_spec(("channels",), (8,), mesh) == P(None)
+
+
+def test_an_axis_that_the_table_does_not_have_is_refused():
+    with pytest.raises(ConfigError, match="parameter axis 'kv' is unknown: use one of embed, "):
+        parameter_spec(("embed", "kv"), (8, 8), make_mesh(MeshConfig()))
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [("2stage_L", PUBLISHED["2stage_L"]), ("magnet", magnet()), ("hnet", hnet())],
+)
+def test_named_axes_give_the_golden_shardings(name, model):
+    """The file lists every parameter that is not whole on a mesh of 2 x 2 x 2, by its spec."""
+    golden = json.loads((Path(__file__).parent / "golden" / "shardings.json").read_text())[name]
+    expected = {path: spec for spec, paths in golden.items() for path in paths}
+    graph, params = abstract(model)
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    shardings = state_shardings(params, describe(nnx.merge(graph, params)), mesh)
+    found = {path_name(p): s.spec for p, s in jax.tree_util.tree_leaves_with_path(shardings)}
+    assert {path: repr(spec) for path, spec in found.items() if any(spec)} == expected
 
 
 def test_optimizer_moments_lie_where_their_parameters_do(tmp_path):

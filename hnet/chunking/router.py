@@ -10,6 +10,7 @@ from flax import nnx
 from hnet.chunking.config import Alignment, ChunkingConfig
 from hnet.chunking.routes import stack_routes
 from hnet.nn.layers import INIT_STD, matmul, segment_starts
+from hnet.nn.parameters import metadata
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -80,6 +81,7 @@ class RoutingModule(nnx.Module):
 
         self.q_proj_layer, self.k_proj_layer = (
             nnx.Linear(d_model, d_model, use_bias=False, kernel_init=identity, rngs=rngs,
+                       kernel_metadata=metadata("embed out"),
                        dot_general=lambda x, weight, *_, **__: matmul(x, weight, HIGHEST))
             for _ in range(2)
         )  # fmt: skip
@@ -93,13 +95,15 @@ class BoundaryPredictor(nnx.Module):
     """The MLP of dynamic token pooling (arXiv 2211.09761): logit = fc2(gelu(fc1(h))), float32."""
 
     def __init__(self, d_model: int, d_hidden: int, *, rngs: nnx.Rngs):
-        def layer(d_in, d_out):
+        def layer(d_in, d_out, axes):
             return nnx.Linear(
                 d_in, d_out, kernel_init=nnx.initializers.normal(INIT_STD),
                 precision=HIGHEST, rngs=rngs,
+                kernel_metadata=metadata(axes), bias_metadata=metadata("out", decay=False),
             )  # fmt: skip
 
-        self.fc1, self.fc2 = layer(d_model, d_hidden), layer(d_hidden, 1)
+        self.fc1 = layer(d_model, d_hidden, "embed_fused out")
+        self.fc2 = layer(d_hidden, 1, "mlp out")
 
     def __call__(self, x_XD: jax.Array) -> jax.Array:
         """Logits of p of positions, from their states."""

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hnet.nn.kernels.spread import on_each_device
+from hnet.nn.parameters import ParameterInfo, map_parameters, set_per_script
 
 BLOCKS_PER_ROUTE = 4  # so at most 5 R blocks, of which at most a fifth is not filled
 MIN_BLOCK = 8
@@ -27,7 +28,9 @@ def stack_routes(make: Callable[[nnx.Rngs], nnx.Module], routes: int, rngs: nnx.
     if routes == 1:
         return make(rngs)
     stacked = nnx.split_rngs(splits=routes)(nnx.vmap(make, in_axes=0, out_axes=0))
-    return stacked(rngs)
+    module = stacked(rngs)
+    set_per_script(module)
+    return module
 
 
 class Blocks(NamedTuple):
@@ -170,25 +173,20 @@ def apply_routed(
     return on_each_device(own_rows, axes, "BL", route_ids_BL, *inputs_BLD, *leaves)
 
 
-def keep_absent(new: Any, old: Any, num_predictors: tuple[int, ...], count_SR: jax.Array) -> Any:
+def keep_absent(new: Any, old: Any, infos: Any, count_SR: jax.Array) -> Any:
     """`new`, but what belongs to a route that got no position as it was in `old`, bit for bit.
 
-    new, old: trees with the paths of the model's parameters somewhere in theirs, that is parameters
-    or the state of an optimizer, after and before an update. num_predictors: routers of each stage
-    that cuts, outermost first (`chunking.num_predictors`). count_SR: positions of each stage and
-    route that the update was made from. Neither weight decay nor momentum then moves a route that
-    was not there.
+    new, old: parameters or a tree that holds such, as the state of an optimizer, after and before
+    an update. infos: `hnet.nn.parameters.describe` of the model. count_SR: positions of each stage
+    and route that the update was made from. Neither weight decay nor momentum then moves a route
+    that was not there.
     """
 
-    def choose(path, new_leaf, old_leaf):
-        names = [jax.tree_util.keystr((part,), simple=True) for part in path]
-        if "routing_module" not in names:
+    def choose(info: ParameterInfo, new_leaf, old_leaf):
+        if not info.per_script:
             return new_leaf
-        stage_idx = names.count("main_network")
-        R = num_predictors[stage_idx]
-        if R == 1:
-            return new_leaf
-        present_R = (count_SR[stage_idx, :R] > 0).reshape(R, *(1,) * (new_leaf.ndim - 1))
+        R = len(new_leaf)
+        present_R = (count_SR[info.stage, :R] > 0).reshape(R, *(1,) * (new_leaf.ndim - 1))
         return jnp.where(present_R, new_leaf, old_leaf)
 
-    return jax.tree_util.tree_map_with_path(choose, new, old)
+    return map_parameters(choose, infos, new, old)

@@ -242,8 +242,8 @@ class Attention(nnx.Module):
     def __init__(self, config: HNetConfig, stage: StageConfig, *, out_std: float, rngs: nnx.Rngs):
         D, dtype = stage.d_model, config.compute.dtype
         self.stage, self.compute = stage, config.compute
-        self.Wqkv = linear(D, 3 * D, dtype=dtype, rngs=rngs)
-        self.out_proj = linear(D, D, std=out_std, dtype=dtype, rngs=rngs)
+        self.Wqkv = linear(D, 3 * D, "embed_fused out", dtype=dtype, rngs=rngs)
+        self.out_proj = linear(D, D, "heads out", std=out_std, dtype=dtype, rngs=rngs)
 
     def qkv(self, x_BLD: jax.Array, positions_BL: jax.Array) -> tuple[jax.Array, ...]:
         """Rotated queries and keys, and values, each (B, L, H, K)."""

@@ -11,6 +11,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from hnet.nn.parameters import metadata, parameter
+
 MATMUL = "matmul"  # name of the products with weights, for rematerialisation
 ROW_AXES = ("data", "fsdp")  # of the mesh: rows are divided over both
 NORM_EPS = 1e-5
@@ -105,7 +107,7 @@ class RMSNorm(nnx.Module):
     """Root-mean-square norm over the last axis; returns float32."""
 
     def __init__(self, d_model: int):
-        self.scale = nnx.Param(jnp.ones((d_model,), jnp.float32))
+        self.scale = parameter(jnp.ones((d_model,), jnp.float32), "channels", decay=False)
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         return rms_norm(x_BLD, self.scale[...])
@@ -143,11 +145,14 @@ def _matmul_fwd(x_XD, weight_DF, precision):
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
-def linear(d_in: int, d_out: int, *, std: float = INIT_STD, dtype, rngs: nnx.Rngs) -> nnx.Linear:
+def linear(
+    d_in: int, d_out: int, axes: str, *, std: float = INIT_STD, dtype, rngs: nnx.Rngs
+) -> nnx.Linear:
     """A linear layer without bias, float32 weights N(0, std), matmul in `dtype`."""
     init = nnx.initializers.normal(std)
     return nnx.Linear(
         d_in, d_out, use_bias=False, kernel_init=init, dtype=dtype, rngs=rngs,
+        kernel_metadata=metadata(axes),
         dot_general=lambda x, weight, *_, **__: matmul(x, weight),
     )  # fmt: skip
 
@@ -199,8 +204,8 @@ class SwiGLU(nnx.Module):
     """y * silu(gate) with (y, gate) = fc1(x), then fc2 (official order of the halves)."""
 
     def __init__(self, d_model: int, d_mlp: int, *, out_std: float, dtype, rngs: nnx.Rngs):
-        self.fc1 = linear(d_model, 2 * d_mlp, dtype=dtype, rngs=rngs)
-        self.fc2 = linear(d_mlp, d_model, std=out_std, dtype=dtype, rngs=rngs)
+        self.fc1 = linear(d_model, 2 * d_mlp, "embed_fused out", dtype=dtype, rngs=rngs)
+        self.fc2 = linear(d_mlp, d_model, "mlp out", std=out_std, dtype=dtype, rngs=rngs)
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         d_mlp = self.fc2.in_features

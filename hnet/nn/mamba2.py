@@ -20,6 +20,7 @@ from hnet.nn.layers import (
     silu_and_grad,
     whole,
 )
+from hnet.nn.parameters import parameter
 from hnet.nn.ssd import ssd, ssd_final_state
 
 
@@ -90,21 +91,28 @@ class Mamba2(nnx.Module):
         self.d_state, self.dtype = ssm.d_state, jnp.dtype(dtype)
         self.compute = config.compute
         H, C = self.num_heads, self.d_inner + 2 * ssm.d_state
-        self.in_proj = linear(stage.d_model, self.d_inner + C + H, dtype=dtype, rngs=rngs)
+        self.in_proj = linear(
+            stage.d_model, self.d_inner + C + H, "embed_fused out", dtype=dtype, rngs=rngs
+        )
         # torch's default for Conv1d, which the official initialisation leaves alone
         bound = ssm.d_conv**-0.5
-        self.conv1d_weight = nnx.Param(
-            jax.random.uniform(key(), (ssm.d_conv, C), jnp.float32, -bound, bound)
+        weight_WC, bias_C = (
+            jax.random.uniform(key(), shape, jnp.float32, -bound, bound)
+            for shape in ((ssm.d_conv, C), (C,))
         )
-        self.conv1d_bias = nnx.Param(jax.random.uniform(key(), (C,), jnp.float32, -bound, bound))
+        self.conv1d_weight = parameter(weight_WC, "taps channels")
+        self.conv1d_bias = parameter(bias_C, "channels", decay=False)
         # softplus(dt_bias) is log-uniform in [1e-3, 1e-1]; A is uniform in [1, 16]
         log_dt = jax.random.uniform(key(), (H,), jnp.float32, jnp.log(1e-3), jnp.log(1e-1))
         dt = jnp.maximum(jnp.exp(log_dt), 1e-4)
-        self.dt_bias = nnx.Param(dt + jnp.log(-jnp.expm1(-dt)))
-        self.A_log = nnx.Param(jnp.log(jax.random.uniform(key(), (H,), jnp.float32, 1.0, 16.0)))
-        self.D = nnx.Param(jnp.ones((H,), jnp.float32))
+        A_H = jax.random.uniform(key(), (H,), jnp.float32, 1.0, 16.0)
+        self.dt_bias = parameter(dt + jnp.log(-jnp.expm1(-dt)), "channels", decay=False)
+        self.A_log = parameter(jnp.log(A_H), "channels", decay=False)
+        self.D = parameter(jnp.ones((H,), jnp.float32), "channels", decay=False)
         self.norm = RMSNorm(self.d_inner)
-        self.out_proj = linear(self.d_inner, stage.d_model, std=out_std, dtype=dtype, rngs=rngs)
+        self.out_proj = linear(
+            self.d_inner, stage.d_model, "inner out", std=out_std, dtype=dtype, rngs=rngs
+        )
 
     def split_inputs(self, x_BLD: jax.Array) -> tuple[jax.Array, ...]:
         """in_proj cut into the gate z, the convolution's inputs x and BC, and dt (after softplus).

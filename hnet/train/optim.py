@@ -1,6 +1,5 @@
 """AdamW with a learning rate for each stage, as arrays in and arrays out."""
 
-import re
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -10,8 +9,7 @@ import optax
 
 from hnet.config import HNetConfig, lr_multipliers
 from hnet.errors import ConfigError
-
-_NOT_DECAYED = re.compile(r"scale|bias|dt_bias|A_log|D|conv1d_bias|boundary_offset")
+from hnet.nn.parameters import ParameterInfo
 
 
 @dataclass(frozen=True)
@@ -92,16 +90,6 @@ def schedule(config: OptimConfig, step: jax.Array, num_steps: int) -> jax.Array:
             return warm * (1 - jnp.sqrt(x))
 
 
-def stage_of(path: tuple, num_stages: int) -> int:
-    """Stage that a parameter belongs to; embeddings and head belong to stage 0."""
-    depth = sum(jax.tree_util.keystr((part,), simple=True) == "main_network" for part in path)
-    return min(depth, num_stages - 1)
-
-
-def is_decayed(path: tuple) -> bool:
-    return not _NOT_DECAYED.fullmatch(jax.tree_util.keystr(path[-1:], simple=True))
-
-
 def optimizer(config: OptimConfig) -> optax.GradientTransformation:
     """Clipped Adam; `direction` and `apply_update` make a step of it."""
     return optax.chain(
@@ -126,12 +114,16 @@ def direction(config: OptimConfig, grads: Any, opt_state: optax.OptState) -> tup
         return optimizer(config).update(grads, opt_state)
 
 
-def apply_update(params: Any, directions: Any, hparams: Hyperparams, factor: jax.Array) -> Any:
-    """p - lr (direction + weight_decay p), lr = learning_rate * factor * the stage's multiplier."""
-    num_stages = hparams.multiplier_S.shape[0]
+def apply_update(
+    params: Any, directions: Any, infos: Any, hparams: Hyperparams, factor: jax.Array
+) -> Any:
+    """p - lr (direction + weight_decay p), lr = learning_rate * factor * the stage's multiplier.
 
-    def update(path, p, d):
-        rate = hparams.learning_rate * factor * hparams.multiplier_S[stage_of(path, num_stages)]
-        return p - rate * (d + hparams.weight_decay * p if is_decayed(path) else d)
+    infos: `hnet.nn.parameters.describe` of the model; weight_decay is 0 where it says so.
+    """
 
-    return jax.tree_util.tree_map_with_path(update, params, directions)
+    def update(info: ParameterInfo, p, d):
+        rate = hparams.learning_rate * factor * hparams.multiplier_S[info.stage]
+        return p - rate * (d + hparams.weight_decay * p if info.decay else d)
+
+    return jax.tree.map(update, infos, params, directions)

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 from hnet.chunking.config import ChunkingConfig
 from hnet.data import eval_batches
@@ -17,6 +18,7 @@ from hnet.errors import ConfigError
 from hnet.loss import LossWeights
 from hnet.model import abstract, init_params
 from hnet.nn.kernels.table import described, resolved, without
+from hnet.nn.parameters import describe
 from hnet.train.capacity import Ladder
 from hnet.train.config import Config
 from hnet.train.evaluate import Evaluation, evaluate
@@ -70,14 +72,14 @@ def build(
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     platform = mesh.devices.flat[0].platform
     compute = resolved(config.model.compute, platform)
-    graph, _ = abstract(replace(config.model, compute=compute))
+    graph, params = abstract(replace(config.model, compute=compute))
     plain_graph, _ = abstract(replace(config.model, compute=without(compute)))
     packed_rows = rows_packed(config, shards)
 
     make_state, step_fn, eval_fn = pure_functions(config, graph, packed_rows)
     seed_key = jax.random.key(config.seed)
     shapes = jax.eval_shape(make_state, seed_key)
-    shardings = state_shardings(shapes, mesh)
+    shardings = state_shardings(shapes, describe(nnx.merge(graph, params)), mesh)
     abstract_state = jax.tree.map(
         lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, shardings
     )

@@ -1,7 +1,6 @@
-"""The mesh and the one table that says where every array lives."""
+"""The mesh, and the one table that says where every axis of a parameter lies on it."""
 
 import math
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,22 +11,26 @@ from jax.sharding import PartitionSpec as P
 
 from hnet.errors import ConfigError
 from hnet.nn.layers import ROW_AXES
+from hnet.nn.parameters import ParameterInfo, map_parameters
 
 BATCH = P(ROW_AXES)  # rows; every activation is sharded on its rows alone
 
-# Parameter path -> spec of its trailing axes; the first match wins. Layers of a run are stacked
-# on a leading axis, which is never sharded. fsdp cuts rows, the axis that a matmul sums over: the
+# Name of a parameter's axis -> mesh axes. fsdp cuts rows, the axis that a matmul sums over: the
 # compiler for TPUs scatters the gradients of these as it sums them, not always those of columns.
-# tensor cuts heads, the MLP's and Mamba's inner width; the weights into these
-# hold several parts side by side, so they are stored with their rows cut (see `fused_linear`).
-PARAMETERS: tuple[tuple[str, P], ...] = (
-    (r".*/(Wqkv|in_proj|fc1)/kernel", P(("fsdp", "tensor"), None)),
-    (r".*/(out_proj|fc2)/kernel", P(("tensor", "fsdp"), None)),
-    (r".*(residual_proj|q_proj_layer|k_proj_layer)/kernel", P("fsdp", None)),
-    (r"embeddings/embedding", P(None, "fsdp")),
-    (r"lm_head/kernel", P("fsdp", None)),
-    (r".*", P()),
-)
+# tensor cuts heads, the MLP's and the recurrent mixers' inner width. Weights into these hold
+# several parts side by side, so they are stored with their rows cut (`fused_linear`).
+AXES: dict[str, str | tuple[str, ...] | None] = {
+    "embed": "fsdp",
+    "embed_fused": ("fsdp", "tensor"),
+    "heads": ("tensor", "fsdp"),
+    "mlp": ("tensor", "fsdp"),
+    "inner": ("tensor", "fsdp"),
+    "out": None,
+    "vocab": None,
+    "channels": None,
+    "taps": None,
+    "script": None,
+}
 
 
 @dataclass(frozen=True)
@@ -68,12 +71,18 @@ def path_name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def parameter_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """Spec of one parameter; an axis that its mesh axis does not divide stays whole."""
-    spec = next(spec for pattern, spec in PARAMETERS if re.fullmatch(pattern, name))
-    if len(spec) > len(shape):
-        return P()
-    axes = (None,) * (len(shape) - len(spec)) + tuple(spec)
+def parameter_spec(names: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
+    """Spec of a parameter whose trailing axes have these names.
+
+    Leading axes, which stack layers or script groups, stay whole; so does an axis that its mesh
+    axes do not divide. Raises ConfigError for a name that the table `AXES` does not have.
+    """
+    if unknown := [name for name in names if name not in AXES]:
+        raise ConfigError(
+            f"parameter axis {unknown[0]!r} is unknown: use one of {', '.join(AXES)}, "
+            "or add it to hnet.train.sharding.AXES"
+        )
+    axes = (None,) * (len(shape) - len(names)) + tuple(AXES[name] for name in names)
     return P(*(a if a and n % _devices(a, mesh) == 0 else None for a, n in zip(axes, shape)))
 
 
@@ -81,20 +90,16 @@ def _devices(axes: str | tuple[str, ...], mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
 
 
-def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
-    """Sharding of every leaf of a train state; optimizer moments lie where their parameter does."""
+def state_shardings(abstract_state: Any, infos: Any, mesh: Mesh) -> Any:
+    """Sharding of every leaf of a train state; optimizer moments lie where their parameter does.
 
-    def sharding(path, leaf):
-        return NamedSharding(mesh, parameter_spec(_parameter_name(path), leaf.shape, mesh))
+    infos: `hnet.nn.parameters.describe` of the model. What belongs to no parameter is replicated.
+    """
 
-    return jax.tree_util.tree_map_with_path(sharding, abstract_state)
+    def sharding(info: ParameterInfo, leaf):
+        return NamedSharding(mesh, parameter_spec(info.axes, leaf.shape, mesh))
 
-
-def _parameter_name(path: tuple) -> str:
-    """The part of a leaf's path from the model's first module on."""
-    name = path_name(path)
-    match = re.search(r"(?:^|/)((?:backbone|embeddings|lm_head)/.*)", name)
-    return match.group(1) if match else name
+    return map_parameters(sharding, infos, abstract_state, other=lambda _: replicated(mesh))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

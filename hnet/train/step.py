@@ -14,6 +14,7 @@ from hnet.chunking.routes import keep_absent
 from hnet.config import HNetConfig
 from hnet.data import batch_hash
 from hnet.loss import LossWeights, next_byte_nll, total_loss
+from hnet.nn.parameters import describe
 from hnet.train.optim import Hyperparams, OptimConfig, apply_update, direction, optimizer, schedule
 
 Batch = Mapping[str, jax.Array]
@@ -85,15 +86,15 @@ def train_step(
         finite = jnp.isfinite(metrics["loss/total"]) & jnp.isfinite(grad_norm)
         directions, opt_state = direction(optim, grads, state.opt_state)
         factor = schedule(optim, state.step, num_steps)
-        params = apply_update(state.params, directions, update_numbers, factor)
+        infos = describe(nnx.merge(graph, state.params))
+        params = apply_update(state.params, directions, infos, update_numbers, factor)
         if any(stage.chunking.hold_rate for stage in model.stages[:-1]):
             gain = update_numbers.controller_gain * jnp.sqrt(factor)
             gain = jnp.where(state.step < hold_from, 0.0, gain)
             params = hold_rates(params, *counts, loss_weights.target_ratio_SR, gain)
         new, old = (params, opt_state), (state.params, state.opt_state)
         if model.num_routes > 1:
-            predictors = tuple(s.chunking.num_predictors for s in model.stages[:-1])
-            new = keep_absent(new, old, predictors, counts[1])
+            new = keep_absent(new, old, infos, counts[1])
         params, opt_state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         skipped = jnp.where(finite, 0, state.skipped + 1)
     metrics |= {

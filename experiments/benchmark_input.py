@@ -15,7 +15,7 @@ from pathlib import Path
 from experiments.command_line import parse, run
 from hnet.data import BatchIterator, open_corpus, train_batches
 from hnet.errors import ConfigError
-from hnet.train.config import read_config
+from hnet.train.workdir import read_config
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from hnet.inspect.gold import annotate, clip, read_annotated, thin
 from hnet.inspect.lexical import lexicon_shares, read_lexicon, turkish_lower, vocabulary_report
 from hnet.inspect.segmentation import Alignment, Segmentation
 from hnet.model import HNetLM, split
-from hnet.train.config import read_config
+from hnet.train.workdir import read_config
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ from hnet.chunking.targets import equal_chunk_ratios
 from hnet.data.parallel import Lines, bytes_by_script, read_parallel
 from hnet.data.scripts import SCRIPTS, route_table
 from hnet.errors import ConfigError
-from hnet.train.config import Config, to_json
+from hnet.fields import to_json
+from hnet.train.config import Config
 
 COMMON_TO_ALL = ("Common", "Unknown")
 LEAST_SHARE = 0.02  # of a language's bytes, for a script to get a route without being asked for

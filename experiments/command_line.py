@@ -21,7 +21,7 @@ import experiments.configs
 from hnet.config import HNetConfig
 from hnet.errors import ConfigError
 from hnet.train.checkpoint import CheckpointError
-from hnet.train.config import Config, from_json
+from hnet.train.config import Config, config_from_json
 from hnet.train.cpu import keep_freed_memory
 from hnet.train.distributed import BarrierTimeout, leave
 
@@ -130,7 +130,7 @@ def _from_file(path: Path) -> Config:
     if isinstance(content, dict) and "arch_layout" in content:
         model = HNetConfig.from_json(content)
         return dataclasses.replace(base_config("default"), model=model, workdir=f"runs/{path.stem}")
-    return from_json(Config, content)
+    return config_from_json(content)
 
 
 def run_config(argv: list[str] | None = None, default: str = "default") -> Config:

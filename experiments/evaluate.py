@@ -27,10 +27,10 @@ from hnet.data import DataConfig, Part, eval_batches, open_corpus, open_part
 from hnet.errors import ConfigError
 from hnet.loss import bits_per_byte
 from hnet.model import split
-from hnet.train.config import read_config
 from hnet.train.evaluate import Evaluation, evaluate
 from hnet.train.program import FED
 from hnet.train.step import eval_step
+from hnet.train.workdir import read_config
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ from hnet.inspect.gold import read_ud, thin
 from hnet.inspect.segmentation import Segmentation
 from hnet.inspect.tokens import read_tokenizer, token_starts, train_bpe
 from hnet.model import split
-from hnet.train.config import read_config
+from hnet.train.workdir import read_config
 
 Cut = Callable[[Sequence[bytes]], tuple[list[Segmentation], float, int]]
 """texts -> (their segmentations, nats, scored bytes)"""

@@ -17,11 +17,11 @@ from hnet.infer.segment import segmenter
 from hnet.inspect.render import print_segmentations
 from hnet.inspect.segmentation import Segmentation
 from hnet.train.compile_cache import enable_compilation_cache
-from hnet.train.config import Config
+from hnet.train.config import Config, MeshConfig
 from hnet.train.cpu import one_device_a_core
 from hnet.train.distributed import REQUEUE_EXIT_CODE, StopRequest, host_id, initialize, num_hosts
 from hnet.train.loop import Outcome, StopRun, train
-from hnet.train.sharding import MeshConfig, replicated
+from hnet.train.sharding import replicated
 
 PARAGRAPH_BYTES = 400  # of the paragraph that is shown cut
 

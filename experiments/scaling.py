@@ -39,9 +39,10 @@ from experiments.scaling_ladder import (
 from hnet.data import open_corpus
 from hnet.data.tokens import read_vocabulary
 from hnet.errors import ConfigError
+from hnet.fields import to_json
 from hnet.inspect.tokens import train_bpe
 from hnet.train.compile_cache import enable_compilation_cache
-from hnet.train.config import Config, from_json, to_json
+from hnet.train.config import Config, config_from_json
 from hnet.train.distributed import REQUEUE_EXIT_CODE
 from hnet.train.report import read_metrics
 
@@ -170,7 +171,7 @@ def run_points(options: argparse.Namespace) -> int:
             continue
         console.print(f"training {name}: {rows[name]['steps']} steps")
         file = out / "configs" / f"{name}.json"
-        outcome = train_to_end(from_json(Config, json.loads(file.read_text())))
+        outcome = train_to_end(config_from_json(json.loads(file.read_text())))
         if outcome == REQUEUE_EXIT_CODE:
             return outcome
         if outcome == FAILED:

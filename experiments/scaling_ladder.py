@@ -15,8 +15,7 @@ from typing import Literal
 from hnet.config import ChunkingConfig, HNetConfig, StageConfig, parse_layout
 from hnet.errors import ConfigError
 from hnet.flops import forward_terms, param_counts, stage_lengths
-from hnet.train.config import Config
-from hnet.train.optim import OptimConfig
+from hnet.train.config import Config, OptimConfig
 
 Family = Literal["bpe", "bytes", "hnet1", "hnet2"]
 FAMILIES: tuple[Family, ...] = ("bpe", "bytes", "hnet1", "hnet2")

@@ -24,7 +24,8 @@ from typing import Any, Literal
 import optuna
 
 from hnet.errors import ConfigError
-from hnet.train.config import Config, to_json, with_fields
+from hnet.fields import to_json, with_fields
+from hnet.train.config import Config
 from hnet.train.program import untraced
 
 Values = dict[str, Any]

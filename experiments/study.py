@@ -21,7 +21,8 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from experiments.space import Point, Space, Values, list_points, make_point, point_key
 from experiments.study_storage import has_ended, open_storage, pruner, worker_name
 from hnet.errors import ConfigError
-from hnet.train.config import Config, differences, from_json, to_json
+from hnet.fields import differences, to_json
+from hnet.train.config import Config, config_from_json
 
 _LOCAL = ("workdir", "mesh", "distributed", "watchdog", "checkpoint", "profile")
 """sections in which the workers of one sweep may differ"""
@@ -69,7 +70,7 @@ class Study(contextlib.AbstractContextManager):
             self.study.set_user_attr("sweep", json.dumps(mine))
             return
         theirs = json.loads(found)
-        theirs["config"] = to_json(from_json(Config, theirs["config"]))  # fields that came later
+        theirs["config"] = to_json(config_from_json(theirs["config"]))  # fields that came later
         for content in (mine, theirs):
             for section in _LOCAL:
                 del content["config"][section]

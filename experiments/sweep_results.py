@@ -20,8 +20,8 @@ from rich.table import Table
 
 from experiments.space import Range, describe
 from experiments.study import Study
+from hnet.fields import to_json, with_fields
 from hnet.inspect.writer import RunWriter
-from hnet.train.config import to_json, with_fields
 
 STATES = {TrialState.COMPLETE: "done", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
 console = Console(highlight=False, soft_wrap=True)

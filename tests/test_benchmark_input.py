@@ -7,7 +7,7 @@ import pytest
 
 from experiments.benchmark_input import InputBenchmark, consumed, delivered, measure
 from hnet.errors import ConfigError
-from hnet.train.config import claim_workdir
+from hnet.train.workdir import claim_workdir
 from tests.training import tiny_run
 
 LOG = [

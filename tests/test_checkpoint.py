@@ -23,7 +23,8 @@ from hnet.errors import ConfigError
 from hnet.train import leaves as lv
 from hnet.train import manifest as mf
 from hnet.train import step_folders as sf
-from hnet.train.checkpoint import CheckpointConfig, Checkpointer, CheckpointError, main
+from hnet.train.checkpoint import Checkpointer, CheckpointError, main
+from hnet.train.config import CheckpointConfig
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,18 +9,17 @@ import numpy as np
 import pytest
 
 from hnet.chunking import routes
-from hnet.chunking.controller import ControllerConfig, map_offsets
+from hnet.chunking.controller import map_offsets
 from hnet.config import ChunkingConfig
 from hnet.data import open_corpus, train_batches
 from hnet.data.row_routes import in_unknown_scripts
 from hnet.errors import ConfigError
 from hnet.train import settle as settling
-from hnet.train.config import TrainConfig
+from hnet.train.config import ControllerConfig, MeshConfig, TrainConfig
 from hnet.train.default_route import fit_default_route
 from hnet.train.population import build as build_population
 from hnet.train.program import put_whole_batch
 from hnet.train.settle import settle
-from hnet.train.sharding import MeshConfig
 from tests.networks import QUICK
 from tests.training import TINY, build, tiny_run
 

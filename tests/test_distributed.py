@@ -12,7 +12,8 @@ import pytest
 from hnet.errors import ConfigError
 from hnet.train import distributed
 from hnet.train.checkpoint import Checkpointer
-from hnet.train.distributed import DistributedConfig, StopRequest
+from hnet.train.config import DistributedConfig
+from hnet.train.distributed import StopRequest
 from tpu import emulate
 from tpu.emulate import Emulation
 
@@ -96,7 +97,7 @@ from hnet.errors import ConfigError
 from hnet.train import distributed
 from hnet.train.checkpoint import Checkpointer
 from hnet.train.distributed import StopRequest
-from hnet.train.watchdog import Watchdog, WatchdogConfig
+from hnet.train.watchdog import Watchdog
 distributed.initialize()
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P

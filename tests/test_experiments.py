@@ -13,8 +13,8 @@ from etils import epath
 
 from experiments.command_line import base_config, named_configs, run_config
 from hnet.errors import ConfigError
+from hnet.fields import to_json
 from hnet.model import abstract
-from hnet.train.config import to_json
 from hnet.train.distributed import REQUEUE_EXIT_CODE
 from hnet.train.step_folders import list_steps
 from tests.training import rows, tiny_run

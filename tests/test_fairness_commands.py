@@ -23,7 +23,7 @@ from hnet.data import eval_batches, open_corpus, train_batches
 from hnet.data.row_routes import unknown_script
 from hnet.errors import ConfigError
 from hnet.train import loop
-from hnet.train.config import read_config
+from hnet.train.workdir import read_config
 from tests.training import build, rows, tiny_run
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

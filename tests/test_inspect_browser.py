@@ -23,8 +23,7 @@ from hnet.data import DataConfig
 from hnet.inspect.page import to_html
 from hnet.inspect.segmentation import Segmentation, characters, is_invalid
 from hnet.inspect.store import FOLDER, SegmentationIndex, SegmentationLog
-from hnet.train.checkpoint import CheckpointConfig
-from hnet.train.config import EvalConfig, TrainConfig
+from hnet.train.config import CheckpointConfig, EvalConfig, TrainConfig
 from tests.training import run, tiny_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)

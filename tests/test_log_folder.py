@@ -9,8 +9,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from hnet.errors import ConfigError
 from hnet.inspect import mirror
-from hnet.train.config import claim_workdir, read_config
 from hnet.train.log_folder import LogFolder
+from hnet.train.workdir import claim_workdir, read_config
 from tests.training import tiny_run
 
 

@@ -11,9 +11,9 @@ from hnet.config import PUBLISHED
 from hnet.errors import ConfigError
 from hnet.model import abstract
 from hnet.nn.parameters import ParameterInfo, describe
+from hnet.train.config import OptimConfig
 from hnet.train.optim import (
     Hyperparams,
-    OptimConfig,
     apply_update,
     direction,
     optimizer,

@@ -12,14 +12,12 @@ from hnet.config import ChunkingConfig
 from hnet.data import open_corpus, train_batches
 from hnet.errors import ConfigError
 from hnet.train import population
-from hnet.train.checkpoint import CheckpointConfig
 from hnet.train.compile_cache import CompilationLog
-from hnet.train.config import EvalConfig, TrainConfig
+from hnet.train.config import CheckpointConfig, EvalConfig, MeshConfig, TrainConfig
 from hnet.train.distributed import StopRequest
 from hnet.train.population import build as build_population
 from hnet.train.program import put_batch, run_evaluation, untraced
 from hnet.train.settle import settle
-from hnet.train.sharding import MeshConfig
 from tests.networks import QUICK
 from tests.training import TINY, build, tiny_run
 

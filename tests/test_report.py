@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from hnet.data import open_corpus
 from hnet.errors import ConfigError
 from hnet.train import report
-from hnet.train.config import TrainConfig
+from hnet.train.config import ProfileConfig, TrainConfig
 from hnet.train.report import MetricsFile, Report, Trace, read_metrics
 from tests.training import tiny_run
 
@@ -93,7 +93,7 @@ def traced(monkeypatch):
     ],
 )
 def test_the_steps_that_are_traced(traced, tmp_path, steps, ran, expected):
-    trace, found = Trace(steps, tmp_path), []
+    trace, found = Trace(ProfileConfig(steps), tmp_path), []
     for done in ran:
         with trace.step(done):
             found += [done] if traced[-1:] == ["start"] else []
@@ -121,11 +121,11 @@ def test_a_profile_beside_an_idle_libtpu_is_refused(
     found = object() if is_installed else None
     monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: found)
     with pytest.raises(ConfigError, match="JAX_PLATFORMS") if expected else nullcontext():
-        Trace("2:5", tmp_path)
-    Trace("", tmp_path)
+        Trace(ProfileConfig("2:5"), tmp_path)
+    Trace(ProfileConfig(), tmp_path)
 
 
 @pytest.mark.parametrize("steps", ["10", "5:5", "a:b", "-1:4"])
-def test_other_windows_are_refused(tmp_path, steps):
+def test_other_windows_are_refused(steps):
     with pytest.raises(ConfigError, match="FIRST:LAST"):
-        Trace(steps, tmp_path)
+        ProfileConfig(steps)

@@ -16,9 +16,9 @@ from hnet.config import PUBLISHED
 from hnet.errors import ConfigError
 from hnet.model import abstract
 from hnet.nn.parameters import describe
+from hnet.train.config import MeshConfig
 from hnet.train.program import build as build_program
 from hnet.train.sharding import (
-    MeshConfig,
     batch_sharding,
     check_batch,
     make_mesh,
@@ -39,17 +39,17 @@ def test_the_open_axis_takes_the_devices_that_are_left():
 
 
 @pytest.mark.parametrize(
-    ("mesh", "says"),
+    ("axes", "says"),
     [
-        (MeshConfig(3), "mesh.data=3 x mesh.fsdp=1 x mesh.tensor=1 does not fit 8 devices"),
-        (MeshConfig(-1, 3), "mesh.data=-1 x mesh.fsdp=3 x .* does not fit 8 devices: make the"),
-        (MeshConfig(-1, -1), "mesh.data and mesh.fsdp are all -1: leave at most one open"),
-        (MeshConfig(0, 8, -2), "mesh.data=0, mesh.tensor=-2: use 1 or more, or -1"),
+        ((3,), "mesh.data=3 x mesh.fsdp=1 x mesh.tensor=1 does not fit 8 devices"),
+        ((-1, 3), "mesh.data=-1 x mesh.fsdp=3 x .* does not fit 8 devices: make the"),
+        ((-1, -1), "mesh.data and mesh.fsdp are all -1: leave at most one open"),
+        ((0, 8, -2), "mesh.data=0, mesh.tensor=-2: use 1 or more, or -1"),
     ],
 )
-def test_a_mesh_that_does_not_fit_is_one_line(mesh, says):
+def test_a_mesh_that_does_not_fit_is_one_line(axes, says):
     with pytest.raises(ConfigError, match=says) as error:
-        make_mesh(mesh)
+        make_mesh(MeshConfig(*axes))
     assert "\n" not in str(error.value)
 
 

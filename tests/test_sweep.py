@@ -20,9 +20,9 @@ from experiments.space import list_points, read_space
 from experiments.study import Study
 from experiments.study_storage import worker_name
 from hnet.errors import ConfigError
+from hnet.fields import to_json
 from hnet.train import loop, population
-from hnet.train.checkpoint import CheckpointConfig
-from hnet.train.config import EvalConfig, TrainConfig, to_json
+from hnet.train.config import CheckpointConfig, EvalConfig, TrainConfig
 from hnet.train.report import read_metrics
 from tests.networks import QUICK
 from tests.training import build, tiny_run

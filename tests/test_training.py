@@ -11,16 +11,18 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hnet.chunking.controller import ControllerConfig
 from hnet.config import ChunkingConfig
-from hnet.data import batch_fingerprint, fingerprint, train_batches
+from hnet.data import batch_fingerprint, train_batches
+from hnet.data.fingerprint import fingerprint
 from hnet.errors import ConfigError
+from hnet.fields import to_json
 from hnet.train import loop
-from hnet.train.config import Config, TrainConfig, claim_workdir, from_json, read_config, to_json
+from hnet.train.config import ControllerConfig, MeshConfig, TrainConfig, config_from_json
 from hnet.train.optim import schedule
 from hnet.train.program import put_batch, run_batches
 from hnet.train.settle import SEED, settle
-from hnet.train.sharding import MeshConfig, replicated
+from hnet.train.sharding import replicated
+from hnet.train.workdir import claim_workdir, read_config
 from tests.training import TINY, build, rows, run, tiny_run
 
 
@@ -189,7 +191,7 @@ def test_a_longer_run_keeps_the_former_configuration(tmp_path):
     longer = replace(config, train=replace(config.train, steps=99))
     claim_workdir(longer)
     assert read_config(tmp_path) == longer
-    kept = from_json(Config, json.loads((tmp_path / "config-1.json").read_text()))
+    kept = config_from_json(json.loads((tmp_path / "config-1.json").read_text()))
     assert kept == config
 
 
@@ -198,10 +200,10 @@ def test_a_configuration_of_an_earlier_version_is_read_unless_it_would_train_oth
     content = to_json(config)
     content["model"]["compute"]["batch_shards"] = 2
     content["data"]["unknown_script_frac"] = 0.0
-    assert from_json(Config, content) == config
+    assert config_from_json(content) == config
     content["data"]["unknown_script_frac"] = 0.06
     with pytest.raises(ConfigError, match="unknown field data.unknown_script_frac"):
-        from_json(Config, content)
+        config_from_json(content)
     del content["controller"]["hold_frac"]
     (tmp_path / "config.json").write_text(json.dumps(content))
     held = replace(config, controller=replace(config.controller, hold_frac=1.0))
@@ -213,14 +215,14 @@ def test_a_configuration_of_an_earlier_version_is_read_unless_it_would_train_oth
 def test_configuration_json_round_trip_and_its_errors(tmp_path):
     config = tiny_run(tmp_path)
     content = json.loads(json.dumps(to_json(config)))
-    assert from_json(Config, content) == config
+    assert config_from_json(content) == config
     content["optim"]["learning_rat"] = 1.0
     with pytest.raises(ConfigError, match="unknown field optim.learning_rat.*learning_rate"):
-        from_json(Config, content)
+        config_from_json(content)
     del content["optim"]["learning_rat"]
     content["train"]["steps"] = "many"
     with pytest.raises(ConfigError, match="train.steps='many': expected int"):
-        from_json(Config, content)
+        config_from_json(content)
 
 
 def batch_of(rows_count=8, length=32, seed=0):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hnet.data import open_corpus
-from hnet.train.config import to_json
+from hnet.fields import to_json
 from tests.training import rows, run, tiny_run
 from tpu.emulate import Emulation
 

@@ -7,7 +7,8 @@ import pytest
 
 from hnet.errors import ConfigError
 from hnet.train import distributed
-from hnet.train.watchdog import Watchdog, WatchdogConfig
+from hnet.train.config import WatchdogConfig
+from hnet.train.watchdog import Watchdog
 
 
 def test_watchdog_writes_stacks_of_a_silent_host_only(tmp_path, monkeypatch):

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from hnet.errors import ConfigError
+from hnet.fields import to_json
 from hnet.flops import stage_lengths
 from hnet.train.capacity import Ladder, needed, rung
-from hnet.train.config import Config, from_json, to_json
+from hnet.train.config import Config, config_from_json
 from hnet.train.program import Program, build
 from hnet.train.sharding import batch_sharding
 from tpu import hlo
@@ -233,7 +234,7 @@ def _main(folder: Path) -> None:
 
     threading.Thread(target=end_with_parent, daemon=True).start()
     job = json.loads((folder / "job.json").read_text())
-    config, slice_ = from_json(Config, job["config"]), open_slice(job["topology"])
+    config, slice_ = config_from_json(job["config"]), open_slice(job["topology"])
     _lower(config, _program(config, slice_, folder), tuple(job["slots"])).compile()
 
 

@@ -6,9 +6,7 @@ Two CPU cores, about 5 minutes. It reads the documentation of the installed Pyth
 """
 
 from hnet.config import ChunkingConfig, ComputeConfig, HNetConfig, SSMConfig, StageConfig
-from hnet.train.checkpoint import CheckpointConfig
-from hnet.train.config import Config, EvalConfig, TrainConfig
-from hnet.train.optim import OptimConfig
+from hnet.train.config import CheckpointConfig, Config, EvalConfig, OptimConfig, TrainConfig
 
 
 def config() -> Config:

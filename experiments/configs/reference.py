@@ -10,8 +10,7 @@ kernels reaches 2.23 bits per byte on a book it has not seen.
 from dataclasses import replace
 
 from experiments.configs import default
-from hnet.train.config import Config
-from hnet.train.optim import OptimConfig
+from hnet.train.config import Config, OptimConfig
 
 
 def config() -> Config:

@@ -13,7 +13,6 @@ the offsets are set to the quantiles of the logits of a long text (`hnet.train.s
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -21,40 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from hnet.chunking.router import RouterOutput
-from hnet.errors import ConfigError
 
 LIMIT = 8.0  # of an offset, so that a rate which cannot move winds up no further
 MIN_CHUNKS = 30  # of a route for its quantile to be surer than what the controller held
-
-
-@dataclass(frozen=True)
-class ControllerConfig:
-    """Holding the rate of stages with `hold_rate`."""
-
-    hold_frac: float = 0.3
-    """share of the updates, the last ones, in which offsets move. Before them the rate loss acts
-    alone: it settles at more chunks than the target, with which a model learns faster at first"""
-    gain: float = 1.0
-    """how far an update moves an offset for a relative error of 1, that is at twice the target. It
-    goes with the root of the learning rate's schedule: the less the router moves, the more batches
-    are averaged"""
-    settle_bytes: int = 1_000_000
-    """positions of training text on which the offsets are set after the last update (at most as
-    many batches as were trained on); 0 = leave them as the last update did"""
-    fit_default: bool = False
-    """the default route has no script of the text: fit its router, then its offset, on as much of
-    it in made-up scripts (`hnet.train.default_route`), so that a script which was never trained on
-    is cut at this route's target"""
-
-    def __post_init__(self):
-        if not 0 <= self.hold_frac <= 1:
-            raise ConfigError(f"controller.hold_frac={self.hold_frac}: use a share from 0 to 1")
-        if self.settle_bytes < 0:
-            raise ConfigError(f"controller.settle_bytes={self.settle_bytes}: use 0 or more")
-
-    def hold_from(self, num_steps: int) -> int:
-        """Updates of a run before the first one in which offsets move."""
-        return round((1 - self.hold_frac) * num_steps)
 
 
 def hold_rates(

@@ -22,13 +22,15 @@ last four bytes tell whether a character ends here and which. Hence the state of
 
 import difflib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from hnet.data.script_table import COMMON, TABLE_FILE, read_table
 from hnet.errors import ConfigError
+
+if TYPE_CHECKING:
+    import jax
 
 START_STATE = 0
 
@@ -82,15 +84,17 @@ def _completed(window, xp):
 
 
 def script_step(
-    state: jax.Array | np.ndarray, byte: jax.Array | np.ndarray
-) -> tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]:
+    state: "jax.Array | np.ndarray", byte: "jax.Array | np.ndarray"
+) -> "tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]":
     """One byte of each of many streams, the form for generation inside ``jax.jit``.
 
     state: uint32, any shape, 0 at a document start; byte: integers of the same shape (values
     outside 0..255 count as a byte that completes nothing). JAX arrays or NumPy's.
     Returns (state uint32, script id uint8), the same numbers as `script_ids`.
     """
-    xp = jnp if any(isinstance(x, jax.Array) for x in (state, byte)) else np
+    import jax  # here only: the names of the scripts are read by configurations, without JAX
+
+    xp = jax.numpy if any(isinstance(x, jax.Array) for x in (state, byte)) else np
     byte = xp.where((byte >= 0) & (byte <= 0xFF), byte, 0xFF).astype(np.uint32)
     window = (state << 8) | byte  # the script id is shifted out
     completed = _completed(window, xp)

@@ -14,15 +14,17 @@ from flax import nnx
 
 from hnet.config import HNetConfig
 from hnet.errors import ConfigError
+from hnet.fields import to_json
 from hnet.interop.load import DType, beside, dtypes, load, shown
 from hnet.interop.official import Leaf, assemble, check_fit, check_official, entries, leaves
 from hnet.interop.tensors import FORMATS, TensorFile, write_tensors
 from hnet.model import HNetLM, split
 from hnet.train import manifest as mf
-from hnet.train.checkpoint import CheckpointConfig, Checkpointer
-from hnet.train.config import Config, claim_workdir, read_config, to_json
+from hnet.train.checkpoint import Checkpointer
+from hnet.train.config import CheckpointConfig, Config
 from hnet.train.step_folders import checkpoint_folder
 from hnet.train.verify import read_arrays
+from hnet.train.workdir import claim_workdir, read_config
 
 
 def convert(

@@ -18,8 +18,9 @@ from hnet.interop.official import assemble, check_fit
 from hnet.interop.tensors import TensorFile
 from hnet.model import HNetLM, abstract
 from hnet.nn.kernels.table import without
-from hnet.train.checkpoint import CheckpointConfig, Checkpointer
-from hnet.train.config import read_config
+from hnet.train.checkpoint import Checkpointer
+from hnet.train.config import CheckpointConfig
+from hnet.train.workdir import read_config
 
 DType = Literal["float32", "bfloat16"]
 

@@ -21,46 +21,23 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from hnet.errors import ConfigError
+from hnet.errors import ConfigError, Failed
 from hnet.train import distributed
 from hnet.train import leaves as lv
 from hnet.train import manifest as mf
 from hnet.train import step_folders as sf
+from hnet.train.config import CheckpointConfig
 from hnet.train.manifest import Damaged, Manifest
 from hnet.train.verify import read_arrays, verify_workdir
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """When the state is saved and how much of it is kept."""
-
-    every: int = 1000
-    """optimizer updates between two checkpoints; 0 = only at the end and at a stop request"""
-    keep: int = 3
-    """newest good checkpoints kept; older ones are deleted after a new one is durable"""
-    keep_every: int = 0
-    """checkpoints of steps divisible by this are kept for ever; 0 = none"""
-    asynchronous: bool = True
-    """write in the background while training goes on"""
-    cast_dtype: bool = False
-    """allow a restore into other dtypes than the saved ones"""
-    timeout_seconds: int = 1200
-    """the longest that a save, or a host that others wait for in it, may take"""
-
-    def __post_init__(self):
-        for name, least in (("every", 0), ("keep", 1), ("keep_every", 0), ("timeout_seconds", 1)):
-            if (value := getattr(self, name)) < least:
-                raise ConfigError(f"checkpoint.{name}={value}: use {least} or more")
-
 
 _SAVED = "saved already"
 # Arrays are stored in pieces: whoever writes or reads one need not hold it compressed as well.
 _CHUNK_BYTES, _FILE_BYTES = 1 << 26, 1 << 28
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(Failed):
     """A save failed: one line with the step and the reason."""
 
 

@@ -1,42 +1,103 @@
-"""The configuration of a run: one dataclass whose sections live beside the code that reads them."""
+"""The configuration of a run: its sections, and what they must agree on.
 
-import dataclasses
-import difflib
-import json
-import os
-import types
-import typing
-from collections.abc import Iterator, Mapping
+It is read before anything heavy is imported, so this module needs neither JAX nor Orbax.
+"""
+
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from hnet.chunking.controller import ControllerConfig
-from hnet.config import HNetConfig
+from hnet.config import HNetConfig, lr_multipliers
 from hnet.data.config import DataConfig
 from hnet.data.scripts import route_table
 from hnet.errors import ConfigError
-from hnet.train.checkpoint import CheckpointConfig
-from hnet.train.distributed import DistributedConfig
-from hnet.train.optim import OptimConfig
-from hnet.train.sharding import MeshConfig
-from hnet.train.step_folders import work_folder
-from hnet.train.watchdog import WatchdogConfig
+from hnet.fields import Bounds, Count, CountOrNone, NotNegative, Positive, Share, check, from_json
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    learning_rate: Positive = 1e-3
+    """peak learning rate, before the multiplier of each stage"""
+    schedule: Literal["wsd", "cosine", "constant"] = "wsd"
+    """after warm-up: constant then 1 - sqrt decay, cosine to 0, or constant"""
+    warmup_frac: Share = 0.1
+    """share of the steps that warm up linearly"""
+    decay_frac: Share = 0.2
+    """share of the steps, at the end, in which wsd decays"""
+    lr_multipliers: Literal["published", "none"] | tuple[NotNegative, ...] = "published"
+    """learning-rate factor of each stage, outermost first: the paper's formula, 1, or numbers"""
+    b1: Annotated[float, Bounds(0, below=1)] = 0.9
+    """decay of Adam's mean of gradients"""
+    b2: Annotated[float, Bounds(0, below=1)] = 0.95
+    """decay of Adam's mean of squared gradients"""
+    eps: Positive = 1e-8
+    """term that keeps Adam from dividing by 0"""
+    weight_decay: NotNegative = 0.1
+    """decoupled weight decay; not on norms, biases, A_log, dt_bias and D"""
+    clip_norm: Positive = 1.0
+    """global gradient norm above which gradients are scaled down"""
+
+    def __post_init__(self):
+        check(self, "optim")
+
+    def multipliers(self, model: HNetConfig) -> tuple[float, ...]:
+        """Learning-rate multiplier of each stage of `model`."""
+        match self.lr_multipliers:
+            case "published":
+                return lr_multipliers(model)
+            case "none":
+                return (1.0,) * len(model.stages)
+            case explicit if len(explicit) == len(model.stages):
+                return explicit
+            case explicit:
+                raise ConfigError(
+                    f"optim.lr_multipliers={explicit} has {len(explicit)} numbers for "
+                    f"{len(model.stages)} stages: give one a stage"
+                )
+
+
+@dataclass(frozen=True)
+class ControllerConfig:
+    """Holding the rate of stages with `hold_rate` (`hnet.chunking.controller`)."""
+
+    hold_frac: Share = 0.3
+    """share of the updates, the last ones, in which offsets move. Before them only the rate loss
+    acts: it settles at more chunks than the target, with which a model learns faster at first"""
+    gain: NotNegative = 1.0
+    """how far an update moves an offset for a relative error of 1, that is at twice the target. It
+    goes with the root of the learning rate's schedule: the less the router moves, the more batches
+    are averaged"""
+    settle_bytes: CountOrNone = 1_000_000
+    """positions of training text on which the offsets are set after the last update (at most as
+    many batches as were trained on); 0 = leave them as the last update did"""
+    fit_default: bool = False
+    """the default route has no script of the text: fit its router, then its offset, on as much of
+    it in made-up scripts (`hnet.train.default_route`), so that a script which was never trained on
+    is cut at this route's target"""
+
+    def __post_init__(self):
+        check(self, "controller")
+
+    def hold_from(self, num_steps: int) -> int:
+        """Updates of a run before the first one in which offsets move."""
+        return round((1 - self.hold_frac) * num_steps)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Length of a run and what happens when numbers go wrong."""
 
-    steps: int = 1000
+    steps: Count = 1000
     """optimizer updates"""
-    accumulate: int = 1
-    """micro-batches an update; the batch is cut into that many"""
-    packed_rows: int = 1
+    accumulate: Count = 1
+    """micro-batches per update; the batch is divided into that many"""
+    packed_rows: Count = 1
     """rows of a device whose chunks share a row of slots, so that one that cuts often takes what
     another leaves; as many of them as divide the rows of a device"""
-    log_every: int = 10
+    log_every: Count = 10
     """updates between two lines of metrics.jsonl"""
-    max_skipped: int = 10
+    max_skipped: Count = 10
     """updates in a row that may be skipped for a non-finite loss or gradient"""
     on_non_finite: Literal["rollback", "stop"] = "rollback"
     """after max_skipped: go back to the last good checkpoint with later data, or end"""
@@ -44,36 +105,109 @@ class TrainConfig:
     """end the run when a boundary alarm is raised"""
 
     def __post_init__(self):
-        for name, least in (
-            ("steps", 1),
-            ("accumulate", 1),
-            ("packed_rows", 1),
-            ("log_every", 1),
-            ("max_skipped", 1),
-        ):
-            if (value := getattr(self, name)) < least:
-                raise ConfigError(f"train.{name}={value}: use {least} or more")
+        check(self, "train")
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     """Evaluation on the held-out text while training."""
 
-    every: int = 500
-    """updates between two evaluations; there is one at the start and one at the end"""
-    max_bytes: int = 65_536
+    every: CountOrNone = 500
+    """updates between two evaluations; 0 = only the last one, on the whole held-out text"""
+    max_bytes: Count = 65_536
     """held-out bytes of the evaluations before the last one, which reads all"""
-    probe_bytes: int = 384
+    probe_bytes: Count = 384
     """bytes of each text whose boundaries are drawn"""
-    probe_texts: int = 4
+    probe_texts: Count = 4
     """texts drawn of the held-out text and of each of probe_files, spread evenly"""
     probe_files: tuple[str, ...] = ()
     """files of texts with gold boundaries, as `experiments.boundaries` reads them"""
 
     def __post_init__(self):
-        for name, least in (("probe_bytes", 1), ("probe_texts", 1)):
-            if (value := getattr(self, name)) < least:
-                raise ConfigError(f"eval.{name}={value}: use {least} or more")
+        check(self, "eval")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the state is saved and how much of it is kept."""
+
+    every: CountOrNone = 1000
+    """optimizer updates between two checkpoints; 0 = only at the end and at a stop request"""
+    keep: Count = 3
+    """newest good checkpoints kept; older ones are deleted after a new one is durable"""
+    keep_every: CountOrNone = 0
+    """checkpoints of steps divisible by this are kept for ever; 0 = none"""
+    asynchronous: bool = True
+    """write in the background while training goes on"""
+    cast_dtype: bool = False
+    """allow a restore into other dtypes than the saved ones"""
+    timeout_seconds: Count = 1200
+    """the longest that a save, or a host that others wait for in it, may take"""
+
+    def __post_init__(self):
+        check(self, "checkpoint")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; -1 on at most one of them means all that are left."""
+
+    data: int = -1
+    """copies of the parameters, each on its own rows"""
+    fsdp: int = 1
+    """rows too, with parameters and optimizer state sharded over the axis"""
+    tensor: int = 1
+    """attention heads, MLP and Mamba inner width sharded over the axis"""
+
+    def __post_init__(self):
+        check(self, "mesh")
+        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        if bad := [f"mesh.{k}={v}" for k, v in sizes.items() if v < 1 and v != -1]:
+            raise ConfigError(
+                f"{', '.join(bad)}: use 1 or more, or -1 for all devices that are left"
+            )
+        if len(free := [k for k, v in sizes.items() if v == -1]) > 1:
+            raise ConfigError(f"mesh.{' and mesh.'.join(free)} are all -1: leave at most one open")
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """How the processes of one run find each other; nothing to set on one machine."""
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0; default: $JAX_COORDINATOR_ADDRESS, else found by `auto`"""
+    num_processes: Count | None = None
+    """processes of the run; default: $JAX_NUM_PROCESSES, else found by `auto`"""
+    process_id: CountOrNone | None = None
+    """number of this process from 0; default: $JAX_PROCESS_ID, else found by `auto`"""
+    auto: bool = True
+    """ask the environment: TPU pods, GKE, Slurm, Open MPI"""
+    initialization_timeout: Count = 300
+    """seconds to wait for all processes at the start"""
+    heartbeat_timeout_seconds: Count = 100
+    """seconds of silence after which a process counts as dead"""
+    shutdown_timeout_seconds: Count = 60
+    """seconds a finished process waits for the others"""
+    barrier_timeout_seconds: Positive = 600.0
+    """seconds a process waits at a barrier before it names the missing ones"""
+
+    def __post_init__(self):
+        check(self, "distributed")
+
+
+@dataclass(frozen=True)
+class WatchdogConfig:
+    """When silence counts as a hang."""
+
+    timeout_seconds: NotNegative = 600.0
+    """seconds without a heartbeat before the stacks are written; 0 = no watchdog"""
+    kill_after_seconds: NotNegative = 0.0
+    """seconds without a heartbeat before the process ends with the requeue code; 0 = never"""
+
+    def __post_init__(self):
+        check(self, "watchdog")
+        if self.kill_after_seconds and not self.timeout_seconds:
+            raise ConfigError("watchdog.timeout_seconds=0 turns watchdog.kill_after_seconds off")
 
 
 @dataclass(frozen=True)
@@ -83,16 +217,28 @@ class ProfileConfig:
     steps: str = ""
     """FIRST:LAST, e.g. 10:20; empty = no trace"""
 
+    def __post_init__(self):
+        first, _, last = self.steps.partition(":")
+        is_range = first.isdecimal() and last.isdecimal() and len(last) < 10
+        if self.steps and not (is_range and int(first) < int(last)):
+            raise ConfigError(f"profile.steps={self.steps!r}: write FIRST:LAST, e.g. 10:20")
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """(first step, step after the last one); (0, 0) for no trace."""
+        first, _, last = self.steps.partition(":")
+        return (int(first), int(last)) if self.steps else (0, 0)
+
 
 @dataclass(frozen=True)
 class Config:
     """Everything a run is made of."""
 
     model: HNetConfig
-    workdir: str
+    workdir: str = "runs/default"
     """folder of this run, local or gs://bucket/folder; the same command again resumes in it"""
-    seed: int = 0
-    """of the initialisation and the order of the data"""
+    seed: Annotated[int, Bounds(0, 2**32 - 1)] = 0
+    """number that the initialisation and the order of the data follow from"""
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     controller: ControllerConfig = ControllerConfig()
@@ -105,6 +251,7 @@ class Config:
     profile: ProfileConfig = ProfileConfig()
 
     def __post_init__(self):
+        check(self)
         route_table(self.model.route_groups, "model.route_groups")
         if self.model.num_routes > 1 and not self.model.route_groups:
             raise ConfigError(
@@ -137,150 +284,21 @@ class Config:
 _GONE = {"model.compute.batch_shards": range(1, 2**20), "data.unknown_script_frac": (0,)}
 
 
-def to_json(config: Any) -> dict[str, Any]:
-    """A configuration as plain JSON content."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+def config_from_json(content: Any) -> Config:
+    """A run's configuration from JSON content, also of an earlier version.
 
-
-def from_json(cls: type, content: Any, path: str = "") -> Any:
-    """The dataclass `cls` from JSON content; a missing field takes its default.
-
-    Raises ConfigError, naming the field, for an unknown one or a value of another type.
+    Raises ConfigError as `hnet.fields.from_json`.
     """
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path or 'configuration'}={content!r}: expected an object")
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    content = {k: v for k, v in content.items() if v not in _GONE.get(_join(path, k), ())}
-    for name in content:
-        if name not in fields:
-            near = difflib.get_close_matches(name, fields, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(fields)}"
-            raise ConfigError(f"unknown field {_join(path, name)}: {hint}")
-    values = {k: _value(hints[k], v, _join(path, k)) for k, v in content.items()}
-    for name, field in fields.items():
-        if name not in values and field.default is dataclasses.MISSING:
-            raise ConfigError(f"field {_join(path, name)} is missing")
-    return cls(**values)
-
-
-def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
-    """The configuration with other values, as JSON content, of some fields by dotted path.
-
-    Raises ConfigError, naming the field, for an unknown one or a value that cannot be.
-    """
-    content = to_json(config)
-    for path, value in values.items():
-        node, name = content, ""
-        for part in path.split("."):
-            parent, node, name = node, None, _join(name, part)
-            known = list(parent) if isinstance(parent, dict) else []
-            if isinstance(parent, list):
-                known = [str(i) for i in range(len(parent))]
-            if part not in known:
-                near = difflib.get_close_matches(part, known, 1) or known
-                hint = f"did you mean {' or '.join(near)}?" if near else "it has no fields"
-                raise ConfigError(f"unknown field {name}: {hint}")
-            part = int(part) if isinstance(parent, list) else part
-            node = parent[part]
-        parent[part] = value
-    return from_json(Config, content)
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
-
-
-def _value(hint: Any, value: Any, path: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return from_json(hint, value, path)
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        for option in args:
-            try:
-                return _value(option, value, path)
-            except ConfigError:
-                continue
-    elif origin is Literal and value in args:
-        return value
-    elif origin is tuple and isinstance(value, list):
-        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
-        if len(kinds) == len(value):
-            return tuple(_value(k, v, f"{path}.{i}") for i, (k, v) in enumerate(zip(kinds, value)))
-    elif hint is float and type(value) in (int, float):
-        return float(value)
-    elif hint is type(None) and value is None or hint in (int, str, bool) and type(value) is hint:
-        return value
-    raise ConfigError(f"{path}={value!r}: expected {getattr(hint, '__name__', hint)}")
-
-
-def read_config(workdir: str | os.PathLike) -> Config:
-    """The configuration a run was started with. Raises ConfigError if there is none."""
-    return from_json(Config, _up_to_date(_stored(workdir)))
+    return from_json(Config, _up_to_date(content))
 
 
 def _up_to_date(content: Any) -> Any:
-    """What an earlier version wrote, in today's fields: a model is what it was trained to be."""
-    if isinstance(content, dict):
-        if isinstance(data := content.get("data"), dict):
-            data.pop("unknown_script_frac", None)
-        if isinstance(controller := content.get("controller"), dict):
-            controller.setdefault("hold_frac", 1.0)
+    """What an earlier version wrote, in today's fields."""
+    for path, values in _GONE.items():
+        node = content
+        *outer, last = path.split(".")
+        for name in outer:
+            node = node.get(name) if isinstance(node, dict) else None
+        if isinstance(node, dict) and last in node and node[last] in values:
+            node.pop(last)
     return content
-
-
-def _stored(workdir: str | os.PathLike) -> Any:
-    file = work_folder(workdir) / "config.json"
-    try:
-        return json.loads(file.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{file} does not exist: give the work directory of a run") from None
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"{file} cannot be read: {e}") from None
-
-
-# What may not change between two starts in the same work directory: the parameters and which bytes
-# batch k holds depend on it.
-_FIXED = ("model", "data", "seed")
-
-
-def claim_workdir(config: Config) -> None:
-    """Write config.json, or check that the run there is this one.
-
-    Raises ConfigError naming the first field that differs in a way that makes it another run. A
-    changed setting of the rest is allowed; the former file is kept as config-N.json.
-    """
-    folder = work_folder(config.workdir)
-    folder.mkdir(parents=True, exist_ok=True)
-    file, content = folder / "config.json", to_json(config)
-    if file.exists():
-        before = to_json(read_config(folder))
-        if gone := _stored(folder).get("data", {}).get("unknown_script_frac"):
-            raise ConfigError(
-                f"the run in workdir={config.workdir} has data.unknown_script_frac={gone!r}, which "
-                "is not trained with any more: use another workdir to start anew"
-            )
-        if before == content:
-            return
-        for path, old, new in differences(before, content):
-            if path.split(".")[0] in _FIXED and not path.startswith("model.compute"):
-                raise ConfigError(
-                    f"{path}={new!r}, but the run in workdir={config.workdir} has {old!r}: "
-                    "use that value to resume it, or another workdir"
-                )
-        n = 1
-        while (folder / f"config-{n}.json").exists():
-            n += 1
-        file.rename(folder / f"config-{n}.json")
-    temporary = folder / "config.json.tmp"
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.rename(file)
-
-
-def differences(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted field, value in a, value in b) wherever two contents of JSON differ."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        for key in [*a, *(k for k in b if k not in a)]:
-            yield from differences(a.get(key), b.get(key), _join(path, key))
-    elif a != b:
-        yield path, a, b

@@ -16,7 +16,6 @@ import socket
 import sys
 import threading
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,8 @@ from jax._src import distributed as jax_distributed  # the only door to the key-
 from jax.experimental import multihost_utils
 
 import hnet
-from hnet.errors import ConfigError
+from hnet.errors import ConfigError, Failed
+from hnet.train.config import DistributedConfig
 from hnet.train.manifest import first_line
 
 log = logging.getLogger(__name__)
@@ -38,32 +38,10 @@ Other codes: 0 done, 2 bad input, anything else a failure.
 """
 
 
-@dataclass(frozen=True)
-class DistributedConfig:
-    """How the processes of one run find each other; nothing to set on one machine."""
-
-    coordinator: str | None = None
-    """HOST:PORT of process 0; default: $JAX_COORDINATOR_ADDRESS, else found by `auto`"""
-    num_processes: int | None = None
-    """processes of the run; default: $JAX_NUM_PROCESSES, else found by `auto`"""
-    process_id: int | None = None
-    """number of this process from 0; default: $JAX_PROCESS_ID, else found by `auto`"""
-    auto: bool = True
-    """ask the environment: TPU pods, GKE, Slurm, Open MPI"""
-    initialization_timeout: int = 300
-    """seconds to wait for all processes at the start"""
-    heartbeat_timeout_seconds: int = 100
-    """seconds of silence after which a process counts as dead"""
-    shutdown_timeout_seconds: int = 60
-    """seconds a finished process waits for the others"""
-    barrier_timeout_seconds: float = 600.0
-    """seconds a process waits at a barrier before it names the missing ones"""
-
-
 _barrier_timeout = DistributedConfig.barrier_timeout_seconds
 
 
-class BarrierTimeout(RuntimeError):
+class BarrierTimeout(Failed):
     """A host did not come: one line naming the barrier and the missing hosts."""
 
 

@@ -9,12 +9,14 @@ from typing import Any
 
 import jax
 
-from hnet.data import BatchIterator, Corpus, fingerprint, open_corpus, train_batches
+from hnet.data import BatchIterator, Corpus, open_corpus, train_batches
+from hnet.data.fingerprint import fingerprint
+from hnet.fields import to_json
 from hnet.infer.segment import segmenter
 from hnet.train import distributed
 from hnet.train.capacity import Ladder
 from hnet.train.checkpoint import Checkpointer
-from hnet.train.config import Config, claim_workdir, to_json
+from hnet.train.config import Config
 from hnet.train.evaluate import Evaluation
 from hnet.train.program import Program, build, put_batch, run_evaluation
 from hnet.train.report import Report
@@ -22,6 +24,7 @@ from hnet.train.settle import settle
 from hnet.train.sharding import replicated
 from hnet.train.step import TrainState
 from hnet.train.watchdog import Watchdog
+from hnet.train.workdir import claim_workdir
 
 log = logging.getLogger(__name__)
 MAX_ROLLBACKS = 3

@@ -1,61 +1,13 @@
 """AdamW with a learning rate for each stage, as arrays in and arrays out."""
 
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from hnet.config import HNetConfig, lr_multipliers
-from hnet.errors import ConfigError
 from hnet.nn.parameters import ParameterInfo
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """AdamW and its schedule."""
-
-    learning_rate: float = 1e-3
-    """peak learning rate, before the multiplier of each stage"""
-    schedule: Literal["wsd", "cosine", "constant"] = "wsd"
-    """after warm-up: constant then 1 - sqrt decay, cosine to 0, or constant"""
-    warmup_frac: float = 0.1
-    """share of the steps that warm up linearly"""
-    decay_frac: float = 0.2
-    """share of the steps, at the end, in which wsd decays"""
-    lr_multipliers: Literal["published", "none"] | tuple[float, ...] = "published"
-    """of each stage, outermost first: the paper's formula, 1, or explicit numbers"""
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    """decoupled; not on norms, biases, A_log, dt_bias and D"""
-    clip_norm: float = 1.0
-    """global gradient norm above which gradients are scaled down"""
-
-    def __post_init__(self):
-        for name in ("learning_rate", "clip_norm", "eps"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"optim.{name}={getattr(self, name)}: use a number above 0")
-        for name in ("warmup_frac", "decay_frac"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"optim.{name}={getattr(self, name)}: use a share from 0 to 1")
-
-    def multipliers(self, model: HNetConfig) -> tuple[float, ...]:
-        """Learning-rate multiplier of each stage of `model`."""
-        match self.lr_multipliers:
-            case "published":
-                return lr_multipliers(model)
-            case "none":
-                return (1.0,) * len(model.stages)
-            case explicit if len(explicit) == len(model.stages):
-                return explicit
-            case explicit:
-                raise ConfigError(
-                    f"optim.lr_multipliers={explicit} has {len(explicit)} numbers for "
-                    f"{len(model.stages)} stages: give one a stage"
-                )
+from hnet.train.config import OptimConfig
 
 
 class Hyperparams(NamedTuple):

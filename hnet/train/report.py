@@ -22,7 +22,7 @@ from hnet.inspect.writer import RunWriter
 from hnet.loss import PROB_BINS, bits_per_byte
 from hnet.train import distributed
 from hnet.train.alarms import BoundaryAlarms
-from hnet.train.config import Config
+from hnet.train.config import Config, ProfileConfig
 from hnet.train.evaluate import Evaluation
 from hnet.train.log_folder import METRICS, TENSORBOARD, LogFolder
 from hnet.train.probes import probe_texts
@@ -37,7 +37,7 @@ class Report:
         self.probes = probe_texts(corpus.heldout, config.eval)
         self.folder = LogFolder(config.workdir, goes_on=self.speaks)
         tensorboard = self.folder.path / TENSORBOARD
-        self.trace = Trace(config.profile.steps, tensorboard)
+        self.trace = Trace(config.profile, tensorboard)
         self.metrics = self.writer = None
         if self.speaks:
             self.metrics = MetricsFile(self.folder.path, start_step)
@@ -150,12 +150,12 @@ class Trace:
     A run that resumes between them traces the rest; one that ends there keeps what it has.
     """
 
-    def __init__(self, steps: str, folder: Path):
-        self.first, self.last = _profiled_steps(steps)
+    def __init__(self, config: ProfileConfig, folder: Path):
+        self.first, self.last = config.range
         if self.last and _loads_libtpu_in_vain():
             raise ConfigError(
-                f"profile.steps={steps!r}: libtpu is loaded but there is no TPU, and its profiler "
-                "would kill the process: set the environment variable JAX_PLATFORMS=cpu"
+                f"profile.steps={config.steps!r}: libtpu is loaded but there is no TPU, and its "
+                "profiler would kill the process: set the environment variable JAX_PLATFORMS=cpu"
             )
         self.folder, self.is_running = folder, False
 
@@ -181,15 +181,6 @@ def _loads_libtpu_in_vain() -> bool:
     wanted = jax.config.jax_platforms or "tpu"
     is_installed = importlib.util.find_spec("libtpu") is not None
     return "tpu" in wanted and is_installed and jax.default_backend() != "tpu"
-
-
-def _profiled_steps(text: str) -> tuple[int, int]:
-    if not text:
-        return 0, 0
-    first, _, last = text.partition(":")
-    if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
-        raise ConfigError(f"profile.steps={text!r}: write FIRST:LAST, e.g. 10:20")
-    return int(first), int(last)
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:

@@ -1,7 +1,6 @@
 """The mesh, and the one table that says where every axis of a parameter lies on it."""
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from hnet.errors import ConfigError
 from hnet.nn.layers import ROW_AXES
 from hnet.nn.parameters import ParameterInfo, map_parameters
+from hnet.train.config import MeshConfig
 
 BATCH = P(ROW_AXES)  # rows; every activation is sharded on its rows alone
 
@@ -33,27 +33,11 @@ AXES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
-@dataclass(frozen=True)
-class MeshConfig:
-    """Devices along each axis; -1 on at most one of them means all that are left."""
-
-    data: int = -1
-    """copies of the parameters, each on its own rows"""
-    fsdp: int = 1
-    """rows too, with parameters and optimizer state cut over the axis"""
-    tensor: int = 1
-    """attention heads, MLP and Mamba inner width cut over the axis"""
-
-
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     """A mesh over all (or the given) devices. Raises ConfigError if the axes do not fit them."""
     devices = jax.devices() if devices is None else devices
     sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
-    if bad := [f"mesh.{k}={v}" for k, v in sizes.items() if v < 1 and v != -1]:
-        raise ConfigError(f"{', '.join(bad)}: use 1 or more, or -1 for all devices that are left")
     free = [k for k, v in sizes.items() if v == -1]
-    if len(free) > 1:
-        raise ConfigError(f"mesh.{' and mesh.'.join(free)} are all -1: leave at most one open")
     fixed = math.prod(v for v in sizes.values() if v != -1)
     if free and len(devices) % fixed == 0:
         sizes[free[0]] = len(devices) // fixed

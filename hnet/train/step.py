@@ -15,7 +15,8 @@ from hnet.config import HNetConfig
 from hnet.data import batch_hash
 from hnet.loss import LossWeights, next_byte_nll, total_loss
 from hnet.nn.parameters import describe
-from hnet.train.optim import Hyperparams, OptimConfig, apply_update, direction, optimizer, schedule
+from hnet.train.config import OptimConfig
+from hnet.train.optim import Hyperparams, apply_update, direction, optimizer, schedule
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]

@@ -6,32 +6,14 @@ import os
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from etils import epath
 
-from hnet.errors import ConfigError
 from hnet.train import distributed
+from hnet.train.config import WatchdogConfig
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class WatchdogConfig:
-    """When silence counts as a hang."""
-
-    timeout_seconds: float = 600.0
-    """seconds without a heartbeat before the stacks are written; 0 = no watchdog"""
-    kill_after_seconds: float = 0.0
-    """seconds without a heartbeat before the process ends with the requeue code; 0 = never"""
-
-    def __post_init__(self):
-        for name in ("timeout_seconds", "kill_after_seconds"):
-            if (value := getattr(self, name)) < 0:
-                raise ConfigError(f"watchdog.{name}={value}: use 0 (off) or more seconds")
-        if self.kill_after_seconds and not self.timeout_seconds:
-            raise ConfigError("watchdog.timeout_seconds=0 turns watchdog.kill_after_seconds off")
 
 
 class Watchdog:

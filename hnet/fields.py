@@ -1,0 +1,352 @@
+"""Configurations as JSON content and as dotted fields.
+
+A configuration is a tree of frozen dataclasses. In JSON a dataclass is an object, a tuple a list,
+and a part (`hnet.parts`) an object with its name: ``{"name": "mlp", "width": 512}``. The bare name
+is the part with its defaults; ``"package.module:Class"`` names a class outside of the tables.
+
+Every error is a ConfigError of one line that names the dotted field, the value and a remedy.
+"""
+
+import dataclasses
+import difflib
+import functools
+import json
+import math
+import os
+import reprlib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from hnet.errors import ConfigError
+from hnet.parts import Settings
+
+_MOST = 2**53  # whole numbers up to here survive JSON everywhere
+
+
+class FieldError(ConfigError):
+    """A field that does not exist, or a value of another type."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The numbers that a field takes: `Annotated[int, Bounds(1)]`. All are finite."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+
+    def hold(self, value: float) -> bool:
+        return self.least <= value <= self.most and self.above < value < self.below
+
+    def __str__(self) -> str:
+        low = f"above {self.above:g}" if self.above > -math.inf else f"{self.least:g}"
+        if self.most < math.inf:
+            return f"{low} to {self.most:g}"
+        if self.below < math.inf:
+            return f"{low} to below {self.below:g}"
+        return low if self.above > -math.inf else f"{low} or more"
+
+
+Count = Annotated[int, Bounds(1, 2**31 - 1)]
+"""A whole number from 1 that fits 32 bits."""
+CountOrNone = Annotated[int, Bounds(0, 2**31 - 1)]
+"""The same, or 0."""
+Share = Annotated[float, Bounds(0, 1)]
+Positive = Annotated[float, Bounds(above=0)]
+NotNegative = Annotated[float, Bounds(0)]
+
+
+def shown(value: Any) -> str:
+    """`repr`, shortened: a value of any size or depth fits into a line."""
+    return _SHORT.repr(value)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 3, 80, 80, 40
+_SHORT.maxtuple = _SHORT.maxlist = _SHORT.maxdict = 6
+
+
+def join(path: str, name: str | int) -> str:
+    return f"{path}.{name}" if path else str(name)
+
+
+def unknown(name: str, known: Sequence[str]) -> str:
+    """The remedy for a name that is none of `known`."""
+    near = difflib.get_close_matches(name, known, 1)
+    if near:
+        return f"did you mean {near[0]}?"
+    return f"known are {', '.join(known)}" if known else "it has no fields"
+
+
+@functools.cache
+def hints(cls: type) -> dict[str, Any]:
+    """Name -> type of the fields of a dataclass, with their `Bounds`."""
+    types_of = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: types_of[field.name] for field in dataclasses.fields(cls)}
+
+
+def is_part(hint: Any) -> bool:
+    """Whether a field of this type holds one part of a table."""
+    return isinstance(hint, type) and issubclass(hint, Settings)
+
+
+def plain(hint: Any) -> Any:
+    """The type without `Annotated`; of `X | None` X."""
+    while typing.get_origin(hint) is Annotated:
+        hint = typing.get_args(hint)[0]
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        options = [plain(option) for option in typing.get_args(hint) if option is not type(None)]
+        return options[0] if len(options) == 1 else hint
+    return hint
+
+
+def type_text(hint: Any) -> str:
+    """What a field of this type takes, for errors and help."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        bounds = next((a for a in args[1:] if isinstance(a, Bounds)), None)
+        kind = type_text(args[0])
+        return f"{kind} ({bounds})" if bounds else kind
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(type_text(option) for option in args)
+    if origin is Literal:
+        return "|".join(map(str, args))
+    if origin is tuple:
+        return f"({', '.join('...' if a is Ellipsis else type_text(a) for a in args)})"
+    if is_part(hint):
+        return hint.table.kind
+    names = {int: "int", float: "float", str: "text", bool: "True|False", type(None): "None"}
+    return names.get(hint) or getattr(hint, "__name__", str(hint))
+
+
+# --- JSON -----------------------------------------------------------------------------------------
+
+
+def to_json(value: Any) -> Any:
+    """A configuration, or any value of one, as plain JSON content."""
+    if dataclasses.is_dataclass(value):
+        content = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"name": value.name, **content} if isinstance(value, Settings) else content
+    return [to_json(v) for v in value] if isinstance(value, tuple | list) else value
+
+
+def read_json(path: str | os.PathLike, what: str = "file") -> Any:
+    """Content of a JSON file. Raises ConfigError in one line, which calls the file `what`."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ConfigError(f"{what} {os.fspath(path)!r}: {e.strerror}") from None
+    except RecursionError:
+        raise ConfigError(f"{what} {os.fspath(path)!r} is nested too deep") from None
+    except ValueError as e:
+        raise ConfigError(f"{what} {os.fspath(path)!r} is not JSON: {e}") from None
+
+
+def from_json(hint: Any, content: Any, path: str = "") -> Any:
+    """The value of type `hint`, mostly a dataclass, from JSON content.
+
+    A missing field takes its default. Raises ConfigError for an unknown field, a missing one, a
+    value of another type, a number out of bounds, and whatever the dataclass itself refuses.
+    """
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        value = from_json(args[0], content, path)
+        _check_number(value, args[1:], path)
+        return value
+    if is_part(hint):
+        return _part(hint, content, path)
+    if dataclasses.is_dataclass(hint):
+        return _object(hint, content, path)
+    if origin in (typing.Union, types.UnionType):
+        for option in args:
+            try:
+                return from_json(option, content, path)
+            except FieldError:
+                continue
+    elif origin is Literal:
+        if any(content == option and type(content) is type(option) for option in args):
+            return content
+        near = difflib.get_close_matches(str(content), [str(a) for a in args], 1)
+        hint_text = f": did you mean {near[0]}?" if near else ""
+        known = ", ".join(map(str, args))
+        raise FieldError(f"{path}={shown(content)}: use one of {known}{hint_text}")
+    elif origin is tuple and isinstance(content, list | tuple):
+        kinds = [args[0]] * len(content) if args[-1] is Ellipsis else args
+        if len(kinds) == len(content):
+            pairs = enumerate(zip(kinds, content))
+            return tuple(from_json(kind, v, join(path, i)) for i, (kind, v) in pairs)
+    elif hint is float and type(content) in (int, float):
+        _check_number(content, (), path)
+        return float(content)
+    elif hint is type(None) and content is None or hint in (str, bool) and type(content) is hint:
+        return content
+    elif hint is int and type(content) is int:
+        _check_number(content, (), path)
+        return content
+    raise FieldError(f"{path}={shown(content)}: expected {type_text(hint)}")
+
+
+def _check_number(value: Any, bounds: Sequence[Any], path: str) -> None:
+    """Raise ConfigError for a number that is not finite, absurdly large, or out of its bounds."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    if abs(value) > _MOST and isinstance(value, int):
+        raise ConfigError(f"{path}={shown(value)}: use at most 2**53")
+    if not math.isfinite(value):
+        raise ConfigError(f"{path}={value}: use a finite number")
+    for bound in bounds:
+        if isinstance(bound, Bounds) and not bound.hold(value):
+            raise ConfigError(f"{path}={value}: use {bound}")
+
+
+def _object(cls: type, content: Any, path: str) -> Any:
+    if not isinstance(content, dict):
+        raise FieldError(f"{path or 'configuration'}={shown(content)}: expected an object")
+    types_of = hints(cls)
+    for name in content:
+        if name not in types_of:
+            where = join(path, name)
+            raise FieldError(f"unknown field {where}: {unknown(str(name), list(types_of))}")
+    values = {name: from_json(types_of[name], v, join(path, name)) for name, v in content.items()}
+    for field in dataclasses.fields(cls):
+        if field.name not in values and not has_default(field):
+            raise FieldError(f"{join(path, field.name)} is missing: give it")
+    return cls(**values)
+
+
+def has_default(field: dataclasses.Field) -> bool:
+    missing = dataclasses.MISSING
+    return field.default is not missing or field.default_factory is not missing
+
+
+def _part(kind: type[Settings], content: Any, path: str) -> Any:
+    """The settings of a part: its name, or an object with its name."""
+    if isinstance(content, str):
+        content = {"name": content}
+    if not isinstance(content, dict) or not isinstance(content.get("name"), str):
+        names = ", ".join(kind.table.names)
+        raise FieldError(f"{path}={shown(content)}: expected a {kind.table.kind} ({names})")
+    return _object(
+        part_class(kind, content["name"], path),
+        {name: value for name, value in content.items() if name != "name"},
+        path,
+    )
+
+
+def part_class(kind: type[Settings], name: str, path: str) -> type[Settings]:
+    """The settings class of the part that is called `name`."""
+    try:
+        return kind.table.find(name).Config
+    except ConfigError as e:
+        raise FieldError(f"{path}={shown(name)}: {e}") from None
+
+
+def check(config: Any, path: str = "") -> None:
+    """Raise ConfigError for a number anywhere in a configuration that its field does not take.
+
+    What is made in Python passes here what `from_json` checks on the way.
+    """
+    _check_value(type(config), config, path)
+
+
+def _check_value(hint: Any, value: Any, path: str) -> None:
+    if dataclasses.is_dataclass(value):
+        for name, field_hint in hints(type(value)).items():
+            _check_value(field_hint, getattr(value, name), join(path, name))
+    elif isinstance(value, tuple):
+        options = (plain(hint), *typing.get_args(plain(hint)))
+        kinds = next((typing.get_args(o) for o in options if typing.get_origin(o) is tuple), ())
+        for i, item in enumerate(value):
+            kind = kinds[min(i, len(kinds) - 1)] if kinds else None
+            _check_value(kinds[0] if kind is Ellipsis else kind, item, join(path, i))
+    else:
+        _check_number(value, _bounds(hint), path)
+
+
+def _bounds(hint: Any) -> list[Bounds]:
+    """Those of a type, and of its options."""
+    inner = [bounds for option in typing.get_args(hint) for bounds in _bounds(option)]
+    return [hint] if isinstance(hint, Bounds) else inner
+
+
+# --- dotted fields --------------------------------------------------------------------------------
+
+
+def locate(cls: type, content: Any, path: str) -> tuple[Any, str | int, Any]:
+    """Where a dotted field lies in the JSON content of a `cls`: (object or list, key, type).
+
+    Raises FieldError, which says what there is instead, for a path that leads nowhere.
+    """
+    hint, node, name = cls, content, ""
+    parent, key = None, ""
+    for step in path.split("."):
+        parent, hint = node, plain(hint)
+        if typing.get_origin(hint) is tuple and isinstance(node, list):
+            kinds = typing.get_args(hint)
+            kinds = kinds[:1] * len(node) if kinds[-1] is Ellipsis else kinds
+            inner = {str(i): kind for i, kind in enumerate(kinds)}
+        elif is_part(hint) and isinstance(node, dict):
+            inner = {"name": str, **hints(part_class(hint, node["name"], name))}
+        elif dataclasses.is_dataclass(hint) and isinstance(node, dict):
+            inner = hints(hint)
+        else:
+            inner = {}
+        if step not in inner:
+            raise FieldError(f"unknown field {join(name, step)}: {unknown(step, list(inner))}")
+        key = int(step) if isinstance(node, list) else step
+        hint, name = inner[step], join(name, step)
+        node = parent[key] if isinstance(parent, list) else parent.get(key)
+        if isinstance(node, str) and is_part(plain(hint)):
+            node = parent[key] = {"name": node}
+    return parent, key, hint
+
+
+def put(cls: type, content: Any, values: Mapping[str, Any]) -> None:
+    """Set dotted fields of JSON content. Outer fields are set first, whatever their order.
+
+    A part that is set is another part, with its own defaults.
+    """
+    for path in sorted(values, key=lambda path: path.count(".")):
+        parent, key, _ = locate(cls, content, path)
+        parent[key] = values[path]
+
+
+def with_fields(config: Any, values: Mapping[str, Any]) -> Any:
+    """The configuration with other values, as JSON content, of some fields by dotted path.
+
+    Raises ConfigError, naming the field, for an unknown one or a value that cannot be.
+    """
+    content = to_json(config)
+    put(type(config), content, values)
+    return from_json(type(config), content)
+
+
+def flatten(cls: type, content: Any, changes: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested changes as dotted fields: ``{"train": {"steps": 5}}`` is ``{"train.steps": 5}``.
+
+    An object with a name is a part that is set, one without changes fields of the part there is.
+    """
+    found = {}
+    for name, value in changes.items():
+        where = join(path, name)
+        if isinstance(value, dict) and "name" not in value:
+            found |= flatten(cls, content, value, where)
+        else:
+            found[where] = value
+    return found
+
+
+def differences(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted field, value in a, value in b) wherever two contents of JSON differ."""
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        a, b = dict(enumerate(a)), dict(enumerate(b))
+    if isinstance(a, dict) and isinstance(b, dict) and a.get("name") == b.get("name"):
+        for key in [*a, *(k for k in b if k not in a)]:
+            yield from differences(a.get(key), b.get(key), join(path, key))
+    elif a != b:
+        yield path, a, b

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hnet.chunking.rate import aux_loss, boundary_rates, route_rates, target_rate
+from hnet.chunking.rate import RateCounts, aux_loss, counts_by_stage, target_rate
 from hnet.chunking.router import RouterOutput
 from hnet.config import EOS_ID, HNetConfig
 
@@ -52,80 +52,138 @@ def bits_per_byte(nats: float, num_bytes: float) -> float:
     return nats / (math.log(2) * num_bytes) if num_bytes else math.nan
 
 
+class Totals(NamedTuple):
+    """What the loss of a batch divides by; the totals of its parts add up."""
+
+    targets: jax.Array
+    """positions whose byte is learned"""
+    rates: RateCounts | None
+    """(S, R) of the stages that cut; None if none does"""
+
+
+def totals_of(
+    config: HNetConfig, routes: list[RouterOutput], batch: Mapping[str, jax.Array]
+) -> Totals:
+    targets = jnp.sum(trained_targets(batch), dtype=jnp.float32)
+    return Totals(targets, counts_by_stage(config, routes) if routes else None)
+
+
 def total_loss(
     config: HNetConfig,
     logits_BLV: jax.Array,
     routes: list[RouterOutput],
     batch: Mapping[str, jax.Array],
     weights: LossWeights,
+    whole: Totals | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean cross-entropy in nats plus weighted rate losses, and metrics as a flat dict.
+    """Mean cross-entropy in nats plus weighted rate losses, and the sums behind all metrics.
 
-    `loss/ce` is the mean over all learned targets; `nats` and `bytes` are sums over source bytes
-    alone (`batch["loss_mask"]`), whose quotient is bits per byte. All means are over the global
-    batch. `batch["labels"]` (B, L) are
-    boundaries to learn, where a stage asks for given ones.
+    All means are over the global batch. whole: totals of the batch of which these rows are a part
+    (default: they are all of it). Losses, gradients and sums of its parts then add up to those of
+    the batch (`add_sums`), and `batch_metrics` makes its metrics of them. `batch["labels"]` (B, L)
+    are boundaries to learn, where a stage asks for given ones.
     """
+    own = totals_of(config, routes, batch)
+    whole = own if whole is None else whole
     nll_BL = next_byte_nll(logits_BLV, batch["input_ids"])
-    trained_BL = trained_targets(batch)
-    num_trained = jnp.maximum(jnp.sum(trained_BL, dtype=jnp.float32), 1.0)
-    ce = jnp.sum(jnp.where(trained_BL, nll_BL, 0.0)) / num_trained
-    metrics = {
+    nats = jnp.sum(jnp.where(trained_targets(batch), nll_BL, 0.0))
+    loss = ce = nats / jnp.maximum(whole.targets, 1.0)
+    sums = {
         "loss/ce": ce,
         "nats": jnp.sum(jnp.where(batch["loss_mask"], nll_BL, 0.0)),
         "bytes": scored_bytes(batch),
+        "positions": jnp.sum(batch["segment_ids"] != 0, dtype=jnp.float32),
     }
-    loss = ce
-    num_bytes = jnp.sum(batch["segment_ids"] != 0, dtype=jnp.float32)
+    if routes:
+        sums["chunks_SR"], sums["positions_SR"] = own.rates.chunks_R, own.rates.positions_R
     for s, (stage, route) in enumerate(zip(config.stages, routes)):
+        R = stage.chunking.routes
         rate_loss = aux_loss(
             stage.chunking, route, weights.target_ratio_SR[s],
             logits_BLV=logits_BLV, labels_BL=batch.get("labels"),
+            whole=jax.tree.map(lambda n_SR, s=s, R=R: n_SR[s, :R], whole.rates),
         )  # fmt: skip
         loss += weights.aux_weight_S[s] * rate_loss
-        found = {**stage_metrics(route, num_bytes), "aux_loss": rate_loss}
-        targets_R = weights.target_ratio_SR[s, : stage.chunking.routes]
-        found["target_rate"] = target_rate(route, targets_R)
-        if stage.chunking.routes > 1:
-            found |= route_metrics(route, config.route_names)
-        metrics |= {f"stage{s}/{name}": value for name, value in found.items()}
-    return loss, metrics | {"loss/total": loss}
+        found = stage_sums(route) | {"aux_loss": rate_loss}
+        sums |= {f"stage{s}/{name}": value for name, value in found.items()}
+    return loss, sums | {"loss/total": loss}
 
 
-def route_metrics(route: RouterOutput, names: tuple[str, ...]) -> dict[str, jax.Array]:
-    """Boundary rate and positions a chunk of each route; 0 for one without positions."""
-    F_R, _, n_R = route_rates(route, len(names))
-    found = {}
-    for r, name in enumerate(names):
-        found[f"route_{name}/boundary_rate"] = F_R[r]
-        chunks = jnp.maximum(F_R[r] * n_R[r], 1.0)
-        found[f"route_{name}/positions_per_chunk"] = n_R[r] / chunks
-    return found
-
-
-def stage_metrics(route: RouterOutput, num_bytes: jax.Array) -> dict[str, jax.Array]:
-    """What one stage did with a batch.
-
-    boundary_rate = chunks a position of this stage (F), boundary_prob its mean probability (G),
-    bytes_per_chunk = source and separator bytes a chunk (micro-averaged), overflow_frac = share of
-    the wanted boundaries (chunks) that the capacity clipped, max_slots = most that was wanted of a
-    row of slots, undecided_frac = share of p in [0.4, 0.6], prob_hist = counts of p in 20 bins.
-    """
-    F, G = boundary_rates(route)
+def stage_sums(route: RouterOutput) -> dict[str, jax.Array]:
+    """What `batch_metrics` needs to know of a stage; sums, but for max_slots."""
     p_BL, valid_BL = route.boundary_prob_BL, route.segment_ids_BL != 0
-    wanted = jnp.sum(route.num_boundaries_B, dtype=jnp.float32)
-    kept = jnp.sum(route.boundary_mask_BL, dtype=jnp.float32)
     undecided_BL = valid_BL & (p_BL >= 0.4) & (p_BL <= 0.6)
     bin_BL = jnp.where(valid_BL, jnp.minimum(p_BL * PROB_BINS, PROB_BINS - 1), -1)
     bins = jnp.arange(PROB_BINS, dtype=jnp.int32)
     in_bin = bin_BL.astype(jnp.int32)[..., None] == bins[None, None, :]
     return {
-        "boundary_rate": F,
-        "boundary_prob": G,
-        "bytes_per_chunk": num_bytes / jnp.maximum(wanted, 1.0),
-        "overflow_frac": (wanted - kept) / jnp.maximum(wanted, 1.0),
-        "chunks": wanted,
+        "positions": jnp.sum(valid_BL, dtype=jnp.float32),
+        "prob": jnp.sum(jnp.where(valid_BL, p_BL, 0.0)),
+        "undecided": jnp.sum(undecided_BL, dtype=jnp.float32),
+        "chunks": jnp.sum(route.num_boundaries_B, dtype=jnp.float32),
+        "kept": jnp.sum(route.boundary_mask_BL, dtype=jnp.float32),
         "max_slots": jnp.max(route.num_slots_G),
-        "undecided_frac": jnp.mean(undecided_BL) / jnp.maximum(jnp.mean(valid_BL), 1e-9),
         "prob_hist": jnp.sum(in_bin, axis=(0, 1), dtype=jnp.int32),
+    }
+
+
+def add_sums(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The sums of a batch from those of its parts, which are stacked on a leading axis."""
+    return {
+        name: jnp.max(values) if name.endswith("max_slots") else jnp.sum(values, axis=0)
+        for name, values in sums.items()
+    }
+
+
+def batch_metrics(
+    config: HNetConfig, sums: dict[str, jax.Array], weights: LossWeights
+) -> dict[str, jax.Array]:
+    """What is logged of a batch, a flat dict, from the sums of `total_loss`.
+
+    `loss/ce` is the mean over all learned targets; `nats` and `bytes` are sums over source bytes
+    only (`batch["loss_mask"]`), whose quotient is bits per byte.
+    """
+    metrics = {name: sums[name] for name in ("loss/ce", "loss/total", "nats", "bytes")}
+    for s, stage in enumerate(config.stages[:-1]):
+        R, prefix = stage.chunking.routes, f"stage{s}/"
+        own = {k.removeprefix(prefix): v for k, v in sums.items() if k.startswith(prefix)}
+        found = stage_metrics(own, sums["positions"])
+        positions_R = sums["positions_SR"][s, :R]
+        found["target_rate"] = target_rate(positions_R, weights.target_ratio_SR[s, :R])
+        if R > 1:
+            found |= route_metrics(sums["chunks_SR"][s], positions_R, config.route_names)
+        metrics |= {f"{prefix}{name}": value for name, value in found.items()}
+    return metrics
+
+
+def route_metrics(
+    chunks_R: jax.Array, positions_R: jax.Array, names: tuple[str, ...]
+) -> dict[str, jax.Array]:
+    """Boundary rate and positions per chunk of each route; 0 for one without positions."""
+    found = {}
+    for r, name in enumerate(names):
+        found[f"route_{name}/boundary_rate"] = chunks_R[r] / jnp.maximum(positions_R[r], 1.0)
+        found[f"route_{name}/positions_per_chunk"] = positions_R[r] / jnp.maximum(chunks_R[r], 1.0)
+    return found
+
+
+def stage_metrics(sums: dict[str, jax.Array], num_bytes: jax.Array) -> dict[str, jax.Array]:
+    """What one stage did with a batch, from its sums.
+
+    boundary_rate = chunks per position of this stage (F), boundary_prob its mean probability (G),
+    bytes_per_chunk = source and separator bytes per chunk (micro-averaged), overflow_frac = share
+    of the wanted boundaries (chunks) that the capacity clipped, max_slots = most that was wanted of
+    a row of slots, undecided_frac = share of p in [0.4, 0.6], prob_hist = counts of p in 20 bins.
+    """
+    positions, chunks = (jnp.maximum(sums[name], 1.0) for name in ("positions", "chunks"))
+    return {
+        "boundary_rate": sums["chunks"] / positions,
+        "boundary_prob": sums["prob"] / positions,
+        "bytes_per_chunk": num_bytes / chunks,
+        "overflow_frac": (sums["chunks"] - sums["kept"]) / chunks,
+        "chunks": sums["chunks"],
+        "max_slots": sums["max_slots"],
+        "undecided_frac": sums["undecided"] / positions,
+        "prob_hist": sums["prob_hist"],
+        "aux_loss": sums["aux_loss"],
     }

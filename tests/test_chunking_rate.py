@@ -246,7 +246,7 @@ def test_the_target_of_a_batch_is_that_of_its_mix_of_routes():
     n_R = np.asarray(route_rates(route, R)[2])
     assert n_R[2] == 0 and len(set(n_R)) == R
     expected = sum(n / N for n, N in zip(n_R, targets)) / n_R.sum()
-    assert float(target_rate(route, targets)) == pytest.approx(expected, rel=1e-6)
+    assert float(target_rate(n_R, targets)) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1.0, 9.0])

@@ -9,7 +9,14 @@ import pytest
 from hnet.chunking.router import RouterOutput
 from hnet.config import BOS_ID, EOS_ID
 from hnet.data.synthetic import MarkovSource
-from hnet.loss import LossWeights, bits_per_byte, next_byte_nll, total_loss, trained_targets
+from hnet.loss import (
+    LossWeights,
+    batch_metrics,
+    bits_per_byte,
+    next_byte_nll,
+    total_loss,
+    trained_targets,
+)
 from hnet.train.evaluate import Evaluation
 from tests.training import TINY
 
@@ -98,7 +105,8 @@ def test_total_loss_adds_weighted_rate_losses():
     boundary = jnp.asarray([[1, 0, 1, 0, 0], [1, 1, 0, 0, 0]], bool)
     prob = jnp.asarray([[1, 0.2, 0.7, 0.1, 0.45], [1, 0.9, 0.3, 0, 0]], jnp.float32)
     weights = LossWeights(jnp.array([[3.0]]), jnp.array([0.5]))
-    loss, metrics = total_loss(TINY, logits, [_route(boundary, prob, segments)], batch, weights)
+    loss, sums = total_loss(TINY, logits, [_route(boundary, prob, segments)], batch, weights)
+    metrics = batch_metrics(TINY, sums, weights)
     F, G, N = 4 / 8, (1 + 0.2 + 0.7 + 0.1 + 0.45 + 1 + 0.9 + 0.3) / 8, 3.0
     ratio = N / (N - 1) * ((N - 1) * F * G + (1 - F) * (1 - G))
     nll = np.asarray(next_byte_nll(logits, ids))

@@ -1,5 +1,7 @@
 """Losses that hold the rate of boundaries, over a whole batch or for each route."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -14,42 +16,68 @@ MIN_PROB = 1e-6  # of p as a target of cross-entropy, where a router has no logi
 SOFT = 0.1  # logits over which `row_rate_error` counts a boundary softly
 
 
-def boundary_rates(route: RouterOutput) -> tuple[jax.Array, jax.Array]:
-    """(F, G): share of boundaries and mean boundary probability over all valid positions.
+class RateCounts(NamedTuple):
+    """Float32 (R,) counts of each route in some rows, or (S, R) of every stage that cuts.
 
-    Both are means over the global batch, forced first positions included. F counts what the router
-    asked for, also where the capacity clipped it.
+    They add up over the parts of a batch, and their quotients are its rates.
     """
+
+    chunks_R: jax.Array
+    """boundaries that the router asked for, also where the capacity clipped them"""
+    positions_R: jax.Array
+    """valid positions"""
+    starts_R: jax.Array
+    """valid positions that start a segment"""
+
+    @property
+    def rate_R(self) -> jax.Array:
+        """F: boundaries per valid position, forced ones included; 0 for an absent route."""
+        return self.chunks_R / jnp.maximum(self.positions_R, 1.0)
+
+
+def rate_counts(route: RouterOutput, num_routes: int) -> RateCounts:
+    """The counts of one stage."""
+    on_BLR = positions_on_route(route, num_routes)
+
+    def count(which_BL):
+        return jnp.sum(on_BLR & which_BL[..., None], axis=(0, 1), dtype=jnp.float32)
+
+    ids_BL = route.segment_ids_BL
+    return RateCounts(count(route.boundary_BL > 0.5), count(ids_BL != 0),
+                      count(segment_starts(ids_BL)))  # fmt: skip
+
+
+def boundary_rates(route: RouterOutput) -> tuple[jax.Array, jax.Array]:
+    """(F, G): share of boundaries and mean boundary probability over all valid positions."""
     F_R, G_R, _ = route_rates(route, 1)
     return F_R[0], G_R[0]
 
 
 def route_rates(route: RouterOutput, num_routes: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(F, G, valid positions) of each route, (R,) float32; an absent route has 0, 0, 0."""
-    on_BLR = positions_on_route(route, num_routes)
-    n_R = jnp.sum(on_BLR, axis=(0, 1), dtype=jnp.float32)
-    wanted_BLR = on_BLR & (route.boundary_BL > 0.5)[..., None]
-    at_least_one_R = jnp.maximum(n_R, 1.0)
-    F_R = jnp.sum(wanted_BLR, axis=(0, 1), dtype=jnp.float32) / at_least_one_R
-    G_R = _sums(route.boundary_prob_BL, on_BLR, (0, 1)) / at_least_one_R
-    return F_R, G_R, n_R
+    counts = rate_counts(route, num_routes)
+    return counts.rate_R, _mean_prob(route, counts), counts.positions_R
 
 
-def target_rate(route: RouterOutput, target_ratio_R: jax.Array) -> jax.Array:
-    """Boundary rate of this batch if every route cut at its target."""
-    n_R = route_rates(route, len(target_ratio_R))[2]
-    return jnp.sum(n_R / target_ratio_R) / jnp.maximum(jnp.sum(n_R), 1.0)
+def _mean_prob(route: RouterOutput, counts: RateCounts) -> jax.Array:
+    on_BLR = positions_on_route(route, len(counts.positions_R))
+    sum_R = _sums(route.boundary_prob_BL, on_BLR, (0, 1))
+    return sum_R / jnp.maximum(counts.positions_R, 1.0)
 
 
-def counts_by_stage(config: HNetConfig, routes: list[RouterOutput]) -> tuple[jax.Array, jax.Array]:
-    """(boundaries, valid positions) of every stage that cuts and route, float32 (S, R)."""
-    num_routes = config.num_routes
+def target_rate(positions_R: jax.Array, target_ratio_R: jax.Array) -> jax.Array:
+    """Boundary rate of a batch if every route cut at its target."""
+    return jnp.sum(positions_R / target_ratio_R) / jnp.maximum(jnp.sum(positions_R), 1.0)
+
+
+def counts_by_stage(config: HNetConfig, routes: list[RouterOutput]) -> RateCounts:
+    """The counts of every stage that cuts, float32 (S, R)."""
     rows = []
     for stage, route in zip(config.stages, routes):
-        F_R, _, n_R = route_rates(route, stage.chunking.routes)
-        spare = (0, num_routes - stage.chunking.routes)
-        rows.append((jnp.pad(F_R * n_R, spare), jnp.pad(n_R, spare)))
-    return jnp.stack([k for k, _ in rows]), jnp.stack([n for _, n in rows])
+        counts = rate_counts(route, stage.chunking.routes)
+        spare = (0, config.num_routes - stage.chunking.routes)
+        rows.append(jax.tree.map(lambda n_R, spare=spare: jnp.pad(n_R, spare), counts))
+    return jax.tree.map(lambda *n_R: jnp.stack(n_R), *rows)
 
 
 def positions_on_route(route: RouterOutput, num_routes: int) -> jax.Array:
@@ -142,11 +170,14 @@ def aux_loss(
     *,
     logits_BLV: jax.Array | None = None,
     labels_BL: jax.Array | None = None,
+    whole: RateCounts | None = None,
 ) -> jax.Array:
     """The rate loss of one stage, before its weight: a mean over its routes.
 
     target_ratio_R: N of each route (traced; a row of `config.target_ratios()`). logits_BLV: output
     of the model, where labels are spikes of its entropy; labels_BL: bool, where they are given.
+    whole: counts of the batch of which these rows are a part (default: they are all of it). The
+    losses of its parts, and their gradients, then add up to those of the batch.
 
     A route counts by its share of the valid positions, so that a byte's rate loss and its
     cross-entropy have the same proportion in every route; `aux_average="routes"` counts the routes
@@ -155,35 +186,41 @@ def aux_loss(
     is of all rows together (arXiv 2507.07955).
     """
     R = chunking.routes
-    target_ratio_R = target_ratio_R[:R]
-    F_R, G_R, n_R = route_rates(route, R)
-    loss_R = _loss_by_route(chunking, route, target_ratio_R, F_R, G_R, logits_BLV, labels_BL)
+    own = rate_counts(route, R)
+    whole = own if whole is None else whole
+    loss_R = _loss_by_route(
+        chunking, route, target_ratio_R[:R], own, whole, logits_BLV, labels_BL
+    )  # fmt: skip
+    n_R = whole.positions_R
     weight_R = n_R if chunking.aux_average == "positions" else (n_R > 0).astype(jnp.float32)
     share_R = weight_R / jnp.maximum(jnp.sum(weight_R), 1.0)  # exactly 1 if there is one route
-    return jnp.sum(jnp.where(n_R > 0, loss_R * share_R, 0.0))
+    return jnp.sum(jnp.where(own.positions_R > 0, loss_R * share_R, 0.0))
 
 
 def _loss_by_route(
     chunking: ChunkingConfig,
     route: RouterOutput,
     target_ratio_R: jax.Array,
-    F_R: jax.Array,
-    G_R: jax.Array,
+    own: RateCounts,
+    whole: RateCounts,
     logits_BLV: jax.Array | None,
     labels_BL: jax.Array | None,
 ) -> jax.Array:
+    """What the positions of these rows contribute to the mean over those of the whole batch."""
     on_BLR = positions_on_route(route, chunking.routes)
+    part_R = own.positions_R / jnp.maximum(whole.positions_R, 1.0)
     rate_R = 1 / target_ratio_R
 
     def over_rows(value_BR, n_BR):  # mean over rows, each by its positions
-        return jnp.sum(value_BR * n_BR, axis=0) / jnp.maximum(jnp.sum(n_BR, axis=0), 1.0)
+        own_R = jnp.sum(value_BR * n_BR, axis=0) / jnp.maximum(jnp.sum(n_BR, axis=0), 1.0)
+        return part_R * own_R
 
     def counts():  # boundaries and positions of each row and route
         return _sums(route.boundary_BL, on_BLR, (1,)), jnp.sum(on_BLR, axis=1, dtype=jnp.float32)
 
     match chunking.aux_loss:
-        case "ratio":
-            return ratio_loss(F_R, G_R, target_ratio_R)
+        case "ratio":  # linear in G, and only G has a gradient
+            return part_R * ratio_loss(whole.rate_R, _mean_prob(route, own), target_ratio_R)
         case "binomial":
             k_BR, n_BR = counts()
             nll_BR = binomial_nll(k_BR, n_BR, rate_R[None, :])
@@ -199,9 +236,12 @@ def _loss_by_route(
             nats_BL = boundary_cross_entropy(
                 route, labels_BL, reference_double_sigmoid=chunking.reference_double_sigmoid
             )
+            n_R = whole.positions_R
             if chunking.alignment == "start":  # a boundary there is no prediction
                 on_BLR &= ~segment_starts(route.segment_ids_BL)[..., None]
-            n_R = jnp.sum(on_BLR, axis=(0, 1), dtype=jnp.float32)
+                n_R = n_R - whole.starts_R
             return _sums(nats_BL, on_BLR, (0, 1)) / jnp.maximum(n_R, 1.0)
         case "none":
             return jnp.zeros_like(target_ratio_R)
+        case unknown:
+            raise ValueError(f"aux_loss={unknown!r} is unknown")

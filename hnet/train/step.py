@@ -1,6 +1,6 @@
 """The training step and the evaluation step: pure functions of arrays."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,15 @@ from hnet.chunking.rate import counts_by_stage
 from hnet.chunking.routes import keep_absent
 from hnet.config import HNetConfig
 from hnet.data import batch_hash
-from hnet.loss import LossWeights, next_byte_nll, total_loss
+from hnet.loss import (
+    LossWeights,
+    Totals,
+    add_sums,
+    batch_metrics,
+    next_byte_nll,
+    total_loss,
+    totals_of,
+)
 from hnet.nn.parameters import describe
 from hnet.train.config import OptimConfig
 from hnet.train.optim import Hyperparams, apply_update, direction, optimizer, schedule
@@ -57,31 +65,36 @@ def train_step(
     """One update from one batch of rows. From update `hold_from` on the controller acts.
 
     A non-finite loss or gradient leaves parameters and optimizer as they were and is counted.
-    With `accumulate` > 1 the batch is cut into that many micro-batches, whose gradients and
-    metrics are averaged; rate losses then see the rates of a micro-batch.
+    With `accumulate` > 1 the batch is divided into that many micro-batches, which make the same
+    update and the same metrics (but for `max_slots`, the noise of relaxed routers, and which rows
+    share slots).
     """
     update_numbers, loss_weights = hparams
     key = jax.random.fold_in(state.key, state.step)
 
-    def loss_fn(params, micro_batch):
-        logits_BLV, routes = nnx.merge(graph, params)(
-            micro_batch["input_ids"], micro_batch["segment_ids"], capacities=capacities,
-            packed_rows=packed_rows, route_ids_BL=micro_batch.get("route_ids"),
-            boundaries_BL=micro_batch.get("boundaries"), key=key,
+    def forward(params, rows, key):
+        return nnx.merge(graph, params)(
+            rows["input_ids"], rows["segment_ids"], capacities=capacities,
+            packed_rows=packed_rows, route_ids_BL=rows.get("route_ids"),
+            boundaries_BL=rows.get("boundaries"), key=key,
         )  # fmt: skip
+
+    def totals(params, rows, key):
+        return totals_of(model, forward(params, rows, key)[1], rows)
+
+    def loss_fn(params, rows, key, whole=None):
+        logits_BLV, routes = forward(params, rows, key)
         with jax.named_scope("loss"):
-            loss, metrics = total_loss(model, logits_BLV, routes, micro_batch, loss_weights)
-            if routes:
-                metrics["chunks_SR"], metrics["count_SR"] = counts_by_stage(model, routes)
-            return loss, metrics
+            return total_loss(model, logits_BLV, routes, rows, loss_weights, whole)
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     if accumulate == 1:
-        (_, metrics), grads = grad_fn(state.params, batch)
+        (_, sums), grads = grad_fn(state.params, batch, key)
     else:
-        grads, metrics = _accumulated(grad_fn, state.params, batch, accumulate)
+        grads, sums = _accumulated(totals, grad_fn, state.params, batch, key, accumulate)
 
-    counts = metrics.pop("chunks_SR", None), metrics.pop("count_SR", None)
+    metrics = batch_metrics(model, sums, loss_weights)
+    counts = sums.get("chunks_SR"), sums.get("positions_SR")
     with jax.named_scope("optimizer"):
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss/total"]) & jnp.isfinite(grad_norm)
@@ -108,33 +121,31 @@ def train_step(
     return new_state, metrics
 
 
-def _accumulated(grad_fn, params, batch: Batch, count: int):
-    """Mean gradient and metrics over `count` interleaved micro-batches (sums stay sums).
+def _accumulated(totals: Callable, grad_fn: Callable, params: Any, batch: Batch, key, count: int):
+    """Gradient and sums of a batch that is computed in `count` interleaved micro-batches.
 
-    Micro-batch i takes rows i, i + count, ...: on a batch-sharded mesh each device cuts its own
-    rows and nothing moves.
+    Micro-batch i takes rows i, i + count, ...: on a batch-sharded mesh each device divides its own
+    rows and nothing moves. A first pass finds what the loss divides by, which is known only of the
+    whole batch; it runs the encoders and routers, and nothing after the last router.
     """
 
-    def cut(rows):
+    def divided(rows):
         return rows.reshape(rows.shape[0] // count, count, *rows.shape[1:]).swapaxes(0, 1)
 
-    def one(total, micro_batch):
-        (_, metrics), grads = grad_fn(params, micro_batch)
-        return jax.tree.map(jnp.add, total, grads), metrics
+    parts = jax.tree.map(divided, dict(batch)), jax.random.split(key, count)
 
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    grads, metrics = jax.lax.scan(one, zeros, jax.tree.map(cut, dict(batch)))
-    return jax.tree.map(lambda g: g / count, grads), {
-        name: _combine(name, values) for name, values in metrics.items()
-    }
+    def add_totals(total, part):
+        return jax.tree.map(jnp.add, total, totals(params, *part)), None
 
+    def add_gradient(total, part):
+        (_, sums), grads = grad_fn(params, *part, whole)
+        return jax.tree.map(jnp.add, total, grads), sums
 
-def _combine(name: str, values: jax.Array) -> jax.Array:
-    if name in ("nats", "bytes", "chunks_SR", "count_SR") or name.endswith(
-        ("prob_hist", "/chunks")
-    ):
-        return jnp.sum(values, axis=0)
-    return jnp.max(values) if name.endswith("max_slots") else jnp.mean(values, axis=0)
+    first = jax.tree.map(lambda x: x[0], parts)
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(totals, params, *first))
+    whole: Totals = jax.lax.scan(add_totals, zeros, parts)[0]
+    grads, sums = jax.lax.scan(add_gradient, jax.tree.map(jnp.zeros_like, params), parts)
+    return grads, add_sums(sums)
 
 
 def eval_step(
@@ -155,8 +166,8 @@ def eval_step(
     kept_S = [jnp.sum(r.boundary_mask_BL, dtype=jnp.float32) for r in routes]
     by_route = {}
     if model.config.num_routes > 1:
-        chunks_SR, positions_SR = counts_by_stage(model.config, routes)
-        by_route = {"chunks_SR": chunks_SR, "positions_SR": positions_SR}
+        counts = counts_by_stage(model.config, routes)
+        by_route = {"chunks_SR": counts.chunks_R, "positions_SR": counts.positions_R}
     return by_route | {
         "free_logits": free_logits(params, routes),
         "nll_BL": next_byte_nll(logits_BLV, batch["input_ids"]),

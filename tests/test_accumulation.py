@@ -9,7 +9,8 @@ from networks import network, quick_jit, random_params, stage
 
 from hnet.config import EOS_ID, HNetConfig
 from hnet.loss import LossWeights
-from hnet.train.optim import Hyperparams, OptimConfig
+from hnet.train.config import OptimConfig
+from hnet.train.optim import Hyperparams
 from hnet.train.step import init_state, train_step
 
 B, L, PARTS = 10, 29, 5

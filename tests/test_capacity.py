@@ -104,6 +104,35 @@ def test_a_ladder_read_back_from_json_goes_on_alike():
     assert 60 < ladder.capacities[0] < 128
 
 
+@given(st.data())
+def test_slots_that_held_every_row_hold_them_however_they_are_shared(data):
+    """Restored where other rows share slots: on other devices, or in other micro-batches."""
+    rows, wanted = 48, data.draw(st.lists(st.integers(1, 64), min_size=48, max_size=48))
+    divisors = st.sampled_from([1, 2, 3, 4, 6, 8, 12, 24])
+
+    def most(ladder):
+        parts = np.reshape(wanted, (rows // ladder.stride, ladder.stride)).T
+        return int(parts.reshape(-1, ladder.packed_rows).sum(axis=1).max())
+
+    def ladder_of(packed_rows, stride):
+        stride = stride if (rows // stride) % packed_rows == 0 else 1
+        return Ladder.start(TINY, 64, packed_rows, stride)
+
+    before, now = (ladder_of(data.draw(divisors), data.draw(st.sampled_from([1, 2]))) for _ in "ab")
+    before = replace(before, capacities=(most(before),), recent=((most(before),),), since=3)
+    restored = now.with_json(json.loads(json.dumps(before.to_json())))
+    assert most(now) <= restored.capacities[0] <= now.full[0]
+    same = (before.packed_rows, before.stride) == (now.packed_rows, now.stride)
+    assert same == (restored == before) == (restored.recent != ())
+
+
+def test_a_ladder_of_an_earlier_version_is_read_where_its_rows_are_known():
+    content = {"capacities": [40], "recent": [[33]], "since": 2}
+    assert Ladder.start(TINY, 64).with_json(content).capacities == (40,)
+    packed = Ladder.start(TINY, 64, 8)
+    assert packed.with_json(content) == packed
+
+
 @pytest.mark.parametrize(
     ("rates", "alarm"),
     [

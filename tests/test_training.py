@@ -16,7 +16,7 @@ from hnet.data import batch_fingerprint, train_batches
 from hnet.data.fingerprint import fingerprint
 from hnet.errors import ConfigError
 from hnet.fields import to_json
-from hnet.train import loop
+from hnet.train import capacity, loop
 from hnet.train.config import ControllerConfig, MeshConfig, TrainConfig, config_from_json
 from hnet.train.optim import schedule
 from hnet.train.program import put_batch, run_batches
@@ -163,6 +163,21 @@ def test_a_stopped_run_resumes_to_the_same_bits_and_the_same_log(whole, tmp_path
     resumed = run(config)
     assert_equal_trees(resumed.state, whole[1].state)
     assert rows(config) == rows(whole[0])
+
+
+def test_a_run_goes_on_with_fewer_devices_whose_rows_share_other_slots(tmp_path, monkeypatch):
+    """2 rows share a row of slots on 4 devices, 8 on one: none of their chunks is clipped."""
+    monkeypatch.setattr(capacity, "PATIENCE", 2)
+    config = tiny_run(tmp_path, train=TrainConfig(steps=6, log_every=1, packed_rows=8))
+
+    class StopAtFour:
+        def stop_requested(self, step):
+            return step == 4
+
+    run(config, StopAtFour(), devices=jax.devices()[:4])
+    assert rows(config)[-1]["stage0/capacity"] < 2 * config.data.seq_len
+    run(config, devices=jax.devices()[:1])
+    assert all(row["stage0/overflow_frac"] == 0 for row in rows(config))
 
 
 def test_a_damaged_last_checkpoint_costs_its_steps_only(whole, tmp_path):

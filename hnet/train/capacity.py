@@ -28,18 +28,22 @@ class Ladder:
     capacities: tuple[int, ...]
     packed_rows: int = 1
     """rows of the batch that share a row of slots"""
+    stride: int = 1
+    """distance in the batch between neighbours of those rows: the number of micro-batches"""
     recent: tuple[tuple[int, ...], ...] = ()
     """most that was wanted of a row of slots, by stage, in the last PATIENCE steps"""
     since: int = 0
     """steps since there were last fewer slots"""
 
     @classmethod
-    def start(cls, model: HNetConfig, seq_len: int, packed_rows: int = 1) -> "Ladder":
+    def start(
+        cls, model: HNetConfig, seq_len: int, packed_rows: int = 1, stride: int = 1
+    ) -> "Ladder":
         full, length = [], packed_rows * seq_len
         for stage in model.stages[:-1]:
             length = stage.chunking.max_slots(length)
             full.append(length)
-        return cls(tuple(full), tuple(full), packed_rows)
+        return cls(tuple(full), tuple(full), packed_rows, stride if packed_rows > 1 else 1)
 
     def observe(self, max_slots: tuple[int, ...]) -> "Ladder":
         """The ladder after a step whose fullest rows of slots wanted `max_slots` of each stage."""
@@ -62,14 +66,44 @@ class Ladder:
         return replace(self, capacities=capacities, recent=recent, since=0 if shrinks else since)
 
     def to_json(self) -> dict:
-        return {"capacities": self.capacities, "recent": self.recent, "since": self.since}
+        return {
+            "capacities": self.capacities, "recent": self.recent, "since": self.since,
+            "packed_rows": self.packed_rows, "stride": self.stride,
+        }  # fmt: skip
 
     def with_json(self, content: dict) -> "Ladder":
-        """This ladder where `to_json` left another."""
+        """This ladder where `to_json` left another.
+
+        Where other rows share slots than did there, as on another number of devices, its counts
+        say nothing, and there are as many slots as the rows can have wanted together.
+        """
+        if (crossed := self._rows_crossed(content)) is None:
+            return self
+        capacities = tuple(min(f, crossed * c) for f, c in zip(self.full, content["capacities"]))
+        if not self.has_unit_of(content):
+            return replace(self, capacities=capacities)
         recent = tuple(tuple(counts) for counts in content["recent"])
-        return replace(
-            self, capacities=tuple(content["capacities"]), recent=recent, since=content["since"]
-        )
+        return replace(self, capacities=capacities, recent=recent, since=content["since"])
+
+    def has_unit_of(self, content: dict) -> bool:
+        """Whether the numbers in a `to_json` are of the same rows as those of this ladder."""
+        rows = content.get("packed_rows", self.packed_rows if self.packed_rows == 1 else None)
+        return (rows, content.get("stride", 1)) == (self.packed_rows, self.stride)
+
+    def _rows_crossed(self, content: dict) -> int | None:
+        """Most rows of slots there from which the rows that share one here can come.
+
+        None if that is not known, since earlier versions left out how many rows share one.
+        """
+        if self.has_unit_of(content) or self.packed_rows == 1:
+            return 1
+        if (before := content.get("packed_rows")) is None:
+            return None
+        if before > 1 and content["stride"] != self.stride:
+            return self.packed_rows
+        if before == 1 or self.packed_rows % before == 0:
+            return self.packed_rows // before
+        return 1 if before % self.packed_rows == 0 else -(-self.packed_rows // before) + 1
 
 
 def needed(counts: tuple[int, ...]) -> float:

@@ -129,6 +129,8 @@ def _loop(
     start = done = int(state.step)
     ladder = program.ladder
     if position.ladder:
+        if not ladder.has_unit_of(position.ladder):
+            position.new_counts = ()
         ladder = ladder.with_json(position.ladder)
     segment = segmenter(program.graph, config.model, replicated(program.mesh))
     inflight: InFlight | None = None

@@ -104,7 +104,9 @@ def build(
         ),
         graph=plain_graph,
         kernels=described(compute, platform),
-        ladder=Ladder.start(config.model, config.data.seq_len, packed_rows),
+        ladder=Ladder.start(
+            config.model, config.data.seq_len, packed_rows, config.train.accumulate
+        ),
     )
 
 

@@ -98,7 +98,7 @@ def build(
     )
     if devices is None:
         hparams = jax.device_put(hparams, replicated(mesh))
-    ladder = Ladder.start(config.model, config.data.seq_len, packed_rows)
+    ladder = Ladder.start(config.model, config.data.seq_len, packed_rows, config.train.accumulate)
     return Program(
         mesh, shardings, hparams, lambda: init(seed_key), step, evaluate, abstract_state,
         plain_graph, described(compute, platform), ladder,

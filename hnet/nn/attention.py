@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hnet.config import HNetConfig, StageConfig
+from hnet.cost import trips
 from hnet.nn.cache import KVCache, read, ring, write
 from hnet.nn.kernels.spread import on_each_device
 from hnet.nn.kernels.table import kernel
@@ -70,7 +71,14 @@ def attention(
 
     q_BHLK, k_BHLK, v_BHLK = map(heads_first, (q_BLHK, k_BLHK, v_BLHK))
     scaled_BHLK = q_BHLK * jnp.asarray(1 / math.sqrt(q_BHLK.shape[-1]), q_BHLK.dtype)
-    return _by_blocks(scaled_BHLK, k_BHLK, v_BHLK, first_BL, T).swapaxes(1, 2)[:, :L]
+    with trips(_mean_trips(padded // T, T, window)):
+        return _by_blocks(scaled_BHLK, k_BHLK, v_BHLK, first_BL, T).swapaxes(1, 2)[:, :L]
+
+
+def _mean_trips(blocks: int, T: int, window: int) -> float:
+    """Blocks of keys that a block of queries sees on average in a row of one segment."""
+    first = (0 if window < 0 else max(0, i * T - window) // T for i in range(blocks))
+    return sum(i + 1 - j for i, j in enumerate(first)) / blocks
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))

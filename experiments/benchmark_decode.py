@@ -29,7 +29,7 @@ from experiments.command_line import parse, run
 from hnet.chunking.config import ChunkingConfig
 from hnet.config import BOS_ID, EOS_ID, HNetConfig, SSMConfig, StageConfig
 from hnet.errors import ConfigError
-from hnet.flops import flops_by_part, forward_terms
+from hnet.flops_published import published_flops
 from hnet.infer.decode import PATIENCE, Decoder
 from hnet.infer.sampling import Controls, Sampling
 from hnet.model import HNetLM, abstract, init_params
@@ -92,7 +92,7 @@ def network(config: DecodeBenchmark) -> HNetConfig:
 def main_share(config: DecodeBenchmark) -> float:
     """Share of the main network in the FLOPs that a byte costs without chunking."""
     lengths = (config.bytes, config.bytes)
-    parts = flops_by_part(forward_terms(network(config), lengths, "published"))
+    parts = published_flops(network(config), lengths)
     return parts["stage1/main_network"] / sum(parts.values())
 
 

@@ -18,7 +18,7 @@ from flax import nnx
 
 from hnet.chunking.dechunk import dechunk
 from hnet.chunking.router import decide
-from hnet.flops import flops_by_part, forward_terms, training_flops
+from hnet.flops import total, training_flops
 from hnet.loss import next_byte_nll
 from hnet.nn.layers import segment_positions
 from hnet.train.config import Config
@@ -89,8 +89,7 @@ class Step:
 
     def figures(self, seconds: float, forward_seconds: float, gflops: float) -> dict[str, Any]:
         data, memory = self.config.data, self.step.memory_analysis()
-        terms = forward_terms(self.config.model, self.lengths)
-        flops = training_flops(terms, self.config.model.compute.remat) * data.batch_size
+        flops = total(training_flops(self.config.model, self.lengths)) * data.batch_size
         num_bytes = data.batch_size * data.seq_len
         return {
             "what": self.label,
@@ -134,7 +133,7 @@ def part_functions(step: Step) -> dict[str, tuple[Callable, tuple]]:
     inner = lambda net, x: net(x, chunks.segment_ids_BM, slots[1:])[0]
     modules = {
         "stage0/encoder": (stage.encoder, stack, h_BLD),
-        "stage0/routing": (stage, lambda s, h: route(s, h).boundary_prob_BL, h_BLD),
+        "stage0/routing_module": (stage, lambda s, h: route(s, h).boundary_prob_BL, h_BLD),
         MAIN: (stage.main_network, inner, chunks.x_BMD),
         "stage0/decoder": (stage.decoder, stack, h_BLD),
     }
@@ -156,7 +155,7 @@ def part_functions(step: Step) -> dict[str, tuple[Callable, tuple]]:
     head, params = of_module(
         model, lambda m, x: next_byte_nll(m.logits(x), step.batch["input_ids"])
     )
-    found["head"] = head, (params, x_BLD)
+    found["lm_head"] = head, (params, x_BLD)
     return found
 
 
@@ -218,19 +217,19 @@ def measure_steps(steps: list[Step], repeats: int, parts_of: Step | None = None)
         for i, row in enumerate(found["steps"]):
             row["main_network_ms"] = 1e3 * seconds["main", i]
         whole = seconds["step", steps.index(parts_of)]
-        terms = forward_terms(parts_of.config.model, parts_of.lengths)
-        rows, ideal = parts_of.config.data.batch_size, flops_by_part(terms)
+        model = parts_of.config.model
+        rows, ideal = parts_of.config.data.batch_size, training_flops(model, parts_of.lengths)
         parts = {n[1]: s for n, s in seconds.items() if n[0] == "part"}
         found["parts"] = [
             {
                 "part": name,
                 "ms": 1e3 * s,
                 "share_of_step": s / whole,
-                "ms_at_matmul_rate": 3e-6 * rows * ideal.get(name, 0.0) / gflops,
+                "ms_at_matmul_rate": 1e-6 * rows * ideal[name].total / gflops,
             }
             for name, s in parts.items()
         ]
-        cuts = ("stage0/routing", "stage0/chunk", "stage0/dechunk")
+        cuts = ("stage0/routing_module", "stage0/chunk", "stage0/dechunk")
         found["routing_chunk_dechunk_share"] = sum(parts[name] for name in cuts) / whole
         found["parts_over_step"] = sum(parts.values()) / whole
     return found

@@ -3,8 +3,8 @@
 A level is the width of a Transformer over BPE tokens; its FLOPs a byte are what the other kinds of
 the level must cost. Widths, depths and kinds of layers follow the published models (arXiv
 2507.07955: L is level 1536, XL is 2048), the depth of each main network and the width of its MLPs
-are chosen to match. FLOPs are counted as published (`hnet.flops`), at the bytes a chunk that the
-published models reached.
+are chosen to match. FLOPs are counted as published (`hnet.flops_published`), at the bytes per chunk
+that the published models reached.
 """
 
 import math
@@ -14,7 +14,8 @@ from typing import Literal
 
 from hnet.config import ChunkingConfig, HNetConfig, StageConfig, parse_layout
 from hnet.errors import ConfigError
-from hnet.flops import forward_terms, param_counts, stage_lengths
+from hnet.flops import param_counts, stage_lengths
+from hnet.flops_published import published_flops
 from hnet.train.config import Config, OptimConfig
 
 Family = Literal["bpe", "bytes", "hnet1", "hnet2"]
@@ -108,8 +109,8 @@ def flops_a_byte(family: Family, model: HNetConfig, seq_len: int, bytes_per_toke
     """Forward operations a byte over rows of `seq_len` bytes."""
     rates = tuple(1 / size for size in CHUNK_BYTES.get(family, ()))
     positions = seq_len / bytes_per_token if family == "bpe" else seq_len
-    terms = forward_terms(model, stage_lengths(model, positions, rates), "published")
-    return sum(term.flops for term in terms) / seq_len
+    parts = published_flops(model, stage_lengths(model, positions, rates))
+    return sum(parts.values()) / seq_len
 
 
 def match(make: Callable[[int, int], HNetConfig], width: int, cost, target: float):
@@ -154,7 +155,7 @@ def make_points(
         reference = make_model("bpe", level, level, depth(level), usual, vocab_size)
         target = flops_a_byte("bpe", reference, seq_len, bytes_per_token)
         parts = param_counts(reference)
-        size = sum(parts.values()) - parts["embedding"] - parts["head"]
+        size = sum(parts.values()) - parts["embeddings"] - parts["lm_head"]
         steps = max(1, round(bytes_per_parameter * size / (batch * seq_len)))
         for family in families:
             cost = lambda m, f=family: flops_a_byte(f, m, seq_len, bytes_per_token)

@@ -31,7 +31,7 @@ _FREE = frozenset(
     "atan2 cbrt cos erf exp expm1 log log1p pow rsqrt sin sqrt tan tanh".split()
 )
 _PER_ELEMENT = {"erfc": 62, "logistic": 3}  # polynomials, as XLA writes them out
-_READS = ("reduce_", "cum", "arg", "scatter_")  # of these, one per element that is read counts
+_READS = ("reduce", "cum", "arg", "scatter")  # of these, one per element that is read counts
 _TRIPS = "trips="
 _REMAT = ("checkpoint", "rematted_computation")
 
@@ -76,7 +76,8 @@ def count(function: Callable, *args: Any, **static: Any) -> dict[str, Cost]:
     live, _ = dce_jaxpr(traced.jaxpr, True)
     parts: dict[str, Cost] = {}
     for part, cost in _walk(live, ()):
-        parts[part] = parts.get(part, Cost()) + cost
+        if cost.total:
+            parts[part] = parts.get(part, Cost()) + cost
     return parts
 
 
@@ -87,7 +88,7 @@ def _walk(jaxpr: Any, around: tuple[str, ...]) -> Iterator[tuple[str, Cost]]:
         names = re.findall(r"([^/()]+)(?=[/)]|$)", str(equation.source_info.name_stack))
         scopes, name = (*around, *names), equation.primitive.name
         bodies = [getattr(body, "jaxpr", body) for body in jaxprs_in_params(equation.params)]
-        if not bodies:
+        if not bodies or name.startswith(_READS):
             yield _part(scopes), _cost(equation)
             continue
         found = [list(_walk(body, scopes)) for body in bodies]
@@ -121,7 +122,7 @@ def _times(equation: Any, scopes: tuple[str, ...]) -> float:
                 "operations, put it in `with hnet.cost.trips(mean)`"
             )
         case "shard_map":  # its body is one device's share
-            return math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
+            return math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
         case "pallas_call":
             return math.prod(params["grid_mapping"].grid)
     return 1

@@ -6,9 +6,9 @@ row of one segment: our own array code, also where a kernel computes the same; e
 filled or not; attention by the blocks it visits. `hnet.flops_published` counts as papers do.
 """
 
-import dataclasses
 import functools
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -77,12 +77,19 @@ def forward_flops(
 
 
 def training_flops(
-    config: HNetConfig, lengths: tuple[float, ...], packed_rows: int = 1
+    config: HNetConfig,
+    lengths: tuple[float, ...],
+    packed_rows: int = 1,
+    *,
+    remat: str | None = None,
 ) -> dict[str, Cost]:
-    """`forward_flops` of a forward and backward pass, with what `compute.remat` computes again.
+    """`forward_flops` of a forward and backward pass, and of what is computed again in it.
 
     The loss is cross-entropy; the optimizer, which works per update and not per row, is left out.
+    remat: as `compute.remat`, which is the default.
     """
+    if remat is not None:
+        config = replace(config, compute=replace(config.compute, remat=remat))
     return dict(_flops(config, tuple(map(math.ceil, lengths)), packed_rows, True))
 
 
@@ -91,7 +98,7 @@ def _flops(
     config: HNetConfig, lengths: tuple[int, ...], packed_rows: int, training: bool
 ) -> tuple[tuple[str, Cost], ...]:
     check_lengths(config, lengths)
-    plain = dataclasses.replace(config, compute=without(config.compute))
+    plain = replace(config, compute=without(config.compute))
     graph, params = abstract(plain)
     capacities = tuple(packed_rows * slots for slots in lengths[1:])
 
@@ -106,7 +113,7 @@ def _flops(
             return jnp.mean(next_byte_nll(logits_BLV, ids_BL))
 
     ids_BL = jax.ShapeDtypeStruct((packed_rows, lengths[0]), jnp.int32)
-    parts = count(jax.grad(loss) if training else loss, params, ids_BL)
+    parts = count(jax.value_and_grad(loss) if training else loss, params, ids_BL)
     return tuple((part, cost * (1 / packed_rows)) for part, cost in parts.items())
 
 

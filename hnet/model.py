@@ -61,12 +61,15 @@ class HNetLM(nnx.Module):
         if capacities is None:
             capacities = (None,) * self.config.num_chunked
         segment_ids_BL = _number_runs(segment_ids_BL)
-        x_BLD, routes = self.backbone(
-            self.embeddings(input_ids_BL), segment_ids_BL, capacities, packed_rows=packed_rows,
-            route_ids_BL=self.checked_routes(route_ids_BL),
-            boundaries_BL=self.boundaries(input_ids_BL, segment_ids_BL, boundaries_BL),
-            key=key, temperature=temperature,
-        )  # fmt: skip
+        with jax.named_scope("embeddings"):
+            x_BLD = self.embeddings(input_ids_BL)
+        with jax.named_scope("stage0"):
+            x_BLD, routes = self.backbone(
+                x_BLD, segment_ids_BL, capacities, packed_rows=packed_rows,
+                route_ids_BL=self.checked_routes(route_ids_BL),
+                boundaries_BL=self.boundaries(input_ids_BL, segment_ids_BL, boundaries_BL),
+                key=key, temperature=temperature,
+            )  # fmt: skip
         with jax.named_scope("lm_head"):
             return self.logits(x_BLD), routes
 

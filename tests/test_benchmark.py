@@ -30,7 +30,7 @@ def test_figures_of_a_step_and_its_parts(step):
     ratio = row["bytes_per_sec"] / found["matmul_gflops"]
     assert row["bytes_per_sec_over_gflops"] == pytest.approx(ratio)
     parts = {part["part"]: part for part in found["parts"]}
-    assert {"stage0/encoder", "stage0/chunk", "stage1/main_network", "head"} < parts.keys()
+    assert {"stage0/encoder", "stage0/chunk", "stage1/main_network", "lm_head"} < parts.keys()
     share = sum(part["share_of_step"] for part in parts.values())
     assert found["parts_over_step"] == pytest.approx(share)
     assert all(p["ms"] > 0 and p["ms_at_matmul_rate"] >= 0 for p in parts.values())

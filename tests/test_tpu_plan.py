@@ -124,7 +124,7 @@ def test_loops_count_as_often_as_they_run_and_slices_as_slices():
     assert reads_and_writes == 8 * (array + 4 + 2 * array)
     reduce = by["all-reduce", "stage1/main_network"]
     assert (reduce.num_bytes, reduce.count, reduce.group) == (8 * array, 8, 2)
-    gather = by["all-gather", "head"]
+    gather = by["all-gather", "lm_head"]
     assert (gather.num_bytes, gather.count, gather.group) == (3 * array, 1, 4)
     # a prefetch without a name belongs to who uses it
     encoder = sum(m.num_bytes for m in hlo.moved(PROGRAM) if m.part == "stage0/encoder")
@@ -215,8 +215,8 @@ def test_shape_bytes(shape, everything, hbm):
         ("jit(train_step)/jvp(encoder)/while/body/dot_general", "stage0/encoder"),
         ("jit(f)/transpose(jvp(stage1))/checkpoint/decoder/mul", "stage1/decoder"),
         ("jit(f)/jvp(stage1)/stage2/main_network/add", "stage2/main_network"),
-        ("jit(f)/jvp(routing_module)/dot", "stage0/routing"),
-        ("jit(f)/jvp(lm_head)/dot", "head"),
+        ("jit(f)/jvp(routing_module)/dot", "stage0/routing_module"),
+        ("jit(f)/jvp(lm_head)/dot", "lm_head"),
         ("jit(f)/optimizer/mul", "optimizer"),
         ("jit(f)/broadcast", "other"),
     ],
@@ -281,8 +281,8 @@ def test_roofline_takes_the_slowest_resource(tiny):
     assert bounds["stage0/encoder"].network == pytest.approx(9e-3)  # two axes of one link each
     assert bounds["stage0/encoder"].name == "network"
     assert bounds["optimizer"] == Bound(0, pytest.approx(1e-2), 0)
-    # head: 3 x 2 x 128 positions x 256 x 32 for each of the 16 rows of a device
-    assert bounds["head"].compute == pytest.approx(3 * 2 * 128 * 256 * 32 * 16 / 197e12)
+    # lm_head: 3 x 2 x 128 positions x 256 x 32 for each of the 16 rows of a device
+    assert bounds["lm_head"].compute == pytest.approx(3 * 2 * 128 * 256 * 32 * 16 / 197e12)
     assert step_seconds(plan) == pytest.approx(sum(max(b) for b in bounds.values()))
     assert bytes_a_second(plan) == pytest.approx(64 * 128 / step_seconds(plan))
     assert step_bound(plan) == "hbm"
@@ -296,7 +296,9 @@ def test_rows_that_share_slots_attend_over_all_of_them(tiny):
     more = (96 * 96 / 4 - 24 * 24) * 2 * 64 * (4 + 3) * 16 / 197e12
     main = "stage1/main_network"
     assert shared[main].compute - alone[main].compute == pytest.approx(more)
-    assert {**shared, main: alone[main]} == alone
+    # smoothing takes blocks of the shared slots; everything else is as it was
+    changed = {part for part in alone if shared[part] != alone[part]}
+    assert shared.keys() == alone.keys() and changed == {main, "stage0/dechunk"}
 
 
 @pytest.mark.parametrize(
@@ -421,7 +423,7 @@ def test_gradients_are_reduced_once_and_the_state_is_counted(tiny):
     reduced = sum(m.num_bytes for m in plan.moved if m.kind == "all-reduce")
     assert reduced == pytest.approx(2 * 15 / 16 * 4 * params, rel=0.1)
     parts = {m.part for m in plan.moved}
-    assert {"stage0/encoder", "stage1/main_network", "optimizer", "head"} <= parts
+    assert {"stage0/encoder", "stage1/main_network", "optimizer", "lm_head"} <= parts
 
 
 @needs_libtpu

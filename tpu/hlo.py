@@ -17,10 +17,15 @@ _NO_TRAFFIC = {
 }  # fmt: skip
 _BITS = {"pred": 8, "bf16": 16}  # others carry their number of bits in their name
 _SHAPE = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([\d,<=]*)\](\{[^}]*\})?")
-_PARTS = {
-    "encoder": "encoder", "decoder": "decoder", "main_network": "main_network", "chunk": "chunk",
-    "dechunk": "dechunk", "residual_proj": "residual_proj", "routing_module": "routing",
-}  # fmt: skip
+_PARTS = (
+    "encoder",
+    "decoder",
+    "main_network",
+    "chunk",
+    "dechunk",
+    "residual_proj",
+    "routing_module",
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class Moved:
     kind: str
     """``hbm``, or the kind of collective"""
     part: str
-    """as in hnet.flops; ``loss``, ``optimizer`` or ``other`` beside"""
+    """as in `hnet.cost`"""
     num_bytes: float
     count: float
     group: int = 1
@@ -78,9 +83,9 @@ def part_of(op_name: str) -> str:
     stage = next((w[5:] for w in reversed(words) if re.fullmatch(r"stage\d+", w)), "0")
     for word in reversed(words):
         if word in _PARTS:
-            return f"stage{stage}/{_PARTS[word]}"
-        if word in ("lm_head", "loss", "optimizer"):
-            return {"lm_head": "head"}.get(word, word)
+            return f"stage{stage}/{word}"
+        if word in ("embeddings", "lm_head", "loss", "optimizer"):
+            return word
     return "other"
 
 

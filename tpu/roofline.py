@@ -1,15 +1,15 @@
 """What bounds a compiled step, and the report about it."""
 
-from dataclasses import replace
 from typing import NamedTuple
 
-from hnet.flops import Term, flops_by_part, forward_terms, param_counts, training_flops
+from hnet.cost import Cost
+from hnet.flops import forward_flops, param_counts, total, training_flops
 from hnet.train.config import Config
 from tpu import hlo
 from tpu.aot import Plan, capacities
 
 RATES = (0.5, 0.75, 1.0, 1.5, 2.0)  # of the configured boundary rate
-FLOAT32_PASSES = ("routing", "residual_proj", "dechunk", "pool")  # matmuls at full precision
+EXACT_PASSES = 6  # of a bfloat16 matrix unit, for a matmul at the highest precision
 
 
 class Bound(NamedTuple):
@@ -26,14 +26,13 @@ class Bound(NamedTuple):
 
 def roofline(plan: Plan) -> dict[str, Bound]:
     """Least time of every part, forward and backward, with each resource alone and used fully."""
-    terms = _terms(plan.config, plan.capacities, plan.packed_rows)
+    trained = _trained(plan)
     rows = plan.config.data.batch_size / len(plan.slice_.devices)
     chip, share = plan.slice_.chip, plan.slice_.chips_a_device
     bounds: dict[str, Bound] = {}
-    for part in dict.fromkeys([t.part for t in terms] + [m.part for m in plan.moved]):
-        own = tuple(t for t in terms if t.part == part and t.kind != "elementwise")
-        passes = 6 if part.endswith(FLOAT32_PASSES) else 1
-        flops = training_flops(own, plan.config.model.compute.remat) * rows * passes
+    for part in dict.fromkeys([*trained] + [m.part for m in plan.moved]):
+        own = trained.get(part, Cost())
+        flops = rows * (own.matmul + (EXACT_PASSES - 1) * own.exact)
         hbm = sum(m.num_bytes for m in plan.moved if m.part == part and m.kind == "hbm")
         network = sum(
             m.num_bytes / plan.slice_.network_rate(m.group)
@@ -44,19 +43,10 @@ def roofline(plan: Plan) -> dict[str, Bound]:
     return bounds
 
 
-def _terms(config: Config, slots: tuple[int, ...], packed_rows: int) -> tuple[Term, ...]:
-    """Of one row. Where rows share slots, the stages inside see all of them as one long row."""
-    L = config.data.seq_len
-    alone = forward_terms(config.model, (L, *slots))
-    together = forward_terms(config.model, (L, *(packed_rows * n for n in slots)))
-    return tuple(
-        replace(many, flops=many.flops / packed_rows) if _is_inside(many.part) else one
-        for one, many in zip(alone, together)
-    )
-
-
-def _is_inside(part: str) -> bool:
-    return part.startswith("stage") and not part.startswith("stage0/")
+def _trained(plan: Plan, remat: str | None = None) -> dict[str, Cost]:
+    """Operations of each part, forward and backward, per row."""
+    lengths = (plan.config.data.seq_len, *plan.capacities)
+    return training_flops(plan.config.model, lengths, plan.packed_rows, remat=remat)
 
 
 def step_seconds(plan: Plan) -> float:
@@ -74,8 +64,7 @@ def step_bound(plan: Plan) -> str:
 
 def peak_share(plan: Plan) -> float:
     """Share of the slice's peak that a step of `step_seconds` is, without what remat repeats."""
-    terms = _terms(plan.config, plan.capacities, plan.packed_rows)
-    useful = training_flops(terms) * plan.config.data.batch_size
+    useful = total(_trained(plan, remat="none")) * plan.config.data.batch_size
     slice_ = plan.slice_
     peak = slice_.chip.flops * slice_.chips_a_device * len(slice_.devices)
     return useful / step_seconds(plan) / peak
@@ -112,7 +101,7 @@ def report(plan: Plan) -> str:
     config = plan.config
     params = param_counts(config.model)
     lines = [
-        f"parameters {sum(params.values()):,} (embedding {params['embedding']:,})",
+        f"parameters {sum(params.values()):,} (embedding {params['embeddings']:,})",
         "",
         *_flops_table(config, plan.packed_rows),
     ]
@@ -138,19 +127,16 @@ def report(plan: Plan) -> str:
 
 
 def _flops_table(config: Config, packed_rows: int) -> list[str]:
-    L, remat = config.data.seq_len, config.model.compute.remat
+    L, model = config.data.seq_len, config.model
     lines = ["MFLOPs a byte by boundary rate, in slots that training would choose:"]
-    columns = {}
-    for factor in RATES:
-        columns[factor] = _terms(config, capacities(config, factor), packed_rows)
+    lengths = {factor: (L, *capacities(config, factor)) for factor in RATES}
+    parts = [forward_flops(model, each, packed_rows) for each in lengths.values()]
+    trained = [total(training_flops(model, each, packed_rows)) for each in lengths.values()]
+    rows = {part: [p[part].total for p in parts] for part in parts[0]}
+    rows |= {"forward": [total(p) for p in parts], "training": trained}
     lines.append(f"  {'rate / configured':<24}" + "".join(f"{factor:>10g}" for factor in RATES))
-    parts = [flops_by_part(terms) for terms in columns.values()]
-    for part in parts[0]:
-        lines.append(f"  {part:<24}" + "".join(f"{p[part] / L / 1e6:10.4g}" for p in parts))
-    sums = [sum(p.values()) for p in parts]
-    lines.append(f"  {'forward':<24}" + "".join(f"{s / L / 1e6:10.4g}" for s in sums))
-    trained = [training_flops(terms, remat) for terms in columns.values()]
-    lines.append(f"  {'training':<24}" + "".join(f"{s / L / 1e6:10.4g}" for s in trained))
-    step = training_flops(columns[1.0], remat) * config.data.batch_size
+    for name, values in rows.items():
+        lines.append(f"  {name:<24}" + "".join(f"{v / L / 1e6:10.4g}" for v in values))
+    step = trained[RATES.index(1.0)] * config.data.batch_size
     lines.append(f"  a step: {step / 1e12:.4g} TFLOPs")
     return lines

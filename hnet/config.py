@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import reprlib
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ def parse_layout(layout: str) -> tuple[tuple[str, int], ...]:
     """``"T1m4"`` -> ``(("T", 1), ("m", 4))``; equal neighbours are merged into one run."""
     if not layout or not re.fullmatch(rf"({_RUN.pattern})+", layout):
         raise ConfigError(
-            f"layout {layout!r} is not a sequence of runs such as 'm4' or 'T1m4': "
+            f"layout {reprlib.repr(layout)} is not a sequence of runs such as 'm4' or 'T1m4': "
             "use the letters m, M, t, T, each followed by a count from 1 to 9999"
         )
     runs: list[tuple[str, int]] = []
@@ -217,6 +218,7 @@ def _check(config: HNetConfig) -> None:
             raise ConfigError(f"model.compute.{name}={value}: use 1 or more")
     for i, stage in enumerate(config.stages):
         _check_stage(config, i, stage)
+    _check_size(config)
 
 
 def _check_stage(config: HNetConfig, i: int, stage: StageConfig) -> None:
@@ -224,7 +226,8 @@ def _check_stage(config: HNetConfig, i: int, stage: StageConfig) -> None:
     inner = i == len(config.stages) - 1
     if len(stage.arch_layout) != (1 if inner else 2):
         raise ConfigError(
-            f"{where}.arch_layout={stage.arch_layout!r} has {len(stage.arch_layout)} parts: "
+            f"{where}.arch_layout={reprlib.repr(stage.arch_layout)} has {len(stage.arch_layout)} "
+            "parts: "
             + ("the innermost stage has one stack" if inner else "give an encoder and a decoder")
         )
     try:
@@ -253,6 +256,41 @@ def _check_stage(config: HNetConfig, i: int, stage: StageConfig) -> None:
     groups = len(config.route_groups)
     if not inner and (problem := stage.chunking.problem(stage_idx=i, route_groups=groups)):
         raise ConfigError(f"{where}.chunking.{problem}")
+
+
+_MOST_STAGES, _MOST_RUNS, _MOST_LAYERS, _MOST_PARAMETERS = 16, 128, 4096, 1 << 42
+
+
+def _check_size(config: HNetConfig) -> None:
+    """Raise ConfigError for a network that takes minutes, or overflows, before it computes."""
+    runs = [run for s in config.stages for part in s.arch_layout for run in parse_layout(part)]
+    layers, parameters = sum(count for _, count in runs), _approximate_parameters(config)
+    for what, count, most in (
+        ("stages", len(config.stages), _MOST_STAGES),
+        ("runs of equal layers", len(runs), _MOST_RUNS),
+        ("layers", layers, _MOST_LAYERS),
+        ("parameters", parameters, _MOST_PARAMETERS),
+    ):
+        if count > most:
+            raise ConfigError(
+                f"model.stages describe {min(count, 10**99):.3g} {what} (d_model "
+                f"{reprlib.repr([stage.d_model for stage in config.stages])}, vocab_size "
+                f"{reprlib.repr(config.vocab_size)}): use at most {most:.3g}"
+            )
+
+
+def _approximate_parameters(config: HNetConfig) -> int:
+    """Entries of all matrices, without biases, norms and parts that learn little."""
+    total = 2 * config.vocab_size * config.stages[0].d_model
+    for stage in config.stages:
+        D, inner = stage.d_model, config.ssm.expand * stage.d_model
+        mixed, heads = inner + 2 * config.ssm.d_state, inner // config.ssm.head_dim
+        ssm = D * (2 * inner + mixed + heads) + config.ssm.d_conv * mixed
+        for kind, count in (run for part in stage.arch_layout for run in parse_layout(part)):
+            mixer = ssm if kind in "mM" else 4 * D * D
+            total += count * (mixer + 3 * D * stage.d_mlp * kind.isupper())
+        total += 3 * D * D * (len(stage.arch_layout) == 2)
+    return total
 
 
 def _check_attention(where: str, stage: StageConfig) -> None:
@@ -303,12 +341,13 @@ def _from_official(content: dict[str, Any]) -> HNetConfig:
         if not isinstance(keys, dict) or keys.keys() - known:
             unknown = sorted(keys.keys() - known) if isinstance(keys, dict) else keys
             raise ConfigError(
-                f"official {name} has unknown content {unknown!r}: the format has {sorted(known)}"
+                f"official {name} has unknown content {reprlib.repr(unknown)}: the format has "
+                f"{sorted(known)}"
             )
     if not _whole([*ssm.values(), vocab_size]) or not isinstance(tied, bool):
         raise ConfigError(
-            f"official ssm_cfg={ssm}, vocab_size={vocab_size!r} and tie_embeddings={tied!r}: "
-            "give whole numbers, and true or false"
+            f"official ssm_cfg={reprlib.repr(ssm)}, vocab_size={reprlib.repr(vocab_size)} and "
+            f"tie_embeddings={reprlib.repr(tied)}: give whole numbers, and true or false"
         )
     layouts = _flatten_layout(content.get("arch_layout"))
     lists = {name: content.get(name) for name in ("d_model", "d_intermediate")}
@@ -316,8 +355,8 @@ def _from_official(content: dict[str, Any]) -> HNetConfig:
     for name, values in lists.items():
         if not isinstance(values, list) or len(values) != len(layouts) or not _whole(values):
             raise ConfigError(
-                f"official {name}={values!r}: give a list of {len(layouts)} whole numbers, one for "
-                "each stage of arch_layout"
+                f"official {name}={reprlib.repr(values)}: give a list of {len(layouts)} whole "
+                "numbers, one for each stage of arch_layout"
             )
     stages = tuple(
         StageConfig(layout, **{name: values[i] for name, values in lists.items()})
@@ -345,7 +384,8 @@ def _flatten_layout(nested: Any) -> list[tuple[str, ...]]:
                 nested = inner
             case _:
                 raise ConfigError(
-                    f"arch_layout {nested!r} is not [encoder, [inner], decoder] or [stack]"
+                    f"arch_layout {reprlib.repr(nested)} is not [encoder, [inner], decoder] or "
+                    "[stack]"
                 )
 
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 import pickle
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -272,6 +273,62 @@ def test_headers_that_promise_too_much_are_refused(tmp_path, weights):
                 header = {"descr": "<f4", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(file, header)
     refused(path, f"{WEIGHT} has shape")
+
+
+def test_a_header_is_not_read_beyond_what_an_array_needs(tmp_path, weights):
+    path = write(tmp_path, weights)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        start = b"\x93NUMPY\x02\x00" + (1 << 27).to_bytes(4, "little")
+        archive.writestr(f"{WEIGHT}.npy", start + b" " * (1 << 27))
+    tracemalloc.start()
+    with pytest.raises(ConfigError, match="cannot be read safely"):
+        load(path)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 22
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("dtype", ["<U4", "<c8", "V8", "<i4"])
+def test_arrays_of_other_kinds_are_refused_before_they_are_read(tmp_path, weights, dtype):
+    changed = weights | {WEIGHT: np.zeros(weights[WEIGHT].shape, dtype)}
+    path = tmp_path / "model.npz"
+    np.savez(path, **changed)
+    with pytest.raises(ConfigError, match=f"{WEIGHT} is .*, not floating point"):
+        TensorFile(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({"d_model": [2147483584] * 2}, "parameters"),
+        ({"arch_layout": ["T9999" * 50, ["T1"], "T9999" * 50]}, "layers"),
+        ({"arch_layout": ["T1t1" * 300, ["T1"], "T1"]}, "runs of equal layers"),
+        ({"ssm_cfg": {"d_conv": 2**31 - 1, "d_state": 2**31 - 1}}, "parameters"),
+        ({"vocab_size": 2**31 - 1, "d_model": [4096, 4096]}, "parameters"),
+    ],
+)
+def test_networks_that_are_too_large_are_refused_before_any_work(content, says):
+    config = official_network((64, "m1 m1"), (64, "T1")).to_json() | content
+    with pytest.raises(ConfigError, match=f"model.stages describe .* {says} .*use at most") as e:
+        HNetConfig.from_json(config)
+    assert len(str(e.value)) < 300
+
+
+def test_stages_are_counted_before_any_work():
+    nested = ["T1"]
+    for _ in range(400):
+        nested = ["T1", nested, "T1"]
+    lists = {name: [64] * 401 for name in ("d_model", "d_intermediate")}
+    heads = {"num_heads": [2] * 401, "rotary_emb_dim": [4] * 401, "window_size": [5] * 401}
+    with pytest.raises(ConfigError, match="401 stages"):
+        HNetConfig.from_json({"arch_layout": nested, **lists, "attn_cfg": heads})
+
+
+def test_many_problems_are_counted_instead_of_listed(tmp_path, weights, capsys):
+    extra = {f"surplus.{i}.weight": np.zeros(1, np.float32) for i in range(60)}
+    refused(write(tmp_path, weights | extra))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 * (40 + 2) and "  and 20 more" in lines
+    assert lines[-1].startswith("error: 60 parameters")
 
 
 @pytest.mark.parametrize(

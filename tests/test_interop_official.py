@@ -1,5 +1,6 @@
 """Official state dicts: bit-exact both ways, by the official names, and clear refusals."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,9 @@ from networks import NETWORKS, official_network, random_params
 
 from hnet.config import SSMConfig
 from hnet.errors import ConfigError
-from hnet.interop import from_official, to_official
+from hnet.interop import convert, from_official, to_official
+from hnet.interop.official import entries, leaves
+from hnet.interop.tensors import write_tensors
 from hnet.model import HNetLM
 
 TWO_STAGE = official_network((32, "m2 T1"), (96, "t1m2 m1"), (96, "M1"))
@@ -18,6 +21,12 @@ TIED = official_network((32, "t1 m1"), (64, "t1"), tie_embeddings=True)
 
 def model_of(config):
     return nnx.merge(*random_params(config))
+
+
+def params_of(model):
+    """Our parameters one by one, as `entries` takes them."""
+    flat = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    return ((leaf, np.asarray(flat[leaf.path][...])) for leaf in leaves(model.config))
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +125,25 @@ def test_mamba_heads_of_another_width_are_refused():
         ConfigError, match="model.ssm.head_dim=13 has no official form, which is 64"
     ):
         to_official(model_of(NETWORKS["iso"]))
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (replace(official_network((64, "m1")), ssm=SSMConfig(d_conv=1)), "ssm.d_conv=1"),
+        (replace(official_network((64, "T1 m1"), (64, "t1")), ssm=SSMConfig(d_conv=7)), "d_conv=7"),
+        (official_network((64, "m1 m1"), (1040, "t1")), "stages.1.num_heads=4 .* 260 channels"),
+    ],
+)
+def test_what_the_official_kernels_cannot_run_is_not_exported(config, says, tmp_path):
+    model = model_of(config)
+    with pytest.raises(ConfigError, match=says):
+        to_official(model)
+    path = tmp_path / "theirs.npz"  # as a hand could write it
+    write_tensors(path, dict(entries(config, params_of(model))))
+    path.with_suffix(".json").write_text(json.dumps(config.to_json()))
+    convert(path, tmp_path / "run")  # which our own code runs
+    for source in (path, tmp_path / "run"):
+        with pytest.raises(ConfigError, match=says):
+            convert(source, tmp_path / "out.npz")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "theirs.json", "theirs.npz"]

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _convert(options) if options.command == "convert" else _verify(options)
     except Mismatch as e:
-        for problem in e.problems:
+        for problem in e.first(40):
             print(f"  {problem}", file=sys.stderr)
         print(f"error: {len(e.problems)} parameters do not fit the configuration", file=sys.stderr)
     except ConfigError as e:

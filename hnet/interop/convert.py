@@ -16,7 +16,15 @@ from hnet.config import HNetConfig
 from hnet.errors import ConfigError
 from hnet.fields import to_json
 from hnet.interop.load import DType, beside, dtypes, load, shown
-from hnet.interop.official import Leaf, assemble, check_fit, check_official, entries, leaves
+from hnet.interop.official import (
+    Leaf,
+    assemble,
+    check_fit,
+    check_official,
+    check_runs,
+    entries,
+    leaves,
+)
 from hnet.interop.tensors import FORMATS, TensorFile, write_tensors
 from hnet.model import HNetLM, split
 from hnet.train import manifest as mf
@@ -51,6 +59,7 @@ def convert(
     model_config = HNetConfig.from_json(config or beside(source))
     check_fit(model_config, file.shapes)
     if target.suffix in FORMATS:
+        check_runs(model_config)
         names = shown(f"reading {source}")(list(file))
         cast = _caster(dtype)
         _write_official(target, model_config, {name: cast(name, file[name]) for name in names})
@@ -81,6 +90,7 @@ def _from_workdir(source: Path, target: Path, dtype: DType | None, step: int | N
         )
     config = read_config(source).model
     check_official(config)
+    check_runs(config)
     # Largest first: while a large one is held twice, few others have been read.
     by_size = sorted(leaves(config), key=lambda leaf: -int(np.prod(leaf.shape)))
     cast = _caster(dtype)

@@ -35,10 +35,14 @@ class Mismatch(ConfigError):
 
     def __init__(self, problems: list[str]):
         self.problems = problems
-        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         super().__init__(
-            f"official weights do not fit the configuration: {'; '.join(problems[:4])}{more}"
+            f"official weights do not fit the configuration: {'; '.join(self.first(4))}"
         )
+
+    def first(self, count: int) -> list[str]:
+        """Some of the problems, and how many more there are."""
+        more = len(self.problems) - count
+        return self.problems[:count] + ([f"and {more} more"] if more > 0 else [])
 
 
 class Leaf(NamedTuple):
@@ -62,6 +66,24 @@ def check_official(config: HNetConfig) -> None:
                     f"model.stages.{s}.chunking.{name}={value!r} has no official form, which is "
                     f"{getattr(official, name)!r}: keep this model in its work directory"
                 )
+
+
+def check_runs(config: HNetConfig) -> None:
+    """Raise ConfigError for sizes that the kernels of the official code refuse: causal_conv1d takes
+    2 to 4 taps, flash-attn heads of at most 256 channels."""
+    for s, stage in enumerate(config.stages):
+        mixers = "".join(stage.arch_layout).lower()
+        if "m" in mixers and not 2 <= config.ssm.d_conv <= 4:
+            raise ConfigError(
+                f"model.ssm.d_conv={config.ssm.d_conv} has no official form: the official kernels "
+                "take 2 to 4 taps, so keep this model in its work directory"
+            )
+        if "t" in mixers and (width := stage.d_model // stage.num_heads) > 256:
+            raise ConfigError(
+                f"model.stages.{s}.num_heads={stage.num_heads} has no official form: its heads "
+                f"have {width} channels and the official kernels take 256, so keep this model in "
+                "its work directory"
+            )
 
 
 def leaves(config: HNetConfig) -> list[Leaf]:
@@ -190,6 +212,7 @@ def to_official(model: HNetLM) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
     Raises ConfigError for a model that has no official form.
     """
+    check_runs(model.config)
     flat = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     arrays = ((leaf, np.asarray(flat[leaf.path][...])) for leaf in leaves(model.config))
     return model.config.to_json(), dict(entries(model.config, arrays))

@@ -1,23 +1,25 @@
 """Files of named tensors: .pt, .safetensors and .npz, read one tensor at a time.
 
-Nothing in them is trusted: pickled code is never run (torch's `weights_only`, no object arrays),
-shapes are known before a tensor is read, and whatever a reader complains of becomes one line.
+Nothing in them is trusted: pickles are never run (see `torch_file`; no object arrays), shapes are
+known before a tensor is read, and whatever a reader complains of becomes one line.
 """
 
 import contextlib
+import io
 import os
-import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from hnet.errors import ConfigError
+from hnet.interop.torch_file import Tensor, TorchFile
 
 FORMATS = (".pt", ".safetensors", ".npz")
+_NO_FLOAT = "not floating point"
+_MOST_HEADER = 1 << 14  # bytes of an array's header; numpy itself parses 10,000
 
 
 class TensorFile(Mapping[str, np.ndarray]):
@@ -64,7 +66,7 @@ class TensorFile(Mapping[str, np.ndarray]):
             raise ConfigError(f"checkpoint {str(self.path)!r}: {name} changed while it was read")
         if array.dtype.kind != "f" and array.dtype != ml_dtypes.bfloat16:
             raise ConfigError(
-                f"checkpoint {str(self.path)!r}: {name} is {array.dtype}, not floating point"
+                f"checkpoint {str(self.path)!r}: {name} is {array.dtype}, {_NO_FLOAT}"
             )
         if not np.all(np.isfinite(array)):
             raise ConfigError(f"checkpoint {str(self.path)!r}: {name} has NaN or infinite values")
@@ -88,35 +90,17 @@ Opened = tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray]]
 
 
 def _open_torch(path: Path) -> Opened:
-    import torch
-
-    def load() -> dict[str, Any]:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as e:
-            if "mmap" not in str(e):  # the format from before zip files cannot be mapped
-                raise
-            return torch.load(path, map_location="cpu", weights_only=True)
-
-    def read(name: str) -> np.ndarray:
-        # A new map each time: pages of the file that one tensor touched are given back.
-        tensor = load()[name].detach().contiguous()
-        if tensor.dtype == torch.bfloat16:
-            return tensor.view(torch.int16).numpy().copy().view(ml_dtypes.bfloat16)
-        return tensor.numpy().copy()
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        state = load()
+    file = TorchFile(path)
+    state = file.content
     if not isinstance(state, dict) or not state:
         raise ConfigError(f"checkpoint {str(path)!r} holds no dictionary of tensors")
     for name, tensor in state.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+        if not isinstance(tensor, Tensor):
             raise ConfigError(
-                f"checkpoint {str(path)!r} holds {type(tensor).__name__} {str(name)[:80]!r}: "
-                "give a plain state dict, of tensors alone"
+                f"checkpoint {str(path)!r} holds {type(tensor).__name__} {name[:80]!r}: "
+                "give a plain state dict, of tensors only"
             )
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}, read
+    return {name: tensor.shape for name, tensor in state.items()}, lambda n: file.read(state[n])
 
 
 def _open_safetensors(path: Path) -> Opened:
@@ -140,15 +124,17 @@ def _open_npz(path: Path) -> Opened:
     with zipfile.ZipFile(path) as archive:
         for member in archive.namelist():
             with archive.open(member) as file:
-                version = np.lib.format.read_magic(file)
-                header = {
-                    (1, 0): np.lib.format.read_array_header_1_0,
-                    (2, 0): np.lib.format.read_array_header_2_0,
-                }[version]
-                shape, _, dtype = header(file)
-                if dtype.hasobject:
-                    raise ConfigError(f"checkpoint {str(path)!r}: {member} holds Python objects")
-                shapes[member.removesuffix(".npy")] = shape
+                start = io.BytesIO(file.read(_MOST_HEADER))
+            version = np.lib.format.read_magic(start)
+            header = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }[version]
+            shape, _, dtype = header(start)
+            name = member.removesuffix(".npy")
+            if dtype.kind != "f":  # which numpy would read, whatever its size
+                raise ConfigError(f"checkpoint {str(path)!r}: {name} is {dtype}, {_NO_FLOAT}")
+            shapes[name] = shape
 
     def read(name: str) -> np.ndarray:
         with np.load(path, allow_pickle=False) as file:

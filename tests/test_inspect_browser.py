@@ -20,9 +20,10 @@ from inspect_samples import HOSTILE, TEXTS, probe_texts
 
 from hnet.config import ChunkingConfig, HNetConfig, StageConfig
 from hnet.data import DataConfig
+from hnet.inspect.index import FOLDER, INDEX, SegmentationIndex
 from hnet.inspect.page import to_html
-from hnet.inspect.segmentation import Segmentation, characters, is_invalid
-from hnet.inspect.store import FOLDER, SegmentationIndex, SegmentationLog
+from hnet.inspect.segmentation import Segmentation, StageBoundaries, characters, is_invalid
+from hnet.inspect.store import SegmentationLog
 from hnet.train.config import CheckpointConfig, EvalConfig, TrainConfig
 from tests.training import run, tiny_run
 
@@ -31,8 +32,8 @@ sync_api = pytest.importorskip(
     "playwright.sync_api", reason="playwright is not installed: pip install -e '.[browser]'"
 )
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found: apt install chromium")
-RUN, OTHER = "seed 1/tensorboard", "seed 2/tensorboard"
-GROWING = "outer/tensorboard"  # the other run's outer stage, without routes
+RUN, OTHER = "seed 1", "seed 2"
+GROWING = "outer"  # the other run's outer stage, without routes
 STEPS = {RUN: [0, 10, 20, 30], OTHER: [0, 15, 30]}
 NEWEST = 30
 BUILT_IN = 5  # probe texts that every run has
@@ -50,7 +51,7 @@ def trained(tmp_path_factory):
     main = StageConfig(("T1",), 16, 32, num_heads=2, rotary_emb_dim=4)
     for seed, (name, steps) in enumerate(STEPS.items(), 1):
         config = tiny_run(
-            root / name.partition("/")[0],
+            root / name,
             model=HNetConfig((outer, outer, main)),
             seed=seed,
             data=DataConfig((str(root / "text.txt"),), batch_size=4, seq_len=64),
@@ -72,7 +73,7 @@ def stored(trained):
     """(run, step, name) -> what the run wrote."""
     found = {}
     for name in STEPS:
-        index = SegmentationIndex(trained / name / FOLDER)
+        index = SegmentationIndex(trained / name / "tensorboard" / FOLDER)
         index.refresh()
         assert index.steps == STEPS[name]
         for step in index.steps:
@@ -85,7 +86,7 @@ def stored(trained):
 @pytest.fixture(scope="module")
 def grow(trained, stored):
     """Lets a third run write its next step; two are there."""
-    log = SegmentationLog(trained / GROWING)
+    log = SegmentationLog(trained / GROWING / "tensorboard")
 
     def write(step):
         texts = [seg for (*of, _), seg in stored.items() if of == [OTHER, step]]
@@ -533,3 +534,65 @@ def test_self_contained_page(open_page, tmp_path, stored):
         assert cut_text(page, "english", column) == shown(stored[name, NEWEST, "english"], 0)
     assert "".join(cut_text(page, "hostile")) == HOSTILE
     assert "pwned" not in page.title()
+
+
+def test_kinds_and_names_of_any_spelling(open_page, tmp_path):
+    evil = "constructor", "__proto__", "toString", "\u202e\x1b[2J\n<b>", "hasOwnProperty"
+    gold = {kind: (2, 4) for kind in evil}
+    stage = StageBoundaries((0, 2, 5), (1.0, 0.1, 0.9, 0.2, 0.3, 0.8))
+    texts = [
+        Segmentation(b"abcdef", "plain", (stage,)),
+        Segmentation(b"abcdef", evil[3], (stage,), ((0, evil[3]),), gold),
+        Segmentation(b"abcdef", "__proto__", (stage,), ((0, "constructor"),), gold),
+    ]
+    page_file = tmp_path / "page.html"
+    page_file.write_text(to_html({name: texts for name in evil}, title=evil[3]), encoding="utf-8")
+    page = open_page(page_file.as_uri())
+    spelled = "\\u{202e}\\u{001b}[2J\\n<b>"
+    assert page.title() == spelled
+    for name in evil:
+        page.get_by_label("Run", exact=True).select_option(name)
+        page.get_by_label("Gold boundaries").select_option(name)
+        sync_api.expect(page.locator(".text .gold.hit")).to_have_count(2)
+        sync_api.expect(page.locator(".text .gold.missed")).to_have_count(2)
+    assert page.locator(".card .name").all_text_contents() == ["plain", spelled, "__proto__"]
+    assert page.locator(".route").all_text_contents() == [spelled, "constructor"]
+    assert not re.search("[\u202e\x1b]", page.locator("body").inner_text())
+
+
+def test_an_error_is_told_in_words(view, watched):
+    page, _ = watched
+    page.route(
+        "**/view?*",
+        lambda route: route.fulfill(status=502, content_type="text/html", body="<html>"),
+    )
+    to_first = view.get_by_label("Training step")
+    to_first.fill("1")
+    notice = view.locator(".notice")
+    sync_api.expect(notice).to_have_text(
+        re.compile("could not be loaded: TensorBoard answered 502$")
+    )
+    page.unroute("**/view?*")
+    page.route("**/view?*", lambda route: route.abort())
+    to_first.fill("2")
+    sync_api.expect(notice).to_contain_text("TensorBoard does not answer")
+    page.unroute("**/view?*")
+    to_first.fill("1")
+    card(view, "english").wait_for()
+
+
+def test_damage_of_a_run_is_told(trained, open_page, address):
+    folder = trained / "damaged" / "tensorboard"
+    shutil.copytree(trained / RUN / "tensorboard" / FOLDER, folder / FOLDER)
+    with open(folder / FOLDER / INDEX, "ab") as f:
+        f.write(b'{"step": Infinity, "rows": {}}\n\xff\n')
+    for _ in range(60):  # TensorBoard looks for new runs now and then
+        page = open_page(address + PLUGIN)
+        if page.get_by_label("Run", exact=True).locator("option", has_text="damaged").count():
+            break
+        page.wait_for_timeout(500)
+    page.get_by_label("Run", exact=True).select_option("damaged")
+    told = page.locator(".notice", has_text="damaged: 2 damaged lines of its index left out")
+    told.wait_for()
+    card(page, "english").wait_for()
+    shutil.rmtree(trained / "damaged")

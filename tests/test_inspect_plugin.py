@@ -15,8 +15,8 @@ from inspect_samples import probe_texts, segment
 from tensorboard.plugins.base_plugin import TBContext
 from werkzeug.test import Client
 
+from hnet.inspect import index, store
 from hnet.inspect import plugin as plugin_module
-from hnet.inspect import store
 from hnet.inspect.plugin import BoundariesPlugin
 from hnet.inspect.segmentation import Segmentation
 
@@ -73,7 +73,7 @@ def test_a_view_of_one_among_many_opens_three_files(many_runs, opened):
     opened.clear()
     _, view = backend.get("/view", run=run, step=123, keys=",".join(info["texts"]))
     assert len(view["views"]) == 2
-    assert sorted(map(os.path.basename, opened)) == [store.STEPS, store.TEXTS]
+    assert sorted(map(os.path.basename, opened)) == [index.STEPS, index.TEXTS]
 
 
 def test_views_are_segmentations(tmp_path):
@@ -105,7 +105,7 @@ def test_activity_is_looked_up_rarely_and_reads_nothing(many_runs, opened, monke
 
 def test_inactive_without_data(tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / store.FOLDER).mkdir()  # without an index
+    (tmp_path / "run" / index.FOLDER).mkdir()  # without an index
     assert not Backend(tmp_path).plugin.is_active()
     assert not Backend(tmp_path / "none").plugin.is_active()
     assert not Backend("gs://bucket/runs").plugin.is_active()
@@ -129,14 +129,74 @@ def test_requests_without_sense_are_refused(tmp_path):
     assert backend.get("/view", run="a", step=7, keys="k") == (200, {"views": {}})
 
 
-def test_runs_are_named_as_tensorboard_names_them(tmp_path):
-    write(tmp_path, [1])
-    write(tmp_path / "b" / "tensorboard", [1])
-    write(tmp_path / "b" / "checkpoints" / "x", [1])  # never looked into
-    os.symlink(tmp_path, tmp_path / "b" / "cycle")
-    os.symlink(tmp_path / "b", tmp_path / "linked")
+def test_names_of_runs(tmp_path):
+    """As TensorBoard names them, without /tensorboard; links are followed once."""
+    root = tmp_path / "all"
+    write(root, [1])
+    write(root / "b" / "tensorboard", [1])
+    write(root / "b" / "checkpoints" / "x", [1])  # never looked into
+    write(root / "c", [1])
+    write(root / "c" / "tensorboard", [1])  # c alone would be two runs
+    write(root / "d\x1b[2J\u202e\n", [1])
+    os.symlink(root, root / "b" / "cycle")
+    os.symlink(root / "b" / "tensorboard", root / "linked")
+    os.symlink(root / "nowhere", root / "dangling")
+    backend = Backend(root)
+    found = backend.get("/runs")[1]["runs"]
+    assert found == ["all", "b", "c", "c/tensorboard", "d\\u{001b}[2J\\u{202e}\\n"]
+    assert all(backend.get("/run", run=run)[1]["steps"] == [1] for run in found)
+    assert Backend(root / "c").get("/runs")[1]["runs"] == ["c", "tensorboard"]
+
+
+def test_names_that_look_alike_are_told_apart(tmp_path):
+    for name in (b"a\xff", b"a\\xff", b"a\\xff/tensorboard"):
+        write(os.fsdecode(os.fsencode(tmp_path) + b"/" + name), [1])
     found = Backend(tmp_path).get("/runs")[1]["runs"]
-    assert found[0] == "." and len(found) == 2 and found[1].endswith("/tensorboard")
+    assert sorted(found) == ["a\\xff", "a\\xff (2)", "a\\xff/tensorboard"]
+
+
+def test_runs_lie_as_deep_as_they_like(tmp_path):
+    """Deeper than Python may recurse."""
+    folder = str(tmp_path)
+    for _ in range(1500):
+        os.mkdir(folder := folder + "/d")
+    write(folder, [1])
+    assert len(Backend(tmp_path).get("/runs")[1]["runs"]) == 1
+
+
+@pytest.mark.parametrize("name", [index.INDEX, index.STEPS, index.TEXTS])
+@pytest.mark.parametrize(
+    "line",
+    [b'{"step": Infinity, "rows": {}}', b'{"text": "k"}', b"[" * 100_000, b"\xff", b"<html>",
+     b'{"step": 1, "rows": {"k": [1e300, 1e300]}}', b'{"step": 1, "rows": {"k": [0, 4]}}'],
+)  # fmt: skip
+def test_damaged_files_are_no_error(tmp_path, name, line):
+    write(tmp_path / "a", [1])
+    with open(tmp_path / "a" / index.FOLDER / name, "ab") as f:
+        f.write(line + b"\n")
+    backend = Backend(tmp_path)
+    status, info = backend.get("/run", run="a")
+    assert status == 200 and info["steps"] == [1] and len(info["texts"]) == 2
+    assert info["damaged"] == (name == index.INDEX and b"[0, 4]" not in line)
+    keys = ",".join([*info["texts"], "k", "constructor", "__proto__"])
+    status, found = backend.get("/view", run="a", step=1, keys=keys)
+    assert status == 200 and list(found["views"]) == list(info["texts"])
+
+
+@pytest.mark.parametrize("name", [index.INDEX, index.STEPS, index.TEXTS])
+def test_files_that_are_none_are_no_error(tmp_path, name):
+    write(tmp_path / "a", [1])
+    backend = Backend(tmp_path)
+    keys = ",".join(backend.get("/run", run="a")[1]["texts"])
+    path = tmp_path / "a" / index.FOLDER / name
+    path.unlink()
+    os.mkfifo(path)
+    assert backend.get("/run", run="a")[0] == 200
+    assert Backend(tmp_path).get("/runs")[0] == 200
+    empty = (
+        {} if name != index.INDEX else backend.get("/view", run="a", step=1, keys=keys)[1]["views"]
+    )
+    assert backend.get("/view", run="a", step=1, keys=keys) == (200, {"views": empty})
 
 
 def test_logdir_spec(tmp_path):

@@ -1,4 +1,5 @@
 import logging
+import resource
 
 import fsspec
 import numpy as np
@@ -7,9 +8,9 @@ from inspect_samples import probe_texts, segment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hnet.errors import ConfigError
+from hnet.inspect.index import FOLDER, INDEX, SegmentationIndex
 from hnet.inspect.mirror import Mirror
 from hnet.inspect.segmentation import Segmentation, StageBoundaries
-from hnet.inspect.store import FOLDER, INDEX
 from hnet.inspect.writer import DASHBOARDS, RunWriter, p_map
 
 
@@ -47,7 +48,7 @@ def test_everything_a_probe_step_writes(tmp_path):
         found.Tags()["histograms"]
     )
     assert found.Tags()["images"] == ["probe/stage0/p_map", "probe/stage1/p_map"]
-    text = found.Tensors("probe/text_00/text_summary")[1].tensor_proto.string_val[0].decode()
+    text = found.Tensors("probe/text_00")[1].tensor_proto.string_val[0].decode()
     assert text.startswith("**english**") and "|lighthouse" in text
     assert (tmp_path / FOLDER / INDEX).exists()
     buckets = found.Histograms("probe/stage0/boundary_prob")[0].histogram_value
@@ -87,6 +88,67 @@ def test_resuming_hides_what_came_after(tmp_path):
     with RunWriter(tmp_path, resume_step=1) as writer:
         writer.scalars(2, {"train/bpb": 20})
     assert [(e.step, e.value) for e in events(tmp_path).Scalars("train/bpb")] == [(1, 1), (2, 20)]
+
+
+def test_a_start_from_nothing_and_a_rollback_hide_what_came_before(tmp_path):
+    segs = probe_texts()[:1]
+    with RunWriter(tmp_path) as writer:
+        for step in (0, 1, 2):
+            writer.scalars(step, {"train/bpb": step})
+            writer.write_segmentations(step, segs, summaries=False)
+    with RunWriter(tmp_path, resume_step=-1) as writer:
+        for step in (0, 1, 2, 3):
+            writer.scalars(step, {"train/bpb": 10 + step})
+            writer.write_segmentations(step, segs, summaries=False)
+        writer.go_back(1)
+        writer.scalars(2, {"train/bpb": 22})
+    found = [(e.step, e.value) for e in events(tmp_path).Scalars("train/bpb")]
+    assert found == [(0, 10), (1, 11), (2, 22)]
+    index = SegmentationIndex(tmp_path / FOLDER)
+    index.refresh()
+    assert index.steps == [0, 1]
+
+
+@pytest.fixture
+def full_disk():
+    """Lets a file grow to so many bytes only, from now on."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("what", ["scalars", "texts", "both"])
+def test_a_full_disk_ends_the_log_and_not_the_run(tmp_path, full_disk, what):
+    said, segs = [], probe_texts()
+    segs = [segment(t, 0.5, np.random.default_rng(0)) for t in segs]
+    writer = RunWriter(tmp_path, say=said.append)
+    writer.scalars(0, {"train/bpb": 1.0})
+    full_disk(8192)
+    for step in range(1, 300):
+        if what != "texts":
+            writer.scalars(step, {"train/bpb": 2.0})
+        if what != "scalars" and step < 10:
+            assert writer.write_segmentations(step, segs)["probe/stage0/bytes_per_chunk"] > 1
+    writer.close()
+    (line,) = said
+    assert line.startswith(f"the log in {tmp_path} cannot be written") and "goes on" in line
+    assert events(tmp_path).Scalars("train/bpb")[0].value == 1.0
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, full_disk):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="log folder .*file/tensorboard' cannot be written"):
+        RunWriter(tmp_path / "file" / "tensorboard")
+    full_disk(0)
+    with pytest.raises(ConfigError, match="cannot be written: File too large"):
+        RunWriter(tmp_path / "tensorboard")
+
+
+def test_damage_is_told(tmp_path):
+    (tmp_path / FOLDER / INDEX).mkdir(parents=True)
+    with RunWriter(tmp_path) as writer:
+        assert "it is now index.jsonl.aside-1" in writer.notes[0]
+        writer.write_segmentations(0, probe_texts())
 
 
 def test_histogram_counts_finite_values(tmp_path):

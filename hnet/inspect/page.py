@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from hnet.inspect.plugin import assets
 from hnet.inspect.segmentation import Segmentation
 from hnet.inspect.store import text_facts, text_key
+from hnet.printable import printable
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -45,7 +46,7 @@ def to_html(
     data = {name: _run(texts, step) for name, texts in runs.items()}
     script = assets.script() + "render();\n"
     return _PAGE.format(
-        title=html.escape(title),
+        title=html.escape(printable(title)),
         style=assets.style(),
         data=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
         script=script,

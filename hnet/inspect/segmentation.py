@@ -17,7 +17,6 @@ outside it for the others, that is one entry for each of its `starts`.
 """
 
 import base64
-import binascii
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -112,7 +111,7 @@ class Segmentation:
             )
         except ConfigError:
             raise
-        except (KeyError, TypeError, ValueError, AttributeError, binascii.Error) as e:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
             raise ConfigError(
                 f"segmentation JSON is incomplete or malformed ({type(e).__name__}: {e}): "
                 "write it with Segmentation.to_json"
@@ -173,7 +172,7 @@ def read_segmentations(path: str | os.PathLike) -> list[Segmentation]:
             content = [json.loads(line) for line in f if line.strip()]
     except OSError as e:
         raise ConfigError(f"segmentation file {os.fspath(path)!r}: {e.strerror}") from None
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ConfigError(f"segmentation file {os.fspath(path)!r} is not JSON: {e}") from None
     return [Segmentation.from_json(item) for item in content]
 

@@ -5,15 +5,17 @@ A run keeps three append-only files of JSON lines in ``<logdir>/boundaries/``:
 * ``texts.jsonl``: a line a text, everything that does not change (`segmentation.text_json`).
 * ``steps.jsonl``: a line a text and step, ``{"step", "key", "stages": [...]}``.
 * ``index.jsonl``: small lines that say where the others are, each written after what it names:
-  ``{"resume": step or null, "session": ns}`` when a writer opens the folder,
+  ``{"resume": step or null, "session": ns}`` when a writer opens the folder or goes back,
   ``{"text": key, "digest", "at": [offset, length], "name", "bytes", "routes", "gold"}`` and
   ``{"step", "rows": {key: [offset, length]}}``.
 
 Later lines win: a step written again replaces the older one text by text, and ``resume`` takes back
 all steps after it, which a run that went back to a checkpoint has not reached yet. A line that a
-killed process left unfinished is ignored. One process writes; any number may read meanwhile.
+killed process left unfinished is ignored, and so is any other damaged one, which is counted. One
+process writes; any number may read meanwhile.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -22,26 +24,60 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hnet.inspect.index import FOLDER, INDEX, STEPS, TEXTS, SegmentationIndex
 from hnet.inspect.segmentation import Segmentation, text_json
-
-FOLDER = "boundaries"
-INDEX = "index.jsonl"
-TEXTS = "texts.jsonl"
-STEPS = "steps.jsonl"
 
 
 class SegmentationLog:
     """The writing side; opens or creates ``<logdir>/boundaries``."""
 
     def __init__(self, logdir: str | os.PathLike, *, resume_step: int | None = None):
-        """resume_step: the step training goes on from; steps after it are taken back."""
+        """resume_step: the step training goes on from; steps after it are taken back.
+
+        Raises OSError for a folder that cannot be written.
+        """
         self.folder = Path(logdir) / FOLDER
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.notes: list[str] = []
+        """What was found damaged, a line each."""
+        self._make_room()
         known = SegmentationIndex(self.folder)
         known.refresh()
-        self._written = {key: text.get("digest") for key, text in known.texts.items()}
-        self._files = {name: _open_for_append(self.folder / name) for name in (TEXTS, STEPS, INDEX)}
-        self._append(INDEX, {"resume": resume_step, "session": time.time_ns()})
+        if known.damaged:
+            s, are = ("s", "are") if known.damaged > 1 else ("", "is")
+            self.notes.append(
+                f"{self.folder / INDEX}: {known.damaged} damaged line{s} {are} left out"
+            )
+        whole = known.read_texts(known.texts)
+        self._written = {key: known.texts[key].digest for key in whole}
+        with contextlib.ExitStack() as opened:
+            self._files = {
+                name: opened.enter_context(_open_for_append(self.folder / name))
+                for name in (TEXTS, STEPS, INDEX)
+            }
+            self.go_back(resume_step)
+            self._opened = opened.pop_all()
+
+    def _make_room(self) -> None:
+        """Set aside what is no folder, or no file, where one must be."""
+        if os.path.lexists(self.folder) and not self.folder.is_dir():
+            self._set_aside(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in (TEXTS, STEPS, INDEX):
+            path = self.folder / name
+            if os.path.lexists(path) and not path.is_file():
+                self._set_aside(path)
+
+    def _set_aside(self, path: Path) -> None:
+        n = 1
+        while os.path.lexists(aside := path.with_name(f"{path.name}.aside-{n}")):
+            n += 1
+        path.rename(aside)
+        self.notes.append(f"{path} is not what it must be: it is now {aside.name}")
+
+    def go_back(self, step: int | None) -> None:
+        """Take back all steps after `step`; None: none."""
+        self._append(INDEX, {"resume": step, "session": time.time_ns()})
+        self.flush()
 
     def write(self, step: int, segmentations: Sequence[Segmentation]) -> None:
         """Add the segmentations of a step; flushed to the system when this returns."""
@@ -50,7 +86,6 @@ class SegmentationLog:
             static, key = text_json(seg), text_key(seg)
             digest = _digest(json.dumps(static))
             if self._written.get(key) != digest:  # a new text, or other routes or gold than before
-                self._written[key] = digest
                 at = self._append(TEXTS, {"key": key, **static})
                 new.append({"text": key, "digest": digest, "at": at, **text_facts(seg)})
             row = {"step": int(step), "key": key, "stages": seg.to_json()["stages"]}
@@ -59,14 +94,14 @@ class SegmentationLog:
         for entry in [*new, {"step": int(step), "rows": rows}]:
             self._append(INDEX, entry)
         self.flush()
+        self._written |= {entry["text"]: entry["digest"] for entry in new}
 
     def flush(self) -> None:
         for file in self._files.values():
             file.flush()
 
     def close(self) -> None:
-        for file in self._files.values():
-            file.close()
+        self._opened.close()
 
     def _append(self, name: str, content: dict[str, Any]) -> list[int]:
         """Write a line; its offset and length."""
@@ -96,7 +131,7 @@ def text_facts(seg: Segmentation) -> dict[str, Any]:
 
 
 def _open_for_append(path: Path):
-    """Open at the end, behind a line end: what a killed writer left stays a line of its own."""
+    """Open at the end, after a line end: what a killed writer left stays a line of its own."""
     file = open(path, "a+b")
     end = file.seek(0, os.SEEK_END)
     if end:
@@ -105,93 +140,3 @@ def _open_for_append(path: Path):
             file.write(b"\n")
     file.seek(0, os.SEEK_END)
     return file
-
-
-class SegmentationIndex:
-    """The reading side: follows the index of one run's ``boundaries`` folder as it grows."""
-
-    def __init__(self, folder: str | os.PathLike):
-        self.folder = Path(folder)
-        self._forget()
-
-    def _forget(self) -> None:
-        self.texts: dict[str, dict[str, Any]] = {}
-        """key -> name, bytes, routes, gold kinds, place"""
-        self._rows: dict[int, dict[str, list[int]]] = {}
-        self._parsed = 0
-        self._head = b""
-
-    def refresh(self) -> None:
-        """Take in the lines added since the last call: one file opened, none if nothing changed."""
-        try:
-            size = os.path.getsize(self.folder / INDEX)
-            if size == self._parsed:
-                return
-            with open(self.folder / INDEX, "rb") as f:
-                head = f.readline()
-                if head != self._head or size < self._parsed:
-                    self._forget()  # another run took the place of the one that was read
-                    self._head = head
-                f.seek(self._parsed)
-                complete, newline, _ = f.read().rpartition(b"\n")
-        except OSError:
-            return  # no index (yet): an empty run
-        self._parsed += len(complete) + len(newline)
-        for line in complete.split(b"\n"):
-            self._take(line)
-
-    def _take(self, line: bytes) -> None:
-        try:
-            entry = json.loads(line)
-            if "text" in entry:
-                self.texts[entry["text"]] = entry
-            elif "step" in entry:
-                self._rows.setdefault(int(entry["step"]), {}).update(entry["rows"])
-            elif entry["resume"] is not None:
-                for step in [s for s in self._rows if s > entry["resume"]]:
-                    del self._rows[step]
-        except (ValueError, KeyError, TypeError):
-            return  # the unfinished line of a killed writer
-
-    @property
-    def steps(self) -> list[int]:
-        """Steps that have segmentations, increasing."""
-        return sorted(self._rows)
-
-    def keys(self, step: int) -> list[str]:
-        """Keys of the texts of a step, in the order they were written."""
-        return list(self._rows.get(step, ()))
-
-    def read(self, step: int, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """JSON forms of texts at a step by key; opens two files whatever the number of keys.
-
-        A key is missing from the result if the step has no such text or its lines are damaged.
-        """
-        rows = self._rows.get(step, {})
-        wanted = [key for key in keys if key in rows and key in self.texts]
-        if not wanted:
-            return {}
-        try:
-            texts = _read_lines(self.folder / TEXTS, [self.texts[key]["at"] for key in wanted])
-            stages = _read_lines(self.folder / STEPS, [rows[key] for key in wanted])
-        except OSError:
-            return {}
-        views = {}
-        for key, text, row in zip(wanted, texts, stages):
-            if text.pop("key", None) == row.get("key") == key and row.get("step") == step:
-                views[key] = {**text, "stages": row.get("stages")}
-        return views
-
-
-def _read_lines(path: Path, places: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
-    """The objects at (offset, length) places; an empty one where there is no whole object."""
-    found = []
-    with open(path, "rb") as f:
-        for offset, length in places:
-            f.seek(offset)
-            try:
-                content = json.loads(f.read(length))
-            except ValueError:
-                content = {}
-            found.append(content if isinstance(content, dict) else {})
-    return found

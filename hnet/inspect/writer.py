@@ -6,21 +6,23 @@ Tags that dashboards and people rely on: ``train/bpb``, ``loss/ce``, ``eval/bpb`
 `RunWriter.write_segmentations` measures on its texts stands under ``probe/``.
 """
 
+import contextlib
+import logging
 import os
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
-from tensorboardX import SummaryWriter
-from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.summary import custom_scalars, hparams
 
+from hnet.errors import ConfigError
+from hnet.inspect import events
+from hnet.inspect.events import EventFile, Value
 from hnet.inspect.metrics import summarize
 from hnet.inspect.mirror import Mirror
 from hnet.inspect.render import to_markdown
 from hnet.inspect.segmentation import Segmentation
 from hnet.inspect.store import SegmentationLog
 
+_log = logging.getLogger(__name__)
 TEXT_SUMMARIES = 8
 """texts of a step written as Markdown; TensorBoard itself keeps few steps of them"""
 P_MAP_BYTES = 256
@@ -53,9 +55,8 @@ DASHBOARDS = {
 class RunWriter:
     """Writes one run's log folder. One process of a run should have one; close it, or use `with`.
 
-    logdir is a local folder. mirror, a URL such as gs://bucket/run, gets a copy in the background.
-    resume_step is the step training goes on from: what an earlier process logged after it no
-    longer counts (it stays in the files).
+    A fault while writing, such as a full disk, is said once and ends the log, not the run. What was
+    written before stays readable.
     """
 
     def __init__(
@@ -65,24 +66,34 @@ class RunWriter:
         resume_step: int | None = None,
         mirror: str | None = None,
         mirror_secs: float = 60.0,
-        flush_secs: int = 10,
+        say: Callable[[str], None] = _log.warning,
     ):
-        logdir = os.fspath(logdir)
-        self._mirror = Mirror(logdir, mirror, period=mirror_secs) if mirror else None
-        purge_step = None if resume_step is None else resume_step + 1
-        self._events = SummaryWriter(
-            logdir,
-            purge_step=purge_step,
-            flush_secs=flush_secs,
-            filename_suffix=f".{time.time_ns()}",  # else a restart within a second overwrites
-        )
-        self._log = SegmentationLog(logdir, resume_step=resume_step)
-        self._session_end: Summary | None = None
-        charts = {
-            category: {title: ["Multiline", tags] for title, tags in charts.items()}
-            for category, charts in DASHBOARDS.items()
-        }
-        self._add(custom_scalars(charts), 0)
+        """logdir: local folder. mirror: URL such as gs://bucket/run, where a copy is kept in the
+        background. resume_step: the step training goes on from; what an earlier process logged
+        after it no longer counts (it stays in the files). -1: nothing that was logged counts.
+
+        Raises ConfigError for a folder that cannot be written.
+        """
+        self.logdir, self._say, self._is_open = os.fspath(logdir), say, True
+        self._mirror = Mirror(self.logdir, mirror, period=mirror_secs) if mirror else None
+        self._described: set[str] = set()
+        self._has_hparams = False
+        try:
+            self._events = EventFile(self.logdir)
+            self._log = SegmentationLog(self.logdir, resume_step=resume_step)
+        except OSError as e:
+            raise ConfigError(
+                f"log folder {self.logdir!r} cannot be written: {e.strerror}"
+            ) from None
+        with self._guarded():
+            if resume_step is not None:
+                self._events.purge(resume_step + 1)
+            self._events.add([events.charts(DASHBOARDS)], 0)
+
+    @property
+    def notes(self) -> list[str]:
+        """What was found damaged in the folder, a line each."""
+        return self._log.notes
 
     def __enter__(self) -> "RunWriter":
         return self
@@ -90,41 +101,56 @@ class RunWriter:
     def __exit__(self, *exc) -> None:
         self.close()
 
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Ends the log at a fault of the file system."""
+        try:
+            yield
+        except OSError as e:
+            self._is_open = False
+            self._say(
+                f"the log in {self.logdir} cannot be written ({e.strerror}): the run goes on "
+                "without it"
+            )
+
+    def _add(self, step: int, values: Sequence[Value | None]) -> None:
+        values = [value for value in values if value is not None]
+        if self._is_open and values:
+            with self._guarded():
+                self._events.add(values, step)
+
+    def go_back(self, step: int) -> None:
+        """Take back what was logged after `step`, which the run does again; -1: everything."""
+        if self._is_open:
+            with self._guarded():
+                self._events.purge(step + 1)
+                self._log.go_back(step)
+
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Log scalars by tag, all in one event."""
-        summary = Summary(
-            value=[Summary.Value(tag=tag, simple_value=float(v)) for tag, v in values.items()]
-        )
-        self._add(summary, step)
+        self._add(step, [events.scalar(tag, value) for tag, value in values.items()])
 
     def histogram(
         self, step: int, tag: str, values: np.ndarray, bins: int | np.ndarray = 30
     ) -> None:
         """Log the distribution of the finite values, of any shape; bins: a number, or the edges."""
-        values = np.asarray(values, np.float64).reshape(-1)
-        values = values[np.isfinite(values)]
-        if values.size:
-            counts, limits = np.histogram(values, bins)
-            self._events.add_histogram_raw(
-                tag, values.min(), values.max(), values.size, values.sum(), values @ values,
-                limits[1:].tolist(), counts.tolist(), global_step=step,
-            )  # fmt: skip
+        self._add(step, [events.histogram(tag, values, bins)])
 
     def text(self, step: int, tag: str, markdown: str) -> None:
         """Log Markdown, which TensorBoard renders: escape what comes from data."""
-        self._events.add_text(tag, markdown, step)
+        self._add(step, [events.text(tag, markdown)])
 
     def image(self, step: int, tag: str, pixels_HWC: np.ndarray) -> None:
         """Log an RGB image, uint8 (height, width, 3)."""
-        self._events.add_image(tag, pixels_HWC, step, dataformats="HWC")
+        self._add(step, [events.image(tag, pixels_HWC)])
 
     def hparams(self, values: Mapping[str, bool | int | float | str]) -> None:
         """Say what distinguishes this run; its scalars become the metrics of the HParams tab.
 
         No list of hyperparameters is fixed, so runs with different ones all show in one table.
         """
-        _, start, self._session_end = hparams(dict(values), {})
-        self._add(start, 0)
+        self._add(0, events.hparams(values))
+        self._has_hparams = True
 
     def write_segmentations(
         self, step: int, segmentations: Sequence[Segmentation], *, summaries: bool = True
@@ -135,7 +161,9 @@ class RunWriter:
         distributions of p and chunk length, images of p over position, texts with marks. Returns
         the scalars.
         """
-        self._log.write(step, segmentations)
+        if self._is_open:
+            with self._guarded():
+                self._log.write(step, segmentations)
         return self._summaries(step, segmentations) if summaries and segmentations else {}
 
     def _summaries(self, step: int, segmentations: Sequence[Segmentation]) -> dict[str, float]:
@@ -153,22 +181,15 @@ class RunWriter:
             self.text(step, f"probe/text_{n:02}", to_markdown(seg))
         return scalars
 
-    def flush(self) -> None:
-        """Hand what was logged to the operating system."""
-        self._events.flush()
-        self._log.flush()
-
     def close(self) -> None:
         """Finish the files; the last copy to the mirror is made before this returns."""
-        if self._session_end is not None:
-            self._add(self._session_end, 0)
-        self._events.close()
-        self._log.close()
+        if self._has_hparams:
+            self._add(0, [events.session_end()])
+        for file in (self._events, self._log):
+            with self._guarded() if self._is_open else contextlib.suppress(OSError):
+                file.close()
         if self._mirror is not None:
             self._mirror.close()
-
-    def _add(self, summary: Summary, step: int) -> None:
-        self._events.file_writer.add_summary(summary, step)
 
 
 def p_map(segmentations: Sequence[Segmentation], stage: int) -> np.ndarray:

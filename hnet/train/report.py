@@ -41,8 +41,11 @@ class Report:
         self.metrics = self.writer = None
         if self.speaks:
             self.metrics = MetricsFile(self.folder.path, start_step)
-            self.writer = RunWriter(tensorboard, resume_step=start_step or None)
+            # a start at 0 goes on after no step, whatever an earlier one logged
+            self.writer = RunWriter(tensorboard, resume_step=start_step or -1, say=self.say)
         self.line = LiveLine(config.train.steps, start_step, enabled=self.speaks)
+        for note in self.writer.notes if self.writer else ():
+            self.say(note)
         is_held = tuple(s.chunking.hold_rate for s in config.model.stages[:-1])
         self.alarms = BoundaryAlarms(is_held, config.controller.hold_from(config.train.steps))
         self.logged_at, self.logged_bytes, self.logged_wait = time.monotonic(), None, 0.0
@@ -142,6 +145,7 @@ class Report:
         self.say(f"{why}: rolled back to step {step}")
         if self.metrics:
             self.metrics = MetricsFile(self.folder.path, step)
+            self.writer.go_back(step)
 
 
 class Trace:

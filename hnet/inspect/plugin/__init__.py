@@ -2,21 +2,23 @@
 
 Installed with the package (entry point ``tensorboard_plugins``); nothing to configure. It finds
 the runs below ``--logdir`` (or ``--logdir_spec``) that have a ``boundaries`` folder and reads no
-more of them than a view shows, so a hundred runs cost what one does. Local folders only.
+more of them than a view shows, so a hundred runs cost what one does. Local folders only. Damaged
+files are left out of an answer and counted in it.
 """
 
 import os
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 
 from tensorboard.backend import http_util
 from tensorboard.plugins import base_plugin
 from werkzeug import wrappers
 
+from hnet.inspect.index import FOLDER, INDEX, SegmentationIndex
 from hnet.inspect.plugin import assets
-from hnet.inspect.store import FOLDER, INDEX, SegmentationIndex
+from hnet.printable import printable
 
 MAX_KEYS = 64
 """texts a request may ask for"""
@@ -56,7 +58,7 @@ class BoundariesPlugin(base_plugin.TBPlugin):
     def _runs(self) -> dict[str, str]:
         with self._lock:
             if time.monotonic() - self._scanned_at > _SCAN_SECS:
-                self._folders = dict(sorted(_find_runs(self._roots)))
+                self._folders = _named(sorted(_find_runs(self._roots)))
                 self._scanned_at = time.monotonic()
             return self._folders
 
@@ -106,9 +108,8 @@ class BoundariesPlugin(base_plugin.TBPlugin):
 
 
 def _describe(index: SegmentationIndex) -> dict:
-    shown = ("name", "bytes", "routes", "gold")
-    texts = {key: {field: text[field] for field in shown} for key, text in index.texts.items()}
-    return {"steps": index.steps, "texts": texts}
+    texts = {key: text.facts() for key, text in index.texts.items()}
+    return {"steps": index.steps, "texts": texts, "damaged": index.damaged}
 
 
 def _answer(request, content: dict | None):
@@ -132,29 +133,56 @@ def _roots(context: base_plugin.TBContext) -> list[tuple[str, str]]:
 
 
 def _find_runs(roots: list[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """(run name, boundaries folder) below each root, named as TensorBoard names runs."""
+    """(name as TensorBoard gives it, boundaries folder) of each run below each root."""
     for group, root in roots:
-        for folder in _walk(root, set()):
+        for folder in _walk(root):
             path = os.path.relpath(folder, root).replace(os.sep, "/")
-            yield (
-                "/".join(p for p in (group, path) if p and p != ".") or ".",
-                os.path.join(folder, FOLDER),
-            )
+            name = "/".join(p for p in (group, path) if p and p != ".")
+            yield name or os.path.basename(os.path.realpath(root)), os.path.join(folder, FOLDER)
 
 
-def _walk(folder: str, seen: set[str]) -> Iterator[str]:
+def _named(runs: list[tuple[str, str]]) -> dict[str, str]:
+    """Folders by the name that people see: without /tensorboard where that is one run only."""
+    shown = [printable(name.removesuffix("/tensorboard")) for name, _ in runs]
+    count = Counter(shown)
+    found: dict[str, str] = {}
+    for short, (name, folder) in zip(shown, runs):
+        label = long = short if count[short] == 1 else printable(name)
+        n = 1
+        while label in found:
+            n += 1
+            label = f"{long} ({n})"
+        found[label] = folder
+    return found
+
+
+def _walk(root: str) -> Iterator[str]:
     """Folders that hold segmentations; links are followed once, so that a cycle ends."""
-    real = os.path.realpath(folder)
-    if real in seen:
-        return
-    seen.add(real)
+    seen, waiting = set(), [root]
+    while waiting:
+        folder = waiting.pop()
+        real = os.path.realpath(folder)
+        if real in seen:
+            continue
+        seen.add(real)
+        inner = _folders_in(folder)
+        if FOLDER in inner and os.path.isfile(os.path.join(folder, FOLDER, INDEX)):
+            yield folder
+        waiting += (os.path.join(folder, name) for name in inner if name not in _SKIPPED)
+
+
+def _folders_in(folder: str) -> list[str]:
     try:
         with os.scandir(folder) as entries:
-            inner = [e for e in entries if e.name[0] != "." and e.is_dir()]
+            return sorted(
+                (e.name for e in entries if e.name[0] != "." and _is_folder(e)), reverse=True
+            )
     except OSError:
-        return
-    for entry in inner:
-        if entry.name == FOLDER and os.path.exists(os.path.join(entry.path, INDEX)):
-            yield folder
-        elif entry.name not in _SKIPPED:
-            yield from _walk(entry.path, seen)
+        return []
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads nowhere
+        return False

@@ -1,7 +1,7 @@
 // One probe text: its chunks, p over position and figures, for one run or two side by side.
 
 import { describeChunk, drawHistogram, drawStrip, drawText, el } from "./draw.js";
-import { agreement, figures, precisionRecallF1 } from "./text.js";
+import { agreement, figures, precisionRecallF1, printable } from "./text.js";
 
 const DRAWN_BYTES = 4096; // of a longer text, until asked for all
 const percent = (x) => `${(100 * x).toFixed(1)}%`;
@@ -90,7 +90,7 @@ function drawNumbers(seg, starts, { levels, kinds }, longest) {
     if (!f) return null;
     const gold = f.gold.filter(([kind]) => kinds.includes(kind)).map(([kind, score]) => {
       const detail = `precision ${score.precision.toFixed(2)}, recall ${score.recall.toFixed(2)}`;
-      return el("span", { title: detail }, `${kind} F1 ${score.f1.toFixed(2)}`);
+      return el("span", { title: detail }, `${printable(kind)} F1 ${score.f1.toFixed(2)}`);
     });
     const facts = [
       el("b", {}, `stage ${stage}`),
@@ -108,7 +108,7 @@ function drawNumbers(seg, starts, { levels, kinds }, longest) {
 
 /** A card: `views` has [segmentation or null, its starts] for each run shown. */
 export function drawCard(title, views, options, tooltip) {
-  const routes = title.routes.map((name) => el("span", { class: "route" }, name));
+  const routes = title.routes.map((name) => el("span", { class: "route" }, printable(name)));
   const longest = {}; // of each stage over the runs, so that their histograms have one scale
   for (const stage of options.levels) {
     const found = views.map(([seg, starts]) => (seg ? figures([[seg, starts]], stage)?.longest : 0));
@@ -121,7 +121,7 @@ export function drawCard(title, views, options, tooltip) {
     if (!levels.length) return none(`no stage ${options.levels[0]} here`);
     return drawColumn(seg, starts, { ...options, levels }, tooltip, longest);
   });
-  const head = el("h2", {}, el("span", { class: "name" }, title.name || "text"), ...routes);
+  const head = el("h2", {}, el("span", { class: "name" }, printable(title.name) || "text"), ...routes);
   head.append(el("span", { class: "size" }, `${title.bytes} bytes`));
   const card = el("article", { class: "card" }, head, el("div", { class: "columns" }, ...columns));
   return { card, redraw: () => columns.forEach((c) => c.redraw?.()) };
@@ -149,7 +149,7 @@ export function drawSummary(runs, levels) {
     ["coeff. of variation", ({ f }) => f.cv.toFixed(2)],
     ["inside characters", ({ f }) => percent(f.splits)],
     ["p from 0.4 to 0.6", ({ f }) => percent(f.undecided)],
-    ...kinds.map((kind) => [`F1 ${kind}`, score(kind)]),
+    ...kinds.map((kind) => [`F1 ${printable(kind)}`, score(kind)]),
     ["chunk lengths", ({ f, stage }) => drawHistogram(f.lengths, longest(stage), { width: 170, height: 46 })],
   ];
   const head = ["all texts shown", ...columns.map(([name]) => name)].map((name) => el("th", { scope: "col" }, name));

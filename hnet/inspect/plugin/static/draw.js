@@ -1,6 +1,6 @@
 // Drawing of one segmentation. Whatever comes from data enters the page through textContent only.
 
-import { chunksOf, probsAt, routeAt } from "./text.js";
+import { chunksOf, printable, probsAt, routeAt } from "./text.js";
 
 /** An element with attributes and children; strings become text nodes. */
 export function el(tag, attributes = {}, ...children) {
@@ -111,8 +111,8 @@ function fillChunk(node, seg, chunk, chars, goldOffsets, isCut) {
 /** The text as chunks of the stages in `levels`, up to about `limit` bytes; {box, chunks}. */
 export function drawText(seg, starts, { levels, gold, limit }) {
   const box = el("div", { class: "text", dir: "auto", tabindex: "0", role: "group" });
-  box.setAttribute("aria-label", `chunks of ${seg.name}; arrow keys move between them`);
-  const goldOffsets = new Set(seg.gold[gold] ?? []);
+  box.setAttribute("aria-label", `chunks of ${printable(seg.name)}; arrow keys move between them`);
+  const goldOffsets = new Set(seg.gold.get(gold) ?? []);
   const chunks = chunksOf(seg, starts, levels);
   const cutAt = new Set(chunks.map((c) => c.start));
   const isCut = (start, end) => {
@@ -143,13 +143,14 @@ export function describeChunk(seg, chunks, i, levels) {
   const { start, end, depth } = chunks[i];
   const bytes = [...seg.bytes.subarray(start, Math.min(end, start + 16))].map(hex).join(" ");
   const starting = levels.filter((s) => s <= depth).map((s) => `stage ${s}`).join(" and ");
-  const golds = Object.entries(seg.gold).filter(([, o]) => o.includes(start)).map(([kind]) => kind);
+  const golds = [...seg.gold].filter(([, o]) => o.includes(start)).map(([kind]) => printable(kind));
+  const route = routeAt(seg, start);
   return [
     ["chunk", `${i + 1} of ${chunks.length}, starts ${starting}`],
     ["offsets", `${start} to ${end}, ${end - start} byte${end - start === 1 ? "" : "s"}`],
     ["bytes", bytes + (end - start > 16 ? " …" : "")],
     ...probsAt(seg, start).map(({ stage, p }) => [`p stage ${stage}`, p.toFixed(3)]),
-    ["route", routeAt(seg, start)],
+    ["route", route === null ? null : printable(route)],
     ["starts", golds.length ? `gold ${golds.join(", ")}` : null],
     ["note", seg.inside.has(start) ? "starts inside a character" : null],
   ].filter(([, value]) => value !== null);
@@ -182,7 +183,7 @@ export function drawStrip(seg, stage, starts, { gold, threshold, marked }, width
     });
   }
   pen.fillStyle = colour("--gold");
-  for (const offset of seg.gold[gold] ?? []) {
+  for (const offset of seg.gold.get(gold) ?? []) {
     pen.beginPath();
     pen.moveTo(offset * step - 2.5, 0);
     pen.lineTo(offset * step + 2.5 + bar, 0);

@@ -4,9 +4,16 @@ import { el } from "./draw.js";
 import { View } from "./view.js";
 
 async function get(route, parameters = {}) {
-  const response = await fetch(`${route}?${new URLSearchParams(parameters)}`);
-  if (!response.ok) throw new Error(`${response.status} ${await response.text()}`);
-  return response.json();
+  let response;
+  try {
+    response = await fetch(`${route}?${new URLSearchParams(parameters)}`);
+  } catch {
+    throw new Error("TensorBoard does not answer");
+  }
+  if (response.ok) return response.json();
+  const isPlain = response.headers.get("content-type")?.startsWith("text/plain"); // else a page
+  const why = isPlain ? await response.text() : "";
+  throw new Error(`TensorBoard answered ${response.status} ${why}`.trim());
 }
 
 const overHttp = {
@@ -17,10 +24,11 @@ const overHttp = {
 
 /** The data of a self-contained page: {run: {step, texts: {key: {...}}, views: {key: {...}}}}. */
 function fromPage(data) {
+  const runs = new Map(Object.entries(data));
   return {
-    runs: async () => Object.keys(data),
-    run: async (run) => ({ steps: [data[run].step], texts: data[run].texts }),
-    view: async (run) => data[run].views,
+    runs: async () => [...runs.keys()],
+    run: async (run) => ({ steps: [runs.get(run).step], texts: runs.get(run).texts, damaged: 0 }),
+    view: async (run) => runs.get(run).views,
   };
 }
 

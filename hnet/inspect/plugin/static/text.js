@@ -1,6 +1,13 @@
 // Bytes, characters, chunks and figures of one segmentation. No DOM in this file.
 
 const encoder = new TextEncoder();
+const UNSEEN = /[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}]/gu;
+
+const SHORT = new Map([["\t", "\\t"], ["\n", "\\n"], ["\r", "\\r"]]);
+const numbered = (c) => `\\u{${c.codePointAt(0).toString(16).padStart(4, "0")}}`;
+
+/** A name from data as it may be drawn: what is invisible or turns text around is a number. */
+export const printable = (name) => name.replace(UNSEEN, (c) => SHORT.get(c) ?? numbered(c));
 
 /** The bytes of a segmentation in its JSON form. */
 export function bytesOf(json) {
@@ -49,7 +56,8 @@ export function prepare(json) {
   const chars = characters(bytes);
   const inside = new Set();
   for (const { start, end } of chars) for (let o = start + 1; o < end; o++) inside.add(o);
-  return { name: json.name, bytes, chars, inside, stages, routes: json.routes, gold: json.gold };
+  const gold = new Map(Object.entries(json.gold)); // a kind may be called "constructor"
+  return { name: json.name, bytes, chars, inside, stages, routes: json.routes, gold };
 }
 
 /** Chunk starts of every stage: the model's own, or those a threshold on p would give.
@@ -133,7 +141,7 @@ export function figures(pairs, stage) {
   const probs = texts.flatMap(([seg]) => seg.stages[stage].probs.slice(1));
   const gold = new Map();
   for (const [seg, starts] of texts) {
-    for (const [kind, offsets] of Object.entries(seg.gold)) {
+    for (const [kind, offsets] of seg.gold) {
       const found = agreement(starts[stage], offsets);
       const total = gold.get(kind) ?? { hits: 0, predicted: 0, gold: 0 };
       for (const name of Object.keys(total)) total[name] += found[name];

@@ -1,12 +1,12 @@
 // The page: controls, state, and fetching a view at a time from a source.
 //
-// A source has runs() -> [name], run(name) -> {steps, texts: {key: {name, bytes, routes, gold}}}
-// and view(run, step, keys) -> {key: segmentation}, all promises.
+// A source has runs() -> [name], run(name) -> {steps, texts: {key: {name, bytes, routes, gold}},
+// damaged: lines left out} and view(run, step, keys) -> {key: segmentation}, all promises.
 
 import { drawAgreement, drawCard, drawSummary, makeTooltip } from "./card.js";
 import { el } from "./draw.js";
 import { followTheme, legend, onArrows, onNewWidth } from "./surroundings.js";
-import { prepare, startsAt } from "./text.js";
+import { prepare, printable, startsAt } from "./text.js";
 
 const PAGE = 8; // texts drawn before "show more"
 const CACHED_VIEWS = 400;
@@ -169,7 +169,7 @@ export class View {
 
   fill(select, pairs) {
     const before = select.value;
-    select.replaceChildren(...pairs.map(([value, text]) => el("option", { value }, text)));
+    select.replaceChildren(...pairs.map(([value, text]) => el("option", { value }, printable(text))));
     if (pairs.some(([value]) => value === before)) select.value = before;
   }
 
@@ -246,7 +246,8 @@ export class View {
     const name = (key) => JSON.stringify([run, step, key]);
     const missing = keys.filter((key) => !this.views.has(name(key)));
     const found = missing.length ? await this.source.view(run, step, missing) : {};
-    for (const key of missing) this.views.set(name(key), found[key] ? prepare(found[key]) : null);
+    const has = (key) => Object.hasOwn(found, key);
+    for (const key of missing) this.views.set(name(key), has(key) ? prepare(found[key]) : null);
     const result = new Map(keys.map((key) => [key, this.views.get(name(key))]));
     for (const old of this.views.keys()) {
       if (this.views.size <= CACHED_VIEWS) break;
@@ -269,7 +270,7 @@ export class View {
     this.loading = false;
     const fetched = await fetching;
     const at = (step) => (step === null ? "" : ` · step ${step.toLocaleString("en")}`); // a page may know none
-    const runs = chosen.map((run, i) => ({ label: run + at(steps[i]), found: fetched[i] }));
+    const runs = chosen.map((run, i) => ({ label: printable(run) + at(steps[i]), found: fetched[i] }));
     this.draw(runs, texts, keys);
   }
 
@@ -287,7 +288,7 @@ export class View {
     const count = Math.max(0, ...all.map((seg) => seg.stages.length));
     this.fillLevels(count);
     const levels = this.state.level === NESTED ? Array.from({ length: count }, (_, s) => s) : [Number(this.state.level)];
-    const kinds = [...new Set(all.flatMap((seg) => Object.keys(seg.gold)))];
+    const kinds = [...new Set(all.flatMap((seg) => [...seg.gold.keys()]))];
     const options = { levels, gold, threshold, kinds };
     const cards = keys.map((key) => {
       const views = runs.map(({ found }) => {
@@ -305,11 +306,20 @@ export class View {
     const labels = el("div", { class: "columns runnames" }, ...runs.map(({ label }) => el("div", {}, label)));
     this.main.dataset.level = level;
     this.main.replaceChildren(
-      ...[legend(levels, gold, threshold), summary, drawAgreement(cards.map(({ views }) => views), levels), labels, ...cards.map(({ card }) => card), more].filter(Boolean),
+      ...[this.damage(), legend(levels, gold, threshold), summary, drawAgreement(cards.map(({ views }) => views), levels), labels, ...cards.map(({ card }) => card), more].filter(Boolean),
     );
     if (!cards.length) this.main.append(el("p", { class: "notice" }, "No text passes the filters."));
     this.redrawStrips = () => cards.forEach(({ redraw }) => redraw());
     this.redrawStrips();
+  }
+
+  /** A line for each shown run whose files hold lines that cannot be read. */
+  damage() {
+    const told = this.state.runs.flatMap((run) => {
+      const count = this.info.get(run)?.damaged ?? 0;
+      return count ? [`${printable(run)}: ${count} damaged line${count === 1 ? "" : "s"} of its index left out`] : [];
+    });
+    return told.length ? el("p", { class: "notice warn", role: "status" }, told.join("; ")) : null;
   }
 
   say(text) {

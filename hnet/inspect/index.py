@@ -1,0 +1,206 @@
+"""The reading side of the segmentations of a run on disk; `store` says what the files hold.
+
+Damage is expected here: whatever a line holds, it is read or left out.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hnet.errors import ConfigError
+from hnet.inspect.segmentation import Segmentation
+
+FOLDER = "boundaries"
+INDEX = "index.jsonl"
+TEXTS = "texts.jsonl"
+STEPS = "steps.jsonl"
+Place = tuple[int, int]
+"""Offset and length of a line."""
+
+
+@dataclass(frozen=True)
+class TextEntry:
+    """What the index says of a text."""
+
+    name: str
+    bytes: int
+    routes: tuple[str, ...]
+    gold: tuple[str, ...]
+    at: Place
+    digest: str
+
+    @classmethod
+    def from_json(cls, entry: dict[str, Any]) -> "TextEntry":
+        """Raises ValueError for a damaged line."""
+        return cls(
+            name=_string(entry.get("name")),
+            bytes=_whole(entry.get("bytes")),
+            routes=_strings(entry.get("routes")),
+            gold=_strings(entry.get("gold")),
+            at=_place(entry.get("at")),
+            digest=_string(entry.get("digest", "")),
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """What a list of texts shows of it."""
+        return {"name": self.name, "bytes": self.bytes,
+                "routes": list(self.routes), "gold": list(self.gold)}  # fmt: skip
+
+
+class SegmentationIndex:
+    """The reading side: follows the index of one run's ``boundaries`` folder as it grows."""
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        self._forget()
+
+    def _forget(self) -> None:
+        self.texts: dict[str, TextEntry] = {}
+        self.damaged = 0
+        """Number of lines that say nothing, other than the unfinished ones of killed writers."""
+        self._is_torn = False
+        self._rows: dict[int, dict[str, Place]] = {}
+        self._parsed = 0
+        self._head = b""
+
+    def refresh(self) -> None:
+        """Take in the lines added since the last call: one file opened, none if nothing changed."""
+        try:
+            path = self.folder / INDEX
+            size = os.path.getsize(path)
+            if size == self._parsed or not os.path.isfile(path):
+                return
+            with open(path, "rb") as f:
+                head = f.readline()
+                if head != self._head or size < self._parsed:
+                    self._forget()  # another run replaced the one that was read
+                    self._head = head
+                f.seek(self._parsed)
+                complete, newline, _ = f.read().rpartition(b"\n")
+        except OSError:
+            return  # no index (yet): an empty run
+        self._parsed += len(complete) + len(newline)
+        for line in complete.split(b"\n"):
+            self._take(line)
+
+    def _take(self, line: bytes) -> None:
+        if not line.strip():
+            return
+        try:
+            kind = self._take_entry(parse_object(line))
+        except ValueError:
+            self.damaged += 1
+            self._is_torn = True
+            return
+        if kind == "resume" and self._is_torn:  # the writer before was killed in the line before
+            self.damaged -= 1
+        self._is_torn = False
+
+    def _take_entry(self, entry: dict[str, Any]) -> str:
+        if "text" in entry:
+            self.texts[_string(entry["text"])] = TextEntry.from_json(entry)
+            return "text"
+        if "step" in entry:
+            rows = entry.get("rows")
+            if not isinstance(rows, dict):
+                raise ValueError("no rows")
+            found = {key: _place(at) for key, at in rows.items()}
+            self._rows.setdefault(_whole(entry["step"]), {}).update(found)
+            return "step"
+        if "resume" not in entry:
+            raise ValueError("no kind of line")
+        if entry["resume"] is not None:
+            last = _whole(entry["resume"], least=-1)
+            for step in [s for s in self._rows if s > last]:
+                del self._rows[step]
+        return "resume"
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps that have segmentations, increasing."""
+        return sorted(self._rows)
+
+    def keys(self, step: int) -> list[str]:
+        """Keys of the texts of a step, in the order they were written."""
+        return list(self._rows.get(step, ()))
+
+    def read_texts(self, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """What does not change of texts by key; damaged ones are missing."""
+        places = {key: self.texts[key].at for key in keys if key in self.texts}
+        return _read_lines(self.folder / TEXTS, places)
+
+    def read(self, step: int, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """JSON forms of texts at a step by key; opens two files whatever the number of keys.
+
+        A key is missing from the result if the step has no such text or its lines are damaged, so
+        that each value is one that `Segmentation.from_json` reads.
+        """
+        rows = self._rows.get(step, {})
+        texts = self.read_texts(key for key in keys if key in rows)
+        stages = _read_lines(self.folder / STEPS, {key: rows[key] for key in texts})
+        views = {}
+        for key, row in stages.items():
+            if row.get("step") == step:
+                with contextlib.suppress(ConfigError):
+                    whole = Segmentation.from_json({**texts[key], **row})
+                    views[key] = whole.to_json()
+        return views
+
+
+def parse_object(line: bytes) -> dict[str, Any]:
+    """A JSON object; raises ValueError for anything else, whatever it is."""
+    try:
+        content = json.loads(line)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    if not isinstance(content, dict):
+        raise ValueError("no object")
+    return content
+
+
+def _string(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("no string")
+    return value
+
+
+def _strings(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise ValueError("no list")
+    return tuple(map(_string, value))
+
+
+def _whole(value: Any, least: int = 0) -> int:
+    """A number that every reader of JSON has exactly."""
+    if type(value) is not int or not least <= value < 1 << 53:
+        raise ValueError("no whole number")
+    return value
+
+
+def _place(value: Any) -> Place:
+    if not isinstance(value, list) or len(value) != 2:
+        raise ValueError("no place")
+    return _whole(value[0]), _whole(value[1])
+
+
+def _read_lines(path: Path, places: Mapping[str, Place]) -> dict[str, dict[str, Any]]:
+    """The objects at (offset, length) places that say they are what is looked for, by key."""
+    found = {}
+    try:
+        size = os.path.getsize(path) if places and path.is_file() else 0
+        with open(path, "rb") if size else contextlib.nullcontext() as f:
+            for key, (offset, length) in places.items():
+                if offset + length > size:
+                    continue
+                f.seek(offset)
+                with contextlib.suppress(ValueError):
+                    content = parse_object(f.read(length))
+                    if content.get("key") == key:
+                        found[key] = content
+    except OSError:
+        return {}
+    return found

@@ -26,7 +26,8 @@ from hnet.nn.kernels.table import KERNELS, described, kernel, resolved, without
 from hnet.nn.ssd import ssd_reference
 from hnet.train.config import MeshConfig
 from tpu import hlo
-from tpu.aot import compile_plan, open_slice
+from tpu.aot import compile_plan
+from tpu.chips import open_slice
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (the extra tpu)"

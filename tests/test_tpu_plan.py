@@ -18,17 +18,8 @@ from hnet.flops import param_counts
 from hnet.train.capacity import PATIENCE, Ladder
 from hnet.train.sharding import check_batch
 from tpu import hlo, published
-from tpu.aot import (
-    CHIPS,
-    FULLEST,
-    GIB,
-    Plan,
-    Slice,
-    _refused_bytes,
-    capacities,
-    compile_plan,
-    open_slice,
-)
+from tpu.aot import FULLEST, Plan, _refused_bytes, capacities, compile_plan
+from tpu.chips import CHIPS, GIB, Slice, open_slice
 from tpu.plan import advice, alternatives, main, plan_config, search
 from tpu.roofline import (
     Bound,
@@ -168,8 +159,8 @@ ENTRY %main (g: bf16[8,32], w: bf16[4,32]) -> bf16[2,32] {
 def test_a_collective_spread_over_fusions_counts_once_and_a_sliced_sum_is_a_scatter():
     sent = [m for m in hlo.moved(SPREAD) if m.kind != "hbm"]
     assert sent == [
-        hlo.Moved("all-gather", "stage0/encoder", 3 * 4 * 32 * 2, 1, 4),
-        hlo.Moved("reduce-scatter", "stage0/decoder", 3 / 4 * 8 * 32 * 2, 1, 4),
+        hlo.Moved("all-gather", "stage0/encoder", 3 * 4 * 32 * 2, 1, 4, 4),
+        hlo.Moved("reduce-scatter", "stage0/decoder", 3 / 4 * 8 * 32 * 2, 1, 4, 4),
     ]
 
 
@@ -193,6 +184,28 @@ def test_a_compiled_program_moves_what_it_was_told_to():
         "all-reduce": (5 * 2 * 3 / 4 * 3 * 7 * 4, 5, 4),
         "all-gather": (3 * 3 * 7 * 4, 1, 4),
     }
+
+
+@pytest.mark.parametrize(
+    "attributes, group, span",
+    [
+        ("replica_groups={{0,3},{1,2}}, to_apply=%plus", 2, 4),
+        ("replica_groups=[2,3]<=[6]", 3, 3),
+        ("replica_groups=[3,2]<=[2,3]T(1,0)", 2, 4),
+        ("replica_groups=mesh['a'=2,'b'=3] {'b'}, x", 3, 3),
+        ("replica_groups=mesh['a'=2,'b'=3] {'a'}, x", 2, 4),
+        ("replica_groups=mesh['a'=3,'b'=1,'c'=2], device_ids=([2,3]T(1,0)) {'a'}", 3, 3),
+        ("replica_groups=mesh['a'=3,'b'=2], device_ids=([2,3]T(1,0)) {'b'}", 2, 4),
+        ("channel_id=1, source_target_pairs={{0,5},{5,0}}", 2, 6),
+    ],
+)
+def test_devices_of_a_collective(attributes, group, span):
+    assert hlo._group(attributes) == (group, span)
+
+
+def test_devices_of_an_unknown_form_are_refused():
+    with pytest.raises(ValueError, match="unknown form"):
+        hlo._group("replica_groups=everyone")
 
 
 @pytest.mark.parametrize(
@@ -280,7 +293,7 @@ def test_roofline_takes_the_slowest_resource(tiny):
     assert bounds["stage0/encoder"].hbm == pytest.approx(1e-3)
     assert bounds["stage0/encoder"].network == pytest.approx(9e-3)  # two axes of one link each
     assert bounds["stage0/encoder"].name == "network"
-    assert bounds["optimizer"] == Bound(0, pytest.approx(1e-2), 0)
+    assert bounds["optimizer"] == Bound(0, pytest.approx(1e-2), 0, 0)
     # lm_head: 3 x 2 x 128 positions x 256 x 32 for each of the 16 rows of a device
     assert bounds["lm_head"].compute == pytest.approx(3 * 2 * 128 * 256 * 32 * 16 / 197e12)
     assert step_seconds(plan) == pytest.approx(sum(max(b) for b in bounds.values()))
@@ -312,13 +325,30 @@ def test_rows_that_share_slots_attend_over_all_of_them(tiny):
         ("v5p:4x4x4", 64, 16, 4),
         ("v5p:4x4x4", 64, 64, 6),
         ("v5p:2x2x4", 16, 16, 3),  # no whole cube: no rings
-        ("tpu7x:2x2x1", 8, 2, 0.5),  # two devices a chip share its links
+        ("tpu7x:2x2x1", 8, 2, 0.5),  # two devices per chip share its links
+        ("h100:8", 8, 8, 1),
+        ("h100:4x8", 32, 8, 1),  # one host
     ],
 )
 def test_links_of_a_collective(name, num_devices, group, links):
     chip = CHIPS[name.split(":")[0]]
     rate = Slice(name, chip, [None] * num_devices).network_rate(group)
     assert rate == pytest.approx(links * chip.link_rate)
+
+
+def test_a_ring_over_hosts_is_as_slow_as_their_network():
+    slice_ = Slice("h100:4x8", CHIPS["h100"], [None] * 32)
+    assert slice_.network_rate(4, 4) == CHIPS["h100"].link_rate
+    assert slice_.network_rate(32) == slice_.network_rate(4, 25) == CHIPS["h100"].host_rate
+
+
+def test_small_kernels_bound_a_part_on_a_gpu_only(tiny):
+    moved = [hlo.Moved("hbm", "stage0/encoder", 1e3, 5000.0)]
+    plan = made_up(plan_config(tiny), moved=moved)
+    assert roofline(plan)["stage0/encoder"].launches == 0
+    gpu = replace(plan, slice_=Slice("h100:4", CHIPS["h100"], [None] * 4))
+    assert roofline(gpu)["stage0/encoder"].launches == pytest.approx(5000 * 2e-6)
+    assert step_bound(gpu) == "launches" and "kernels" in report(gpu)
 
 
 def test_advice_and_report_of_what_does_not_fit(tiny):
@@ -330,28 +360,45 @@ def test_advice_and_report_of_what_does_not_fit(tiny):
     assert size(1536) == "1.5 KiB" and size(3 * GIB) == "3.00 GiB" and size(math.inf) == "inf GiB"
 
 
-def test_search_finds_the_fastest_that_fits(tiny, monkeypatch, capsys):
-    config = plan_config(tiny)  # 64 rows on 4 devices
-    plan = made_up(config, state_bytes=40 * GIB, fits=False)  # needs fsdp of 4
-    tried = []
+def faked(plan, tried, fits, seconds):
+    """`compile_plan` by rules: what fits, and how long a step takes at settled slots."""
 
-    def find(limit, fits):
-        def compiled(config, slice_, slots, *, to_code):
-            assert slots == plan.capacities and not to_code and config.mesh.fsdp == 4
+    def compiled(config, slice_, slots, *, to_code=False):
+        assert not to_code
+        if slots == plan.capacities:
             tried.append(config)
             return replace(plan, config=config, fits=fits(config), hbm_bytes=GIB)
+        moved = [hlo.Moved("hbm", "optimizer", seconds(config) * 8.19e11, 1)]
+        return replace(plan, config=config, capacities=slots, moved=moved)
 
+    return compiled
+
+
+def test_search_finds_the_fastest_that_fits(tiny, monkeypatch, capsys):
+    config = plan_config(tiny)  # 64 rows on 4 devices
+    plan = made_up(config, capacities=(128,), state_bytes=40 * GIB, fits=False)  # fsdp of 4 or more
+    tried = []
+    # recomputing everything is slow here, and so are micro-batches
+    seconds = lambda c: (
+        {"none": 1, "dots": 1.1, "layer": 9}[c.model.compute.remat]
+        * (c.train.accumulate**0.5 + c.model.compute.ssd_block_len / 1e4)
+    )
+
+    def find(limit, fits):
         tried.clear()
-        monkeypatch.setattr("tpu.plan.compile_plan", compiled)
-        found = search(plan, limit)
+        monkeypatch.setattr("tpu.plan.compile_plan", faked(plan, tried, fits, seconds))
+        found = search(plan, 1.0, limit)
         tries = capsys.readouterr().out
-        assert tries.count("fits") + tries.count("too much") == len(tried)
+        assert tries.count(", fits") + tries.count("too much") == len(tried) <= limit
+        assert all(c.mesh.fsdp == 4 for c in tried)
         return found and found.config
 
-    # as little as can be; then a micro-batch with more and more recomputed
-    found = find(12, lambda c: c.model.compute.remat == "layer")
-    assert (found.model.compute.remat, found.train.accumulate) == ("layer", 1)
-    assert tried[0].train.accumulate == 16 and tried[-1] == found
+    # as little as can be first; the best recomputes products only, though all fits too
+    found = find(12, lambda c: c.model.compute.remat != "none")
+    assert (found.model.compute.remat, found.train.accumulate) == ("dots", 1)
+    assert (tried[0].model.compute.remat, tried[0].train.accumulate) == ("layer", 16)
+    # settings that save more than some that fit, or less than some that do not, are not tried
+    assert [c.train.accumulate for c in tried if c.model.compute.remat == "dots"] == [1]
     # one that fits by chance of the limit is better than none
     assert find(1, lambda c: c.train.accumulate == 16).train.accumulate == 16
     # nothing fits but half the batch: one try of the whole one is enough
@@ -360,17 +407,31 @@ def test_search_finds_the_fastest_that_fits(tiny, monkeypatch, capsys):
     assert find(12, lambda c: False) is None and len(tried) == 3
 
 
-def test_the_published_table_takes_the_fewest_micro_batches_and_goes_on(
+def test_search_goes_on_from_settings_that_fit_and_varies_blocks_of_array_code(tiny, monkeypatch):
+    slice_ = Slice("h100:4", CHIPS["h100"], [None] * 4)
+    plan = made_up(plan_config(tiny), slice_=slice_, capacities=(128,))
+    seconds = lambda c: abs(c.model.compute.ssd_block_len - 256) + 1.0 + c.train.accumulate
+    tried = []
+    monkeypatch.setattr("tpu.plan.compile_plan", faked(plan, tried, lambda c: True, seconds))
+    found = search(plan, 1.0, 30)
+    assert found.config.model.compute.ssd_block_len == 256 and found.config.train.accumulate == 1
+
+
+def test_the_published_table_takes_the_fastest_remat_with_the_fewest_micro_batches_and_goes_on(
     tmp_path, monkeypatch, capsys
 ):
     tried = []
+    settled = capacities(plan_config(["1stage_L", "--data.seq_len", "8192"]), 1.0)
 
     def compiled(config, slice_, slots, *, to_code):
-        tried.append((config.train.accumulate, slots))
+        remat, accumulate = config.model.compute.remat, config.train.accumulate
+        tried.append((remat, accumulate, slots))
         assert not to_code and (config.data.batch_size, config.mesh.fsdp) == (256, 16)
-        fits = config.train.accumulate > 1
-        moved = [hlo.Moved("hbm", "stage0/encoder", 8.19e11, 1)] if fits else []
-        return Plan(config, slice_, slots, None, GIB, 14 * GIB, fits, moved)
+        needed = {"none": 200, "dots": 14, "layer": 3}[remat] * 4 * GIB / accumulate
+        rate = {"none": 1, "dots": 0.5, "layer": 0.75}[remat]
+        moved = [hlo.Moved("hbm", "stage0/encoder", rate * 8.19e11, 1)]
+        fits = GIB + needed <= 16 * GIB
+        return Plan(config, slice_, slots, None, GIB, GIB + needed, fits, moved)
 
     monkeypatch.setattr(published, "compile_plan", compiled)
     monkeypatch.setattr(
@@ -379,19 +440,23 @@ def test_the_published_table_takes_the_fewest_micro_batches_and_goes_on(
     words = ["--topology", "v5e:8x8", "--out", str(tmp_path / "rows.jsonl"), "--model"]
     assert published.main([*words, "1stage_L"]) == 0
     assert tried == [
-        (1, (8192,)),
-        (2, (8192,)),
-        (2, capacities(plan_config(["1stage_L", "--data.seq_len", "8192"]), 1.0)),
+        ("none", 1, (8192,)),
+        ("none", 4, (8192,)),  # 64 times what there is room for, but no more rows per device
+        ("dots", 1, (8192,)),
+        ("dots", 4, (8192,)),
+        ("layer", 1, (8192,)),
+        ("dots", 4, settled),
+        ("layer", 1, settled),
     ]
     row = capsys.readouterr().out.splitlines()[-1]
-    start = "| 1stage_L | 679M | v5e:8x8 | 2 | 14.0 | 14.0 | 16 | yes | hbm | "
+    start = "| 1stage_L | 679M | v5e:8x8 | dots | 4 | 15.0 | 15.0 | 16 | yes | 1 | 12.5 | hbm | "
     assert row.startswith(start) and row.count("|") == published.HEAD.splitlines()[0].count("|")
 
     tried.clear()
     assert published.main([*words, "1stage_L"]) == 0 and not tried
     assert capsys.readouterr().out.splitlines()[-1] == row
     monkeypatch.setattr(published, "code_hash", lambda: "other code")
-    assert published.main([*words, "1stage_L"]) == 0 and len(tried) == 3
+    assert published.main([*words, "1stage_L"]) == 0 and len(tried) == 7
 
 
 # --- topologies ---------------------------------------------------------------------------------
@@ -470,7 +535,9 @@ def test_what_the_compiler_says_when_it_gives_up(message, num_bytes):
     assert _refused_bytes(message, 7) == num_bytes
 
 
-@pytest.mark.parametrize("topology", ["v5e", "v5e:4", "gpu:2x2", "v5e:4x4; rm", ""])
+@pytest.mark.parametrize(
+    "topology", ["v5e", "v5e:4", "gpu:2x2", "v5e:4x4; rm", "", "h100", "h100:0", "h100:2x2x2"]
+)
 def test_unknown_topologies_get_one_line(topology):
     with pytest.raises(ConfigError, match="use KIND:SHAPE such as v5e:4x4") as e:
         open_slice(topology)

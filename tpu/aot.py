@@ -1,4 +1,4 @@
-"""The training step compiled for a TPU slice that is not there, with libtpu on a CPU."""
+"""The training step compiled for a slice that is not there, on a CPU."""
 
 import json
 import math
@@ -11,13 +11,11 @@ import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 
-from hnet.errors import ConfigError
 from hnet.fields import to_json
 from hnet.flops import stage_lengths
 from hnet.train.capacity import Ladder, needed, rung
@@ -25,88 +23,7 @@ from hnet.train.config import Config, config_from_json
 from hnet.train.program import Program, build
 from hnet.train.sharding import batch_sharding
 from tpu import hlo
-
-GIB = 2**30
-
-
-class Chip(NamedTuple):
-    """Published figures of one chip: docs.cloud.google.com/tpu/docs, a page for each version."""
-
-    hbm: float
-    """bytes"""
-    flops: float
-    """bfloat16 a second"""
-    hbm_rate: float
-    """bytes a second"""
-    link_rate: float
-    """bytes a second of one link in one direction: the published interconnect bandwidth of both
-    directions over twice the number of links"""
-    wraps_at: int
-    """an axis of the slice that this divides is a ring, another a line"""
-
-
-CHIPS = {
-    "v4": Chip(32 * GIB, 275e12, 1.2e12, 5e10, 4),
-    "v5e": Chip(16 * GIB, 197e12, 8.19e11, 5e10, 16),
-    "v5p": Chip(95 * GIB, 459e12, 2.765e12, 1e11, 4),
-    "v6e": Chip(32 * GIB, 918e12, 1.638e12, 1e11, 16),
-    "tpu7x": Chip(192 * GIB, 2307e12, 7.38e12, 1e11, 4),
-}
-
-
-@dataclass(frozen=True)
-class Slice:
-    """A topology and its devices, none of which is present."""
-
-    name: str
-    chip: Chip
-    devices: list
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """chips along each axis"""
-        return tuple(map(int, self.name.split(":")[1].split("x")))
-
-    @property
-    def chips_a_device(self) -> float:
-        return math.prod(self.shape) / len(self.devices)  # 1/2 where every core is a device
-
-    def network_rate(self, group: int) -> float:
-        """Bytes a second that a device can send in a collective over `group` devices.
-
-        The group lies along as few axes as hold it, and all links along those work at once.
-        """
-        chips, rate = group * self.chips_a_device, 0.0
-        for length in sorted(self.shape, reverse=True):
-            rings = all(n % 4 == 0 for n in self.shape) if self.chip.wraps_at == 4 else True
-            directions = 2 if rings and length % self.chip.wraps_at == 0 else 1
-            rate += directions * self.chip.link_rate
-            chips /= length
-            if chips <= 1:
-                break
-        return rate * self.chips_a_device
-
-
-def open_slice(name: str) -> Slice:
-    """Raises ConfigError for an unknown topology, or without libtpu."""
-    found = re.fullmatch(r"(v4|v5e|v5p|v6e|tpu7x):\d+(x\d+){1,2}", name)
-    if not found:
-        raise ConfigError(f"topology={name!r}: use KIND:SHAPE such as v5e:4x4, v5p:4x4x4, v6e:2x2")
-    # no cloud to ask, other compilers may run beside, and nothing to say about either
-    for key, value in {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-                       "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0",
-                       "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-                       "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3"}.items():  # fmt: skip
-        os.environ.setdefault(key, value)
-    jax.config.update("jax_platforms", "cpu")  # what runs here; no TPU is looked for
-    try:
-        topology = topologies.get_topology_desc(name, platform="tpu")
-    except (RuntimeError, ValueError, NotImplementedError) as e:
-        raise ConfigError(
-            f"topology={name!r} cannot be compiled for ({str(e).splitlines()[0][:120]}): install "
-            "libtpu (the extra tpu), or use another shape"
-        ) from None
-    return Slice(name, CHIPS[found[1]], list(topology.devices))
+from tpu.chips import Slice, assumed_cudnn, open_slice
 
 
 @dataclass(frozen=True)
@@ -163,7 +80,7 @@ def compile_plan(
         state = sum(_device_bytes(leaf) for leaf in jax.tree.leaves(program.abstract_state))
         packed_rows = program.ladder.packed_rows
         plan = Plan(config, slice_, slots, None, state, math.inf, False, [], packed_rows)
-        lowered = _lower(config, program, slots) if to_code else None
+        lowered = _lower(config, slice_, program, slots) if to_code else None
         began = time.monotonic()
         try:
             size = _compiled(lowered) if to_code else _laid_out(config, slice_, slots, folder)
@@ -173,7 +90,7 @@ def compile_plan(
             return replace(plan, hbm_bytes=_refused_bytes(str(e), state))
         seconds = time.monotonic() - began if to_code else None
         # The text comes from the compiler itself: jaxlib cannot read each program of a newer libtpu
-        (text,) = folder.glob("*train_step*.after_optimizations.txt")
+        (text,) = folder.glob("*train_step*[._]after_optimizations.txt")
         moved, fits = hlo.moved(text.read_text()), size <= plan.hbm_a_device
     return replace(plan, compile_seconds=seconds, hbm_bytes=size, fits=fits, moved=moved)
 
@@ -184,14 +101,18 @@ def _program(config: Config, slice_: Slice, folder: Path) -> Program:
     return build(config, devices=slice_.devices, compiler_options=dump)
 
 
-def _lower(config: Config, program: Program, slots: tuple[int, ...]) -> jax.stages.Lowered:
+def _lower(
+    config: Config, slice_: Slice, program: Program, slots: tuple[int, ...]
+) -> jax.stages.Lowered:
     shape = (config.data.batch_size, config.data.seq_len)
     kinds = {"input_ids": jnp.int32, "segment_ids": jnp.int32, "loss_mask": jnp.bool_}
     kinds |= {"route_ids": jnp.int32} if config.model.num_routes > 1 else {}
     sharding = batch_sharding(program.mesh)
     batch = {k: jax.ShapeDtypeStruct(shape, d, sharding=sharding) for k, d in kinds.items()}
     capacities = tuple(program.ladder.packed_rows * n for n in slots)
-    return program.step.lower(program.abstract_state, batch, program.hparams, capacities=capacities)
+    inputs = (program.abstract_state, batch, program.hparams)
+    with assumed_cudnn(slice_):
+        return program.step.lower(*inputs, capacities=capacities)
 
 
 def _compiled(lowered: jax.stages.Lowered) -> float:
@@ -201,11 +122,17 @@ def _compiled(lowered: jax.stages.Lowered) -> float:
     return size + m.temp_size_in_bytes + m.generated_code_size_in_bytes
 
 
-_LAID_OUT = "*train_step*.after_optimizations_after_buffer_assignment.txt"  # the last before code
+# What the compiler writes last before machine code, which takes most of the time.
+_LAID_OUT = {
+    False: "*train_step*.after_optimizations_after_buffer_assignment.txt",
+    True: "*train_step*memory-usage-report.txt",
+}  # by whether it is for GPUs
+_TOTAL = r"Memory Space: default .*\nTotal bytes: (\d+)\D"
 
 
 def _laid_out(config: Config, slice_: Slice, slots: tuple[int, ...], folder: Path) -> float:
     """Bytes of HBM by the compiler's own report, from a process that ends when it is written."""
+    last = _LAID_OUT[slice_.is_gpu]
     job = {"config": to_json(config), "topology": slice_.name, "slots": slots}
     (folder / "job.json").write_text(json.dumps(job))
     with open(folder / "stderr", "w+") as errors:
@@ -213,16 +140,21 @@ def _laid_out(config: Config, slice_: Slice, slots: tuple[int, ...], folder: Pat
         pipe = subprocess.PIPE
         with subprocess.Popen(command, stdin=pipe, stdout=errors, stderr=errors) as compiler:
             try:
-                while compiler.poll() is None and not list(folder.glob(_LAID_OUT)):
+                while compiler.poll() is None and not _is_written(folder, last):
                     time.sleep(0.1)
             finally:
                 compiler.kill()
-        if not list(folder.glob(_LAID_OUT)):
+        if not list(folder.glob(last)):
             errors.seek(0)
             raise jax.errors.JaxRuntimeError(errors.read())
     (report,) = folder.glob("*train_step*memory-usage-report.txt")
-    total = re.search(r"Memory Space: default .*\nTotal bytes: (\d+)", report.read_text())
-    return float(total[1])
+    return float(re.search(_TOTAL, report.read_text())[1])
+
+
+def _is_written(folder: Path, pattern: str) -> bool:
+    """The compiler has written `pattern`, and its report of memory as far as it is read."""
+    reports = [f.read_text() for f in folder.glob("*train_step*memory-usage-report.txt")]
+    return any(folder.glob(pattern)) and any(re.search(_TOTAL, text) for text in reports)
 
 
 def _main(folder: Path) -> None:
@@ -235,7 +167,8 @@ def _main(folder: Path) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
     job = json.loads((folder / "job.json").read_text())
     config, slice_ = config_from_json(job["config"]), open_slice(job["topology"])
-    _lower(config, _program(config, slice_, folder), tuple(job["slots"])).compile()
+    program = _program(config, slice_, folder)
+    _lower(config, slice_, program, tuple(job["slots"])).compile()
 
 
 def _refused_bytes(message: str, state: float) -> float:

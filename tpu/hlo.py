@@ -1,7 +1,7 @@
 """What a compiled program moves: collectives and memory traffic, read from its HLO text.
 
 XLA's own cost analysis counts the body of a loop once. Here every instruction counts as often as
-the loops around it run.
+the loops around it run. On a GPU each instruction that moves something is a kernel.
 """
 
 import math
@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
+
+import numpy as np
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _NO_TRAFFIC = {
@@ -63,6 +65,8 @@ class Moved:
     count: float
     group: int = 1
     """devices that take part"""
+    span: int = 1
+    """from the lowest to the highest number of a device in such a group, both counted"""
 
 
 def shape_bytes(shape: str, *, hbm_only: bool = False) -> int:
@@ -139,12 +143,20 @@ def moved(text: str) -> list[Moved]:
                     spread.add(channel)
                 if kind == "all-reduce" and run.name.startswith("all-reduce-scatter"):
                     kind = "reduce-scatter"  # each device slices its part, and is sent no more
-                size, group = _collective_bytes(one, kind, shapes), _group_size(one.attributes)
-                found.append(Moved(kind, part, run.times * size, run.times, group))
-            elif not (run.fused or one.opcode in _NO_TRAFFIC or one.opcode.endswith("-done")):
+                size = run.times * _collective_bytes(one, kind, shapes)
+                found.append(Moved(kind, part, size, run.times, *_group(one.attributes)))
+            elif not (run.fused or _moves_nothing(one, computations)):
                 size = _traffic(one, shapes, computations)
                 found.append(Moved("hbm", part, run.times * size, run.times))
     return found
+
+
+def _moves_nothing(one: Instruction, computations: dict[str, list[Instruction]]) -> bool:
+    """It does no work, or work that is counted elsewhere."""
+    if one.opcode == "async-start":  # of a collective, which stands in what it calls
+        inside = computations.get(one.called("calls"), [])
+        return any(i.opcode in COLLECTIVES for i in inside)
+    return one.opcode in _NO_TRAFFIC or one.opcode.endswith("-done")
 
 
 def _parts(instructions: list[Instruction], around: str) -> dict[str, str]:
@@ -173,6 +185,8 @@ class _Run(NamedTuple):
     fused: bool = False
     """lies in a fusion, which moves only what goes into and out of it"""
     part: str = "other"
+    trips: float = 1.0
+    """of the innermost loop around"""
 
 
 def _runs(computations: dict[str, list[Instruction]], run: _Run) -> Iterator[_Run]:
@@ -183,8 +197,10 @@ def _runs(computations: dict[str, list[Instruction]], run: _Run) -> Iterator[_Ru
         part = parts[one.name]
         if one.opcode == "while":
             condition = computations[one.called("condition")]
-            times = run.times * _trip_count(condition, one)
-            yield from _runs(computations, _Run(one.called("body"), times, run.fused, part))
+            # Of run-time length, in a loop over n blocks: over those before, in causal attention.
+            trips = _trip_count(condition, one) or (run.trips + 1) / 2
+            body, times = one.called("body"), run.times * trips
+            yield from _runs(computations, _Run(body, times, run.fused, part, trips))
         elif one.opcode == "conditional":
             branches = re.search(r"branch_computations=\{([^}]*)\}", one.attributes)
             names = re.findall(r"[\w.\-]+", branches[1]) if branches else []
@@ -193,25 +209,25 @@ def _runs(computations: dict[str, list[Instruction]], run: _Run) -> Iterator[_Ru
                 yield from _runs(computations, run._replace(name=branch, part=part))
         elif (callee := one.called("calls") or one.called("to_apply")) in computations:
             fused = run.fused or one.opcode not in ("call", "async-start")
-            yield from _runs(computations, _Run(callee, run.times, fused, part))
+            yield from _runs(computations, _Run(callee, run.times, fused, part, run.trips))
 
 
-def _trip_count(condition: list[Instruction], loop: Instruction) -> int:
-    """Of a counted loop from 0; a loop of another form counts once."""
+def _trip_count(condition: list[Instruction], loop: Instruction) -> int | None:
+    """Of a counted loop from 0; None if it is known at run time only."""
     known = re.search(r"known_trip_count[^\d]*(\d+)", loop.attributes)
     if known:
         return int(known[1])
     root = next(i for i in condition if i.is_root)
     constants = {i.name: i.arguments for i in condition if i.opcode == "constant"}
     if root.opcode != "compare" or "direction=LT" not in root.attributes:
-        return 1
+        return None
     numbers = [constants[o] for o in root.operands if constants.get(o, "").isdecimal()]
-    return int(numbers[0]) if numbers else 1
+    return int(numbers[0]) if numbers else None
 
 
 def _collective_bytes(one: Instruction, kind: str, shapes: dict[str, str]) -> float:
     """Bytes that leave one device, for a ring over n devices."""
-    n = _group_size(one.attributes)
+    n, _ = _group(one.attributes)
     size = sum(shape_bytes(shapes.get(o, "")) for o in one.operands) or shape_bytes(one.shape)
     share = (n - 1) / n
     factors = {"all-reduce": 2 * share, "all-gather": n - 1, "reduce-scatter": share,
@@ -219,15 +235,37 @@ def _collective_bytes(one: Instruction, kind: str, shapes: dict[str, str]) -> fl
     return size * factors[kind]
 
 
-def _group_size(attributes: str) -> int:
+_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"  # numbers from 0 in this shape, its axes permuted
+
+
+def _group(attributes: str) -> tuple[int, int]:
+    """Devices that take part in a collective together, and from the first to the last number."""
+    if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes):
+        return 2, 1 + abs(int(pairs[1]) - int(pairs[2]))
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
-        return listed[1].count(",") + 1
-    if grid := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
-        return int(grid[1])
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
-    return 2
+        members = _ints(listed[1])
+    elif grid := re.search(rf"replica_groups=\[\d+,(\d+)\]<={_IOTA}", attributes):
+        members = _iota(grid[2], grid[3])[: int(grid[1])]
+    elif mesh := re.search(
+        rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({_IOTA}\))? \{{([^}}]*)\}}", attributes
+    ):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+        along = re.findall(r"'(\w+)'", mesh[4])
+        numbers = np.asarray(_iota(mesh[2] or str(math.prod(sizes.values())), mesh[3]))
+        at = tuple(slice(None) if name in along else 0 for name in sizes)
+        members = numbers.reshape(*sizes.values())[at].ravel().tolist()
+    else:
+        raise ValueError(f"devices of a collective in an unknown form: {attributes[:200]}")
+    return len(members), 1 + max(members) - min(members)
+
+
+def _ints(text: str) -> list[int]:
+    return [int(digits) for digits in text.split(",")]
+
+
+def _iota(shape: str, permutation: str | None) -> list[int]:
+    numbers = np.arange(math.prod(_ints(shape))).reshape(_ints(shape))
+    return numbers.transpose(_ints(permutation) if permutation else None).ravel().tolist()
 
 
 def _traffic(one: Instruction, shapes: dict[str, str], computations: dict) -> float:

@@ -1,12 +1,15 @@
-"""Does a run fit on a TPU slice, and what bounds it? Compiles for it on a machine without a TPU.
+"""Does a run fit on a TPU slice or on GPUs, and what bounds it? Compiles for them without any.
 
     python -m tpu.plan NAME --topology v5p:4x4x4 [--search] [--section.field VALUE ...]
+    python -m tpu.plan NAME --topology h100:8          (a100, h100, h200, b200, l4; h100:4x8: hosts)
 
 NAME and fields are those of `experiments.pretrain`, or NAME is a published model ("1stage_L"). It
-compiles the very training step of that configuration with libtpu and prints memory a chip, FLOPs by
-part at several boundary rates, collectives, a roofline of each part, and the speed it bounds: with
-all chunk slots, as training starts, and with those it settles on. Writing machine code takes nearly
-all of the time: `--no-code` stops before it, and says the same but for the compile time and the
+compiles the very training step of that configuration, with libtpu or the CUDA plugin of JAX, and
+prints memory per device, FLOPs by part at several boundary rates, collectives, and by part kernels,
+HBM traffic and the least time, and the speed all this bounds: with all chunk slots, as training
+starts, and with those it settles on. `--search` compiles other settings too (what is recomputed,
+micro-batches, sharding, block lengths) and takes the fastest that fits. Writing machine code takes
+most of the time: `--no-code` stops before it, and says the same but for the compile time and the
 size of the code. Exit codes: 0 fits, 1 does not fit, 2 bad input.
 """
 
@@ -21,11 +24,14 @@ from typing import NamedTuple
 from experiments.command_line import base_config, parse, run, run_config
 from hnet.config import PUBLISHED, ComputeConfig
 from hnet.errors import ConfigError
+from hnet.nn.kernels.table import resolved
 from hnet.train.config import Config
-from tpu.aot import Plan, capacities, compile_plan, open_slice
-from tpu.roofline import memory, report, size
+from tpu.aot import Plan, capacities, compile_plan
+from tpu.chips import open_slice
+from tpu.roofline import bytes_a_second, memory, report, size
 
 REMAT = ("none", "dots", "layer")  # each keeps less than the one before
+BLOCKS = {"ssd_block_len": (64, 128, 256), "attention_block_len": (128, 512, 2048)}
 
 
 class Alternative(NamedTuple):
@@ -48,6 +54,9 @@ class Alternative(NamedTuple):
         rows = config.data.batch_size >> self.halvings
         return words + ["--data.batch_size", str(rows)] * (self.halvings > 0)
 
+    def needs_no_less(self, other: "Alternative") -> bool:
+        return all(map(le, self, other))
+
 
 def alternatives(config: Config, num_devices: int) -> list[Alternative]:
     """All that divide batch and devices, those of the whole batch first, then the fastest."""
@@ -61,32 +70,82 @@ def alternatives(config: Config, num_devices: int) -> list[Alternative]:
     return sorted(found, key=lambda a: (a.halvings, a.slowness, a.fsdp))
 
 
-def search(plan: Plan, limit: int) -> Plan | None:
-    """The fastest found that fits, with at most `limit` tries; all make the slots of `plan`.
+class Search:
+    """Compiles other settings of a run and keeps those whose bound is the highest.
 
-    What a try rules out is not tried: a batch whose thriftiest settings are too much, and settings
-    that need more in every way than some that were too much.
+    A try needs memory for all slots of `plan`; its speed is that with the slots of `rate` times the
+    configured boundary rates.
     """
-    num_devices, best, failed, tried = len(plan.slice_.devices), None, [], 0
-    by_batch = itertools.groupby(alternatives(plan.config, num_devices), lambda a: a.halvings)
-    for _, group in by_batch:
-        options = list(group)
-        for one in [max(options, key=lambda a: a[1:]), *options]:
-            if tried == limit or (best and one.slowness >= best[0].slowness):
-                return best and best[1]
-            state = plan.state_bytes * plan.config.mesh.fsdp / one.fsdp
-            if state > plan.hbm_a_device or any(all(map(le, one, f)) for f in failed):
+
+    def __init__(self, plan: Plan, rate: float, limit: int):
+        self.plan, self.rate, self.left = plan, rate, limit
+        self.best: Plan | None = None
+        self.speed = 0.0
+
+    def attempt(self, config: Config, words: list[str]) -> bool:
+        """Whether it fits."""
+        self.left -= 1
+        config = parse(Config, config, words)
+        plan = compile_plan(config, self.plan.slice_, self.plan.capacities, to_code=False)
+        speed = self.consider(plan) if plan.fits else 0.0
+        fits = f"fits, {speed:,.0f} bytes/s at most" if plan.fits else "too much"
+        print(f"  {size(plan.hbm_bytes)}, {fits}: {' '.join(words)}", flush=True)
+        return plan.fits
+
+    def consider(self, plan: Plan) -> float:
+        """Keep a plan that fits if it is the fastest so far; its speed."""
+        slots = capacities(plan.config, self.rate)
+        settled = compile_plan(plan.config, plan.slice_, slots, to_code=False)
+        speed = bytes_a_second(settled) if settled.moved else 0.0
+        if self.best is None or speed > self.speed:
+            self.best, self.speed = plan, speed
+        return speed
+
+    def memory(self) -> None:
+        """What is recomputed, micro-batches and sharding, of the largest batch that fits.
+
+        What a try rules out is not tried: a batch whose thriftiest settings are too much, settings
+        that need more in every way than some that were too much, and those that save more than some
+        that fit and recompute as much.
+        """
+        plan, fitting, failed = self.plan, [], []
+        found = alternatives(plan.config, len(plan.slice_.devices))
+        for _, group in itertools.groupby(found, lambda a: a.halvings):
+            options = list(group)
+            for one in [max(options, key=lambda a: a[1:]), *options]:
+                if not self.left:
+                    return
+                state = plan.state_bytes * plan.config.mesh.fsdp / one.fsdp
+                is_slower = any(f.remat == one.remat and f.needs_no_less(one) for f in fitting)
+                too_much = state > plan.hbm_a_device or any(one.needs_no_less(f) for f in failed)
+                if is_slower or too_much:
+                    continue
+                fits = self.attempt(plan.config, one.options(plan.config))
+                (fitting if fits else failed).append(one)
+            if fitting:
+                return
+
+    def blocks(self) -> None:
+        """Lengths of blocks, of array code only."""
+        for field, lengths in BLOCKS.items():
+            start = self.best.config
+            compute = resolved(start.model.compute, self.plan.slice_.platform)
+            if getattr(compute, field.replace("block_len", "backend")) != "xla":
                 continue
-            words = one.options(plan.config)
-            config, tried = parse(Config, plan.config, words), tried + 1
-            other = compile_plan(config, plan.slice_, plan.capacities, to_code=False)
-            fits = "fits" if other.fits else "too much"
-            print(f"  {size(other.hbm_bytes)}, {fits}: {' '.join(words)}", flush=True)
-            if other.fits:
-                best = (one, other)
-            else:
-                failed.append(one)
-    return best and best[1]
+            for length in lengths:
+                if self.left and length != getattr(compute, field):
+                    self.attempt(start, [f"--model.compute.{field}", str(length)])
+
+
+def search(plan: Plan, rate: float, limit: int) -> Plan | None:
+    """The fastest found that fits, with at most `limit` tries."""
+    found = Search(plan, rate, limit)
+    if plan.fits:
+        found.consider(plan)
+    found.memory()
+    if found.best:
+        found.blocks()
+    return found.best
 
 
 def advice(plan: Plan) -> str:
@@ -115,9 +174,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tpu.plan", description=__doc__.split("\n")[0], allow_abbrev=False
     )
-    parser.add_argument("--topology", required=True, help="e.g. v5e:4x4, v5p:4x4x4, v6e:2x2")
-    parser.add_argument("--search", action="store_true", help="look for settings that fit")
-    parser.add_argument("--search-limit", type=int, default=12, help="compilations (default 12)")
+    parser.add_argument(
+        "--topology", required=True, help="e.g. v5e:4x4, v5p:4x4x4, h100:8, h100:4x8"
+    )
+    parser.add_argument("--search", action="store_true", help="look for faster settings that fit")
+    parser.add_argument("--search-limit", type=int, default=16, help="settings tried (default 16)")
     parser.add_argument(
         "--rate", type=float, metavar="F",
         help="only the slots of F times the configured boundary rates; default: all slots, with "
@@ -141,12 +202,12 @@ def main(argv: list[str] | None = None) -> int:
         if later != first:
             print("with the slots of the configured rates it would be:")
             print(memory(compile_plan(config, slice_, later, to_code=False)), flush=True)
-        found = search(plan, options.search_limit) if options.search else None
-        if options.search and found is None:
-            print("nothing that was tried fits")
-        if found is None:
-            return 1
-        plan = found
+    if options.search:
+        found = search(plan, options.rate or 1.0, options.search_limit)
+        print("nothing that was tried fits" if found is None else f"the fastest:\n{memory(found)}")
+        plan = found or plan
+    if not plan.fits:
+        return 1
     if later != first:
         plan = compile_plan(plan.config, slice_, later, to_code=to_code)
         print(memory(plan))

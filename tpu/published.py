@@ -1,15 +1,17 @@
-"""The published models on whole slices, as a table: what fits, and what bounds the speed.
+"""The published models on whole slices and GPU hosts, as a table.
 
-    python -m tpu.published --topology v5p:4x4x4 v5e:8x8
+    python -m tpu.published --topology v5p:4x4x4 v5e:8x8 h100:8 b200:8
 
-Each is trained as published, 256 rows of 8192 bytes an update, in bfloat16, layers recomputed, with
-parameters and optimizer cut over 16 devices, in the fewest micro-batches that fit with all chunk
-slots. Speeds are bounds at the slots of the configured rates (`tpu.plan` says more about each).
-Rows are kept in --out as they are found: the same command again goes on behind the last one.
+Each is trained as published, 256 rows of 8192 bytes per update, in bfloat16, with parameters and
+optimizer sharded over 16 devices (fewer if there are fewer), in the fewest micro-batches that fit
+with all chunk slots, and with the `remat` that is then the fastest. Speeds are bounds at the slots
+of the configured rates (`tpu.plan` says more about each). Rows are kept in --out as they are found:
+the same command again goes on after the last one.
 """
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,47 +20,70 @@ from experiments.command_line import run
 from hnet.config import PUBLISHED
 from hnet.flops import param_counts
 from hnet.train.config import Config
-from tpu.aot import GIB, Plan, Slice, capacities, compile_plan, open_slice
+from tpu.aot import Plan, capacities, compile_plan
 from tpu.bundle import code_hash
-from tpu.plan import plan_config
-from tpu.roofline import bytes_a_second, peak_share, step_bound
+from tpu.chips import GIB, Slice, open_slice
+from tpu.plan import REMAT, plan_config
+from tpu.roofline import bytes_a_second, hbm_per_byte, kernels, peak_share, step_bound
 
 ROWS, ROW = 256, 8192  # arXiv 2507.07955, section 3.1
 # Of the devices: enough for the largest state, and a group in which libtpu gathers parameters and
 # scatters gradients. Over all 64 of a slice it sums zeros instead, for twice the bytes.
 FSDP = 16
 HEAD = (
-    "| model | parameters | slice | micro-batches | GiB a chip: all slots | settled slots "
-    "| of | fits | bound | bytes/s at most | of the peak |\n|" + "---|" * 11
+    "| model | parameters | slice | remat | micro-batches | GiB per chip: all slots | settled "
+    "slots | of | fits | kernels | HBM MB per byte | bound | bytes/s at most | of the peak |\n"
+    f"|{'---|' * 14}"
 )
 
 
-def published_config(name: str, slice_: Slice, accumulate: int) -> Config:
+def published_config(name: str, slice_: Slice, remat: str, accumulate: int) -> Config:
     words = [name, "--data.seq_len", str(ROW), "--data.batch_size", str(ROWS)]
-    config = plan_config([*words, "--train.accumulate", str(accumulate)])
+    words += ["--model.compute.remat", remat, "--train.accumulate", str(accumulate)]
+    config = plan_config(words)
     return replace(config, mesh=replace(config.mesh, data=-1, fsdp=min(FSDP, len(slice_.devices))))
 
 
 def find(name: str, slice_: Slice) -> tuple[Plan, Plan]:
-    """Plans with all slots and with those of the configured rates."""
-    accumulate = 1
+    """Plans with all slots and with those of the configured rates, of the fastest that fits."""
+    found = [fewest_micro_batches(name, slice_, remat) for remat in REMAT]
+    pairs = [(full, _settled(full)) for full in found if full.fits] or [
+        (full, _settled(full)) for full in found[-1:]
+    ]
+    return max(pairs, key=lambda pair: bytes_a_second(pair[1]) if pair[1].moved else 0.0)
+
+
+def _settled(full: Plan) -> Plan:
+    slots = capacities(full.config, 1.0)
+    return compile_plan(full.config, full.slice_, slots, to_code=False)
+
+
+def fewest_micro_batches(name: str, slice_: Slice, remat: str) -> Plan:
+    """The plan with all slots that fits, or the one with as many micro-batches as there can be."""
+    accumulate, most = 1, ROWS // len(slice_.devices)
     while True:
-        config = published_config(name, slice_, accumulate)
+        config = published_config(name, slice_, remat, accumulate)
         full = compile_plan(config, slice_, capacities(config), to_code=False)
-        if full.fits or ROWS % (2 * accumulate * len(slice_.devices)):
-            break
-        accumulate *= 2
-    return full, compile_plan(config, slice_, capacities(config, 1.0), to_code=False)
+        if full.fits or accumulate == most:
+            return full
+        room = full.hbm_a_device - full.state_bytes
+        needed = (full.hbm_bytes - full.state_bytes) / room if room > 0 else math.inf
+        while accumulate < most and needed > 1:  # what is not state is about proportional to rows
+            accumulate, needed = 2 * accumulate, needed / 2
 
 
 def table_row(name: str, full: Plan, settled: Plan) -> str:
     config, params = full.config, sum(param_counts(full.config.model).values())
     fits = "yes" if full.fits else "settled only" if settled.fits else "no"
-    speed = (step_bound(settled), f"{bytes_a_second(settled):,.0f}", f"{peak_share(settled):.0%}")
+    speed = (
+        f"{kernels(settled):,.0f}", f"{hbm_per_byte(settled) / 1e6:.1f}", step_bound(settled),
+        f"{bytes_a_second(settled):,.0f}", f"{peak_share(settled):.0%}",
+    )  # fmt: skip
     cells = [
-        name, f"{params / 1e6:,.0f}M", full.slice_.name, config.train.accumulate,
-        _gib(full), _gib(settled), f"{full.hbm_a_device / GIB:g}", fits,
-        *(speed if settled.moved else ("-",) * 3),
+        name, f"{params / 1e6:,.0f}M", full.slice_.name,
+        config.model.compute.remat, config.train.accumulate,
+        _gib(full), _gib(settled), f"{full.hbm_a_device / GIB:.3g}", fits,
+        *(speed if settled.moved else ("-",) * 5),
     ]  # fmt: skip
     return "| " + " | ".join(map(str, cells)) + " |"
 
@@ -71,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tpu.published", description=__doc__.split("\n")[0], allow_abbrev=False
     )
-    parser.add_argument("--topology", nargs="+", required=True, help="e.g. v5p:4x4x4 v5e:8x8")
+    parser.add_argument("--topology", nargs="+", required=True, help="e.g. v5p:4x4x4 h100:8")
     parser.add_argument("--model", nargs="+", choices=PUBLISHED, default=list(PUBLISHED))
     parser.add_argument("--out", type=Path, default=Path("runs/plan/published.jsonl"))
     options = parser.parse_args(sys.argv[1:] if argv is None else argv)

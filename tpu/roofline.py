@@ -9,15 +9,15 @@ from tpu import hlo
 from tpu.aot import Plan, capacities
 
 RATES = (0.5, 0.75, 1.0, 1.5, 2.0)  # of the configured boundary rate
-EXACT_PASSES = 6  # of a bfloat16 matrix unit, for a matmul at the highest precision
 
 
 class Bound(NamedTuple):
-    """Seconds a step that a part needs at least on each of three resources."""
+    """Seconds a step that a part needs at least on each of four resources."""
 
     compute: float = 0.0
     hbm: float = 0.0
     network: float = 0.0
+    launches: float = 0.0
 
     @property
     def name(self) -> str:
@@ -32,14 +32,15 @@ def roofline(plan: Plan) -> dict[str, Bound]:
     bounds: dict[str, Bound] = {}
     for part in dict.fromkeys([*trained] + [m.part for m in plan.moved]):
         own = trained.get(part, Cost())
-        flops = rows * (own.matmul + (EXACT_PASSES - 1) * own.exact)
-        hbm = sum(m.num_bytes for m in plan.moved if m.part == part and m.kind == "hbm")
+        flops = rows * (own.matmul + (chip.float32_slowness - 1) * own.exact)
+        hbm = hbm_bytes(plan, part)
         network = sum(
-            m.num_bytes / plan.slice_.network_rate(m.group)
+            m.num_bytes / plan.slice_.network_rate(m.group, m.span)
             for m in plan.moved
             if m.part == part and m.kind != "hbm"
         )
-        bounds[part] = Bound(flops / (chip.flops * share), hbm / (chip.hbm_rate * share), network)
+        compute, launches = flops / (chip.flops * share), kernels(plan, part) * chip.launch
+        bounds[part] = Bound(compute, hbm / (chip.hbm_rate * share), network, launches)
     return bounds
 
 
@@ -47,6 +48,22 @@ def _trained(plan: Plan, remat: str | None = None) -> dict[str, Cost]:
     """Operations of each part, forward and backward, per row."""
     lengths = (plan.config.data.seq_len, *plan.capacities)
     return training_flops(plan.config.model, lengths, plan.packed_rows, remat=remat)
+
+
+def kernels(plan: Plan, part: str | None = None) -> float:
+    """Operations per step that read or write memory or send something: on a GPU, its kernels."""
+    return sum(m.count for m in plan.moved if part in (m.part, None))
+
+
+def hbm_bytes(plan: Plan, part: str | None = None) -> float:
+    """Bytes of HBM that one device reads and writes in a step."""
+    return sum(m.num_bytes for m in plan.moved if m.kind == "hbm" and part in (m.part, None))
+
+
+def hbm_per_byte(plan: Plan) -> float:
+    """Bytes of HBM read and written per byte of text."""
+    text = plan.config.data.batch_size * plan.config.data.seq_len / len(plan.slice_.devices)
+    return hbm_bytes(plan) / text
 
 
 def step_seconds(plan: Plan) -> float:
@@ -113,17 +130,28 @@ def report(plan: Plan) -> str:
     for (kind, group), found in sorted(kinds.items()):
         sent, count = sum(m.num_bytes for m in found), sum(m.count for m in found)
         lines.append(f"  {kind:<20}over {group:<6}{count:7.0f} times {size(sent):>12} in all")
+    lines += ["", *_parts_table(plan)]
+    return "\n".join(lines)
+
+
+def _parts_table(plan: Plan) -> list[str]:
+    kind = "kernels" if plan.slice_.is_gpu else "operations"
+    columns = "".join(f"{name:>10}" for name in (kind, "HBM GB", *Bound._fields))
+    lines = [f"per device and step, least ms:\n  {'part':<24}{columns}  bound"]
     bounds = roofline(plan)
-    lines += ["", f"{'least ms of a part':<26}{'compute':>10}{'hbm':>10}{'network':>10}  bound"]
     for part, bound in bounds.items():
         times = "".join(f"{1e3 * seconds:10.3g}" for seconds in bound)
-        lines.append(f"  {part:<24}{times}  {bound.name}")
-    step = step_seconds(plan)
+        counted = f"{kernels(plan, part):10,.0f}{hbm_bytes(plan, part) / 1e9:10.3g}"
+        lines.append(f"  {part:<24}{counted}{times}  {bound.name}")
+    sums = "".join(f"{1e3 * sum(column):10.3g}" for column in zip(*bounds.values()))
     lines += [
-        f"  {'step':<24}{1e3 * step:10.3g} at least, mostly bound by {step_bound(plan)}: "
-        f"{bytes_a_second(plan):,.0f} bytes/s and {100 * peak_share(plan):.0f}% of the peak at most"
+        f"  {'all':<24}{kernels(plan):10,.0f}{hbm_bytes(plan) / 1e9:10.3g}{sums}",
+        f"  a step: {1e3 * step_seconds(plan):.3g} ms at least, mostly bound by "
+        f"{step_bound(plan)}: {bytes_a_second(plan):,.0f} bytes/s and "
+        f"{100 * peak_share(plan):.0f}% of the peak at most; "
+        f"{hbm_per_byte(plan) / 1e6:.3g} MB of HBM per byte of text",
     ]
-    return "\n".join(lines)
+    return lines
 
 
 def _flops_table(config: Config, packed_rows: int) -> list[str]:

@@ -1,0 +1,86 @@
+"""Plans for GPUs that are not there: a small network's kernels and bytes stay under limits."""
+
+import importlib.util
+import json
+
+import pytest
+
+from hnet.errors import ConfigError
+from tpu.aot import compile_plan
+from tpu.chips import GPUS, assumed_cudnn, open_slice
+from tpu.plan import main, plan_config
+from tpu.roofline import hbm_per_byte, kernels
+
+needs_plugin = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda12_plugin") is None
+    and importlib.util.find_spec("jax_cuda13_plugin") is None,
+    reason="no CUDA plugin of JAX is installed (the extra cuda12 or cuda13)",
+)
+NETWORK = {
+    "arch_layout": ["m2", ["T2"], "m2"], "d_model": [64, 128], "d_intermediate": [0, 256],
+    "ssm_cfg": {"d_state": 32}, "attn_cfg":
+        {"num_heads": [2, 2], "rotary_emb_dim": [16, 16], "window_size": [-1, -1]},
+}  # fmt: skip
+
+
+@pytest.fixture
+def network(tmp_path):
+    """Command-line words of a network with every kind of layer of 1stage_XL."""
+    file = tmp_path / "network.json"
+    file.write_text(json.dumps(NETWORK))
+    words = [str(file), "--data.seq_len", "2048", "--data.batch_size", "2"]
+    return [*words, "--model.compute.dtype", "bfloat16", "--model.compute.remat", "layer"]
+
+
+@needs_plugin
+def test_few_kernels_and_bytes(network):
+    """No loop of small kernels: limits are about a tenth above what was counted."""
+    plan = compile_plan(plan_config(network), open_slice("h100:1"), (512,), to_code=False)
+    assert plan.fits and plan.compile_seconds is None
+    assert kernels(plan) <= 5600
+    assert hbm_per_byte(plan) <= 0.5e6
+
+
+@needs_plugin
+def test_a_loop_over_blocks_of_queries_is_seen(network):
+    config = plan_config([*network, "--model.compute.attention_backend", "xla"])
+    plan = compile_plan(config, open_slice("h100:1"), (512,), to_code=False)
+    assert kernels(plan, "stage1/main_network") > 500
+
+
+@needs_plugin
+def test_a_plan_for_several_gpus(network, capsys):
+    words = ["--topology", "h100:8", "--no-code", "--rate", "1", *network, "--data.batch_size", "8"]
+    assert main([*words, "--mesh.data", "2", "--mesh.fsdp", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "h100:8: 8 devices" in out and "fits" in out and "kernels" in out
+    assert "all-gather          over 4" in out
+
+
+@needs_plugin
+@pytest.mark.parametrize("kind", GPUS)
+def test_every_gpu_can_be_compiled_for(kind):
+    slice_ = open_slice(f"{kind}:2x4")
+    assert len(slice_.devices) == 8 and slice_.devices[0].platform == "gpu"
+    assert slice_.devices[0].device_kind == GPUS[kind].name
+
+
+def test_without_the_plugin_one_line_says_what_to_install(monkeypatch):
+    def missing(*_, **__):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr("tpu.chips.topologies.get_topology_desc", missing)
+    with pytest.raises(ConfigError, match="the extra cuda12") as e:
+        open_slice("h100:8")
+    assert "\n" not in str(e.value)
+
+
+@needs_plugin
+def test_versions_are_assumed_only_while_a_program_is_traced():
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    before = fused.check_cudnn_version, fused.check_compute_capability
+    with assumed_cudnn(open_slice("a100:1")):
+        assert fused.check_cudnn_version() >= 91000
+        assert fused.check_compute_capability("8.0") and not fused.check_compute_capability("9.0")
+    assert before == (fused.check_cudnn_version, fused.check_compute_capability)

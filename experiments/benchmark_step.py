@@ -20,6 +20,7 @@ from hnet.chunking.dechunk import dechunk
 from hnet.chunking.router import decide
 from hnet.flops import total, training_flops
 from hnet.loss import next_byte_nll
+from hnet.nn.context import Context
 from hnet.nn.layers import segment_positions
 from hnet.train.config import Config
 from hnet.train.program import build, put_batch
@@ -124,12 +125,12 @@ def part_functions(step: Step) -> dict[str, tuple[Callable, tuple]]:
         return jax.device_put(arrays, batch_sharding(step.mesh))
 
     x_BLD = rows_apart(model.embeddings(step.batch["input_ids"]))
-    h_BLD = rows_apart(stage.encoder(x_BLD, segment_ids_BL))
+    h_BLD = rows_apart(stage.encoder(x_BLD, Context(segment_ids_BL)))
     decided = rows_apart(route(stage, h_BLD))
     chunks = rows_apart(stage.chunk(h_BLD, decided, slots[0]))
     y_BMD = rows_apart(stage.main_network(chunks.x_BMD, chunks.segment_ids_BM, slots[1:])[0])
     how = config.model.stages[0].chunking.dechunk
-    stack = lambda stack, x: stack(x, segment_ids_BL)
+    stack = lambda stack, x: stack(x, Context(segment_ids_BL))
     inner = lambda net, x: net(x, chunks.segment_ids_BM, slots[1:])[0]
     modules = {
         "stage0/encoder": (stage.encoder, stack, h_BLD),

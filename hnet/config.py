@@ -2,8 +2,9 @@
 
 A network is a tuple of stages, outermost first. Every stage but the last has an encoder and a
 decoder around a router that cuts its sequence into chunks; the last one is a plain stack.
-Layout strings are the official ones: a run is a letter and a count, ``m`` = Mamba-2, ``t`` =
-causal attention, upper case = the same with a SwiGLU MLP behind it (goombalab/hnet).
+Layout strings are the official ones (goombalab/hnet): a run is a letter and a count, ``m`` =
+Mamba-2, ``t`` = causal attention, upper case = the same with a SwiGLU MLP after it. The table
+`hnet.nn.mixers.MIXERS` has further letters.
 """
 
 import json
@@ -11,16 +12,19 @@ import math
 import os
 import re
 import reprlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from hnet.chunking.config import ChunkingConfig
 from hnet.errors import ConfigError
+from hnet.nn.mixers import OFFICIAL, check_further
+from hnet.nn.mixers import problem as mixer_problem
+from hnet.nn.mixers.settings import AttentionConfig, CrossAttentionConfig
 
 BOS_ID = 254  # byte values that valid UTF-8 never contains, as in the official tokenizer
 EOS_ID = 255
 
-_RUN = re.compile(r"([mMtT])([1-9][0-9]{0,3})")
+_RUN = re.compile(r"([a-zA-Z])([1-9][0-9]{0,3})")
 
 
 def parse_layout(layout: str) -> tuple[tuple[str, int], ...]:
@@ -28,7 +32,7 @@ def parse_layout(layout: str) -> tuple[tuple[str, int], ...]:
     if not layout or not re.fullmatch(rf"({_RUN.pattern})+", layout):
         raise ConfigError(
             f"layout {reprlib.repr(layout)} is not a sequence of runs such as 'm4' or 'T1m4': "
-            "use the letters m, M, t, T, each followed by a count from 1 to 9999"
+            "use letters of mixers, each followed by a count from 1 to 9999"
         )
     runs: list[tuple[str, int]] = []
     for kind, count in _RUN.findall(layout):
@@ -77,6 +81,8 @@ class StageConfig:
     window_size: int = -1
     """previous positions that attention sees; -1 = all"""
     chunking: ChunkingConfig = ChunkingConfig()
+    attention: AttentionConfig = AttentionConfig()
+    cross_attention: CrossAttentionConfig = CrossAttentionConfig()
 
     @property
     def d_mlp(self) -> int:
@@ -117,6 +123,8 @@ class HNetConfig:
     """share the embedding with the output head"""
     route_groups: tuple[tuple[str, ...], ...] = ()
     """names of Unicode scripts that share a route: group i is route i + 1, all others route 0"""
+    mixers: tuple[tuple[str, str], ...] = ()
+    """further letters of layout strings and their classes, ("k", "my_paper.layers:Kernel")"""
     compute: ComputeConfig = ComputeConfig()
 
     def __post_init__(self):
@@ -171,6 +179,8 @@ class HNetConfig:
                     f"model.stages.{i}.chunking is no official H-Net's: the official format holds "
                     "one cosine router a stage, select, ema and a linear residual"
                 )
+        if problem := self.unofficial_layers():
+            raise ConfigError(f"{problem}: keep this model in its work directory")
         if self.ssm.head_dim != SSMConfig.head_dim:
             raise ConfigError(
                 f"model.ssm.head_dim={self.ssm.head_dim} has no official form, which is "
@@ -195,6 +205,22 @@ class HNetConfig:
             "tie_embeddings": self.tie_embeddings,
         }
 
+    def unofficial_layers(self) -> str | None:
+        """What the layers of some stage have that no official H-Net has, if anything."""
+        for i, stage in enumerate(self.stages):
+            kinds = {kind for part in stage.arch_layout for kind, _ in parse_layout(part)}
+            if other := sorted(kind for kind in kinds if kind.lower() not in OFFICIAL):
+                letters = ", ".join(OFFICIAL)
+                return (
+                    f"model.stages.{i}.arch_layout={stage.arch_layout!r} has layers {other[0]!r}, "
+                    f"and the official H-Net only {letters}"
+                )
+            plain = AttentionConfig()
+            for field in fields(plain) if kinds & {"t", "T"} else ():
+                if (value := getattr(stage.attention, field.name)) != getattr(plain, field.name):
+                    return f"model.stages.{i}.attention.{field.name}={value!r} has no official form"
+        return None
+
     @classmethod
     def named(cls, name: str) -> "HNetConfig":
         """One of the six published configurations, e.g. ``"1stage_L"``."""
@@ -213,6 +239,7 @@ def _check(config: HNetConfig) -> None:
     for name in ("d_state", "d_conv", "expand", "head_dim"):
         if (value := getattr(config.ssm, name)) < 1:
             raise ConfigError(f"model.ssm.{name}={value}: use 1 or more")
+    check_further(config.mixers)
     for name in ("ssd_block_len", "attention_block_len"):
         if (value := getattr(config.compute, name)) < 1:
             raise ConfigError(f"model.compute.{name}={value}: use 1 or more")
@@ -241,14 +268,16 @@ def _check_stage(config: HNetConfig, i: int, stage: StageConfig) -> None:
             f"{where}.d_model={stage.d_model} is narrower than the stage around it "
             f"({config.stages[i - 1].d_model}): use at least that width"
         )
-    if kinds & set("tT"):
-        _check_attention(where, stage)
-    if kinds & set("mM") and (config.ssm.expand * stage.d_model) % config.ssm.head_dim:
-        raise ConfigError(
-            f"{where}.d_model={stage.d_model} times model.ssm.expand={config.ssm.expand} is not a "
-            f"multiple of model.ssm.head_dim={config.ssm.head_dim}: choose a d_model that is"
-        )
-    if kinds & set("MT") and stage.d_intermediate < 1:
+    for letter in sorted(kinds):
+        try:
+            problem = mixer_problem(config, stage, letter)
+        except ConfigError as e:
+            raise ConfigError(
+                f"{where}.arch_layout={reprlib.repr(stage.arch_layout)}: {e}"
+            ) from None
+        if problem:
+            raise ConfigError(f"{where}.{problem}")
+    if any(letter.isupper() for letter in kinds) and stage.d_intermediate < 1:
         raise ConfigError(
             f"{where}.d_intermediate={stage.d_intermediate}, but {stage.arch_layout} has MLP "
             "layers (upper case): give their width, e.g. 4 * d_model"
@@ -291,22 +320,6 @@ def _approximate_parameters(config: HNetConfig) -> int:
             total += count * (mixer + 3 * D * stage.d_mlp * kind.isupper())
         total += 3 * D * D * (len(stage.arch_layout) == 2)
     return total
-
-
-def _check_attention(where: str, stage: StageConfig) -> None:
-    if stage.num_heads < 1 or stage.d_model % stage.num_heads:
-        raise ConfigError(
-            f"{where}.d_model={stage.d_model} is not divided by num_heads={stage.num_heads}: "
-            "choose a number of heads that divides it"
-        )
-    head_dim = stage.d_model // stage.num_heads
-    if stage.rotary_emb_dim % 2 or not 0 <= stage.rotary_emb_dim <= head_dim:
-        raise ConfigError(
-            f"{where}.rotary_emb_dim={stage.rotary_emb_dim}: "
-            f"use an even number from 0 to the head width {head_dim}"
-        )
-    if stage.window_size < -1:
-        raise ConfigError(f"{where}.window_size={stage.window_size}: use -1 (all), 0 or more")
 
 
 def _read_json(path: str | os.PathLike) -> dict[str, Any]:

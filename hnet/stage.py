@@ -19,6 +19,7 @@ from hnet.chunking.router import (
 from hnet.chunking.routes import apply_routed
 from hnet.chunking.rules import fixed
 from hnet.config import HNetConfig, layout_height
+from hnet.nn.context import Context
 from hnet.nn.isotropic import Isotropic
 from hnet.nn.parameters import metadata, parameter, set_stage
 
@@ -171,10 +172,11 @@ class HNet(nnx.Module):
         x_BLD = self.widen(x_BLD)
         if self.is_innermost:
             with jax.named_scope("main_network"):
-                return self.main_network(x_BLD, segment_ids_BL)[..., :outer_width], []
+                y_BLD = self.main_network(x_BLD, Context(segment_ids_BL))
+                return y_BLD[..., :outer_width], []
 
         with jax.named_scope("encoder"):
-            h_BLD = self.encoder(x_BLD, segment_ids_BL)
+            h_BLD = self.encoder(x_BLD, Context(segment_ids_BL))
         with jax.named_scope("residual_proj"):
             residual_BLD = self.residual(h_BLD)
         most = packed_rows * self.chunking.max_slots(x_BLD.shape[1])
@@ -198,4 +200,5 @@ class HNet(nnx.Module):
             x_BLD = dechunk(y_BMD, chunks, packed, self.chunking.dechunk)
             x_BLD = x_BLD.reshape(residual_BLD.shape) + residual_BLD
         with jax.named_scope("decoder"):
-            return self.decoder(x_BLD, segment_ids_BL)[..., :outer_width], [route, *inner]
+            x_BLD = self.decoder(x_BLD, Context(segment_ids_BL))
+            return x_BLD[..., :outer_width], [route, *inner]

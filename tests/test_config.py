@@ -30,7 +30,7 @@ GOOD = HNetConfig((OUTER, INNER))
 # --- layouts ------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.tuples(st.sampled_from("mMtT"), st.integers(1, 30)), min_size=1, max_size=6))
+@given(st.lists(st.tuples(st.sampled_from("mMtTxXq"), st.integers(1, 30)), min_size=1, max_size=6))
 def test_layout_means_its_layers_in_order(runs):
     layout = "".join(f"{kind}{count}" for kind, count in runs)
     layers = "".join(kind * count for kind, count in runs)
@@ -40,10 +40,10 @@ def test_layout_means_its_layers_in_order(runs):
     assert layout_height(layout) == sum(2 if kind.isupper() else 1 for kind in layers)
 
 
-@pytest.mark.parametrize("layout", ["", "m", "4", "m0", "m04", "x2", "m4 ", "m4,T1", "m-1", "m4T"])
+@pytest.mark.parametrize("layout", ["", "m", "4", "m0", "m04", "é2", "m4 ", "m4,T1", "m-1", "m4T"])
 def test_impossible_layout(layout):
     with pytest.raises(
-        ConfigError, match=f"layout {layout!r} is not .* use the letters m, M, t, T"
+        ConfigError, match=f"layout {layout!r} is not .* use letters of mixers, each followed"
     ):
         parse_layout(layout)
 
@@ -78,7 +78,8 @@ REFUSED = [
         r"stages.0.arch_layout=\('m2',\) has 1 parts: give an encoder and",
     ),
     (inner(arch_layout=("m1", "m1")), "stages.1.arch_layout=.* has 2 parts: the innermost .* one"),
-    (outer(arch_layout=("m2", "q1")), "stages.0.arch_layout: layout 'q1' .*: use the letters"),
+    (outer(arch_layout=("m2", "q")), "stages.0.arch_layout: layout 'q' .*: use letters of mixers"),
+    (outer(arch_layout=("m2", "q1")), "stages.0.arch_layout=.* letter 'q' is unknown: use m, t, x"),
     (inner(d_model=0), "stages.1.d_model=0: use 1"),
     (outer(d_model=256), r"stages.1.d_model=128 is narrower .*\(256\): use at least"),
     (outer(num_heads=5), "stages.0.d_model=64 is not divided by num_heads=5: choose"),

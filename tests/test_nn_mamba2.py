@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import quick_jit
 
-from hnet.nn.mamba2 import causal_conv_silu
+from hnet.nn.convolution import causal_conv_silu
 from hnet.nn.ssd import ssd, ssd_reference
 
 B, L, H, P, N = 2, 29, 3, 5, 7

@@ -9,6 +9,7 @@ from hnet.chunking.dechunk import dechunk
 from hnet.chunking.pool import chunk_ids, running_mean
 from hnet.chunking.router import RouterOutput
 from hnet.nn.cache import last_positions
+from hnet.nn.context import Context
 from hnet.stage import HNet
 
 
@@ -56,11 +57,11 @@ def prefill_stage(
     boundaries_BL: jax.Array | None = None,
 ) -> tuple[jax.Array, list[RouterOutput], StageCache]:
     """`HNet.__call__` on rows of one segment each, and the cache that it leaves."""
-    width, max_len = x_BLD.shape[-1], max_lens[0]
+    width, max_len, context = x_BLD.shape[-1], max_lens[0], Context(segment_ids_BL)
     x_BLD, stacks = stage.widen(x_BLD), {}
 
     def run(name, x):
-        y, stacks[name] = getattr(stage, name).prefill(x, segment_ids_BL, lengths_B, max_len)
+        y, stacks[name] = getattr(stage, name).prefill(x, context, lengths_B, max_len)
         return y
 
     if stage.is_innermost:

@@ -14,6 +14,7 @@ from hnet.chunking.dechunk import MIN_PROB
 from hnet.chunking.router import decide
 from hnet.infer.compact import on_rows
 from hnet.infer.stage_cache import StageCache, Waiting
+from hnet.nn.context import StepContext
 from hnet.stage import HNet
 
 
@@ -81,7 +82,7 @@ def _run(
 
     def stack_step(inputs_R, caches, rows):
         x_RD, positions_R = inputs_R
-        return getattr(stage, name).step(x_RD, caches, rows, positions_R)
+        return getattr(stage, name).step(x_RD, caches, rows, StepContext(positions_R))
 
     inputs = (x_BD, cache.position_B)
     y_BD, stack = on_rows(stack_step, on_B, inputs, cache.stacks[name], sizes)
@@ -97,7 +98,7 @@ def _encode(
 
     def encode(inputs_R, caches, rows):
         x_RD, previous_RD, positions_R, *given = inputs_R
-        h_RD, caches = stage.encoder.step(x_RD, caches, rows, positions_R)
+        h_RD, caches = stage.encoder.step(x_RD, caches, rows, StepContext(positions_R))
         p_R, wanted_R = _route(stage, previous_RD, h_RD, positions_R, *given)
         return (h_RD, stage.residual(h_RD[:, None])[:, 0], p_R, wanted_R), caches
 

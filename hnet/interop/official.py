@@ -58,6 +58,8 @@ class Leaf(NamedTuple):
 
 def check_official(config: HNetConfig) -> None:
     """Raise ConfigError if the official code has no network like this one."""
+    if problem := config.unofficial_layers():
+        raise ConfigError(f"{problem}: keep this model in its work directory")
     official = ChunkingConfig()
     for s, stage in enumerate(config.stages[: config.num_chunked]):
         for name in _STRUCTURE:

@@ -1,18 +1,46 @@
-"""Causal, windowed multi-head attention over packed rows, by blocks of queries."""
+"""Multi-head attention over packed rows: plain forms, and causal attention by blocks."""
 
 import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from hnet.config import HNetConfig, StageConfig
 from hnet.cost import trips
-from hnet.nn.cache import KVCache, read, ring, write
-from hnet.nn.kernels.spread import on_each_device
-from hnet.nn.kernels.table import kernel
-from hnet.nn.layers import fused_linear, linear, rotary, segment_positions
+from hnet.nn.cache import KVCache, read
+from hnet.nn.layers import segment_positions
+
+
+def masked_attention(
+    q_BLHK: jax.Array,
+    k_BMHK: jax.Array,
+    v_BMHK: jax.Array,
+    visible_BLM: jax.Array,
+    *,
+    key_bias_BM: jax.Array | None = None,
+    sink_H: jax.Array | None = None,
+    soft_cap: float = 0.0,
+) -> jax.Array:
+    """softmax(score + key_bias) v over the visible keys, score = q k' / sqrt(K).
+
+    soft_cap: c of c tanh(score / c) instead of the score (arXiv 2408.00118); 0 = none. sink_H: a
+    further logit of each head, which takes weight and has no value (arXiv 2309.17453; 0 is the
+    "softmax + 1"). A query that sees nothing gets 0. Scores and softmax are float32.
+    """
+    scores_BHLM = jnp.einsum("blhk,bmhk->bhlm", q_BLHK, k_BMHK, preferred_element_type=jnp.float32)
+    scores_BHLM = scores_BHLM / math.sqrt(q_BLHK.shape[-1])
+    if soft_cap:
+        scores_BHLM = soft_cap * jnp.tanh(scores_BHLM / soft_cap)
+    if key_bias_BM is not None:
+        scores_BHLM = scores_BHLM + key_bias_BM[:, None, None, :]
+    visible_B1LM = visible_BLM[:, None]
+    scores_BHLM = jnp.where(visible_B1LM, scores_BHLM, jnp.finfo(jnp.float32).min)
+    if sink_H is not None:
+        sink_BHL1 = jnp.broadcast_to(sink_H[None, :, None, None], (*scores_BHLM.shape[:3], 1))
+        scores_BHLM = jnp.concatenate([scores_BHLM, sink_BHL1], axis=-1)
+    weights_BHLM = jax.nn.softmax(scores_BHLM, axis=-1)[..., : k_BMHK.shape[1]]
+    weights_BHLM = jnp.where(visible_B1LM, weights_BHLM, 0.0).astype(v_BMHK.dtype)
+    return jnp.einsum("bhlm,bmhk->blhk", weights_BHLM, v_BMHK)
 
 
 def attention_reference(
@@ -20,26 +48,93 @@ def attention_reference(
     k_BLHK: jax.Array,
     v_BLHK: jax.Array,
     segment_ids_BL: jax.Array,
+    key_bias_BL: jax.Array | None = None,
+    sink_H: jax.Array | None = None,
     *,
     window: int = -1,
-    offset: int = 0,
+    causal: bool = True,
+    soft_cap: float = 0.0,
+    offset: int | jax.Array = 0,
 ) -> jax.Array:
-    """softmax(q k' / sqrt(K)) v over the keys that a query may see, in one block.
+    """`masked_attention` over the keys that a query may see, in one block.
 
     A query at i sees the keys j with i - window <= j <= i (all j <= i if window is -1) in its own
-    segment. `q_BLHK` may be a slice of the rows starting at `offset`; keys start at 0.
+    segment, and if not `causal` those with i <= j <= i + window too. `q_BLHK` may be a slice of the
+    rows starting at `offset`; keys start at 0.
     """
     query_index = offset + jnp.arange(q_BLHK.shape[1], dtype=jnp.int32)[:, None]
     key_index = jnp.arange(k_BLHK.shape[1], dtype=jnp.int32)[None, :]
-    visible_LM = key_index <= query_index
+    age_LM = query_index - key_index
+    visible_LM = age_LM >= 0 if causal else jnp.ones_like(age_LM, bool)
     if window >= 0:
-        visible_LM &= key_index >= query_index - window
-    segment_q = jax.lax.slice_in_dim(segment_ids_BL, offset, offset + q_BLHK.shape[1], axis=1)
+        visible_LM &= jnp.abs(age_LM) <= window
+    segment_q = jax.lax.dynamic_slice_in_dim(segment_ids_BL, offset, q_BLHK.shape[1], axis=1)
     visible_BLM = visible_LM[None] & (segment_q[:, :, None] == segment_ids_BL[:, None, :])
-    scores_BHLM = jnp.einsum("blhk,bmhk->bhlm", q_BLHK, k_BLHK, preferred_element_type=jnp.float32)
-    scores_BHLM = scores_BHLM / math.sqrt(q_BLHK.shape[-1])
-    weights = jax.nn.softmax(jnp.where(visible_BLM[:, None], scores_BHLM, -jnp.inf), axis=-1)
-    return jnp.einsum("bhlm,bmhk->blhk", weights.astype(v_BLHK.dtype), v_BLHK)
+    return masked_attention(
+        q_BLHK, k_BLHK, v_BLHK, visible_BLM,
+        key_bias_BM=key_bias_BL, sink_H=sink_H, soft_cap=soft_cap,
+    )  # fmt: skip
+
+
+def attention_by_queries(
+    q_BLHK, k_BLHK, v_BLHK, segment_ids_BL, key_bias_BL=None, sink_H=None, *, block_len, **options
+) -> jax.Array:
+    """`attention_reference`, one block of queries after the other: memory is linear in L."""
+    L = q_BLHK.shape[1]
+    T = min(block_len, L)
+
+    @jax.checkpoint
+    def block(i, q_BLHK, k_BLHK, v_BLHK):
+        q_BTHK = _cut(q_BLHK, i, T, axis=1)
+        return attention_reference(
+            q_BTHK, k_BLHK, v_BLHK, segment_ids_BL, key_bias_BL, sink_H, offset=i * T, **options
+        )
+
+    # queries of the padding have a segment of their own, and keys none of it
+    padding = ((0, 0), (0, -L % T))
+    q_BLHK, k_BLHK, v_BLHK = (
+        jnp.pad(a, (*padding, (0, 0), (0, 0))) for a in (q_BLHK, k_BLHK, v_BLHK)
+    )
+    segment_ids_BL = jnp.pad(segment_ids_BL, padding, constant_values=-1)
+    if key_bias_BL is not None:
+        key_bias_BL = jnp.pad(key_bias_BL, padding)
+    blocks = jnp.arange(q_BLHK.shape[1] // T, dtype=jnp.int32)
+    out = jax.lax.map(lambda i: block(i, q_BLHK, k_BLHK, v_BLHK), blocks)
+    return jnp.moveaxis(out, 0, 1).reshape(q_BLHK.shape)[:, :L]
+
+
+def grouped_attention(
+    q_BQHK: jax.Array,
+    k_BKHK: jax.Array,
+    v_BKHK: jax.Array,
+    q_group_BQ: jax.Array,
+    k_group_BK: jax.Array,
+    segment_ids_BQ: jax.Array | None = None,
+    segment_ids_BK: jax.Array | None = None,
+    *,
+    relation: str,
+    window: int = 1,
+) -> jax.Array:
+    """Attention of queries to keys of groups (chunks), numbered upwards along a row.
+
+    The newest group that a query sees is its own ("equal") or the one before ("last_closed"); it
+    sees `window` groups up to that one, -1 all of them, of its own segment. Keys of a negative
+    group are seen by no query; a query that sees no key gets 0.
+    """
+    match relation:
+        case "equal":
+            newest_BQ = q_group_BQ
+        case "last_closed":
+            newest_BQ = q_group_BQ - 1
+        case _:
+            raise ValueError(f"relation={relation!r}: use 'equal' or 'last_closed'")
+    age_BQK = newest_BQ[:, :, None] - k_group_BK[:, None, :]
+    visible_BQK = (age_BQK >= 0) & (k_group_BK >= 0)[:, None, :]
+    if window >= 0:
+        visible_BQK &= age_BQK < window
+    if segment_ids_BK is not None:
+        visible_BQK &= segment_ids_BQ[:, :, None] == segment_ids_BK[:, None, :]
+    return masked_attention(q_BQHK, k_BKHK, v_BKHK, visible_BQK)
 
 
 def attention(
@@ -209,25 +304,41 @@ def _einsum(spec, *operands):
 
 
 def cached_attention(
-    q_RHK: jax.Array, cache: KVCache, at: tuple, positions_R: jax.Array, *, window: int
+    q_RHK: jax.Array,
+    cache: KVCache,
+    at: tuple,
+    positions_R: jax.Array,
+    *,
+    window: int,
+    first_R: jax.Array | None = None,
+    sink_H: jax.Array | None = None,
+    soft_cap: float = 0.0,
 ) -> jax.Array:
     """`attention_reference` for the newest position of R rows, whose key is in the cache already.
 
-    Blocks of slots are read one by one with a running softmax, and only as many as the longest of
-    the rows has filled, so that the cost follows the length and not the room.
+    Positions before `first_R` are not seen. The heads of the cache may be fewer; each then serves
+    equally many neighbouring query heads. Blocks of slots are read one by one with a running
+    softmax, and only as many as the longest of the rows has filled, so that the cost follows the
+    length and not the room.
     """
     blocks, T = cache.k.shape[2], cache.k.shape[4]
+    shared = q_RHK.shape[1] // cache.k.shape[3]
     filled = jnp.minimum(jnp.max(positions_R) // T + 1, blocks)
     visible = positions_R if window < 0 else jnp.minimum(positions_R, window)
+    if first_R is not None:
+        visible = jnp.minimum(visible, positions_R - first_R)
 
     def block(j, carry):
         max_RH, sum_RH, out_RHK = carry
-        keys, values = (read(a, (*at, j)) for a in cache)
+        keys, values = (share_heads(read(a, (*at, j)), shared) for a in cache[:2])
         age_RT = (positions_R[:, None] - (j * T + jnp.arange(T))[None, :]) % (blocks * T)
         scores_RHT = jnp.einsum("rhk,rhtk->rht", q_RHK, keys, preferred_element_type=jnp.float32)
-        scores_RHT = jnp.where(
-            (age_RT <= visible[:, None])[:, None], scores_RHT / math.sqrt(q_RHK.shape[-1]), -jnp.inf
-        )
+        scores_RHT = scores_RHT / math.sqrt(q_RHK.shape[-1])
+        if soft_cap:
+            scores_RHT = soft_cap * jnp.tanh(scores_RHT / soft_cap)
+        if cache.bias is not None:
+            scores_RHT = scores_RHT + read(cache.bias, (*at, j))[:, None]
+        scores_RHT = jnp.where((age_RT <= visible[:, None])[:, None], scores_RHT, -jnp.inf)
         new_max_RH = jnp.maximum(max_RH, jnp.max(scores_RHT, axis=-1))
         weights_RHT = jnp.exp(scores_RHT - new_max_RH[..., None])
         shrink_RH = jnp.exp(max_RH - new_max_RH)
@@ -240,58 +351,13 @@ def cached_attention(
 
     lowest_RH = jnp.full(q_RHK.shape[:2], jnp.finfo(jnp.float32).min)
     nothing = (lowest_RH, jnp.zeros_like(lowest_RH), jnp.zeros(q_RHK.shape, jnp.float32))
+    if sink_H is not None:
+        sink_RH = jnp.broadcast_to(sink_H[None], lowest_RH.shape)
+        nothing = (sink_RH, jnp.ones_like(sink_RH), nothing[2])
     _, sum_RH, out_RHK = jax.lax.fori_loop(0, filled, block, nothing)
     return (out_RHK / sum_RH[..., None]).astype(q_RHK.dtype)
 
 
-class Attention(nnx.Module):
-    """The official CausalMHA: fused Wqkv, partial rotary, no biases."""
-
-    def __init__(self, config: HNetConfig, stage: StageConfig, *, out_std: float, rngs: nnx.Rngs):
-        D, dtype = stage.d_model, config.compute.dtype
-        self.stage, self.compute = stage, config.compute
-        self.Wqkv = linear(D, 3 * D, "embed_fused out", dtype=dtype, rngs=rngs)
-        self.out_proj = linear(D, D, "heads out", std=out_std, dtype=dtype, rngs=rngs)
-
-    def qkv(self, x_BLD: jax.Array, positions_BL: jax.Array) -> tuple[jax.Array, ...]:
-        """Rotated queries and keys, and values, each (B, L, H, K)."""
-        B, L, _ = x_BLD.shape
-        H, dim = self.stage.num_heads, self.stage.rotary_emb_dim
-        parts = fused_linear(self.Wqkv, x_BLD, (self.stage.d_model,) * 3, heads=H)
-        q, k, v = (part.reshape(B, L, H, -1) for part in parts)
-        return rotary(q, positions_BL, dim), rotary(k, positions_BL, dim), v
-
-    def attend(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> tuple[jax.Array, ...]:
-        """The output, and the keys and values (B, L, H, K) it was made of."""
-        q, k, v = self.qkv(x_BLD, segment_positions(segment_ids_BL))
-        blocked = partial(attention, block_len=self.compute.attention_block_len)
-        attend = kernel("attention_backend", self.compute) or blocked
-        axes = ("BLHK", "BLHK", "BLHK", "BL")
-        out_BLHK = on_each_device(
-            partial(attend, window=self.stage.window_size), axes, "BLHK", q, k, v, segment_ids_BL
-        )
-        return self.out_proj(out_BLHK.reshape(x_BLD.shape)), k, v
-
-    def __call__(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
-        return self.attend(x_BLD, segment_ids_BL)[0]
-
-    def prefill(
-        self, x_BLD: jax.Array, segment_ids_BL: jax.Array, lengths_B: jax.Array, max_len: int
-    ) -> tuple[jax.Array, KVCache]:
-        """`__call__`, and the cache (of one layer) of rows that end at `lengths_B`."""
-        out_BLD, k, v = self.attend(x_BLD, segment_ids_BL)
-        window = self.stage.window_size
-        size = max_len if window < 0 else min(max_len, window + 1)
-        return out_BLD, KVCache(ring(k, lengths_B, size), ring(v, lengths_B, size))
-
-    def step(
-        self, x_R1D: jax.Array, cache: KVCache, at: tuple, positions_R: jax.Array
-    ) -> tuple[jax.Array, KVCache]:
-        """One position of R rows; `positions_R` counts the positions each has had before."""
-        q, k, v = self.qkv(x_R1D, positions_R[:, None])
-        blocks, T = cache.k.shape[2], cache.k.shape[4]
-        slot_R = positions_R % (blocks * T)
-        newest = (*at, slot_R // T, slice(None), slot_R % T)
-        cache = KVCache(write(cache.k, newest, k[:, 0]), write(cache.v, newest, v[:, 0]))
-        out_RHK = cached_attention(q[:, 0], cache, at, positions_R, window=self.stage.window_size)
-        return self.out_proj(out_RHK.reshape(x_R1D.shape)), cache
+def share_heads(a_XHXX: jax.Array, count: int, axis: int = 1) -> jax.Array:
+    """Each head `count` times, side by side."""
+    return a_XHXX if count == 1 else jnp.repeat(a_XHXX, count, axis=axis)

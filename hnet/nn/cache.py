@@ -34,6 +34,8 @@ class KVCache(NamedTuple):
 
     k: jax.Array
     v: jax.Array
+    bias: jax.Array | None = None
+    """what is added to the scores of each key, float32 (layers, B, blocks, T)"""
 
 
 class SSMCache(NamedTuple):
@@ -71,6 +73,12 @@ def last_positions(x_BLD: jax.Array, lengths_B: jax.Array, count: int) -> jax.Ar
     """The `count` positions before each row's length, (B, count, ...); 0 before its start."""
     index_BW = lengths_B[:, None] - count + jnp.arange(count, dtype=jnp.int32)[None, :]
     return jax.vmap(_take)(x_BLD, index_BW)
+
+
+def in_last_segment(segment_ids_BL: jax.Array, lengths_B: jax.Array) -> jax.Array:
+    """Which positions belong to the segment that each row ends in, bool (B, L)."""
+    last_B1 = last_positions(segment_ids_BL, lengths_B, 1)
+    return (segment_ids_BL == last_B1) & (segment_ids_BL != 0)
 
 
 def ring(x_BLHK: jax.Array, lengths_B: jax.Array, size: int) -> jax.Array:

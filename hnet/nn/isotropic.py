@@ -1,27 +1,34 @@
 """A stack of residual blocks from a layout string: (B, L, D) -> (B, L, D)."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from hnet.config import HNetConfig, StageConfig, parse_layout
-from hnet.nn.attention import Attention
-from hnet.nn.cache import KVCache, Rows, SSMCache
+from hnet.errors import ConfigError
+from hnet.nn.cache import Rows
+from hnet.nn.context import Context, StepContext
 from hnet.nn.layers import INIT_STD, MATMUL, RMSNorm, SwiGLU, by_rows
-from hnet.nn.mamba2 import Mamba2
+from hnet.nn.mixers import find
 
 
 class Block(nnx.Module):
     """x + mixer(norm1(x)), then x + mlp(norm2(x)) in upper-case kinds; x stays float32."""
 
     def __init__(
-        self, config: HNetConfig, stage: StageConfig, kind: str, *, out_std: float, rngs: nnx.Rngs
-    ):
-        mixer = Mamba2 if kind in "mM" else Attention
+        self, config: HNetConfig, stage: StageConfig, kind: str, *, out_std: float,
+        causal: bool = True, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        mixer = find(kind, config.mixers)
+        if not (causal or mixer.can_look_ahead):
+            raise ConfigError(
+                f"layers {kind!r} are causal: a stack that looks ahead cannot have any"
+            )
         self.norm1 = RMSNorm(stage.d_model)
-        self.mixer = mixer(config, stage, out_std=out_std, rngs=rngs)
+        self.mixer = mixer(config, stage, out_std=out_std, causal=causal, rngs=rngs)
         self.has_mlp = kind.isupper()
         if self.has_mlp:
             self.norm2 = RMSNorm(stage.d_model)
@@ -29,20 +36,20 @@ class Block(nnx.Module):
                 stage.d_model, stage.d_mlp, out_std=out_std, dtype=config.compute.dtype, rngs=rngs
             )
 
-    def __call__(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
-        mixed = self.mixer(self.norm1(x_BLD), segment_ids_BL)
+    def __call__(self, x_BLD: jax.Array, context: Context) -> jax.Array:
+        mixed = self.mixer(self.norm1(x_BLD), context)
         return self.feed_forward(x_BLD + mixed.astype(jnp.float32))
 
     def prefill(
-        self, x_BLD: jax.Array, segment_ids_BL: jax.Array, lengths_B: jax.Array, max_len: int
-    ) -> tuple[jax.Array, KVCache | SSMCache]:
-        mixed, cache = self.mixer.prefill(self.norm1(x_BLD), segment_ids_BL, lengths_B, max_len)
+        self, x_BLD: jax.Array, context: Context, lengths_B: jax.Array, max_len: int
+    ) -> tuple[jax.Array, Any]:
+        mixed, cache = self.mixer.prefill(self.norm1(x_BLD), context, lengths_B, max_len)
         return self.feed_forward(x_BLD + mixed.astype(jnp.float32)), cache
 
     def step(
-        self, x_R1D: jax.Array, cache: KVCache | SSMCache, at: tuple, positions_R: jax.Array
-    ) -> tuple[jax.Array, KVCache | SSMCache]:
-        mixed, cache = self.mixer.step(self.norm1(x_R1D), cache, at, positions_R)
+        self, x_R1D: jax.Array, cache: Any, at: tuple, context: StepContext
+    ) -> tuple[jax.Array, Any]:
+        mixed, cache = self.mixer.step(self.norm1(x_R1D), cache, at, context)
         return self.feed_forward(x_R1D + mixed.astype(jnp.float32)), cache
 
     def feed_forward(self, x_BLD: jax.Array) -> jax.Array:
@@ -65,30 +72,35 @@ class Isotropic(nnx.Module):
         layout: str,
         *,
         num_residuals: int,
+        causal: bool = True,
         rngs: nnx.Rngs,
     ):
-        """`num_residuals`: residual additions that the depth-scaled init divides by."""
-        self.runs, self.compute = parse_layout(layout), config.compute
+        """`num_residuals`: residual additions that the depth-scaled init divides by.
+
+        causal: False lets every position see its whole segment; such a stack cannot be stepped.
+        Raises ConfigError for a mixer that cannot do that.
+        """
+        self.runs, self.compute, self.causal = parse_layout(layout), config.compute, causal
         out_std = INIT_STD / math.sqrt(num_residuals)
 
         def make_run(kind, count):
             @nnx.split_rngs(splits=count)
             @nnx.vmap(in_axes=0, out_axes=0)
             def make(rngs):
-                return Block(config, stage, kind, out_std=out_std, rngs=rngs)
+                return Block(config, stage, kind, out_std=out_std, causal=causal, rngs=rngs)
 
             return make(rngs)
 
         self.layers = nnx.List([make_run(kind, count) for kind, count in self.runs])
         self.rmsnorm = RMSNorm(stage.d_model)
 
-    def __call__(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
+    def __call__(self, x_BLD: jax.Array, context: Context) -> jax.Array:
         x_BLD = x_BLD.astype(jnp.float32)
         for (_, count), run in zip(self.runs, self.layers):
             graph, params = nnx.split(run)
 
             def layer(x, p, graph=graph):
-                return by_rows(nnx.merge(graph, p)(by_rows(x), segment_ids_BL)), None
+                return by_rows(nnx.merge(graph, p)(by_rows(x), context)), None
 
             layer = _rematerialised(layer, self.compute.remat)
             unroll = 1 if self.compute.scan_layers else count
@@ -96,30 +108,32 @@ class Isotropic(nnx.Module):
         return self.rmsnorm(x_BLD)
 
     def prefill(
-        self, x_BLD: jax.Array, segment_ids_BL: jax.Array, lengths_B: jax.Array, max_len: int
-    ) -> tuple[jax.Array, list[KVCache | SSMCache]]:
-        """`__call__`, and a cache for each run with room for `max_len` positions a row.
+        self, x_BLD: jax.Array, context: Context, lengths_B: jax.Array, max_len: int
+    ) -> tuple[jax.Array, list]:
+        """`__call__`, and a cache for each run with room for `max_len` positions per row.
 
-        segment_ids_BL is 1 up to lengths_B and 0 after it.
+        Segment ids are 0 from lengths_B on; what follows goes on in the segment before that.
         """
+        self._check_causal()
         x_BLD, caches = x_BLD.astype(jnp.float32), []
         for run in self.layers:
             graph, params = nnx.split(run)
 
             def layer(x, p, graph=graph):
-                return nnx.merge(graph, p).prefill(x, segment_ids_BL, lengths_B, max_len)
+                return nnx.merge(graph, p).prefill(x, context, lengths_B, max_len)
 
             x_BLD, cache = jax.lax.scan(layer, x_BLD, params)
             caches.append(cache)
         return self.rmsnorm(x_BLD), caches
 
     def step(
-        self, x_RD: jax.Array, caches: list, rows: Rows, positions_R: jax.Array
-    ) -> tuple[jax.Array, list[KVCache | SSMCache]]:
-        """One position of some rows, each of which has had `positions_R` before.
+        self, x_RD: jax.Array, caches: list, rows: Rows, context: StepContext
+    ) -> tuple[jax.Array, list]:
+        """The next position of some rows.
 
         The caches are carried through the scan, not sliced by it, so that they change in place.
         """
+        self._check_causal()
         x_R1D, new_caches = x_RD.astype(jnp.float32)[:, None], []
         for (_, count), run, cache in zip(self.runs, self.layers, caches):
             graph, params = nnx.split(run)
@@ -127,12 +141,16 @@ class Isotropic(nnx.Module):
             def layer(carry, inputs, graph=graph):
                 x, cache = carry
                 p, i = inputs
-                return nnx.merge(graph, p).step(x, cache, (i, rows), positions_R), None
+                return nnx.merge(graph, p).step(x, cache, (i, rows), context), None
 
             index = jnp.arange(count, dtype=jnp.int32)
             (x_R1D, cache), _ = jax.lax.scan(layer, (x_R1D, cache), (params, index))
             new_caches.append(cache)
         return self.rmsnorm(x_R1D)[:, 0], new_caches
+
+    def _check_causal(self) -> None:
+        if not self.causal:
+            raise ValueError("a stack that looks ahead (causal=False) has no streaming form")
 
 
 def _rematerialised(layer, remat: str):

@@ -1,0 +1,73 @@
+"""The table of mixers: what a letter of a layout string stands for.
+
+A lower-case letter is the mixer by itself, upper case the same with a SwiGLU MLP after it.
+`HNetConfig.mixers` adds letters for classes of one's own; `hnet.nn.mixers.base.Mixer` says what
+they need. Nothing here loads JAX until a class is asked for.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from hnet.errors import ConfigError
+from hnet.nn.mixers.settings import PROBLEMS
+
+if TYPE_CHECKING:
+    from hnet.config import HNetConfig, StageConfig
+
+OFFICIAL = "mt"  # letters of the official H-Net
+MIXERS: dict[str, str] = {
+    "m": "hnet.nn.mixers.mamba2:Mamba2",
+    "t": "hnet.nn.mixers.attention:Attention",
+    "x": "hnet.nn.mixers.cross_attention:CrossAttention",
+}
+
+Further = tuple[tuple[str, str], ...]
+"""pairs of a letter and "package.module:Class" """
+
+
+def find(letter: str, further: Further = ()) -> type:
+    """The mixer class of a letter, in either case. Raises ConfigError if there is none."""
+    place = _place(letter, further)
+    module, _, name = place.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ImportError as e:
+        raise ConfigError(f"mixer {place!r} cannot be imported: {e}") from None
+    from hnet.nn.mixers.base import Mixer  # loads JAX
+
+    if not (isinstance(found, type) and issubclass(found, Mixer)):
+        raise ConfigError(f"mixer {place!r} is no subclass of hnet.nn.mixers.base.Mixer")
+    return found
+
+
+def problem(config: "HNetConfig", stage: "StageConfig", letter: str) -> str | None:
+    """What keeps the mixer of a letter from being built for a stage, if anything does.
+
+    Raises ConfigError for an unknown letter.
+    """
+    _place(letter, config.mixers)
+    check = PROBLEMS.get(letter.lower()) or find(letter, config.mixers).problem
+    return check(config, stage)
+
+
+def check_further(further: Further) -> None:
+    """Raise ConfigError unless these pairs can join the table."""
+    letters = [letter for letter, _ in further]
+    for letter, place in further:
+        if not (len(letter) == 1 and letter.isascii() and letter.islower()):
+            raise ConfigError(f"model.mixers has {letter!r}: use one lower-case letter from a to z")
+        if letter in MIXERS or letters.count(letter) > 1:
+            taken = ", ".join(MIXERS)
+            raise ConfigError(f"model.mixers: letter {letter!r} is taken: use another than {taken}")
+        if not all(place.partition(":")):
+            raise ConfigError(f"model.mixers has {place!r}: use package.module:Class")
+
+
+def _place(letter: str, further: Further) -> str:
+    table = MIXERS | dict(further)
+    if letter.lower() not in table:
+        raise ConfigError(
+            f"letter {letter!r} is unknown: use {', '.join(table)} (upper case: with an MLP), "
+            "or name the class of a letter in model.mixers"
+        )
+    return table[letter.lower()]

@@ -1,0 +1,141 @@
+"""Self-attention as a mixer: projections, rotary positions and a cache around attention."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hnet.config import HNetConfig, StageConfig
+from hnet.nn.attention import attention, attention_by_queries, cached_attention, share_heads
+from hnet.nn.cache import KVCache, ring, write
+from hnet.nn.context import Context, StepContext
+from hnet.nn.kernels.spread import on_each_device
+from hnet.nn.kernels.table import kernel
+from hnet.nn.layers import RMSNorm, fused_linear, linear, rotary, segment_positions
+from hnet.nn.mixers.base import Mixer
+from hnet.nn.mixers.settings import attention_problem
+from hnet.nn.parameters import parameter
+
+
+class Attention(Mixer):
+    """The official CausalMHA (fused Wqkv, partial rotary, no biases) and its options."""
+
+    can_look_ahead = True
+    problem = staticmethod(attention_problem)
+
+    def __init__(
+        self, config: HNetConfig, stage: StageConfig, *, out_std: float, causal: bool = True,
+        rngs: nnx.Rngs,
+    ):  # fmt: skip
+        D, H, dtype = stage.d_model, stage.num_heads, config.compute.dtype
+        options = stage.attention
+        self.stage, self.compute, self.options, self.causal = stage, config.compute, options, causal
+        self.num_kv_heads = options.num_kv_heads or H
+        self.kv_width = D // H * self.num_kv_heads
+        width = D + 2 * self.kv_width
+        self.Wqkv = linear(D, width, "embed_fused out", dtype=dtype, rngs=rngs)
+        self.out_proj = linear(D, D, "heads out", std=out_std, dtype=dtype, rngs=rngs)
+        if options.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(D // H), RMSNorm(D // H)
+        if options.sink == "learned":
+            self.sink = parameter(jnp.zeros((H,), jnp.float32), "channels", decay=False)
+
+    def qkv(self, x_BLD: jax.Array, positions_BL: jax.Array) -> tuple[jax.Array, ...]:
+        """Rotated queries (B, L, H, K) and keys, and values, each with its heads."""
+        B, L, D = x_BLD.shape
+        H, dim = self.stage.num_heads, self.stage.rotary_emb_dim
+        widths = (D, self.kv_width, self.kv_width)
+        cut = None if self.num_kv_heads == H else 1  # parts of other widths lie whole
+        parts = fused_linear(self.Wqkv, x_BLD, widths, heads=H, cut=cut)
+        q, k, v = (part.reshape(B, L, -1, D // H) for part in parts)
+        if self.options.qk_norm:
+            q, k = _of_heads(self.q_norm, q), _of_heads(self.k_norm, k)
+        return rotary(q, positions_BL, dim), rotary(k, positions_BL, dim), v
+
+    def sink_logits(self) -> jax.Array | None:
+        """The further logit of each head's softmax."""
+        match self.options.sink:
+            case "none":
+                return None
+            case "one":
+                return jnp.zeros((self.stage.num_heads,), jnp.float32)
+            case "learned":
+                return self.sink[...]
+            case other:
+                raise ValueError(f"attention.sink={other!r}: use none, one or learned")
+
+    def attend(self, x_BLD: jax.Array, context: Context) -> tuple[jax.Array, ...]:
+        """The output, and the keys and values it was made of."""
+        segment_ids_BL, positions_BL = context.segment_ids_BL, context.positions_BL
+        if positions_BL is None:
+            positions_BL = segment_positions(segment_ids_BL)
+        q, k, v = self.qkv(x_BLD, positions_BL)
+        shared = self.stage.num_heads // self.num_kv_heads
+        arrays = [q, share_heads(k, shared, axis=2), share_heads(v, shared, axis=2), segment_ids_BL]
+        axes, soft_cap = ["BLHK", "BLHK", "BLHK", "BL"], self.options.logit_soft_cap
+        block_len, sink_H = self.compute.attention_block_len, self.sink_logits()
+        if context.key_bias_BL is not None or sink_H is not None or soft_cap or not self.causal:
+            # no kernel of the table knows these
+            attend = partial(
+                _with_options, has_bias=context.key_bias_BL is not None, block_len=block_len,
+                causal=self.causal, soft_cap=soft_cap,
+            )  # fmt: skip
+            for a, letters in ((context.key_bias_BL, "BL"), (sink_H, "H")):
+                if a is not None:
+                    arrays.append(a)
+                    axes.append(letters)
+        else:
+            blocked = partial(attention, block_len=block_len)
+            attend = kernel("attention_backend", self.compute) or blocked
+        out_BLHK = on_each_device(
+            partial(attend, window=self.stage.window_size), tuple(axes), "BLHK", *arrays
+        )
+        return self.out_proj(out_BLHK.reshape(x_BLD.shape)), k, v
+
+    def __call__(self, x_BLD: jax.Array, context: Context) -> jax.Array:
+        return self.attend(x_BLD, context)[0]
+
+    def prefill(
+        self, x_BLD: jax.Array, context: Context, lengths_B: jax.Array, max_len: int
+    ) -> tuple[jax.Array, KVCache]:
+        out_BLD, k, v = self.attend(x_BLD, context)
+        window, bias = self.stage.window_size, None
+        size = max_len if window < 0 else min(max_len, window + 1)
+        if context.key_bias_BL is not None:
+            bias = ring(context.key_bias_BL[..., None, None], lengths_B, size)[:, :, 0, :, 0]
+        return out_BLD, KVCache(ring(k, lengths_B, size), ring(v, lengths_B, size), bias)
+
+    def step(
+        self, x_R1D: jax.Array, cache: KVCache, at: tuple, context: StepContext
+    ) -> tuple[jax.Array, KVCache]:
+        q, k, v = self.qkv(x_R1D, context.rotary[:, None])
+        positions_R, key_bias_R = context.positions_R, context.key_bias_R
+        if (key_bias_R is None) != (cache.bias is None):
+            raise ValueError("key biases are given in all of prefill and steps, or in none")
+        blocks, T = cache.k.shape[2], cache.k.shape[4]
+        slot_R = positions_R % (blocks * T)
+        newest = (*at, slot_R // T, slice(None), slot_R % T)
+        keys, values = write(cache.k, newest, k[:, 0]), write(cache.v, newest, v[:, 0])
+        bias = None
+        if cache.bias is not None:
+            bias = write(cache.bias, (*at, slot_R // T, slot_R % T), key_bias_R)
+        cache = KVCache(keys, values, bias)
+        out_RHK = cached_attention(
+            q[:, 0], cache, at, positions_R, window=self.stage.window_size,
+            first_R=context.first_R, sink_H=self.sink_logits(),
+            soft_cap=self.options.logit_soft_cap,
+        )  # fmt: skip
+        return self.out_proj(out_RHK.reshape(x_R1D.shape)), cache
+
+
+def _with_options(q, k, v, segment_ids_BL, *more, has_bias, **options):
+    """`attention_by_queries` of a key bias and sinks, of which some may not be there."""
+    key_bias_BL = more[0] if has_bias else None
+    sink_H = more[-1] if len(more) > has_bias else None
+    return attention_by_queries(q, k, v, segment_ids_BL, key_bias_BL, sink_H, **options)
+
+
+def _of_heads(norm: RMSNorm, x_BLHK: jax.Array) -> jax.Array:
+    B, L, H, K = x_BLHK.shape
+    return norm(x_BLHK.reshape(B, L * H, K)).reshape(x_BLHK.shape).astype(x_BLHK.dtype)

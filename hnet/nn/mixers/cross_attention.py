@@ -1,0 +1,61 @@
+"""Cross-attention as a mixer: positions read vectors of chunks (`Context.memory`)."""
+
+import jax
+from flax import nnx
+
+from hnet.config import HNetConfig, StageConfig
+from hnet.nn.attention import grouped_attention
+from hnet.nn.context import Context, Memory, StepContext
+from hnet.nn.layers import RMSNorm, fused_linear, linear
+from hnet.nn.mixers.base import Mixer
+from hnet.nn.mixers.settings import cross_attention_problem
+
+
+class CrossAttention(Mixer):
+    """Queries of positions, keys and values of normed memory; no rotary positions, no biases.
+
+    As in BLT (arXiv 2412.09871, section 3.3): a position sees vectors of its own or of the last
+    closed chunk. There is no cache: a step computes the keys of the memory it is given.
+    """
+
+    can_look_ahead = True  # what a position sees, its memory says
+    problem = staticmethod(cross_attention_problem)
+
+    def __init__(
+        self, config: HNetConfig, stage: StageConfig, *, out_std: float, causal: bool = True,
+        rngs: nnx.Rngs,
+    ):  # fmt: skip
+        D, dtype, options = stage.d_model, config.compute.dtype, stage.cross_attention
+        self.num_heads, self.options = stage.num_heads, options
+        width = options.memory_width or D
+        self.Wq = linear(D, D, "embed_fused out", dtype=dtype, rngs=rngs)
+        self.Wkv = linear(width, 2 * D, "embed_fused out", dtype=dtype, rngs=rngs)
+        self.memory_norm = RMSNorm(width)
+        self.out_proj = linear(D, D, "heads out", std=out_std, dtype=dtype, rngs=rngs)
+
+    def attend(self, x_BLD: jax.Array, segment_ids_BL, memory: Memory | None) -> jax.Array:
+        if memory is None:
+            raise ValueError("layers x and X read a memory: give context.memory")
+        D, H = x_BLD.shape[-1], self.num_heads
+        (q,) = fused_linear(self.Wq, x_BLD, (D,), heads=H)
+        k, v = fused_linear(self.Wkv, self.memory_norm(memory.x_BKD), (D, D), heads=H)
+        q, k, v = (a.reshape(*a.shape[:2], H, -1) for a in (q, k, v))
+        out_BLHK = grouped_attention(
+            q, k, v, memory.query_group_BL, memory.group_BK, segment_ids_BL, memory.segment_ids_BK,
+            relation=self.options.relation, window=self.options.window,
+        )  # fmt: skip
+        return self.out_proj(out_BLHK.reshape(x_BLD.shape))
+
+    def __call__(self, x_BLD: jax.Array, context: Context) -> jax.Array:
+        return self.attend(x_BLD, context.segment_ids_BL, context.memory)
+
+    def prefill(
+        self, x_BLD: jax.Array, context: Context, lengths_B: jax.Array, max_len: int
+    ) -> tuple[jax.Array, tuple]:
+        return self(x_BLD, context), ()
+
+    def step(
+        self, x_R1D: jax.Array, cache: tuple, at: tuple, context: StepContext
+    ) -> tuple[jax.Array, tuple]:
+        memory = context.memory and context.memory._replace(segment_ids_BK=None)
+        return self.attend(x_R1D, None, memory), cache

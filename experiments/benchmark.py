@@ -27,7 +27,8 @@ from experiments.benchmark_decode import DecodeBenchmark
 from experiments.benchmark_input import delivered
 from experiments.benchmark_pretrain import measure_pretrain
 from experiments.benchmark_step import Step, measure_steps
-from experiments.command_line import base_config, parse, run
+from experiments.configs import base_config
+from hnet.command_line import parse, run
 from hnet.data import open_corpus, train_batches
 from hnet.errors import ConfigError
 from hnet.train.config import Config

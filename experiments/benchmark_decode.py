@@ -25,8 +25,8 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from experiments.command_line import parse, run
 from hnet.chunking.config import ChunkingConfig
+from hnet.command_line import parse, run
 from hnet.config import BOS_ID, EOS_ID, HNetConfig, SSMConfig, StageConfig
 from hnet.errors import ConfigError
 from hnet.flops_published import published_flops

@@ -18,7 +18,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from experiments.command_line import run, run_config
+from experiments.configs import run_config
+from hnet.command_line import run
 from hnet.errors import ConfigError
 from hnet.train.compile_cache import enable_compilation_cache
 from hnet.train.distributed import StopRequest

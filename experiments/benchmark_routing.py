@@ -21,9 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.benchmark_step import random_batch
-from experiments.command_line import base_config, parse, run
+from experiments.configs import base_config
 from hnet.chunking.router import make_router, previous
 from hnet.chunking.routes import apply_routed
+from hnet.command_line import parse, run
 from hnet.config import StageConfig
 from hnet.data.scripts import SCRIPTS
 from hnet.errors import ConfigError

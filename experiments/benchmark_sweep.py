@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.command_line import parse, run
+from hnet.command_line import parse, run
 from hnet.errors import ConfigError
 from hnet.train.report import read_metrics
 

@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from experiments.command_line import parse, run
 from hnet import load
+from hnet.command_line import parse, run
 from hnet.errors import ConfigError
 from hnet.infer.score import logprobs
 from hnet.infer.segment import segment_all, segmenter

@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from experiments.command_line import base_config, parse, run
+from experiments.configs import base_config
 from hnet.chunking.targets import equal_chunk_ratios
+from hnet.command_line import parse, run
 from hnet.data.parallel import Lines, bytes_by_script, read_parallel
 from hnet.data.scripts import SCRIPTS, route_table
 from hnet.errors import ConfigError

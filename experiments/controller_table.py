@@ -13,12 +13,13 @@ from dataclasses import replace
 from rich.console import Console
 from rich.table import Table
 
-from experiments.command_line import run, run_config
-from experiments.pretrain import train_to_end
+from experiments.configs import run_config
+from hnet.command_line import run
 from hnet.errors import ConfigError
 from hnet.train.compile_cache import enable_compilation_cache
 from hnet.train.config import Config
 from hnet.train.evaluate import Evaluation
+from hnet.train.run import train_to_end
 
 
 def main() -> int:

@@ -21,8 +21,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from experiments.command_line import parse, run
 from hnet import load
+from hnet.command_line import parse, run
 from hnet.data import DataConfig, Part, eval_batches, open_corpus, open_part
 from hnet.errors import ConfigError
 from hnet.loss import bits_per_byte

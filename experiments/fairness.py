@@ -24,8 +24,8 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from experiments.command_line import parse, run
 from hnet import load
+from hnet.command_line import parse, run
 from hnet.data.parallel import Lines, read_parallel
 from hnet.errors import ConfigError
 from hnet.infer.score import logprobs

@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 
 from experiments.calibrate import calibrate, with_routes
-from experiments.command_line import parse, run
 from experiments.configs import mixed_scripts_routed, mixed_scripts_single
 from experiments.fairness import (
     byte_system,
@@ -28,7 +27,7 @@ from experiments.fairness import (
     token_system,
     write_report,
 )
-from experiments.pretrain import train_to_end
+from hnet.command_line import parse, run
 from hnet.data.parallel import Lines, read_parallel
 from hnet.data.pipeline import Batch, eval_batches, train_batches
 from hnet.data.row_routes import in_unknown_scripts
@@ -39,6 +38,7 @@ from hnet.train.compile_cache import enable_compilation_cache
 from hnet.train.config import Config
 from hnet.train.loop import Outcome
 from hnet.train.program import run_batches
+from hnet.train.run import train_to_end
 
 LINES_A_DOCUMENT = 8
 LAST = 100  # updates whose batches the rates are measured on

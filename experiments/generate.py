@@ -23,7 +23,7 @@ from typing import Any
 
 from rich.progress import Progress
 
-from experiments.command_line import parse, run
+from hnet.command_line import parse, run
 from hnet.errors import ConfigError
 from hnet.infer.generate import Generation, chunk_starts, stream_text
 from hnet.infer.sampling import Sampling

@@ -1,85 +1,29 @@
 """Train a named configuration.
 
     python -m experiments.pretrain [NAME] [--section.field VALUE ...]
+    python -m experiments.pretrain --list                    what each named configuration is
+    python -m experiments.pretrain [NAME] --help [SECTION]   what can be set, e.g. --help train
 
-NAME is a file of experiments/configs or a .json file (ours, or an official H-Net one). The same
-command again resumes. Exit codes: 0 done, 2 bad input, 75 asked to stop and saved (start again).
+NAME is a name, a .json file (ours, or an official H-Net one; with "base": NAME it holds only what
+differs), or package.module:function. The same command again resumes. Parts go by name:
+--model.stages.0.chunking.dechunk repeat. Exit codes: 0 done, 1 failed, 2 bad input, 75 asked to
+stop and saved (start again).
 """
 
-import bz2
-import gzip
-import lzma
 import sys
-import time
 
-from experiments.command_line import FAILED, run, run_config
-from hnet.infer.segment import segmenter
-from hnet.inspect.render import print_segmentations
-from hnet.inspect.segmentation import Segmentation
-from hnet.train.compile_cache import enable_compilation_cache
-from hnet.train.config import Config, MeshConfig
-from hnet.train.cpu import one_device_a_core
-from hnet.train.distributed import REQUEUE_EXIT_CODE, StopRequest, host_id, initialize, num_hosts
-from hnet.train.loop import Outcome, StopRun, train
-from hnet.train.sharding import replicated
-
-PARAGRAPH_BYTES = 400  # of the paragraph that is shown cut
+from experiments.configs import list_text, run_config
+from hnet.command_line import run
 
 
 def main() -> int:
+    if sys.argv[1:] == ["--list"]:
+        print(list_text())
+        return 0
     config = run_config()
-    initialize(config.distributed)
-    if config.mesh == MeshConfig() and num_hosts() == 1:
-        one_device_a_core(config.data.batch_size // config.train.accumulate)
-    enable_compilation_cache()
-    began = time.monotonic()
-    outcome = train_to_end(config)
-    if isinstance(outcome, int):
-        return outcome
-    text = b"".join(outcome.corpus.heldout.texts())
-    if text:
-        paragraph = _cut_paragraph(config, outcome, text)  # on all hosts: it is a computation
-        if host_id() == 0:
-            _conclude(outcome, text, time.monotonic() - began)
-            print_segmentations(paragraph)
-    return 0
+    from hnet.train.run import pretrain  # here: bad arguments are refused before JAX is loaded
 
-
-def train_to_end(config: Config) -> Outcome | int:
-    """`train`, ended by signals; a run without an end says why and gives the exit code."""
-    with StopRequest() as stop:
-        try:
-            outcome = train(config, stop)
-        except StopRun as e:
-            print(f"error: {e}", file=sys.stderr)
-            return FAILED
-    if outcome.evaluation is None:
-        print(f"stopped and saved at step {int(outcome.state.step)}: the same command resumes")
-        return REQUEUE_EXIT_CODE
-    return outcome
-
-
-def _cut_paragraph(config: Config, outcome: Outcome, text: bytes) -> list[Segmentation]:
-    if not config.model.num_chunked:
-        return []
-    paragraph = max(text.split(b"\n\n"), key=len)[:PARAGRAPH_BYTES]
-    segment = segmenter(outcome.program.graph, config.model, replicated(outcome.program.mesh))
-    return segment(outcome.state.params, [paragraph], ["held-out paragraph"])
-
-
-def _conclude(outcome: Outcome, text: bytes, seconds: float) -> None:
-    """Held-out bits per byte beside what general compressors reach on the same bytes."""
-    print(f"\nheld-out text: {len(text):,} bytes; this start took {seconds:.0f} s")
-    sizes = {
-        "gzip -9": len(gzip.compress(text, 9)),
-        "bz2 -9": len(bz2.compress(text, 9)),
-        "xz -9": len(lzma.compress(text, preset=9)),
-    }
-    rows = {"this model": outcome.evaluation.bpb}
-    rows |= {name: 8 * size / len(text) for name, size in sizes.items()}
-    for name, bpb in rows.items():
-        print(f"  {name:<12}{bpb:7.3f} bits per byte")
-    print()
+    return pretrain(config)
 
 
 if __name__ == "__main__":

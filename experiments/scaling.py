@@ -25,8 +25,7 @@ from typing import Any
 
 from rich.console import Console
 
-from experiments.command_line import FAILED, OneLineParser, run, run_config
-from experiments.pretrain import train_to_end
+from experiments.configs import run_config
 from experiments.scaling_fit import draw, fit
 from experiments.scaling_ladder import (
     BYTES_PER_TOKEN,
@@ -36,6 +35,7 @@ from experiments.scaling_ladder import (
     make_points,
     point_config,
 )
+from hnet.command_line import FAILED, OneLineParser, run
 from hnet.data import open_corpus
 from hnet.data.tokens import read_vocabulary
 from hnet.errors import ConfigError
@@ -45,6 +45,7 @@ from hnet.train.compile_cache import enable_compilation_cache
 from hnet.train.config import Config, config_from_json
 from hnet.train.distributed import REQUEUE_EXIT_CODE
 from hnet.train.report import read_metrics
+from hnet.train.run import train_to_end
 
 BPE_SAMPLE = 8 << 20  # bytes of the training text that the vocabulary is learned from
 console = Console(highlight=False, soft_wrap=True)

@@ -13,8 +13,8 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from experiments.command_line import parse, run
 from hnet import load
+from hnet.command_line import parse, run
 from hnet.errors import ConfigError
 from hnet.infer.segment import segment_all, segmenter
 from hnet.inspect.gold import annotate

@@ -22,11 +22,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from experiments.command_line import OneLineParser, run, run_config
+from experiments.configs import run_config
 from experiments.space import Point, Space, describe, list_points, read_space
 from experiments.study import Claim, Study
 from experiments.sweep_results import write_results
 from experiments.sweep_train import Options, train_points
+from hnet.command_line import OneLineParser, run
 from hnet.errors import ConfigError
 from hnet.train.compile_cache import CompilationLog, enable_compilation_cache
 from hnet.train.config import Config

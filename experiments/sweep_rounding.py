@@ -23,7 +23,8 @@ import numpy as np
 from flax import nnx
 
 from experiments.benchmark_sweep import SweepBenchmark, learning_rates
-from experiments.command_line import parse, run, run_config
+from experiments.configs import run_config
+from hnet.command_line import parse, run
 from hnet.data import open_corpus
 from hnet.train import population
 from hnet.train.config import Config

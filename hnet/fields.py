@@ -25,6 +25,7 @@ from hnet.errors import ConfigError
 from hnet.parts import Settings
 
 _MOST = 2**53  # whole numbers up to here survive JSON everywhere
+_MOST_32 = 2**31 - 1
 
 
 class FieldError(ConfigError):
@@ -45,16 +46,19 @@ class Bounds:
 
     def __str__(self) -> str:
         low = f"above {self.above:g}" if self.above > -math.inf else f"{self.least:g}"
-        if self.most < math.inf:
-            return f"{low} to {self.most:g}"
         if self.below < math.inf:
             return f"{low} to below {self.below:g}"
+        if self.most < _MOST_32:
+            return f"{low} to {self.most:g}"
         return low if self.above > -math.inf else f"{low} or more"
 
+    def remedy(self, value: float) -> str:
+        return f"use at most {self.most}" if value > self.most else f"use {self}"
 
-Count = Annotated[int, Bounds(1, 2**31 - 1)]
+
+Count = Annotated[int, Bounds(1, _MOST_32)]
 """A whole number from 1 that fits 32 bits."""
-CountOrNone = Annotated[int, Bounds(0, 2**31 - 1)]
+CountOrNone = Annotated[int, Bounds(0, _MOST_32)]
 """The same, or 0."""
 Share = Annotated[float, Bounds(0, 1)]
 Positive = Annotated[float, Bounds(above=0)]
@@ -75,11 +79,10 @@ def join(path: str, name: str | int) -> str:
     return f"{path}.{name}" if path else str(name)
 
 
-def unknown(name: str, known: Sequence[str]) -> str:
-    """The remedy for a name that is none of `known`."""
-    near = difflib.get_close_matches(name, known, 1)
-    if near:
-        return f"did you mean {near[0]}?"
+def unknown(name: str, known: Sequence[str], path: str = "") -> str:
+    """The remedy for a name that is none of `known`, which are fields of `path`."""
+    if near := difflib.get_close_matches(name, known, 1):
+        return f"did you mean {join(path, near[0])}?"
     return f"known are {', '.join(known)}" if known else "it has no fields"
 
 
@@ -95,14 +98,35 @@ def is_part(hint: Any) -> bool:
     return isinstance(hint, type) and issubclass(hint, Settings)
 
 
-def plain(hint: Any) -> Any:
-    """The type without `Annotated`; of `X | None` X."""
+def unwrap(hint: Any) -> Any:
+    """The type without `Annotated`."""
     while typing.get_origin(hint) is Annotated:
         hint = typing.get_args(hint)[0]
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        options = [plain(option) for option in typing.get_args(hint) if option is not type(None)]
-        return options[0] if len(options) == 1 else hint
     return hint
+
+
+def options(hint: Any) -> tuple[Any, ...]:
+    """The types of a union; () for another type."""
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if is_union else ()
+
+
+def plain(hint: Any) -> Any:
+    """The type without `Annotated`; of `X | None` X."""
+    hint = unwrap(hint)
+    kinds = [unwrap(option) for option in options(hint) if option is not type(None)]
+    return kinds[0] if len(kinds) == 1 else hint
+
+
+def holds_parts(hint: Any) -> bool:
+    """Whether a field of this type holds a part, or a tuple of parts."""
+    is_tuple = typing.get_origin(hint) is tuple
+    return is_part(typing.get_args(hint)[0] if is_tuple else hint)
+
+
+def is_section(hint: Any) -> bool:
+    """Whether a field of this type has fields of its own, and is no part."""
+    return isinstance(hint, type) and dataclasses.is_dataclass(hint) and not is_part(hint)
 
 
 def type_text(hint: Any) -> str:
@@ -112,7 +136,7 @@ def type_text(hint: Any) -> str:
         bounds = next((a for a in args[1:] if isinstance(a, Bounds)), None)
         kind = type_text(args[0])
         return f"{kind} ({bounds})" if bounds else kind
-    if origin in (typing.Union, types.UnionType):
+    if options(hint):
         return " or ".join(type_text(option) for option in args)
     if origin is Literal:
         return "|".join(map(str, args))
@@ -162,7 +186,7 @@ def from_json(hint: Any, content: Any, path: str = "") -> Any:
         return _part(hint, content, path)
     if dataclasses.is_dataclass(hint):
         return _object(hint, content, path)
-    if origin in (typing.Union, types.UnionType):
+    if options(hint):
         for option in args:
             try:
                 return from_json(option, content, path)
@@ -201,7 +225,7 @@ def _check_number(value: Any, bounds: Sequence[Any], path: str) -> None:
         raise ConfigError(f"{path}={value}: use a finite number")
     for bound in bounds:
         if isinstance(bound, Bounds) and not bound.hold(value):
-            raise ConfigError(f"{path}={value}: use {bound}")
+            raise ConfigError(f"{path}={value}: {bound.remedy(value)}")
 
 
 def _object(cls: type, content: Any, path: str) -> Any:
@@ -211,7 +235,7 @@ def _object(cls: type, content: Any, path: str) -> Any:
     for name in content:
         if name not in types_of:
             where = join(path, name)
-            raise FieldError(f"unknown field {where}: {unknown(str(name), list(types_of))}")
+            raise FieldError(f"unknown field {where}: {unknown(str(name), list(types_of), path)}")
     values = {name: from_json(types_of[name], v, join(path, name)) for name, v in content.items()}
     for field in dataclasses.fields(cls):
         if field.name not in values and not has_default(field):
@@ -243,7 +267,7 @@ def part_class(kind: type[Settings], name: str, path: str) -> type[Settings]:
     try:
         return kind.table.find(name).Config
     except ConfigError as e:
-        raise FieldError(f"{path}={shown(name)}: {e}") from None
+        raise FieldError(f"{path}: {e}") from None
 
 
 def check(config: Any, path: str = "") -> None:
@@ -291,13 +315,14 @@ def locate(cls: type, content: Any, path: str) -> tuple[Any, str | int, Any]:
             kinds = kinds[:1] * len(node) if kinds[-1] is Ellipsis else kinds
             inner = {str(i): kind for i, kind in enumerate(kinds)}
         elif is_part(hint) and isinstance(node, dict):
-            inner = {"name": str, **hints(part_class(hint, node["name"], name))}
+            inner = hints(part_class(hint, node["name"], name))
         elif dataclasses.is_dataclass(hint) and isinstance(node, dict):
             inner = hints(hint)
         else:
             inner = {}
         if step not in inner:
-            raise FieldError(f"unknown field {join(name, step)}: {unknown(step, list(inner))}")
+            remedy = unknown(step, list(inner), name)
+            raise FieldError(f"unknown field {join(name, step)}: {remedy}")
         key = int(step) if isinstance(node, list) else step
         hint, name = inner[step], join(name, step)
         node = parent[key] if isinstance(parent, list) else parent.get(key)
@@ -326,7 +351,7 @@ def with_fields(config: Any, values: Mapping[str, Any]) -> Any:
     return from_json(type(config), content)
 
 
-def flatten(cls: type, content: Any, changes: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+def flatten(changes: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     """Nested changes as dotted fields: ``{"train": {"steps": 5}}`` is ``{"train.steps": 5}``.
 
     An object with a name is a part that is set, one without changes fields of the part there is.
@@ -335,7 +360,7 @@ def flatten(cls: type, content: Any, changes: Mapping[str, Any], path: str = "")
     for name, value in changes.items():
         where = join(path, name)
         if isinstance(value, dict) and "name" not in value:
-            found |= flatten(cls, content, value, where)
+            found |= flatten(value, where)
         else:
             found[where] = value
     return found

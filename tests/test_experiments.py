@@ -11,51 +11,12 @@ from pathlib import Path
 import pytest
 from etils import epath
 
-from experiments.command_line import base_config, named_configs, run_config
-from hnet.errors import ConfigError
 from hnet.fields import to_json
-from hnet.model import abstract
 from hnet.train.distributed import REQUEUE_EXIT_CODE
 from hnet.train.step_folders import list_steps
 from tests.training import rows, tiny_run
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.mark.parametrize("name", sorted(named_configs()))
-def test_every_named_configuration_builds_and_says_how_to_run_it(name):
-    config = base_config(name)
-    graph, params = abstract(config.model)
-    assert params and config.workdir
-    module = sys.modules[f"experiments.configs.{name}"]
-    assert f"experiments.pretrain{'' if name == 'default' else ' ' + name}" in module.__doc__
-
-
-@pytest.mark.parametrize(
-    ("argv", "says"),
-    [
-        (
-            ["--optim.learning_rat", "1"],
-            r"--optim.learning_rat.*did you mean --optim.learning-rate",
-        ),
-        (["nosuch"], "configuration 'nosuch' is unknown.*default"),
-        (["--seed", "x"], "--seed.*'x'"),
-        (["--model.stages.0.arch_layout", "q3", "m4"], "stages.0.arch_layout.*'q3'"),
-        (["--model.stages.1.num_heads", "7"], "stages.1.d_model=256 is not divided by num_heads=7"),
-        (["--train.steps", "0"], "train.steps=0"),
-        (["missing.json"], "missing.json"),
-    ],
-)
-def test_bad_settings_are_one_line(argv, says):
-    with pytest.raises(ConfigError, match=says) as error:
-        run_config(argv)
-    assert "\n" not in str(error.value) and "╭" not in str(error.value)
-
-
-def test_settings_override_the_named_configuration():
-    config = run_config(["reference", "--optim.b2", "0.99", "--data.files", "a*.txt", "b.txt"])
-    assert config.optim.b2 == 0.99 and config.optim.schedule == "cosine"
-    assert config.data.files == ("a*.txt", "b.txt")
 
 
 def start(folder: Path, *settings: str) -> subprocess.Popen:
@@ -81,7 +42,7 @@ def test_bad_input_exits_with_2_and_one_line_on_stderr(tmp_path):
 @pytest.mark.parametrize("length", [1, 1_000_000])
 def test_output_that_nobody_reads_ends_without_a_word(length):
     """Output that waits in the buffer to the end, and output that does not."""
-    code = f"from experiments.command_line import run; run(lambda: print({length} * 'x'))"
+    code = f"from hnet.command_line import run; run(lambda: print({length} * 'x'))"
     how = {"cwd": ROOT, "text": True, "env": os.environ | {"PYTHONUNBUFFERED": ""}}
     how |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", code], **how) as process:

@@ -16,8 +16,7 @@ from experiments import (
     fairness,
     fairness_table,
 )
-from experiments.command_line import base_config
-from experiments.configs import mixed_scripts_routed, mixed_scripts_single
+from experiments.configs import base_config, mixed_scripts_routed, mixed_scripts_single
 from hnet import load
 from hnet.data import eval_batches, open_corpus, train_batches
 from hnet.data.row_routes import unknown_script

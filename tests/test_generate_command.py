@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 from networks import network, random_params, stage
 
-from experiments import command_line
 from experiments import generate as command
+from hnet import command_line
 from hnet.errors import ConfigError
 from hnet.infer import room
 from hnet.infer.decode import Decoder

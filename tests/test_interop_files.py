@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 from networks import network, official_network, random_params, stage
 
-from experiments import command_line
+from hnet import command_line
 from hnet.config import HNetConfig
 from hnet.errors import ConfigError
 from hnet.interop import convert, load, to_official, verify

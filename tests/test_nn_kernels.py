@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 from networks import quick_jit
 
-from experiments.command_line import base_config
+from experiments.configs import base_config
 from hnet.config import ComputeConfig, StageConfig
 from hnet.errors import ConfigError
 from hnet.nn.attention import attention_reference

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from experiments import scaling
-from experiments.command_line import FAILED, run_config
+from experiments.configs import run_config
 from experiments.scaling_fit import fit
 from experiments.scaling_ladder import FAMILIES, make_points, peak_learning_rate
+from hnet.command_line import FAILED
 from hnet.config import PUBLISHED
 from hnet.data import DataConfig
 from hnet.errors import ConfigError

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from experiments import sweep, sweep_results, sweep_train
-from experiments.command_line import run_config
+from experiments.configs import run_config
 from experiments.space import list_points, read_space
 from experiments.study import Study
 from experiments.study_storage import worker_name

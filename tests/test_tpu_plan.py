@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments.command_line import base_config
+from experiments.configs import run_config
 from hnet.errors import ConfigError
 from hnet.flops import param_counts
 from hnet.train.capacity import PATIENCE, Ladder
@@ -20,7 +20,7 @@ from hnet.train.sharding import check_batch
 from tpu import hlo, published
 from tpu.aot import FULLEST, Plan, _refused_bytes, capacities, compile_plan
 from tpu.chips import CHIPS, GIB, Slice, open_slice
-from tpu.plan import advice, alternatives, main, plan_config, search
+from tpu.plan import advice, alternatives, main, search
 from tpu.roofline import (
     Bound,
     bytes_a_second,
@@ -242,7 +242,7 @@ def test_part_of(scopes, part):
 
 
 def test_capacities_are_those_of_the_ladder():
-    config = plan_config(["2stage_L", "--data.seq_len", "8192"])
+    config = run_config(["2stage_L", "--data.seq_len", "8192"])
     ladder = Ladder.start(config.model, 8192)
     assert capacities(config) == ladder.capacities  # training starts so
     for _ in range(PATIENCE):
@@ -252,11 +252,11 @@ def test_capacities_are_those_of_the_ladder():
 
 
 def test_alternatives_keep_the_updates_as_long_as_they_can(tiny):
-    config = plan_config(tiny)
+    config = run_config(tiny)
     options = alternatives(config, 16)
     assert len(options) == len(set(options)) > 60
     for one in options[::11]:
-        other = plan_config([*tiny, *one.options(config)])
+        other = run_config([*tiny, *one.options(config)])
         assert other.optim == config.optim
         assert other.data.batch_size == 64 >> one.halvings
         axes = {"data": 16 // other.mesh.fsdp, "fsdp": other.mesh.fsdp}
@@ -267,11 +267,11 @@ def test_alternatives_keep_the_updates_as_long_as_they_can(tiny):
     assert halvings == sorted(halvings) and set(halvings) == {0, 1, 2}
 
 
-def test_published_models_take_the_fields_of_the_default_job():
-    config = plan_config(["1stage_XL", "--data.batch_size", "64"])
-    assert config.model.stages[1].d_model == 2048 and config.data.batch_size == 64
-    assert config.model.compute.dtype == "bfloat16"
-    assert config.optim == base_config("default").optim
+def test_published_models_have_the_published_recipe():
+    config = run_config(["1stage_XL", "--data.batch_size", "64"])
+    assert config.model.stages[1].d_model == 2048
+    assert (config.data.batch_size, config.data.seq_len) == (64, 8192)
+    assert config.model.compute.dtype == "bfloat16" and config.optim.learning_rate == 5e-4
 
 
 def made_up(config, **fields):
@@ -282,7 +282,7 @@ def made_up(config, **fields):
 
 def test_roofline_takes_the_slowest_resource(tiny):
     plan = made_up(
-        plan_config(tiny),
+        run_config(tiny),
         moved=[
             hlo.Moved("hbm", "stage0/encoder", 8.19e8, 1),
             hlo.Moved("all-reduce", "stage0/encoder", 9e8, 1, 4),
@@ -303,8 +303,8 @@ def test_roofline_takes_the_slowest_resource(tiny):
 
 
 def test_rows_that_share_slots_attend_over_all_of_them(tiny):
-    alone = roofline(made_up(plan_config(tiny), capacities=(24,)))
-    shared = roofline(made_up(plan_config(tiny), capacities=(24,), packed_rows=4))
+    alone = roofline(made_up(run_config(tiny), capacities=(24,)))
+    shared = roofline(made_up(run_config(tiny), capacities=(24,), packed_rows=4))
     # 96 x 96 scores for four rows; two operations a channel, made three times and once again
     more = (96 * 96 / 4 - 24 * 24) * 2 * 64 * (4 + 3) * 16 / 197e12
     main = "stage1/main_network"
@@ -344,7 +344,7 @@ def test_a_ring_over_hosts_is_as_slow_as_their_network():
 
 def test_small_kernels_bound_a_part_on_a_gpu_only(tiny):
     moved = [hlo.Moved("hbm", "stage0/encoder", 1e3, 5000.0)]
-    plan = made_up(plan_config(tiny), moved=moved)
+    plan = made_up(run_config(tiny), moved=moved)
     assert roofline(plan)["stage0/encoder"].launches == 0
     gpu = replace(plan, slice_=Slice("h100:4", CHIPS["h100"], [None] * 4))
     assert roofline(gpu)["stage0/encoder"].launches == pytest.approx(5000 * 2e-6)
@@ -352,7 +352,7 @@ def test_small_kernels_bound_a_part_on_a_gpu_only(tiny):
 
 
 def test_advice_and_report_of_what_does_not_fit(tiny):
-    config = plan_config(tiny)
+    config = run_config(tiny)
     plan = made_up(config, state_bytes=40 * GIB, hbm_bytes=math.inf, fits=False)
     assert "--mesh.fsdp 4 or more" in advice(plan)
     assert "DOES NOT FIT" in memory(plan)
@@ -375,7 +375,7 @@ def faked(plan, tried, fits, seconds):
 
 
 def test_search_finds_the_fastest_that_fits(tiny, monkeypatch, capsys):
-    config = plan_config(tiny)  # 64 rows on 4 devices
+    config = run_config(tiny)  # 64 rows on 4 devices
     plan = made_up(config, capacities=(128,), state_bytes=40 * GIB, fits=False)  # fsdp of 4 or more
     tried = []
     # recomputing everything is slow here, and so are micro-batches
@@ -409,7 +409,7 @@ def test_search_finds_the_fastest_that_fits(tiny, monkeypatch, capsys):
 
 def test_search_goes_on_from_settings_that_fit_and_varies_blocks_of_array_code(tiny, monkeypatch):
     slice_ = Slice("h100:4", CHIPS["h100"], [None] * 4)
-    plan = made_up(plan_config(tiny), slice_=slice_, capacities=(128,))
+    plan = made_up(run_config(tiny), slice_=slice_, capacities=(128,))
     seconds = lambda c: abs(c.model.compute.ssd_block_len - 256) + 1.0 + c.train.accumulate
     tried = []
     monkeypatch.setattr("tpu.plan.compile_plan", faked(plan, tried, lambda c: True, seconds))
@@ -421,7 +421,7 @@ def test_the_published_table_takes_the_fastest_remat_with_the_fewest_micro_batch
     tmp_path, monkeypatch, capsys
 ):
     tried = []
-    settled = capacities(plan_config(["1stage_L", "--data.seq_len", "8192"]), 1.0)
+    settled = capacities(run_config(["1stage_L", "--data.seq_len", "8192"]), 1.0)
 
     def compiled(config, slice_, slots, *, to_code):
         remat, accumulate = config.model.compute.remat, config.train.accumulate
@@ -469,7 +469,7 @@ def test_plan_of_a_small_model(tiny, capsys, topology, devices):
     assert main(["--topology", topology, "--no-code", *once, *tiny]) == 0
     out = capsys.readouterr().out
     assert out.count("memory a device") == 2 - len(once) // 2
-    params = sum(param_counts(plan_config(tiny).model).values())
+    params = sum(param_counts(run_config(tiny).model).values())
     assert f"{devices} devices" in out and f"parameters {params:,}" in out
     assert re.search(r"state \S+ KiB, activations .* fits\n", out)
     assert re.search(rf"all-reduce +over {devices} ", out)
@@ -478,7 +478,7 @@ def test_plan_of_a_small_model(tiny, capsys, topology, devices):
 
 @needs_libtpu
 def test_gradients_are_reduced_once_and_the_state_is_counted(tiny):
-    config = plan_config(tiny)
+    config = run_config(tiny)
     plan = compile_plan(config, open_slice("v5e:4x4"), (32,), to_code=False)
     params = sum(param_counts(config.model).values())
     assert plan.fits and len(plan.slice_.devices) == 16 and plan.compile_seconds is None
@@ -494,7 +494,7 @@ def test_gradients_are_reduced_once_and_the_state_is_counted(tiny):
 @needs_libtpu
 def test_fsdp_gathers_parameters_and_leaves_rows_where_they_are(tiny):
     wide = ["--model.stages.0.d_model", "256", "--model.stages.1.d_model", "512"]
-    config = plan_config([*tiny, *wide, "--mesh.data", "1", "--mesh.fsdp", "4"])
+    config = run_config([*tiny, *wide, "--mesh.data", "1", "--mesh.fsdp", "4"])
     slice_ = open_slice("v6e:2x2")
     plan = compile_plan(config, slice_, (32,), to_code=False)
     num_bytes = 4 * sum(param_counts(config.model).values())
@@ -550,7 +550,7 @@ def test_impossible_topologies_and_batches_get_one_line(tiny):
         open_slice("v5e:3x7")
     assert "\n" not in str(e.value)
     with pytest.raises(ConfigError, match="data.batch_size=6 is not a multiple"):
-        compile_plan(plan_config([*tiny, "--data.batch_size", "6"]), open_slice("v5e:2x2"), (32,))
+        compile_plan(run_config([*tiny, "--data.batch_size", "6"]), open_slice("v5e:2x2"), (32,))
 
 
 def test_the_cpu_stays_the_default_device():

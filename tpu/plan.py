@@ -3,9 +3,8 @@
     python -m tpu.plan NAME --topology v5p:4x4x4 [--search] [--section.field VALUE ...]
     python -m tpu.plan NAME --topology h100:8          (a100, h100, h200, b200, l4; h100:4x8: hosts)
 
-NAME and fields are those of `experiments.pretrain`, or NAME is a published model ("1stage_L"). It
-compiles the very training step of that configuration, with libtpu or the CUDA plugin of JAX, and
-prints memory per device, FLOPs by part at several boundary rates, collectives, and by part kernels,
+NAME and fields are those of `experiments.pretrain`, for example 1stage_L. It compiles the training
+step of that configuration, with libtpu or the CUDA plugin of JAX, and prints memory per device, FLOPs by part at several boundary rates, collectives, and by part kernels,
 HBM traffic and the least time, and the speed all this bounds: with all chunk slots, as training
 starts, and with those it settles on. `--search` compiles other settings too (what is recomputed,
 micro-batches, sharding, block lengths) and takes the fastest that fits. Writing machine code takes
@@ -17,12 +16,11 @@ import argparse
 import itertools
 import math
 import sys
-from dataclasses import replace
 from operator import le
 from typing import NamedTuple
 
-from experiments.command_line import base_config, parse, run, run_config
-from hnet.config import PUBLISHED, ComputeConfig
+from experiments.configs import run_config
+from hnet.command_line import parse, run
 from hnet.errors import ConfigError
 from hnet.nn.kernels.table import resolved
 from hnet.train.config import Config
@@ -160,16 +158,6 @@ def advice(plan: Plan) -> str:
     )
 
 
-def plan_config(argv: list[str]) -> Config:
-    """As `pretrain` reads it; a published model takes the fields of the default job."""
-    if argv and argv[0] in PUBLISHED:
-        base = base_config("default")
-        compute = ComputeConfig(dtype="bfloat16", remat="layer")
-        model = replace(PUBLISHED[argv[0]], compute=compute)
-        return parse(Config, replace(base, model=model), argv[1:])
-    return run_config(argv)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tpu.plan", description=__doc__.split("\n")[0], allow_abbrev=False
@@ -189,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     options, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     slice_ = open_slice(options.topology)
-    config = plan_config(rest)
+    config = run_config(rest)
     if options.rate is not None and not options.rate > 0:
         raise ConfigError(f"rate={options.rate}: use a number above 0")
     first = capacities(config, options.rate or math.inf)

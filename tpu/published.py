@@ -16,14 +16,15 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from experiments.command_line import run
+from experiments.configs import run_config
+from hnet.command_line import run
 from hnet.config import PUBLISHED
 from hnet.flops import param_counts
 from hnet.train.config import Config
 from tpu.aot import Plan, capacities, compile_plan
 from tpu.bundle import code_hash
 from tpu.chips import GIB, Slice, open_slice
-from tpu.plan import REMAT, plan_config
+from tpu.plan import REMAT
 from tpu.roofline import bytes_a_second, hbm_per_byte, kernels, peak_share, step_bound
 
 ROWS, ROW = 256, 8192  # arXiv 2507.07955, section 3.1
@@ -40,7 +41,7 @@ HEAD = (
 def published_config(name: str, slice_: Slice, remat: str, accumulate: int) -> Config:
     words = [name, "--data.seq_len", str(ROW), "--data.batch_size", str(ROWS)]
     words += ["--model.compute.remat", remat, "--train.accumulate", str(accumulate)]
-    config = plan_config(words)
+    config = run_config(words)
     return replace(config, mesh=replace(config.mesh, data=-1, fsdp=min(FSDP, len(slice_.devices))))
 
 

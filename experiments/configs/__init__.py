@@ -1,1 +1,175 @@
-"""Named configurations, one a file: the docstring says command, hardware, time and result."""
+"""Named configurations: `python -m experiments.pretrain NAME`.
+
+A file here names what its functions return, a run's `Config` or the network of one: `config` is
+called like the file, every other public function without arguments by its own name, without a
+leading `config_`. First docstring lines are what `pretrain --list` says. Names and lines are read
+from the source, so that a broken file breaks only itself, and no name costs an import.
+"""
+
+import ast
+import dataclasses
+import difflib
+import importlib
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hnet import command_help, fields
+from hnet.command_line import help_topic, with_words
+from hnet.config import HNetConfig
+from hnet.errors import ConfigError
+from hnet.train.config import Config, config_from_json
+
+FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Named:
+    """A configuration that can be loaded by its name."""
+
+    file: Path
+    function: str
+    """"" where the file cannot be read"""
+    summary: str
+    """first line of its docstring, or what is wrong"""
+
+    def load(self) -> Config:
+        """Raises ConfigError in one line that names the file, whatever happens in it."""
+        if not self.function:
+            raise ConfigError(f"{self.file}: {self.summary}")
+        try:
+            module = importlib.import_module(f"{__name__}.{self.file.stem}")
+            return as_run(getattr(module, self.function)())
+        except ConfigError as e:
+            raise ConfigError(f"{self.file}: {e}") from None
+        except Exception as e:
+            raise ConfigError(_where_and_what(e, self.file)) from None
+
+
+def _where_and_what(error: Exception, file: Path) -> str:
+    lines = [
+        f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == file
+    ]
+    return f"{file}, line {lines[-1] if lines else 1}: {type(error).__name__}: {error}"
+
+
+def as_run(found: Any) -> Config:
+    """A network is trained as the default configuration is."""
+    if isinstance(found, HNetConfig):
+        return dataclasses.replace(base_config("default"), model=found)
+    if not isinstance(found, Config):
+        raise ConfigError(f"{fields.shown(found)} is no Config and no HNetConfig: return one")
+    return found
+
+
+def named_configs() -> dict[str, Named]:
+    """All names, in alphabetical order of the files and that of the functions in them."""
+    found: dict[str, Named] = {}
+    for file in sorted(FOLDER.glob("*.py")):
+        if file.name != "__init__.py":
+            for name, named in _named_in(file):
+                if name in found:
+                    why = f"gives the name {name!r}, which {found[name].file} gives too"
+                    named = Named(file, "", why)
+                found[name] = named
+    return found
+
+
+def _named_in(file: Path) -> list[tuple[str, Named]]:
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except SyntaxError as e:
+        return [(file.stem, Named(file, "", f"line {e.lineno}: {e.msg}"))]
+    except (OSError, ValueError) as e:
+        return [(file.stem, Named(file, "", f"cannot be read: {e}"))]
+    found = []
+    for node in tree.body:
+        match node:
+            case ast.FunctionDef(returns=ast.Name(id="Config" | "HNetConfig")):
+                has_arguments = bool(node.args.args or node.args.kwonlyargs)
+                if not has_arguments and not node.name.startswith("_"):
+                    is_file = node.name == "config"
+                    name = file.stem if is_file else node.name.removeprefix("config_")
+                    doc = ast.get_docstring(tree if is_file else node) or "(no docstring)"
+                    found.append((name, Named(file, node.name, doc.splitlines()[0])))
+    return found
+
+
+def base_config(name: str) -> Config:
+    """The configuration of a name, of a JSON file, or of "package.module:function"."""
+    if name.endswith(".json"):
+        return _from_file(Path(name))
+    if ":" in name:
+        return _from_function(name)
+    known = named_configs()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}"
+        raise ConfigError(
+            f"configuration {fields.shown(name)} is unknown: {hint} (or a .json file, or "
+            "package.module:function)"
+        )
+    return dataclasses.replace(known[name].load(), workdir=f"runs/{name}")
+
+
+def _from_function(place: str) -> Config:
+    module_name, _, function = place.partition(":")
+    try:
+        made = getattr(importlib.import_module(module_name), function)
+    except (ImportError, ValueError, AttributeError) as e:
+        raise ConfigError(f"configuration {place!r}: {e}") from None
+    if not callable(made):
+        raise ConfigError(f"configuration {place!r}: {function} is no function")
+    return as_run(made())
+
+
+def _from_file(path: Path) -> Config:
+    """A whole configuration, an official network, or what differs from the one called "base"."""
+    content = fields.read_json(path, "configuration file")
+    where = f"configuration file {str(path)!r}"
+    if isinstance(content, dict) and "arch_layout" in content:
+        run = as_run(HNetConfig.from_json(content))
+        return dataclasses.replace(run, workdir=f"runs/{path.stem}")
+    if not isinstance(content, dict) or "base" not in content:
+        return config_from_json(content)
+    name = content.pop("base")
+    if not isinstance(name, str) or name.endswith(".json"):
+        raise ConfigError(f"{where}: base={fields.shown(name)} is no name of a configuration")
+    base = fields.to_json(base_config(name))
+    changes = {"workdir": f"runs/{path.stem}", **fields.flatten(content)}
+    fields.put(Config, base, changes)
+    return config_from_json(base)
+
+
+def run_config(argv: Sequence[str] | None = None, default: str = "default") -> Config:
+    """`[NAME] [--section.field VALUE ...]` -> the resolved configuration.
+
+    `--help [SECTION]` prints what can be set and ends.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    name = default
+    if argv and not argv[0].startswith("-"):
+        name, argv = argv[0], argv[1:]
+    topic = help_topic(argv)
+    content = fields.to_json(base_config(name))
+    if topic is not None:
+        print(help_text(content, topic))
+        raise SystemExit(0)
+    return with_words(Config, content, argv)
+
+
+def help_text(content: Any, topic: str = "") -> str:
+    """What can be set in the run with this JSON content: all sections, or one dotted field."""
+    if topic:
+        return command_help.of_topic(Config, content, topic)
+    program = sys.modules["__main__"].__doc__ or ""
+    return "\n\n".join([program.strip(), list_text(), command_help.level(Config, content)])
+
+
+def list_text() -> str:
+    """Every name and what it is."""
+    rows = [(name, named.summary) for name, named in named_configs().items()]
+    return f"NAME is one of\n{command_help.table(rows)}"

@@ -1,18 +1,27 @@
-"""``python -m hnet.data prepare`` makes shards, ``... describe`` says what a run would read."""
+"""Make shards of text, or say what a run would read.
 
-import contextlib
-import io
+    python -m hnet.data prepare --files GLOB ... --out FOLDER
+    python -m hnet.data describe --files GLOB ... [--eval_files GLOB ...]
+
+`prepare` writes documents to ArrayRecord shards, which `--data.files 'FOLDER/*.array_record'`
+reads; the same command again goes on where it stopped. `describe` takes the fields of the section
+data of a run, and prints documents, bytes and what is held out. `COMMAND --help` lists the fields.
+Exit codes: 0 done, 2 bad input, 130 interrupted.
+"""
+
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hnet.command_line import parse, run
 from hnet.data import DataConfig, open_corpus
 from hnet.data.prepare import prepare
 from hnet.errors import ConfigError
+from hnet.printable import printable
 
 
 @dataclass(frozen=True)
@@ -34,57 +43,31 @@ class Prepare:
         )
 
 
-@dataclass(frozen=True)
-class Describe:
+def describe(config: DataConfig) -> None:
     """Print the documents, bytes and division of the text that the settings name."""
-
-    data: DataConfig = DataConfig()
-
-    def run(self) -> None:
-        corpus = open_corpus(self.data)
-        table = Table("source", "part", "documents", "bytes", "never predicted")
-        for title, part in (("train", corpus.train), ("held out", corpus.heldout)):
-            for documents in part.documents:
-                unscored = 0 if self.data.bos_eos else len(documents)
-                cells = (f"{n:,}" for n in (len(documents), documents.num_bytes, unscored))
-                table.add_row(Text(repr(documents.name)[1:-1]), title, *cells)
-        Console().print(table, Text(f"fingerprint {corpus.fingerprint}"))
+    corpus = open_corpus(config)
+    table = Table("source", "part", "documents", "bytes", "never predicted")
+    for title, part in (("train", corpus.train), ("held out", corpus.heldout)):
+        for documents in part.documents:
+            unscored = 0 if config.bos_eos else len(documents)
+            cells = (f"{n:,}" for n in (len(documents), documents.num_bytes, unscored))
+            table.add_row(Text(printable(documents.name)), title, *cells)
+    Console().print(table, Text(f"fingerprint {corpus.fingerprint}"))
 
 
-def main(args: list[str] | None = None) -> int:
-    """Run the command line; the exit code is 2 for bad input, 130 when stopped by the user."""
-    try:
-        _parse(args).run()
-    except ConfigError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
-
-
-def _parse(args: list[str] | None) -> Prepare | Describe:
-    """Read the command line. Raises ConfigError for a value that a configuration refuses."""
-    commands = {"prepare": Prepare, "describe": Describe}
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            return tyro.extras.subcommand_cli_from_dict(
-                commands,
-                prog="python -m hnet.data",
-                args=args,
-                config=(tyro.conf.FlagConversionOff,),
-            )
-    except SystemExit as exit_:
-        cause = exit_.__context__
-        while cause is not None and not isinstance(cause, ConfigError):
-            cause = cause.__context__
-        if cause is not None:  # tyro draws a box around it: give the line alone
-            raise cause from None
-        sys.stderr.write(box.getvalue())
-        raise
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    match argv[:1]:
+        case ["prepare"]:
+            parse(Prepare, argv=argv[1:]).run()
+        case ["describe"]:  # fields as they are called here, or in the configuration of a run
+            words = [w.replace("--data.", "--", 1) if w.startswith("--") else w for w in argv[1:]]
+            describe(parse(DataConfig, argv=words))
+        case ["--help" | "-h"]:
+            print(__doc__.strip())
+        case _:
+            raise ConfigError(f"{' '.join(argv[:1])!r} is no command: use prepare or describe")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

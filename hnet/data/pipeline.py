@@ -13,17 +13,18 @@ import time
 import weakref
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-import grain
 import numpy as np
-from absl.flags import FLAGS
-from grain.experimental import index_shuffle
 
 from hnet.data.config import DataConfig
 from hnet.data.corpus import Corpus, Part
 from hnet.data.packing import Stream
 from hnet.data.row_routes import RowRoutes
 from hnet.errors import ConfigError
+
+if TYPE_CHECKING:
+    import grain
 
 Batch = dict[str, np.ndarray]
 RouteGroups = Sequence[Sequence[str]]
@@ -52,6 +53,8 @@ class RowOrder:
 
     def __call__(self, slot: int) -> tuple[int, int]:
         """(stream, row of it) at a slot."""
+        from grain.experimental import index_shuffle
+
         stream_P, rank_P, quota_S = self._schedule
         period, i = divmod(slot, _PERIOD)
         stream = int(stream_P[i])
@@ -224,7 +227,7 @@ def eval_batches(
     return (batches[k] for k in range(len(batches)))
 
 
-def _close(iterators: list[grain.DatasetIterator]) -> None:
+def _close(iterators: list["grain.DatasetIterator"]) -> None:
     while iterators:
         iterators.pop().close()
 
@@ -270,7 +273,10 @@ def _rows_of_process(config: DataConfig, index: int, count: int) -> range:
     return range(index * rows, (index + 1) * rows)
 
 
-def _prefetched(batches: _TrainBatches, config: DataConfig, start: int) -> grain.DatasetIterator:
+def _prefetched(batches: _TrainBatches, config: DataConfig, start: int) -> "grain.DatasetIterator":
+    import grain  # here: a command reads its arguments before it is loaded
+    from absl.flags import FLAGS
+
     ahead = config.prefetch_batches
     threads = 0 if config.num_workers else 1
     dataset = grain.MapDataset.source(batches)[start:].to_iter_dataset(

@@ -10,9 +10,8 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import grain
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
@@ -20,6 +19,9 @@ from rich.progress import Progress
 from hnet.data import files, pythondocs, synthetic
 from hnet.data.shards import read_index
 from hnet.errors import ConfigError
+
+if TYPE_CHECKING:
+    import grain
 
 _SHOW_PROGRESS_FROM = 64 << 20
 
@@ -45,7 +47,7 @@ class MemoryStore:
 class ShardStore:
     """Bytes held in the records of ArrayRecord files, which are opened again after pickling."""
 
-    records: grain.sources.ArrayRecordDataSource
+    records: "grain.sources.ArrayRecordDataSource"
     offsets_R: np.ndarray
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -162,6 +164,8 @@ def _in_memory(name: str, documents: Iterable[tuple[str, bytes]]) -> Source:
 
 
 def _from_shards(name: str, paths: list[str]) -> Source:
+    import grain  # here: a command reads its arguments before it is loaded
+
     indices = [read_index(Path(p)) for p in paths]
     document_counts = [len(index.lengths_D) for index in indices]
     record_bytes = np.concatenate([index.record_bytes_R for index in indices])

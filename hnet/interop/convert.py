@@ -9,7 +9,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from flax import nnx
 
 from hnet.config import HNetConfig
@@ -105,6 +104,8 @@ def _read_leaves(
     with Checkpointer(workdir, CheckpointConfig(asynchronous=False)) as checkpointer:
         manifest = checkpointer.manifest(step)
     folder = checkpoint_folder(workdir) / str(manifest.step)
+    import orbax.checkpoint as ocp
+
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
         for leaf in shown(f"reading {folder}")(wanted):
             path = "/".join(["params", *map(str, leaf.path)])

@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
-import orbax.checkpoint as ocp
 
 from hnet.errors import ConfigError, Failed
 from hnet.train import distributed
@@ -76,6 +75,8 @@ class Checkpointer(contextlib.AbstractContextManager):
         self.last_save: SaveTimes | None = None
         # A save that is waited for needs no second copy of all arrays, only of some at a time.
         most_copied_gb = None if config.asynchronous else 1
+        import orbax.checkpoint as ocp  # here: a command reads its arguments before it is loaded
+
         self._orbax = ocp.AsyncCheckpointer(
             ocp.PyTreeCheckpointHandler(save_device_host_concurrent_gb=most_copied_gb),
             async_options=ocp.AsyncOptions(timeout_secs=config.timeout_seconds),
@@ -132,6 +133,8 @@ class Checkpointer(contextlib.AbstractContextManager):
             raise CheckpointError(errors[0])
         if answers[0] == _SAVED:
             return False
+        import orbax.checkpoint as ocp
+
         # Orbax stores no empty arrays; their shape in the manifest is all there is to them.
         tree = lv.nest({path: x for path, x in arrays.items() if x.size})
         try:

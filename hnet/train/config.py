@@ -266,6 +266,15 @@ class Config:
                 "controller.fit_default=True, but no stage has a router for each route and holds "
                 "their rates: set chunking.routes and hold_rate of one, or use False"
             )
+        for i, stage in enumerate(self.model.stages[:-1]):
+            for field in ("router", "labels"):
+                if getattr(stage.chunking, field) == "given" and (
+                    field == "router" or stage.chunking.aux_loss == "bce"
+                ):
+                    raise ConfigError(
+                        f"model.stages.{i}.chunking.{field}='given', but no input of a run brings "
+                        f"boundaries: use another {field}, or train with a step of your own"
+                    )
         by_row = [
             i
             for i, stage in enumerate(self.model.stages[1:-1], 1)

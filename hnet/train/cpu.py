@@ -4,8 +4,6 @@ import ctypes
 import math
 import os
 
-import jax
-
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # parameters of mallopt, malloc.h
 
 
@@ -37,5 +35,7 @@ def one_device_a_core(rows: int) -> int:
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     count = math.gcd(rows, cores)
+    import jax  # here only: `keep_freed_memory` is for programs that may not need it
+
     jax.config.update("jax_num_cpu_devices", count)
     return count

@@ -1,11 +1,11 @@
 """Read a checkpoint back and compare every bit with its manifest."""
 
 import math
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 from rich.console import Console
 from rich.progress import track
@@ -16,11 +16,14 @@ from hnet.train import manifest as mf
 from hnet.train.manifest import Damaged, Manifest
 from hnet.train.step_folders import STATE, checkpoint_folder, list_steps
 
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
+
 _GROUP_BYTES = 1 << 28  # the command holds about this much of a checkpoint at a time
 
 
 def read_arrays(
-    orbax: ocp.Checkpointer,
+    orbax: "ocp.Checkpointer",
     folder: epath.Path,
     manifest: Manifest,
     shardings: dict[str, jax.sharding.Sharding | None],
@@ -33,6 +36,8 @@ def read_arrays(
     wanted = {path: lv.stored(manifest.leaves[path], s) for path, s in shardings.items()}
     tree = lv.nest({path: leaf for path, leaf in wanted.items() if leaf.size})
     if tree:
+        import orbax.checkpoint as ocp
+
         restore_args = jax.tree.map(_restore_args, tree)
         arguments = ocp.args.PyTreeRestore(tree, restore_args, partial_restore=True)
         tree = orbax.restore(folder / STATE, args=arguments)
@@ -48,13 +53,15 @@ def read_arrays(
     return arrays
 
 
-def _restore_args(leaf: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:
+def _restore_args(leaf: jax.ShapeDtypeStruct) -> "ocp.RestoreArgs":
+    import orbax.checkpoint as ocp
+
     if leaf.sharding is None:
         return ocp.RestoreArgs(restore_type=np.ndarray)
     return ocp.checkpoint_utils.construct_restore_args(leaf)
 
 
-def check_values(orbax: ocp.Checkpointer, folder: epath.Path) -> Manifest:
+def check_values(orbax: "ocp.Checkpointer", folder: epath.Path) -> Manifest:
     """The manifest of a step after reading all of its arrays, some at a time. Raises Damaged."""
     manifest = mf.read(folder)
     mf.check_files(folder, manifest)
@@ -98,6 +105,8 @@ def verify_workdir(workdir: str) -> int:
     folder = checkpoint_folder(workdir)
     if not (steps := list_steps(folder)):
         raise ConfigError(f"workdir {workdir!r} has no checkpoints: {folder} holds no step folder")
+    import orbax.checkpoint as ocp
+
     good = 0
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
         for step in steps:

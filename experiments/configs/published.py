@@ -1,0 +1,61 @@
+"""The published H-Nets (arXiv 2507.07955) with the recipe that they were trained with.
+
+    python -m experiments.pretrain 1stage_L --data.files 'fineweb-edu/*.array_record'
+    python -m tpu.plan 2stage_XL --topology v5p:4x4x4
+
+256 rows of 8192 bytes per update, AdamW with the published schedule and multipliers, 100 billion
+GPT-2 tokens (460 GB) of FineWeb-Edu. The paper does not say betas, weight decay and clipping. They
+need accelerators: `tpu.plan` says how many, and --mesh.fsdp shards parameters over them.
+"""
+
+from dataclasses import replace
+
+from experiments.configs import default
+from hnet.config import PUBLISHED, ComputeConfig
+from hnet.train.config import CheckpointConfig, Config, EvalConfig, OptimConfig
+
+ROWS, SEQ_LEN = 256, 8192
+STEPS = round(100e9 * 4.6 / (ROWS * SEQ_LEN))
+
+
+def config_1stage_L() -> Config:
+    """H-Net with 1 stage, L: 680M parameters."""
+    return _published("1stage_L", 6.25e-4)
+
+
+def config_1stage_XL() -> Config:
+    """H-Net with 1 stage, XL: 1.3B parameters."""
+    return _published("1stage_XL", 5e-4)
+
+
+def config_2stage_L() -> Config:
+    """H-Net with 2 stages, L: 870M parameters."""
+    return _published("2stage_L", 6.25e-4)
+
+
+def config_2stage_XL() -> Config:
+    """H-Net with 2 stages, XL: 1.6B parameters."""
+    return _published("2stage_XL", 5e-4)
+
+
+def config_2stage_XL_chinese() -> Config:
+    """H-Net with 2 stages, XL, as trained on Chinese."""
+    return _published("2stage_XL_chinese", 5e-4)
+
+
+def config_2stage_XL_code() -> Config:
+    """H-Net with 2 stages, XL, as trained on code."""
+    return _published("2stage_XL_code", 5e-4)
+
+
+def _published(name: str, learning_rate: float) -> Config:
+    base = default.config()
+    return replace(
+        base,
+        model=replace(PUBLISHED[name], compute=ComputeConfig(dtype="bfloat16", remat="layer")),
+        data=replace(base.data, batch_size=ROWS, seq_len=SEQ_LEN),
+        optim=OptimConfig(learning_rate=learning_rate),
+        train=replace(base.train, steps=STEPS),
+        eval=EvalConfig(every=1000),
+        checkpoint=CheckpointConfig(every=1000),
+    )

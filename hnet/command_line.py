@@ -1,0 +1,186 @@
+"""One command line for all programs: `[--section.field VALUE ...]`, and errors in one line.
+
+Arguments are read before anything heavy is imported, so nothing here needs JAX.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import traceback
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from hnet import command_help, fields
+from hnet.errors import ConfigError, Failed
+from hnet.fields import FieldError, shown
+from hnet.printable import printable
+from hnet.train.cpu import keep_freed_memory
+
+FAILED = 1
+BAD_INPUT = 2
+INTERRUPTED = 130
+OUTPUT_CLOSED = 141  # as a shell reports a program that SIGPIPE ended
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Call `main` and exit with its code, as `exit_code` says it.
+
+    The other hosts of a run are told why this one ends, so that none waits for it.
+    """
+    keep_freed_memory()
+    code, reason = exit_code(main)
+    if distributed := sys.modules.get("hnet.train.distributed"):
+        distributed.leave(code, reason)
+    sys.exit(code)
+
+
+def exit_code(main: Callable[[], int | None]) -> tuple[int, str]:
+    """Call `main`: its exit code, and why it failed.
+
+    Bad input is one line on stderr and code 2, a failure with good input one line and code 1. A
+    traceback is for faults of the program itself.
+    """
+    reason = ""
+    try:
+        code = main() or 0
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        code = OUTPUT_CLOSED
+    except (ConfigError, Failed) as e:
+        reason = f"error: {one_line(e)}"
+        code = BAD_INPUT if isinstance(e, ConfigError) else FAILED
+        print(reason, file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = INTERRUPTED
+    except Exception as e:
+        traceback.print_exc()
+        reason, code = f"{type(e).__name__}: {e}", FAILED
+    return code, reason
+
+
+def one_line(error: Exception) -> str:
+    """The message, with whatever could break or steer a terminal's line escaped."""
+    return printable(" ".join(str(error).split()))
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse for options beside the fields of a configuration: no abbreviations, the description
+    as it is written, and ConfigError instead of usage and exit."""
+
+    def __init__(self, **settings):
+        kind = argparse.RawDescriptionHelpFormatter
+        super().__init__(formatter_class=kind, allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see --help)")
+
+
+def parse(cls: type, default: Any = None, argv: Sequence[str] | None = None) -> Any:
+    """Read a dataclass from the command line; a field that is not given keeps its default.
+
+    `--help` prints the docstring of the module of `cls` and all fields. Raises ConfigError.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    content = command_help.defaults(cls) if default is None else fields.to_json(default)
+    if help_topic(argv) is not None:
+        print(command_help.of_options(cls, content))
+        raise SystemExit(0)
+    return with_words(cls, content, argv)
+
+
+def help_topic(argv: Sequence[str]) -> str | None:
+    """The word after `--help` or `-h`, "" if there is none; None if help is not asked for."""
+    for i, word in enumerate(argv):
+        if word in ("--help", "-h"):
+            topic = argv[i + 1] if i + 1 < len(argv) else ""
+            return topic.strip("-").replace("-", "_")
+    return None
+
+
+def with_words(cls: type, content: Any, argv: Sequence[str]) -> Any:
+    """A `cls` from JSON content and words that change it. Outer fields are set first."""
+    options = split_words(argv)
+    for path in sorted(options, key=lambda path: path.count(".")):
+        try:
+            parent, key, hint = fields.locate(cls, content, path)
+        except FieldError as e:
+            if near := command_help.same_name(cls, content, path):
+                raise FieldError(
+                    f"unknown field {shown(path)[1:-1]}: did you mean {near}?"
+                ) from None
+            raise FieldError(f"{e} (see --help)") from None
+        parent[key] = value_of(hint, options[path], path)
+    return fields.from_json(cls, content)
+
+
+def split_words(argv: Sequence[str]) -> dict[str, list[str]]:
+    """`--a.b x y --c=z` -> {"a.b": ["x", "y"], "c": ["z"]}. Of two of one name the last counts."""
+    found: dict[str, list[str]] = {}
+    values: list[str] | None = None
+    for word in argv:
+        if word.startswith("--") and len(word) > 2:
+            name, has_value, value = word[2:].partition("=")
+            name = name.replace("-", "_")
+            found.pop(name, None)
+            found[name] = values = [value] if has_value else []
+            values = None if has_value else values
+        elif values is None:
+            raise ConfigError(f"unexpected {shown(word)}: settings are --field VALUE (see --help)")
+        else:
+            values.append(word)
+    return found
+
+
+def value_of(hint: Any, words: list[str], path: str) -> Any:
+    """JSON content of a field of this type from its words; whatever is wrong, `from_json` says.
+
+    A tuple takes any number of words, a tuple of tuples words such as Han+Hiragana. A section, a
+    part and a tuple are also read as JSON.
+    """
+    for option in fields.options(hint):
+        with contextlib.suppress(FieldError):
+            content = value_of(option, words, path)
+            fields.from_json(option, content, path)
+            return content
+    if fields.options(hint) and len(words) == 1:
+        return words[0]
+    hint = fields.unwrap(hint)
+    is_tuple = typing.get_origin(hint) is tuple
+    if is_tuple or fields.is_part(hint) or fields.is_section(hint):
+        if len(words) == 1 and words[0].startswith(("[", "{")):
+            return _from_json_text(words[0], path)
+    if is_tuple:
+        kinds = typing.get_args(hint)
+        kinds = kinds[:1] * len(words) if kinds[-1] is Ellipsis else kinds
+        nested = [typing.get_origin(kind) is tuple for kind in kinds]
+        split = [w.split("+") if inner else [w] for w, inner in zip(words, nested)]
+        found = [value_of(kind, own, path) for kind, own in zip(kinds, split)]
+        return found + words[len(kinds) :]  # too many, which `from_json` refuses
+    if len(words) != 1:
+        given = f"{len(words)} were given: {shown(' '.join(words))}" if words else "none was given"
+        raise FieldError(f"{path} takes one value ({fields.type_text(hint)}), {given}")
+    return _scalar(hint, words[0])
+
+
+def _scalar(hint: Any, word: str) -> Any:
+    """The word as what the type wants, or as it is where it is something else."""
+    if typing.get_origin(hint) is typing.Literal:
+        return next((option for option in typing.get_args(hint) if str(option) == word), word)
+    if hint is bool or hint is type(None):
+        return {"true": True, "false": False, "none": None}.get(word.lower(), word)
+    try:
+        return hint(word) if hint in (int, float) else word
+    except ValueError:
+        return word
+
+
+def _from_json_text(text: str, path: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise FieldError(f"{path}={shown(text)} is not JSON: {one_line(e)}") from None

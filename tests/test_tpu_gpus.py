@@ -5,10 +5,11 @@ import json
 
 import pytest
 
+from experiments.configs import run_config
 from hnet.errors import ConfigError
 from tpu.aot import compile_plan
 from tpu.chips import GPUS, assumed_cudnn, open_slice
-from tpu.plan import main, plan_config
+from tpu.plan import main
 from tpu.roofline import hbm_per_byte, kernels
 
 needs_plugin = pytest.mark.skipif(
@@ -35,7 +36,7 @@ def network(tmp_path):
 @needs_plugin
 def test_few_kernels_and_bytes(network):
     """No loop of small kernels: limits are about a tenth above what was counted."""
-    plan = compile_plan(plan_config(network), open_slice("h100:1"), (512,), to_code=False)
+    plan = compile_plan(run_config(network), open_slice("h100:1"), (512,), to_code=False)
     assert plan.fits and plan.compile_seconds is None
     assert kernels(plan) <= 5600
     assert hbm_per_byte(plan) <= 0.5e6
@@ -43,7 +44,7 @@ def test_few_kernels_and_bytes(network):
 
 @needs_plugin
 def test_a_loop_over_blocks_of_queries_is_seen(network):
-    config = plan_config([*network, "--model.compute.attention_backend", "xla"])
+    config = run_config([*network, "--model.compute.attention_backend", "xla"])
     plan = compile_plan(config, open_slice("h100:1"), (512,), to_code=False)
     assert kernels(plan, "stage1/main_network") > 500
 

@@ -4,12 +4,13 @@
     python -m tpu.plan NAME --topology h100:8          (a100, h100, h200, b200, l4; h100:4x8: hosts)
 
 NAME and fields are those of `experiments.pretrain`, for example 1stage_L. It compiles the training
-step of that configuration, with libtpu or the CUDA plugin of JAX, and prints memory per device, FLOPs by part at several boundary rates, collectives, and by part kernels,
-HBM traffic and the least time, and the speed all this bounds: with all chunk slots, as training
-starts, and with those it settles on. `--search` compiles other settings too (what is recomputed,
-micro-batches, sharding, block lengths) and takes the fastest that fits. Writing machine code takes
-most of the time: `--no-code` stops before it, and says the same but for the compile time and the
-size of the code. Exit codes: 0 fits, 1 does not fit, 2 bad input.
+step of that configuration, with libtpu or the CUDA plugin of JAX, and prints memory per device,
+FLOPs by part at several boundary rates, collectives, and by part kernels, HBM traffic and the least
+time, and the speed all this bounds: with all chunk slots, as training starts, and with those it
+settles on. `--search` compiles other settings too (what is recomputed, micro-batches, sharding,
+block lengths) and takes the fastest that fits. Writing machine code takes most of the time:
+`--no-code` stops before it, and says the same but for the compile time and the size of the code.
+Exit codes: 0 fits, 1 does not fit, 2 bad input.
 """
 
 import argparse

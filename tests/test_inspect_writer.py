@@ -1,5 +1,8 @@
 import logging
+import re
 import resource
+import warnings
+from dataclasses import replace
 
 import fsspec
 import numpy as np
@@ -10,8 +13,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from hnet.errors import ConfigError
 from hnet.inspect.index import FOLDER, INDEX, SegmentationIndex
 from hnet.inspect.mirror import Mirror
+from hnet.inspect.p_map import labelled_p_map, p_map
 from hnet.inspect.segmentation import Segmentation, StageBoundaries
-from hnet.inspect.writer import DASHBOARDS, RunWriter, p_map
+from hnet.inspect.tags import tag_of
+from hnet.inspect.writer import DASHBOARDS, RunWriter
+
+with warnings.catch_warnings(action="ignore"):  # TensorBoard's own sanitizer warns when imported
+    from tensorboard.plugin_util import markdown_to_safe_html
 
 
 def events(logdir):
@@ -62,7 +70,8 @@ def test_dashboards_name_tags_that_exist(tmp_path):
     write_run(tmp_path, [0])
     assert "custom_scalars__config__" in events(tmp_path).Tags()["tensors"]
     tags = events(tmp_path).Tags()["scalars"] + [
-        "train/bpb", "eval/bpb", "loss/ce", "stage1/bytes_per_chunk", "stage0/boundary_rate",
+        "train/bpb", "eval/bpb", "train/loss/ce", "eval/script_Han/bpb", "eval/source_a/bpb",
+        "stage1/bytes_per_chunk", "stage0/boundary_rate",
         "stage0/overflow_frac", "stage0/slot_utilization", "stage0/route_Han/bytes_per_chunk",
     ]  # fmt: skip
     for charts in DASHBOARDS.values():
@@ -156,8 +165,8 @@ def test_histogram_counts_finite_values(tmp_path):
         writer.histogram(0, "p", np.array([[0.1, np.nan], [0.9, np.inf]]), np.linspace(0, 1, 11))
         writer.histogram(0, "none", np.array([np.nan]))
     found = events(tmp_path)
-    assert found.Tags()["histograms"] == ["p"]
-    assert found.Histograms("p")[0].histogram_value.num == 2
+    assert found.Tags()["histograms"] == ["train/p"]
+    assert found.Histograms("train/p")[0].histogram_value.num == 2
 
 
 def test_p_map_shows_each_probability_at_its_bytes():
@@ -169,10 +178,49 @@ def test_p_map_shows_each_probability_at_its_bytes():
     ))  # fmt: skip
     blue, white, grey, half = [0, 114, 178], [255] * 3, [200] * 3, [128, 184, 216]
     image = p_map(texts, 0)
-    assert image.shape == (20, 12, 3)
+    assert image.shape == (24, 12, 3)
     assert [image[0, x].tolist() for x in (0, 4, 8)] == [blue, white, blue]
-    assert [image[10, x].tolist() for x in (0, 4, 8)] == [half, half, grey]
+    assert [image[12, x].tolist() for x in (0, 4, 8)] == [half, half, grey]
     assert [p_map(texts, 1)[0, x].tolist() for x in (0, 4, 8)] == [blue, blue, white]
+
+
+def test_rows_of_the_image_are_labelled():
+    """Every row has ink left of it, and a long or foreign name keeps its ends."""
+    rng = np.random.default_rng(0)
+    texts = [segment(t, 0.5, rng) for t in probe_texts()[:3]]
+    names = [
+        "books of a very long title, volume 1",
+        "books of a very long title, volume 2",
+        "漢\x1b",
+    ]
+    texts = {n: replace(seg, name=name) for n, (seg, name) in enumerate(zip(texts, names))}
+    image, plain = labelled_p_map(texts, 0), p_map(list(texts.values()), 0)
+    top, left = (a - b for a, b in zip(image.shape[:2], plain.shape[:2]))
+    assert (image[top:, left:] == plain).all() and left > 50
+    rows = image[top:, :left].reshape(3, -1, left, 3)
+    assert all((row < 128).any() for row in rows)
+    assert not (rows[0] == rows[1]).all()
+    scale = image[:top, left:]
+    assert (scale[:, : scale.shape[1] // 2] < 128).any()
+
+
+def test_descriptions_stand_in_every_file_once(tmp_path):
+    for _ in range(2):
+        with RunWriter(tmp_path) as writer:
+            for step in range(3):
+                writer.scalars(step, {"eval/bpb": 2.0})
+    for file in tmp_path.glob("events*"):
+        assert file.read_bytes().count(tag_of("eval/bpb").description.encode()) == 1
+
+
+def test_the_configuration_is_a_text_of_one_block(tmp_path):
+    with RunWriter(tmp_path) as writer:
+        writer.configuration(0, {"a": {"b": "</code>\n# x\x1b\u202e", "é": [1, 2]}})
+    (text,) = events(tmp_path).Tensors("configuration")
+    shown = text.tensor_proto.string_val[0].decode()
+    page = markdown_to_safe_html(shown)
+    assert set(re.findall(r"<(\w+)", page)) == {"pre", "code"} and '"é"' in page
+    assert "\x1b" not in shown and "\u202e" not in shown
 
 
 def test_texts_of_different_depth(tmp_path):

@@ -26,6 +26,7 @@ def row_of(step, **changes):
     }  # fmt: skip
     arrays = {name: np.asarray(value) for name, value in (metrics | changes).items()}
     waited = {"input/wait_seconds": 0.5 * step}
+    waited |= {f"bytes_seen//data/{name}/*.txt": 50 * step for name in "ab"}
     return {"step": step, "bytes_seen": 100 * step, **waited, "metrics": arrays}
 
 
@@ -52,6 +53,8 @@ def test_a_run_logs_its_first_step_and_every_tenth(tmp_path, monkeypatch, capsys
     assert says.count("overflow") == says.count("skipped") == 1
     events = EventAccumulator(str(tmp_path / "tensorboard"), {"histograms": 0}).Reload()
     assert [e.step for e in events.Scalars("train/bpb")] == [1, 10, 20]
+    assert [e.value for e in events.Scalars("throughput/bytes_seen/b/*.txt")] == [50, 500, 1000]
+    assert not any("//" in tag or "data" in tag for tag in events.Tags()["scalars"])
     histograms = events.Histograms("stage0/prob_hist")
     assert [e.step for e in histograms] == [1, 10, 20]
     assert histograms[0].histogram_value.num == sum(range(20))

@@ -16,6 +16,7 @@ from hnet.data import batch_fingerprint, train_batches
 from hnet.data.fingerprint import fingerprint
 from hnet.errors import ConfigError
 from hnet.fields import to_json
+from hnet.inspect.tags import tag_of
 from hnet.train import capacity, loop
 from hnet.train.config import ControllerConfig, MeshConfig, TrainConfig, config_from_json
 from hnet.train.optim import schedule
@@ -68,10 +69,22 @@ def test_tensorboard_says_what_metrics_jsonl_says(whole):
         ("loss/ce", range(1, 9)),
         *((tag, (4, 8)) for tag in ["eval/bpb", *controls]),
     ]:
-        found = {e.step: e.value for e in events.Scalars(tag) if e.step}
-        assert len(found) == len([e for e in events.Scalars(tag) if e.step])
+        shown = events.Scalars(tag_of(tag).name)
+        found = {e.step: e.value for e in shown if e.step}
+        assert len(found) == len([e for e in shown if e.step])
         assert found == pytest.approx({step: table[step][tag] for step in steps})
     assert not any(key.startswith("probe/") for key in table[3])
+    tags = sorted(events.Tags()["scalars"])
+    assert tags[0] == "eval/bpb"  # the first card
+    groups = {"eval", "optim", "probe", "stage0", "throughput", "train"}
+    assert {tag.partition("/")[0] for tag in tags} == groups
+    kinds = ("scalars", "histograms", "images")
+    shown = [*(tag for kind in kinds for tag in events.Tags()[kind]), "configuration"]
+    assert all(events.SummaryMetadata(tag).summary_description for tag in shown)
+    (text,) = events.Tensors("configuration")
+    lines = text.tensor_proto.string_val[0].decode().splitlines()
+    assert all(line.startswith("    ") for line in lines)
+    assert config_from_json(json.loads("\n".join(lines))) == config
 
 
 def test_the_same_command_after_the_end_changes_nothing(whole):

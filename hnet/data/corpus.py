@@ -59,6 +59,11 @@ class Part:
         return tuple(d.name for d in self.documents)
 
     @property
+    def globs(self) -> tuple[str, ...]:
+        """Names of all sources, also of those that are read as one entry."""
+        return tuple(dict.fromkeys(s.name for d in self.documents for s in d.sources))
+
+    @property
     def num_bytes(self) -> int:
         """Raw bytes, special tokens not counted."""
         return sum(d.num_bytes for d in self.documents)
@@ -79,6 +84,11 @@ class Part:
         """File of a document, by its number in this part; ``FILE:n`` if it holds several."""
         documents, d = self._find(document)
         return documents.document_name(d)
+
+    def glob_of(self, document: int) -> str:
+        """Name of the source of a document, by its number in this part."""
+        documents, d = self._find(document)
+        return documents.sources[documents.source_D[d]].name
 
     def document_bytes(self, document: int) -> int:
         """Raw bytes of a document, by its number in this part."""

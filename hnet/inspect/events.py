@@ -65,13 +65,13 @@ class EventFile:
         self._records.flush()
 
 
-def scalar(tag: str, value: float, description: str = "") -> Value:
+def scalar(tag: str, description: str, value: float) -> Value:
     metadata = scalar_plugin.create_summary_metadata("", description)
     return Value(tag=tag, simple_value=float(value), metadata=metadata)
 
 
 def histogram(
-    tag: str, values: np.ndarray, bins: int | np.ndarray, description: str = ""
+    tag: str, description: str, values: np.ndarray, bins: int | np.ndarray
 ) -> Value | None:
     """The distribution of the finite values, of any shape; None if there are none."""
     values = np.asarray(values, np.float64).reshape(-1)
@@ -92,7 +92,7 @@ def histogram(
     return Value(tag=tag, histo=proto, metadata=metadata)
 
 
-def image(tag: str, pixels_HWC: np.ndarray, description: str = "") -> Value:
+def image(tag: str, description: str, pixels_HWC: np.ndarray) -> Value:
     """An RGB image, uint8."""
     png = io.BytesIO()
     Image.fromarray(pixels_HWC, "RGB").save(png, "PNG")
@@ -104,7 +104,7 @@ def image(tag: str, pixels_HWC: np.ndarray, description: str = "") -> Value:
     return Value(tag=tag, image=proto, metadata=metadata)
 
 
-def text(tag: str, markdown: str, description: str = "") -> Value:
+def text(tag: str, description: str, markdown: str) -> Value:
     metadata = text_plugin.create_summary_metadata("", description)
     return _with_tensor(tag, markdown.encode(), metadata)
 

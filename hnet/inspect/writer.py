@@ -1,15 +1,15 @@
 """What a run writes for TensorBoard: event files without TensorFlow, and its segmentations.
 
-Tags that dashboards and people rely on: ``train/bpb``, ``loss/ce``, ``eval/bpb``, for each stage
-``stage0/boundary_rate``, ``stage0/bytes_per_chunk``, ``stage0/overflow_frac``,
-``stage0/slot_utilization``, and for each route ``stage0/route_<name>/bytes_per_chunk``. What
+Numbers are named as in metrics.jsonl; `tags.tag_of` says where TensorBoard shows each. What
 `RunWriter.write_segmentations` measures on its texts stands under ``probe/``.
 """
 
 import contextlib
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -18,23 +18,24 @@ from hnet.inspect import events
 from hnet.inspect.events import EventFile, Value
 from hnet.inspect.metrics import summarize
 from hnet.inspect.mirror import Mirror
+from hnet.inspect.p_map import labelled_p_map
 from hnet.inspect.render import to_markdown
 from hnet.inspect.segmentation import Segmentation
 from hnet.inspect.store import SegmentationLog
+from hnet.inspect.tags import Tag, tag_of, without_folders
+from hnet.printable import printable
 
 _log = logging.getLogger(__name__)
+_SEEN = "bytes_seen/"
 TEXT_SUMMARIES = 8
 """texts of a step written as Markdown; TensorBoard itself keeps few steps of them"""
-P_MAP_BYTES = 256
-P_MAP_TEXTS = 32
-_CELL = (10, 4)  # pixels of one probability in an image: high, wide
-_GAP = 2
-_BLUE = np.array([0, 114, 178], np.float64)  # Okabe-Ito
 
 DASHBOARDS = {
     "H-Net": {
         "bits per byte": [r"(train|eval)/bpb$"],
-        "losses": [r"loss/"],
+        "bits per byte by script": [r"eval/script_.*/bpb$"],
+        "bits per byte by source": [r"eval/source_.*/bpb$"],
+        "losses": [r"train/loss/"],
         "bytes per chunk": [r"stage\d+/bytes_per_chunk$"],
         "boundary rate": [r"stage\d+/boundary_rate$"],
         "overflow (clipped chunks)": [r"stage\d+/overflow_frac$"],
@@ -76,7 +77,7 @@ class RunWriter:
         """
         self.logdir, self._say, self._is_open = os.fspath(logdir), say, True
         self._mirror = Mirror(self.logdir, mirror, period=mirror_secs) if mirror else None
-        self._described: set[str] = set()
+        self._told: set[str] = set()
         self._has_hparams = False
         try:
             self._events = EventFile(self.logdir)
@@ -126,23 +127,44 @@ class RunWriter:
                 self._events.purge(step + 1)
                 self._log.go_back(step)
 
+    def _described(self, field: str) -> Tag:
+        """Where a field is shown, with its description the first time only: that one counts."""
+        tag = tag_of(field)
+        if tag.name in self._told:
+            return Tag(tag.name, "")
+        self._told.add(tag.name)
+        return tag
+
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Log scalars by tag, all in one event."""
-        self._add(step, [events.scalar(tag, value) for tag, value in values.items()])
+        """Log numbers by their names in metrics.jsonl, all in one event."""
+        sources = (field.removeprefix(_SEEN) for field in values if field.startswith(_SEEN))
+        shown = {_SEEN + name: _SEEN + label for name, label in without_folders(sources).items()}
+        self._add(
+            step,
+            [
+                events.scalar(*self._described(shown.get(field, field)), value)
+                for field, value in values.items()
+            ],
+        )
 
     def histogram(
-        self, step: int, tag: str, values: np.ndarray, bins: int | np.ndarray = 30
+        self, step: int, field: str, values: np.ndarray, bins: int | np.ndarray = 30
     ) -> None:
         """Log the distribution of the finite values, of any shape; bins: a number, or the edges."""
-        self._add(step, [events.histogram(tag, values, bins)])
+        self._add(step, [events.histogram(*self._described(field), values, bins)])
 
-    def text(self, step: int, tag: str, markdown: str) -> None:
+    def text(self, step: int, field: str, markdown: str) -> None:
         """Log Markdown, which TensorBoard renders: escape what comes from data."""
-        self._add(step, [events.text(tag, markdown)])
+        self._add(step, [events.text(*self._described(field), markdown)])
 
-    def image(self, step: int, tag: str, pixels_HWC: np.ndarray) -> None:
+    def image(self, step: int, field: str, pixels_HWC: np.ndarray) -> None:
         """Log an RGB image, uint8 (height, width, 3)."""
-        self._add(step, [events.image(tag, pixels_HWC)])
+        self._add(step, [events.image(*self._described(field), pixels_HWC)])
+
+    def configuration(self, step: int, content: Mapping[str, Any]) -> None:
+        """Log what a start was configured with as a text, its JSON form."""
+        lines = json.dumps(content, indent=2, ensure_ascii=False).splitlines()
+        self.text(step, "configuration", "\n".join("    " + printable(line) for line in lines))
 
     def hparams(self, values: Mapping[str, bool | int | float | str]) -> None:
         """Say what distinguishes this run; its scalars become the metrics of the HParams tab.
@@ -170,13 +192,15 @@ class RunWriter:
         scalars = {f"probe/{tag}": v for tag, v in summarize(segmentations).items()}
         self.scalars(step, scalars)
         for i in range(max(len(seg.stages) for seg in segmentations)):
-            texts = [seg for seg in segmentations if len(seg.stages) > i and seg.data]
+            texts = {
+                n: seg for n, seg in enumerate(segmentations) if len(seg.stages) > i and seg.data
+            }
             if texts:
-                probs = np.concatenate([seg.stages[i].probs for seg in texts])
-                lengths = np.concatenate([seg.chunk_lengths(i) for seg in texts])
+                probs = np.concatenate([seg.stages[i].probs for seg in texts.values()])
+                lengths = np.concatenate([seg.chunk_lengths(i) for seg in texts.values()])
                 self.histogram(step, f"probe/stage{i}/boundary_prob", probs, np.linspace(0, 1, 21))
                 self.histogram(step, f"probe/stage{i}/chunk_bytes", lengths)
-                self.image(step, f"probe/stage{i}/p_map", p_map(texts, i))
+                self.image(step, f"probe/stage{i}/p_map", labelled_p_map(texts, i))
         for n, seg in enumerate(segmentations[:TEXT_SUMMARIES]):
             self.text(step, f"probe/text_{n:02}", to_markdown(seg))
         return scalars
@@ -190,27 +214,3 @@ class RunWriter:
                 file.close()
         if self._mirror is not None:
             self._mirror.close()
-
-
-def p_map(segmentations: Sequence[Segmentation], stage: int) -> np.ndarray:
-    """Probabilities of `stage` over the first bytes of each text, uint8 (height, width, 3).
-
-    A row a text, from white (0) to blue (1), grey behind its end. An inner stage decides once a
-    chunk of the stage outside it, and its p fills that chunk.
-    """
-    rows = [_p_of_bytes(seg, stage) for seg in segmentations[:P_MAP_TEXTS]]
-    width = max(len(row) for row in rows)
-    image = np.full((len(rows), width, 3), 200, np.uint8)
-    for pixels, p in zip(image, rows):
-        pixels[: len(p)] = (255 + p[:, None] * (_BLUE - 255)).round()
-    image = image.repeat(_CELL[0], axis=0).repeat(_CELL[1], axis=1)
-    rows_RHWC = image.reshape(len(rows), _CELL[0], -1, 3)
-    rows_RHWC[:, -_GAP:] = 255  # a white line between texts
-    return image
-
-
-def _p_of_bytes(seg: Segmentation, stage: int) -> np.ndarray:
-    """p of the position each of the first bytes belongs to, (bytes,)."""
-    count = min(len(seg.data), P_MAP_BYTES)
-    position = np.searchsorted(seg.positions(stage), np.arange(count), side="right") - 1
-    return np.asarray(seg.stages[stage].probs)[position]

@@ -9,6 +9,8 @@ import jax
 import numpy as np
 
 from hnet.data.pipeline import Batch
+from hnet.data.scripts import SCRIPTS, script_ids_of_rows
+from hnet.loss import bits_per_byte
 
 
 @dataclass
@@ -23,6 +25,13 @@ class Evaluation:
     chunks_SR: np.ndarray | float = 0.0
     """of each stage and route, if routes are told apart; positions are those of the stage"""
     positions_SR: np.ndarray | float = 0.0
+    source_of: Callable[[int], str] | None = None
+    """source of a document by its number; None: not told apart"""
+    nats_Z: np.ndarray = field(default_factory=lambda: np.zeros(len(SCRIPTS)))
+    """sums by script; no byte is counted if the model reads tokens"""
+    bytes_Z: np.ndarray = field(default_factory=lambda: np.zeros(len(SCRIPTS), np.int64))
+    _before: tuple[int, int] = (-1, 0)
+    """document at the end of the last batch, and the state that its script goes on from"""
 
     @property
     def nats(self) -> float:
@@ -36,6 +45,23 @@ class Evaluation:
     def bpb(self) -> float:
         """Bits per source byte; NaN before anything was scored."""
         return self.nats / (math.log(2) * self.num_bytes) if self.num_bytes else math.nan
+
+    def bpb_by_source(self) -> dict[str, float]:
+        """Of each source that was scored, if there are several."""
+        nats, sizes = {}, {}
+        for document, own in self.nats_by_document.items() if self.source_of else ():
+            source = self.source_of(document)
+            nats[source] = nats.get(source, 0.0) + own
+            sizes[source] = sizes.get(source, 0) + self.bytes_by_document[document]
+        return {name: bits_per_byte(n, sizes[name]) for name, n in nats.items() if len(nats) > 1}
+
+    def bpb_by_script(self) -> dict[str, float]:
+        """Of each script that was scored, if there are several."""
+        (found,) = np.nonzero(self.bytes_Z)
+        return {
+            SCRIPTS[z]: bits_per_byte(float(self.nats_Z[z]), int(self.bytes_Z[z]))
+            for z in (found if len(found) > 1 else ())
+        }
 
     def bytes_per_chunk(self, stage: int) -> float:
         """Positions of stage 0 (source bytes and separators) a chunk of `stage`."""
@@ -54,6 +80,8 @@ class Evaluation:
         return {
             "eval/bpb": self.bpb,
             "eval/bytes": self.num_bytes,
+            **{f"eval/source_{name}/bpb": bpb for name, bpb in self.bpb_by_source().items()},
+            **{f"eval/script_{name}/bpb": bpb for name, bpb in self.bpb_by_script().items()},
             **{f"eval/stage{s}/bytes_per_chunk": self.bytes_per_chunk(s) for s in stages},
             **{
                 f"eval/stage{s}/route_{name}/positions_per_chunk": size
@@ -73,6 +101,10 @@ class Evaluation:
             nats = float(nll[own].sum())
             self.nats_by_document[key] = self.nats_by_document.get(key, 0.0) + nats
             self.bytes_by_document[key] = self.bytes_by_document.get(key, 0) + int(sizes[own].sum())
+        if "input_ids" in batch and "byte_lengths" not in batch:
+            scripts = self._scripts(batch)[scored]
+            self.nats_Z += np.bincount(scripts, nll, minlength=len(SCRIPTS))
+            self.bytes_Z += np.bincount(scripts, minlength=len(SCRIPTS))
         self.positions += float(metrics["positions"])
         if "chunks_SR" in metrics:
             self.chunks_SR = self.chunks_SR + np.asarray(metrics["chunks_SR"], np.float64)
@@ -80,6 +112,28 @@ class Evaluation:
         chunks = metrics["num_chunks_S"]
         sums = zip(self.chunks_by_stage or (0.0,) * len(chunks), chunks)
         self.chunks_by_stage = tuple(a + float(n) for a, n in sums)
+
+    def _scripts(self, batch: Batch) -> np.ndarray:
+        """Script of the character that each byte belongs to, uint8 (rows, L).
+
+        A character without a script, such as a space, has that of the text before it in its
+        document. So rows are read one after the other, without the token that a row shares with
+        the one before; bytes of a character that goes on in the next batch count as such.
+        """
+        ids_BL, documents_BL = batch["input_ids"], batch["document_ids"]
+        document, state = self._before
+        is_new_BL = np.ones(np.shape(ids_BL), bool)
+        is_new_BL[:, 0] = documents_BL[:, 0] != np.append(document, documents_BL[:-1, -1])
+        ids_N, documents_N = ids_BL[is_new_BL], documents_BL[is_new_BL]
+        state_B = np.array([state if documents_N[0] == document else 0], np.uint32)
+        script_BN, state_B = script_ids_of_rows(ids_N[None], documents_N[None] + 1, state_B)
+        self._before, script_N = (int(documents_N[-1]), int(state_B[0])), script_BN[0]
+        goes_on = (ids_N[1:] >= 0x80) & (ids_N[1:] < 0xC0) & (documents_N[1:] == documents_N[:-1])
+        for _ in range(3):  # a character has its script from its last byte on: hand it back
+            script_N[:-1] = np.where(goes_on, script_N[1:], script_N[:-1])
+        found_BL = np.zeros(np.shape(ids_BL), np.uint8)
+        found_BL[is_new_BL] = script_N
+        return found_BL
 
 
 class OfEachRun(tuple):
@@ -100,6 +154,7 @@ def evaluate(
     capacities: tuple[int | None, ...],
     *,
     route_names: tuple[str, ...] = (),
+    source_of: Callable[[int], str] | None = None,
     max_bytes: int | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     into: Any = None,
@@ -110,7 +165,7 @@ def evaluate(
     `run_batch(batch, capacities)` is `eval_step` on the devices. A batch that overflows the given
     capacities is run again with as many slots as positions: evaluation clips nothing.
     """
-    result = Evaluation(route_names=route_names) if into is None else into
+    result = Evaluation(route_names=route_names, source_of=source_of) if into is None else into
     for batch in batches:
         if should_stop():
             return None

@@ -15,6 +15,7 @@ from hnet.data import eval_batches
 from hnet.data.pipeline import Batch
 from hnet.data.tokens import read_vocabulary
 from hnet.errors import ConfigError
+from hnet.inspect.tags import without_folders
 from hnet.loss import LossWeights
 from hnet.model import abstract, init_params
 from hnet.nn.kernels.table import described, resolved, without
@@ -221,7 +222,11 @@ def run_evaluation(
     """`run_batches` for a part of the corpus."""
     batches = eval_batches(corpus_part, config.data, route_groups=config.model.route_groups)
     names = config.model.route_names
-    return run_batches(program, params, batches, capacities, route_names=names, **limits)
+    labels = without_folders(corpus_part.globs)
+    return run_batches(
+        program, params, batches, capacities, route_names=names,
+        source_of=lambda document: labels[corpus_part.glob_of(document)], **limits,
+    )  # fmt: skip
 
 
 def run_batches(

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from hnet.data import Corpus
 from hnet.errors import ConfigError
+from hnet.fields import to_json
 from hnet.inspect.writer import RunWriter
 from hnet.loss import PROB_BINS, bits_per_byte
 from hnet.train import distributed
@@ -43,6 +44,7 @@ class Report:
             self.metrics = MetricsFile(self.folder.path, start_step)
             # a start at 0 goes on after no step, whatever an earlier one logged
             self.writer = RunWriter(tensorboard, resume_step=start_step or -1, say=self.say)
+            self.writer.configuration(start_step, to_json(config))
         self.line = LiveLine(config.train.steps, start_step, enabled=self.speaks)
         for note in self.writer.notes if self.writer else ():
             self.say(note)

@@ -5,7 +5,17 @@ import json
 import numpy as np
 
 from hnet.data.corpus import Documents
-from hnet.data.sources import MemoryStore, Source
+from hnet.data.sources import Source
+
+
+class MemoryStore:
+    """Bytes held in memory."""
+
+    def __init__(self, data):
+        self.data = np.frombuffer(bytes(data), np.uint8)
+
+    def read(self, start, stop):
+        return self.data[start:stop]
 
 
 def jsonl(texts):
@@ -21,7 +31,7 @@ def make_documents(texts, gap=3):
         data += text
     lengths = np.array([len(t) for t in texts], np.int64)
     numbers = np.arange(len(texts))
-    store = MemoryStore(np.frombuffer(bytes(data), np.uint8))
+    store = MemoryStore(data)
     source = Source("*.txt", store, lengths, ("f",), np.zeros(1, np.int64), "")
     zeros = np.zeros(len(texts), np.int32)
     return Documents("*.txt", (source,), zeros, numbers, np.array(starts, np.int64), lengths)

@@ -87,12 +87,12 @@ def test_any_division_loses_nothing_and_splits_no_character(texts, share):
 
 def test_one_file_is_divided_at_its_end(tmp_path):
     text = bytes(i * i % 251 for i in range(5000))
-    write(tmp_path, {"book.txt": text})
-    config = DataConfig(files=(f"{tmp_path}/book.txt",), eval_fraction=0.5, eval_max_bytes=300)
+    write(tmp_path, {"book.bin": text})
+    config = DataConfig(files=(f"{tmp_path}/book.bin",), eval_fraction=0.5, eval_max_bytes=300)
     corpus = open_corpus(config)
     assert b"".join(corpus.train.texts()) + b"".join(corpus.heldout.texts()) == text
     assert 297 <= corpus.heldout.num_bytes <= 300
-    assert corpus.heldout.document_name(0) == f"{tmp_path}/book.txt"
+    assert corpus.heldout.document_name(0) == f"{tmp_path}/book.bin"
     assert corpus.heldout.document_bytes(0) == corpus.heldout.num_bytes
 
 

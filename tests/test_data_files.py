@@ -7,14 +7,22 @@ import pyarrow.parquet as pq
 import pytest
 from data_helpers import jsonl
 
-from hnet.data.files import expand, read_documents
+from hnet.data.files import expand, read_chunks
 from hnet.errors import ConfigError
 
 RAW = b"caf\xc3\xa9 \xff\xfe\x00 raw\r\n"  # not UTF-8, with a zero byte
 
 
 def documents(path):
-    return [document for document, _ in read_documents(str(path))]
+    """The documents of a file, each joined from its chunks."""
+    found, text = [], b""
+    for chunk in read_chunks(str(path)):
+        text += chunk.text
+        if chunk.ends:
+            found.append(text)
+            text = b""
+    assert not text
+    return found
 
 
 def test_text_is_one_raw_document(tmp_path):
@@ -41,7 +49,7 @@ def test_consumed_bytes_grow_to_the_size_of_the_file(tmp_path):
     path.write_bytes(jsonl(["x" * 5000] * 20))
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
     for file in (path, tmp_path / "b.jsonl.gz"):
-        consumed = [n for _, n in read_documents(str(file))]
+        consumed = [chunk.consumed for chunk in read_chunks(str(file))]
         assert consumed == sorted(consumed)
         assert consumed[-1] == file.stat().st_size
 

@@ -70,17 +70,17 @@ class Killed(BaseException):
 
 def kill_after(monkeypatch, documents):
     """Let the preparation die when it asks for one more document than given."""
-    read, count = module.read_documents, 0
+    read, count = module.read_chunks, 0
 
     def reader(path):
         nonlocal count
-        for item in read(path):
-            count += 1
-            if count > documents:
+        for chunk in read(path):
+            if count == documents:
                 raise Killed
-            yield item
+            count += chunk.ends
+            yield chunk
 
-    monkeypatch.setattr(module, "read_documents", reader)
+    monkeypatch.setattr(module, "read_chunks", reader)
 
 
 @pytest.mark.parametrize("documents", [0, 1, 2, 11, 35])
@@ -169,14 +169,14 @@ def test_refusals(files, tmp_path):
 
 
 def test_two_processes_do_not_write_one_folder(files, tmp_path, monkeypatch):
-    read = module.read_documents
+    read = module.read_chunks
 
     def reader(path):
         with pytest.raises(ConfigError, match="by another process"):
             prepare(files, str(tmp_path / "out"))
         yield from read(path)
 
-    monkeypatch.setattr(module, "read_documents", reader)
+    monkeypatch.setattr(module, "read_chunks", reader)
     prepare(files, str(tmp_path / "out"))
 
 

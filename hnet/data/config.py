@@ -15,8 +15,8 @@ class DataConfig:
     """
 
     files: tuple[str, ...] = ()
-    """quoted globs: .txt (a document a file), .jsonl with "text", .gz of both, .parquet with a
-    column "text", .array_record; or "python:", "synthetic:latin"; empty = python:, the
+    """quoted globs of text (a document per file), JSON lines with "text", .gz of both, Parquet with
+    a column "text", or .array_record; or "python:", "synthetic:latin"; empty = python:, the
     documentation of the installed Python"""
     weights: tuple[float, ...] = ()
     """mixture: the share of the training rows that each glob in files gets, with epochs of its own;
@@ -37,8 +37,8 @@ class DataConfig:
     """tokenizer.json of a byte-level BPE: rows hold its tokens (`model.vocab_size` must hold them),
     scores stay bits per byte; empty = bytes"""
     num_workers: int = 0
-    """processes that build batches; 0 = a thread of the main process. Text read into memory is
-    copied to each of them, shards are not"""
+    """processes that build batches; 0 = a thread of the main process. They share the text, which
+    stays on the disk"""
     prefetch_batches: int = 4
     """batches built ahead (by each worker): the memory bound of the pipeline"""
 

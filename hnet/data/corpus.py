@@ -25,7 +25,7 @@ class Documents:
     source_D: np.ndarray
     """int32, which of the sources"""
     number_D: np.ndarray
-    """int64, which document of that source"""
+    """int32, which document of that source"""
     start_D: np.ndarray
     """int64, first byte in the source's store"""
     length_D: np.ndarray
@@ -232,7 +232,7 @@ def _documents(name: str, sources: tuple[Source, ...]) -> Documents:
         name=name,
         sources=sources,
         source_D=np.repeat(np.arange(len(sources), dtype=np.int32), counts),
-        number_D=np.concatenate([np.arange(n) for n in counts]),
+        number_D=np.concatenate([np.arange(n, dtype=np.int32) for n in counts]),
         start_D=np.concatenate([np.cumsum(s.lengths_D) - s.lengths_D for s in sources]),
         length_D=np.concatenate([s.lengths_D for s in sources]),
     )
@@ -246,22 +246,23 @@ def _divide(whole: Part, share: float) -> tuple[Part, Part]:
 
 def _divide_documents(documents: Documents, share: float) -> tuple[Documents, Documents]:
     wanted = max(1, int(share * documents.num_bytes)) if share and documents.num_bytes else 0
+    if not wanted:
+        return documents, _select(documents, np.zeros(0, np.int64))
     by_hash = np.argsort(np.concatenate([s.keys_D() for s in documents.sources]), kind="stable")
-    taken_before_H = np.cumsum(documents.length_D[by_hash]) - documents.length_D[by_hash]
-    held = by_hash[taken_before_H < wanted]
-    held_D = np.zeros(len(documents), bool)
-    held_D[held] = True
-    heldout_length_D = np.where(held_D, documents.length_D, 0)
-    if wanted:
-        last = held[-1]
-        excess = int(heldout_length_D.sum()) - wanted
-        heldout_length_D[last] -= _next_character(documents, int(last), excess)
-    train_length_D = documents.length_D - heldout_length_D
-    heldout_start_D = documents.start_D + train_length_D
-    return (
-        _select(replace(documents, length_D=train_length_D)),
-        _select(replace(documents, start_D=heldout_start_D, length_D=heldout_length_D)),
-    )
+    taken_H = np.cumsum(documents.length_D[by_hash])
+    held = by_hash[: np.searchsorted(taken_H, wanted) + 1]
+    excess, last = int(taken_H[len(held) - 1]) - wanted, int(held[-1])
+    kept = _next_character(documents, last, excess)  # bytes of the last one to train on
+    held, trained_D = np.sort(held), np.ones(len(documents), bool)
+    trained_D[held] = False
+    trained_D[last] = kept > 0
+    train, heldout = _select(documents, trained_D), _select(documents, held)
+    if kept:
+        train.length_D[np.count_nonzero(trained_D[:last])] = kept
+        i = np.searchsorted(held, last)
+        heldout.start_D[i] += kept
+        heldout.length_D[i] -= kept
+    return train, heldout
 
 
 def _next_character(documents: Documents, d: int, offset: int) -> int:
@@ -274,10 +275,9 @@ def _next_character(documents: Documents, d: int, offset: int) -> int:
     return offset  # not UTF-8
 
 
-def _select(documents: Documents) -> Documents:
-    kept_D = documents.length_D > 0
+def _select(documents: Documents, which: np.ndarray) -> Documents:
     columns = ("source_D", "number_D", "start_D", "length_D")
-    return replace(documents, **{name: getattr(documents, name)[kept_D] for name in columns})
+    return replace(documents, **{name: getattr(documents, name)[which] for name in columns})
 
 
 def _fingerprint(*parts: Part) -> str:

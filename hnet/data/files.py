@@ -1,63 +1,174 @@
 """From globs to documents: plain text, JSON lines, Parquet, and gzip of the first two.
 
-A document is ``bytes`` exactly as stored: invalid UTF-8 stays, nothing is normalised.
+A document is bytes exactly as stored: invalid UTF-8 stays, nothing is normalised.
 """
 
 import contextlib
 import glob
 import gzip
-import json
 import os
 import zlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
+from hnet.data import json_lines
+from hnet.data.forms import BOM, form_of
 from hnet.errors import ConfigError
 
-SHARD_SUFFIXES = (".array_record", ".arrayrecord")
-_PACKED_SUFFIXES = (".bz2", ".xz", ".zst", ".zip", ".7z", ".tar", ".tgz")
+_CHUNK = 1 << 20
+_PARQUET_BYTES = 1 << 24  # about what rows that are read together hold
+
+
+class Chunk(NamedTuple):
+    """Bytes of a document, in the order of the file."""
+
+    text: bytes
+    ends: bool
+    """whether the document ends with it"""
+    consumed: int
+    """bytes of the file read so far"""
+    start: int = -1
+    """where the document, or the JSON line that holds it, begins in the file; -1 = it cannot be
+    read there"""
+    line: int = 0
+    """bytes of the JSON line; 0 = the document lies in the file as it is"""
 
 
 def expand(pattern: str, field: str = "data.files") -> list[str]:
     """Sorted files that a glob matches. Raises ConfigError when there is none."""
-    matches = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+    try:
+        matches = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+    except (ValueError, OSError) as e:  # a zero byte in the name, say
+        raise ConfigError(f"{field}: {pattern!r} cannot be a path ({e})") from None
     files = [path for path in matches if os.path.isfile(path)]
     if files:
         return files
-    if matches:
+    if any(map(os.path.isdir, matches)):
         raise ConfigError(
             f"{field}: {pattern!r} names a folder: name its files, e.g. "
             f"{os.path.join(pattern, '*.txt')!r}"
         )
+    if matches:
+        raise ConfigError(
+            f"{field}: {pattern!r} is no regular file: text is read more than once, so write a "
+            "pipe or a device to a file first"
+        )
     raise ConfigError(f"{field}: {pattern!r} matches no file: check the path and quote the glob")
 
 
-def is_shard(path: str) -> bool:
-    """Whether the name is that of an ArrayRecord file."""
-    return path.endswith(SHARD_SUFFIXES)
+def read_chunks(path: str) -> Iterator[Chunk]:
+    """Yield the documents of a file that is not a shard, in chunks of about 1 MiB at most.
 
-
-def read_documents(path: str) -> Iterator[tuple[bytes, int]]:
-    """Yield (document, bytes of the file consumed so far) of one file that is not a shard.
-
-    A document, and for plain text that is a file, must fit into memory. Raises ConfigError naming
-    the file, and for JSON lines the line, of anything that cannot be read.
+    Raises ConfigError naming the file, and for JSON lines the line, of anything that cannot be
+    read.
     """
-    plain = path.removesuffix(".gz")
-    if path.endswith(_PACKED_SUFFIXES):
-        raise ConfigError(
-            f"data file {path!r} is packed in a way not read here: unpack it or use .gz"
-        )
     with _one_line_errors(path):
-        if plain.endswith(".parquet"):
-            yield from _read_parquet(path)
-            return
-        with open(path, "rb") as raw, _unpacked(path, raw) as stream:
-            if plain.endswith(".jsonl"):
-                for number, line in enumerate(stream, 1):
-                    if line.strip():
-                        yield _text_of_line(path, number, line), raw.tell()
+        kind, gzipped = form_of(path)
+        match kind:
+            case "parquet":
+                yield from _parquet_chunks(path)
+                return
+            case "lines":
+                read = _line_chunks
+            case "text":
+                read = _text_chunks
+            case _:
+                raise AssertionError(kind)
+        with open(path, "rb") as raw:
+            if not gzipped:
+                yield from read(path, raw, raw)
+                return
+            with gzip.GzipFile(fileobj=raw) as stream:
+                for chunk in read(path, stream, raw):
+                    yield chunk._replace(start=-1, line=0)
+
+
+def _text_chunks(path: str, stream, raw) -> Iterator[Chunk]:
+    del path
+    text = stream.read(_CHUNK)
+    while following := stream.read(_CHUNK):
+        yield Chunk(text, False, raw.tell(), 0)
+        text = following
+    yield Chunk(text, True, raw.tell(), 0)
+
+
+def _line_chunks(path: str, stream, raw) -> Iterator[Chunk]:
+    at = len(BOM) if stream.read(len(BOM)) == BOM else 0
+    stream.seek(at)
+    number = 0
+    while line := stream.readline(json_lines.LONG):
+        number, consumed = number + 1, raw.tell()
+        try:
+            if line.endswith(b"\n") or len(line) < json_lines.LONG:
+                if line.strip():
+                    yield Chunk(json_lines.text_of_line(line), True, consumed, at, len(line))
             else:
-                yield stream.read(), raw.tell()
+                for text in json_lines.text_of_long_line(_chunks_of_line(line, stream)):
+                    yield Chunk(text, False, raw.tell())
+                yield Chunk(b"", True, raw.tell())
+                at = stream.tell() - len(line)
+        except json_lines.NoText as e:
+            raise ConfigError(f"{path}:{number} {e}") from None
+        except ValueError as e:
+            raise ConfigError(
+                f"{path}:{number} is not JSON ({e}): correct or remove the line"
+            ) from None
+        at += len(line)
+
+
+def _chunks_of_line(head: bytes, stream) -> Iterator[bytes]:
+    while head:
+        yield head
+        head = b"" if head.endswith(b"\n") else stream.readline(json_lines.LONG)
+
+
+def _parquet_chunks(path: str) -> Iterator[Chunk]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise ConfigError(
+            f"data file {path!r} needs pyarrow: install the extra, pip install 'hnet-jax[parquet]'"
+        ) from None
+    try:
+        with pq.ParquetFile(path, buffer_size=_CHUNK, pre_buffer=False) as table:
+            if "text" not in table.schema_arrow.names:
+                raise ConfigError(
+                    f'data file {path!r} has no column "text" but {table.schema_arrow.names}'
+                )
+            done, rows, size = 0, max(1, table.metadata.num_rows), os.path.getsize(path)
+            for values in _parquet_values(table):
+                for value in values:
+                    done += 1
+                    yield from _pieces(_parquet_text(path, done, value), size * done // rows)
+    except pa.ArrowException as e:
+        raise ConfigError(f"data file {path!r} is not readable Parquet ({_first_line(e)})") from e
+
+
+def _parquet_values(table) -> Iterator:
+    """Arrays of the column "text" that hold about _PARQUET_BYTES at most, or one value."""
+    for g in range(table.metadata.num_row_groups):
+        group = table.metadata.row_group(g)
+        rows = max(1, min(1024, _PARQUET_BYTES * group.num_rows // max(1, group.total_byte_size)))
+        batches = table.iter_batches(
+            batch_size=rows, row_groups=[g], columns=["text"], use_threads=False
+        )
+        for batch in batches:
+            yield batch.column(0)
+
+
+def _parquet_text(path: str, row: int, value) -> memoryview:
+    if hasattr(value, "value"):  # a dictionary's entry
+        value = value.value
+    if not hasattr(value, "as_buffer") or not value.is_valid:
+        raise ConfigError(f'{path}: row {row} of column "text" is not a string')
+    return memoryview(value.as_buffer())
+
+
+def _pieces(document: memoryview, consumed: int) -> Iterator[Chunk]:
+    for start in range(0, len(document), _CHUNK):
+        yield Chunk(bytes(document[start : start + _CHUNK]), False, consumed)
+    yield Chunk(b"", True, consumed)
 
 
 @contextlib.contextmanager
@@ -69,60 +180,6 @@ def _one_line_errors(path: str):
         raise ConfigError(
             f"data file {path!r} cannot be read ({reason}): repair it or leave it out"
         ) from e
-
-
-def _unpacked(path: str, raw):
-    return gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else contextlib.nullcontext(raw)
-
-
-def _text_of_line(path: str, number: int, line: bytes) -> bytes:
-    try:
-        # surrogateescape carries bytes that are not UTF-8 through the JSON parser unchanged
-        entry = json.loads(line.decode("utf-8", "surrogateescape"))
-    except (ValueError, RecursionError) as e:
-        raise ConfigError(
-            f"{path}:{number} is not JSON ({e}): correct or remove the line"
-        ) from None
-    text = entry.get("text") if isinstance(entry, dict) else None
-    if not isinstance(text, str):
-        raise ConfigError(
-            f'{path}:{number} has no string "text": each line must be an object with that key'
-        )
-    return _encode(text)
-
-
-def _encode(text: str) -> bytes:
-    try:
-        return text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:  # a lone surrogate written as an escape such as \ud800
-        return text.encode("utf-8", "surrogatepass")
-
-
-def _read_parquet(path: str) -> Iterator[tuple[bytes, int]]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise ConfigError(
-            f"data file {path!r} needs pyarrow: install the extra, pip install 'hnet-jax[parquet]'"
-        ) from None
-    try:
-        with pq.ParquetFile(path) as table:
-            if "text" not in table.schema_arrow.names:
-                raise ConfigError(
-                    f'data file {path!r} has no column "text" but {table.schema_arrow.names}'
-                )
-            done, rows = 0, max(1, table.metadata.num_rows)
-            for batch in table.iter_batches(batch_size=1024, columns=["text"]):
-                for value in batch.column(0):
-                    done += 1
-                    text = value.as_py()
-                    if not isinstance(text, str | bytes):
-                        raise ConfigError(f'{path}: row {done} of column "text" is not a string')
-                    document = text if isinstance(text, bytes) else _encode(text)
-                    yield document, os.path.getsize(path) * done // rows
-    except pa.ArrowException as e:
-        raise ConfigError(f"data file {path!r} is not readable Parquet ({_first_line(e)})") from e
 
 
 def _first_line(error: BaseException) -> str:

@@ -36,14 +36,22 @@ class Stream:
         self.documents = documents
         self._seq_len = seq_len
         self._bos_eos = bos_eos
-        self._ends_D = np.cumsum(documents.length_D + 2 * bos_eos)
-        self._starts_D = self._ends_D - documents.length_D - 2 * bos_eos
-        self._bytes_before_D = np.cumsum(documents.length_D) - documents.length_D
-        self.num_tokens = int(self._ends_D[-1]) if len(documents) else 0
+        bounds = np.zeros(len(documents) + 1, np.int64)
+        np.cumsum(documents.length_D + 2 * bos_eos, out=bounds[1:])
+        self._bounds = bounds  # tokens before each document, and at last all
+        self.num_tokens = int(bounds[-1])
         self.num_rows = -(-max(0, self.num_tokens - 1) // (seq_len - 1))
 
+    @property
+    def _starts_D(self) -> np.ndarray:
+        return self._bounds[:-1]
+
+    @property
+    def _ends_D(self) -> np.ndarray:
+        return self._bounds[1:]
+
     def row(self, r: int) -> Row:
-        """Row r; those from num_rows on are padding alone."""
+        """Row r; those from num_rows on are only padding."""
         L = self._seq_len
         row = Row(
             input_ids=np.zeros(L, np.int32),
@@ -86,7 +94,7 @@ class Stream:
     def text_before(self, r: int) -> tuple[int, int]:
         """Document of row r's first token, and how many of its bytes come before that token.
 
-        A row that is padding alone has the last document.
+        A row of padding has the last document.
         """
         start = r * (self._seq_len - 1)
         d = min(int(np.searchsorted(self._ends_D, start, side="right")), len(self.documents) - 1)
@@ -94,7 +102,14 @@ class Stream:
         return d, min(max(offset, 0), int(self.documents.length_D[d]))
 
     def scored_bytes(self, r: int | np.ndarray) -> np.ndarray:
-        """Number of True in the loss_mask of row r (or of each row), without building it."""
+        """Scored bytes of row r (or of each row).
+
+        Those of bytes follow from the lengths of the documents; tokens are read.
+        """
+        if (bytes_V := getattr(self.documents, "bytes_V", None)) is not None:
+            rows = [self.row(i) for i in np.ravel(r)]
+            counts = [bytes_V[row.input_ids[row.loss_mask]].sum() for row in rows]
+            return np.array(counts, np.int64).reshape(np.shape(r))
         start = np.asarray(r) * (self._seq_len - 1)
         stop = np.minimum(start + self._seq_len, self.num_tokens)
         return self._scored_before(stop) - self._scored_before(start + 1)
@@ -104,4 +119,5 @@ class Stream:
         d = np.minimum(np.searchsorted(self._ends_D, token, side="right"), len(self.documents) - 1)
         scored = self.documents.length_D - (not self._bos_eos)
         inside = np.clip(token - self._starts_D[d] - 1, 0, scored[d])
-        return self._bytes_before_D[d] - (not self._bos_eos) * d + inside
+        bytes_before = self._starts_D[d] - 2 * self._bos_eos * d
+        return bytes_before - (not self._bos_eos) * d + inside

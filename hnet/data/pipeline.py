@@ -21,6 +21,7 @@ from hnet.data.config import DataConfig
 from hnet.data.corpus import Corpus, Part
 from hnet.data.packing import Stream
 from hnet.data.row_routes import RowRoutes
+from hnet.data.stores import Shared
 from hnet.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -97,6 +98,11 @@ class _TrainBatches:
         self._order = RowOrder([s.num_rows for s in self._streams], config.weights, seed)
         self._batch_size = config.batch_size
         self._rows = _rows_of_process(config, *process)
+        self._shared = Shared(dict(vars(self))) if config.num_workers else None
+
+    def __reduce__(self) -> tuple:
+        """How a worker gets it: its arrays are those of the process that opened the corpus."""
+        return _in_worker, (self._shared.key,)
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -114,6 +120,12 @@ class _TrainBatches:
             stream, row = self._order(slot)
             counts_S[stream] += self._streams[stream].scored_bytes(row)
         return counts_S
+
+
+def _in_worker(key: tuple) -> _TrainBatches:
+    batches = object.__new__(_TrainBatches)
+    vars(batches).update(Shared.open(key))
+    return batches
 
 
 class _EvalBatches:

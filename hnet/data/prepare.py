@@ -16,7 +16,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from hnet.data.files import expand, is_shard, read_documents
+from hnet.data.files import Chunk, expand, read_chunks
+from hnet.data.forms import is_shard
 from hnet.data.shards import (
     MANIFEST,
     RECORD_BYTES,
@@ -133,14 +134,17 @@ def _write(folder: Path, inputs: list[str], manifest: dict) -> dict:
             shards + 1,
         )
     writer = None
-    for position, document in _remaining(inputs, resume_at):
+    for position, chunk in _remaining(inputs, resume_at):
+        if writer is None and not chunk.text:  # an empty document
+            continue
         writer = writer or ShardWriter(_shard_path(folder, shards))
-        writer.add(document)
-        documents, num_bytes = documents + 1, num_bytes + len(document)
-        if writer.num_bytes >= manifest["shard_bytes"]:
+        writer.add(chunk.text, chunk.ends)
+        if chunk.ends and writer.num_bytes >= manifest["shard_bytes"]:
+            documents, num_bytes = documents + writer.num_documents, num_bytes + writer.num_bytes
             writer.finish(position)
             writer, shards = None, shards + 1
     if writer is not None:
+        documents, num_bytes = documents + writer.num_documents, num_bytes + writer.num_bytes
         writer.finish((len(inputs), 0))
         shards += 1
     if not shards:
@@ -159,8 +163,8 @@ def _write(folder: Path, inputs: list[str], manifest: dict) -> dict:
 
 def _remaining(
     inputs: list[str], resume_at: tuple[int, int]
-) -> Iterator[tuple[tuple[int, int], bytes]]:
-    """Yield ((input, document) that would come next, document), under a progress bar."""
+) -> Iterator[tuple[tuple[int, int], Chunk]]:
+    """Yield ((input, document) that comes after the chunk's one, chunk), under a progress bar."""
     sizes = [os.path.getsize(path) for path in inputs]
     columns = (
         TextColumn("{task.description}"),
@@ -171,10 +175,10 @@ def _remaining(
     with Progress(*columns, console=Console(file=sys.stderr)) as progress:
         task = progress.add_task("writing shards", total=sum(sizes))
         for i in range(resume_at[0], len(inputs)):
-            before = sum(sizes[:i])
-            progress.update(task, completed=before)
-            for number, (document, consumed) in enumerate(read_documents(inputs[i]), 1):
-                progress.update(task, completed=before + consumed)
-                if document and (i, number) > resume_at:
-                    yield (i, number), document
+            before, number = sum(sizes[:i]), 1
+            for chunk in read_chunks(inputs[i]):
+                progress.update(task, completed=before + chunk.consumed)
+                if (i, number) > resume_at:
+                    yield (i, number), chunk
+                number += chunk.ends
         progress.update(task, completed=sum(sizes))

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import zipfile
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,25 +105,36 @@ class ShardWriter:
     def __init__(self, path: Path):
         self.path = path
         self.num_bytes = 0
-        self.lengths: list[int] = []
+        self._lengths = array("q")
+        self._length, self._rest = 0, b""  # of a document that has not ended
         self._digest = hashlib.blake2b(digest_size=16)
         self._partial = path.with_name(path.name + ".partial")
         self._writer = ArrayRecordWriter(str(self._partial), _OPTIONS)
 
-    def add(self, document: bytes) -> None:
-        """Append a document that is not empty."""
-        for start in range(0, len(document), RECORD_BYTES):
-            self._writer.write(document[start : start + RECORD_BYTES])
-        self._digest.update(document)
-        self.lengths.append(len(document))
-        self.num_bytes += len(document)
+    def add(self, text: bytes, ends: bool) -> None:
+        """Append a piece of a document; `ends` if it is the last one. Empty ones are left out."""
+        self._digest.update(text)
+        self._length += len(text)
+        self._rest += text
+        whole = len(self._rest) if ends else len(self._rest) // RECORD_BYTES * RECORD_BYTES
+        for start in range(0, whole, RECORD_BYTES):
+            self._writer.write(self._rest[start : min(start + RECORD_BYTES, whole)])
+        self._rest = self._rest[whole:]
+        if ends and self._length:
+            self._lengths.append(self._length)
+            self.num_bytes += self._length
+            self._length = 0
+
+    @property
+    def num_documents(self) -> int:
+        return len(self._lengths)
 
     def finish(self, resume_at: tuple[int, int]) -> None:
         """Close the shard; ``resume_at`` is (input file, document in it) of what comes next."""
         self._writer.close()
         with open(self._partial, "rb") as f:
             os.fsync(f.fileno())
-        lengths_D = np.array(self.lengths, np.int64)
+        lengths_D = np.array(self._lengths, np.int64)
         self._digest.update(lengths_D.tobytes())
         with open(index_path(self.path), "wb") as f:
             np.savez(

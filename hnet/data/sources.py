@@ -1,67 +1,29 @@
-"""Sources: the concatenated bytes of some documents, with random access, and where each begins.
+"""Sources: the documents of one entry of ``data.files``, with random access.
 
-Text, JSON lines and Parquet are read into memory once. ArrayRecord shards are not: a read fetches
-the records it touches, so their size is bounded by the disk, not by memory (but 8 bytes a record
-and about 40 a document are kept).
+Text and short JSON lines are read where they lie. What has no such place (what gzip or Parquet
+packs, long JSON lines, the texts that are built in) is unpacked once to a temporary file. Kept in
+memory are about 50 bytes a document and, of ArrayRecord shards, 8 bytes a record.
 """
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
 from hnet.data import files, pythondocs, synthetic
+from hnet.data.files import Chunk
+from hnet.data.forms import is_shard
 from hnet.data.shards import read_index
+from hnet.data.stores import OURS, ByteStore, ShardStore, Spool, Stamp, TextStore, stamp
 from hnet.errors import ConfigError
 
-if TYPE_CHECKING:
-    import grain
-
-_SHOW_PROGRESS_FROM = 64 << 20
-
-
-class ByteStore(Protocol):
-    """Concatenated bytes of all documents of a source."""
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Bytes [start, stop) as uint8."""
-
-
-@dataclass(frozen=True)
-class MemoryStore:
-    """Bytes held in memory."""
-
-    data: np.ndarray
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        return self.data[start:stop]
-
-
-@dataclass(frozen=True)
-class ShardStore:
-    """Bytes held in the records of ArrayRecord files, which are opened again after pickling."""
-
-    records: "grain.sources.ArrayRecordDataSource"
-    offsets_R: np.ndarray
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        first = int(np.searchsorted(self.offsets_R, start, side="right")) - 1
-        last = int(np.searchsorted(self.offsets_R, stop, side="left"))
-        try:
-            found = b"".join(self.records[i] for i in range(first, last))
-        except RuntimeError as e:
-            raise ConfigError(
-                f"a shard of {os.path.dirname(self.records.paths[0])!r} is damaged "
-                f"({str(e).splitlines()[0]}): prepare it again"
-            ) from e
-        origin = int(self.offsets_R[first])
-        return np.frombuffer(found, np.uint8)[start - origin : stop - origin]
+_SHOW_PROGRESS_FROM, _SHOW_EVERY = 64 << 20, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -72,7 +34,7 @@ class Source:
     """the glob"""
     store: ByteStore
     lengths_D: np.ndarray
-    """int64, bytes of each document; they lie one behind the other in the store"""
+    """int64, bytes of each document; they follow one another in the store"""
     files: tuple[str, ...]
     file_starts: np.ndarray
     """int64, number of the first document of each file"""
@@ -106,19 +68,19 @@ def open_source(
     Raises ConfigError, in one line, when nothing matches or something cannot be read.
     """
     if pattern == pythondocs.NAME:
-        return _in_memory(pattern, pythondocs.documents())
+        return _built_in(pattern, pythondocs.documents())
     if pattern.startswith(synthetic.PREFIX):
-        return _in_memory(pattern, synthetic.documents(pattern))
+        return _built_in(pattern, synthetic.documents(pattern))
     left_out = set(leave_out)
     paths = [p for p in files.expand(pattern, field) if os.path.realpath(p) not in left_out]
     if not paths:
         raise ConfigError(f"{field}: all files of {pattern!r} are in data.eval_files too")
-    shards = [files.is_shard(p) for p in paths]
+    shards = [is_shard(p) for p in paths]
     if all(shards):
         return _from_shards(pattern, paths)
     if any(shards):
         raise ConfigError(f"{field}: {pattern!r} mixes shards with text: give a glob for each")
-    return _in_memory(pattern, _documents_of(paths))
+    return _from_files(pattern, paths)
 
 
 def is_built_in(pattern: str) -> bool:
@@ -126,41 +88,102 @@ def is_built_in(pattern: str) -> bool:
     return pattern == pythondocs.NAME or pattern.startswith(synthetic.PREFIX)
 
 
-def _documents_of(paths: list[str]) -> Iterator[tuple[str, bytes]]:
+def _from_files(name: str, paths: list[str]) -> Source:
     sizes = [os.path.getsize(p) for p in paths]
     hidden = sum(sizes) < _SHOW_PROGRESS_FROM
+    texts, before = _Texts(), 0
     with Progress(console=Console(stderr=True), transient=True, disable=hidden) as progress:
         task = progress.add_task("reading text", total=sum(sizes))
-        before = 0
         for path, size in zip(paths, sizes):
-            for document, consumed in files.read_documents(path):
-                yield path, document
-                progress.update(task, completed=before + consumed)
+            opened, shown = _stamp(path), 0
+            texts.begin_file(path, opened)
+            for chunk in files.read_chunks(path):
+                texts.add(chunk)
+                if chunk.consumed >= shown + _SHOW_EVERY:
+                    shown = chunk.consumed
+                    progress.update(task, completed=before + shown)
+            if _stamp(path) != opened:
+                raise ConfigError(f"data file {path!r} is being written to: wait until it is whole")
             before += size
+    return texts.source(name)
 
 
-def _in_memory(name: str, documents: Iterable[tuple[str, bytes]]) -> Source:
-    """Concatenate (file, document) pairs; pairs of one file must follow each other."""
-    data, lengths, names, starts = bytearray(), [], [], []
-    for file, document in documents:
-        if not document:
-            continue
-        if not names or names[-1] != file:
-            names.append(file)
-            starts.append(len(lengths))
-        data += document
-        lengths.append(len(document))
-    lengths_D = np.array(lengths, np.int64)
-    digest = hashlib.blake2b(lengths_D.tobytes(), digest_size=16)
-    digest.update(data)
-    return Source(
-        name=name,
-        store=MemoryStore(np.frombuffer(data, np.uint8)),
-        lengths_D=lengths_D,
-        files=tuple(names),
-        file_starts=np.array(starts, np.int64),
-        fingerprint=digest.hexdigest(),
-    )
+def _stamp(path: str) -> Stamp:
+    try:
+        return stamp(path)
+    except OSError as e:
+        raise ConfigError(f"data file {path!r} cannot be read ({e.strerror})") from e
+
+
+def _built_in(name: str, documents: Iterable[tuple[str, bytes]]) -> Source:
+    texts = _Texts()
+    for document_name, document in documents:
+        texts.begin_file(document_name)
+        texts.add(Chunk(document, True, 0))
+    return texts.source(name)
+
+
+class _Texts:
+    """Learns from one pass over documents where to find them again."""
+
+    def __init__(self):
+        self._digest = hashlib.blake2b(digest_size=16)
+        self._spool = Spool()
+        self._files: list[str] = []
+        self._first = array("q")  # document of each file
+        self._stamps = array("Q")
+        self._file, self._start, self._line, self._length = map(array, "iqiq")
+        self._so_far = 0  # bytes of a document that has not ended
+
+    def begin_file(self, name: str, opened: Stamp = OURS) -> None:
+        """Chunks of this file follow; its stamp, if documents may be read from it again."""
+        if self._files and self._first[-1] == len(self._length):  # the file before has no text
+            self._files.pop(), self._first.pop()
+            del self._stamps[-3:]
+        self._files.append(name)
+        self._first.append(len(self._length))
+        self._stamps.extend(opened)
+
+    def add(self, chunk: Chunk) -> None:
+        """The next chunk of the file."""
+        if not self._so_far:
+            self._place = (len(self._files) - 1, chunk.start)
+            if chunk.start < 0:
+                self._place = (-1, self._spool.size)
+        if chunk.start < 0:
+            self._spool.write(chunk.text)
+        self._digest.update(chunk.text)
+        self._so_far += len(chunk.text)
+        if chunk.ends and self._so_far:
+            self._file.append(self._place[0])
+            self._start.append(self._place[1])
+            self._line.append(chunk.line)
+            self._length.append(self._so_far)
+            self._so_far = 0
+
+    def source(self, name: str) -> Source:
+        self.begin_file("")  # stands for the spool, and leaves out a last file without text
+        self._spool.flush()
+        lengths_D = np.array(self._length, np.int64)
+        self._digest.update(lengths_D)
+        stamps = np.array(self._stamps, np.uint64).reshape(-1, 3)
+        store = TextStore(
+            paths=(*self._files[:-1], self._spool.path),
+            stamps_F3=stamps,
+            file_D=np.array(self._file, np.int32),
+            start_D=np.array(self._start, np.int64),
+            line_bytes_D=np.array(self._line, np.int32),
+            offsets=np.concatenate([[0], np.cumsum(lengths_D, dtype=np.int64)]),
+            spool=self._spool,
+        )
+        return Source(
+            name=name,
+            store=store,
+            lengths_D=lengths_D,
+            files=tuple(self._files[:-1]),
+            file_starts=np.array(self._first[:-1], np.int64),
+            fingerprint=self._digest.hexdigest(),
+        )
 
 
 def _from_shards(name: str, paths: list[str]) -> Source:

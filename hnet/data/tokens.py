@@ -6,13 +6,19 @@ of bytes, by which its scores are counted: bits per BYTE of the text, never per 
 """
 
 import os
+import re
+from array import array
+from collections.abc import Iterator
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
+from hnet.data.stores import Spool
 from hnet.errors import ConfigError
 
 BYTES = 256
+_PART = 1 << 20  # bytes of a document that are encoded together
 
 
 class Vocabulary:
@@ -80,20 +86,52 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 class TokenDocuments:
-    """Documents as ids, in memory; takes the place of `Documents` in a packed stream."""
+    """Documents as ids, which are kept in a temporary file; stands in for `Documents`.
+
+    Long documents are encoded in parts, divided where a line or a word begins.
+    """
 
     def __init__(self, documents, vocabulary: Vocabulary):
         self.name, self.bytes_V = documents.name, vocabulary.bytes_V
-        texts = (documents.read(d, 0, int(n)) for d, n in enumerate(documents.length_D))
-        ids = [vocabulary.encode(text.tobytes()) for text in texts]
-        self.length_D = np.array([len(i) for i in ids], np.int64)
-        self._ids = np.concatenate(ids) if ids else np.zeros(0, np.int32)
+        self._spool, lengths = Spool(), array("q")
+        for d in range(len(documents)):
+            length = 0
+            for text in _parts(documents, d):
+                ids = vocabulary.encode(text)
+                self._spool.write(ids.tobytes())
+                length += len(ids)
+            lengths.append(length)
+        self.length_D = np.array(lengths, np.int64)
         self._starts_D = np.cumsum(self.length_D) - self.length_D
+        self._file = self._spool.reader()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a worker needs; the file ends with the process that wrote it."""
+        return self.__dict__ | {"_spool": None}
 
     def __len__(self) -> int:
         return len(self.length_D)
 
     def read(self, d: int, start: int, stop: int) -> np.ndarray:
         """Ids [start, stop) of document d."""
-        first = int(self._starts_D[d])
-        return self._ids[first + start : first + stop]
+        first, size = int(self._starts_D[d]) + start, np.dtype(np.int32).itemsize
+        return np.frombuffer(self._file.read(first * size, (stop - start) * size), np.int32)
+
+
+def _parts(documents, d: int) -> Iterator[bytes]:
+    start, length = 0, int(documents.length_D[d])
+    while start < length:
+        text = documents.read(d, start, min(start + _PART, length)).tobytes()
+        if start + len(text) < length:
+            text = text[: _begin_of_word(text)]
+        yield text
+        start += len(text)
+
+
+def _begin_of_word(text: bytes) -> int:
+    """The last place inside a text where a line begins, else a word, else a character."""
+    for begin in (rb"\n(?=\S)", rb"(?<=\S)(?= \S)"):
+        ends = [found.end() for found in re.finditer(begin, text)]
+        if ends:
+            return ends[-1]
+    return len(text) - next(n for n in range(1, 5) if n == 4 or text[-n] & 0xC0 != 0x80)

@@ -1,0 +1,103 @@
+"""The form of a file, told by its content and, where that leaves a choice, by its suffix."""
+
+import gzip
+import re
+from typing import Literal, NamedTuple
+
+from hnet.data.json_lines import text_of_line
+from hnet.errors import ConfigError
+
+SHARD_SUFFIXES = (".array_record", ".arrayrecord")
+RAW_SUFFIX = ".bin"
+"""bytes as they are stored, whatever they look like"""
+BOM = b"\xef\xbb\xbf"
+_LINES_SUFFIXES = (".jsonl", ".ndjson")
+_PACKED_SUFFIXES = (".bz2", ".xz", ".zst", ".lz4", ".zip", ".7z", ".rar", ".tar", ".tgz")
+_GZIP, _PARQUET = b"\x1f\x8b", b"PAR1"
+_OTHERS = (  # what is told from text by a few bytes also where it is short
+    (rb"PK\x03\x04|PK\x05\x06", "a zip archive"),
+    (rb"BZh[1-9]1AY&SY", "packed with bzip2"),
+    (rb"\xfd7zXZ\x00", "packed with xz"),
+    (rb"\x28\xb5\x2f\xfd", "packed with zstd"),
+    (rb"7z\xbc\xaf\x27\x1c", "a 7z archive"),
+    (rb"(?s:.{257})ustar", "a tar archive"),
+    (rb"%PDF-", "a PDF file"),
+    (rb"\xff\xfe|\xfe\xff|\x00\x00\xfe\xff", "UTF-16 or UTF-32"),
+    (_GZIP, "packed with gzip a second time"),
+)
+_HEAD = 1 << 16
+_CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")  # not ESC, which colours logs
+_BINARY_FROM, _BINARY_SHARE = 256, 0.05
+_OPENS_LINES = re.compile(rb'\s*\{[^\n]*"text"\s*:\s*"')
+_ARRAY = re.compile(rb'\s*\[\s*\{[^\x00]*"text"\s*:')
+
+
+class Form(NamedTuple):
+    """How to read a file."""
+
+    kind: Literal["text", "lines", "parquet"]
+    """one document as it is stored; JSON lines; a table"""
+    gzipped: bool
+
+
+def is_shard(path: str) -> bool:
+    """Whether the name is that of an ArrayRecord file."""
+    return path.lower().endswith(SHARD_SUFFIXES)
+
+
+def form_of(path: str) -> Form:
+    """The form of a file. Raises ConfigError if it is not text of a known form.
+
+    A gzip stream is unpacked whatever its name. Text is JSON lines if its name ends in .jsonl or
+    .ndjson, or if its first line has a string "text" and its name does not end in .txt.
+    """
+    name = path.lower()
+    with open(path, "rb") as f:
+        head = f.read(_HEAD)
+    gzipped = head.startswith(_GZIP) or name.endswith(".gz")
+    if gzipped:
+        name = name.removesuffix(".gz")
+        with gzip.open(path) as f:
+            head = f.read(_HEAD)
+    if head.startswith(_PARQUET) or name.endswith(".parquet"):
+        if gzipped:
+            raise ConfigError(f"data file {path!r} is Parquet packed with gzip: unpack it")
+        return Form("parquet", False)
+    if not name.endswith(RAW_SUFFIX):
+        _check_text(path, name, head)
+    lines = name.endswith(_LINES_SUFFIXES)
+    if not name.endswith((*_LINES_SUFFIXES, ".txt", RAW_SUFFIX)):
+        lines = _has_json_lines(head)
+        if not lines and name.endswith(".json") and _ARRAY.match(head):
+            raise ConfigError(
+                f"data file {path!r} is one array of JSON: write an object per line (.jsonl)"
+            )
+    return Form("lines" if lines else "text", gzipped)
+
+
+def _check_text(path: str, name: str, head: bytes) -> None:
+    found = next((what for magic, what in _OTHERS if re.match(magic, head)), "")
+    if not found and name.endswith(_PACKED_SUFFIXES):
+        found = f"packed in a way not read here (*{name[name.rindex('.') :]})"
+    if not found and len(head) >= _BINARY_FROM:
+        share = len(_CONTROL.findall(head)) / len(head)
+        if share >= _BINARY_SHARE:
+            found = f"not text ({share:.0%} of its first bytes are control characters)"
+    if found:
+        raise ConfigError(
+            f"data file {path!r} is {found}: give text, JSON lines, .gz of both, or Parquet; "
+            f"a name that ends in {RAW_SUFFIX} stands for any bytes"
+        )
+
+
+def _has_json_lines(head: bytes) -> bool:
+    """Whether text begins with a line of JSON that has a string "text"."""
+    head = head.removeprefix(BOM).lstrip()
+    line, end, _ = head.partition(b"\n")
+    if not end and len(head) >= _HEAD // 2:  # the line is not read to its end
+        return bool(_OPENS_LINES.match(line))
+    try:
+        text_of_line(line)
+    except ValueError:
+        return False
+    return True

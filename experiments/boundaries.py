@@ -34,6 +34,7 @@ from hnet.inspect.gold import annotate, clip, read_annotated, thin
 from hnet.inspect.lexical import lexicon_shares, read_lexicon, turkish_lower, vocabulary_report
 from hnet.inspect.segmentation import Alignment, Segmentation
 from hnet.model import HNetLM, split
+from hnet.train.compile_cache import enable_compilation_cache
 from hnet.train.workdir import read_config
 
 
@@ -66,6 +67,7 @@ def main() -> None:
             raise ConfigError(f"{name}={value}: use {least} or more")
     texts = {path: _texts(path, config) for path in config.gold}
     lexicon = read_lexicon(config.lexicon) if config.lexicon else None
+    enable_compilation_cache()
     model = load(config.checkpoint)
     if not model.config.num_chunked:
         raise ConfigError(f"checkpoint={config.checkpoint} cuts nowhere: it has one stage")

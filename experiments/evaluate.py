@@ -27,6 +27,7 @@ from hnet.data import DataConfig, Part, eval_batches, open_corpus, open_part
 from hnet.errors import ConfigError
 from hnet.loss import bits_per_byte
 from hnet.model import split
+from hnet.train.compile_cache import enable_compilation_cache
 from hnet.train.evaluate import Evaluation, evaluate
 from hnet.train.program import FED
 from hnet.train.step import eval_step
@@ -53,6 +54,7 @@ class EvaluateConfig:
 
 def main() -> None:
     config = parse(EvaluateConfig)
+    enable_compilation_cache()
     model = load(config.checkpoint)
     data = _data_config(config)
     part = open_part(config.files) if config.files else open_corpus(data).heldout

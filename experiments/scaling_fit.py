@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.optimize import least_squares
 
 from hnet.errors import ConfigError
 
@@ -58,6 +57,8 @@ def fit(flops: np.ndarray, bpb: np.ndarray, *, seed: int = 0) -> Curve:
 
 
 def _solve(x: np.ndarray, y: np.ndarray, c: float):
+    from scipy.optimize import least_squares
+
     start = (max(0.9 * y.min(), 1e-6), max(np.ptp(y), 1e-3), max(c, 1e-3))
     return least_squares(
         lambda numbers: _curve(numbers, x) - y, start, bounds=(0, np.inf), x_scale=(1, 1, 0.1),

@@ -22,6 +22,7 @@ from hnet.inspect.page import to_html
 from hnet.inspect.render import print_segmentations
 from hnet.inspect.segmentation import Segmentation
 from hnet.model import split
+from hnet.train.compile_cache import enable_compilation_cache
 
 GOLD = ("words", "whitespace", "characters")
 
@@ -51,6 +52,7 @@ def main() -> None:
     if config.max_bytes < 1:
         raise ConfigError(f"max_bytes={config.max_bytes}: use 1 or more")
     texts = _texts(config)
+    enable_compilation_cache()
     model = load(config.checkpoint)
     graph, params = split(model)
     found = segment_all(segmenter(graph, model.config), params, texts)

@@ -6,6 +6,7 @@ Arguments are read before anything heavy is imported, so nothing here needs JAX.
 import argparse
 import contextlib
 import json
+import math
 import os
 import sys
 import traceback
@@ -78,6 +79,22 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see --help)")
+
+
+def number(kind: type, low: float, high: float) -> Callable[[str], int | float]:
+    """`type` of an argparse option: a finite number from `low` to `high`."""
+
+    def read(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:  # NaN is not, either
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{shown(text)}: use {what} from {low} to {high}")
+        return value
+
+    return read
 
 
 def parse(cls: type, default: Any = None, argv: Sequence[str] | None = None) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from hnet.command_line import exit_code
 from tpu import emulate
 from tpu.emulate import Emulation
 
@@ -90,15 +91,15 @@ def test_emulation_passes_sigterm_to_one_host():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--hosts", "0", "--", "true"], "--hosts 0: use 1 or more"),
+        (
+            ["--hosts", "0", "--", "true"],
+            "--hosts: '0': use a whole number from 1 to 1024",
+        ),
         (["--signal-host", "2", "--", "true"], "--signal-host 2: use one of 0, 1, all"),
         (["--", "no-such-program"], "'no-such-program' cannot be started: No such file"),
     ],
 )
 def test_emulation_of_bad_input(arguments, message, capsys):
-    try:
-        code = emulate.main(arguments)
-    except SystemExit as e:
-        code = e.code
-    assert code == 2
-    assert message in capsys.readouterr().err
+    assert exit_code(lambda: emulate.main(arguments))[0] == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

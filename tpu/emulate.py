@@ -20,6 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
+from hnet.command_line import OneLineParser, number, run
+from hnet.errors import ConfigError
+from hnet.printable import printable
+
 TIMEOUT_EXIT_CODE = 124
 _DEVICE_FLAG = "--xla_force_host_platform_device_count"
 
@@ -229,8 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             log_dir=options.log_dir,
         )
     except OSError as e:
-        print(f"command {options.command[0]!r} cannot be started: {e.strerror}", file=sys.stderr)
-        return 2
+        command = printable(options.command[0])
+        raise ConfigError(f"command {command!r} cannot be started: {e.strerror}") from None
     target = None if options.signal_host == "all" else int(options.signal_host)
     presses = 0
 
@@ -261,26 +265,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tpu.emulate",
-        description=__doc__.split("\n\n")[0],
-        epilog="the command to run on every host follows --",
-    )
-    parser.add_argument("--hosts", type=int, default=2, help="processes (default 2)")
-    parser.add_argument("--devices", type=int, default=2, help="CPU devices each (default 2)")
+    parser = OneLineParser(prog="python -m tpu.emulate", description=__doc__)
+    few, seconds = number(int, 1, 1024), number(float, 0, 1e7)
+    parser.add_argument("--hosts", type=few, default=2, help="processes (default 2)")
+    parser.add_argument("--devices", type=few, default=2, help="CPU devices each (default 2)")
     parser.add_argument(
-        "--timeout", type=float, default=3600, help="seconds for all (default 3600)"
+        "--timeout", type=seconds, default=3600, help="seconds for all (default 3600)"
     )
     parser.add_argument(
-        "--grace", type=float, default=15, help="seconds for the others after a failure"
+        "--grace", type=seconds, default=15, help="seconds for the others after a failure"
     )
     parser.add_argument("--signal-host", default="all", help="who gets a SIGTERM: all, or a number")
     parser.add_argument("--log-dir", help="also write the output of each host to DIR/host<i>.log")
     parser.add_argument("command", nargs="+", metavar="-- COMMAND")
     options = parser.parse_args(arguments)
-    for name in ("hosts", "devices"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} {getattr(options, name)}: use 1 or more")
     wanted = [*map(str, range(options.hosts)), "all"]
     if options.signal_host not in wanted:
         parser.error(f"--signal-host {options.signal_host}: use one of {', '.join(wanted)}")
@@ -288,4 +286,4 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

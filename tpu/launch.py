@@ -9,11 +9,10 @@ the run failed, 2 bad input, 75 the run wants to be started again.
 """
 
 import argparse
-import math
 import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+from collections.abc import Sequence
 
+from hnet.command_line import OneLineParser, number
 from hnet.errors import ConfigError
 from hnet.printable import printable
 from tpu import gke, slurm, tpu_vm
@@ -77,33 +76,10 @@ def _check(options: argparse.Namespace) -> None:
     PLATFORMS[options.platform].check(options)
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, as all others here."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (see {self.prog} --help)")
-
-
-def _number(kind: type, low: float, high: float) -> Callable[[str], int | float]:
-    """Reads an option: a finite number from `low` to `high`."""
-
-    def read(text: str) -> int | float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:  # NaN is not, either
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r}: use {what} from {low} to {high}")
-        return value
-
-    return read
-
-
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     arguments = list(arguments)
     cut = arguments.index("--") if "--" in arguments else len(arguments)
-    parser = _Parser(prog="python -m tpu.launch", description=__doc__.split("\n")[0])
+    parser = OneLineParser(prog="python -m tpu.launch", description=__doc__)
     platforms = parser.add_subparsers(dest="platform", required=True, metavar="PLATFORM")
     adders = {"tpu-vm": _add_tpu_vm, "gke": _add_gke, "slurm": _add_slurm}
     for name, module in PLATFORMS.items():
@@ -119,9 +95,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 DAY = 86400
-_SECONDS = _number(float, 0, DAY)
-_COUNT = _number(int, 0, 1_000_000)
-_AT_LEAST_ONE = _number(int, 1, 1_000_000)
+_SECONDS = number(float, 0, DAY)
+_COUNT = number(int, 0, 1_000_000)
+_AT_LEAST_ONE = number(int, 1, 1_000_000)
 
 
 def _add_common(parser: argparse.ArgumentParser, action: str) -> None:
@@ -143,7 +119,7 @@ def _add_common(parser: argparse.ArgumentParser, action: str) -> None:
         parser.add_argument("--delete", action="store_true", help="also give the hardware back")
         parser.add_argument(
             "--grace",
-            type=_number(int, 0, DAY),
+            type=number(int, 0, DAY),
             default=300,
             metavar="S",
             help="time to save, then it is killed",
@@ -157,7 +133,7 @@ def _add_tpu_vm(parser: argparse.ArgumentParser, action: str) -> None:
     parser.add_argument("--runtime-version", help="default: that of the accelerator")
     parser.add_argument("--spot", action="store_true", help="cheaper, may be taken away any time")
     parser.add_argument("--bucket", help="Cloud Storage bucket, mounted at /mnt/hnet")
-    parser.add_argument("--poll", type=_number(float, 0.001, DAY), default=60.0, metavar="S")
+    parser.add_argument("--poll", type=number(float, 0.001, DAY), default=60.0, metavar="S")
     for name in ("--create-arg", "--ssh-arg"):
         parser.add_argument(name, action="append", default=[], metavar="FLAG", help="passed on")
     if action == "run":

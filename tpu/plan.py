@@ -13,7 +13,6 @@ block lengths) and takes the fastest that fits. Writing machine code takes most 
 Exit codes: 0 fits, 1 does not fit, 2 bad input.
 """
 
-import argparse
 import itertools
 import math
 import sys
@@ -21,8 +20,7 @@ from operator import le
 from typing import NamedTuple
 
 from experiments.configs import run_config
-from hnet.command_line import parse, run
-from hnet.errors import ConfigError
+from hnet.command_line import OneLineParser, number, parse, run
 from hnet.nn.kernels.table import resolved
 from hnet.train.config import Config
 from tpu.aot import Plan, capacities, compile_plan
@@ -160,16 +158,19 @@ def advice(plan: Plan) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tpu.plan", description=__doc__.split("\n")[0], allow_abbrev=False
-    )
+    parser = OneLineParser(prog="python -m tpu.plan", description=__doc__)
     parser.add_argument(
         "--topology", required=True, help="e.g. v5e:4x4, v5p:4x4x4, h100:8, h100:4x8"
     )
     parser.add_argument("--search", action="store_true", help="look for faster settings that fit")
-    parser.add_argument("--search-limit", type=int, default=16, help="settings tried (default 16)")
     parser.add_argument(
-        "--rate", type=float, metavar="F",
+        "--search-limit",
+        type=number(int, 1, 10_000),
+        default=16,
+        help="settings tried (default 16)",
+    )
+    parser.add_argument(
+        "--rate", type=number(float, 1e-6, 1e6), metavar="F",
         help="only the slots of F times the configured boundary rates; default: all slots, with "
         "which training starts, then those of the configured rates",
     )  # fmt: skip
@@ -179,8 +180,6 @@ def main(argv: list[str] | None = None) -> int:
     options, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     slice_ = open_slice(options.topology)
     config = run_config(rest)
-    if options.rate is not None and not options.rate > 0:
-        raise ConfigError(f"rate={options.rate}: use a number above 0")
     first = capacities(config, options.rate or math.inf)
     to_code = not options.no_code
     plan = compile_plan(config, slice_, first, to_code=to_code)

@@ -9,7 +9,6 @@ of the configured rates (`tpu.plan` says more about each). Rows are kept in --ou
 the same command again goes on after the last one.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -17,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from experiments.configs import run_config
-from hnet.command_line import run
+from hnet.command_line import OneLineParser, run
 from hnet.config import PUBLISHED
 from hnet.flops import param_counts
 from hnet.train.config import Config
@@ -94,9 +93,7 @@ def _gib(plan: Plan) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tpu.published", description=__doc__.split("\n")[0], allow_abbrev=False
-    )
+    parser = OneLineParser(prog="python -m tpu.published", description=__doc__)
     parser.add_argument("--topology", nargs="+", required=True, help="e.g. v5p:4x4x4 h100:8")
     parser.add_argument("--model", nargs="+", choices=PUBLISHED, default=list(PUBLISHED))
     parser.add_argument("--out", type=Path, default=Path("runs/plan/published.jsonl"))

@@ -13,37 +13,40 @@ from collections.abc import Sequence
 
 import jax
 
-from hnet.errors import ConfigError
+from hnet.command_line import BAD_INPUT, OneLineParser, number, run
 from hnet.interop.convert import convert, verify
 from hnet.interop.official import Mismatch
+from hnet.train.compile_cache import enable_compilation_cache
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m hnet.interop")
+    parser = OneLineParser(prog="python -m hnet.interop", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     one = commands.add_parser("convert", help="write the weights in another format")
     one.add_argument("source")
     one.add_argument("target", help="a new .pt, .safetensors, .npz or work directory")
     one.add_argument("--dtype", choices=("float32", "bfloat16"), help="of matmul weights")
-    one.add_argument("--step", type=int, help="of a work directory (default: newest)")
+    step = number(int, 0, 2**31)
+    one.add_argument("--step", type=step, help="of a work directory (default: newest)")
     two = commands.add_parser("verify", help="compare the logits of two checkpoints")
     two.add_argument("first")
     two.add_argument("second")
-    two.add_argument("--tolerance", type=float, default=1e-4, help="of a logit (default 1e-4)")
+    two.add_argument(
+        "--tolerance", type=number(float, 0, 1e9), default=1e-4, help="of a logit (default 1e-4)"
+    )
     for command in (one, two):
         command.add_argument("--config", help="official JSON of a file that has none beside it")
     options = parser.parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy with a run
+    enable_compilation_cache()
     try:
         return _convert(options) if options.command == "convert" else _verify(options)
     except Mismatch as e:
         for problem in e.first(40):
             print(f"  {problem}", file=sys.stderr)
         print(f"error: {len(e.problems)} parameters do not fit the configuration", file=sys.stderr)
-    except ConfigError as e:
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
-    return 2
+        return BAD_INPUT
 
 
 def _convert(options: argparse.Namespace) -> int:
@@ -67,4 +70,4 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -7,11 +7,9 @@
 for each; exit code 1 if none is good, 2 for bad input.
 """
 
-import argparse
 import contextlib
 import logging
 import os
-import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,11 +18,13 @@ from typing import Any, NamedTuple
 
 import jax
 
+from hnet.command_line import OneLineParser, run
 from hnet.errors import ConfigError, Failed
 from hnet.train import distributed
 from hnet.train import leaves as lv
 from hnet.train import manifest as mf
 from hnet.train import step_folders as sf
+from hnet.train.compile_cache import enable_compilation_cache
 from hnet.train.config import CheckpointConfig
 from hnet.train.manifest import Damaged, Manifest
 from hnet.train.verify import read_arrays, verify_workdir
@@ -267,18 +267,15 @@ def _failure(step: int, error: BaseException) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m hnet.train.checkpoint")
+    parser = OneLineParser(prog="python -m hnet.train.checkpoint", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     verify = commands.add_parser("verify", help="read every checkpoint back, one line each")
     verify.add_argument("workdir", metavar="WORKDIR", help="local folder or gs://bucket/folder")
     options = parser.parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy with the run itself
-    try:
-        return verify_workdir(options.workdir)
-    except ConfigError as e:
-        print(e, file=sys.stderr)
-        return 2
+    enable_compilation_cache()
+    return verify_workdir(options.workdir)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -4,8 +4,8 @@
 
 A random network draws random bytes, and its router reads them, so each row cuts at its own times;
 the router's bias is set to the wanted rate. Everything runs as `generate` runs it, in turns: with
-patience, with rows in step, and with a bias that cuts at every byte; each figure is the median over
-`repeats`. One row in step is the official algorithm: the main network at each boundary.
+rows that wait, with rows in step, and with a bias that cuts at every byte; each figure is the
+median over `repeats`. One row in step is the official algorithm: the main network at each boundary.
 
 The main network's weights (453 MB in float32) are more than caches hold, as those of all published
 sizes are: one row is bound by reading them, and many rows share the reading.
@@ -26,11 +26,12 @@ from rich.console import Console
 from rich.table import Table
 
 from hnet.chunking.config import ChunkingConfig
+from hnet.chunking.predictors.mlp import MLP
 from hnet.command_line import parse, run
 from hnet.config import BOS_ID, EOS_ID, HNetConfig, SSMConfig, StageConfig
 from hnet.errors import ConfigError
 from hnet.flops_published import published_flops
-from hnet.infer.decode import PATIENCE, Decoder
+from hnet.infer.decode import WAIT_SHARE, Decoder
 from hnet.infer.sampling import Controls, Sampling
 from hnet.model import HNetLM, abstract, init_params
 
@@ -52,7 +53,7 @@ class DecodeBenchmark:
     """d_model of the main network"""
     main_layers: int = 12
     """attention layers with MLP in the main network"""
-    patience: float = PATIENCE
+    wait_share: float = WAIT_SHARE
     """share of the rows that the main network waits for"""
     bytes: int = 64
     """decoded bytes a row on average, from an empty context"""
@@ -80,7 +81,7 @@ class Command(DecodeBenchmark):
 def network(config: DecodeBenchmark) -> HNetConfig:
     """The network that is decoded; its router has a bias, which the cosine router has not, and as
     many parameters as that."""
-    chunking = ChunkingConfig(router="mlp", mlp_width=2 * config.outer_width)
+    chunking = ChunkingConfig(predictor=MLP.Config(width=2 * config.outer_width))
     outer = StageConfig(("m1", "m1"), config.outer_width, chunking=chunking)
     main = StageConfig(
         (f"T{config.main_layers}",), config.main_width, 4 * config.main_width, 8,
@@ -119,9 +120,9 @@ class Decoding:
     """Rows that are continued together, from a BOS."""
 
     def __init__(
-        self, model: HNetLM, config: DecodeBenchmark, batch: int, patience: float, rounds: int
+        self, model: HNetLM, config: DecodeBenchmark, batch: int, wait_share: float, rounds: int
     ):
-        self.decoder, self.batch, self.bytes = Decoder(model, patience), batch, config.bytes
+        self.decoder, self.batch, self.bytes = Decoder(model, wait_share), batch, config.bytes
         self.rounds = rounds
         # twice the room, so that no row is at its end when all have `bytes` on average
         self.sampling = Sampling(max_bytes=2 * config.bytes, eos=False)
@@ -151,7 +152,7 @@ def measure(config: DecodeBenchmark) -> dict[str, Any]:
     decodings = {}
     for batch in batches:
         rounds = max(1, MIN_ROWS // batch)
-        decodings[batch, "bytes_per_sec"] = Decoding(cut, config, batch, config.patience, rounds)
+        decodings[batch, "bytes_per_sec"] = Decoding(cut, config, batch, config.wait_share, rounds)
         decodings[batch, "in_step"] = Decoding(cut, config, batch, 0.0, rounds)
         decodings[batch, "main_at_every_byte"] = Decoding(every_byte, config, batch, 0.0, 1)
     rates, sizes = defaultdict(list), {}

@@ -22,12 +22,13 @@ from rich.table import Table
 
 from experiments.benchmark_step import random_batch
 from experiments.configs import base_config
-from hnet.chunking.router import make_router, previous
-from hnet.chunking.routes import apply_routed
+from hnet.chunking.part import Place, Positions
 from hnet.command_line import parse, run
 from hnet.config import StageConfig
 from hnet.data.scripts import SCRIPTS
 from hnet.errors import ConfigError
+from hnet.nn.context import Context
+from hnet.stage import make_predictor
 from hnet.train.config import Config
 from hnet.train.cpu import one_device_a_core
 from hnet.train.program import Program, build, on_mesh, put_batch
@@ -104,20 +105,22 @@ def router_call(
     stage: StageConfig, fed: dict[str, jax.Array], mesh: jax.sharding.Mesh, routes: int
 ) -> Callable:
     """Value and gradients, of parameters and states, of the sum of a stage's probabilities."""
-    router = make_router(stage.chunking, stage.d_model, rngs=nnx.Rngs(0))
-    graph, params = nnx.split(router)
+    place = Place(0, stage.d_model, stage.d_model, stage.chunking)
+    predictor = make_predictor(stage.chunking, place, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(predictor)
     rng, route_ids_BL = np.random.default_rng(1), fed["route_ids"]
     x_BLD = rng.normal(size=(*route_ids_BL.shape, stage.d_model)).astype(np.float32)
     x_BLD = jax.device_put(x_BLD, route_ids_BL.sharding)
     params = jax.device_put(params, replicated(mesh))
-    takes_two = stage.chunking.router == "cosine"
+    ones_BL = jnp.ones_like(route_ids_BL)
 
     @jax.jit
     @partial(on_mesh, mesh=mesh)
     def both(params, x_BLD, route_ids_BL):
         def total(params, x_BLD):
-            inputs = (previous(x_BLD), x_BLD) if takes_two else (x_BLD,)
-            return jnp.sum(apply_routed(nnx.merge(graph, params), routes, route_ids_BL, *inputs))
+            context = Context(ones_BL, route_ids_BL=route_ids_BL if routes > 1 else None)
+            rows = Positions(x_BLD, context, stage.chunking.predictor)
+            return jnp.sum(nnx.merge(graph, params)(rows).probability)
 
         return jax.value_and_grad(total, (0, 1))(params, x_BLD)
 

@@ -8,16 +8,17 @@ many chunk slots. A part runs alone, forward and backward, beside the time that 
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hnet.chunking.dechunk import dechunk
-from hnet.chunking.router import decide
+from hnet.chunking.boundaries import Prediction
+from hnet.chunking.part import PredictorConfig
+from hnet.config import StageConfig
 from hnet.flops import total, training_flops
 from hnet.loss import next_byte_nll
 from hnet.nn.context import Context
@@ -29,18 +30,32 @@ from hnet.train.sharding import batch_sharding
 MAIN = "stage1/main_network"
 
 
-def forced(fraction: float) -> Any:
-    """While it is entered, every router that is traced cuts at each 1/fraction-th position.
+def forced(config: Config, fraction: float) -> Config:
+    """The configuration whose predictors cut at each 1/fraction-th position.
 
-    Its probabilities keep their gradient and are moved to the right side of the threshold.
+    Their probabilities keep their gradient and are moved to the right side of the threshold.
     """
+    stages = [
+        replace(stage, chunking=replace(stage.chunking, predictor=_by_stride(stage, fraction)))
+        for stage in config.model.stages[:-1]
+    ]
+    model = replace(config.model, stages=(*stages, config.model.stages[-1]))
+    return replace(config, model=model)
 
-    def decide_by_stride(p_BL, segment_ids_BL, capacity, **how):
-        cuts_BL = segment_positions(segment_ids_BL) % round(1 / fraction) == 0
-        p_BL = jnp.where(cuts_BL, 0.75 + 0.2 * p_BL, 0.2 * p_BL)
-        return decide(p_BL, segment_ids_BL, capacity, **{**how, "compared_BL": None})
 
-    return mock.patch("hnet.stage.decide", decide_by_stride)
+def _by_stride(stage: StageConfig, fraction: float) -> PredictorConfig:
+    own, stride = stage.chunking.predictor, round(1 / fraction)
+
+    class ByStride(own.part):
+        def __call__(self, rows):
+            p_BL = super().__call__(rows).probability
+            cuts_BL = segment_positions(rows.context.segment_ids_BL) % stride == 0
+            return Prediction(prob=jnp.where(cuts_BL, 0.75 + 0.2 * p_BL, 0.2 * p_BL))
+
+        def relax(self, logit_BL, config, key):
+            return None
+
+    return ByStride.Config(**asdict(own))
 
 
 def slots(config: Config, fraction: float) -> tuple[int, ...]:
@@ -60,6 +75,7 @@ class Step:
     """A compiled training step of random bytes, and the forward pass alone."""
 
     def __init__(self, config: Config, fraction: float, label: str):
+        config = forced(config, fraction)
         self.config, self.fraction, self.label = config, fraction, label
         self.lengths = (config.data.seq_len, *slots(config, fraction))
         program = build(config)
@@ -67,12 +83,10 @@ class Step:
         self.batch, self.hparams = put_batch(random_batch(config), program.mesh), program.hparams
         packed_rows = program.ladder.packed_rows  # share the slots of a stage
         how = {"capacities": tuple(packed_rows * n for n in self.lengths[1:])}
-        with forced(fraction):
-            began = time.perf_counter()
-            lowered = program.step.lower(self.state, self.batch, self.hparams, **how)
-            self.step = lowered.compile()
-            self.compile_seconds = time.perf_counter() - began
-            self.evaluate = program.evaluate.lower(self.state.params, self.batch, **how).compile()
+        began = time.perf_counter()
+        self.step = program.step.lower(self.state, self.batch, self.hparams, **how).compile()
+        self.compile_seconds = time.perf_counter() - began
+        self.evaluate = program.evaluate.lower(self.state.params, self.batch, **how).compile()
 
         metrics = self.run()
         for s in range(config.model.num_chunked):
@@ -109,7 +123,7 @@ class Step:
 
 def part_functions(step: Step) -> dict[str, tuple[Callable, tuple]]:
     """Each part of stage 0, the network inside it, and the loss, with inputs of the real shapes."""
-    config, segment_ids_BL = step.config, step.batch["segment_ids"]
+    context = Context(step.batch["segment_ids"])
     params = jax.tree.map(jnp.copy, step.state.params)  # a step gives its own away
     model = nnx.merge(step.graph, params)
     stage, slots = model.backbone, step.lengths[1:]
@@ -118,38 +132,39 @@ def part_functions(step: Step) -> dict[str, tuple[Callable, tuple]]:
         graph, params = nnx.split(module)
         return lambda params, *inputs: call(nnx.merge(graph, params), *inputs), params
 
-    def route(stage, h_BLD):
-        return stage.route(h_BLD, segment_ids_BL, slots[0])
+    def cut(stage, h_BLD):
+        return stage.boundaries(h_BLD, context, slots[0])
 
     def rows_apart(arrays):  # as they lie in the step
         return jax.device_put(arrays, batch_sharding(step.mesh))
 
     x_BLD = rows_apart(model.embeddings(step.batch["input_ids"]))
-    h_BLD = rows_apart(stage.encoder(x_BLD, Context(segment_ids_BL)))
-    decided = rows_apart(route(stage, h_BLD))
-    chunks = rows_apart(stage.chunk(h_BLD, decided, slots[0]))
-    y_BMD = rows_apart(stage.main_network(chunks.x_BMD, chunks.segment_ids_BM, slots[1:])[0])
-    how = config.model.stages[0].chunking.dechunk
-    stack = lambda stack, x: stack(x, Context(segment_ids_BL))
-    inner = lambda net, x: net(x, chunks.segment_ids_BM, slots[1:])[0]
+    h_BLD = rows_apart(stage.encoder(x_BLD, context))
+    decided = rows_apart(cut(stage, h_BLD))
+    x_BMD, inner_context, opened = rows_apart(stage.chunk(h_BLD, context, decided, slots[0]))
+    y_BMD = rows_apart(stage.main_network(x_BMD, inner_context, slots[1:])[0])
+    y_BMD = y_BMD[..., : stage.d_read]
+    stack = lambda stack, x: stack(x, context)
+    inner = lambda net, x: net(x, inner_context, slots[1:])[0]
     modules = {
         "stage0/encoder": (stage.encoder, stack, h_BLD),
-        "stage0/routing_module": (stage, lambda s, h: route(s, h).boundary_prob_BL, h_BLD),
-        MAIN: (stage.main_network, inner, chunks.x_BMD),
+        "stage0/routing_module": (stage, lambda s, h: cut(s, h).boundary_prob_BL, h_BLD),
+        MAIN: (stage.main_network, inner, x_BMD),
         "stage0/decoder": (stage.decoder, stack, h_BLD),
     }
     found = {}
     for name, (module, call, x) in modules.items():
         f, params = of_module(module, call)
         found[name] = f, (params, x)
-    found["stage0/chunk"] = lambda h: stage.chunk(h, decided, slots[0]).x_BMD, (h_BLD,)
+    found["stage0/chunk"] = lambda h: stage.chunk(h, context, decided, slots[0])[0], (h_BLD,)
 
-    def smooth(y_BMD, p_BM, c_BL):
-        own = chunks._replace(boundary_prob_BM=p_BM)
-        return dechunk(y_BMD, own, decided._replace(boundary_prob_BL=c_BL), how)
+    def dechunk(y_BMD, p_BM, c_BL):
+        own = opened._replace(boundary_prob_BM=p_BM)
+        boundaries = decided._replace(boundary_prob_BL=c_BL)
+        return stage.dechunk_layer(y_BMD, boundaries, own, stage.chunking.dechunk)
 
-    probabilities = chunks.boundary_prob_BM, decided.boundary_prob_BL
-    found["stage0/dechunk"] = smooth, (y_BMD, *probabilities)
+    probabilities = opened.boundary_prob_BM, decided.boundary_prob_BL
+    found["stage0/dechunk"] = dechunk, (y_BMD, *probabilities)
     if stage.residual_proj is not None:
         f, params = of_module(stage.residual_proj, lambda layer, h: layer(h))
         found["stage0/residual_proj"] = f, (params, h_BLD)
@@ -171,9 +186,8 @@ def compiled_parts(step: Step, only: tuple[str, ...] = ()) -> dict[str, Callable
         compiled = jax.jit(both).lower(*inputs).compile()
         return lambda: jax.block_until_ready(compiled(*inputs))
 
-    with forced(step.fraction):
-        parts = part_functions(step)
-        return {name: timed(*parts[name]) for name in only or parts}
+    parts = part_functions(step)
+    return {name: timed(*parts[name]) for name in only or parts}
 
 
 def matmul_seconds(size: int = 2048) -> tuple[Callable[[], Any], float]:

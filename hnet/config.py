@@ -15,6 +15,8 @@ import reprlib
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+import numpy as np
+
 from hnet.chunking.config import ChunkingConfig
 from hnet.errors import ConfigError
 from hnet.nn.mixers import OFFICIAL, check_further
@@ -146,11 +148,19 @@ class HNetConfig:
         groups = self.route_groups or [(str(r),) for r in range(1, self.num_routes)]
         return ("default", *("+".join(group) for group in groups))
 
-    def target_ratios(self) -> tuple[tuple[float, ...], ...]:
-        """N of every stage that cuts and route, rows of `num_routes` (spare ones are not read)."""
-        chunkings = [s.chunking for s in self.stages[:-1]]
-        spare = [(c.target_ratio,) * (self.num_routes - c.routes) for c in chunkings]
-        return tuple((*c.target_ratios, *rest) for c, rest in zip(chunkings, spare))
+    def numbers(self) -> tuple[dict[str, Any], ...]:
+        """Numbers of each stage that chunks which a compiled program takes as inputs, float32:
+        `target_ratio_R`, and by part those that its settings trace."""
+        found = []
+        for chunking in (stage.chunking for stage in self.stages[:-1]):
+            parts = {
+                name: {field: np.float32(value) for field, value in settings.numbers().items()}
+                for name, settings in chunking.parts.items()
+            }
+            losses = tuple(parts.pop(f"losses.{i}") for i in range(len(chunking.losses)))
+            targets = np.asarray(chunking.target_ratios, np.float32)
+            found.append({**parts, "losses": losses, "target_ratio_R": targets})
+        return tuple(found)
 
     @property
     def arch_layout(self) -> list:
@@ -174,10 +184,10 @@ class HNetConfig:
         Raises ConfigError if the official model cannot do what a stage or a mixer does.
         """
         for i, stage in enumerate(self.stages[:-1]):
-            if not stage.chunking.is_official:
+            for name, (own, official) in stage.chunking.unofficial_fields.items():
                 raise ConfigError(
-                    f"model.stages.{i}.chunking is no official H-Net's: the official format holds "
-                    "one cosine router a stage, select, ema and a linear residual"
+                    f"model.stages.{i}.chunking.{name}={own!r} has no official form, which is "
+                    f"{official!r}: keep this model in its work directory"
                 )
         if problem := self.unofficial_layers():
             raise ConfigError(f"{problem}: keep this model in its work directory")

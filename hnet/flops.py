@@ -104,7 +104,7 @@ def _flops(
 
     def loss(params, ids_BL):
         logits_BLV, _ = nnx.merge(graph, params)(
-            ids_BL, capacities=capacities, packed_rows=packed_rows,
+            ids_BL, capacities=capacities, rows_sharing_slots=packed_rows,
             route_ids_BL=jnp.zeros_like(ids_BL), boundaries_BL=ids_BL == 0,
         )  # fmt: skip
         if not training:

@@ -7,23 +7,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hnet.chunking.rate import RateCounts, aux_loss, counts_by_stage, target_rate
-from hnet.chunking.router import RouterOutput
+from hnet.chunking.boundaries import Boundaries
+from hnet.chunking.part import LossInputs
+from hnet.chunking.rates import RateCounts, counts_by_stage, target_rate
 from hnet.config import EOS_ID, HNetConfig
+from hnet.stage import Numbers
 
 PROB_BINS = 20  # of the histogram of boundary probabilities
-
-
-class LossWeights(NamedTuple):
-    """Traced numbers of the loss, so that a sweep over them compiles once.
-
-    S = stages that cut, R = most routes that one of them tells apart.
-    """
-
-    target_ratio_SR: jax.Array
-    """N: positions a chunk should hold"""
-    aux_weight_S: jax.Array
-    """alpha: weight of each stage's rate loss"""
 
 
 def next_byte_nll(logits_BLV: jax.Array, input_ids_BL: jax.Array) -> jax.Array:
@@ -58,33 +48,62 @@ class Totals(NamedTuple):
     targets: jax.Array
     """positions whose byte is learned"""
     rates: RateCounts | None
-    """(S, R) of the stages that cut; None if none does"""
+    """(S, R) of the stages that chunk; None if none does"""
 
 
 def totals_of(
-    config: HNetConfig, routes: list[RouterOutput], batch: Mapping[str, jax.Array]
+    config: HNetConfig, records: list[Boundaries], batch: Mapping[str, jax.Array]
 ) -> Totals:
     targets = jnp.sum(trained_targets(batch), dtype=jnp.float32)
-    return Totals(targets, counts_by_stage(config, routes) if routes else None)
+    routes = tuple(stage.chunking.routes for stage in config.stages[:-1])
+    return Totals(targets, counts_by_stage(records, routes) if records else None)
+
+
+def init_loss_states(config: HNetConfig) -> tuple[tuple, ...]:
+    """What the losses of each stage that chunks remember before the first update."""
+    return tuple(
+        tuple(loss.part().init() for loss in stage.chunking.losses) for stage in config.stages[:-1]
+    )
+
+
+def next_loss_states(
+    config: HNetConfig, states: tuple[tuple, ...], counts: RateCounts | None, numbers: Numbers
+) -> tuple[tuple, ...]:
+    """What they remember after an update. counts: of the whole batch, (S, R)."""
+    return tuple(
+        tuple(
+            loss.part().next_state(
+                state, _of_stage(counts, s, stage.chunking.routes), own["target_ratio_R"],
+                loss.with_numbers(traced),
+            )
+            for loss, state, traced in zip(stage.chunking.losses, states[s], own["losses"])
+        )
+        for s, (stage, own) in enumerate(zip(config.stages[:-1], numbers))
+    )  # fmt: skip
 
 
 def total_loss(
     config: HNetConfig,
     logits_BLV: jax.Array,
-    routes: list[RouterOutput],
+    records: list[Boundaries],
     batch: Mapping[str, jax.Array],
-    weights: LossWeights,
+    numbers: Numbers,
     whole: Totals | None = None,
+    states: tuple[tuple, ...] | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean cross-entropy in nats plus weighted rate losses, and the sums behind all metrics.
+    """Mean cross-entropy in nats plus the weighted losses of all stages, and the sums behind all
+    metrics.
 
+    records: boundaries of each stage that chunks. numbers: traced numbers (`config.numbers()`).
     All means are over the global batch. whole: totals of the batch of which these rows are a part
     (default: they are all of it). Losses, gradients and sums of its parts then add up to those of
-    the batch (`add_sums`), and `batch_metrics` makes its metrics of them. `batch["labels"]` (B, L)
-    are boundaries to learn, where a stage asks for given ones.
+    the batch (`add_sums`), and `batch_metrics` makes its metrics of them. states: what the losses
+    remember; None: as before the first update. `batch["labels"]` (B, L): bool, boundaries to learn,
+    for a loss that wants given ones.
     """
-    own = totals_of(config, routes, batch)
+    own = totals_of(config, records, batch)
     whole = own if whole is None else whole
+    states = init_loss_states(config) if states is None else states
     nll_BL = next_byte_nll(logits_BLV, batch["input_ids"])
     nats = jnp.sum(jnp.where(trained_targets(batch), nll_BL, 0.0))
     loss = ce = nats / jnp.maximum(whole.targets, 1.0)
@@ -94,24 +113,31 @@ def total_loss(
         "bytes": scored_bytes(batch),
         "positions": jnp.sum(batch["segment_ids"] != 0, dtype=jnp.float32),
     }
-    if routes:
+    if records:
         sums["chunks_SR"], sums["positions_SR"] = own.rates.chunks_R, own.rates.positions_R
-    for s, (stage, route) in enumerate(zip(config.stages, routes)):
-        R = stage.chunking.routes
-        rate_loss = aux_loss(
-            stage.chunking, route, weights.target_ratio_SR[s],
-            logits_BLV=logits_BLV, labels_BL=batch.get("labels"),
-            whole=jax.tree.map(lambda n_SR, s=s, R=R: n_SR[s, :R], whole.rates),
-        )  # fmt: skip
-        loss += weights.aux_weight_S[s] * rate_loss
-        found = stage_sums(route) | {"aux_loss": rate_loss}
+    for s, (stage, boundaries) in enumerate(zip(config.stages, records)):
+        R, chunking = stage.chunking.routes, stage.chunking
+        found = stage_sums(boundaries) | {"aux_loss": jnp.zeros(())}
+        for settings, traced, state in zip(chunking.losses, numbers[s]["losses"], states[s]):
+            x = LossInputs(
+                boundaries, settings.with_numbers(traced), numbers[s]["target_ratio_R"],
+                chunking.has_null, _of_stage(own.rates, s, R), _of_stage(whole.rates, s, R),
+                nll_BL, logits_BLV, batch.get("labels"), state,
+            )  # fmt: skip
+            value = settings.part()(x)
+            loss += x.config.weight * value
+            found["aux_loss"] += value
         sums |= {f"stage{s}/{name}": value for name, value in found.items()}
     return loss, sums | {"loss/total": loss}
 
 
-def stage_sums(route: RouterOutput) -> dict[str, jax.Array]:
+def _of_stage(counts: RateCounts, s: int, routes: int) -> RateCounts:
+    return jax.tree.map(lambda n_SR: n_SR[s, :routes], counts)
+
+
+def stage_sums(boundaries: Boundaries) -> dict[str, jax.Array]:
     """What `batch_metrics` needs to know of a stage; sums, but for max_slots."""
-    p_BL, valid_BL = route.boundary_prob_BL, route.segment_ids_BL != 0
+    p_BL, valid_BL = boundaries.boundary_prob_BL, boundaries.segment_ids_BL != 0
     undecided_BL = valid_BL & (p_BL >= 0.4) & (p_BL <= 0.6)
     bin_BL = jnp.where(valid_BL, jnp.minimum(p_BL * PROB_BINS, PROB_BINS - 1), -1)
     bins = jnp.arange(PROB_BINS, dtype=jnp.int32)
@@ -120,9 +146,9 @@ def stage_sums(route: RouterOutput) -> dict[str, jax.Array]:
         "positions": jnp.sum(valid_BL, dtype=jnp.float32),
         "prob": jnp.sum(jnp.where(valid_BL, p_BL, 0.0)),
         "undecided": jnp.sum(undecided_BL, dtype=jnp.float32),
-        "chunks": jnp.sum(route.num_boundaries_B, dtype=jnp.float32),
-        "kept": jnp.sum(route.boundary_mask_BL, dtype=jnp.float32),
-        "max_slots": jnp.max(route.num_slots_G),
+        "chunks": jnp.sum(boundaries.num_boundaries_B, dtype=jnp.float32),
+        "kept": jnp.sum(boundaries.boundary_mask_BL, dtype=jnp.float32),
+        "max_slots": jnp.max(boundaries.num_slots_G),
         "prob_hist": jnp.sum(in_bin, axis=(0, 1), dtype=jnp.int32),
     }
 
@@ -136,7 +162,7 @@ def add_sums(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def batch_metrics(
-    config: HNetConfig, sums: dict[str, jax.Array], weights: LossWeights
+    config: HNetConfig, sums: dict[str, jax.Array], numbers: Numbers
 ) -> dict[str, jax.Array]:
     """What is logged of a batch, a flat dict, from the sums of `total_loss`.
 
@@ -149,7 +175,7 @@ def batch_metrics(
         own = {k.removeprefix(prefix): v for k, v in sums.items() if k.startswith(prefix)}
         found = stage_metrics(own, sums["positions"])
         positions_R = sums["positions_SR"][s, :R]
-        found["target_rate"] = target_rate(positions_R, weights.target_ratio_SR[s, :R])
+        found["target_rate"] = target_rate(positions_R, numbers[s]["target_ratio_R"])
         if R > 1:
             found |= route_metrics(sums["chunks_SR"][s], positions_R, config.route_names)
         metrics |= {f"{prefix}{name}": value for name, value in found.items()}
@@ -172,8 +198,9 @@ def stage_metrics(sums: dict[str, jax.Array], num_bytes: jax.Array) -> dict[str,
 
     boundary_rate = chunks per position of this stage (F), boundary_prob its mean probability (G),
     bytes_per_chunk = source and separator bytes per chunk (micro-averaged), overflow_frac = share
-    of the wanted boundaries (chunks) that the capacity clipped, max_slots = most that was wanted of
-    a row of slots, undecided_frac = share of p in [0.4, 0.6], prob_hist = counts of p in 20 bins.
+    of the wanted boundaries (chunks) that the capacity clipped, max_slots = most slots that rows
+    sharing them wanted, undecided_frac = share of p in [0.4, 0.6], prob_hist = counts of p in 20
+    bins.
     """
     positions, chunks = (jnp.maximum(sums[name], 1.0) for name in ("positions", "chunks"))
     return {

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hnet.chunking.router import RouterOutput
-from hnet.chunking.rules import byte_boundaries
+from hnet.chunking.boundaries import Boundaries
 from hnet.config import HNetConfig
+from hnet.nn.context import Context
 from hnet.nn.layers import linear, segment_starts
 from hnet.nn.parameters import metadata, set_stage
-from hnet.stage import HNet
+from hnet.stage import HNet, Numbers
 
 
 class HNetLM(nnx.Module):
@@ -33,26 +33,28 @@ class HNetLM(nnx.Module):
         segment_ids_BL: jax.Array | None = None,
         *,
         capacities: tuple[int | None, ...] | None = None,
-        packed_rows: int = 1,
+        rows_sharing_slots: int = 1,
         route_ids_BL: jax.Array | None = None,
         boundaries_BL: jax.Array | None = None,
         key: jax.Array | None = None,
-        temperature: jax.Array | None = None,
-    ) -> tuple[jax.Array, list[RouterOutput]]:
-        """Logits of the byte after each position, and what each stage's router decided.
+        numbers: Numbers | None = None,
+    ) -> tuple[jax.Array, list[Boundaries]]:
+        """Logits of the byte after each position, and what each stage decided.
 
         input_ids_BL: int32 byte values. segment_ids_BL: equal neighbours are one document and see
-        nothing of others; 0 is padding; default is one document a row. packed_rows: rows whose
-        chunks share a row of slots in all stages inside (static; divides B); a row that cuts often
-        takes what another leaves, and the outputs of inner routers are of packed rows. capacities:
-        slots of such a row for each stage that cuts (static); the default, or None for a stage, is
-        as many as any boundaries need, which clips nothing. Logits at t depend on bytes <= t of the
-        same document only, and on inputs at positions <= t:
+        nothing of others; 0 is padding; default: one document per row. rows_sharing_slots: number
+        of rows whose chunks share a row of slots in all stages inside (static; divides B); a row
+        with many boundaries takes slots that another leaves, and inner stages have one record for
+        the rows that share. capacities: slots of such a row for each stage that chunks (static);
+        None for a stage, or for all: enough for every position to be a boundary, so nothing is
+        clipped. Logits at t depend on bytes <= t of the same document only, and on inputs at
+        positions <= t:
 
         route_ids_BL: int32 in [0, routes), needed if a stage tells routes apart; a chunk has the
         route of the position on which the main network runs for it. boundaries_BL: bool, needed by
-        the router "given" of stage 0. key: of the noise of relaxed routers; None, as in evaluation,
-        is none. temperature: of those routers, in the place of the configured one (traced).
+        predictor "external" in stage 0. key: PRNG key for the noise of relaxed predictors; None, as
+        in evaluation: no noise. numbers: traced numbers of the parts; None: those of the
+        configuration.
 
         Raises ValueError if an input that the configuration needs is not given.
         """
@@ -61,35 +63,43 @@ class HNetLM(nnx.Module):
         if capacities is None:
             capacities = (None,) * self.config.num_chunked
         segment_ids_BL = _number_runs(segment_ids_BL)
+        context = self.context(input_ids_BL, segment_ids_BL, route_ids_BL, boundaries_BL)
         with jax.named_scope("embeddings"):
             x_BLD = self.embeddings(input_ids_BL)
         with jax.named_scope("stage0"):
-            x_BLD, routes = self.backbone(
-                x_BLD, segment_ids_BL, capacities, packed_rows=packed_rows,
-                route_ids_BL=self.checked_routes(route_ids_BL),
-                boundaries_BL=self.boundaries(input_ids_BL, segment_ids_BL, boundaries_BL),
-                key=key, temperature=temperature,
+            x_BLD, boundaries = self.backbone(
+                x_BLD, context, capacities,
+                rows_sharing_slots=rows_sharing_slots, key=key, numbers=numbers,
             )  # fmt: skip
         with jax.named_scope("lm_head"):
-            return self.logits(x_BLD), routes
+            return self.logits(x_BLD), boundaries
 
-    def checked_routes(self, route_ids_BL: jax.Array | None) -> jax.Array | None:
-        """The route ids within their range; None if the model tells no routes apart."""
-        routes = self.config.num_routes
+    def context(
+        self,
+        input_ids: jax.Array,
+        segment_ids: jax.Array,
+        route_ids: jax.Array | None,
+        external_boundary: jax.Array | None,
+    ) -> Context:
+        """What travels beside the states; arrays (B, L), or (B,) for one position of a stream.
+
+        Route ids are clipped to their range, and left out if the model tells no routes apart.
+        """
+        routes, chunkings = self.config.num_routes, [s.chunking for s in self.config.stages[:-1]]
         if routes == 1:
-            return None
-        if route_ids_BL is None:
+            route_ids = None
+        elif route_ids is None:
             raise ValueError(f"the model has {routes} routes: give route_ids_BL")
-        return jnp.clip(route_ids_BL, 0, routes - 1)
-
-    def boundaries(self, input_ids_BL, segment_ids_BL, given_BL) -> jax.Array | None:
-        """Boundaries of stage 0 where they are no matter of its states."""
-        chunking = self.config.stages[0].chunking
-        if not (self.config.num_chunked and chunking.reads_bytes):
-            return None
-        if chunking.router == "given" and given_BL is None:
-            raise ValueError("router='given' cuts where it is told: give boundaries_BL")
-        return byte_boundaries(chunking, input_ids_BL, segment_ids_BL, given_BL)
+        else:
+            route_ids = jnp.clip(route_ids, 0, routes - 1)
+        if not (chunkings and chunkings[0].reads_bytes):
+            return Context(segment_ids, route_ids_BL=route_ids)
+        if chunkings[0].predictor.name == "external" and external_boundary is None:
+            raise ValueError("predictor='external' is told its boundaries: give boundaries_BL")
+        return Context(
+            segment_ids, route_ids_BL=route_ids, bytes_BL=input_ids,
+            external_boundary_BL=external_boundary,
+        )  # fmt: skip
 
     def logits(self, x_BLD: jax.Array) -> jax.Array:
         """Logits of the next byte, float32 (B, L, V), of what the backbone returned."""

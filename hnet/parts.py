@@ -67,6 +67,18 @@ class Settings:
         """One line, "field=value: remedy", on a setting that cannot work; None if all can."""
         return None
 
+    def problem_in(self, chunking: Any) -> str | None:
+        """The same on what does not fit the stage that the part belongs to (`ChunkingConfig`)."""
+        return None
+
+    def streaming_problem(self) -> str | None:
+        """The same on what computes whole rows but cannot continue a text."""
+        return None
+
+    def training_problem(self) -> str | None:
+        """The same on what needs an input that a training run does not have."""
+        return None
+
     def numbers(self) -> dict[str, float]:
         """The traced fields and their values."""
         return {name: getattr(self, name) for name in self.traced}

@@ -1,77 +1,154 @@
-"""The one recursion: encoder -> route -> chunk -> main network -> dechunk -> decoder."""
+"""The one recursion: encoder -> boundaries -> pool -> main network -> dechunk -> decoder.
+
+A stage computes whole rows (`HNet.__call__`), reads prompts and leaves a cache (`HNet.prefill`),
+and takes one position of the rows that have one (`HNet.step`). What happens within an idea is the
+matter of its part (`hnet.chunking.part`); this file only calls parts.
+"""
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hnet.chunking.chunk import Chunks, chunk
-from hnet.chunking.dechunk import dechunk
-from hnet.chunking.pool import mean_pool
-from hnet.chunking.router import (
-    RouterOutput,
-    decide,
-    make_router,
-    pack_rows,
-    previous,
-    relaxed_bernoulli,
-    shift_logit,
-)
-from hnet.chunking.routes import apply_routed
-from hnet.chunking.rules import fixed
+from hnet.chunking.boundaries import Boundaries, decide, share_slots
+from hnet.chunking.config import ChunkingConfig
+from hnet.chunking.part import BoundaryPredictor, Place, Position, Positions, where_rows
+from hnet.chunking.routes import stack_routes
+from hnet.chunking.slots import Slots, open_slots
 from hnet.config import HNetConfig, layout_height
-from hnet.nn.context import Context
+from hnet.nn.active_rows import run_on_active_rows
+from hnet.nn.cache import last_positions
+from hnet.nn.context import Context, StepContext
 from hnet.nn.isotropic import Isotropic
 from hnet.nn.parameters import metadata, parameter, set_stage
 
+Numbers = tuple[dict[str, Any], ...]
+"""Traced numbers of parts, from a stage inwards: by part ("predictor", "pool", "dechunk") those
+fields of its settings that a compiled program takes as inputs."""
+
+
+class Pace(NamedTuple):
+    """When the main networks of a step run, and on how many rows at once."""
+
+    fractions: tuple[float, ...]
+    """sizes, as shares of B, of the batches that they run on; static"""
+    wait_share: float | jax.Array
+    """share of the rows yet to come that must wait at a boundary before they run"""
+    num_rows: jax.Array
+    """how many rows there are to wait for"""
+
+
+class Waiting(NamedTuple):
+    """Rows between the encoder and the decoder of a stage, and what they have there."""
+
+    fresh_B: jax.Array
+    """whether the row has a chunk that the main network has not got yet"""
+    inside_B: jax.Array
+    """whether it has one that waits within the main network"""
+    chunk_BE: jax.Array
+    prob_B: jax.Array
+    residual_BD: jax.Array
+
+
+class StageCache(NamedTuple):
+    """What a stage remembers of B rows."""
+
+    position_B: jax.Array
+    """positions that this stage has had"""
+    max_len: jax.Array
+    """positions that it has room for; a boundary outside that would need more is not taken"""
+    stacks: dict[str, list]
+    """layer caches of the encoder and decoder, or of the innermost main network"""
+    predictor: Any = ()
+    pool: Any = ()
+    dechunk: Any = ()
+    """what the parts remember"""
+    first_B: dict[str, jax.Array] | None = None
+    """first position that a stack of scope "chunk" may see, by the name of the stack"""
+    waiting: Waiting | None = None
+    inner: "StageCache | None" = None
+
+
+class Exchange(NamedTuple):
+    """What passes between a stage and its main network within a step."""
+
+    inner: StageCache
+    dechunk: Any
+    inside_B: jax.Array
+    """rows that have a chunk within it"""
+    answered_B: jax.Array
+    """rows that it has answered in this step"""
+    boundaries: tuple[list, ...] = ()
+    """what the stages inside decided in each call"""
+
 
 class HNet(nnx.Module):
-    """Stage `stage_idx` and all stages inside it: (B, L, D) -> (B, L, D).
+    """Stage `stage_idx` and all stages inside it: (B, L, D) -> (B, L, width of this stage).
 
-    D is the width of the stage outside; a wider stage widens its input by a learned vector and
-    returns the first D channels. The main network is another HNet or, innermost, a plain stack.
+    D is the width of what a chunk is outside; a wider stage widens its input by a learned vector.
+    The main network is another HNet or, innermost, a plain stack.
     """
 
-    def __init__(self, config: HNetConfig, stage_idx: int = 0, *, outer: int = 0, rngs: nnx.Rngs):
-        """`outer`: residual additions in the encoders and decoders of the stages around."""
+    def __init__(
+        self,
+        config: HNetConfig,
+        stage_idx: int = 0,
+        *,
+        d_input: int | None = None,
+        outer: int = 0,
+        rngs: nnx.Rngs,
+    ):
+        """d_input: width of its input; None: this stage's. outer: number of residual additions in
+        the encoders and decoders of the stages around."""
         stage = config.stages[stage_idx]
+        D, chunking = stage.d_model, stage.chunking
         num_residuals = outer + sum(layout_height(part) for part in stage.arch_layout)
 
         def stack(layout):
             return Isotropic(config, stage, layout, num_residuals=num_residuals, rngs=rngs)
 
-        self.stage_idx, self.chunking = stage_idx, stage.chunking
+        self.stage_idx, self.chunking = stage_idx, chunking
         self.is_innermost = stage_idx == config.num_chunked
-        padding = stage.d_model - config.stages[max(stage_idx - 1, 0)].d_model
-        self.pad_dimension = (
-            parameter(jnp.zeros((padding,), jnp.float32), "channels") if padding else None
-        )
+        padding = D - (D if d_input is None else d_input)
+        zeros = jnp.zeros((padding,), jnp.float32)
+        self.pad_dimension = parameter(zeros, "channels") if padding else None
         if self.is_innermost:
             self.main_network = stack(stage.arch_layout[0])
             set_stage(self, stage_idx)
             return
+        place = Place(stage_idx, D, config.stages[stage_idx + 1].d_model, chunking)
         self.encoder = stack(stage.arch_layout[0])
         self.decoder = stack(stage.arch_layout[1])
-        self.routing_module = make_router(stage.chunking, stage.d_model, rngs=rngs)
-        # of each route on the logit of p; set by the controller, not by a gradient
+        self.routing_module = make_predictor(chunking, place, rngs=rngs)
+        # by route, on the logit of p; set by the controller, not by a gradient
+        offsets = jnp.zeros((chunking.routes,), jnp.float32)
         self.boundary_offset = (
-            parameter(jnp.zeros((stage.chunking.routes,), jnp.float32), "script", decay=False)
-            if stage.chunking.hold_rate
-            else None
+            parameter(offsets, "script", decay=False) if chunking.hold_rate else None
         )
         # zeros, so that at first the encoder learns through the main network; the official bias
         # keeps torch's random default, which looks like an oversight and changes nothing else
         self.residual_proj = nnx.Linear(
-            stage.d_model, stage.d_model, kernel_init=nnx.initializers.zeros,
+            D, D, kernel_init=nnx.initializers.zeros,
             precision=jax.lax.Precision.HIGHEST, rngs=rngs,
             kernel_metadata=metadata("embed out"), bias_metadata=metadata("out", decay=False),
-        ) if stage.chunking.residual == "linear" else None  # fmt: skip
+        ) if chunking.residual == "linear" else None  # fmt: skip
+        d_chunk = chunking.pool.part.d_out(chunking.pool, place)
+        null_shape = (chunking.slots_per_chunk * d_chunk,)
         self.null_group = (
-            parameter(jax.random.normal(rngs.params(), (stage.d_model,), jnp.float32), "channels")
-            if stage.chunking.has_null
+            parameter(jax.random.normal(rngs.params(), null_shape, jnp.float32), "channels")
+            if chunking.has_null
             else None
         )
-        self.main_network = HNet(config, stage_idx + 1, outer=num_residuals, rngs=rngs)
+        self.main_network = HNet(
+            config, stage_idx + 1, d_input=d_chunk, outer=num_residuals, rngs=rngs
+        )
+        self.chunk_layer = chunking.pool.part(chunking.pool, place, rngs=rngs)
+        self.dechunk_layer = chunking.dechunk.part(chunking.dechunk, place, rngs=rngs)
+        self.d_read = chunking.dechunk.part.d_in(chunking.dechunk, place)
         set_stage(self, stage_idx)  # of all but the main network, which has its own
+
+    # --- what all three forms share -------------------------------------------------------------
 
     def widen(self, x_BLD: jax.Array) -> jax.Array:
         if self.pad_dimension is None:
@@ -83,122 +160,412 @@ class HNet(nnx.Module):
 
     def residual(self, h_BLD: jax.Array) -> jax.Array:
         """What passes by the main network, float32."""
-        return h_BLD if self.residual_proj is None else self.residual_proj(h_BLD)
+        match self.chunking.residual:
+            case "linear":
+                return self.residual_proj(h_BLD)
+            case "add":
+                return h_BLD
+            case "none":
+                return jnp.zeros_like(h_BLD)
+            case other:
+                raise ValueError(f"residual={other!r} is unknown")
 
-    def offset(self, route_ids_BL: jax.Array | None) -> jax.Array | None:
-        """The controller's offset on the logit of p, for each position if routes are told apart."""
+    def offset(self, route_ids: jax.Array | None) -> jax.Array | None:
+        """The threshold offset on the logit of p, per position if routes are told apart."""
         if self.boundary_offset is None:
             return None
         offset_R = jax.lax.stop_gradient(self.boundary_offset[...])
-        return offset_R[0] if self.chunking.routes == 1 else offset_R[route_ids_BL]
+        return offset_R[0] if self.chunking.routes == 1 else offset_R[route_ids]
 
-    def route(
+    def with_null(self, chunks: jax.Array, is_null: jax.Array | None) -> jax.Array:
+        """Vectors of chunks (B, M, k E), the learned one in null chunks."""
+        if is_null is None:
+            return chunks
+        return jnp.where(is_null[..., None], self.null_group[...][None, None], chunks)
+
+    def _settings(self, part: str, numbers: Numbers | None) -> Any:
+        """Settings of a part, with arrays for those that are traced."""
+        settings = getattr(self.chunking, part)
+        return settings.with_numbers(numbers[0][part]) if numbers else settings
+
+    # --- whole rows -----------------------------------------------------------------------------
+
+    def boundaries(
         self,
         h_BLD: jax.Array,
-        segment_ids_BL: jax.Array,
+        context: Context,
         capacity: int,
         *,
-        route_ids_BL: jax.Array | None = None,
-        boundaries_BL: jax.Array | None = None,
         key: jax.Array | None = None,
-        temperature: jax.Array | None = None,
-        packed_rows: int = 1,
-    ) -> RouterOutput:
-        """Where this stage cuts its encoder states, which are float32; arguments as in `HNetLM`."""
-        chunking, compared_BL, logit_BL = self.chunking, None, None
-
-        def learned(*inputs_BLD):
-            return apply_routed(
-                self.routing_module, chunking.num_predictors, route_ids_BL, *inputs_BLD
-            )
-
-        offset = self.offset(route_ids_BL)
-        match chunking.router:
-            case "cosine":
-                p_BL = learned(previous(h_BLD), h_BLD)
-                if offset is not None:
-                    p_BL = shift_logit(p_BL, offset)
-            case "mlp":
-                logit_BL = learned(h_BLD)
-                if offset is not None:
-                    logit_BL = logit_BL + offset
-                p_BL = jax.nn.sigmoid(logit_BL)
-                if chunking.sample == "relaxed":
-                    if key is None and chunking.reference_noise_at_evaluation:
-                        key = jax.random.key(0)
-                    if key is not None:
-                        key = jax.random.fold_in(key, self.stage_idx)
-                    tau = chunking.temperature if temperature is None else temperature
-                    compared_BL = relaxed_bernoulli(logit_BL, tau, key)
-            case "fixed":
-                p_BL = fixed(segment_ids_BL, int(chunking.target_ratio)).astype(jnp.float32)
-            case _:  # rules of bytes, and boundaries handed in
-                p_BL = boundaries_BL.astype(jnp.float32)
-        return decide(
-            p_BL, segment_ids_BL, capacity,
-            alignment=chunking.alignment, compared_BL=compared_BL, boundary_logit_BL=logit_BL,
-            route_ids_BL=route_ids_BL, packed_rows=packed_rows,
+        numbers: Numbers | None = None,
+        rows_sharing_slots: int = 1,
+    ) -> Boundaries:
+        """Where this stage cuts; arguments as in `__call__` and `HNetLM`."""
+        config = self._settings("predictor", numbers)
+        prediction = self.routing_module(Positions(h_BLD, context, config))
+        prediction = prediction.shifted(self.offset(context.route_ids_BL))
+        if key is not None:
+            key = jax.random.fold_in(key, self.stage_idx)
+        found = decide(
+            prediction, context, capacity, has_null=self.chunking.has_null,
+            relaxed_prob_BL=self.routing_module.relax(prediction.logit, config, key),
+            rows_sharing_slots=rows_sharing_slots,
         )  # fmt: skip
+        if self.routing_module.passes_gradient(config):
+            return found
+        return found._replace(boundary_ste_BL=jax.lax.stop_gradient(found.boundary_ste_BL))
 
-    def chunk(self, h_BLD: jax.Array, route: RouterOutput, capacity: int) -> Chunks:
-        """Pool the encoder states of each chunk into its slot."""
-        if self.chunking.pool == "mean":
-            b_BL = route.boundary_BL
-            if self.chunking.sample == "threshold":
-                b_BL = jax.lax.stop_gradient(b_BL)
-            h_BLD = mean_pool(h_BLD, b_BL, route.boundary_mask_BL, route.segment_ids_BL)
-        null_D = None if self.null_group is None else self.null_group[...]
-        return chunk(h_BLD, route, capacity, null_D)
+    def chunk(
+        self,
+        h_BLD: jax.Array,
+        context: Context,
+        boundaries: Boundaries,
+        capacity: int,
+        numbers: Numbers | None = None,
+    ) -> tuple[jax.Array, Context, Slots]:
+        """(inputs of the main network, what travels beside them, slots)."""
+        slots = open_slots(boundaries, context, capacity, has_null=self.chunking.has_null)
+        rows = Positions(h_BLD, context, self._settings("pool", numbers))
+        x_BME = self.with_null(self.chunk_layer(rows, boundaries, slots), slots.is_null_BM)
+        inner = slots.context._replace(positions_BL=None)  # positions inside count chunks
+        return *_apart(x_BME, inner, self.chunking.slots_per_chunk), slots
 
     def __call__(
         self,
         x_BLD: jax.Array,
-        segment_ids_BL: jax.Array,
+        context: Context,
         capacities: tuple[int | None, ...],
         *,
-        packed_rows: int = 1,
-        route_ids_BL: jax.Array | None = None,
-        boundaries_BL: jax.Array | None = None,
+        rows_sharing_slots: int = 1,
         key: jax.Array | None = None,
-        temperature: jax.Array | None = None,
-    ) -> tuple[jax.Array, list[RouterOutput]]:
-        """`capacities[i]`: slots that the i-th stage from here has for each `packed_rows` rows;
-        None = as many as any boundaries need. Returns the output in float32 and what each stage's
-        router decided, this first. `boundaries_BL` are for this stage alone.
+        numbers: Numbers | None = None,
+    ) -> tuple[jax.Array, list[Boundaries]]:
+        """`capacities[i]`: slots that the i-th stage from here has for each `rows_sharing_slots`
+        rows; None: enough slots for every position to be a boundary, so nothing is clipped.
+        Returns the output in float32 and what each stage decided, this one first.
 
-        The stages inside have the packed rows as their rows.
+        The stages inside see rows that share slots as one row.
         """
-        outer_width = x_BLD.shape[-1]
         x_BLD = self.widen(x_BLD)
         if self.is_innermost:
             with jax.named_scope("main_network"):
-                y_BLD = self.main_network(x_BLD, Context(segment_ids_BL))
-                return y_BLD[..., :outer_width], []
+                return self.main_network(x_BLD, context), []
 
+        most = rows_sharing_slots * self.chunking.max_slots(x_BLD.shape[1])
+        capacity = min(capacities[0] or most, most)
+        cut = {"key": key, "numbers": numbers, "rows_sharing_slots": rows_sharing_slots}
+        own, encoder_context = None, context
+        if self.chunking.encoder_scope == "chunk":
+            with jax.named_scope("routing_module"):
+                own = self.boundaries(x_BLD, context, capacity, **cut)
+                encoder_context = context._replace(segment_ids_BL=self._encoder_chunks(own))
         with jax.named_scope("encoder"):
-            h_BLD = self.encoder(x_BLD, Context(segment_ids_BL))
+            h_BLD = self.encoder(x_BLD, encoder_context)
         with jax.named_scope("residual_proj"):
             residual_BLD = self.residual(h_BLD)
-        most = packed_rows * self.chunking.max_slots(x_BLD.shape[1])
-        capacity = min(capacities[0] or most, most)
-        noise = {"key": key, "temperature": temperature}
-        with jax.named_scope("routing_module"):
-            route = self.route(
-                h_BLD, segment_ids_BL, capacity,
-                route_ids_BL=route_ids_BL, boundaries_BL=boundaries_BL, packed_rows=packed_rows,
-                **noise,
-            )  # fmt: skip
+        if own is None:
+            with jax.named_scope("routing_module"):
+                own = self.boundaries(h_BLD, context, capacity, **cut)
         with jax.named_scope("chunk"):
-            h_BLD, packed = pack_rows(h_BLD, route)
-            chunks = self.chunk(h_BLD, packed, capacity)
+            h_BLD, shared, shared_context = share_slots(h_BLD, own, context)
+            x_BME, inner_context, slots = self.chunk(
+                h_BLD, shared_context, shared, capacity, numbers
+            )
         with jax.named_scope(f"stage{self.stage_idx + 1}"):
-            y_BMD, inner = self.main_network(
-                chunks.x_BMD, chunks.segment_ids_BM, capacities[1:],
-                route_ids_BL=chunks.route_ids_BM, **noise,
-            )  # fmt: skip
+            y_BME, inner = self.main_network(
+                x_BME, inner_context, capacities[1:], key=key, numbers=numbers and numbers[1:]
+            )
+            y_BME = _together(y_BME[..., : self.d_read], self.chunking.slots_per_chunk)
         with jax.named_scope("dechunk"):
-            x_BLD = dechunk(y_BMD, chunks, packed, self.chunking.dechunk)
+            config = self._settings("dechunk", numbers)
+            x_BLD = self.dechunk_layer(y_BME, shared, slots, config)
             x_BLD = x_BLD.reshape(residual_BLD.shape) + residual_BLD
+        if self.chunking.decoder_scope == "chunk":
+            context = context._replace(segment_ids_BL=_decoder_chunks(context, slots))
         with jax.named_scope("decoder"):
-            x_BLD = self.decoder(x_BLD, Context(segment_ids_BL))
-            return x_BLD[..., :outer_width], [route, *inner]
+            return self.decoder(x_BLD, context), [own, *inner]
+
+    def _encoder_chunks(self, boundaries: Boundaries) -> jax.Array:
+        """Segment ids (B, L) that tell apart the chunks that positions lie in; 0 on padding."""
+        opens_BL = boundaries.boundary_mask_BL
+        if self.chunking.alignment == "end":  # the chunk that a boundary ends is its own
+            opens_BL = jnp.pad(opens_BL[:, :-1], ((0, 0), (1, 0)))
+        ids_BL = boundaries.segment_ids_BL
+        chunk_BL = jnp.cumsum(opens_BL, axis=1, dtype=jnp.int32) + 1
+        return jnp.where(ids_BL != 0, ids_BL * (ids_BL.shape[1] + 2) + chunk_BL, 0)
+
+    # --- prompts --------------------------------------------------------------------------------
+
+    def prefill(
+        self, x_BLD: jax.Array, context: Context, lengths_B: jax.Array, max_lens: tuple[int, ...]
+    ) -> tuple[jax.Array, list[Boundaries], StageCache]:
+        """`__call__` on rows of one segment each, and the cache that it leaves."""
+        x_BLD, max_len, stacks = self.widen(x_BLD), max_lens[0], {}
+
+        def run(name, x_BLD, context):
+            y_BLD, stacks[name] = getattr(self, name).prefill(x_BLD, context, lengths_B, max_len)
+            return y_BLD
+
+        if self.is_innermost:
+            y_BLD = run("main_network", x_BLD, context)
+            return y_BLD, [], StageCache(lengths_B, jnp.int32(max_len), stacks)
+
+        def last(a_BL):
+            return last_positions(a_BL, lengths_B, 1)[:, 0]
+
+        chunking, k = self.chunking, self.chunking.slots_per_chunk
+        capacity = min(max_lens[1] // k, x_BLD.shape[1] + chunking.has_null)
+        own, encoder_context, first_B = None, context, {}
+        if chunking.encoder_scope == "chunk":
+            own = self.boundaries(x_BLD, context, capacity)
+            encoder_context = context._replace(segment_ids_BL=self._encoder_chunks(own))
+            first_B["encoder"] = self._next_encoder_chunk(own, lengths_B)
+        h_BLD = run("encoder", x_BLD, encoder_context)
+        own = self.boundaries(h_BLD, context, capacity) if own is None else own
+        x_BME, inner_context, slots = self.chunk(h_BLD, context, own, capacity)
+        num_slots_B = jnp.sum(inner_context.segment_ids_BL != 0, axis=1, dtype=jnp.int32)
+        y_BME, inner_boundaries, inner = self.main_network.prefill(
+            x_BME, inner_context, num_slots_B, max_lens[1:]
+        )
+        y_BME = _together(y_BME[..., : self.d_read], k)
+        read_BLD = self.dechunk_layer(y_BME, own, slots, chunking.dechunk)
+        decoder_context = context
+        if chunking.decoder_scope == "chunk":
+            ids_BL = _decoder_chunks(context, slots)
+            decoder_context = context._replace(segment_ids_BL=ids_BL)
+            same_BL = (ids_BL == last(ids_BL)[:, None]) & (ids_BL != 0)
+            first_B["decoder"] = lengths_B - jnp.sum(same_BL, axis=1, dtype=jnp.int32)
+        out_BLD = run("decoder", read_BLD + self.residual(h_BLD), decoder_context)
+
+        rows = Positions(h_BLD, context, chunking.predictor)
+        none_B = jnp.zeros(lengths_B.shape, bool)
+        zeros_BE = jnp.zeros((len(lengths_B), k * x_BME.shape[-1]), jnp.float32)
+        cache = StageCache(
+            lengths_B, jnp.int32(max_len), stacks,
+            predictor=self.routing_module.after(rows),
+            pool=self.chunk_layer.after(rows._replace(config=chunking.pool), own),
+            dechunk=self.dechunk_layer.after(y_BME, own, slots, chunking.dechunk),
+            first_B=first_B or None,
+            waiting=Waiting(
+                none_B, none_B, zeros_BE, jnp.zeros(lengths_B.shape), jnp.zeros_like(last(h_BLD))
+            ),
+            inner=inner,
+        )  # fmt: skip
+        return out_BLD, [own, *inner_boundaries], cache
+
+    def _next_encoder_chunk(self, boundaries: Boundaries, lengths_B: jax.Array) -> jax.Array:
+        """Position where the chunk begins that the next position of a stream goes on with."""
+        index_L = jnp.arange(boundaries.boundary_mask_BL.shape[1], dtype=jnp.int32)[None]
+        begins_L = index_L + (self.chunking.alignment == "end")
+        return jnp.max(jnp.where(boundaries.boundary_mask_BL, begins_L, 0), axis=1)
+
+    # --- one position ---------------------------------------------------------------------------
+
+    def step(
+        self,
+        x_BD: jax.Array,
+        active_B: jax.Array,
+        cache: StageCache,
+        pace: Pace,
+        context: Context,
+        *,
+        is_outermost: bool = False,
+    ) -> tuple[jax.Array, jax.Array, list[tuple[jax.Array, jax.Array]], StageCache]:
+        """A position of the active rows goes in, those of the rows that are done come out.
+
+        context: fields of shape (B,). Rows at a boundary wait until enough of them can run the main
+        network as one batch. Returns (output, done_B, (mask, p) of each stage, cache).
+        """
+        sizes = None if is_outermost else pace.fractions
+        x_BD = self.widen(x_BD[:, None])[:, 0]
+        if self.is_innermost:
+            y_BD, cache = self._run("main_network", x_BD, active_B, cache, sizes)
+            return y_BD, active_B, [], cache
+
+        wanted_B, cache = self._encode(x_BD, active_B, cache, sizes, context)
+        cache, answered_B, inner = self._ask(active_B, wanted_B, cache, pace, context)
+        waiting = cache.waiting
+        done_B = (active_B | answered_B) & ~(waiting.fresh_B | waiting.inside_B)
+        state, read_BD = self.dechunk_layer.read(cache.dechunk, answered_B, self.chunking.dechunk)
+        cache = cache._replace(dechunk=where_rows(done_B, state, cache.dechunk))
+        if self.chunking.decoder_scope == "chunk":
+            first_B = jnp.where(answered_B, cache.position_B, cache.first_B["decoder"])
+            cache = cache._replace(first_B=cache.first_B | {"decoder": first_B})
+        has_read_B1 = (done_B & (cache.inner.position_B > 0))[:, None]
+        x_BD = jnp.where(has_read_B1, read_BD, 0.0) + waiting.residual_BD
+        out_BD, cache = self._run("decoder", x_BD, done_B, cache, sizes)
+        own = (answered_B, jnp.where(done_B, waiting.prob_B, jnp.nan))
+        return out_BD, done_B, [own, *inner], cache
+
+    def _run(
+        self, name: str, x_BD: jax.Array, on_B: jax.Array, cache: StageCache, sizes
+    ) -> tuple[jax.Array, StageCache]:
+        """The stack that a position of this stage ends with, on some rows."""
+
+        def stack_step(inputs_R, caches, rows):
+            x_RD, positions_R, first_R = inputs_R
+            return getattr(self, name).step(x_RD, caches, rows, StepContext(positions_R, first_R))
+
+        inputs = (x_BD, cache.position_B, (cache.first_B or {}).get(name))
+        y_BD, stack = run_on_active_rows(stack_step, on_B, inputs, cache.stacks[name], sizes)
+        position_B = cache.position_B + on_B.astype(jnp.int32)
+        return y_BD, cache._replace(position_B=position_B, stacks=cache.stacks | {name: stack})
+
+    def _encode(
+        self, x_BD: jax.Array, active_B: jax.Array, cache: StageCache, sizes, context: Context
+    ) -> tuple[jax.Array, StageCache]:
+        """Encoder, predictor and pool on the active rows: (whether a boundary is wanted, cache)."""
+
+        chunking = self.chunking
+
+        def encode(inputs_R, caches, rows):
+            x_RD, index_R, first_R, context_R, predictor, pool = inputs_R
+            x = Position(x_RD, index_R, context_R, chunking.predictor)
+            if scoped := chunking.encoder_scope == "chunk":
+                predictor, p_R, wanted_R = self._predict(predictor, x)
+                opens_R = wanted_R & (chunking.alignment == "start")
+                first_R = jnp.where(opens_R, index_R, first_R)
+            h_RD, caches = self.encoder.step(x_RD, caches, rows, StepContext(index_R, first_R))
+            x = x._replace(h_RD=h_RD)
+            if not scoped:
+                predictor, p_R, wanted_R = self._predict(predictor, x)
+            elif chunking.alignment == "end":
+                first_R = jnp.where(wanted_R, index_R + 1, first_R)
+            pool, chunk_RE = self.chunk_layer.step(pool, x._replace(config=chunking.pool))
+            residual_RD = self.residual(h_RD[:, None])[:, 0]
+            return (chunk_RE, p_R, residual_RD, wanted_R, first_R, predictor, pool), caches
+
+        first_B = (cache.first_B or {}).get("encoder")
+        inputs = (x_BD, cache.position_B, first_B, context, cache.predictor, cache.pool)
+        found, stack = run_on_active_rows(encode, active_B, inputs, cache.stacks["encoder"], sizes)
+        chunk_BE, p_B, residual_BD, wanted_B, first_B, predictor, pool = found
+        old = (*cache.waiting[2:], cache.predictor, cache.pool)
+        new = where_rows(active_B, (chunk_BE, p_B, residual_BD, predictor, pool), old)
+        if first_B is not None:
+            first_B = jnp.where(active_B, first_B, cache.first_B["encoder"])
+            cache = cache._replace(first_B=cache.first_B | {"encoder": first_B})
+        return wanted_B, cache._replace(
+            stacks=cache.stacks | {"encoder": stack},
+            waiting=Waiting(*cache.waiting[:2], *new[:3]),
+            predictor=new[3],
+            pool=new[4],
+        )
+
+    def _predict(self, state: Any, x: Position) -> tuple[Any, jax.Array, jax.Array]:
+        """(state, p, whether a boundary is wanted) of one position, as `boundaries` has them."""
+        state, prediction = self.routing_module.step(state, x)
+        prediction = prediction.shifted(self.offset(x.context.route_ids_BL))
+        relaxed_R = self.routing_module.relax(prediction.logit, x.config, None)
+        p_R = prediction.probability
+        wanted_R = (p_R if relaxed_R is None else relaxed_R) > 0.5
+        if self.chunking.has_null:
+            return state, p_R, wanted_R
+        first_R = x.index_R == 0
+        return state, jnp.where(first_R, 1.0, p_R), wanted_R | first_R
+
+    def _ask(
+        self, active_B: jax.Array, wanted_B: jax.Array, cache: StageCache, pace: Pace,
+        context: Context,
+    ) -> tuple[StageCache, jax.Array, list[tuple[jax.Array, jax.Array]]]:  # fmt: skip
+        """Chunks of the rows at a boundary go into the main network once enough rows have one.
+
+        Returns (cache, rows that were answered, (mask, p) of each stage inside).
+        """
+        waiting, none_B = cache.waiting, jnp.zeros_like(active_B)
+        exchange = Exchange(cache.inner, cache.dechunk, waiting.inside_B, none_B)
+
+        def has_room(inner):
+            return inner.position_B + self.chunking.slots_per_chunk <= inner.max_len
+
+        if self.chunking.has_null:  # a row's first position opens the null chunk before its own
+            null_BE = jnp.broadcast_to(self.null_group[...][None], waiting.chunk_BE.shape)
+            first_B = active_B & (cache.position_B == 0) & has_room(exchange.inner)
+            p_B = jnp.where(first_B, 1.0, waiting.prob_B)
+            apart = pace._replace(fractions=(), wait_share=0.0)
+            exchange = self._call(exchange, null_BE, p_B, first_B, apart, context, own=False)
+            # what further stages decided at the null chunk is told with the position, so that must
+            # not wait
+            wait_share = jnp.where(jnp.any(first_B), 0.0, pace.wait_share)
+            pace = pace._replace(wait_share=wait_share)
+        opens_B = active_B & wanted_B & has_room(exchange.inner)
+        fresh_B = waiting.fresh_B | opens_B
+        to_come = pace.num_rows - jnp.sum(exchange.inside_B, dtype=jnp.int32)
+        needed = pace.wait_share * to_come.astype(jnp.float32)
+        asks_B = fresh_B & (jnp.sum(fresh_B, dtype=jnp.float32) >= needed)
+        exchange = self._call(exchange, waiting.chunk_BE, waiting.prob_B, asks_B, pace, context)
+        empty = self.chunk_layer.init(len(active_B), waiting.residual_BD.shape[-1])
+        cache = cache._replace(
+            inner=exchange.inner,
+            dechunk=exchange.dechunk,
+            pool=where_rows(opens_B, empty, cache.pool),
+            waiting=waiting._replace(fresh_B=fresh_B & ~asks_B, inside_B=exchange.inside_B),
+        )
+        return cache, exchange.answered_B, [*map(_latest, zip(*exchange.boundaries))]
+
+    def _call(
+        self, exchange: Exchange, chunk_BE: jax.Array, prob_B: jax.Array, asks_B: jax.Array,
+        pace: Pace, context: Context, own: bool = True,
+    ) -> Exchange:  # fmt: skip
+        """The main network on the chunks of some rows; `own`: they are the rows' own chunks."""
+        inner, outputs = exchange.inner, []
+        for x_BE in jnp.split(chunk_BE, self.chunking.slots_per_chunk, axis=-1):
+            y_BE, found_B, boundaries, inner = self.main_network.step(
+                x_BE, asks_B, inner, pace, context
+            )
+            outputs.append(y_BE[..., : self.d_read])
+        y_BE = jnp.concatenate(outputs, axis=-1)
+        written = self.dechunk_layer.write(exchange.dechunk, y_BE, prob_B, self.chunking.dechunk)
+        inside_B = exchange.inside_B
+        return Exchange(
+            inner,
+            where_rows(found_B, written, exchange.dechunk),
+            (inside_B | asks_B) & ~found_B,
+            exchange.answered_B | found_B & (inside_B | (asks_B & own)),
+            (*exchange.boundaries, boundaries),
+        )
+
+
+def make_predictor(chunking: ChunkingConfig, place: Place, *, rngs: nnx.Rngs) -> BoundaryPredictor:
+    """The boundary predictor of a stage, its parameters stacked over routes if it has several."""
+    settings = chunking.predictor
+    groups = chunking.num_predictors if settings.part.is_learned else 1
+    make = lambda rngs: settings.part(settings, place, rngs=rngs)
+    predictor = stack_routes(make, groups, rngs)
+    predictor.num_groups = groups
+    predictor.start_at(tuple(1 / N for N in chunking.target_ratios[:groups]))
+    return predictor
+
+
+def _apart(x_BME: jax.Array, context: Context, k: int) -> tuple[jax.Array, Context]:
+    """Chunks of k vectors side by side -> k positions each, (B, M k, E)."""
+    if k == 1:
+        return x_BME, context
+    B, M, width = x_BME.shape
+    repeated = {
+        name: jnp.repeat(a, k, axis=1)
+        for name, a in context._asdict().items()
+        if name.endswith("_BL") and a is not None
+    }
+    return x_BME.reshape(B, M * k, width // k), context._replace(**repeated)
+
+
+def _together(y_BME: jax.Array, k: int) -> jax.Array:
+    """The inverse of `_apart` for states."""
+    B, M, width = y_BME.shape
+    return y_BME.reshape(B, M // k, k * width)
+
+
+def _decoder_chunks(context: Context, slots: Slots) -> jax.Array:
+    """Segment ids (B, L) that tell apart positions that read different chunks; 0 on padding."""
+    ids_BL = context.segment_ids_BL
+    slot_BL = slots.slot_BL.reshape(ids_BL.shape)
+    return jnp.where(ids_BL != 0, slot_BL + 2 + ids_BL, 0)
+
+
+def _latest(calls: tuple) -> tuple[jax.Array, jax.Array]:
+    """One stage's (mask, p) of a byte that may have given it two positions, a null chunk first."""
+    (mask_B, p_B), *later = calls
+    for later_mask_B, later_p_B in later:
+        mask_B = mask_B | later_mask_B
+        p_B = jnp.where(jnp.isnan(later_p_B), p_B, later_p_B)
+    return mask_B, p_B

@@ -40,7 +40,7 @@ def official_network(*parts, **fields):
     return HNetConfig(stages, ssm=SSMConfig(d_state=7), **fields)
 
 
-MLP_END = {"router": "mlp", "alignment": "end", "pool": "mean", "aux_loss": "binomial"}
+MLP_END = {"predictor": "mlp", "alignment": "end", "pool": "mean", "losses": ("binomial",)}
 
 # What tests/test_battery.py holds for every network: a new way to cut joins by one line.
 NETWORKS = {
@@ -51,14 +51,14 @@ NETWORKS = {
     ),
     "three_stage": network(
         stage("t1 m1", 26, window=0),
-        stage("t1 t1", 26, router="fixed", alignment="end", target_ratio=2.0),
+        stage("t1 t1", 26, predictor="fixed", alignment="end", target_ratio=2.0),
         stage("t1 t1", 39), stage("m1", 52),
     ),
     "pooled_ends": network(
         stage("t1 t1", 26, **MLP_END, dechunk="repeat", residual="add"), stage("t1", 39)
     ),
     "spacelike_tied": network(
-        stage("t1 t1", 26, router="spacelike", dechunk="scatter", residual="add"),
+        stage("t1 t1", 26, predictor="spacelike", dechunk="at_boundaries", residual="add"),
         stage("t1", 39), tie_embeddings=True,
     ),
     "routed": network(

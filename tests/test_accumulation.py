@@ -7,23 +7,26 @@ import numpy as np
 import pytest
 from networks import network, quick_jit, random_params, stage
 
+from hnet.chunking.losses.ratio import Ratio
+from hnet.chunking.predictors.mlp import MLP
 from hnet.config import EOS_ID, HNetConfig
-from hnet.loss import LossWeights
+from hnet.stage import Numbers
 from hnet.train.config import OptimConfig
 from hnet.train.optim import Hyperparams
 from hnet.train.step import init_state, train_step
 
 B, L, PARTS = 10, 29, 5
-LABELLED = {"router": "mlp", "sample": "threshold", "aux_loss": "bce"}
-ENDS = {"router": "mlp", "sample": "threshold", "alignment": "end", "pool": "mean"}
+THRESHOLD = MLP.Config(straight_through=False)
+LABELLED = {"predictor": THRESHOLD, "losses": ("bce",)}
+ENDS = {"predictor": THRESHOLD, "alignment": "end", "pool": "mean"}
 NETWORKS = {
     "iso": network(stage("t1", 26)),
     "ratio": network(stage("t1 t1", 26), stage("t1 t1", 26, target_ratio=2.0), stage("t1", 26)),
-    "hinge": network(stage("t1 t1", 26, **ENDS, aux_loss="hinge"), stage("t1", 26)),
+    "hinge": network(stage("t1 t1", 26, **ENDS, losses=("hinge",)), stage("t1", 26)),
     "labels": network(stage("t1 t1", 26, **LABELLED), stage("t1", 26)),
     "routed": network(
-        stage("t1 t1", 26, routes=3, hold_rate=True, aux_average="routes"),
-        stage("t1 t1", 26, routes=3, **ENDS, aux_loss="binomial"),
+        stage("t1 t1", 26, routes=3, hold_rate=True, losses=(Ratio.Config(average="routes"),)),
+        stage("t1 t1", 26, routes=3, **ENDS, losses=("binomial",)),
         stage("t1", 26),
     ),
 }
@@ -43,11 +46,11 @@ def uneven_batch() -> dict[str, np.ndarray]:
     return {"input_ids": ids, "segment_ids": segments, "loss_mask": mask, "route_ids": routes}
 
 
-def numbers(model: HNetConfig) -> tuple[Hyperparams, LossWeights]:
+def numbers(model: HNetConfig) -> tuple[Hyperparams, Numbers]:
     stages = len(model.stages)
     return (
         Hyperparams(np.float32(1e-2), np.float32(0), np.ones(stages, np.float32), np.float32(1)),
-        LossWeights(np.float32(model.target_ratios()), np.full(stages - 1, 0.7, np.float32)),
+        model.numbers(),
     )
 
 

@@ -13,7 +13,8 @@ import pytest
 from flax import nnx
 from networks import NETWORKS, quick_jit, random_params
 
-from hnet.chunking.rate import boundary_rates, ratio_loss
+from hnet.chunking.losses.ratio import ratio_loss
+from hnet.chunking.rates import boundary_rates
 
 L = 37  # positions of a row; every test uses three rows, so that programs are shared
 DOCUMENTS = (17, 13, 7)  # lengths that fill a row
@@ -252,7 +253,7 @@ def force_boundaries(params, everywhere):
 
 
 def is_learned(stage):
-    return stage.chunking.router in ("cosine", "mlp")
+    return stage.chunking.predictor.part.is_learned
 
 
 LEARNED = [n for n, c in NETWORKS.items() if c.num_chunked and is_learned(c.stages[0])]

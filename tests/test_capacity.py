@@ -159,7 +159,7 @@ def test_an_alarm_is_said_once_until_it_was_absent():
     assert "'all-boundary' at stage 0" in said[-1][0] and "controller.gain" in said[-1][0]
     assert "it is held from step 21 on" in said[PERSISTENCE - 1][0]
     said = [alarms.check(step, (0.25, 0.97), (0.25, 0.5)) for step in range(PERSISTENCE)][-1]
-    assert "'all-boundary' at stage 1" in said[0] and "aux_loss_weight" in said[0]
+    assert "'all-boundary' at stage 1" in said[0] and "chunking.losses" in said[0]
 
 
 def test_a_mix_of_routes_that_moves_its_target_is_no_drift():

@@ -7,6 +7,7 @@ from networks import network, stage
 
 from experiments.configs.systems import SYSTEMS
 from hnet.chunking.config import ChunkingConfig
+from hnet.chunking.predictors.mlp import MLP
 from hnet.errors import ConfigError
 
 
@@ -20,12 +21,12 @@ def two_stages(**chunking):
     "fields, named",
     [
         (dict(pool="mean"), "pool='mean' with alignment='start'"),
-        (dict(alignment="end"), "router='cosine' with alignment='end'"),
-        (dict(router="fixed", target_ratio=2.5), "target_ratio=2.5"),
-        (dict(router="fixed", aux_loss="bce"), "aux_loss='bce'"),
-        (dict(router="spacelike", hold_rate=True), "hold_rate=True with router='spacelike'"),
-        (dict(aux_loss="bce", hold_rate=True), "hold_rate=True with router='cosine'"),
-        (dict(temperature=0.0), "temperature=0.0"),
+        (dict(alignment="end"), "predictor='cosine' with alignment='end'"),
+        (dict(predictor="fixed", target_ratio=2.5), "target_ratio=2.5"),
+        (dict(predictor="fixed", losses=("bce",)), "losses='bce'"),
+        (dict(predictor="spacelike", hold_rate=True), "hold_rate=True with predictor='spacelike'"),
+        (dict(losses=("bce",), hold_rate=True), "hold_rate=True with predictor='cosine'"),
+        (dict(predictor=MLP.Config(temperature=0.0)), "predictor.temperature=0.0"),
         (dict(routes=3, route_target_ratios=(2.0, 3.0)), "route_target_ratios=(2.0, 3.0)"),
         (dict(routes=2, route_target_ratios=(2.0, 1.0)), "route_target_ratios=(2.0, 1.0)"),
     ],
@@ -40,7 +41,7 @@ def test_impossible_chunking_is_refused_in_one_line(fields, named):
 
 def test_byte_rules_and_labels_are_refused_where_positions_are_chunks():
     outer, middle, core = stage("t1 t1", 26), stage("t1 t1", 26), stage("t1", 26)
-    for fields in (dict(router="spacelike"), dict(aux_loss="bce")):
+    for fields in (dict(predictor="spacelike"), dict(losses=("bce",))):
         cuts = replace(middle, chunking=ChunkingConfig(**fields))
         with pytest.raises(ConfigError, match="stages.1.chunking.*stage 1"):
             network(outer, cuts, core)
@@ -52,19 +53,20 @@ def test_routes_must_fit_the_named_groups():
 
 
 def test_named_systems_are_the_published_rows():
-    """router, alignment, pool, dechunk, residual, rate loss and its weight of every system."""
+    """Predictor, alignment, pool, dechunk, residual and losses of every system."""
     rows = {}
     for system in SYSTEMS:
         c = system().stages[0].chunking
         rows[system.__name__] = (
-            f"{c.router} {c.alignment} {c.pool} {c.dechunk} {c.residual} {c.aux_loss}"
+            f"{c.predictor.name} {c.alignment} {c.pool.name} {c.dechunk.name} {c.residual} "
+            + ("+".join(loss.name for loss in c.losses) or "none")
         )
     dtp = "end mean repeat add"
     assert rows == {
         "hnet": "cosine start select ema linear ratio",
         "hnet_space": "spacelike start select repeat linear none",
         "hnet_pool": "fixed start select repeat linear none",
-        "spacebyte": "spacelike start select scatter add none",
+        "spacebyte": "spacelike start select at_boundaries add none",
         "dtp_gumbel": f"mlp {dtp} binomial",
         "dtp_entropy": f"mlp {dtp} bce",
         "dtp_unigram": f"mlp {dtp} bce",

@@ -7,15 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from chunking_pieces import chunked, dechunked, decided, previous
 from golden_data import relative_error
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from networks import quick_jit
 
-from hnet.chunking.chunk import chunk
-from hnet.chunking.dechunk import EMA_BLOCK, confidence, dechunk, ema, ema_reference
-from hnet.chunking.router import decide, half_cosine_distance, pack_rows, previous
+from hnet.chunking.boundaries import share_slots
+from hnet.chunking.dechunks.ema import confidence
+from hnet.chunking.ema import EMA_BLOCK, ema, ema_reference
+from hnet.chunking.predictors.cosine import half_cosine_distance
+from hnet.nn.context import Context
 
 B, L, D = 2, 13, 3
 rng = np.random.default_rng(0)
@@ -34,7 +37,7 @@ def test_cosine_distance_of_equal_opposite_and_zero_states():
 
 def test_boundaries_are_strictly_above_a_half_and_at_segment_starts():
     p = np.float32([[0.2, 0.5, np.nextafter(np.float32(0.5), np.float32(1)), 0.9, 0.1, 0.9]])
-    route = decide(p, np.int32([[1, 1, 1, 1, 2, 0]]), 6)
+    route = decided(p, np.int32([[1, 1, 1, 1, 2, 0]]), 6)
     assert np.array_equal(route.boundary_mask_BL, [[True, False, True, True, True, False]])
     expected = np.float32([[1, 0.5, p[0, 2], 0.9, 1, 0]])
     assert np.array_equal(route.boundary_prob_BL, expected)
@@ -61,9 +64,9 @@ def cut_rows(draw):
 
 @partial(quick_jit, static_argnames="capacity")
 def there_and_back(x_BLD, y_BMD, p_BL, segment_ids_BL, capacity):
-    route = decide(p_BL, segment_ids_BL, capacity)
-    chunks = chunk(x_BLD, route, capacity)
-    return route, chunks, dechunk(y_BMD, chunks, route)
+    found = decided(p_BL, segment_ids_BL, capacity)
+    chunks = chunked(x_BLD, found, capacity)
+    return found, chunks, dechunked(y_BMD, chunks, found)
 
 
 @pytest.mark.parametrize("capacity", [5, L])
@@ -88,7 +91,7 @@ def test_slots_and_positions_are_those_of_a_walk_along_the_row(capacity, rows):
     )
     assert np.array_equal(chunks.x_BMD, states)
     assert np.array_equal(chunks.segment_ids_BM, chunk_segments)
-    assert np.array_equal(chunks.boundary_prob_BM, probs)
+    assert np.array_equal(chunks.slots.boundary_prob_BM, probs)
 
     expected = oracles.dechunk(y, kept, route.boundary_prob_BL, segments)
     np.testing.assert_allclose(out, expected, rtol=0, atol=2e-6)
@@ -197,10 +200,10 @@ def test_batch_sharded_chunking_moves_nothing_between_devices(packed_rows):
 
     def scalar(x_BLD, segment_ids_BL, cotangent_BLD):
         p_BL = half_cosine_distance(previous(x_BLD), x_BLD)
-        route = decide(p_BL, segment_ids_BL, capacity, packed_rows=packed_rows)
-        packed_BLD, packed = pack_rows(x_BLD, route)
-        chunks = chunk(packed_BLD, packed, capacity)
-        out_BLD = dechunk(jnp.tanh(chunks.x_BMD), chunks, packed).reshape(x_BLD.shape)
+        found = decided(p_BL, segment_ids_BL, capacity, rows=packed_rows)
+        shared_BLD, shared, _ = share_slots(x_BLD, found, Context(segment_ids_BL))
+        chunks = chunked(shared_BLD, shared, capacity)
+        out_BLD = dechunked(jnp.tanh(chunks.x_BMD), chunks, shared).reshape(x_BLD.shape)
         return jnp.sum(out_BLD * cotangent_BLD, axis=(1, 2)), out_BLD
 
     def with_gradient(x_BLD, segment_ids_BL, cotangent_BLD):

@@ -6,25 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from chunking_pieces import decided, loss_of
 from hypothesis import given
 from hypothesis import strategies as st
 from networks import quick_jit
 
-from hnet.chunking.config import ChunkingConfig
+from hnet.chunking.boundaries import Prediction
 from hnet.chunking.controller import LIMIT, exact_offsets, free_logits, hold_rates
-from hnet.chunking.rate import (
-    SOFT,
-    aux_loss,
-    binomial_nll,
-    boundary_rates,
-    entropy_spikes,
-    hinge,
-    ratio_loss,
-    route_rates,
-    row_rate_error,
-    target_rate,
-)
-from hnet.chunking.router import decide, shift_logit
+from hnet.chunking.losses.bce import BCE, entropy_spikes
+from hnet.chunking.losses.binomial import Binomial, binomial_nll
+from hnet.chunking.losses.hinge import Hinge, hinge
+from hnet.chunking.losses.ratio import Ratio, ratio_loss
+from hnet.chunking.rates import SOFT, boundary_rates, route_rates, row_rate_error, target_rate
 
 B, L, R = 3, 29, 4
 
@@ -86,20 +79,20 @@ def random_route(alignment="end"):
     logits = rng.normal(-0.5, 1.5, (B, L)).astype(np.float32)
 
     def of(logits):
-        return decide(
+        return decided(
             jax.nn.sigmoid(logits), segments, 2 * L,
-            alignment=alignment, boundary_logit_BL=logits, route_ids_BL=ids,
+            has_null=alignment == "end", logit=logits, route_ids=ids,
         )  # fmt: skip
 
     return of, logits, ids, segments
 
 
 LOSSES = {
-    "ratio": {},
-    "binomial": {},
-    "hinge": {"hinge_band": 0.1},
-    "bce": {"labels": "given"},
-    "double_sigmoid": {"aux_loss": "bce", "labels": "given", "reference_double_sigmoid": True},
+    "ratio": (Ratio, {}),
+    "binomial": (Binomial, {}),
+    "hinge": (Hinge, {"band": 0.1}),
+    "bce": (BCE, {"labels": "given"}),
+    "double_sigmoid": (BCE, {"labels": "given", "reference_double_sigmoid": True}),
 }
 
 
@@ -130,13 +123,10 @@ def slow_loss(name, p, b, labels, target):
 @pytest.mark.parametrize("average", ["positions", "routes"])
 def test_losses_by_route(name, average):
     of, logits, ids, segments = random_route()
-    fields = {"aux_loss": name, **LOSSES[name]}
-    chunking = ChunkingConfig(
-        router="mlp", alignment="end", routes=R, aux_average=average, **fields
-    )
+    part, fields = LOSSES[name]
     labels = np.random.default_rng(2).random((B, L)) < 0.3
     targets = np.asarray([2.0, 3.5, 5.0, 8.0], np.float32)
-    loss = lambda z, t: aux_loss(chunking, of(z), t, labels_BL=labels)
+    loss = lambda z, t: loss_of(part, of(z), t, given=labels, average=average, **fields)
     value, (slope, slope_target) = quick_jit(jax.value_and_grad(loss, (0, 1)))(logits, targets)
 
     route = of(logits)
@@ -162,7 +152,7 @@ def test_the_error_of_rows_counts_boundaries_softly_in_each_row():
             for t, p in enumerate(p_L[valid_L])
         ]
         errors.append((3 * sum(soft) / len(soft) - 1) ** 2)
-    route = decide(jnp.asarray(p, jnp.float32), jnp.asarray(segments), 5)
+    route = decided(jnp.asarray(p, jnp.float32), jnp.asarray(segments), 5)
     error = lambda threshold: row_rate_error(route, jnp.float32(3), threshold)
     found, grad = jax.value_and_grad(error)(jnp.float32(0.3))
     np.testing.assert_allclose(found, sum(errors) / 2, rtol=1e-5)
@@ -171,11 +161,10 @@ def test_the_error_of_rows_counts_boundaries_softly_in_each_row():
 
 def test_one_route_is_the_official_ratio_loss():
     of, logits, _, segments = random_route("start")
-    chunking = ChunkingConfig()
 
     def both(logits):
-        route, target = of(logits), jnp.asarray([6.0])
-        return aux_loss(chunking, route, target), ratio_loss(*boundary_rates(route), target[0])
+        found, target = of(logits), jnp.asarray([6.0])
+        return loss_of(Ratio, found, target), ratio_loss(*boundary_rates(found), target[0])
 
     values = both(logits)
     assert values[0] == values[1]
@@ -192,14 +181,14 @@ def test_one_route_is_the_official_ratio_loss():
 @given(st.floats(0.01, 0.99), st.floats(-8, 8))
 def test_a_shifted_probability_is_that_of_the_shifted_logit(p, offset):
     expected = 1 / (1 + math.exp(-(math.log(p / (1 - p)) + offset)))
-    assert float(shift_logit(jnp.float32(p), offset)) == pytest.approx(expected, rel=1e-4)
-    ends = shift_logit(jnp.asarray([0.0, 1.0]), offset)
-    assert ends.tolist() == [0, 1]
+    shifted = lambda p: Prediction(prob=jnp.float32(p)).shifted(offset).probability
+    assert float(shifted(p)) == pytest.approx(expected, rel=1e-4)
+    assert shifted([0.0, 1.0]).tolist() == [0, 1]
 
 
 def test_held_rates_come_to_their_targets_and_stay():
     """Probabilities far from their targets; one route is absent now and then, one always."""
-    targets = np.asarray([[6.0, 3.0, 4.0], [2.0, 1.5, 2.0]], np.float32)
+    targets = np.float32([6.0, 3.0, 4.0]), np.float32([2.0, 1.5])
     rng = np.random.default_rng(0)
     logits_SRN = np.asarray([[[1.5], [-2.0], [0.0]], [[0.0], [0.3], [0.0]]])
     logits_SRN = logits_SRN + rng.normal(size=(2, 3, 4000))
@@ -216,7 +205,7 @@ def test_held_rates_come_to_their_targets_and_stay():
     for step in range(400):
         counts = np.asarray([[100, 100 * (step % 3 == 0), 0]] * 2, np.float32)
         params = update(params, np.float32(rates() * counts), counts, targets, 0.05)
-    np.testing.assert_allclose(1 / rates()[:, :2], targets[:, :2], rtol=0.01)
+    np.testing.assert_allclose(1 / rates()[:, :2], [t[:2] for t in targets], rtol=0.01)
     assert offsets()[0, 2] == 0
     assert np.all(params["backbone"]["main_network"]["q_proj_layer"] == 1)
     for _ in range(20):  # a rate that does not follow winds up no further
@@ -271,7 +260,8 @@ def test_free_logits_are_those_without_the_offset():
     of, logits, segments, *_ = random_route()
     route = of(logits)
     offsets = jnp.asarray([0.5, -1.0, 9.0, 2.0])
-    p_BL = shift_logit(route.boundary_prob_BL, offsets[route.route_ids_BL])
+    prediction = Prediction(prob=route.boundary_prob_BL)
+    p_BL = prediction.shifted(offsets[route.route_ids_BL]).probability
     params = {"backbone": {"boundary_offset": offsets, "main_network": {}}}
     found = free_logits(params, [route._replace(boundary_prob_BL=p_BL)])
     (logit_BL, ids_BL), valid = found[0], np.asarray(route.segment_ids_BL) != 0

@@ -165,10 +165,10 @@ def test_executed_agrees_with_xla_for_every_layer(layout, seq_len, window):
 
 CUTS = {
     "cosine": ChunkingConfig(3.0),
-    "space": ChunkingConfig(3.0, router="spacelike", dechunk="scatter", residual="add"),
+    "space": ChunkingConfig(3.0, predictor="spacelike", dechunk="at_boundaries", residual="add"),
     "mlp": ChunkingConfig(
         3.0,
-        router="mlp",
+        predictor="mlp",
         alignment="end",
         pool="mean",
         dechunk="repeat",

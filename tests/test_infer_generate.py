@@ -71,7 +71,7 @@ def test_log_probabilities_and_boundaries_are_those_of_the_forward_pass(model, r
         padded[0, : len(data)] = list(data)
         ids = route_of[script_ids(padded[0].astype(np.uint8).tobytes())[0]][None]
         masks = forward(params, padded, ids)
-        expected = stream.byte_boundaries(CONFIG, masks, padded.shape)[0, 1 : len(data)]
+        expected = stream.boundaries_at_bytes(CONFIG, masks, padded.shape)[0, 1 : len(data)]
         np.testing.assert_array_equal(result.boundaries, expected)
 
 
@@ -111,8 +111,8 @@ def test_bad_calls_are_refused_in_one_line(model):
     with pytest.raises(ConfigError, match="no text"):
         generate(model, ["\ud800"], WARM)
     assert generate(model, [], WARM) == []
-    given_cuts = network(stage("t1 t1", 26, router="given"), stage("t1", 26))
-    with pytest.raises(ConfigError, match="router='given'"):
+    given_cuts = network(stage("t1 t1", 26, predictor="external"), stage("t1", 26))
+    with pytest.raises(ConfigError, match="predictor='external'"):
         generate(nnx.merge(*random_params(given_cuts)), ["a"], WARM)
 
 
@@ -153,7 +153,7 @@ def test_a_text_ends_before_stop_strings_and_eos_however_it_comes(data, stops, l
 @given(st.integers(0, 12), st.integers(0, 10**6), st.sampled_from(["start", "end"]))
 def test_chunk_starts_are_those_of_the_router_arrays(length, seed, alignment):
     rng = np.random.default_rng(seed)
-    at_end = {"router": "mlp", "alignment": "end"} if alignment == "end" else {}
+    at_end = {"predictor": "mlp", "alignment": "end"} if alignment == "end" else {}
     config = network(stage("t1 t1", 26, **at_end), stage("t1 t1", 26, **at_end), stage("t1", 26))
     boundaries = np.zeros((length, 2), bool)
     boundaries[:, 0] = rng.random(length) < 0.6

@@ -6,7 +6,7 @@ T2 of the battery. The reference is always one forward pass over the whole rows.
 import json
 import math
 import re
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cache, partial
 
 import golden_data
@@ -19,19 +19,22 @@ from networks import COMPUTE, NETWORKS, network, quick_jit, random_params, stage
 
 from experiments.configs import default, mixed_scripts_routed, mixed_scripts_single, reference, tiny
 from experiments.configs.systems import SYSTEMS
+from hnet.chunking.predictors.mlp import MLP
 from hnet.config import PUBLISHED, HNetConfig, SSMConfig, layout_height
 from hnet.errors import ConfigError
-from hnet.infer import compact, stream
+from hnet.fields import to_json
+from hnet.infer import stream
 from hnet.interop import from_official
+from hnet.nn import active_rows
 from hnet.nn import cache as nn_cache
 
 B, L = 64, 23  # rows and bytes a row
 TEXT = np.frombuffer(b"aZ9  ..,\n\x80\xc3", np.uint8)  # letters and spacelike bytes, some invalid
 
-GIVEN = network(stage("t1 t1", 26, router="given", alignment="end"), stage("t1", 26))
+GIVEN = network(stage("t1 t1", 26, predictor="external", alignment="end"), stage("t1", 26))
 MIXED = network(  # START inside END, and rules of bytes and positions
-    stage("t1 t1", 26, router="whitespace", alignment="end", pool="mean"),
-    stage("m1 t1", 26, router="fixed", dechunk="repeat"),
+    stage("t1 t1", 26, predictor="whitespace", alignment="end", pool="mean"),
+    stage("m1 t1", 26, predictor="fixed", dechunk="repeat"),
     stage("t1", 39),
 )
 
@@ -49,10 +52,7 @@ def shrunk(config: HNetConfig) -> HNetConfig:
     return replace(config, stages=tuple(stages), ssm=ssm, compute=COMPUTE)
 
 
-UNSEEN = (  # fields of a chunking that matter in training alone
-    "target_ratio", "aux_loss", "aux_loss_weight", "aux_average", "route_target_ratios", "labels",
-    "hinge_band",
-)  # fmt: skip
+UNSEEN = ("target_ratio", "losses", "route_target_ratios")  # of a chunking: training only
 
 
 def repository() -> dict[str, HNetConfig]:
@@ -63,11 +63,11 @@ def repository() -> dict[str, HNetConfig]:
         named[module.__name__.split(".")[-1]] = module.config().model
     alike: dict[str, list[tuple[int, str]]] = {}
     for name, config in named.items():
-        parts = [asdict(part) for part in shrunk(config).stages]
+        parts = [to_json(part) for part in shrunk(config).stages]
         depth = layout_height(config.stages[-1].arch_layout[0])
         parts[-1]["arch_layout"] = config.stages[-1].arch_layout[0].rstrip("0123456789")
         for part in parts:
-            fixed = part["chunking"]["router"] == "fixed"
+            fixed = part["chunking"]["predictor"]["name"] == "fixed"
             for field in UNSEEN[fixed:]:
                 part["chunking"].pop(field)
         alike.setdefault(repr((parts, config.route_groups)), []).append((depth, name))
@@ -105,12 +105,12 @@ def small_blocks(monkeypatch):
 def draw(config, seed=0):
     """Bytes, and what the network needs besides."""
     rng = np.random.default_rng(seed)
-    rules = {s.chunking.router for s in config.stages[:-1]} & {"spacelike", "whitespace"}
+    rules = {s.chunking.predictor.name for s in config.stages[:-1]} & {"spacelike", "whitespace"}
     ids_BL = rng.choice(TEXT if rules else np.arange(256), (B, L)).astype(np.int32)
     extra = {}
     if config.num_routes > 1:
         extra["route_ids_BL"] = rng.integers(0, config.num_routes, (B, L)).astype(np.int32)
-    if config.num_chunked and config.stages[0].chunking.router == "given":
+    if config.num_chunked and config.stages[0].chunking.predictor.name == "external":
         extra["boundaries_BL"] = rng.random((B, L)) < 0.3
     return ids_BL, extra
 
@@ -126,7 +126,7 @@ def forward(graph, params, ids_BL, extra, capacities=None):
 
 @cache
 def answers(name):
-    """Of the whole batch: expected logits and boundaries, and {patience: what streaming gave}."""
+    """Of the whole batch: expected logits and boundaries, and {wait_share: what streaming gave}."""
     config = ALL[name]
     # a seed with which it does not cut nearly everywhere
     graph, params = random_params(config, 4 if name == "mixed_scripts_single" else 3)
@@ -137,19 +137,19 @@ def answers(name):
     fractions = (0.3,) if name in ("one_stage", "routed") else ()
     lens = stream.full_lens(config, L)
     found = streamed(graph, params, ids_BL, extra, LENGTHS, lens, fractions)
-    return expected, stream.byte_boundaries(config, masks, ids_BL.shape), found
+    return expected, stream.boundaries_at_bytes(config, masks, ids_BL.shape), found
 
 
-def streamed(graph, params, ids_BL, extra, lengths_B, max_lens, fractions=(), patiences=(0, 0.6)):
+def streamed(graph, params, ids_BL, extra, lengths_B, max_lens, fractions=(), wait_shares=(0, 0.6)):
     """Prefill each row with its own length, then feed the rest byte by byte.
 
-    Returns, for each patience, logits (B, L, V) and boundaries (B, L, S), with NaN and -1 at bytes
-    before a row's last prompt byte, the logits behind the prompt, and the ticks that it took.
+    Returns, for each wait_share, logits (B, L, V) and boundaries (B, L, S), with NaN and -1 at
+    bytes before a row's last prompt byte, the logits behind the prompt, and the ticks that it took.
     """
     rows = np.arange(len(ids_BL))
 
     @quick_jit
-    def run(params, patience):
+    def run(params, wait_share):
         model = nnx.merge(graph, params)
         logits_BV, _, cache = stream.prefill(model, ids_BL, lengths_B, max_lens, **extra)
 
@@ -161,7 +161,7 @@ def streamed(graph, params, ids_BL, extra, lengths_B, max_lens, fractions=(), pa
             logits_BV, boundaries, done_B, cache = stream.advance(
                 model, cache, jnp.asarray(ids_BL)[at], active_B,
                 route_ids_B=given.get("route_ids_BL"), boundary_B=given.get("boundaries_BL"),
-                fractions=fractions, patience=patience,
+                fractions=fractions, wait_share=wait_share,
             )  # fmt: skip
             got = (logits_BV, boundaries.mask_BS, jnp.where(done_B, position_B, L))
             position_B = position_B + done_B.astype(jnp.int32)
@@ -172,8 +172,8 @@ def streamed(graph, params, ids_BL, extra, lengths_B, max_lens, fractions=(), pa
         return logits_BV, steps
 
     found = {}
-    for patience in patiences:
-        prompt_logits, steps = jax.device_get(run(params, jnp.float32(patience)))
+    for wait_share in wait_shares:
+        prompt_logits, steps = jax.device_get(run(params, jnp.float32(wait_share)))
         logits_TBV, mask_TBS, position_TB = steps
         logits_BLV = np.full((*ids_BL.shape, prompt_logits.shape[-1]), np.nan, np.float32)
         mask_BLS = np.full((*ids_BL.shape, mask_TBS.shape[-1]), -1)
@@ -182,7 +182,7 @@ def streamed(graph, params, ids_BL, extra, lengths_B, max_lens, fractions=(), pa
             logits_BLV[b, position_TB[t, b]] = logits_TBV[t, b]
             mask_BLS[b, position_TB[t, b]] = mask_TBS[t, b]
         ticks = 1 + np.max(np.flatnonzero(np.any(position_TB < L, axis=1)))
-        found[patience] = logits_BLV, mask_BLS, prompt_logits, ticks
+        found[wait_share] = logits_BLV, mask_BLS, prompt_logits, ticks
     return found
 
 
@@ -199,10 +199,10 @@ def test_steps_equal_the_forward_pass(name):
         np.testing.assert_allclose(logits[seen], expected[seen], rtol=0, atol=1e-5)
         np.testing.assert_array_equal(prompt_logits[LENGTHS == 0], 0)
         np.testing.assert_array_equal(mask_BLS[fed], bytes_BLS[fed])
-    ticks = {patience: answer[-1] for patience, answer in found.items()}
+    ticks = {wait_share: answer[-1] for wait_share, answer in found.items()}
     assert ticks[0] == L  # nobody waits
     assert ticks[0.6] > L or not ALL[name].num_chunked
-    routers = np.array([s.chunking.router for s in ALL[name].stages[:-1]], str)
+    routers = np.array([s.chunking.predictor.name for s in ALL[name].stages[:-1]], str)
     if name != "mixed":  # rows cut at different times, or nothing was tested
         assert np.all(np.any(bytes_BLS != bytes_BLS[:1], axis=(0, 1)) | (routers == "fixed"))
 
@@ -226,7 +226,9 @@ def test_a_row_does_not_depend_on_its_neighbours():
     ids_BL, extra = draw(NETWORKS["one_stage"])
     _, _, together = answers("one_stage")
     one = slice(17, 18)
-    alone = streamed(graph, params, ids_BL[one], extra, LENGTHS[one], (L, L), patiences=(0,))[0][0]
+    alone = streamed(graph, params, ids_BL[one], extra, LENGTHS[one], (L, L), wait_shares=(0,))[0][
+        0
+    ]
     for logits, *_ in together.values():
         # one row is computed in other shapes than 64, which round otherwise
         np.testing.assert_allclose(alone[0], logits[17], rtol=0, atol=1e-5)
@@ -236,7 +238,7 @@ def test_a_row_does_not_depend_on_its_neighbours():
 def test_only_active_rows_run_and_in_the_smallest_batch(batch):
     """Every number of active rows against a plain loop; the function says how many it ran on."""
     rng = np.random.default_rng(0)
-    sizes = compact.sizes(batch, compact.FRACTIONS)
+    sizes = active_rows.sizes(batch, active_rows.FRACTIONS)
     assert sizes[-1] == batch and sizes == sorted(set(sizes))
 
     def double(inputs_R, state_B, rows):
@@ -246,7 +248,9 @@ def test_only_active_rows_run_and_in_the_smallest_batch(batch):
 
     @partial(quick_jit, donate_argnums=2)
     def run(active_B, inputs_B, state_B):
-        return compact.on_rows(double, active_B, inputs_B, state_B, compact.FRACTIONS)
+        return active_rows.run_on_active_rows(
+            double, active_B, inputs_B, state_B, active_rows.FRACTIONS
+        )
 
     for count in range(batch + 1):
         active_B = rng.permutation(batch) < count
@@ -286,7 +290,7 @@ def test_a_step_copies_no_cache(monkeypatch):
 
 
 def test_noisy_routers_are_refused():
-    noisy = {"router": "mlp", "reference_noise_at_evaluation": True}
+    noisy = {"predictor": MLP.Config(reference_noise_at_evaluation=True)}
     config = network(stage("t1 t1", 26, **noisy), stage("t1", 26))
     graph, params = random_params(config)
     with pytest.raises(ConfigError, match="reference_noise_at_evaluation=True"):

@@ -142,8 +142,10 @@ def test_nothing_is_overwritten(tmp_path, weights):
 
 
 def test_models_without_an_official_form_stay_in_their_work_directory():
-    config = network(stage("t1 t1", 26, router="spacelike"), stage("t1", 26))
-    with pytest.raises(ConfigError, match="stages.0.chunking.router='spacelike' has no official"):
+    config = network(stage("t1 t1", 26, predictor="spacelike"), stage("t1", 26))
+    with pytest.raises(
+        ConfigError, match="stages.0.chunking.predictor='spacelike' has no official"
+    ):
         to_official(nnx.merge(*random_params(config)))
 
 

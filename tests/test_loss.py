@@ -6,17 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hnet.chunking.router import RouterOutput
+from hnet.chunking.boundaries import Boundaries
 from hnet.config import BOS_ID, EOS_ID
 from hnet.data.synthetic import MarkovSource
-from hnet.loss import (
-    LossWeights,
-    batch_metrics,
-    bits_per_byte,
-    next_byte_nll,
-    total_loss,
-    trained_targets,
-)
+from hnet.loss import batch_metrics, bits_per_byte, next_byte_nll, total_loss, trained_targets
 from hnet.train.evaluate import Evaluation
 from tests.training import TINY
 
@@ -91,7 +84,7 @@ def test_bits_per_byte_counts_documents_and_not_separators():
 
 def _route(mask, prob, segments):
     wanted = jnp.sum(mask, axis=1, dtype=jnp.int32)
-    return RouterOutput(prob, mask, segments, wanted, wanted, mask.astype(jnp.float32))
+    return Boundaries(prob, mask, segments, wanted, wanted, mask.astype(jnp.float32))
 
 
 def test_total_loss_adds_weighted_rate_losses():
@@ -104,9 +97,10 @@ def test_total_loss_adds_weighted_rate_losses():
     logits = jnp.asarray(rng.normal(size=(B, L, V)), jnp.float32)
     boundary = jnp.asarray([[1, 0, 1, 0, 0], [1, 1, 0, 0, 0]], bool)
     prob = jnp.asarray([[1, 0.2, 0.7, 0.1, 0.45], [1, 0.9, 0.3, 0, 0]], jnp.float32)
-    weights = LossWeights(jnp.array([[3.0]]), jnp.array([0.5]))
-    loss, sums = total_loss(TINY, logits, [_route(boundary, prob, segments)], batch, weights)
-    metrics = batch_metrics(TINY, sums, weights)
+    numbers = ({"target_ratio_R": jnp.array([3.0]), "losses": ({"weight": jnp.float32(0.5)},)},)
+    records = [_route(boundary, prob, segments)]
+    loss, sums = total_loss(TINY, logits, records, batch, numbers)
+    metrics = batch_metrics(TINY, sums, numbers)
     F, G, N = 4 / 8, (1 + 0.2 + 0.7 + 0.1 + 0.45 + 1 + 0.9 + 0.3) / 8, 3.0
     ratio = N / (N - 1) * ((N - 1) * F * G + (1 - F) * (1 - G))
     nll = np.asarray(next_byte_nll(logits, ids))

@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from chunking_pieces import decided
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 from networks import NETWORKS, quick_jit, random_params
-
-from hnet.chunking.router import decide
 
 B, L = 6, 23
 IDS = np.random.default_rng(7).integers(0, 256, (B, L)).astype(np.int32)
@@ -26,7 +25,7 @@ def outputs_and_gradient(graph, params, ids_BL, cotangent_BLV, packed_rows, capa
     def scalar(params):
         model = nnx.merge(graph, params)
         logits_BLV, routes = model(
-            ids_BL, SEGMENTS, packed_rows=packed_rows, capacities=capacities,
+            ids_BL, SEGMENTS, rows_sharing_slots=packed_rows, capacities=capacities,
             route_ids_BL=ids_BL % 2 if model.config.num_routes > 1 else None,
         )  # fmt: skip
         return jnp.sum(logits_BLV * cotangent_BLV), (logits_BLV, routes)
@@ -76,7 +75,7 @@ def test_slots_are_given_to_packed_rows_in_their_order(seed, capacity, alignment
     rng = np.random.default_rng(seed)
     p_BL = rng.uniform(size=(4, 7)).astype(np.float32)
     segment_ids_BL = np.sort(rng.integers(0, 3, (4, 7)), axis=1)[:, ::-1].astype(np.int32)
-    route = decide(p_BL, segment_ids_BL, capacity, alignment=alignment, packed_rows=2)
+    route = decided(p_BL, segment_ids_BL, capacity, has_null=alignment == "end", rows=2)
     for first in (0, 2):
         slots = 0
         for row in (first, first + 1):

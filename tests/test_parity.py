@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from chunking_pieces import chunked, dechunked, decided, previous
 from flax import nnx
 from golden_data import projections, relative_error
 from networks import quick_jit
 
-from hnet.chunking.chunk import chunk
-from hnet.chunking.dechunk import dechunk
-from hnet.chunking.rate import boundary_rates, ratio_loss
-from hnet.chunking.router import decide, half_cosine_distance, previous
+from hnet.chunking.losses.ratio import ratio_loss
+from hnet.chunking.predictors.cosine import half_cosine_distance
+from hnet.chunking.rates import boundary_rates
 from hnet.interop import from_official, to_official
 from hnet.model import split
 from hnet.nn.attention import attention
@@ -133,7 +133,7 @@ def test_routing(pieces):
     def scalar(x_BLD, Wq, Wk):
         q = jnp.einsum("bld,ed->ble", previous(x_BLD), Wq)
         k = jnp.einsum("bld,ed->ble", x_BLD, Wk)
-        route = decide(half_cosine_distance(q, k), whole_rows, x_BLD.shape[1])
+        route = decided(half_cosine_distance(q, k), whole_rows, x_BLD.shape[1])
         p, selected = route.boundary_prob_BL, route.selected_prob_BL
         return jnp.sum(p * piece["in/cot_p"] + selected * piece["in/cot_selected"]), route
 
@@ -155,7 +155,7 @@ def test_routing(pieces):
     segments = np.repeat(np.arange(1, 4, dtype=np.int32), lengths)[None]
     packed = np.concatenate([x[m] for x, m in zip(x_BLD, mask)])[None]
     q, k = np.asarray(previous(packed)) @ weights[0].T, packed @ weights[1].T
-    route = decide(half_cosine_distance(q, k), segments, packed.shape[1])
+    route = decided(half_cosine_distance(q, k), segments, packed.shape[1])
     close(route.boundary_prob_BL[0], piece["packed/p"], PROB_TOLERANCE)
     assert np.array_equal(route.boundary_mask_BL[0], piece["packed/boundary_mask"])
 
@@ -164,7 +164,7 @@ def test_routing_of_zero_parallel_and_opposite_vectors(pieces):
     piece = golden_data.part(pieces, "routing/edge")
     segments = np.ones(piece["p"].shape, np.int32)
     p = half_cosine_distance(previous(piece["hidden"]), piece["hidden"])
-    route = decide(p, segments, segments.shape[1])
+    route = decided(p, segments, segments.shape[1])
     close(route.boundary_prob_BL, piece["p"], 0)
     assert np.array_equal(route.boundary_mask_BL, piece["boundary_mask"])
 
@@ -174,7 +174,7 @@ def test_chunk(pieces):
     x_BLD = pieces["routing/in/hidden"]
     segments = pieces["routing/in/mask"].astype(np.int32)
     mask, capacity = piece["in/boundary_mask"], piece["out/next_mask"].shape[1]
-    chunks = chunk(x_BLD, decide(mask.astype(np.float32), segments, capacity), capacity)
+    chunks = chunked(x_BLD, decided(mask.astype(np.float32), segments, capacity), capacity)
     assert np.array_equal(chunks.segment_ids_BM != 0, piece["out/next_mask"])
     assert np.array_equal(chunks.x_BMD[..., :4], piece["out/next_hidden"])
 
@@ -188,10 +188,10 @@ def test_dechunk(pieces):
 
     def scalar(y_BMD, p_BL):
         # they smooth and upsample here, and multiply with the confidence elsewhere
-        route = decide(boundaries, segments, capacity)._replace(boundary_prob_BL=p_BL)
-        chunks = chunk(y_BMD, route, capacity)
+        route = decided(boundaries, segments, capacity)._replace(boundary_prob_BL=p_BL)
+        chunks = chunked(y_BMD, route, capacity)
         constant = route._replace(boundary_prob_BL=jax.lax.stop_gradient(p_BL))
-        out_BLD = dechunk(y_BMD, chunks, constant)
+        out_BLD = dechunked(y_BMD, chunks, constant)
         return jnp.sum(out_BLD * piece["in/cot"]), out_BLD
 
     y_BMD, p_BL = piece["in/inner_hidden"], piece["in/p"]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.sweep_rounding import compare
+from hnet.chunking.losses.ratio import Ratio
 from hnet.config import ChunkingConfig
 from hnet.data import open_corpus, train_batches
 from hnet.errors import ConfigError
@@ -24,9 +25,9 @@ from tests.training import TINY, build, tiny_run
 STEPS = 6
 
 
-def variant(base, seed, rate, ratio, weight, gain, router="cosine"):
-    held = router == "cosine"
-    cut = ChunkingConfig(ratio, router, aux_loss_weight=weight, hold_rate=held)
+def variant(base, seed, rate, ratio, weight, gain, predictor="cosine"):
+    held = predictor == "cosine"
+    cut = ChunkingConfig(ratio, predictor, losses=(Ratio.Config(weight),), hold_rate=held)
     stages = (replace(TINY.stages[0], chunking=cut), TINY.stages[1])
     return replace(
         base,
@@ -166,7 +167,7 @@ def test_what_shares_a_program(configs):
     wider = replace(configs[0], optim=replace(configs[0].optim, b1=0.8))
     with pytest.raises(ConfigError, match="differ in more than traced numbers"):
         population.build([configs[0], wider])
-    cut = replace(TINY.stages[0].chunking, router="fixed")
+    cut = replace(TINY.stages[0].chunking, predictor="fixed")
     strides = [
         replace(
             TINY,

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from chunking_pieces import place, previous
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,10 +16,12 @@ from networks import network, quick_jit, random_params, stage
 
 from hnet.chunking import routes
 from hnet.chunking.config import ChunkingConfig
-from hnet.chunking.router import BoundaryPredictor, RoutingModule, make_router, previous
+from hnet.chunking.predictors.cosine import Cosine
+from hnet.chunking.predictors.mlp import MLP
 from hnet.chunking.routes import apply_routed, keep_absent, pack_by_route
 from hnet.model import abstract
 from hnet.nn.parameters import describe
+from hnet.stage import make_predictor
 
 R, D = 5, 7
 
@@ -37,9 +40,10 @@ def data_mesh(devices: int) -> jax.sharding.Mesh:
 
 
 def routers(kind: str, routes: int) -> nnx.Module:
-    chunking = ChunkingConfig(router=kind, alignment="end" if kind == "mlp" else "start",
-                              mlp_width=11, routes=routes)  # fmt: skip
-    return randomised(make_router(chunking, D, rngs=nnx.Rngs(0)), routes)
+    settings = MLP.Config(width=11) if kind == "mlp" else kind
+    alignment = "end" if kind == "mlp" else "start"
+    chunking = ChunkingConfig(predictor=settings, alignment=alignment, routes=routes)
+    return randomised(make_predictor(chunking, place(D, chunking), rngs=nnx.Rngs(0)), routes)
 
 
 def inputs_of(kind: str, x_BLD):
@@ -85,7 +89,7 @@ def test_routed_router_is_the_router_of_each_positions_route(kind, devices, toge
     single, _ = nnx.split(routers(kind, 1))
 
     def every_route(params, x):
-        one = lambda p: nnx.merge(single, p)(*inputs_of(kind, x))
+        one = lambda p: nnx.merge(single, p).score(*inputs_of(kind, x))
         out_RBL = jax.vmap(one)(params)
         out = jnp.take_along_axis(out_RBL, ids[None], axis=0)[0]
         return jnp.sum(out * weights), out
@@ -106,15 +110,15 @@ def test_routed_router_is_the_router_of_each_positions_route(kind, devices, toge
 @pytest.mark.parametrize("kind", ["cosine", "mlp"])
 def test_one_route_is_the_plain_router(kind):
     """Same parameters, names and shapes, and the same bits out."""
-    plain = RoutingModule(D, rngs=nnx.Rngs(0))
+    plain = Cosine(Cosine.Config(), place(D), rngs=nnx.Rngs(0))
     if kind == "mlp":
-        plain = BoundaryPredictor(D, 11, rngs=nnx.Rngs(0))
+        plain = MLP(MLP.Config(width=11), place(D), rngs=nnx.Rngs(0))
     one = routers(kind, 1)
     shapes = lambda m: jax.tree.map(jnp.shape, nnx.to_pure_dict(nnx.split(m)[1]))
     assert shapes(one) == shapes(plain)
     x = np.random.default_rng(0).normal(size=(2, 5, D)).astype(np.float32)
     out = apply_routed(one, 1, None, *inputs_of(kind, x))
-    assert np.array_equal(out, one(*inputs_of(kind, x)))
+    assert np.array_equal(out, one.score(*inputs_of(kind, x)))
     many = shapes(routers(kind, R))
     assert (
         jax.tree.map(lambda s: (R, *s), shapes(plain), is_leaf=lambda s: isinstance(s, tuple))
@@ -192,7 +196,7 @@ def routed_network(**chunking):
 
 
 @pytest.mark.parametrize(
-    "chunking", [{}, dict(router="mlp", alignment="end", pool="mean", routed_parameters=False)],
+    "chunking", [{}, dict(predictor="mlp", alignment="end", pool="mean", routed_parameters=False)],
     ids=["start", "end"],
 )  # fmt: skip
 def test_a_chunk_has_the_route_of_the_position_on_which_it_fires(chunking):
@@ -217,7 +221,7 @@ def test_a_chunk_has_the_route_of_the_position_on_which_it_fires(chunking):
 
 
 @pytest.mark.parametrize(
-    "chunking", [{}, dict(router="mlp", routed_parameters=False)], ids=["cosine", "mlp"]
+    "chunking", [{}, dict(predictor="mlp", routed_parameters=False)], ids=["cosine", "mlp"]
 )
 def test_an_offset_moves_the_logit_of_its_route_and_gets_no_gradient(chunking):
     graph, params = random_params(routed_network(**chunking, hold_rate=True))

@@ -7,17 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from chunking_pieces import chunked, dechunked, decided, place
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import network, quick_jit, random_params, stage
 
-from hnet.chunking.chunk import chunk
 from hnet.chunking.config import ChunkingConfig
-from hnet.chunking.dechunk import dechunk
-from hnet.chunking.pool import mean_pool
-from hnet.chunking.router import decide, relaxed_bernoulli
-from hnet.chunking.rules import fixed, spacelike, whitespace
+from hnet.chunking.losses.bce import BCE
+from hnet.chunking.part import Positions
+from hnet.chunking.predictors.mlp import MLP, relaxed_bernoulli
+from hnet.chunking.predictors.rules import Fixed, Whitespace, spacelike
+from hnet.nn.context import Context
 
 B, L, D = 2, 13, 3
 
@@ -44,9 +45,11 @@ def test_rules_of_bytes():
             before = not first and not is_word(ids[row, t - 1])
             expected = not is_word(ids[row, t]) and not before
             assert found[row, t] == expected, (row, t)
-    assert np.array_equal(whitespace(ids), ids == 0x20)
     index = np.concatenate([np.arange(101), np.arange(200), np.arange(100)])
-    assert np.array_equal(quick_jit(fixed, static_argnums=1)(segments, 7)[1], index % 7 == 0)
+    rows = Positions(None, Context(segments, bytes_BL=ids), None)
+    where = place(3, ChunkingConfig(7.0))
+    for rule, expected in ((Whitespace, ids == 0x20), (Fixed, np.stack([index % 7 == 0] * 3))):
+        assert np.array_equal(rule(rule.Config(), where, rngs=None)(rows).prob, expected)
 
 
 @st.composite
@@ -65,11 +68,10 @@ def rows(draw):
 @partial(quick_jit, static_argnums=4)
 def _end(x_BLD, p_BL, segment_ids_BL, null_D, capacity):
     """Slots of an END stage, pooled by mean and by select, and the former repeated."""
-    route = decide(p_BL, segment_ids_BL, capacity, alignment="end", route_ids_BL=segment_ids_BL)
-    args = (route.boundary_BL, route.boundary_mask_BL, segment_ids_BL)
-    mean = chunk(mean_pool(x_BLD, *args), route, capacity, null_D)
-    last = chunk(x_BLD, route, capacity, null_D)
-    return route, mean, last, dechunk(mean.x_BMD, mean, route, "repeat")
+    found = decided(p_BL, segment_ids_BL, capacity, has_null=True, route_ids=segment_ids_BL)
+    mean = chunked(x_BLD, found, capacity, null_D, "mean")
+    last = chunked(x_BLD, found, capacity, null_D)
+    return found, mean, last, dechunked(mean.x_BMD, mean, found, "repeat")
 
 
 def slow_end(x, p, segments, null, capacity):
@@ -112,7 +114,7 @@ def test_end_slots_are_those_of_a_walk_along_the_row(case):
             np.testing.assert_allclose(mean.x_BMD[b, m], mean_D, atol=2e-6)
             assert np.array_equal(last.x_BMD[b, m], last_D)
             assert mean.segment_ids_BM[b, m] == mean.route_ids_BM[b, m] == segment
-            assert mean.boundary_prob_BM[b, m] == prob
+            assert mean.slots.boundary_prob_BM[b, m] == prob
         for t, at in enumerate(reads):
             expected = np.zeros(D) if at is None else mean.x_BMD[b, at]
             assert np.array_equal(out[b, t], expected), (b, t, at)
@@ -151,10 +153,9 @@ def test_gradients_of_dynamic_token_pooling():
 
     def ours(x_LD, b_L, null_D):
         segments = jnp.ones((1, L), jnp.int32)
-        route = decide(b_L[None], segments, 2 * L, alignment="end")
-        pooled = mean_pool(x_LD[None], route.boundary_BL, route.boundary_mask_BL, segments)
-        chunks = chunk(pooled, route, 2 * L, null_D)
-        return jnp.sum(dechunk(main(chunks.x_BMD), chunks, route, "repeat")[0] * a)
+        found = decided(b_L[None], segments, 2 * L, has_null=True)
+        chunks = chunked(x_LD[None], found, 2 * L, null_D, "mean")
+        return jnp.sum(dechunked(main(chunks.x_BMD), chunks, found, "repeat")[0] * a)
 
     def reference(x_LD, b_L, null_D):
         return jnp.sum(reference_pooling(x_LD, b_L, null_D, main) * a)
@@ -180,7 +181,7 @@ def test_a_closing_position_already_reads_its_own_group():
     np.testing.assert_allclose(out[0, 5], x[0, :6].mean(0), atol=1e-6)
 
 
-def test_scatter_adds_at_boundaries_alone():
+def test_at_boundaries_adds_nothing_elsewhere():
     rng = np.random.default_rng(1)
     p = (rng.random((B, L)) < 0.4).astype(np.float32)
     segments = np.ones((B, L), np.int32)
@@ -189,10 +190,10 @@ def test_scatter_adds_at_boundaries_alone():
 
     @quick_jit
     def both(y):
-        route = decide(p, segments, L)
-        chunks = chunk(x, route, L)
-        mask = route.boundary_mask_BL
-        return mask, *(dechunk(y, chunks, route, how) for how in ("scatter", "repeat"))
+        found = decided(p, segments, L)
+        chunks = chunked(x, found, L)
+        mask = found.boundary_mask_BL
+        return mask, *(dechunked(y, chunks, found, how) for how in ("at_boundaries", "repeat"))
 
     mask, scattered, repeated = jax.device_get(both(y))
     assert np.array_equal((scattered != both(y + 1)[1]).any(-1), mask)
@@ -211,8 +212,8 @@ def test_relaxed_bernoulli_cuts_with_probability_p_and_passes_its_gradient():
 
     def boundaries(logits):
         soft = relaxed_bernoulli(logits, tau, key)
-        route = decide(jax.nn.sigmoid(logits), segments, 9999, alignment="end", compared_BL=soft)
-        return jnp.sum(route.boundary_BL)
+        route = decided(jax.nn.sigmoid(logits), segments, 9999, has_null=True, relaxed=soft)
+        return jnp.sum(route.boundary_ste_BL)
 
     b, gradient = quick_jit(jax.value_and_grad(boundaries))(logits)
     assert float(b) == (soft > 0.5).sum()
@@ -221,7 +222,7 @@ def test_relaxed_bernoulli_cuts_with_probability_p_and_passes_its_gradient():
 
 def mlp_stage(**chunking):
     """(boundaries and gradient of the pooled states for the predictor, as a function of a key)."""
-    config = two_stages(router="mlp", alignment="end", pool="mean", **chunking)
+    config = two_stages(alignment="end", pool="mean", **chunking)
     graph, params = random_params(config)
     x = np.random.default_rng(0).normal(size=(2, 29, 26)).astype(np.float32)
     segments = np.ones((2, 29), np.int32)
@@ -231,8 +232,10 @@ def mlp_stage(**chunking):
         def pooled(predictor):
             backbone = {**params["backbone"], "routing_module": predictor}
             outer = nnx.merge(graph, {**params, "backbone": backbone}).backbone
-            route = outer.route(x, segments, 58, key=key)
-            return jnp.sum(outer.chunk(x, route, 58).x_BMD ** 2), route.boundary_mask_BL
+            context = Context(segments)
+            found = outer.boundaries(x, context, 58, key=key)
+            chunks, _, _ = outer.chunk(x, context, found, 58)
+            return jnp.sum(chunks**2), found.boundary_mask_BL
 
         predictor = params["backbone"]["routing_module"]
         gradient, mask = jax.grad(pooled, has_aux=True)(predictor)
@@ -242,18 +245,18 @@ def mlp_stage(**chunking):
 
 
 def test_noise_comes_with_a_key_and_from_it_alone():
-    run = mlp_stage()
+    run = mlp_stage(predictor="mlp")
     (first, _), (again, _), (second, _) = (run(jax.random.key(k)) for k in (1, 1, 2))
     quiet, gradient = run(None)
     assert np.array_equal(first, again)
     assert not np.array_equal(first, second) and not np.array_equal(first, quiet)
     assert all(np.abs(leaf).max() > 1e-6 for leaf in jax.tree.leaves(gradient))
-    at_evaluation, _ = mlp_stage(reference_noise_at_evaluation=True)(None)
+    at_evaluation, _ = mlp_stage(predictor=MLP.Config(reference_noise_at_evaluation=True))(None)
     assert not np.array_equal(at_evaluation, quiet)
 
 
 def test_predictor_of_labels_draws_nothing_and_gets_no_gradient_through_b():
-    run = mlp_stage(sample="threshold", aux_loss="bce")
+    run = mlp_stage(predictor=MLP.Config(straight_through=False), losses=(BCE,))
     (with_key, gradient), (without, _) = run(jax.random.key(1)), run(None)
     assert np.array_equal(with_key, without) and 3 < without.sum() < 55
     leaves = jax.tree.leaves(gradient)
@@ -261,7 +264,7 @@ def test_predictor_of_labels_draws_nothing_and_gets_no_gradient_through_b():
 
 
 def test_given_boundaries_are_needed_and_used():
-    graph, params = random_params(two_stages(router="given", dechunk="repeat", aux_loss="none"))
+    graph, params = random_params(two_stages(predictor="external", dechunk="repeat", losses=()))
     model = nnx.merge(graph, params)
     ids = np.zeros((1, 11), np.int32)
     with pytest.raises(ValueError, match="give boundaries_BL"):

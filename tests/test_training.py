@@ -99,7 +99,7 @@ def test_the_same_command_after_the_end_changes_nothing(whole):
 def held(tmp_path_factory):
     """A run that holds the rates of two stages; the router of the inner one draws noise."""
     outer, inner = TINY.stages
-    ends = ChunkingConfig(2.0, "mlp", "end", "mean", aux_loss="binomial", hold_rate=True)
+    ends = ChunkingConfig(2.0, "mlp", "end", pool="mean", losses=("binomial",), hold_rate=True)
     outer = replace(outer, chunking=replace(outer.chunking, hold_rate=True))
     model = replace(TINY, stages=(outer, replace(outer, chunking=ends), inner))
     controller = ControllerConfig(hold_frac=0.5)

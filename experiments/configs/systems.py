@@ -19,6 +19,9 @@ Indic scripts; FlexiTokens scales English .333 by the bytes of parallel sentence
 from dataclasses import replace
 
 from experiments.configs import default
+from hnet.chunking.losses.bce import BCE
+from hnet.chunking.losses.binomial import Binomial
+from hnet.chunking.predictors.mlp import MLP
 from hnet.config import HNetConfig
 
 INDIC = ("Devanagari", "Bengali", "Telugu")
@@ -38,59 +41,63 @@ def hnet() -> HNetConfig:
 
 def hnet_space() -> HNetConfig:
     """H-Net(space): it differs from H-Net in the cut alone; p is 0 or 1, so nothing is smoothed."""
-    return with_chunking(hnet(), router="spacelike", dechunk="repeat", aux_loss="none")
+    return with_chunking(hnet(), predictor="spacelike", dechunk="repeat", losses=())
 
 
 def hnet_pool() -> HNetConfig:
     """H-Net(pool): a cut every 6 bytes."""
-    return with_chunking(hnet_space(), router="fixed")
+    return with_chunking(hnet_space(), predictor="fixed")
 
 
 def spacebyte() -> HNetConfig:
     """SpaceByte (arXiv 2404.14408): global states are added where a word begins, nowhere else."""
-    return with_chunking(hnet_space(), dechunk="scatter", residual="add")
+    return with_chunking(hnet_space(), dechunk="at_boundaries", residual="add")
 
 
 def dtp_gumbel() -> HNetConfig:
     """Dynamic token pooling with a relaxed Bernoulli and a binomial prior of .2 (2211.09761)."""
     return with_chunking(
-        hnet(), target_ratio=5.0, router="mlp", alignment="end", pool="mean", dechunk="repeat",
-        residual="add", aux_loss="binomial", aux_loss_weight=1.0,
+        hnet(), target_ratio=5.0, predictor="mlp", alignment="end", pool="mean", dechunk="repeat",
+        residual="add", losses=("binomial",),
     )  # fmt: skip
 
 
 def dtp_entropy() -> HNetConfig:
     """Dynamic token pooling with a predictor of the model's own entropy spikes."""
-    return with_chunking(dtp_gumbel(), sample="threshold", aux_loss="bce")
+    return with_chunking(
+        dtp_gumbel(), predictor=MLP.Config(straight_through=False), losses=("bce",)
+    )
 
 
 def dtp_unigram() -> HNetConfig:
     """Dynamic token pooling with a predictor of a tokenizer's cuts, which the batch brings."""
-    return with_chunking(dtp_entropy(), labels="given")
+    return with_chunking(dtp_entropy(), losses=(BCE.Config(labels="given"),))
 
 
 def dtp_whitespace() -> HNetConfig:
     """Dynamic token pooling with a cut behind every space."""
-    return with_chunking(dtp_gumbel(), router="whitespace", aux_loss="none")
+    return with_chunking(dtp_gumbel(), predictor="whitespace", losses=())
 
 
 def dtp_fixed() -> HNetConfig:
     """Dynamic token pooling with a cut every 4 bytes."""
-    return with_chunking(dtp_whitespace(), router="fixed", target_ratio=4.0)
+    return with_chunking(dtp_whitespace(), predictor="fixed", target_ratio=4.0)
 
 
 def magnet() -> HNetConfig:
     """MAGNET (arXiv 2407.08818): DTP with a predictor and a prior for each script."""
     base = replace(dtp_gumbel(), route_groups=(("Latin",), ("Cyrillic",), INDIC))
     ratios = (5.0, 5.0, 10.0, 12.5)  # the first is of all other scripts
-    return with_chunking(base, routes=4, route_target_ratios=ratios, aux_average="routes")
+    return with_chunking(
+        base, routes=4, route_target_ratios=ratios, losses=(Binomial.Config(average="routes"),)
+    )
 
 
 def flexitokens() -> HNetConfig:
     """FlexiTokens (arXiv 2507.12720): one predictor, a hinge with an upper rate for each script."""
     rates = (0.333, 0.333, 0.17, 0.127)  # of English, Russian and Ukrainian, Hindi and Telugu
     return with_chunking(
-        magnet(), routed_parameters=False, aux_loss="hinge", aux_average="positions",
+        magnet(), routed_parameters=False, losses=("hinge",),
         route_target_ratios=tuple(1 / rate for rate in rates),
     )  # fmt: skip
 

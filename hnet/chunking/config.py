@@ -1,95 +1,108 @@
-"""How one stage cuts: router, alignment, pool, dechunk, residual, rate loss, routes."""
+"""How one stage chunks: its parts, what a boundary means, rates and routes."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-Alignment = Literal["start", "end"]
+from hnet.chunking.boundaries import Alignment
+from hnet.chunking.dechunks.ema import EMA
+from hnet.chunking.losses.ratio import Ratio
+from hnet.chunking.part import DechunkConfig, LossConfig, PoolConfig, PredictorConfig
+from hnet.chunking.pools.select import Select
+from hnet.chunking.predictors.cosine import Cosine
+from hnet.chunking.table import DECHUNKS, LOSSES, POOLS, PREDICTORS
+from hnet.parts import Part, Settings, Table
 
 
 @dataclass(frozen=True)
 class ChunkingConfig:
-    """How one stage cuts its sequence (unused in the innermost stage). Defaults: official H-Net.
+    """How one stage chunks its positions (unused in the innermost stage). Defaults: official H-Net.
 
     A boundary at t is known from positions <= t. Alignment says what it means:
 
     * start: a chunk starts AT t, and the main network runs on its first position. Position t reads
       slot cumsum(b)_t - 1. The first position of a segment is always a boundary.
-    * end: a chunk ENDS at t, and the main network runs on its last position. Slots of a segment are
-      [null, chunk 0, chunk 1, ...]; position t reads slot cumsum(b)_t, which is the last chunk that
-      is complete, so that the unfinished one is never read.
+    * end: a chunk ENDS at t, and the main network runs on its last position. With null "learned"
+      the slots of a segment are [null chunk, chunk 0, chunk 1, ...], and position t reads slot
+      cumsum(b)_t, the last chunk that is complete. With null "first" there is no null chunk: the
+      first position of a segment is a chunk of its own, and slots are counted as with start.
+
+    A part may be given as its settings, as its class, or by its name.
     """
 
     target_ratio: float = 6.0
-    """N: positions of this stage a chunk should hold on average; the stride of the fixed router"""
-    router: Literal["cosine", "mlp", "spacelike", "whitespace", "fixed", "given"] = "cosine"
-    """cosine of neighbours; relaxed Bernoulli of an MLP; a rule of bytes; a stride; handed in"""
+    """N: mean number of positions of this stage per chunk; the stride of predictor "fixed\""""
+    predictor: PredictorConfig = Cosine.Config()
+    """boundary predictor"""
     alignment: Alignment = "start"
     """whether a boundary starts a chunk or ends one"""
-    pool: Literal["select", "mean"] = "select"
-    """the state at the boundary, or the mean over the chunk that ends there"""
-    dechunk: Literal["ema", "repeat", "scatter"] = "ema"
-    """smoothing with confidence; plain repeat; added at the boundary positions alone (SpaceByte)"""
-    residual: Literal["linear", "add"] = "linear"
-    """how encoder states pass the main network by: zero-initialised projection, or as they are"""
-    aux_loss: Literal["ratio", "binomial", "hinge", "bce", "none"] = "ratio"
-    """what holds the rate of boundaries"""
-    aux_loss_weight: float = 0.03
-    """alpha"""
+    null: Literal["learned", "first"] = "learned"
+    """alignment end: what positions read before the first chunk of their document is complete: a
+    learned vector, or the document's first position, which is then a chunk of its own"""
+    pool: PoolConfig = Select.Config()
+    """what makes a chunk's vector from the states of its positions"""
+    dechunk: DechunkConfig = EMA.Config()
+    """what gives positions the main network's output"""
+    residual: Literal["linear", "add", "none"] = "linear"
+    """how encoder states pass by the main network: zero-initialised projection, as they are, or
+    not at all"""
+    encoder_scope: Literal["document", "chunk"] = "document"
+    """what an encoder position sees of the past: its document, or only its chunk; chunk needs a
+    predictor that does not read encoder states"""
+    decoder_scope: Literal["document", "chunk"] = "document"
+    """what a decoder position sees of the past: its document, or only positions that read the same
+    chunk"""
+    losses: tuple[LossConfig, ...] = (Ratio.Config(),)
+    """losses of this stage beside cross-entropy, each with its weight"""
     hold_rate: bool = False
     """hold the rate of each route at 1/N while training, by an offset on the logit of p that is
     part of the model (`hnet.chunking.controller`)"""
 
-    sample: Literal["relaxed", "threshold"] = "relaxed"
-    """mlp: straight-through relaxed Bernoulli, with noise where the model is given a key; or
-    p > 0.5 without any gradient through b (predictors that are trained by labels)"""
-    temperature: float = 0.5
-    """mlp: of the relaxed Bernoulli"""
-    mlp_width: int = 0
-    """mlp: hidden width; 0 = 4 * d_model"""
-    reference_noise_at_evaluation: bool = False
-    """mlp: draw noise without a key too, as the dynamic-pooling code does (its paper rounds)"""
-
-    hinge_band: float = 0.2
-    """hinge: share of the rate 1/N by which it may fall below without a penalty"""
-    labels: Literal["entropy", "given"] = "entropy"
-    """bce: spikes of the model's own next-byte entropy, or labels handed to the loss"""
-    reference_double_sigmoid: bool = False
-    """bce: take the sigmoid of p itself, as the dynamic-pooling code does by mistake"""
-
     routes: int = 1
-    """routes (groups of scripts) that this stage tells apart"""
+    """number of routes (script groups) that this stage tells apart"""
     routed_parameters: bool = True
-    """a router for each route; False: one router, targets and statistics for each route"""
+    """a predictor for each route; False: one predictor, targets and statistics for each route"""
     route_target_ratios: tuple[float, ...] = ()
     """N of each route; empty = target_ratio for all"""
-    aux_average: Literal["positions", "routes"] = "positions"
-    """weight of a route in the rate loss: by its positions, or equal for all that are present"""
+
+    def __post_init__(self):
+        for field, table in (("predictor", PREDICTORS), ("pool", POOLS), ("dechunk", DECHUNKS)):
+            object.__setattr__(self, field, settings_of(getattr(self, field), table))
+        losses = tuple(settings_of(loss, LOSSES) for loss in self.losses)
+        object.__setattr__(self, "losses", losses)
+
+    @property
+    def parts(self) -> dict[str, Settings]:
+        """The settings of all parts by their dotted field."""
+        losses = {f"losses.{i}": loss for i, loss in enumerate(self.losses)}
+        named = {name: getattr(self, name) for name in ("predictor", "pool", "dechunk")}
+        return named | losses
 
     @property
     def is_official(self) -> bool:
         """Whether the official model computes the same function; losses are another matter."""
-        fields = ("router", "alignment", "pool", "dechunk", "residual", "num_predictors",
-                  "hold_rate")  # fmt: skip
-        return all(getattr(self, f) == getattr(ChunkingConfig(), f) for f in fields)
+        return not self.unofficial_fields
+
+    @property
+    def unofficial_fields(self) -> dict[str, tuple[Any, Any]]:
+        """Fields that change the function: name -> (value here, value of the official model)."""
+        fields = ("predictor", "alignment", "pool", "dechunk", "residual", "encoder_scope",
+                  "decoder_scope", "num_predictors", "hold_rate")  # fmt: skip
+        pairs = {f: (getattr(self, f), getattr(ChunkingConfig(), f)) for f in fields}
+        return {f: (_plain(a), _plain(b)) for f, (a, b) in pairs.items() if a != b}
 
     @property
     def has_null(self) -> bool:
         """Whether a segment's first slot is a learned one that no position feeds."""
-        return self.alignment == "end"
+        return self.alignment == "end" and self.null == "learned"
 
     @property
     def reads_bytes(self) -> bool:
         """Whether the boundaries are a function of the bytes, or handed in for bytes."""
-        return self.router in ("spacelike", "whitespace", "given")
-
-    @property
-    def aux_loss_is_by_row(self) -> bool:
-        """Whether the rate loss is a mean over rows of their own rates."""
-        return self.aux_loss in ("binomial", "hinge")
+        return self.predictor.part.reads_bytes
 
     @property
     def num_predictors(self) -> int:
-        """Routers with parameters of their own, stacked along a leading axis if more than one."""
+        """Predictors with parameters of their own; several are stacked along a leading axis."""
         return self.routes if self.routed_parameters else 1
 
     @property
@@ -97,63 +110,95 @@ class ChunkingConfig:
         """N of each route."""
         return self.route_target_ratios or (self.target_ratio,) * self.routes
 
+    @property
+    def slots_per_chunk(self) -> int:
+        """k: positions of the main network per chunk."""
+        return self.pool.part.slots_per_chunk
+
+    @property
+    def loss_by_row(self) -> str | None:
+        """Name of a loss that is a mean over rows of their own rates, if there is one."""
+        return next((loss.name for loss in self.losses if loss.part.is_by_row), None)
+
     def max_slots(self, length: int) -> int:
         """Slots that hold every set of boundaries of a row of `length` positions.
 
-        With alignment end each segment has a null slot beside those of its boundaries, so a row of
-        segments of one position needs two a position.
+        With a null chunk each segment has a slot beside those of its boundaries, so a row of
+        segments of one position needs two per position.
         """
         return length * (2 if self.has_null else 1)
+
+    def without_numbers(self) -> "ChunkingConfig":
+        """What a compiled program depends on: without the numbers that it takes as inputs."""
+        target = {}
+        if not self.predictor.part.target_is_static:
+            target = {"target_ratio": ChunkingConfig.target_ratio, "route_target_ratios": ()}
+        return replace(
+            self,
+            predictor=self.predictor.without_numbers(),
+            pool=self.pool.without_numbers(),
+            dechunk=self.dechunk.without_numbers(),
+            losses=tuple(loss.without_numbers() for loss in self.losses),
+            **target,
+        )
 
     def problem(self, *, stage_idx: int, route_groups: int) -> str | None:
         """One line, "field=value: remedy", on what cannot work, or None.
 
         route_groups: groups of scripts that the model names (0 = none named).
         """
-        return self._pairing_problem(stage_idx) or self._number_problem(route_groups)
+        return (
+            self._part_problem(stage_idx)
+            or self._number_problem(route_groups)
+            or next((f"{at}.{p}" for at, part in self.parts.items() if (p := part.problem())), None)
+            or next((p for part in self.parts.values() if (p := part.problem_in(self))), None)
+        )
 
-    def _pairing_problem(self, stage_idx: int) -> str | None:
-        if self.pool == "mean" and self.alignment == "start":
+    def _part_problem(self, stage_idx: int) -> str | None:
+        predictor, pool = self.predictor.part, self.pool.part
+        if self.alignment not in pool.alignments:
             return (
-                "pool='mean' with alignment='start' shows a chunk its own future: use "
-                "alignment='end', or pool='select'"
+                f"pool={self.pool.name!r} with alignment={self.alignment!r} shows a chunk its own "
+                "future: use alignment='end', or pool='select'"
             )
-        if self.router == "cosine" and self.alignment == "end":
+        if self.alignment not in predictor.alignments:
             return (
-                "router='cosine' with alignment='end': its boundary lies before the position that "
-                "shows it, so it starts a chunk: use alignment='start', or router='mlp'"
+                f"predictor={self.predictor.name!r} with alignment={self.alignment!r}: its "
+                "boundary lies before the position that shows it, so it starts a chunk: use "
+                "alignment='start', or predictor='mlp'"
             )
-        if self.reads_bytes and stage_idx:
+        if predictor.reads_bytes and stage_idx:
             return (
-                f"router={self.router!r} in stage {stage_idx}, whose positions are chunks, not "
-                "bytes: use it in stage 0, or router='fixed' here"
+                f"predictor={self.predictor.name!r} in stage {stage_idx}, whose positions are "
+                "chunks, not bytes: use it in stage 0, or predictor='fixed' here"
             )
-        if self.aux_loss == "bce" and self.router not in ("mlp", "cosine"):
-            return f"aux_loss='bce' has nothing to train in router={self.router!r}: use 'none'"
-        if self.hold_rate and (self.router not in ("mlp", "cosine") or self.aux_loss == "bce"):
+        if self.encoder_scope == "chunk" and predictor.reads_states:
             return (
-                f"hold_rate=True with router={self.router!r} and aux_loss={self.aux_loss!r}: rules "
-                "and labels say themselves how often they cut, set it to False"
+                f"encoder_scope='chunk' with predictor={self.predictor.name!r}, which reads the "
+                "encoder's states: use encoder_scope='document', or a rule such as 'fixed'"
             )
-        if self.aux_loss == "bce" and stage_idx:
-            return f"aux_loss='bce' in stage {stage_idx}: labels are for bytes, use it in stage 0"
+        labels = next((loss.name for loss in self.losses if loss.part.trains_labels), None)
+        if labels and not predictor.is_learned:
+            return (
+                f"losses={labels!r} has nothing to train in predictor={self.predictor.name!r}: "
+                "leave it out"
+            )
+        if labels and stage_idx:
+            return (
+                f"losses={labels!r} in stage {stage_idx}: labels are for bytes, use it in stage 0"
+            )
+        if self.hold_rate and (labels or not predictor.is_learned):
+            return (
+                f"hold_rate=True with predictor={self.predictor.name!r} and losses="
+                f"{[loss.name for loss in self.losses]}: rules and labels set the rate themselves, "
+                "set it to False"
+            )
         return None
 
     def _number_problem(self, route_groups: int) -> str | None:
         if min(self.target_ratios) <= 1:
             name = "route_target_ratios" if self.route_target_ratios else "target_ratio"
-            return f"{name}={getattr(self, name)}: use more than 1 position a chunk"
-        if self.router == "fixed" and self.target_ratio != int(self.target_ratio):
-            stride = self.target_ratio
-            return f"target_ratio={stride} is the stride of router='fixed': use a whole number"
-        if not self.temperature > 0:
-            return f"temperature={self.temperature}: use a number above 0"
-        if self.mlp_width < 0:
-            return f"mlp_width={self.mlp_width}: use 1 or more, or 0 for 4 * d_model"
-        if not 0 <= self.hinge_band < 1:
-            return f"hinge_band={self.hinge_band}: use a share from 0 to below 1"
-        if self.aux_loss_weight < 0:
-            return f"aux_loss_weight={self.aux_loss_weight}: use 0 or more"
+            return f"{name}={getattr(self, name)}: use more than 1 position per chunk"
         if self.routes < 1:
             return f"routes={self.routes}: use 1 or more"
         if self.route_target_ratios and len(self.route_target_ratios) != self.routes:
@@ -167,3 +212,18 @@ class ChunkingConfig:
                 f"default: use {route_groups + 1}, or 1"
             )
         return None
+
+
+def settings_of(part: Any, table: Table) -> Settings:
+    """The settings of a part that is given as them, as its class, or by its name."""
+    if isinstance(part, Settings):
+        return part
+    if isinstance(part, str):
+        part = table.find(part)
+    if isinstance(part, type) and issubclass(part, Part):
+        return part.Config()
+    raise TypeError(f"{table.kind} {part!r}: give its settings, its class or its name")
+
+
+def _plain(value: Any) -> Any:
+    return value.name if isinstance(value, Settings) else value

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hnet.chunking.router import RouterOutput
+from hnet.chunking.boundaries import Boundaries
 
 LIMIT = 8.0  # of an offset, so that a rate which cannot move winds up no further
 MIN_CHUNKS = 30  # of a route for its quantile to be surer than what the controller held
@@ -29,17 +29,22 @@ def hold_rates(
     params: Any,
     chunks_SR: jax.Array,
     count_SR: jax.Array,
-    target_ratio_SR: jax.Array,
+    target_ratio_SR: Sequence[jax.Array],
     gain: jax.Array | float,
 ) -> Any:
     """`params` of the model with every `boundary_offset` moved towards its target rate.
 
     chunks_SR: boundaries of each stage and route in the step; count_SR: positions there, where 0
-    leaves the offset as it is; target_ratio_SR: N. The error is N F - 1, F = chunks / count, cut to
-    [-1, 1]. A route with less than its equal share of the stage's positions counts by that: a few
-    positions say little, and steps that do not depend on their number would hold the mean of the
-    batches' rates, which is not the rate of all batches together.
+    leaves the offset as it is; target_ratio_SR: N of each stage (R,). The error is N F - 1, where
+    F = chunks / count, clipped to [-1, 1]. A route with less than its equal share of the stage's
+    positions moves by less, in proportion: a few positions say little, and steps that do not depend
+    on their number would hold the mean of the batches' rates, which is not the rate of all batches
+    together.
     """
+    spare = chunks_SR.shape[1]
+    target_ratio_SR = jnp.stack(
+        [jnp.pad(N_R, (0, spare - len(N_R)), constant_values=1) for N_R in target_ratio_SR]
+    )
     rate_SR = chunks_SR / jnp.maximum(count_SR, 1.0)
     error_SR = jnp.clip(target_ratio_SR * rate_SR - 1, -1.0, 1.0)
     present_S1 = jnp.sum(count_SR > 0, axis=1, dtype=jnp.float32, keepdims=True)
@@ -64,7 +69,7 @@ def map_offsets(function: Callable[[int, Any], Any], params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(replaced, params)
 
 
-def free_logits(params: Any, routes: Sequence[RouterOutput]) -> dict[int, tuple[jax.Array, ...]]:
+def free_logits(params: Any, routes: Sequence[Boundaries]) -> dict[int, tuple[jax.Array, ...]]:
     """(logit of p without the offset, route) of each position, by stage with an offset.
 
     Float32 and int32 (B, L) of that stage. The logit is NaN on padding, and infinite where a

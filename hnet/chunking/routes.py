@@ -134,22 +134,22 @@ _for_each_block.defvjp(_for_each_block_fwd, _for_each_block_bwd)
 
 
 def apply_routed(
-    router: nnx.Module, num_routes: int, route_ids_BL: jax.Array | None, *inputs_BLD: jax.Array
+    module: nnx.Module, num_routes: int, route_ids_BL: jax.Array | None, *inputs_BLD: jax.Array
 ) -> jax.Array:
-    """`router(*inputs)` (B, L), each position with the parameters of its route.
+    """`module.score(*inputs)` (B, L), each position with the parameters of its route.
 
-    router: maps (..., D) inputs to (...); stacked by `stack_routes`. Each device of the mesh packs
-    its own rows, so nothing but the parameters' gradients moves between them. One route is a plain
-    call.
+    module: `score` maps (..., D) inputs to (...); stacked by `stack_routes`. Each device of the
+    mesh packs its own rows, so only the parameters' gradients move between them. One route is a
+    plain call.
     """
     if num_routes == 1:
-        return router(*inputs_BLD)
-    graph, params = nnx.split(router)
+        return module.score(*inputs_BLD)
+    graph, params = nnx.split(module)
     leaves, tree = jax.tree.flatten(params)
     num_inputs = len(inputs_BLD)
 
     def run(own_params, inputs_TD):
-        return nnx.merge(graph, own_params)(*inputs_TD)
+        return nnx.merge(graph, own_params).score(*inputs_TD)
 
     def own_rows(route_ids_BL, *arrays):
         inputs_BLD, leaves = arrays[:num_inputs], arrays[num_inputs:]

@@ -17,7 +17,7 @@ from hnet.infer.prompts import pad
 from hnet.infer.sampling import Controls, Sampling, sample
 from hnet.model import HNetLM, split
 
-PATIENCE = 0.7  # a row at a boundary waits until 7 of 10 are at one; measured best on a CPU
+WAIT_SHARE = 0.7  # a row at a boundary waits until 7 of 10 are at one; measured best on a CPU
 
 
 class Decoding(NamedTuple):
@@ -54,18 +54,18 @@ class Outputs(NamedTuple):
 
 @partial(jax.jit, static_argnames=("static", "max_lens"))
 def _prefill(params, input_ids_BL, lengths_B, route_ids_BL, *, static, max_lens):
-    logits_BV, routes, cache = stream.prefill(
+    logits_BV, records, cache = stream.prefill(
         nnx.merge(static.graph, params),
         input_ids_BL,
         lengths_B,
         max_lens,
         route_ids_BL=route_ids_BL,
     )
-    return logits_BV, [route.boundary_mask_BL for route in routes], cache
+    return logits_BV, [record.boundary_mask_BL for record in records], cache
 
 
 @partial(jax.jit, static_argnames=("static", "num_ticks"), donate_argnames="state")
-def _run(params, state, controls, seed_B, route_of, patience, *, static, num_ticks):
+def _run(params, state, controls, seed_B, route_of, wait_share, *, static, num_ticks):
     model = nnx.merge(static.graph, params)
 
     def wants_B(state: Decoding):
@@ -86,7 +86,7 @@ def _run(params, state, controls, seed_B, route_of, patience, *, static, num_tic
         script_state_B, script_B = script_step(state.script_state_B, byte_B)
         route_B = update(active_B, route_of[script_B], state.route_B)
         logits_BV, boundaries, done_B, cache = stream.advance(
-            model, state.cache, byte_B, active_B, route_ids_B=route_B, patience=patience
+            model, state.cache, byte_B, active_B, route_ids_B=route_B, wait_share=wait_share
         )
         recent_BW = jnp.concatenate([state.recent_BW[:, 1:], byte_B[:, None]], axis=1)
         new = Decoding(
@@ -134,14 +134,15 @@ class _Static:
 class Decoder:
     """A model and its compiled programs; one for each shape of batch, prompt and room."""
 
-    def __init__(self, model: HNetLM, patience: float = PATIENCE):
-        """patience: see `hnet.infer.stream.advance`; 0 keeps all rows in step. Raises ConfigError
+    def __init__(self, model: HNetLM, wait_share: float = WAIT_SHARE):
+        """wait_share: see `hnet.infer.stream.advance`; 0 keeps all rows in step. Raises ConfigError
         for a model that cannot continue a text."""
-        self.config, self.patience = model.config, patience
-        if model.config.num_chunked and model.config.stages[0].chunking.router == "given":
+        self.config, self.wait_share = model.config, wait_share
+        chunkings = [stage.chunking for stage in model.config.stages[:-1]]
+        if chunkings and chunkings[0].predictor.name == "external":
             raise ConfigError(
-                "model.stages.0.chunking.router='given' cuts where it is told, which nobody can "
-                "for a text that is yet to come: use a model with another router"
+                "model.stages.0.chunking.predictor='external' is told its boundaries, which are "
+                "not known for a text that is yet to come: use a model with another predictor"
             )
         graph, self.params = split(model)
         self.static = _Static(graph)
@@ -179,7 +180,7 @@ class Decoder:
             np.zeros(B, np.int32), np.ones(B, bool), np.ones(B, bool),
         )  # fmt: skip
         state = Decoding(cache, logits_BV, *map(jnp.asarray, rest))
-        return state, stream.byte_boundaries(self.config, jax.device_get(masks), ids_BL.shape)
+        return state, stream.boundaries_at_bytes(self.config, jax.device_get(masks), ids_BL.shape)
 
     def run(
         self, state: Decoding, controls: Controls, seed_B: jax.Array, num_ticks: int
@@ -190,5 +191,5 @@ class Decoder:
         """
         return _run(
             self.params, state, controls, seed_B, jnp.asarray(self.route_of),
-            jnp.float32(self.patience), static=self.static, num_ticks=num_ticks,
+            jnp.float32(self.wait_share), static=self.static, num_ticks=num_ticks,
         )  # fmt: skip

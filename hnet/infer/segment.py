@@ -18,8 +18,9 @@ ROWS = 32  # texts cut in one go
 
 def route_texts(params: Any, input_ids_BL, segment_ids_BL, route_ids_BL, *, graph: nnx.GraphDef):
     """(boundary mask, boundary probability) of each stage, outermost first."""
-    _, routes = nnx.merge(graph, params)(input_ids_BL, segment_ids_BL, route_ids_BL=route_ids_BL)
-    return [(r.boundary_mask_BL, r.boundary_prob_BL) for r in routes]
+    model = nnx.merge(graph, params)
+    _, records = model(input_ids_BL, segment_ids_BL, route_ids_BL=route_ids_BL)
+    return [(r.boundary_mask_BL, r.boundary_prob_BL) for r in records]
 
 
 def segmenter(

@@ -14,26 +14,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hnet.chunking.router import RouterOutput
+from hnet.chunking.boundaries import Boundaries
 from hnet.config import HNetConfig
 from hnet.errors import ConfigError
-from hnet.infer.compact import FRACTIONS
-from hnet.infer.stage_cache import StageCache, prefill_stage
-from hnet.infer.stage_step import Pace, step_stage, window_segments
 from hnet.model import HNetLM
+from hnet.nn.active_rows import FRACTIONS
 from hnet.nn.cache import last_positions
+from hnet.stage import Pace, StageCache
 
 
 class ModelCache(NamedTuple):
     """What the model remembers of B rows."""
 
-    last_byte_B: jax.Array
-    """the byte before the next; rules compare the two"""
     stage: StageCache
 
 
-class Boundaries(NamedTuple):
-    """What the routers made of one byte, for each stage that cuts, outermost first."""
+class ByteBoundaries(NamedTuple):
+    """What each stage that chunks decided at one byte, outermost first."""
 
     mask_BS: jax.Array
     """whether there is a boundary"""
@@ -45,7 +42,8 @@ def full_lens(config: HNetConfig, num_bytes: int) -> tuple[int, ...]:
     """`max_lens` with room for any boundaries in texts of `num_bytes`."""
     lens = [num_bytes]
     for stage in config.stages[:-1]:
-        lens.append(lens[-1] + stage.chunking.has_null)
+        slots = lens[-1] + stage.chunking.has_null
+        lens.append(slots * stage.chunking.slots_per_chunk)
     return tuple(lens)
 
 
@@ -57,31 +55,27 @@ def prefill(
     *,
     route_ids_BL: jax.Array | None = None,
     boundaries_BL: jax.Array | None = None,
-) -> tuple[jax.Array, list[RouterOutput], ModelCache]:
+) -> tuple[jax.Array, list[Boundaries], ModelCache]:
     """Read prompts of different lengths, padded on the right; a length may be 0.
 
     max_lens: positions of each stage that the cache has room for, the outermost in bytes; see
     `full_lens`. A smaller one clips as a capacity of the forward pass does. route_ids_BL,
     boundaries_BL: as in `HNetLM`. Returns the logits after each row's last byte (zeros, that is no
-    opinion, for an empty row), what the routers decided, and the cache. Raises ConfigError for a
-    router that draws noise.
+    opinion, for an empty row), what the stages decided, and the cache. Raises ConfigError for a
+    predictor that cannot be continued.
     """
-    if any(s.chunking.reference_noise_at_evaluation for s in model.config.stages[:-1]):
-        raise ConfigError(
-            "chunking.reference_noise_at_evaluation=True redraws the boundaries of a text each "
-            "time it is read, so nothing can be continued: set it to False"
-        )
+    for stage in model.config.stages[:-1]:
+        if problem := stage.chunking.predictor.streaming_problem():
+            raise ConfigError(f"chunking.predictor.{problem}")
     position_L = jnp.arange(input_ids_BL.shape[1], dtype=jnp.int32)
     segment_ids_BL = (position_L[None, :] < lengths_B[:, None]).astype(jnp.int32)
-    x_BLD, routes, stage = prefill_stage(
-        model.backbone, model.embeddings(input_ids_BL), segment_ids_BL, lengths_B, max_lens,
-        route_ids_BL=model.checked_routes(route_ids_BL),
-        boundaries_BL=model.boundaries(input_ids_BL, segment_ids_BL, boundaries_BL),
-    )  # fmt: skip
+    context = model.context(input_ids_BL, segment_ids_BL, route_ids_BL, boundaries_BL)
+    x_BLD, boundaries, stage = model.backbone.prefill(
+        model.embeddings(input_ids_BL), context, lengths_B, max_lens
+    )
     logits_B1V = model.logits(last_positions(x_BLD, lengths_B, 1))
     logits_BV = jnp.where((lengths_B > 0)[:, None], logits_B1V[:, 0], 0.0)
-    last_byte_B = last_positions(input_ids_BL, lengths_B, 1)[:, 0]
-    return logits_BV, routes, ModelCache(last_byte_B, stage)
+    return logits_BV, boundaries, ModelCache(stage)
 
 
 def step(
@@ -93,7 +87,7 @@ def step(
     route_ids_B: jax.Array | None = None,
     boundary_B: jax.Array | None = None,
     fractions: tuple[float, ...] = FRACTIONS,
-) -> tuple[jax.Array, Boundaries, ModelCache]:
+) -> tuple[jax.Array, ByteBoundaries, ModelCache]:
     """Feed one byte to every row: (logits (B, V), boundaries, cache).
 
     Rows that are not `active_B` stay as they are; their logits mean nothing. route_ids_B,
@@ -104,7 +98,7 @@ def step(
         active_B = jnp.ones(byte_B.shape, bool)
     logits_BV, boundaries, _, cache = advance(
         model, cache, byte_B, active_B,
-        route_ids_B=route_ids_B, boundary_B=boundary_B, fractions=fractions, patience=0.0,
+        route_ids_B=route_ids_B, boundary_B=boundary_B, fractions=fractions, wait_share=0.0,
     )  # fmt: skip
     return logits_BV, boundaries, cache
 
@@ -118,38 +112,33 @@ def advance(
     route_ids_B: jax.Array | None = None,
     boundary_B: jax.Array | None = None,
     fractions: tuple[float, ...] = FRACTIONS,
-    patience: float | jax.Array,
-) -> tuple[jax.Array, Boundaries, jax.Array, ModelCache]:
+    wait_share: float | jax.Array,
+) -> tuple[jax.Array, ByteBoundaries, jax.Array, ModelCache]:
     """`step` for rows that need not keep pace: (logits (B, V), boundaries, done_B, cache).
 
-    A row at a boundary waits until a share `patience` of the rows that have not gone on
+    A row at a boundary waits until a share `wait_share` of the rows that have not gone on
     into the main network wait there too; with 0 none waits. The logits and boundaries are those of
     rows that are done with their byte. The others must be given the same byte and route again
     without being active, until they are done. What a row gets does not depend on when it gets it,
-    and whatever the patience, some row gets on.
+    and whatever the share, some row gets on.
     """
-    position_B = cache.stage.position_B
-    window_B2 = jnp.stack([cache.last_byte_B, byte_B], axis=1)
-    given_B2 = None if boundary_B is None else jnp.stack([boundary_B, boundary_B], axis=1)
-    given_B2 = model.boundaries(window_B2, window_segments(position_B), given_B2)
+    context = model.context(byte_B, jnp.ones_like(byte_B), route_ids_B, boundary_B)
     at_work_B = active_B
     if (waiting := cache.stage.waiting) is not None:
         at_work_B = active_B | waiting.fresh_B | waiting.inside_B
-    pace = Pace(fractions, patience, jnp.sum(at_work_B, dtype=jnp.int32))
-    x_BD, done_B, boundaries, stage = step_stage(
-        model.backbone, model.embeddings(byte_B), active_B, cache.stage, pace,
-        is_outermost=True,
-        route_ids_B=model.checked_routes(route_ids_B),
-        boundary_B=None if given_B2 is None else given_B2[:, 1],
-    )  # fmt: skip
+    pace = Pace(fractions, wait_share, jnp.sum(at_work_B, dtype=jnp.int32))
+    x_BD, done_B, boundaries, stage = model.backbone.step(
+        model.embeddings(byte_B), active_B, cache.stage, pace, context, is_outermost=True
+    )
     none = (jnp.zeros((len(byte_B), 0), bool), jnp.zeros((len(byte_B), 0)))
-    boundaries = Boundaries(*(jnp.stack(a, 1) for a in zip(*boundaries)) if boundaries else none)
-    last_byte_B = jnp.where(active_B, byte_B, cache.last_byte_B)
+    boundaries = ByteBoundaries(
+        *(jnp.stack(a, 1) for a in zip(*boundaries)) if boundaries else none
+    )
     logits_BV = model.logits(x_BD[:, None])[:, 0]
-    return logits_BV, boundaries, done_B, ModelCache(last_byte_B, stage)
+    return logits_BV, boundaries, done_B, ModelCache(stage)
 
 
-def byte_boundaries(
+def boundaries_at_bytes(
     config: HNetConfig, masks: list[np.ndarray], shape: tuple[int, int]
 ) -> np.ndarray:
     """Masks over each stage's own positions (B, L_s) -> whether each byte has a boundary of it.

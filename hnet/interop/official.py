@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hnet.chunking.config import ChunkingConfig
 from hnet.config import HNetConfig
 from hnet.errors import ConfigError
 from hnet.model import HNetLM
@@ -26,8 +25,6 @@ _RENAMED = {
     "conv1d_bias": "conv1d.bias",
 }
 HEAD, EMBEDDING = "lm_head.weight", "embeddings.weight"
-# Fields of ChunkingConfig that the official JSON cannot express and that change the network.
-_STRUCTURE = ("router", "alignment", "pool", "dechunk", "residual", "num_predictors", "hold_rate")
 
 
 class Mismatch(ConfigError):
@@ -60,14 +57,12 @@ def check_official(config: HNetConfig) -> None:
     """Raise ConfigError if the official code has no network like this one."""
     if problem := config.unofficial_layers():
         raise ConfigError(f"{problem}: keep this model in its work directory")
-    official = ChunkingConfig()
     for s, stage in enumerate(config.stages[: config.num_chunked]):
-        for name in _STRUCTURE:
-            if (value := getattr(stage.chunking, name)) != getattr(official, name):
-                raise ConfigError(
-                    f"model.stages.{s}.chunking.{name}={value!r} has no official form, which is "
-                    f"{getattr(official, name)!r}: keep this model in its work directory"
-                )
+        for name, (own, official) in stage.chunking.unofficial_fields.items():
+            raise ConfigError(
+                f"model.stages.{s}.chunking.{name}={own!r} has no official form, which is "
+                f"{official!r}: keep this model in its work directory"
+            )
 
 
 def check_runs(config: HNetConfig) -> None:

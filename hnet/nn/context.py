@@ -30,12 +30,14 @@ class Context(NamedTuple):
     """positions for rotary, int32; default: the index within the segment"""
     key_bias_BL: jax.Array | None = None
     """float32 added to the attention score of each key"""
-    script_group_BL: jax.Array | None = None
-    """script group of each position, int32"""
+    route_ids_BL: jax.Array | None = None
+    """route (script group) of each position, int32; None if routes are not told apart"""
     bytes_BL: jax.Array | None = None
     """byte values, int32"""
     levels_BL: jax.Array | None = None
     """boundary level of each position, for rules that cut several stages"""
+    external_boundary_BL: jax.Array | None = None
+    """boundaries that were handed in, bool"""
     memory: Memory | None = None
     """what cross-attention layers read"""
 

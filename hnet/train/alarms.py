@@ -42,7 +42,7 @@ class BoundaryAlarms:
             return f"{_CAUSE[name]}: it is held from step {self.hold_from + 1} on"
         if self.is_held[stage]:
             return f"{_CAUSE[name]}: raise controller.hold_frac or controller.gain"
-        return f"{_CAUSE[name]}: raise the stage's chunking.aux_loss_weight, or use hold_rate"
+        return f"{_CAUSE[name]}: raise the weight of the stage's chunking.losses, or use hold_rate"
 
 
 _CAUSE = {

@@ -41,8 +41,8 @@ class Ladder:
     ) -> "Ladder":
         full, length = [], packed_rows * seq_len
         for stage in model.stages[:-1]:
-            length = stage.chunking.max_slots(length)
-            full.append(length)
+            full.append(stage.chunking.max_slots(length))
+            length = full[-1] * stage.chunking.slots_per_chunk
         return cls(tuple(full), tuple(full), packed_rows, stride if packed_rows > 1 else 1)
 
     def observe(self, max_slots: tuple[int, ...]) -> "Ladder":

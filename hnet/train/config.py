@@ -6,6 +6,7 @@ It is read before anything heavy is imported, so this module needs neither JAX n
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from hnet.chunking.upgrade import in_parts
 from hnet.config import HNetConfig, lr_multipliers
 from hnet.data.config import DataConfig
 from hnet.data.scripts import route_table
@@ -266,26 +267,18 @@ class Config:
                 "controller.fit_default=True, but no stage has a router for each route and holds "
                 "their rates: set chunking.routes and hold_rate of one, or use False"
             )
-        for i, stage in enumerate(self.model.stages[:-1]):
-            for field in ("router", "labels"):
-                if getattr(stage.chunking, field) == "given" and (
-                    field == "router" or stage.chunking.aux_loss == "bce"
-                ):
-                    raise ConfigError(
-                        f"model.stages.{i}.chunking.{field}='given', but no input of a run brings "
-                        f"boundaries: use another {field}, or train with a step of your own"
-                    )
-        by_row = [
-            i
-            for i, stage in enumerate(self.model.stages[1:-1], 1)
-            if stage.chunking.aux_loss_is_by_row
-        ]
-        if by_row and self.train.packed_rows > 1:
-            raise ConfigError(
-                f"train.packed_rows={self.train.packed_rows}, but the rate loss of stage "
-                f"{by_row[0]} is taken row by row: use 1, or "
-                f"model.stages.{by_row[0]}.chunking.aux_loss='ratio'"
-            )
+        for i, cut in enumerate(cuts):
+            if problem := next(
+                (p for p in map(lambda part: part.training_problem(), cut.parts.values()) if p),
+                None,
+            ):
+                raise ConfigError(f"model.stages.{i}.chunking: {problem}")
+            if i and self.train.packed_rows > 1 and cut.loss_by_row:
+                raise ConfigError(
+                    f"train.packed_rows={self.train.packed_rows}, but the loss "
+                    f"{cut.loss_by_row!r} of stage {i} is taken row by row: use 1, or "
+                    f"model.stages.{i}.chunking.losses ratio"
+                )
 
 
 # Fields of earlier versions that are read and left out: one that says what the mesh says, and one
@@ -310,4 +303,9 @@ def _up_to_date(content: Any) -> Any:
             node = node.get(name) if isinstance(node, dict) else None
         if isinstance(node, dict) and last in node and node[last] in values:
             node.pop(last)
+    model = content.get("model") if isinstance(content, dict) else None
+    for stage in model.get("stages", ()) if isinstance(model, dict) else ():
+        chunking = stage.get("chunking") if isinstance(stage, dict) else None
+        if isinstance(chunking, dict) and "router" in chunking:
+            stage["chunking"] = in_parts(chunking)
     return content

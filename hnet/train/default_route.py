@@ -17,7 +17,7 @@ import optax
 from flax import nnx
 
 from hnet.chunking.controller import LIMIT, map_offsets
-from hnet.chunking.rate import row_rate_error
+from hnet.chunking.rates import row_rate_error
 from hnet.data.pipeline import Batch
 from hnet.train.program import Program, on_mesh, put_whole_batch
 from hnet.train.sharding import replicated

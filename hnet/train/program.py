@@ -10,16 +10,15 @@ import jax
 import numpy as np
 from flax import nnx
 
-from hnet.chunking.config import ChunkingConfig
 from hnet.data import eval_batches
 from hnet.data.pipeline import Batch
 from hnet.data.tokens import read_vocabulary
 from hnet.errors import ConfigError
 from hnet.inspect.tags import without_folders
-from hnet.loss import LossWeights
 from hnet.model import abstract, init_params
 from hnet.nn.kernels.table import described, resolved, without
 from hnet.nn.parameters import describe
+from hnet.stage import Numbers
 from hnet.train.capacity import Ladder
 from hnet.train.config import Config
 from hnet.train.evaluate import Evaluation, evaluate
@@ -40,7 +39,7 @@ class Program:
 
     mesh: jax.sharding.Mesh
     shardings: Any
-    hparams: tuple[Hyperparams, LossWeights]
+    hparams: tuple[Hyperparams, Numbers]
     init: Callable[[], TrainState]
     step: Callable[..., tuple[TrainState, dict]]
     evaluate: Callable[..., dict]
@@ -131,9 +130,8 @@ def pure_functions(
     return make_state, step, partial(eval_step, graph=graph, packed_rows=packed_rows)
 
 
-def traced_numbers(config: Config) -> tuple[Hyperparams, LossWeights]:
+def traced_numbers(config: Config) -> tuple[Hyperparams, Numbers]:
     """The numbers of a run that its program takes as inputs, so that others compile nothing."""
-    stages = config.model.stages
     return (
         Hyperparams(
             learning_rate=np.float32(config.optim.learning_rate),
@@ -141,10 +139,7 @@ def traced_numbers(config: Config) -> tuple[Hyperparams, LossWeights]:
             multiplier_S=np.asarray(config.optim.multipliers(config.model), np.float32),
             controller_gain=np.float32(config.controller.gain),
         ),
-        LossWeights(
-            target_ratio_SR=np.asarray(config.model.target_ratios(), np.float32),
-            aux_weight_S=np.asarray([s.chunking.aux_loss_weight for s in stages[:-1]], np.float32),
-        ),
+        config.model.numbers(),
     )
 
 
@@ -155,13 +150,7 @@ def untraced(config: Config) -> Config:
     Target ratios are not where the stride or the first bias of a router is made of them. The work
     directory, which no program knows, is left out too.
     """
-    plain = ChunkingConfig()
-    stages = []
-    for stage in config.model.stages[:-1]:
-        cut = replace(stage.chunking, aux_loss_weight=plain.aux_loss_weight)
-        if cut.router not in ("fixed", "mlp"):
-            cut = replace(cut, target_ratio=plain.target_ratio, route_target_ratios=())
-        stages.append(replace(stage, chunking=cut))
+    stages = [replace(s, chunking=s.chunking.without_numbers()) for s in config.model.stages[:-1]]
     zero = {"learning_rate": 1.0, "weight_decay": 0.0, "lr_multipliers": "none"}
     return replace(
         config,

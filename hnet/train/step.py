@@ -9,20 +9,22 @@ import optax
 from flax import nnx
 
 from hnet.chunking.controller import free_logits, hold_rates
-from hnet.chunking.rate import counts_by_stage
+from hnet.chunking.rates import RateCounts, counts_by_stage
 from hnet.chunking.routes import keep_absent
 from hnet.config import HNetConfig
 from hnet.data import batch_hash
 from hnet.loss import (
-    LossWeights,
     Totals,
     add_sums,
     batch_metrics,
+    init_loss_states,
     next_byte_nll,
+    next_loss_states,
     total_loss,
     totals_of,
 )
 from hnet.nn.parameters import describe
+from hnet.stage import Numbers
 from hnet.train.config import OptimConfig
 from hnet.train.optim import Hyperparams, apply_update, direction, optimizer, schedule
 
@@ -41,17 +43,20 @@ class TrainState(NamedTuple):
     """of the noise that relaxed routers draw; each step folds its number in"""
     skipped: jax.Array
     """updates in a row that were left out because loss or gradient was not finite, int32"""
+    loss_states: tuple = ()
+    """what the losses of each stage remember from update to update"""
 
 
 def init_state(params: Any, key: jax.Array, model: HNetConfig, optim: OptimConfig) -> TrainState:
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, optimizer(optim).init(params), key, zero)
+    states = init_loss_states(model)
+    return TrainState(zero, params, optimizer(optim).init(params), key, zero, states)
 
 
 def train_step(
     state: TrainState,
     batch: Batch,
-    hparams: tuple[Hyperparams, LossWeights],
+    hparams: tuple[Hyperparams, Numbers],
     *,
     graph: nnx.GraphDef,
     model: HNetConfig,
@@ -69,23 +74,23 @@ def train_step(
     update and the same metrics (but for `max_slots`, the noise of relaxed routers, and which rows
     share slots).
     """
-    update_numbers, loss_weights = hparams
+    update_numbers, numbers = hparams
     key = jax.random.fold_in(state.key, state.step)
 
     def forward(params, rows, key):
         return nnx.merge(graph, params)(
             rows["input_ids"], rows["segment_ids"], capacities=capacities,
-            packed_rows=packed_rows, route_ids_BL=rows.get("route_ids"),
-            boundaries_BL=rows.get("boundaries"), key=key,
+            rows_sharing_slots=packed_rows, route_ids_BL=rows.get("route_ids"),
+            boundaries_BL=rows.get("boundaries"), key=key, numbers=numbers,
         )  # fmt: skip
 
     def totals(params, rows, key):
         return totals_of(model, forward(params, rows, key)[1], rows)
 
     def loss_fn(params, rows, key, whole=None):
-        logits_BLV, routes = forward(params, rows, key)
+        logits_BLV, records = forward(params, rows, key)
         with jax.named_scope("loss"):
-            return total_loss(model, logits_BLV, routes, rows, loss_weights, whole)
+            return total_loss(model, logits_BLV, records, rows, numbers, whole, state.loss_states)
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     if accumulate == 1:
@@ -93,7 +98,7 @@ def train_step(
     else:
         grads, sums = _accumulated(totals, grad_fn, state.params, batch, key, accumulate)
 
-    metrics = batch_metrics(model, sums, loss_weights)
+    metrics = batch_metrics(model, sums, numbers)
     counts = sums.get("chunks_SR"), sums.get("positions_SR")
     with jax.named_scope("optimizer"):
         grad_norm = optax.tree.norm(grads)
@@ -105,11 +110,16 @@ def train_step(
         if any(stage.chunking.hold_rate for stage in model.stages[:-1]):
             gain = update_numbers.controller_gain * jnp.sqrt(factor)
             gain = jnp.where(state.step < hold_from, 0.0, gain)
-            params = hold_rates(params, *counts, loss_weights.target_ratio_SR, gain)
+            params = hold_rates(params, *counts, [own["target_ratio_R"] for own in numbers], gain)
         new, old = (params, opt_state), (state.params, state.opt_state)
         if model.num_routes > 1:
             new = keep_absent(new, old, infos, counts[1])
-        params, opt_state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        rates = RateCounts(*counts, jnp.zeros_like(counts[0])) if counts[0] is not None else None
+        new += (next_loss_states(model, state.loss_states, rates, numbers),)
+        old += (state.loss_states,)
+        params, opt_state, loss_states = jax.tree.map(
+            lambda n, o: jnp.where(finite, n, o), new, old
+        )
         skipped = jnp.where(finite, 0, state.skipped + 1)
     metrics |= {
         "batch_hash": jnp.stack(batch_hash(batch)),
@@ -117,7 +127,7 @@ def train_step(
         "learning_rate": update_numbers.learning_rate * factor,
         "skipped_in_a_row": skipped,
     }
-    new_state = TrainState(state.step + 1, params, opt_state, state.key, skipped)
+    new_state = TrainState(state.step + 1, params, opt_state, state.key, skipped, loss_states)
     return new_state, metrics
 
 
@@ -126,7 +136,7 @@ def _accumulated(totals: Callable, grad_fn: Callable, params: Any, batch: Batch,
 
     Micro-batch i takes rows i, i + count, ...: on a batch-sharded mesh each device divides its own
     rows and nothing moves. A first pass finds what the loss divides by, which is known only of the
-    whole batch; it runs the encoders and routers, and nothing after the last router.
+    whole batch; it runs the encoders and predictors, and nothing after the last one.
     """
 
     def divided(rows):
@@ -158,18 +168,20 @@ def eval_step(
 ) -> Metrics:
     """Nats of each byte and what each stage did (S of them cut); nothing is learned."""
     model = nnx.merge(graph, params)
-    logits_BLV, routes = model(
-        batch["input_ids"], batch["segment_ids"], capacities=capacities, packed_rows=packed_rows,
-        route_ids_BL=batch.get("route_ids"), boundaries_BL=batch.get("boundaries"),
+    logits_BLV, records = model(
+        batch["input_ids"], batch["segment_ids"], capacities=capacities,
+        rows_sharing_slots=packed_rows, route_ids_BL=batch.get("route_ids"),
+        boundaries_BL=batch.get("boundaries"),
     )  # fmt: skip
-    wanted_S = [jnp.sum(r.num_boundaries_B, dtype=jnp.float32) for r in routes]
-    kept_S = [jnp.sum(r.boundary_mask_BL, dtype=jnp.float32) for r in routes]
+    wanted_S = [jnp.sum(r.num_boundaries_B, dtype=jnp.float32) for r in records]
+    kept_S = [jnp.sum(r.boundary_mask_BL, dtype=jnp.float32) for r in records]
     by_route = {}
     if model.config.num_routes > 1:
-        counts = counts_by_stage(model.config, routes)
+        routes = tuple(stage.chunking.routes for stage in model.config.stages[:-1])
+        counts = counts_by_stage(records, routes)
         by_route = {"chunks_SR": counts.chunks_R, "positions_SR": counts.positions_R}
     return by_route | {
-        "free_logits": free_logits(params, routes),
+        "free_logits": free_logits(params, records),
         "nll_BL": next_byte_nll(logits_BLV, batch["input_ids"]),
         "positions": jnp.sum(batch["segment_ids"] != 0, dtype=jnp.float32),
         "num_chunks_S": wanted_S,

@@ -17,7 +17,7 @@ def sizes(batch: int, fractions: tuple[float, ...]) -> list[int]:
     return sorted({math.ceil(fraction * batch) for fraction in fractions} | {batch})
 
 
-def on_rows(
+def run_on_active_rows(
     fn: Callable[[Any, Any, Rows], tuple[Any, Any]],
     active_B: jax.Array,
     inputs_B: Any,

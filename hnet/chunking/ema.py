@@ -1,17 +1,13 @@
-"""From chunk slots back to positions: smoothing, upsampling, confidence."""
+"""Exponential moving averages over slots or positions, as blocked matmuls."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from hnet.chunking.chunk import Chunks
-from hnet.chunking.router import RouterOutput
 from hnet.nn.layers import segment_starts
 
-MIN_PROB = 1e-4  # the EMA clips P to [MIN_PROB, 1 - MIN_PROB], so even P = 1 leaves a trace
 EMA_BLOCK = 32
 
 
@@ -98,40 +94,3 @@ def _decaying_sums(x_BMD: jax.Array, log_keep_BM: jax.Array, start_BM: jax.Array
 def _over_channels(a_BLD: jax.Array) -> jax.Array:
     """Sums over D, of one axis of rows: XLA on a CPU makes them slowly if B is 1."""
     return jnp.sum(a_BLD.reshape(-1, a_BLD.shape[-1]), axis=-1).reshape(a_BLD.shape[:-1])
-
-
-def confidence(selected_prob: jax.Array) -> jax.Array:
-    """1 in the forward pass, the gradient of c in the backward pass (arXiv 2507.07955, eq. 7)."""
-    return 1 + (selected_prob - jax.lax.stop_gradient(selected_prob))
-
-
-def dechunk(
-    y_BMD: jax.Array,
-    chunks: Chunks,
-    route: RouterOutput,
-    how: Literal["ema", "repeat", "scatter"] = "ema",
-) -> jax.Array:
-    """Give each position the main network's output of the slot it reads, float32 (B, L, D).
-
-    ema: z = EMA(y; P clipped to [1e-4, 1 - 1e-4]) and out_t = z_{slot(t)} * STE(c_t) (arXiv
-    2507.07955, eq. 5-9). repeat: out_t = y_{slot(t)}. scatter: the same at boundaries, 0 elsewhere
-    (arXiv 2404.14408). A position whose slot was clipped away together with all its segment's
-    gets 0, never a neighbour's chunk.
-    """
-    z_BMD = y_BMD.astype(jnp.float32)
-    if how == "ema":
-        gate_BM = jnp.clip(chunks.boundary_prob_BM, MIN_PROB, 1 - MIN_PROB)
-        gate_BM = jnp.where(chunks.segment_ids_BM != 0, gate_BM, 0.0)
-        z_BMD = ema(z_BMD, gate_BM, chunks.segment_ids_BM)
-
-    gather = jax.vmap(lambda values_M, slot_L: values_M.at[slot_L].get(mode="clip"))
-    reads_BL = chunks.slot_BL >= 0
-    reads_BL &= gather(chunks.segment_ids_BM, chunks.slot_BL) == route.segment_ids_BL
-    if how == "scatter":
-        reads_BL &= route.boundary_mask_BL
-    out_BLD = jnp.where(reads_BL[..., None], gather(z_BMD, chunks.slot_BL), 0.0)
-    if how != "ema":
-        return out_BLD
-    # XLA on a CPU sums over channels slowly, for the gradient of c, where there is one row of many
-    out_XD, c_X1 = out_BLD.reshape(-1, out_BLD.shape[-1]), route.selected_prob_BL.reshape(-1, 1)
-    return (out_XD * confidence(c_X1)).reshape(out_BLD.shape)

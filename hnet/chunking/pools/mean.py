@@ -1,16 +1,19 @@
-"""The mean over a chunk, read where the chunk ends."""
+"""The pool of dynamic token pooling: the mean over a chunk, read where the chunk ends."""
+
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
-from hnet.chunking.dechunk import ema
+from hnet.chunking.ema import ema
+from hnet.chunking.part import Pool, PoolConfig
 from hnet.nn.layers import segment_positions, segment_starts
 
 
 def chunk_ids(boundary_mask_BL: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
     """Number of the chunk each position lies in, from 1, where boundaries END chunks; int32.
 
-    A chunk ends with its segment too, but then it is not complete and nobody reads it.
+    The last chunk of a segment may be incomplete; nothing reads it then.
     """
     after_BL = jnp.pad(boundary_mask_BL[:, :-1], ((0, 0), (1, 0)))
     return jnp.cumsum(after_BL | segment_starts(segment_ids_BL), axis=1, dtype=jnp.int32)
@@ -29,26 +32,26 @@ def running_mean(x_BLD: jax.Array, chunk_ids_BL: jax.Array) -> tuple[jax.Array, 
 @jax.custom_vjp
 def mean_pool(
     x_BLD: jax.Array,
-    boundary_BL: jax.Array,
+    boundary_ste_BL: jax.Array,
     boundary_mask_BL: jax.Array,
     segment_ids_BL: jax.Array,
 ) -> jax.Array:
-    """Mean over the chunk up to each position, float32; to be read at boundaries alone.
+    """Mean over the chunk up to each position, float32; to be read at boundaries only.
 
-    boundary_BL is b as a number: it changes no value, but receives the gradient of dynamic token
-    pooling (arXiv 2211.09761), which treats the index of a position's chunk as continuous. For k in
-    a complete chunk of n positions with mean c, read with gradient a, of which m are at or before k
-    and have the mean r_k:
+    boundary_ste_BL is b as a number: it changes no value, but receives the gradient of dynamic
+    token pooling (arXiv 2211.09761), which treats the index of a position's chunk as
+    continuous. For k in a complete chunk of n positions with mean c, read with gradient a, of
+    which m are at or before k and have the mean r_k:
 
         dL/db_k = (1/n) a . (sum_{t > k} x_t - (n - m) c) = (m/n) a . (c - r_k),
 
     so nothing for the position that closes a chunk, and nothing in an unfinished chunk.
     """
-    del boundary_BL
+    del boundary_ste_BL
     return running_mean(x_BLD, chunk_ids(boundary_mask_BL, segment_ids_BL))[0]
 
 
-def _mean_pool_fwd(x_BLD, boundary_BL, boundary_mask_BL, segment_ids_BL):
+def _mean_pool_fwd(x_BLD, boundary_ste_BL, boundary_mask_BL, segment_ids_BL):
     ids_BL = chunk_ids(boundary_mask_BL, segment_ids_BL)
     mean_BLD, count_BL = running_mean(x_BLD, ids_BL)
     return mean_BLD, (mean_BLD, count_BL, ids_BL, boundary_mask_BL)
@@ -73,3 +76,34 @@ def _mean_pool_bwd(saved, grad_BLD):
 
 
 mean_pool.defvjp(_mean_pool_fwd, _mean_pool_bwd)
+
+
+class Mean(Pool):
+    """The mean over the chunk that ends at the boundary (arXiv 2211.09761, section 2)."""
+
+    @dataclass(frozen=True)
+    class Config(PoolConfig):
+        """Mean over the chunk (DTP, MAGNET, FlexiTokens)."""
+
+    def init(self, rows, d_model):
+        return jnp.zeros((rows, d_model), jnp.float32), jnp.zeros((rows,), jnp.float32)
+
+    def step(self, state, x):
+        mean_RD, count_R = state
+        count_R = count_R + 1
+        share_R1 = (1 / count_R)[:, None]
+        mean_RD = share_R1 * x.h_RD + (1 - share_R1) * mean_RD
+        return (mean_RD, count_R), mean_RD
+
+    def __call__(self, rows, boundaries, slots):
+        ids_BL = rows.context.segment_ids_BL
+        return slots.gather(
+            mean_pool(rows.h_BLD, boundaries.boundary_ste_BL, boundaries.boundary_mask_BL, ids_BL)
+        )
+
+    def after(self, rows, boundaries):
+        closed_BL = boundaries.boundary_mask_BL
+        mean_BLD, count_BL = running_mean(
+            rows.h_BLD, chunk_ids(closed_BL, rows.context.segment_ids_BL)
+        )
+        return rows.at_end(mean_BLD), rows.at_end(jnp.where(closed_BL, 0.0, count_BL))

@@ -1,0 +1,149 @@
+"""Boundaries: what a predictor says, what a stage decides, and how rows share chunk slots."""
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hnet.nn.context import Context
+from hnet.nn.layers import segment_starts
+
+Alignment = Literal["start", "end"]
+
+
+class Prediction(NamedTuple):
+    """What a boundary predictor says of positions, (B, L) or (R,): a logit, or a probability."""
+
+    logit: jax.Array | None = None
+    """logit of p, float32"""
+    prob: jax.Array | None = None
+    """p, float32, of a predictor without a logit"""
+    extra: Any = None
+    """arrays that a loss of the same idea wants to see"""
+
+    def shifted(self, offset: jax.Array | None) -> "Prediction":
+        """The prediction with `offset` added to the logit of p."""
+        if offset is None:
+            return self
+        if self.logit is not None:
+            return self._replace(logit=self.logit + offset)
+        odds = self.prob * jnp.exp(offset)  # no logit: 0 and 1 stay what they are
+        return self._replace(prob=odds / (1 - self.prob + odds))
+
+    @property
+    def probability(self) -> jax.Array:
+        return self.prob if self.logit is None else jax.nn.sigmoid(self.logit)
+
+
+class Boundaries(NamedTuple):
+    """What one stage decided, for losses, metrics and pictures. L counts this stage's positions."""
+
+    boundary_prob_BL: jax.Array
+    """p: probability of a boundary, float32; 0 on padding; 1 where a boundary is forced"""
+    boundary_mask_BL: jax.Array
+    """b: the boundaries in use, that is after clipping to the stage's capacity"""
+    segment_ids_BL: jax.Array
+    """segments of this stage's positions; 0 = padding"""
+    num_boundaries_B: jax.Array
+    """boundaries wanted in each row, before clipping"""
+    num_slots_G: jax.Array
+    """slots wanted per group of rows that share them, before clipping; a capacity has to hold
+    them: the boundaries of those rows and, where there is a null chunk, one for each segment"""
+    boundary_ste_BL: jax.Array
+    """b before clipping, float32, with the gradient of what was compared with the threshold"""
+    boundary_logit_BL: jax.Array | None = None
+    """logit of p, from a predictor that has one"""
+    route_ids_BL: jax.Array | None = None
+    """route (script group) of each position, int32; None if routes are not told apart"""
+    extra: Any = None
+    """what the predictor hands to the losses"""
+
+    @property
+    def rows_sharing_slots(self) -> int:
+        return self.segment_ids_BL.shape[0] // self.num_slots_G.shape[0]
+
+    @property
+    def selected_prob_BL(self) -> jax.Array:
+        """c: confidence in the decision, p at boundaries and 1 - p elsewhere."""
+        return jnp.where(self.boundary_mask_BL, self.boundary_prob_BL, 1 - self.boundary_prob_BL)
+
+
+def decide(
+    prediction: Prediction,
+    context: Context,
+    capacity: int,
+    *,
+    has_null: bool = False,
+    relaxed_prob_BL: jax.Array | None = None,
+    rows_sharing_slots: int = 1,
+) -> Boundaries:
+    """Boundaries lie where p > 0.5 (strictly, as in the official code), as far as slots reach.
+
+    has_null: each segment begins with a null chunk; otherwise its first position is a boundary.
+    relaxed_prob_BL: relaxed sample thresholded at 0.5 instead of p (training with noise).
+    `rows_sharing_slots` rows share `capacity` slots, which go to boundaries in row order.
+    Boundaries beyond the capacity are dropped, and their positions join the previous chunk. Only
+    the clipped mask is used downstream; a row without any slot gets nothing from the main network.
+    """
+    segment_ids_BL = context.segment_ids_BL
+    starts_BL = segment_starts(segment_ids_BL) & (segment_ids_BL != 0)
+
+    def bounded(a_BL):
+        if not has_null:
+            a_BL = jnp.where(starts_BL, 1.0, a_BL)
+        return jnp.where(segment_ids_BL != 0, a_BL, 0.0)
+
+    p_BL = bounded(prediction.probability)
+    compared_BL = p_BL if relaxed_prob_BL is None else bounded(relaxed_prob_BL)
+    wanted_BL = compared_BL > 0.5
+    opened_BL = wanted_BL.astype(jnp.int32)
+    num_boundaries_B = jnp.sum(opened_BL, axis=1, dtype=jnp.int32)
+    if has_null:
+        opened_BL = opened_BL + starts_BL.astype(jnp.int32)
+    slots_GP = jnp.cumsum(side_by_side(opened_BL, rows_sharing_slots), axis=1, dtype=jnp.int32)
+    straight_through_BL = wanted_BL.astype(jnp.float32) + (
+        compared_BL - jax.lax.stop_gradient(compared_BL)
+    )
+    return Boundaries(
+        p_BL,
+        wanted_BL & (slots_GP <= capacity).reshape(wanted_BL.shape),
+        segment_ids_BL,
+        num_boundaries_B,
+        slots_GP[:, -1],
+        straight_through_BL,
+        prediction.logit,
+        context.route_ids_BL,
+        prediction.extra,
+    )
+
+
+def side_by_side(a_BL: jax.Array, rows: int) -> jax.Array:
+    """Each `rows` neighbouring rows as one, (B / rows, rows * L, ...)."""
+    return a_BL.reshape(-1, rows * a_BL.shape[1], *a_BL.shape[2:])
+
+
+def share_slots(
+    h_BLD: jax.Array, boundaries: Boundaries, context: Context
+) -> tuple[jax.Array, Boundaries, Context]:
+    """States, decisions and context with the rows that share slots as documents of one row.
+
+    Their segments stay apart, so everything inside goes on as in any packed row. What a row gets
+    depends on the rows before it only by where its slots lie.
+    """
+    rows = boundaries.rows_sharing_slots
+    if rows == 1:
+        return h_BLD, boundaries, context
+    B, L = context.segment_ids_BL.shape
+    first_B1 = (L + 1) * (jnp.arange(B, dtype=jnp.int32) % rows)[:, None]
+    ids_BL = jnp.where(context.segment_ids_BL != 0, context.segment_ids_BL + first_B1, 0)
+
+    def shared(record):
+        record = record._replace(segment_ids_BL=ids_BL)
+        by_position = {
+            name: side_by_side(a, rows)
+            for name, a in record._asdict().items()
+            if name.endswith("_BL") and a is not None
+        }
+        return record._replace(**by_position)
+
+    return side_by_side(h_BLD, rows), shared(boundaries), shared(context)

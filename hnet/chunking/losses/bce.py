@@ -1,0 +1,91 @@
+"""Cross-entropy with boundaries to learn: entropy spikes, or labels of a tokenizer."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hnet.chunking.boundaries import Boundaries
+from hnet.chunking.part import Loss, LossConfig
+from hnet.chunking.rates import MIN_PROB, mean_over_routes, positions_on_route, sums_over
+from hnet.nn.layers import segment_starts
+
+
+def boundary_cross_entropy(
+    boundaries: Boundaries, labels_BL: jax.Array, *, reference_double_sigmoid: bool = False
+) -> jax.Array:
+    """-log p(label) in nats at each position, (B, L).
+
+    The dynamic-pooling code gives probabilities to a function that expects logits; with
+    `reference_double_sigmoid` so does this.
+    """
+    logit_BL = boundaries.boundary_logit_BL
+    p_BL = boundaries.boundary_prob_BL
+    if reference_double_sigmoid:
+        logit_BL = p_BL
+    elif logit_BL is None:
+        p_BL = jnp.clip(p_BL, MIN_PROB, 1 - MIN_PROB)
+        logit_BL = jnp.log(p_BL) - jnp.log1p(-p_BL)
+    return optax.sigmoid_binary_cross_entropy(logit_BL, labels_BL.astype(jnp.float32))
+
+
+def entropy_spikes(logits_BLV: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
+    """Positions whose next-byte entropy exceeds that of the two before it, bool (B, L).
+
+    Fewer than two exist at the start of a segment: the first position is one, the second has one
+    to exceed (arXiv 2211.09761, section 3.2). Comparisons carry no gradient.
+    """
+    log_p = jax.nn.log_softmax(logits_BLV.astype(jnp.float32))
+    entropy_BL = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+    spikes_BL = segment_ids_BL != 0
+    for back in (1, 2):
+        before_BL = jnp.pad(entropy_BL[:, :-back], ((0, 0), (back, 0)))
+        same_BL = segment_ids_BL[:, back:] == segment_ids_BL[:, :-back]
+        same_BL = jnp.pad(same_BL, ((0, 0), (back, 0)))
+        spikes_BL &= ~same_BL | (entropy_BL > before_BL)
+    return spikes_BL
+
+
+class BCE(Loss):
+    """-log p(label) in nats over the positions of each route, as a mean over routes."""
+
+    trains_labels = True
+
+    @dataclass(frozen=True)
+    class Config(LossConfig):
+        """Cross-entropy with labels (DTP entropy and unigram)."""
+
+        weight: float = 1.0
+        """weight of the loss beside cross-entropy of bytes"""
+        average: Literal["positions", "routes"] = "positions"
+        """weight of a route: by its positions, or equal for all that are present"""
+        labels: Literal["entropy", "given"] = "entropy"
+        """spikes of the model's own next-byte entropy, or `labels` of the batch"""
+        reference_double_sigmoid: bool = False
+        """take the sigmoid of p itself, as the dynamic-pooling code does by mistake"""
+
+        def training_problem(self):
+            if self.labels == "entropy":
+                return None
+            return (
+                "losses: labels='given', but no input of a run brings boundaries: use "
+                "labels='entropy', or train with a step of your own"
+            )
+
+    def __call__(self, x):
+        labels_BL, num_routes = x.labels_BL, len(x.target_ratio_R)
+        segment_ids_BL = x.boundaries.segment_ids_BL
+        if x.config.labels == "entropy":
+            labels_BL = entropy_spikes(x.logits_BLV, segment_ids_BL)
+        nats_BL = boundary_cross_entropy(
+            x.boundaries, labels_BL, reference_double_sigmoid=x.config.reference_double_sigmoid
+        )
+        on_BLR = positions_on_route(x.boundaries, num_routes)
+        n_R = x.whole.positions_R
+        if not x.has_null:  # a forced boundary is no prediction
+            on_BLR &= ~segment_starts(segment_ids_BL)[..., None]
+            n_R = n_R - x.whole.starts_R
+        loss_R = sums_over(nats_BL, on_BLR, (0, 1)) / jnp.maximum(n_R, 1.0)
+        return mean_over_routes(loss_R, x.own, x.whole, x.config.average)

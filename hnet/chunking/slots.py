@@ -1,0 +1,91 @@
+"""From positions to chunk slots: which position opens a slot, and which slot a position reads."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hnet.chunking.boundaries import Boundaries
+from hnet.nn.context import Context
+from hnet.nn.layers import segment_starts
+
+
+class Slots(NamedTuple):
+    """M chunk slots per row, filled from the left; unused slots have segment 0."""
+
+    opened_at_BM: jax.Array
+    """position that opens each slot, int32: where the main network runs for it; L in unused ones"""
+    is_null_BM: jax.Array | None
+    """null chunks, which no position feeds; None if there are none"""
+    slot_BL: jax.Array
+    """slot that each position reads; outside, or in another segment, where that was clipped"""
+    boundary_prob_BM: jax.Array
+    """p at the boundary of each chunk; 1 in null chunks, 0 in unused slots"""
+    context: Context
+    """what travels beside the states, at the positions that open the slots"""
+
+    def gather(self, values_BL: jax.Array) -> jax.Array:
+        """Values (B, L, ...) at the positions that open slots; 0 in unused slots."""
+        return _select(values_BL, self.opened_at_BM)
+
+    def scatter(self, values_BM: jax.Array) -> jax.Array:
+        """Values (B, M, ...) of the slot that each position reads, (B, L, ...)."""
+        take = jax.vmap(lambda values_M, slot_L: values_M.at[slot_L].get(mode="clip"))
+        return take(values_BM, self.slot_BL)
+
+    def is_read_BL(self, segment_ids_BL: jax.Array) -> jax.Array:
+        """Whether a position has a slot to read: not where its segment's slots were clipped."""
+        return (self.slot_BL >= 0) & (self.scatter(self.context.segment_ids_BL) == segment_ids_BL)
+
+
+def open_slots(
+    boundaries: Boundaries, context: Context, capacity: int, *, has_null: bool = False
+) -> Slots:
+    """A slot for every boundary in use and, with `has_null`, one for every segment before them.
+
+    Position t reads slot cumsum(b)_t - 1, where null chunks count (arXiv 2507.07955, section 2.2.1;
+    arXiv 2211.09761, section 2).
+    """
+    mask_BL, segment_ids_BL = boundaries.boundary_mask_BL, context.segment_ids_BL
+    slot_BL = jnp.cumsum(mask_BL, axis=1, dtype=jnp.int32) - 1
+    is_null_BM = None
+    if has_null:
+        opens_null_BL = segment_starts(segment_ids_BL) & (segment_ids_BL != 0)
+        slot_BL = slot_BL + jnp.cumsum(opens_null_BL, axis=1, dtype=jnp.int32)
+    opened_at_BM = position_of_slot(mask_BL, slot_BL, capacity)
+    p_BM = _select(boundaries.boundary_prob_BL, opened_at_BM)
+    if has_null:
+        null_slot_BL = slot_BL - mask_BL.astype(jnp.int32)
+        null_at_BM = position_of_slot(opens_null_BL, null_slot_BL, capacity)
+        is_null_BM = null_at_BM < mask_BL.shape[1]
+        p_BM = jnp.where(is_null_BM, 1.0, p_BM)
+        opened_at_BM = jnp.minimum(opened_at_BM, null_at_BM)
+    inner = context._replace(
+        **{
+            name: _select(values, opened_at_BM)
+            for name, values in context._asdict().items()
+            if name.endswith("_BL") and values is not None
+        }
+    )
+    return Slots(opened_at_BM, is_null_BM, slot_BL, p_BM, inner)
+
+
+def position_of_slot(opens_BL: jax.Array, slot_BL: jax.Array, capacity: int) -> jax.Array:
+    """Position that opens each slot, (B, M) int32; L where there is none.
+
+    opens_BL: positions that open a slot; slot_BL: which one, dropped where it is no slot of M.
+    """
+    length = opens_BL.shape[1]
+    index_L = jnp.arange(length, dtype=jnp.int32)
+
+    def one_row(opens_L, slot_L):
+        slot_L = jnp.where(opens_L, slot_L, capacity)
+        empty_M = jnp.full((capacity,), length, jnp.int32)
+        return empty_M.at[slot_L].set(index_L, mode="drop")
+
+    return jax.vmap(one_row)(opens_BL, slot_BL)
+
+
+def _select(values_BL: jax.Array, index_BM: jax.Array) -> jax.Array:
+    """Values at positions, 0 for position L."""
+    return jax.vmap(lambda v, i: v.at[i].get(mode="fill", fill_value=0))(values_BL, index_BM)

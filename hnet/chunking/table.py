@@ -1,0 +1,39 @@
+"""The parts of chunking by name: a line each. A new part is one file and one line here."""
+
+from hnet.parts import Table
+
+PREDICTORS = Table(
+    "boundary predictor",
+    {
+        "cosine": "hnet.chunking.predictors.cosine:Cosine",
+        "mlp": "hnet.chunking.predictors.mlp:MLP",
+        "spacelike": "hnet.chunking.predictors.rules:Spacelike",
+        "whitespace": "hnet.chunking.predictors.rules:Whitespace",
+        "fixed": "hnet.chunking.predictors.rules:Fixed",
+        "external": "hnet.chunking.predictors.rules:External",
+    },
+)
+POOLS = Table(
+    "pool",
+    {
+        "select": "hnet.chunking.pools.select:Select",
+        "mean": "hnet.chunking.pools.mean:Mean",
+    },
+)
+DECHUNKS = Table(
+    "dechunk",
+    {
+        "ema": "hnet.chunking.dechunks.ema:EMA",
+        "repeat": "hnet.chunking.dechunks.repeat:Repeat",
+        "at_boundaries": "hnet.chunking.dechunks.repeat:AtBoundaries",
+    },
+)
+LOSSES = Table(
+    "loss",
+    {
+        "ratio": "hnet.chunking.losses.ratio:Ratio",
+        "binomial": "hnet.chunking.losses.binomial:Binomial",
+        "hinge": "hnet.chunking.losses.hinge:Hinge",
+        "bce": "hnet.chunking.losses.bce:BCE",
+    },
+)

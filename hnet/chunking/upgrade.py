@@ -1,0 +1,49 @@
+"""How a stage chunks, as versions before parts wrote it, in today's fields."""
+
+from typing import Any
+
+_RENAMED = {"given": "external", "scatter": "at_boundaries"}
+
+
+def in_parts(old: dict[str, Any]) -> dict[str, Any]:
+    """JSON content of a `ChunkingConfig` from that of a version with a field `router`.
+
+    What has no meaning in a part (the temperature of a rule) is left out, since it changed nothing.
+    """
+    kept = ("target_ratio", "alignment", "residual", "hold_rate", "routes", "routed_parameters",
+            "route_target_ratios")  # fmt: skip
+    new = {name: old[name] for name in kept if name in old}
+
+    def part(field: str, default: str) -> dict[str, Any]:
+        name = old.get(field, default)
+        return {"name": _RENAMED.get(name, name)}
+
+    new["predictor"] = part("router", "cosine")
+    if new["predictor"]["name"] == "mlp":
+        new["predictor"] |= {
+            "width": old.get("mlp_width", 0),
+            "temperature": old.get("temperature", 0.5),
+            "straight_through": old.get("sample", "relaxed") == "relaxed",
+            "reference_noise_at_evaluation": old.get("reference_noise_at_evaluation", False),
+        }
+    new["pool"], new["dechunk"] = part("pool", "select"), part("dechunk", "ema")
+    loss = part("aux_loss", "ratio")
+    loss |= {
+        "weight": old.get("aux_loss_weight", 0.03),
+        "average": old.get("aux_average", "positions"),
+    }
+    match loss["name"]:
+        case "none":
+            new["losses"] = []
+            return new
+        case "hinge":
+            loss["band"] = old.get("hinge_band", 0.2)
+        case "bce":
+            loss["labels"] = old.get("labels", "entropy")
+            loss["reference_double_sigmoid"] = old.get("reference_double_sigmoid", False)
+        case "ratio" | "binomial":
+            pass
+        case _:
+            pass  # unknown: reading it raises with its name
+    new["losses"] = [loss]
+    return new

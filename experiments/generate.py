@@ -5,20 +5,22 @@
     python -m experiments.generate --checkpoint WORKDIR --input prompts.jsonl --output texts.jsonl
 
 A checkpoint is a work directory or an official state dict with its JSON. Text is printed as it
-comes, whole characters only; --boundaries True prints prompt and text once more with their chunks.
+comes, whole characters only; --boundaries True prints it with its chunks, once it is whole.
 Input lines are objects with "prompt" and perhaps "seed"; output lines repeat the prompt and add
-"text", "finish_reason", "logprobs" (nats, a number a byte) and "starts" (byte offsets in prompt +
-text at which the chunks of each stage start). A text that is not valid UTF-8 comes as "base64".
+"text", "finish_reason", "logprobs" (nats, one number per byte) and "starts" (byte offsets in prompt
++ text at which the chunks of each stage start). A text that is not valid UTF-8 comes as "base64".
 """
 
 import base64
+import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import sys
-import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from rich.progress import Progress
@@ -26,12 +28,17 @@ from rich.progress import Progress
 from hnet.command_line import parse, run
 from hnet.errors import ConfigError
 from hnet.infer.generate import Generation, chunk_starts, stream_text
+from hnet.infer.prompts import encode
 from hnet.infer.sampling import Sampling
 from hnet.inspect.render import print_segmentations
 from hnet.inspect.segmentation import Segmentation, StageBoundaries
 from hnet.interop import load
 from hnet.model import HNetLM
+from hnet.outputs import new_file, one_line, read_file
+from hnet.printable import printable
 from hnet.train.compile_cache import enable_compilation_cache
+
+RESULTS = ("text", "base64", "finish_reason", "logprobs", "starts")
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,8 @@ class GenerateConfig:
     checkpoint: str
     """work directory of a run, or an official checkpoint with its JSON"""
     prompt: str | None = None
-    """text to continue, possibly empty; without one, lines are read from the terminal or a pipe"""
+    """text to continue, possibly empty; without one, lines are read from the terminal or a pipe,
+    where blank ones are passed over"""
     input: str = ""
     """JSONL file of prompts"""
     output: str = ""
@@ -53,7 +61,7 @@ class GenerateConfig:
     bos: bool = True
     """put byte 254 before the prompt, as in training; False for models trained without it"""
     boundaries: bool = False
-    """print the text with its chunk boundaries too"""
+    """print the text with its chunk boundaries, once it is whole"""
     dtype: str = ""
     """float32 or bfloat16; empty = as trained"""
     sampling: Sampling = Sampling()
@@ -64,36 +72,31 @@ def main() -> None:
     if bool(config.input) != bool(config.output):
         raise ConfigError("input and output belong together: give both, or a prompt")
     if config.input:
-        prompts, done = _read_prompts(config.input), _already_done(config)
+        prompts = _read_prompts(config.input)
+        done = _already_done(config, prompts)
     enable_compilation_cache()
     model = load(config.checkpoint, dtype=config.dtype or None)
     if config.input:
         _run_file(model, config, prompts, done)
     elif config.prompt is not None:
-        _run_prompt(model, config, config.prompt)
+        _run_prompt(model, config, encode(config.prompt))
     else:
         _converse(model, config)
 
 
-def _run_prompt(model: HNetLM, config: GenerateConfig, prompt: str) -> None:
-    """Print the continuation as it comes."""
-    show = _visible if sys.stdout.isatty() else str
+def _run_prompt(model: HNetLM, config: GenerateConfig, prompt: bytes) -> None:
+    """Print the continuation as it comes, or all of it with its chunks at the end."""
     pieces = stream_text(model, [prompt], config.sampling, bos=config.bos, block_len=8)
+    if config.boundaries:
+        *_, last = pieces
+        print_segmentations([_segmentation(model, last.finished)])
+        return
+    show = partial(printable, keep="\n\t") if sys.stdout.isatty() else str
     first = next(pieces)  # what is refused is refused before anything is printed
-    print(show(prompt), end="")
+    print(show(prompt.decode(errors="replace")), end="")
     for piece in itertools.chain([first], pieces):
         print(show(piece.text), end="", flush=True)
     print()
-    if config.boundaries:
-        print_segmentations([_segmentation(model, piece.finished)])
-
-
-def _visible(text: str) -> str:
-    """Text that cannot steer a terminal: control and direction characters are spelled out."""
-    return "".join(
-        f"\\u{{{ord(c):04x}}}" if unicodedata.category(c) in ("Cc", "Cf") and c not in "\n\t" else c
-        for c in text
-    )
 
 
 def _segmentation(model: HNetLM, result: Generation) -> Segmentation:
@@ -109,35 +112,42 @@ def _segmentation(model: HNetLM, result: Generation) -> Segmentation:
 
 def _converse(model: HNetLM, config: GenerateConfig) -> None:
     """Continue lines that are typed, or come through a pipe."""
-    if typed := sys.stdin.isatty():
-        print("Type a text to continue; an empty line or Ctrl-D ends.", file=sys.stderr)
-    seed = config.sampling.seed
-    while True:
-        try:
-            prompt = input("> " if typed else "")
-        except EOFError:
-            prompt = ""
-        if not prompt:
-            break
+    lines = _typed_lines() if sys.stdin.isatty() else _piped_lines()
+    for seed, prompt in enumerate(lines, config.sampling.seed):
         sampling = dataclasses.replace(config.sampling, seed=seed)
         _run_prompt(model, dataclasses.replace(config, sampling=sampling), prompt)
-        seed += 1
-    if not typed and seed == config.sampling.seed:
+
+
+def _typed_lines() -> Iterator[bytes]:
+    print("Type a text to continue; an empty line or Ctrl-D ends.", file=sys.stderr)
+    sys.stdin.reconfigure(errors="surrogateescape")
+    with contextlib.suppress(EOFError):
+        while line := input("> "):
+            yield encode(line)
+
+
+def _piped_lines() -> Iterator[bytes]:
+    """Lines that are not blank, bytes as they are. Raises ConfigError if there is none."""
+    lines = (line.rstrip(b"\r\n") for line in sys.stdin.buffer)
+    lines = (line for line in lines if line.strip())
+    if not (first := next(lines, b"")):
         raise ConfigError("there is nothing to continue: give --prompt, or --input and --output")
+    yield from itertools.chain([first], lines)
 
 
 def _read_prompts(path: str) -> list[dict[str, Any]]:
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        reason = e.strerror if isinstance(e, OSError) else "is not UTF-8"
-        raise ConfigError(f"input={path!r}: {reason}") from None
+    """The objects of a JSONL file; blank lines are passed over."""
     prompts = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_file(path, "input").split(b"\n"), 1):
+        if not line.strip():
+            continue
         try:
-            item = json.loads(line)
+            item = json.loads(line.decode("utf-8"))
             valid = isinstance(item["prompt"], str) and 0 <= int(item.get("seed", 0)) < 1 << 32
-        except (ValueError, KeyError, TypeError, AttributeError):
+            json.dumps(item)
+        except UnicodeDecodeError:
+            raise ConfigError(f"input={path!r}: line {number} is not UTF-8") from None
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             valid = False
         if not valid:
             raise ConfigError(
@@ -145,23 +155,58 @@ def _read_prompts(path: str) -> list[dict[str, Any]]:
                 'whole number "seed"'
             )
         prompts.append(item)
+    if not prompts:
+        raise ConfigError(f'input={path!r}: it is empty: give lines such as {{"prompt": "a"}}')
     return prompts
 
 
-def _already_done(config: GenerateConfig) -> int:
-    """Finished lines of the output file; one that was cut off while written is removed."""
-    path = Path(config.output)
-    if not path.exists():
+def _already_done(config: GenerateConfig, prompts: list[dict[str, Any]]) -> int:
+    """Finished lines of the output file. The beginning of a further one, as a killed run leaves it,
+    is removed. Raises ConfigError for a file that this command did not write for these prompts."""
+    where = f"output={config.output!r}"
+    if not (config.resume and os.path.lexists(config.output)):
+        if os.path.lexists(config.output):
+            raise ConfigError(
+                f"{where} exists: choose another file, or set resume True to finish it"
+            )
+        new_file(config.output, "output")
         return 0
-    if not config.resume:
-        raise ConfigError(
-            f"output={config.output!r} exists: choose another file, or set resume True to finish it"
-        )
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        path.write_bytes(whole)
-    return whole.count(b"\n")
+    content = read_file(config.output, "output")
+    *whole, rest = content.split(b"\n")
+    starts = list(map(_line_start, prompts))
+    if (
+        os.path.samefile(config.input, config.output)
+        or len(whole) + bool(rest) > len(prompts)
+        or not all(map(_is_result, whole, starts))
+        or (rest and not _is_begun(rest, starts[len(whole)]))
+    ):
+        raise ConfigError(f"{where} holds no results of these prompts: choose another file")
+    if rest:
+        with one_line(config.output, "output"), open(config.output, "r+b") as file:
+            file.truncate(len(content) - len(rest))
+    return len(whole)
+
+
+def _line_start(prompt: dict[str, Any]) -> bytes:
+    """How the output line of a prompt begins: with what is known of it beforehand."""
+    known = itertools.takewhile(lambda item: item[0] not in RESULTS, prompt.items())
+    return json.dumps(dict(known))[:-1].encode()
+
+
+def _is_result(line: bytes, start: bytes) -> bool:
+    try:
+        return line.startswith(start) and {*RESULTS[2:]} <= json.loads(line).keys()
+    except (ValueError, AttributeError, RecursionError):
+        return False
+
+
+def _is_begun(line: bytes, start: bytes) -> bool:
+    """Whether this may be what was written of a result when the command was killed."""
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return line.startswith(start) or start.startswith(line)
+    return _is_result(line, start)
 
 
 def _run_file(
@@ -175,7 +220,8 @@ def _run_file(
     first, waiting = done, {}
     with (
         Progress(disable=not sys.stderr.isatty(), transient=True) as progress,
-        open(config.output, "a", encoding="utf-8") as file,
+        one_line(config.output, "output"),
+        open(config.output, "a" if config.resume else "x", encoding="utf-8") as file,
     ):
         task = progress.add_task("generating", total=len(prompts), completed=done)
         for piece in pieces:

@@ -44,7 +44,8 @@ def run(model, monkeypatch, capsys):
 
     def run(*options, stdin=""):
         monkeypatch.setattr("sys.argv", ["generate", "--checkpoint", "x", *FLAGS, *options])
-        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        data = stdin if isinstance(stdin, bytes) else stdin.encode()
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
         with pytest.raises(SystemExit) as e:
             command_line.run(command.main)
         return e.value.code, *capsys.readouterr()
@@ -67,17 +68,20 @@ def refused(answer, *says):
 def test_a_prompt_is_printed_with_its_continuation(run, model):
     expected = continued(model, "Once")
     assert run("--prompt", "Once") == (0, f"Once{expected}\n", "")
-    _, out, _ = run("--prompt", "Once", "--boundaries", "True")
-    assert out.startswith(f"Once{expected}\n") and len(out) > 2 * len(expected)
+    code, out, _ = run("--prompt", "Once", "--boundaries", "True")
+    assert code == 0 and out.replace("|", "").count("Once") == 1  # marks may lie between
 
 
-def test_lines_of_a_pipe_are_continued_until_an_empty_one(run, model):
+def test_every_line_of_a_pipe_is_continued(run, model):
     texts = [continued(model, prompt, seed) for seed, prompt in enumerate(["ab", "c é"])]
     both = f"ab{texts[0]}\nc é{texts[1]}\n"
     assert run(stdin="ab\nc é\n") == (0, both, "")
     assert run(stdin="ab\nc é") == (0, both, "")  # cut off without a newline
-    assert run(stdin="ab\nc é\n\nnever\n") == (0, both, "")
+    assert run(stdin="\nab\n  \n\r\nc é\r\n\n") == (0, both, "")  # blank ones are none
     refused(run(stdin=""), "nothing to continue")
+    refused(run(stdin="\n\n"), "nothing to continue")
+    code, out, _ = run(stdin=b"\xff\n")  # bytes that are no text are continued as well
+    assert code == 0 and out.startswith("\ufffd")
 
 
 def test_a_file_of_prompts_becomes_a_file_of_texts(run, model, tmp_path):
@@ -113,13 +117,73 @@ def test_a_file_of_prompts_becomes_a_file_of_texts(run, model, tmp_path):
 @pytest.mark.parametrize(
     "line",
     ['{"prompt": "a", "seed": 4294967296}', '{"prompt": "a", "seed": -1}', '{"prompt": 3}',
-     '{"prompt": "a", "seed": "x"}', '{"prompt": "a", "seed": null}', '{"seed": 1}', '"a"', "{"],
+     '{"prompt": "a", "seed": "x"}', '{"prompt": "a", "seed": null}', '{"seed": 1}', '"a"', "{",
+     '{"prompt": "a", "seed": Infinity}', '{"prompt": "a", "b": ' + 9000 * "[" + 9000 * "]" + "}"],
 )  # fmt: skip
 def test_lines_that_are_no_prompts_are_named(run, tmp_path, line):
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "texts.jsonl"
     prompts.write_text('{"prompt": "fine"}\n' + line + "\n")
     refused(run("--input", str(prompts), "--output", str(out)), f"input='{prompts}'", "line 2")
     assert not out.exists()
+
+
+RESULT = {"prompt": "a", "text": "b", "finish_reason": "eos", "logprobs": [], "starts": [[0]]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"one\ntwo\nthree without an end",
+        json.dumps({"prompt": "other"}).encode() + b"\n",
+        json.dumps(RESULT).encode() + b'\n{"prompt": "of another file',
+        json.dumps(RESULT | {"prompt": "c"}).encode() + b"\n",
+        json.dumps(RESULT).encode() + b"\n" + 9 * (json.dumps(RESULT).encode() + b"\n"),
+        json.dumps({"prompt": "a", "text": "mine"}).encode(),
+        b"\x00" * 100,
+    ],
+)
+def test_a_file_that_is_not_of_these_prompts_is_left_alone(run, tmp_path, content):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "mine"
+    prompts.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    out.write_bytes(content)
+    options = ("--input", str(prompts), "--output", str(out), "--resume", "True")
+    refused(run(*options), "output=", "no results of these prompts")
+    assert out.read_bytes() == content
+
+
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_the_input_is_not_taken_for_the_output(run, tmp_path, end):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a"}\n{"prompt": "b"}' + end)
+    before = prompts.read_bytes()
+    (tmp_path / "link").symlink_to(prompts)
+    for output in (prompts, tmp_path / "link"):
+        options = ("--input", str(prompts), "--output", str(output), "--resume", "True")
+        refused(run(*options), "no results of these prompts")
+    assert prompts.read_bytes() == before
+
+
+def test_outputs_that_cannot_be_are_named_before_any_work(run, tmp_path, monkeypatch):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a"}\n')
+    monkeypatch.setattr(command, "load", None)
+    long = str(tmp_path / ("x" * 300))
+    for output in (tmp_path, "/dev/null", prompts / "a", long, "gs://a/b", "a\0b"):
+        answer = run("--input", str(prompts), "--output", str(output))
+        refused(answer, "output=")
+        assert len(answer[2]) < 600
+    for source in (tmp_path, "/dev/zero", long, "http://a/b", "a\0b", ""):
+        refused(run("--input", str(source), "--output", str(tmp_path / "out")), "input")
+    assert [p.name for p in tmp_path.iterdir()] == ["prompts.jsonl"]
+
+
+def test_prompts_are_lines_of_the_file_and_of_nothing_else(run, model, tmp_path):
+    """Characters that Python takes for line ends are text in JSON."""
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "texts.jsonl"
+    text = "a\u2028b\x85c"
+    prompts.write_text(f'{{"prompt": "{text}"}}\r\n\n', encoding="utf-8")
+    assert run("--input", str(prompts), "--output", str(out))[0] == 0
+    assert json.loads(out.read_text())["prompt"] == text
 
 
 def test_files_that_are_missing_or_alone_are_named(run, tmp_path):
@@ -130,10 +194,6 @@ def test_files_that_are_missing_or_alone_are_named(run, tmp_path):
     missing.write_bytes(b"\xff\n")
     refused(run("--input", str(missing), "--output", str(out)), "UTF-8")
     assert not out.exists()
-
-
-def test_text_that_could_steer_a_terminal_is_spelled_out():
-    assert command._visible("a\x1b[2J\n\tb\u202e\x7fé") == "a\\u{001b}[2J\n\tb\\u{202e}\\u{007f}é"
 
 
 # --- how much is asked for ----------------------------------------------------------------------

@@ -15,7 +15,6 @@ import json
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -31,6 +30,7 @@ from experiments.configs import base_config
 from hnet.command_line import parse, run
 from hnet.data import open_corpus, train_batches
 from hnet.errors import ConfigError
+from hnet.outputs import new_file, write_new
 from hnet.train.config import Config
 from hnet.train.cpu import keep_freed_memory, one_device_a_core
 
@@ -182,11 +182,13 @@ def show(found: dict[str, Any]) -> None:
 
 def main() -> None:
     config = parse(Benchmark)
+    if config.json:
+        new_file(config.json, "json")
     one_device_a_core(config.batch_size)
     found = measure(config)
     show(found)
     if config.json:
-        Path(config.json).write_text(json.dumps(found, indent=1) + "\n")
+        write_new(config.json, json.dumps(found, indent=1) + "\n", "json")
 
 
 if __name__ == "__main__":

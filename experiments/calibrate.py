@@ -26,6 +26,7 @@ from hnet.data.parallel import Lines, bytes_by_script, read_parallel
 from hnet.data.scripts import SCRIPTS, route_table
 from hnet.errors import ConfigError
 from hnet.fields import to_json
+from hnet.outputs import new_file, write_new
 from hnet.train.config import Config
 
 COMMON_TO_ALL = ("Common", "Unknown")
@@ -124,8 +125,8 @@ def main() -> None:
     config = parse(CalibrateConfig)
     if not config.mean_ratio > 1:
         raise ConfigError(f"mean_ratio={config.mean_ratio}: use more than 1 byte a chunk")
-    if config.out and Path(config.out).exists():
-        raise ConfigError(f"out={config.out!r} exists: choose another file")
+    if config.out:
+        new_file(config.out, "out")
     base = base_config(config.base)
     lines = read_parallel(config.files, aligned=config.aligned)
     groups = [tuple(group.split("+")) for group in config.groups]
@@ -133,13 +134,8 @@ def main() -> None:
     routed = with_routes(base, found)
     _print(found, lines)
     if config.out:
-        out = Path(config.out)
-        content = to_json(replace(routed, workdir=f"runs/{out.stem}"))
-        try:
-            with out.open("x") as f:
-                f.write(json.dumps(content, indent=1) + "\n")
-        except OSError as e:
-            raise ConfigError(f"out={config.out!r}: {e.strerror}") from None
+        content = to_json(replace(routed, workdir=f"runs/{Path(config.out).stem}"))
+        write_new(config.out, json.dumps(content, indent=1) + "\n", "out")
         print(f"wrote {config.out}")
 
 

@@ -10,6 +10,7 @@ inside UTF-8 characters, agreement with gold words. Beside the checkpoints stand
 trained on --bpe-files, and any tokenizer.json. --out gets report.json, report.md and chunks.svg.
 """
 
+import io
 import json
 import math
 from collections.abc import Callable, Collection, Sequence
@@ -43,7 +44,10 @@ from hnet.inspect.gold import read_ud, thin
 from hnet.inspect.segmentation import Segmentation
 from hnet.inspect.tokens import read_tokenizer, token_starts, train_bpe
 from hnet.model import split
+from hnet.outputs import new_files, write_new
 from hnet.train.workdir import read_config
+
+REPORT = ["report.md", "chunks.svg", "report.json"]  # the last one says that the others are whole
 
 Cut = Callable[[Sequence[bytes]], tuple[list[Segmentation], float, int]]
 """texts -> (their segmentations, nats, scored bytes)"""
@@ -84,8 +88,7 @@ class System:
 def main() -> None:
     config = parse(FairnessConfig)
     out = Path(config.out)
-    if (out / "report.json").exists():
-        raise ConfigError(f"out={config.out!r} has a report already: choose another folder")
+    new_files(out, REPORT, "out")
     if bool(config.bpe) != bool(config.bpe_files):
         raise ConfigError("bpe and bpe_files belong together: give both, or neither")
     unseen = {entry.partition("=")[0] for entry in config.unseen}
@@ -167,11 +170,11 @@ def measure(systems: Sequence[System], lines: Lines, gold: dict[str, list[Segmen
 
 def write_report(out: Path, scores: Scores, unseen: Collection[str]) -> None:
     """report.json, report.md and chunks.svg in a folder, and the tables on the terminal."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "report.md").write_text(to_markdown(scores, unseen))
-    plot(out / "chunks.svg", scores, unseen)
-    content = json.dumps(to_json(scores, unseen), indent=1)
-    (out / "report.json").write_text(content + "\n")
+    chart = io.BytesIO()
+    plot(chart, scores, unseen)
+    content = json.dumps(to_json(scores, unseen), indent=1) + "\n"
+    for name, text in zip(REPORT, (to_markdown(scores, unseen), chart.getvalue(), content)):
+        write_new(out / name, text, "out")
     console = Console(highlight=False)
     for head, *rows in (summary_rows(scores, unseen), language_rows(scores, unseen)):
         table = Table(*map(escape, head), box=None)

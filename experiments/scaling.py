@@ -41,6 +41,7 @@ from hnet.data.tokens import read_vocabulary
 from hnet.errors import ConfigError
 from hnet.fields import to_json
 from hnet.inspect.tokens import train_bpe
+from hnet.outputs import new_files, write_new
 from hnet.train.compile_cache import enable_compilation_cache
 from hnet.train.config import Config, config_from_json
 from hnet.train.distributed import REQUEUE_EXIT_CODE
@@ -75,8 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def plan(options: argparse.Namespace, base: Config) -> int:
     out, tokenizer = Path(options.out), ""
-    if (out / "plan.json").exists():
-        raise ConfigError(f"{out / 'plan.json'} is there already: use another --out")
+    new_files(out, ["plan.json", "configs", "tokenizer.json", "fit.json", "scaling.png"], "out")
     if not options.bytes_per_parameter > 0:
         raise ConfigError(f"bytes-per-parameter={options.bytes_per_parameter}: use more than 0")
     sizes = {"bytes_per_token": BYTES_PER_TOKEN, "vocab_size": GPT2_VOCABULARY}
@@ -89,7 +89,6 @@ def plan(options: argparse.Namespace, base: Config) -> int:
     table = [["model", "layers", "parameters", "MFLOPs/byte", "off", "bytes", "steps", "batch",
               "peak lr", "training FLOPs", "memory/device"]]  # fmt: skip
     rows = []
-    (out / "configs").mkdir(parents=True, exist_ok=True)
     for point, model in points:
         config = replace(
             point_config(base, point, model, tokenizer), workdir=str(out / "runs" / point.name)
@@ -98,7 +97,7 @@ def plan(options: argparse.Namespace, base: Config) -> int:
         runs = point.family != "bpe" or bool(tokenizer)
         if runs:
             file = out / "configs" / f"{point.name}.json"
-            file.write_text(json.dumps(to_json(config), indent=1) + "\n")
+            write_new(file, json.dumps(to_json(config), indent=1) + "\n", "out")
         rows.append({**asdict(point), "memory": memory, "memory_from": kind, "runs": runs, **sizes})
         table.append([
             point.name, str(point.layers), f"{point.parameters / 1e6:.2f}M",
@@ -107,7 +106,7 @@ def plan(options: argparse.Namespace, base: Config) -> int:
             f"{point.batch_size} x {point.seq_len}", f"{point.learning_rate:.2e}",
             f"{point.train_flops:.2e}", f"{memory / 2**30:.2f} GiB {kind}",
         ])  # fmt: skip
-    (out / "plan.json").write_text(json.dumps(rows, indent=1) + "\n")
+    write_new(out / "plan.json", json.dumps(rows, indent=1) + "\n", "out")
     _print_table(table)
     if off := [point.name for point, _ in points if abs(point.mismatch) > 0.05]:
         console.print(f"off by more than 5%: {', '.join(off)}: leave levels this small out")

@@ -22,6 +22,7 @@ from hnet.inspect.page import to_html
 from hnet.inspect.render import print_segmentations
 from hnet.inspect.segmentation import Segmentation
 from hnet.model import split
+from hnet.outputs import new_file, read_file, write_new
 from hnet.train.compile_cache import enable_compilation_cache
 
 GOLD = ("words", "whitespace", "characters")
@@ -47,8 +48,8 @@ class SegmentConfig:
 
 def main() -> None:
     config = parse(SegmentConfig)
-    if config.html and Path(config.html).exists():
-        raise ConfigError(f"html={config.html!r} exists: choose another file")
+    if config.html:
+        new_file(config.html, "html")
     if config.max_bytes < 1:
         raise ConfigError(f"max_bytes={config.max_bytes}: use 1 or more")
     texts = _texts(config)
@@ -71,10 +72,7 @@ def _texts(config: SegmentConfig) -> list[bytes]:
     if config.file == "-" or not (config.text or config.file):
         texts += sys.stdin.buffer.read().splitlines()
     elif config.file:
-        try:
-            texts += Path(config.file).read_bytes().splitlines()
-        except OSError as e:
-            raise ConfigError(f"file={config.file!r}: {e.strerror}") from None
+        texts += read_file(config.file, "file").splitlines()
     texts = [text[: config.max_bytes] for text in texts if text]
     if not texts:
         raise ConfigError("there is no text to cut: give --text or --file")
@@ -82,12 +80,9 @@ def _texts(config: SegmentConfig) -> list[bytes]:
 
 
 def _write_page(config: SegmentConfig, found: list[Segmentation]) -> None:
-    try:
-        with open(config.html, "x", encoding="utf-8") as f:
-            title = f"Chunk boundaries of {config.checkpoint}"
-            f.write(to_html({config.checkpoint: found}, title=title))
-    except OSError as e:
-        raise ConfigError(f"html={config.html!r}: {e.strerror}") from None
+    name = Path(config.checkpoint).name  # the page may be mailed: no folders of this machine
+    page = to_html({name: found}, title=f"Chunk boundaries of {name}")
+    write_new(config.html, page, "html")
     print(f"wrote {config.html}")
 
 

@@ -9,6 +9,7 @@ import optuna
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
 from hnet.errors import ConfigError
+from hnet.outputs import new_file, read_file
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -53,14 +54,30 @@ class _WholeLines(JournalFileSymlinkLock):
         return acquired
 
 
+_FIRST = b'{"op_code":'  # how a journal begins
+
+
+def _check_journal(where: str) -> None:
+    """Raise ConfigError for a file that is no journal, whose last line might be cut off."""
+    if not os.path.lexists(where):
+        new_file(where, "storage")
+        return
+    start = read_file(where, "storage")[: len(_FIRST)]
+    if not _FIRST.startswith(start):
+        raise ConfigError(f"storage={where!r} is no journal of a sweep: give another file")
+
+
 def open_storage(where: str) -> optuna.storages.BaseStorage:
     """A journal file, or a database by its URL. Raises ConfigError if it cannot be opened."""
     try:
         if "://" in where:
             return optuna.storages.RDBStorage(where)
+        _check_journal(where)
         Path(where).parent.mkdir(parents=True, exist_ok=True)
         journal = JournalFileBackend(where, lock_obj=_WholeLines(where))
         return optuna.storages.JournalStorage(journal)
+    except ConfigError:
+        raise
     except Exception as e:  # whatever a database driver raises, or its absence
         reason = str(e).strip().splitlines() or [type(e).__name__]
         raise ConfigError(

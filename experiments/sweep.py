@@ -25,7 +25,7 @@ from rich.markup import escape
 from experiments.configs import run_config
 from experiments.space import Point, Space, describe, list_points, read_space
 from experiments.study import Claim, Study
-from experiments.sweep_results import write_results
+from experiments.sweep_results import check_results, write_results
 from experiments.sweep_train import Options, train_points
 from hnet.command_line import OneLineParser, run
 from hnet.errors import ConfigError
@@ -58,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.dry_run:
         _show_plan(base, space, worker)
         return 0
+    check_results(out)
     storage = options.storage or str(out / "journal.log")
     study = Study(storage, options.study or out.resolve().name, base, space, worker.timeout)
     enable_compilation_cache()

@@ -20,10 +20,13 @@ from rich.table import Table
 
 from experiments.space import Range, describe
 from experiments.study import Study
+from hnet.errors import ConfigError
 from hnet.fields import to_json, with_fields
 from hnet.inspect.writer import RunWriter
+from hnet.outputs import new_file, read_file
 
 STATES = {TrialState.COMPLETE: "done", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
+RESULTS = ["results.csv", "results.parquet", "results.png", "best.json"]
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -57,6 +60,18 @@ def interval(values: list[float]) -> float:
 
     n = len(values)
     return float(t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n) if n > 1 else 0.0
+
+
+def check_results(out: Path) -> None:
+    """Raise ConfigError if a folder holds files that `write_results` would replace and that no
+    sweep wrote."""
+    files = [out / name for name in RESULTS if os.path.lexists(out / name)]
+    if not files:
+        new_file(out / RESULTS[0], "out")
+    elif not (out / RESULTS[0]).is_file() or not read_file(out / RESULTS[0], "out").startswith(
+        b"point,state,"
+    ):
+        raise ConfigError(f"out={str(out)!r}: no sweep wrote its {files[0].name}: choose another")
 
 
 def write_results(study: Study, out: Path) -> None:

@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -93,7 +93,7 @@ def _markdown_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([head, "|" + "---|" * len(rows[0]), *body, ""])
 
 
-def plot(path: str | os.PathLike, scores: Scores, unseen: Collection[str] = ()) -> None:
+def plot(file: str | os.PathLike | BinaryIO, scores: Scores, unseen: Collection[str] = ()) -> None:
     """Draw chunks a sentence of each language over the mean of its system and stage: flat = fair.
 
     Raises ConfigError without the plotting library (the extra `fairness`).
@@ -127,7 +127,7 @@ def plot(path: str | os.PathLike, scores: Scores, unseen: Collection[str] = ()) 
         )
         axes.set_ylabel("chunks a sentence / mean" + (" (* unseen)" if unseen else ""))
         figure.legend(loc="outside upper left", ncols=3, frameon=False)
-        figure.savefig(path, metadata={"Date": None})
+        figure.savefig(file, format="svg", metadata={"Date": None})
 
 
 def _seen(languages: Mapping[str, LanguageScore], unseen: Collection[str]) -> list[LanguageScore]:

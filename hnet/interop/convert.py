@@ -26,6 +26,7 @@ from hnet.interop.official import (
 )
 from hnet.interop.tensors import FORMATS, TensorFile, write_tensors
 from hnet.model import HNetLM, split
+from hnet.outputs import new_file, write_new
 from hnet.train import manifest as mf
 from hnet.train.checkpoint import Checkpointer
 from hnet.train.config import CheckpointConfig, Config
@@ -49,8 +50,9 @@ def convert(
     for whatever `load` refuses.
     """
     source, target = Path(source), Path(target)
-    if target.exists():
-        raise ConfigError(f"{str(target)!r} exists: choose another name")
+    new_file(target, "target")
+    if target.suffix in FORMATS:
+        new_file(target.with_suffix(".json"), "target")
     if source.is_dir():
         _from_workdir(source, target, dtype, step)
         return
@@ -119,11 +121,9 @@ def _read_leaves(
 
 
 def _write_official(target: Path, config: HNetConfig, tensors: dict[str, np.ndarray]) -> None:
-    description = target.with_suffix(".json")
-    if description.exists():
-        raise ConfigError(f"{str(description)!r} exists: choose another name")
     write_tensors(target, tensors)
-    description.write_text(json.dumps(config.to_json(), indent=1) + "\n")
+    content = json.dumps(config.to_json(), indent=1) + "\n"
+    write_new(target.with_suffix(".json"), content, "target")
 
 
 def _write_workdir(target: Path, model: HNetLM) -> None:

@@ -7,6 +7,8 @@ known before a tensor is read, and whatever a reader complains of becomes one li
 import contextlib
 import io
 import os
+import stat
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,6 +18,7 @@ import numpy as np
 
 from hnet.errors import ConfigError
 from hnet.interop.torch_file import Tensor, TorchFile
+from hnet.outputs import new_file, one_line
 
 FORMATS = (".pt", ".safetensors", ".npz")
 _NO_FLOAT = "not floating point"
@@ -32,12 +35,13 @@ class TensorFile(Mapping[str, np.ndarray]):
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         suffix = self.path.suffix
-        if suffix not in FORMATS:
+        with one_line(path, "checkpoint"):
+            is_file = stat.S_ISREG(os.stat(path).st_mode)
+        if not is_file or suffix not in FORMATS:
             raise ConfigError(
-                f"{os.fspath(path)!r} is of no known format: use {', '.join(FORMATS)}"
+                f"checkpoint {os.fspath(path)!r} is of no known format: give a work directory, or "
+                f"a file that ends in {', '.join(FORMATS)}"
             )
-        if not self.path.is_file():
-            raise ConfigError(f"checkpoint {os.fspath(path)!r} does not exist, or is no file")
         opened = {".pt": _open_torch, ".safetensors": _open_safetensors, ".npz": _open_npz}[suffix]
         with self._one_line():
             self.shapes: dict[str, tuple[int, ...]]
@@ -52,9 +56,8 @@ class TensorFile(Mapping[str, np.ndarray]):
         except ImportError as e:
             raise _missing(self.path, e) from None
         except Exception as e:  # each library has its own errors for damaged and hostile files
-            reason = " ".join(str(e).split())[:160] or type(e).__name__
             raise ConfigError(
-                f"checkpoint {str(self.path)!r} cannot be read safely: {reason}"
+                f"checkpoint {str(self.path)!r} cannot be read safely: {_reason(e)}"
             ) from None
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -77,6 +80,10 @@ class TensorFile(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__
 
 
 def _missing(path: Path, error: ImportError) -> ConfigError:
@@ -150,26 +157,37 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
     """
     if path.suffix not in FORMATS:
         raise ConfigError(f"{str(path)!r} is of no known format: use {', '.join(FORMATS)}")
-    if path.exists():
-        raise ConfigError(f"{str(path)!r} exists: choose another name")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial{path.suffix}")
+    new_file(path, "target")
     try:
-        if path.suffix == ".npz":
-            _write_npz(partial, tensors)
-        elif path.suffix == ".safetensors":
-            from safetensors.numpy import save_file
-
-            save_file(tensors, partial)
-        else:
-            _write_torch(partial, tensors)
-        partial.rename(path)
+        with one_line(path, "target"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
+                partial = Path(folder) / path.name
+                _write(partial, tensors)
+                try:
+                    os.link(partial, path)  # unlike a rename, it replaces nothing
+                except PermissionError:  # a file system without links
+                    partial.rename(path)
+    except ConfigError:
+        raise
     except ImportError as e:
         raise _missing(path, e) from None
-    except OSError as e:
-        raise ConfigError(f"{str(path)!r} cannot be written: {e.strerror}") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    except Exception as e:  # each library has its own errors for a full disk
+        raise ConfigError(f"target={str(path)!r} cannot be written: {_reason(e)}") from None
+
+
+def _write(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    match path.suffix:
+        case ".npz":
+            _write_npz(path, tensors)
+        case ".safetensors":
+            from safetensors.numpy import save_file
+
+            save_file(tensors, path)
+        case ".pt":
+            _write_torch(path, tensors)
+        case suffix:
+            raise ValueError(suffix)
 
 
 def _write_npz(path: Path, tensors: dict[str, np.ndarray]) -> None:

@@ -128,7 +128,7 @@ def test_commands_leave_a_file_of_the_user_alone(
     (tmp_path / mine).parent.mkdir(exist_ok=True)
     (tmp_path / mine).write_bytes(MINE)
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
-    (tmp_path / "space.toml").write_text('[grid]\n"optim.learning_rate" = [1e-3, 2e-3]\n')
+    (tmp_path / "space.toml").write_text('[space]\n"optim.learning_rate" = [1e-3, 2e-3]\n')
     before = content(tmp_path)
     module = importlib.import_module(f"experiments.{command}")
     monkeypatch.setattr(module, "load", None, raising=False)

@@ -65,6 +65,8 @@ def one_line(path: str | os.PathLike, field: str) -> Iterator[None]:
     where = f"{field}={_named(path)}"
     try:
         yield
+    except FileNotFoundError:
+        raise ConfigError(f"{where} does not exist: give another path") from None
     except OSError as e:
         raise ConfigError(f"{where}: {e.strerror or e}: give another path") from None
     except ValueError as e:

@@ -190,7 +190,7 @@ def test_files_that_are_missing_or_alone_are_named(run, tmp_path):
     out = tmp_path / "texts.jsonl"
     missing = tmp_path / "missing.jsonl"
     refused(run("--input", str(missing)), "input and output belong together")
-    refused(run("--input", str(missing), "--output", str(out)), f"input='{missing}'", "No such")
+    refused(run("--input", str(missing), "--output", str(out)), f"input='{missing}'", "not exist")
     missing.write_bytes(b"\xff\n")
     refused(run("--input", str(missing), "--output", str(out)), "UTF-8")
     assert not out.exists()

@@ -49,4 +49,5 @@ def segment(text: Segmentation, skill: float, rng: np.random.Generator) -> Segme
         name=text.name,
         routes=[next(n for s, n in reversed(text.routes) if s <= i) for i in range(length)],
         gold=text.gold,
+        nats=np.random.default_rng(length).exponential(2 - skill, length),
     )

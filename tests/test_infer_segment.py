@@ -3,13 +3,16 @@
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hnet.config import BOS_ID
 from hnet.errors import ConfigError
-from hnet.infer.segment import as_starts, segment_all, segmenter
+from hnet.infer.segment import POSITIONS, as_starts, segment_all, segmenter
 from hnet.inspect.segmentation import Segmentation
 from tests.networks import MLP_END, network, quick_jit, random_params, stage
 
@@ -98,6 +101,26 @@ def test_a_model_without_routes_names_scripts_and_cuts_in_batches_as_alone(monke
     for i in (0, 3, len(texts) - 1):
         (alone,) = segment(params, [texts[i]])
         assert [s.starts for s in alone.stages] == [s.starts for s in found[i].stages]
+        np.testing.assert_allclose(alone.bits, found[i].bits, atol=2e-3)
+        ids = np.array([[BOS_ID, *texts[i]]], np.int32)
+        logits = nnx.merge(graph, params)(jnp.asarray(ids))[0][0]
+        exact = [-jax.nn.log_softmax(row)[byte] for row, byte in zip(logits, ids[0, 1:])]
+        np.testing.assert_allclose(alone.bits, np.array(exact) / np.log(2), atol=2e-3)
+
+
+def test_long_texts_run_in_smaller_batches():
+    """Rows times length stays bounded, and every text comes back in its place."""
+    asked = []
+
+    def segment(_, texts):
+        asked.append((len(texts), max(map(len, texts))))
+        return [Segmentation(text, stages=()) for text in texts]
+
+    texts = [b"x" * n for n in (5000, 10, 100_000, 0, *range(900, 1000), 3000)]
+    found = segment_all(segment, None, texts)
+    assert [seg.data for seg in found] == texts
+    assert all(rows == 1 or rows * 2 * longest <= 2 * POSITIONS for rows, longest in asked)
+    assert max(rows for rows, _ in asked) == 32 and asked[-1] == (1, 100_000)
 
 
 def test_routes_of_unknown_scripts_are_refused(routed):

@@ -95,7 +95,8 @@ def test_chunks_alternate_in_colour():
 
 def test_describe():
     text = describe(cut(b"abcdef", (4,)))
-    assert text == "6 bytes; stage 0: 2 chunks, 3.00 bytes a chunk, longest 4"
+    assert text == "6 bytes; stage 0: 2 chunks, 3.00 bytes per chunk, longest 4"
+    assert describe(Segmentation(b"ab", bits=(1.0, 2.5))) == "2 bytes; 1.75 bits per byte"
 
 
 def test_markdown_shows_text_as_text():

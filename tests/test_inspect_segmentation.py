@@ -176,3 +176,23 @@ def test_reading_back_a_file(tmp_path):
         read_segmentations(path)
     with pytest.raises(ConfigError, match="No such file"):
         read_segmentations(tmp_path / "none.json")
+
+
+def test_surprisal_is_kept_in_bits_if_all_of_it_is_finite():
+    outputs = [(np.array([1, 0]), np.array([1, 0.5]))]
+    nats = np.array([np.log(2), -0.0])
+    seg = Segmentation.from_router(b"ab", outputs, nats=nats)
+    assert seg.bits == (1.0, 0.0) and str(seg.bits[1]) == "0.0"
+    assert Segmentation.from_json(json.loads(json.dumps(seg.to_json()))) == seg
+    assert "bits" not in Segmentation.from_router(b"ab", outputs).to_json()
+    for bad in (np.nan, np.inf):
+        assert Segmentation.from_router(b"ab", outputs, nats=np.array([1, bad])).bits == ()
+
+
+@pytest.mark.parametrize("bits", [(1.0,), (1.0, -0.5), (1.0, float("nan")), (1.0, float("inf"))])
+def test_surprisal_that_cannot_be_is_refused(bits):
+    with pytest.raises(ConfigError, match="bits of 'x' must be 2 numbers"):
+        Segmentation(b"ab", "x", bits=bits)
+    content = {"version": 1, "name": "x", "text": "ab", "routes": [], "gold": {}, "stages": []}
+    with pytest.raises(ConfigError, match="bits"):
+        Segmentation.from_json(content | {"bits": list(bits)})

@@ -12,15 +12,18 @@ from flax import nnx
 from hnet.config import BOS_ID, HNetConfig
 from hnet.data.scripts import SCRIPTS, route_table, script_ids_of_rows
 from hnet.inspect.segmentation import Segmentation
+from hnet.loss import next_byte_nll
 
 ROWS = 32  # texts cut in one go
+POSITIONS = ROWS * 1024  # of them, at most; bounds the memory of logits
 
 
 def route_texts(params: Any, input_ids_BL, segment_ids_BL, route_ids_BL, *, graph: nnx.GraphDef):
-    """(boundary mask, boundary probability) of each stage, outermost first."""
+    """(boundary mask, boundary probability) of each stage, outermost first; nats of each byte."""
     model = nnx.merge(graph, params)
-    _, records = model(input_ids_BL, segment_ids_BL, route_ids_BL=route_ids_BL)
-    return [(r.boundary_mask_BL, r.boundary_prob_BL) for r in records]
+    logits, records = model(input_ids_BL, segment_ids_BL, route_ids_BL=route_ids_BL)
+    stages = [(r.boundary_mask_BL, r.boundary_prob_BL) for r in records]
+    return stages, next_byte_nll(logits, input_ids_BL)
 
 
 def segmenter(
@@ -40,8 +43,7 @@ def segmenter(
         names: Sequence[str] = (),
         gold: Sequence[dict | None] = (),
     ) -> list[Segmentation]:
-        longest = max((len(t) for t in texts), default=0) + 1
-        length = max(64, 1 << (longest - 1).bit_length())
+        length = _padded(max((len(t) for t in texts), default=0))
         ids_BL = np.zeros((len(texts), length), np.int32)
         segment_ids_BL = np.zeros_like(ids_BL)
         for row, text in enumerate(texts):
@@ -53,7 +55,7 @@ def segmenter(
             (route_ids_BL, model.route_names) if model.num_routes > 1 else (script_ids_BL, SCRIPTS)
         )
         fed = map(jnp.asarray, (ids_BL, segment_ids_BL, route_ids_BL))
-        stages = jax.device_get(run(params, *fed))
+        stages, nats_BL = jax.device_get(run(params, *fed))
         found = []
         for row, text in enumerate(texts):
             starts, in_front = as_starts(model, [(mask[row], prob[row]) for mask, prob in stages])
@@ -65,6 +67,7 @@ def segmenter(
                     prefix=in_front + 1,
                     routes=[names_of[i] for i in named_BL[row, 1 : len(text) + 1]],
                     gold=gold[row] if gold else None,
+                    nats=nats_BL[row, 1 : len(text) + 1],
                 )
             )
         return found
@@ -76,13 +79,20 @@ def segment_all(
     segment: Callable[..., list[Segmentation]], params: Any, texts: Sequence[bytes]
 ) -> list[Segmentation]:
     """Any number of texts by a `segmenter`; those of similar length run together."""
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    waiting = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     found: dict[int, Segmentation] = {}
-    for first in range(0, len(order), ROWS):
-        rows = order[first : first + ROWS]
-        spare = [b""] * (min(ROWS, len(order)) - len(rows))  # so that no other shape is compiled
+    while waiting:
+        longest = _padded(len(texts[waiting[:ROWS][-1]]))
+        most = min(ROWS, max(1, POSITIONS // longest), len(texts))
+        rows, waiting = waiting[:most], waiting[most:]
+        spare = [b""] * (most - len(rows))  # so that no other shape is compiled
         found |= dict(zip(rows, segment(params, [*(texts[i] for i in rows), *spare])))
     return [found[i] for i in range(len(texts))]
+
+
+def _padded(most: int) -> int:
+    """Positions of a row for texts of up to `most` bytes: few lengths, so few are compiled."""
+    return max(64, 1 << most.bit_length())
 
 
 def as_starts(

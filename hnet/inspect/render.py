@@ -119,15 +119,15 @@ def _styled(seg: Segmentation) -> Iterator[tuple[str, str]]:
 
 
 def describe(seg: Segmentation) -> str:
-    """One line: the bytes, and chunks and bytes a chunk of each stage."""
+    """One line: the bytes, bits per byte, and chunks and bytes per chunk of each stage."""
     parts = [f"{len(seg.data)} bytes"]
+    if seg.bits:
+        parts.append(f"{sum(seg.bits) / len(seg.bits):.2f} bits per byte")
     for i in range(len(seg.stages)):
         if stats := chunk_length_stats(seg.chunk_lengths(i)):
             count = len(seg.stages[i].starts)
-            parts.append(
-                f"stage {i}: {count} chunk{'s' * (count != 1)}, {stats['mean']:.2f} bytes a chunk, "
-                f"longest {stats['longest']:.0f}"
-            )
+            chunks = f"{count} chunk{'s' * (count != 1)}, {stats['mean']:.2f} bytes per chunk"
+            parts.append(f"stage {i}: {chunks}, longest {stats['longest']:.0f}")
     return "; ".join(parts)
 
 

@@ -10,10 +10,11 @@ JSON form (`Segmentation.to_json`), the same in files, in pages and over HTTP::
      "text": "valid UTF-8"   or   "base64": "any other bytes",
      "routes": [[0, "Latin"], [12, "Han"]],        # runs: this route from that offset on
      "gold": {"words": [4, 9]},                    # offsets inside the text at which units start
-     "stages": [{"starts": [0, 4, 9], "probs": [1.0, 0.03, ...]}, ...]}   # outermost first
+     "stages": [{"starts": [0, 4, 9], "probs": [1.0, 0.03, ...]}, ...],  # outermost first
+     "bits": [6.25, 0.031, ...]}                   # surprisal of each byte, if it is known
 
-`probs` of a stage has one entry a position of that stage: a byte for stage 0, a chunk of the stage
-outside it for the others, that is one entry for each of its `starts`.
+`probs` of a stage has one entry per position of that stage: a byte for stage 0, a chunk of the
+stage outside it for the others, that is one entry for each of its `starts`.
 """
 
 import base64
@@ -28,6 +29,8 @@ import numpy as np
 from hnet.errors import ConfigError
 
 VERSION = 1
+BITS_DIGITS = 3
+"""Decimals of a surprisal that are kept."""
 Alignment = Literal["start", "end"]
 
 
@@ -56,6 +59,8 @@ class Segmentation:
     """runs of (first byte, name of the route or script); empty = not known"""
     gold: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """kind -> offsets, strictly inside the text, at which its units start"""
+    bits: tuple[float, ...] = ()
+    """-log2 p(byte | bytes before it) of each byte; empty = not known"""
 
     def __post_init__(self):
         _check(self)
@@ -83,10 +88,7 @@ class Segmentation:
 
     def to_json(self) -> dict[str, Any]:
         """The JSON form described above; `from_json` gives back an equal object."""
-        return {
-            **text_json(self),
-            "stages": [{"starts": list(s.starts), "probs": list(s.probs)} for s in self.stages],
-        }
+        return {**text_json(self), **step_json(self)}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Segmentation":
@@ -108,6 +110,7 @@ class Segmentation:
                 ),
                 routes=tuple((int(start), str(name)) for start, name in content["routes"]),
                 gold={str(k): tuple(map(int, v)) for k, v in content["gold"].items()},
+                bits=tuple(map(float, content.get("bits", ()))),
             )
         except ConfigError:
             raise
@@ -128,13 +131,15 @@ class Segmentation:
         prefix: int = 0,
         routes: Sequence[str] = (),
         gold: Mapping[str, Sequence[int]] | None = None,
+        nats: np.ndarray | None = None,
     ) -> "Segmentation":
         """The segmentation of one row from what its routers returned.
 
         outputs: (boundary mask, boundary probability) of each stage, outermost first, each 1-D
-        over that stage's positions; padding behind is ignored. prefix: positions before the first
-        byte (1 for a BOS). routes: a name for each byte. END arrays of an inner stage may lack the
-        last, incomplete chunk. Raises ConfigError for arrays that do not fit the text.
+        over that stage's positions; padding at the end is ignored. prefix: positions before the
+        first byte (1 for a BOS). routes: a name for each byte. nats: -ln p of each byte, left out
+        unless all are finite. END arrays of an inner stage may lack the last, incomplete chunk.
+        Raises ConfigError for arrays that do not fit the text.
         """
         if alignment not in ("start", "end"):
             raise ConfigError(f"alignment={alignment!r}: use 'start' or 'end'")
@@ -150,6 +155,7 @@ class Segmentation:
             tuple(_merge_equal(*stage) for stage in stages) if data else _empty(len(stages)),
             runs(routes),
             {kind: inside(offsets, len(data)) for kind, offsets in (gold or {}).items()},
+            _bits(nats),
         )
 
 
@@ -162,6 +168,16 @@ def text_json(segmentation: Segmentation) -> dict[str, Any]:
         content["base64"] = base64.b64encode(segmentation.data).decode("ascii")
     content["routes"] = [list(run) for run in segmentation.routes]
     content["gold"] = {kind: list(offsets) for kind, offsets in segmentation.gold.items()}
+    return content
+
+
+def step_json(segmentation: Segmentation) -> dict[str, Any]:
+    """The part of the JSON form that changes while a model trains."""
+    content: dict[str, Any] = {
+        "stages": [{"starts": list(s.starts), "probs": list(s.probs)} for s in segmentation.stages]
+    }
+    if segmentation.bits:
+        content["bits"] = list(segmentation.bits)
     return content
 
 
@@ -239,8 +255,17 @@ def _short(probs: np.ndarray) -> tuple[float, ...]:
     return tuple(np.asarray(probs, np.float32).astype("U").astype(float).tolist())
 
 
+def _bits(nats: np.ndarray | None) -> tuple[float, ...]:
+    if nats is None or not np.isfinite(nats).all():
+        return ()
+    bits = np.maximum(np.asarray(nats, np.float64).reshape(-1) / np.log(2), 0)  # not -0.0
+    return tuple(bits.round(BITS_DIGITS).tolist())
+
+
 def _check(seg: Segmentation) -> None:
     length = len(seg.data)
+    if seg.bits and not (len(seg.bits) == length and all(0 <= b < np.inf for b in seg.bits)):
+        raise ConfigError(f"bits of {seg.name!r} must be {length} numbers from 0 on, or none")
     for i, stage in enumerate(seg.stages):
         starts, positions = stage.starts, seg.positions(i)
         if list(starts) != sorted(set(starts)) or starts[:1] != ((0,) if length else ()):

@@ -2,8 +2,9 @@
 
 A run keeps three append-only files of JSON lines in ``<logdir>/boundaries/``:
 
-* ``texts.jsonl``: a line a text, everything that does not change (`segmentation.text_json`).
-* ``steps.jsonl``: a line a text and step, ``{"step", "key", "stages": [...]}``.
+* ``texts.jsonl``: a line per text, everything that does not change (`segmentation.text_json`).
+* ``steps.jsonl``: a line per text and step, ``{"step", "key"}`` and what changes
+  (`segmentation.step_json`).
 * ``index.jsonl``: small lines that say where the others are, each written after what it names:
   ``{"resume": step or null, "session": ns}`` when a writer opens the folder or goes back,
   ``{"text": key, "digest", "at": [offset, length], "name", "bytes", "routes", "gold"}`` and
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from hnet.inspect.index import FOLDER, INDEX, STEPS, TEXTS, SegmentationIndex
-from hnet.inspect.segmentation import Segmentation, text_json
+from hnet.inspect.segmentation import Segmentation, step_json, text_json
 
 
 class SegmentationLog:
@@ -88,7 +89,7 @@ class SegmentationLog:
             if self._written.get(key) != digest:  # a new text, or other routes or gold than before
                 at = self._append(TEXTS, {"key": key, **static})
                 new.append({"text": key, "digest": digest, "at": at, **text_facts(seg)})
-            row = {"step": int(step), "key": key, "stages": seg.to_json()["stages"]}
+            row = {"step": int(step), "key": key, **step_json(seg)}
             rows[key] = self._append(STEPS, row)
         self.flush()
         for entry in [*new, {"step": int(step), "rows": rows}]:

@@ -95,9 +95,10 @@ def summary(result: Evaluation, part: Part) -> dict[str, Any]:
     """Bits per byte in total, by file and by document, and each stage's bytes a chunk."""
     nats, num_bytes = result.nats_by_document, result.bytes_by_document
     names = {d: part.document_name(d) for d in sorted(nats)}
-    files = defaultdict(list)
+    files, documents = defaultdict(list), {}
     for document, name in names.items():
-        files[name.rpartition(":")[0] or name].append(document)
+        files[part.file_of(document)].append(document)
+        documents[f"{name} ({document})" if name in documents else name] = document
 
     def score(documents: Iterable[int]) -> dict[str, float]:
         count = sum(num_bytes[d] for d in documents)
@@ -110,8 +111,8 @@ def summary(result: Evaluation, part: Part) -> dict[str, Any]:
         "positions_per_chunk": [
             result.positions_per_chunk(s) for s in range(len(result.chunks_by_stage))
         ],
-        "files": {name: score(documents) for name, documents in files.items()},
-        "documents": {name: score([document]) for document, name in names.items()},
+        "files": {name: score(own) for name, own in files.items()},
+        "documents": {name: score([document]) for name, document in documents.items()},
     }
 
 

@@ -32,6 +32,6 @@ def make_documents(texts, gap=3):
     lengths = np.array([len(t) for t in texts], np.int64)
     numbers = np.arange(len(texts))
     store = MemoryStore(data)
-    source = Source("*.txt", store, lengths, ("f",), np.zeros(1, np.int64), "")
+    source = Source("*.txt", store, lengths, ("f",), np.zeros(1, np.int64), b"")
     zeros = np.zeros(len(texts), np.int32)
     return Documents("*.txt", (source,), zeros, numbers, np.array(starts, np.int64), lengths)

@@ -92,6 +92,24 @@ def test_bits_are_counted_per_byte_of_the_same_held_out_text(file):
     )
 
 
+@pytest.mark.parametrize("bos_eos", [True, False])
+def test_sources_of_a_mixture_are_counted_in_bytes(file, tmp_path, bos_eos):
+    for name, text in zip("abc", TEXTS):
+        (tmp_path / f"{name}.txt").write_text(text * 9)
+    config = DataConfig(
+        tuple(f"{tmp_path}/{name}.txt" for name in "abc"), weights=(1, 2, 1), seq_len=13,
+        batch_size=4, tokenizer=file, bos_eos=bos_eos, eval_fraction=0,
+    )  # fmt: skip
+    corpus, counted, scored = open_corpus(config), np.zeros(3, np.int64), 0
+    with train_batches(corpus, config, seed=0) as batches:
+        for k in range(9):
+            batch = next(batches)
+            scored += int(batch["byte_lengths"][batch["loss_mask"]].sum())
+            counted += batches.source_bytes(k)
+    assert counted.sum() == scored
+    assert (counted > 0).all()
+
+
 def test_what_cannot_be_a_vocabulary_is_one_line(file, tmp_path):
     with pytest.raises(ConfigError, match="data.tokenizer='none.json' cannot be read"):
         Vocabulary("none.json")

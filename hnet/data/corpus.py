@@ -85,6 +85,11 @@ class Part:
         documents, d = self._find(document)
         return documents.document_name(d)
 
+    def file_of(self, document: int) -> str:
+        """File of a document, by its number in this part."""
+        documents, d = self._find(document)
+        return documents.sources[documents.source_D[d]].file_of(int(documents.number_D[d]))
+
     def glob_of(self, document: int) -> str:
         """Name of the source of a document, by its number in this part."""
         documents, d = self._find(document)
@@ -135,7 +140,7 @@ class Corpus:
     train: Part
     heldout: Part
     fingerprint: str
-    """hash of every byte, of the document boundaries and of the division"""
+    """hash of every byte, of the document boundaries and of the division, not of names"""
 
     @property
     def num_bytes(self) -> int:
@@ -175,8 +180,9 @@ def open_corpus(config: DataConfig) -> Corpus:
 def open_part(patterns: tuple[str, ...], *, field: str = "data.files") -> Part:
     """Open files as one part without dividing them, to evaluate on.
 
-    Raises ConfigError when they are missing, unreadable or hold no byte.
+    Raises ConfigError when they are missing, unreadable, named twice or hold no byte.
     """
+    _texts(patterns, field)
     part = _whole([open_source(p, field=field) for p in patterns], mixed=False)
     if not part.num_bytes:
         raise ConfigError(f"{field}={patterns} holds no byte: give files with text")
@@ -281,11 +287,19 @@ def _select(documents: Documents, which: np.ndarray) -> Documents:
 
 
 def _fingerprint(*parts: Part) -> str:
+    """Of the text of each entry and its division, however its files are named and grouped."""
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
         for documents in part.documents:
             for source in documents.sources:
-                digest.update(source.fingerprint.encode())
-            digest.update(documents.start_D.tobytes())
+                digest.update(source.digests)
+            counts = [len(s.lengths_D) for s in documents.sources]
+            before_S, starts = np.cumsum([0, *counts[:-1]]), np.zeros(len(documents), np.int64)
+            for i, source in enumerate(documents.sources):
+                own = documents.source_D == i
+                begins = np.cumsum(source.lengths_D) - source.lengths_D
+                starts[own] = documents.start_D[own] - begins[documents.number_D[own]]
+            digest.update((documents.number_D + before_S[documents.source_D]).tobytes())
+            digest.update(starts.tobytes())
             digest.update(documents.length_D.tobytes())
     return digest.hexdigest()

@@ -24,6 +24,7 @@ from hnet.data.stores import OURS, ByteStore, ShardStore, Spool, Stamp, TextStor
 from hnet.errors import ConfigError
 
 _SHOW_PROGRESS_FROM, _SHOW_EVERY = 64 << 20, 1 << 20
+_DIGEST = 16
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,16 @@ class Source:
     files: tuple[str, ...]
     file_starts: np.ndarray
     """int64, number of the first document of each file"""
-    fingerprint: str
-    """hash of the documents and their order"""
+    digests: bytes
+    """hashes of the documents of each file, in order"""
 
     @property
     def num_bytes(self) -> int:
         return int(self.lengths_D.sum())
+
+    def file_of(self, d: int) -> str:
+        """The file of document d, or the name of a document that is built in."""
+        return self.files[int(np.searchsorted(self.file_starts, d, side="right")) - 1]
 
     def document_name(self, d: int) -> str:
         """The file, followed by ``:n`` (from 1) where a file holds several documents."""
@@ -127,7 +132,7 @@ class _Texts:
     """Learns from one pass over documents where to find them again."""
 
     def __init__(self):
-        self._digest = hashlib.blake2b(digest_size=16)
+        self._digest, self._digests = hashlib.blake2b(digest_size=_DIGEST), bytearray()
         self._spool = Spool()
         self._files: list[str] = []
         self._first = array("q")  # document of each file
@@ -140,6 +145,10 @@ class _Texts:
         if self._files and self._first[-1] == len(self._length):  # the file before has no text
             self._files.pop(), self._first.pop()
             del self._stamps[-3:]
+        elif self._files:
+            self._digest.update(self._length[self._first[-1] :].tobytes())
+            self._digests += self._digest.digest()
+            self._digest = hashlib.blake2b(digest_size=_DIGEST)
         self._files.append(name)
         self._first.append(len(self._length))
         self._stamps.extend(opened)
@@ -165,7 +174,6 @@ class _Texts:
         self.begin_file("")  # stands for the spool, and leaves out a last file without text
         self._spool.flush()
         lengths_D = np.array(self._length, np.int64)
-        self._digest.update(lengths_D)
         stamps = np.array(self._stamps, np.uint64).reshape(-1, 3)
         store = TextStore(
             paths=(*self._files[:-1], self._spool.path),
@@ -182,7 +190,7 @@ class _Texts:
             lengths_D=lengths_D,
             files=tuple(self._files[:-1]),
             file_starts=np.array(self._first[:-1], np.int64),
-            fingerprint=self._digest.hexdigest(),
+            digests=bytes(self._digests),
         )
 
 
@@ -192,7 +200,6 @@ def _from_shards(name: str, paths: list[str]) -> Source:
     indices = [read_index(Path(p)) for p in paths]
     document_counts = [len(index.lengths_D) for index in indices]
     record_bytes = np.concatenate([index.record_bytes_R for index in indices])
-    digest = hashlib.blake2b("".join(i.fingerprint for i in indices).encode(), digest_size=16)
     return Source(
         name=name,
         store=ShardStore(
@@ -202,7 +209,7 @@ def _from_shards(name: str, paths: list[str]) -> Source:
         lengths_D=np.concatenate([index.lengths_D for index in indices]),
         files=tuple(paths),
         file_starts=np.concatenate([[0], np.cumsum(document_counts)[:-1]]).astype(np.int64),
-        fingerprint=digest.hexdigest(),
+        digests="".join(index.fingerprint for index in indices).encode(),
     )
 
 

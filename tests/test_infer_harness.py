@@ -1,16 +1,22 @@
 """The adapter to lm-evaluation-harness, run by the harness itself on a local task."""
 
 import json
+import tomllib
 import warnings
+from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import numpy as np
 import pytest
 from flax import nnx
-from networks import network, random_params, stage
+from networks import network, official_network, random_params, stage
 
+from hnet.command_line import exit_code
 from hnet.infer.generate import generate
+from hnet.infer.lm_eval import main as lm_eval_command
 from hnet.infer.sampling import Sampling
 from hnet.infer.score import logprobs
+from hnet.interop import to_official
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -51,7 +57,9 @@ def request(kind, *args):
     return Instance(request_type=kind, doc={}, arguments=args, idx=0)
 
 
-def test_the_harness_scores_a_local_task(model, tmp_path, monkeypatch):
+@pytest.fixture
+def local_task(tmp_path, monkeypatch):
+    """A folder with a task of the harness; nothing is looked for elsewhere."""
     for name in ("HF_HOME", "HF_DATASETS_CACHE"):
         monkeypatch.setenv(name, str(tmp_path / name))
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
@@ -59,6 +67,38 @@ def test_the_harness_scores_a_local_task(model, tmp_path, monkeypatch):
     data = tmp_path / "questions.json"
     data.write_text("\n".join(json.dumps(q) for q in QUESTIONS))
     (tmp_path / "local_choice.yaml").write_text(CHOICE_TASK.replace("FILE", json.dumps(str(data))))
+    return tmp_path
+
+
+def test_the_command_of_the_harness_knows_our_models(local_task, monkeypatch, capsys):
+    """`lm_eval --model hnet`, as the README has it."""
+    config, weights = to_official(nnx.merge(*random_params(official_network((32, "t1")))))
+    np.savez(local_task / "model.npz", **weights)
+    (local_task / "model.json").write_text(json.dumps(config))
+
+    def run(*options):
+        argv = ["--model", "hnet", "--tasks", "local_choice", "--include_path", str(local_task)]
+        monkeypatch.setattr("sys.argv", ["lm_eval", *argv, *options])
+        return exit_code(lm_eval_command)[0], *capsys.readouterr()
+
+    path = local_task / "model.npz"
+    code, out, _ = run("--model_args", f"checkpoint={path},max_bytes=9", "--batch_size", "auto")
+    assert code == 0 and "local_choice" in out and "acc" in out
+    code, out, err = run("--model_args", f"checkpoint={path}", "--batch_size", "0")
+    assert code == 2 and err.endswith("error: batch_size='0': use a whole number from 1\n")
+    code, out, err = run("--model_args", f"checkpoint={local_task / 'nothing'}")
+    assert code == 2 and "nothing' does not exist" in err.splitlines()[-1]
+
+
+def test_an_installed_harness_finds_the_name_by_itself():
+    """What versions of the harness with plugins look for."""
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    value = project["project"]["entry-points"]["lm_eval.models"]["hnet"]
+    assert EntryPoint("hnet", value, "lm_eval.models").load() is HarnessModel
+
+
+def test_the_harness_scores_a_local_task(model, local_task):
+    tmp_path = local_task
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
     found = simple_evaluate(
         HarnessModel(model, batch_size=8), tasks=["local_choice"], task_manager=manager,

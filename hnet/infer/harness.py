@@ -1,8 +1,10 @@
-"""Our models as models of lm-evaluation-harness (the extra `harness`).
+"""Our models as models of lm-evaluation-harness (the extra `harness`), by the name `hnet`.
 
-from lm_eval import simple_evaluate
-from hnet.infer.harness import HarnessModel
-simple_evaluate(HarnessModel("WORKDIR"), tasks=["lambada_openai"])
+    lm_eval --model hnet --model_args checkpoint=WORKDIR --tasks lambada_openai
+
+The harness finds the name among the plugins that are installed. A version without plugins (0.4.13
+has none) knows it once this module is imported: `python -m hnet.infer.lm_eval` takes the same
+arguments. In Python: `simple_evaluate(HarnessModel("WORKDIR"), tasks=[...])`.
 """
 
 import os
@@ -10,7 +12,9 @@ from collections.abc import Sequence
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
+from lm_eval.api.registry import register_model
 
+from hnet.errors import ConfigError
 from hnet.infer.generate import generate
 from hnet.infer.prompts import encode
 from hnet.infer.sampling import Sampling
@@ -19,22 +23,28 @@ from hnet.interop import load
 from hnet.model import HNetLM
 
 
+@register_model("hnet")
 class HarnessModel(LM):
     """Scores and continues bytes; what the harness calls a token is a byte here."""
 
     def __init__(
         self,
-        model: HNetLM | str | os.PathLike,
+        checkpoint: HNetLM | str | os.PathLike,
         *,
         bos: bool = True,
-        batch_size: int = 16,
+        batch_size: int | str = 16,
         max_bytes: int = 256,
+        max_batch_size: int | None = None,
+        device: str | None = None,
     ):
-        """model: one in memory, or what `hnet.load` reads. max_bytes: of a continuation for which
-        the task sets no limit."""
+        """checkpoint: a model in memory, or what `hnet.load` reads. batch_size: "auto" is 16.
+        max_bytes: of a continuation for which the task sets no limit. max_batch_size and device
+        are what the harness passes to every model: JAX chooses the device."""
         super().__init__()
-        self.model = model if isinstance(model, HNetLM) else load(model)
-        self.bos, self.batch_size, self.max_bytes = bos, batch_size, max_bytes
+        del max_batch_size, device
+        self.bos, self.max_bytes = bos, _count("max_bytes", max_bytes)
+        self.batch_size = 16 if batch_size == "auto" else _count("batch_size", batch_size)
+        self.model = checkpoint if isinstance(checkpoint, HNetLM) else load(checkpoint)
         self.unscored = 0 if bos else 1  # without BOS nothing predicts the first byte
 
     def _score(self, texts: Sequence[bytes]):
@@ -83,3 +93,9 @@ class HarnessModel(LM):
             top_p=float(settings.get("top_p", 1.0)),
             stop=(until,) if isinstance(until, str) else tuple(until),
         )
+
+
+def _count(name: str, value: int | str) -> int:
+    if str(value).isdecimal() and 0 < int(value) < 1 << 30:
+        return int(value)
+    raise ConfigError(f"{name}={value!r}: use a whole number from 1")

@@ -101,16 +101,18 @@ class ComputeConfig:
     """what the backward pass recomputes: nothing, whole layers, or all but matmul outputs"""
     scan_layers: bool = True
     """one compiled body for equal consecutive layers; False unrolls them"""
-    ssd_block_len: int = 64
-    """positions a block of the chunked SSD"""
-    attention_block_len: int = 128
-    """positions a block of attention, of queries and of keys"""
+    ssd_block_len: int | None = None
+    """positions per block of the SSD; default: 64, on GPUs 128 (kernels for TPUs choose it)"""
+    attention_block_len: int | None = None
+    """positions per block of attention, of queries and of keys; default: 128, on GPUs 1024, and
+    2048 queries for cudnn (kernels for TPUs choose it)"""
     attention_backend: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     """what computes attention in a run: our own blocks (xla), JAX's kernel for TPUs (splash) or
-    NVIDIA's (cudnn, never run); auto: splash on TPUs, else xla"""
-    ssd_backend: Literal["auto", "xla", "pallas"] = "auto"
-    """what computes the SSD in a run: matmuls over blocks (xla) or a kernel for TPUs (pallas);
-    auto: pallas on TPUs, else xla"""
+    NVIDIA's for bfloat16 (cudnn, never run); auto: splash on TPUs, cudnn on GPUs, else xla"""
+    ssd_backend: Literal["auto", "xla", "pallas", "matmul"] = "auto"
+    """what computes the SSD in a run: matmuls over blocks and a loop over their states (xla), a
+    kernel for TPUs (pallas), or fewer and larger matmuls for GPUs (matmul, never run on one); auto:
+    pallas on TPUs, matmul on GPUs, else xla"""
 
 
 @dataclass(frozen=True)
@@ -251,7 +253,7 @@ def _check(config: HNetConfig) -> None:
             raise ConfigError(f"model.ssm.{name}={value}: use 1 or more")
     check_further(config.mixers)
     for name in ("ssd_block_len", "attention_block_len"):
-        if (value := getattr(config.compute, name)) < 1:
+        if (value := getattr(config.compute, name)) is not None and value < 1:
             raise ConfigError(f"model.compute.{name}={value}: use 1 or more")
     for i, stage in enumerate(config.stages):
         _check_stage(config, i, stage)

@@ -22,7 +22,15 @@ from hnet.nn.kernels.cudnn import attention_cudnn
 from hnet.nn.kernels.splash import attention_splash
 from hnet.nn.kernels.spread import on_each_device
 from hnet.nn.kernels.ssd import ssd_pallas
-from hnet.nn.kernels.table import KERNELS, described, kernel, resolved, without
+from hnet.nn.kernels.ssd_matmul import ssd_matmul
+from hnet.nn.kernels.table import (
+    KERNELS,
+    array_block_len,
+    described,
+    kernel,
+    resolved,
+    without,
+)
 from hnet.nn.ssd import ssd_reference
 from hnet.train.config import MeshConfig
 from tpu import hlo
@@ -53,6 +61,7 @@ def assert_same(ours, expected, tolerance):
 H, K = 2, 5
 SPLASH = partial(attention_splash, block_len=128, interpret=True)
 CUDNN = partial(attention_cudnn, block_len=11, library="xla")
+CUDNN_WHOLE = partial(attention_cudnn, library="xla")
 
 
 def rows_of(*lengths_of_segments):
@@ -63,7 +72,7 @@ def rows_of(*lengths_of_segments):
     "f, rows, window",
     [
         (SPLASH, 2, -1), (SPLASH, 2, 7), (SPLASH, 1, -1), (SPLASH, 1, 139),
-        (CUDNN, 2, -1), (CUDNN, 2, 7),
+        (CUDNN, 2, -1), (CUDNN, 2, 7), (CUDNN, 2, 0), (CUDNN_WHOLE, 2, -1), (CUDNN_WHOLE, 2, 11),
     ],
 )  # fmt: skip
 def test_attention_kernels_are_the_reference(f, rows, window):
@@ -95,8 +104,15 @@ def test_a_row_alone_skips_blocks_without_a_common_segment():
 # --- SSD ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("heads, channels", [(3, 5), (16, 16)])  # one group of heads, two groups
-def test_ssd_kernel_is_the_recurrence(heads, channels):
+SSDS = {"pallas": partial(ssd_pallas, interpret=True), "matmul": ssd_matmul}
+
+
+@pytest.mark.parametrize(
+    "name, heads, channels, block_len",
+    # one group of heads, two groups; a block longer than the row
+    [("pallas", 3, 5, 8), ("pallas", 16, 16, 8), ("matmul", 3, 5, 8), ("matmul", 2, 5, 31)],
+)
+def test_ssd_kernels_are_the_recurrence(name, heads, channels, block_len):
     """Blocks of 8 of 29 positions, documents that end in and between blocks, ids that return."""
     B, L, N = 2, 29, 7
     segments = np.stack([np.repeat([3, 1, 3, 0], [8, 3, 12, 6]), np.ones(L)]).astype(np.int32)
@@ -108,21 +124,22 @@ def test_ssd_kernel_is_the_recurrence(heads, channels):
 
     def ours(x, dt, A, b, c):
         log_a = dt * A[None, None]
-        return ssd_pallas(x, dt, log_a, b, c, segments, block_len=8, interpret=True)
+        return SSDS[name](x, dt, log_a, b, c, segments, block_len=block_len)
 
     inputs = (x, dt, A, B_BLN, C_BLN)
     loop = value_and_gradients(lambda *a: ssd_reference(*a, segments), cotangent, *inputs)
-    assert_same(value_and_gradients(ours, cotangent, *inputs), loop, 3e-6)
+    assert_same(value_and_gradients(ours, cotangent, *inputs), loop, 4e-6)
 
 
-def test_ssd_kernel_in_bfloat16_stays_near_the_recurrence():
+@pytest.mark.parametrize("name, dtype", [("pallas", jnp.float32), ("matmul", jnp.bfloat16)])
+def test_ssd_kernels_in_bfloat16_stay_near_the_recurrence(name, dtype):
     segments = np.ones((1, 16), np.int32)
     x, b, c = (rng.normal(size=(1, 16, *s)).astype(jnp.bfloat16) for s in ((2, 4), (3,), (3,)))
     dt = np.full((1, 16, 2), 0.1, np.float32)
-    y = ssd_pallas(x, dt, -dt, b, c, segments, block_len=8, interpret=True)
+    y = SSDS[name](x, dt, -dt, b, c, segments, block_len=8)
     wide = (np.float32(a) for a in (b, c))
     exact = ssd_reference(np.float32(x), dt, np.full(2, -1, np.float32), *wide, segments)
-    assert y.dtype == jnp.float32
+    assert y.dtype == dtype
     assert relative_error(y, exact) < 2e-2
 
 
@@ -161,11 +178,32 @@ def test_each_device_gets_its_rows_and_heads(rows, heads, shape):
 def test_auto_takes_kernels_where_they_were_seen_to_compile():
     narrow = ComputeConfig("bfloat16")
     found = {p: resolved(narrow, p) for p in ("cpu", "gpu", "tpu")}
-    assert found["cpu"] == found["gpu"] == without(narrow)
+    assert found["cpu"] == without(resolved(narrow, "cpu"))
     assert (found["tpu"].attention_backend, found["tpu"].ssd_backend) == ("splash", "pallas")
+    assert (found["gpu"].attention_backend, found["gpu"].ssd_backend) == ("cudnn", "matmul")
     assert kernel("attention_backend", found["tpu"]) is attention_splash
     assert kernel("ssd_backend", found["cpu"]) is kernel("ssd_backend", ComputeConfig()) is None
     assert described(found["tpu"], "tpu") == "kernels on tpu: attention splash, ssd pallas"
+
+
+def test_blocks_suit_the_platform_unless_the_configuration_says_otherwise():
+    line = described(resolved(ComputeConfig(), "gpu"), "gpu")  # float32: no cuDNN
+    assert line == "kernels on gpu: attention xla in blocks of 1024, ssd matmul in blocks of 128"
+    line = described(resolved(ComputeConfig(), "cpu"), "cpu")
+    assert line == "kernels on cpu: attention xla in blocks of 128, ssd xla in blocks of 64"
+    named = resolved(ComputeConfig("bfloat16", ssd_block_len=32, attention_block_len=512), "gpu")
+    assert (named.ssd_block_len, named.attention_block_len) == (32, 512)
+    ssd = kernel("ssd_backend", named)
+    assert (ssd.func, ssd.keywords) == (ssd_matmul, {"block_len": 32})
+    assert array_block_len("ssd_backend", ComputeConfig()) == 64
+    assert array_block_len("attention_backend", named) == 512
+
+
+def test_more_channels_than_cudnn_takes_get_one_line():
+    q = jnp.zeros((1, 8, 1, 129))
+    with pytest.raises(ValueError, match="129 channels per head.*attention_backend xla") as e:
+        attention_cudnn(q, q, q, jnp.zeros((1, 8), jnp.int32))
+    assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,14 @@
-"""Attention on NVIDIA GPUs by cuDNN. Never run: no GPU was at hand."""
+"""Attention on NVIDIA GPUs by cuDNN. Never run: no GPU was at hand.
+
+JAX's wrapper takes no segment ids, so documents are told apart by a mask. cuDNN can also take them
+by their offsets, but not in that wrapper, and only for a number of documents fixed in the program.
+"""
 
 import jax
 import jax.numpy as jnp
 
-BLOCK_LEN, MAX_BLOCKS = 1024, 16
+BLOCK_LEN, MAX_BLOCKS = 2048, 16
+MAX_CHANNELS = 128  # per head, on any GPU
 
 
 def attention_cudnn(
@@ -11,16 +16,28 @@ def attention_cudnn(
 ) -> jax.Array:
     """`hnet.nn.attention.attention_reference` by blocks of queries, each with the keys it may see.
 
-    cuDNN knows no segment ids, so each block has a mask; it is never that of the whole row. A
-    GPU needs bfloat16 and at most 128 channels a head. library: "xla" computes the same anywhere.
+    Each block has a mask, which is never that of the whole row unless the row is one block; then
+    cuDNN also knows that it is causal, and skips half of the work. Lengths are padded to multiples
+    of 8, and channels too. library: "xla" computes the same anywhere.
+
+    Raises ValueError for more than 128 channels per head.
     """
-    L = q_BLHK.shape[1]
-    block_len = max(block_len, -(-L // MAX_BLOCKS))
-    index_L = jnp.arange(L, dtype=jnp.int32)
+    B, L, H, K = q_BLHK.shape
+    if K > MAX_CHANNELS:
+        raise ValueError(
+            f"{K} channels per head: cuDNN takes at most {MAX_CHANNELS}; use "
+            "--model.compute.attention_backend xla"
+        )
+    pads = ((0, 0), (0, -L % 8), (0, 0), (0, -K % 8))
+    q_BLHK, k_BLHK, v_BLHK = (jnp.pad(a, pads) for a in (q_BLHK, k_BLHK, v_BLHK))
+    segment_ids_BL = jnp.pad(segment_ids_BL, ((0, 0), (0, -L % 8)), constant_values=-1)
+    padded = q_BLHK.shape[1]
+    block_len = -(-max(block_len, -(-padded // MAX_BLOCKS)) // 8) * 8
+    index_L = jnp.arange(padded, dtype=jnp.int32)
     out = []
-    for start in range(0, L, block_len):
-        queries = slice(start, min(start + block_len, L))
-        keys = slice(0 if window < 0 else max(0, start - window), queries.stop)
+    for start in range(0, padded, block_len):
+        queries = slice(start, min(start + block_len, padded))
+        keys = slice(0 if window < 0 else max(0, start - window) // 8 * 8, queries.stop)
         age_LM = index_L[queries, None] - index_L[None, keys]
         visible_LM = (age_LM >= 0) & ((age_LM <= window) | (window < 0))
         same_BLM = segment_ids_BL[:, queries, None] == segment_ids_BL[:, None, keys]
@@ -28,7 +45,8 @@ def attention_cudnn(
         out.append(
             jax.nn.dot_product_attention(
                 q_BLHK[:, queries], k_BLHK[:, keys], v_BLHK[:, keys],
-                mask=mask_BHLM, implementation=library,
+                mask=mask_BHLM, scale=K**-0.5, is_causal=keys.start == start,
+                implementation=library,
             )
         )  # fmt: skip
-    return jnp.concatenate(out, axis=1)
+    return jnp.concatenate(out, axis=1)[:, :L, :, :K]

@@ -1,7 +1,11 @@
-"""The table of kernels: what may compute attention and the SSD in place of our array code."""
+"""The table of kernels: what may compute attention and the SSD instead of our array code.
+
+What a run takes where its configuration leaves it open is decided here only, by `resolved`.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -11,6 +15,7 @@ from hnet.errors import ConfigError
 from hnet.nn.kernels.cudnn import attention_cudnn
 from hnet.nn.kernels.splash import attention_splash
 from hnet.nn.kernels.ssd import ssd_pallas
+from hnet.nn.kernels.ssd_matmul import ssd_matmul
 
 
 class Kernel(NamedTuple):
@@ -21,24 +26,41 @@ class Kernel(NamedTuple):
     """of model.compute.dtype"""
     is_default: bool = False
     """where it runs: seen to compile for such devices, and no less exact than our array code"""
+    block_len: int | None = None
+    """positions per block if the configuration names no number; None: it chooses itself"""
 
 
 # field of ComputeConfig -> its values but "auto" and "xla", which is our own array code
 KERNELS: dict[str, dict[str, Kernel]] = {
     "attention_backend": {
         "splash": Kernel(attention_splash, "tpu", is_default=True),
-        "cudnn": Kernel(attention_cudnn, "gpu", ("bfloat16",)),
+        "cudnn": Kernel(attention_cudnn, "gpu", ("bfloat16",), is_default=True, block_len=2048),
     },
-    "ssd_backend": {"pallas": Kernel(ssd_pallas, "tpu", is_default=True)},
+    "ssd_backend": {
+        "pallas": Kernel(ssd_pallas, "tpu", is_default=True),
+        "matmul": Kernel(ssd_matmul, "gpu", is_default=True, block_len=128),
+    },
 }
+# Positions per block of our array code. A GPU pays for each small operation, a CPU for its caches.
+ARRAY_BLOCK_LEN = {
+    "attention_backend": {"cpu": 128, "tpu": 128, "gpu": 1024},
+    "ssd_backend": {"cpu": 64, "tpu": 64, "gpu": 128},
+}
+BLOCK_FIELD = {"attention_backend": "attention_block_len", "ssd_backend": "ssd_block_len"}
 
 
 def resolved(compute: ComputeConfig, platform: str) -> ComputeConfig:
-    """`compute` with the backends that devices of `platform` ("cpu", "tpu", "gpu") will use.
+    """`compute` with what devices of `platform` ("cpu", "tpu", "gpu") will use, nothing left open.
 
     Raises ConfigError for a kernel that these devices do not have.
     """
-    return replace(compute, **{f: _resolved(f, compute, platform) for f in KERNELS})
+    changed = {}
+    for field, length in BLOCK_FIELD.items():
+        name = changed[field] = _resolved(field, compute, platform)
+        if getattr(compute, length) is None:
+            array = ARRAY_BLOCK_LEN[field].get(platform, ARRAY_BLOCK_LEN[field]["cpu"])
+            changed[length] = array if name == "xla" else KERNELS[field][name].block_len
+    return replace(compute, **changed)
 
 
 def _resolved(field: str, compute: ComputeConfig, platform: str) -> str:
@@ -67,12 +89,26 @@ def without(compute: ComputeConfig) -> ComputeConfig:
 
 
 def kernel(field: str, compute: ComputeConfig) -> Callable[..., jax.Array] | None:
-    """What computes in the place of our array code, if anything does."""
+    """What computes instead of our array code, if anything does."""
     found = KERNELS[field].get(getattr(compute, field))
-    return found and found.run
+    if found is None:
+        return None
+    if found.block_len is None:
+        return found.run
+    return partial(found.run, block_len=getattr(compute, BLOCK_FIELD[field]) or found.block_len)
+
+
+def array_block_len(field: str, compute: ComputeConfig) -> int:
+    """Positions per block of our array code; where nothing was resolved, those for a CPU."""
+    return getattr(compute, BLOCK_FIELD[field]) or ARRAY_BLOCK_LEN[field]["cpu"]
 
 
 def described(compute: ComputeConfig, platform: str) -> str:
     """One line on resolved backends."""
-    used = ", ".join(f"{f.removesuffix('_backend')} {getattr(compute, f)}" for f in KERNELS)
+    used = ", ".join(f"{f.removesuffix('_backend')} {_shown(f, compute)}" for f in KERNELS)
     return f"kernels on {platform}: {used}"
+
+
+def _shown(field: str, compute: ComputeConfig) -> str:
+    length = getattr(compute, BLOCK_FIELD[field])
+    return getattr(compute, field) + (f" in blocks of {length}" if length else "")

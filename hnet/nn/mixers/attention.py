@@ -11,7 +11,7 @@ from hnet.nn.attention import attention, attention_by_queries, cached_attention,
 from hnet.nn.cache import KVCache, ring, write
 from hnet.nn.context import Context, StepContext
 from hnet.nn.kernels.spread import on_each_device
-from hnet.nn.kernels.table import kernel
+from hnet.nn.kernels.table import array_block_len, kernel
 from hnet.nn.layers import RMSNorm, fused_linear, linear, rotary, segment_positions
 from hnet.nn.mixers.base import Mixer
 from hnet.nn.mixers.settings import attention_problem
@@ -74,7 +74,8 @@ class Attention(Mixer):
         shared = self.stage.num_heads // self.num_kv_heads
         arrays = [q, share_heads(k, shared, axis=2), share_heads(v, shared, axis=2), segment_ids_BL]
         axes, soft_cap = ["BLHK", "BLHK", "BLHK", "BL"], self.options.logit_soft_cap
-        block_len, sink_H = self.compute.attention_block_len, self.sink_logits()
+        block_len = array_block_len("attention_backend", self.compute)
+        sink_H = self.sink_logits()
         if context.key_bias_BL is not None or sink_H is not None or soft_cap or not self.causal:
             # no kernel of the table knows these
             attend = partial(

@@ -12,7 +12,7 @@ from hnet.nn.cache import SSMCache, in_last_segment, last_positions, read, write
 from hnet.nn.context import Context, StepContext
 from hnet.nn.convolution import causal_conv_silu
 from hnet.nn.kernels.spread import on_each_device
-from hnet.nn.kernels.table import kernel
+from hnet.nn.kernels.table import array_block_len, kernel
 from hnet.nn.layers import (
     RMSNorm,
     by_rows,
@@ -83,7 +83,8 @@ class Mamba2(Mixer):
 
     def finish(self, y_BLHP: jax.Array, x_BLHP: jax.Array, z: jax.Array) -> jax.Array:
         """Skip connection, gate, norm and output projection."""
-        y_BLHP = y_BLHP + self.D[...][None, None, :, None] * x_BLHP.astype(jnp.float32)
+        y_BLHP, x_BLHP = y_BLHP.astype(jnp.float32), x_BLHP.astype(jnp.float32)
+        y_BLHP = y_BLHP + self.D[...][None, None, :, None] * x_BLHP
         return self.out_proj(self.norm(gated(y_BLHP.reshape(z.shape), z.astype(jnp.float32))))
 
     def conv_params(self, dtype) -> tuple[jax.Array, jax.Array]:
@@ -110,7 +111,8 @@ class Mamba2(Mixer):
             axes = ("BLHP", "BLH", "BLH", "BLN", "BLN", "BL")
             y = on_each_device(other, axes, "BLHP", *given)
         else:
-            y = ssd(x, dt_BLH, A_H, B, C, segment_ids_BL, block_len=self.compute.ssd_block_len)
+            block_len = array_block_len("ssd_backend", self.compute)
+            y = ssd(x, dt_BLH, A_H, B, C, segment_ids_BL, block_len=block_len)
         return self.finish(y, x, z), inputs, x, dt_BLH, A_H, B
 
     def prefill(

@@ -85,11 +85,12 @@ def step_through(
 
     def one(state, x):
         h_RD, index_R, start_R, context_R, beside_R = x
-        state = where_rows(start_R, first, state)
+        valid_R = context_R.segment_ids_BL != 0
+        state = where_rows(start_R & valid_R, first, state)
         new, out = step(state, Position(h_RD, index_R, context_R, rows.config))
         if after is not None:
             new = after(new, beside_R)
-        return where_rows(context_R.segment_ids_BL != 0, new, state), out
+        return where_rows(valid_R, new, state), out
 
     by_row = (
         rows.h_BLD,
@@ -286,7 +287,7 @@ class Dechunk(Part, nnx.Module):
 
         def one(state, x):
             slot_B, boundary_B, null_B, start_B, reads_B, valid_B, p_B = x
-            state = where_rows(start_B, first, state)
+            state = where_rows(start_B & valid_B, first, state)
             before_B = slot_B - boundary_B.astype(jnp.int32)
             null = self.write(state, take(y_BME, before_B), jnp.ones_like(p_B), config)
             state = where_rows(null_B & reads_B, null, state)

@@ -103,7 +103,7 @@ class Mean(Pool):
 
     def after(self, rows, boundaries):
         closed_BL = boundaries.boundary_mask_BL
-        mean_BLD, count_BL = running_mean(
-            rows.h_BLD, chunk_ids(closed_BL, rows.context.segment_ids_BL)
-        )
+        ids_BL = chunk_ids(closed_BL, rows.context.segment_ids_BL)
+        mean_BLD, count_BL = running_mean(rows.h_BLD, ids_BL)
+        mean_BLD = jnp.where(closed_BL[..., None], 0.0, mean_BLD)
         return rows.at_end(mean_BLD), rows.at_end(jnp.where(closed_BL, 0.0, count_BL))

@@ -1,0 +1,33 @@
+"""A mixer that compiles in no time, so that tests of parts are about the parts."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hnet.nn.cache import read, write
+from hnet.nn.context import Context, StepContext
+from hnet.nn.layers import linear, segment_starts
+from hnet.nn.mixers.base import Mixer
+
+
+class Previous(Mixer):
+    """y_t = W x_t + V x_{t-1}, with nothing before the first position of a segment."""
+
+    def __init__(self, config, stage, *, out_std, causal=True, rngs: nnx.Rngs):
+        D = stage.d_model
+        self.own = linear(D, D, "embed out", dtype="float32", rngs=rngs)
+        self.before = linear(D, D, "embed out", dtype="float32", rngs=rngs)
+
+    def __call__(self, x_BLD: jax.Array, context: Context) -> jax.Array:
+        starts_BL1 = segment_starts(context.segment_ids_BL)[..., None]
+        earlier_BLD = jnp.pad(x_BLD[:, :-1], ((0, 0), (1, 0), (0, 0)))
+        return self.own(x_BLD) + self.before(jnp.where(starts_BL1, 0.0, earlier_BLD))
+
+    def prefill(self, x_BLD, context, lengths_B, max_len):
+        take = jax.vmap(lambda x_LD, n: x_LD.at[n - 1].get(mode="clip"))
+        last_BD = jnp.where((lengths_B > 0)[:, None], take(x_BLD, lengths_B), 0.0)
+        return self(x_BLD, context), last_BD
+
+    def step(self, x_R1D, cache, at, context: StepContext):
+        last_RD = context.carried(read(cache, at))
+        return self.own(x_R1D) + self.before(last_RD[:, None]), write(cache, at, x_R1D[:, 0])

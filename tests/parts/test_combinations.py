@@ -1,0 +1,141 @@
+"""Every legal (predictor, pool, dechunk) triple, with every meaning of a boundary."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from hnet.chunking.config import ChunkingConfig
+from hnet.chunking.table import DECHUNKS, POOLS, PREDICTORS
+from hnet.config import HNetConfig, StageConfig
+from hnet.flops import param_counts
+from hnet.infer import stream
+from tests.networks import quick_jit, random_params
+
+B, L, V = 3, 19, 256
+MEANINGS = (("start", "learned"), ("end", "learned"), ("end", "first"))
+DOCUMENTS = np.repeat(np.int32([1, 2, 3]), (8, 7, 4))
+TEXT = np.frombuffer(b"aZ9  ..,\n\x80\xc3", np.uint8)
+
+
+def config_of(predictor, alignment, null, pool, dechunk) -> HNetConfig:
+    chunking = ChunkingConfig(
+        3.0, predictor, alignment, null, pool, dechunk, "add" if alignment == "end" else "linear",
+        losses=(),
+    )  # fmt: skip
+    stages = (
+        StageConfig(("p1", "p1"), 6, chunking=chunking),
+        StageConfig(("p1",), 7 + (alignment == "end")),
+    )
+    return HNetConfig(stages, mixers=(("p", "tests.parts.cheap:Previous"),))
+
+
+def legal() -> dict[str, HNetConfig]:
+    found = {}
+    names = itertools.product(PREDICTORS.names, MEANINGS, POOLS.names, DECHUNKS.names)
+    for predictor, (alignment, null), pool, dechunk in names:
+        parts = PREDICTORS.find(predictor), POOLS.find(pool)
+        if all(alignment in part.alignments for part in parts):
+            meaning = alignment if alignment == "start" else f"end-{null}"
+            name = f"{predictor} {meaning} {pool} {dechunk}"
+            found[name] = config_of(predictor, alignment, null, pool, dechunk)
+    return found
+
+
+LEGAL = legal()
+
+
+def bits(a):
+    return np.asarray(a, np.float32).view(np.uint32)
+
+
+@pytest.mark.parametrize("name", LEGAL)
+def test_triple(name):
+    """One program per triple: causal bit for bit, steps = forward, packing, capacity, gradients."""
+    config = LEGAL[name]
+    graph, params = random_params(config)
+    rng = np.random.default_rng(7)
+    lengths_B = np.int32([6, 1, 0])
+    cotangent = rng.normal(size=(B, L, V)).astype(np.float32)
+    external = rng.random((B, L)) < 0.4
+    is_external = config.stages[0].chunking.predictor.name == "external"
+
+    @quick_jit
+    def everything(params, ids_BL, segment_ids_BL, told_BL):
+        told = {"boundaries_BL": told_BL} if is_external else {}
+
+        def forward(params, capacities=None):
+            model = nnx.merge(graph, params)
+            return model(ids_BL, segment_ids_BL, capacities=capacities, **told)
+
+        def scalar(params):
+            logits_BLV, records = forward(params)
+            return jnp.sum(logits_BLV * cotangent), (logits_BLV, records[0])
+
+        (_, (logits_BLV, record)), grads = jax.value_and_grad(scalar, has_aux=True)(params)
+        model, room = nnx.merge(graph, params), stream.full_lens(config, L)
+        first = {"boundaries_BL": told_BL[:, :6]} if is_external else {}
+        prompt_BV, _, cache = stream.prefill(model, ids_BL[:, :6], lengths_B, room, **first)
+
+        def one(carry, _):
+            cache, position_B = carry
+            at = (jnp.arange(B, dtype=jnp.int32), jnp.minimum(position_B, L - 1))
+            told_B = told_BL[at] if is_external else None
+            logits_BV, found, cache = stream.step(
+                model, cache, ids_BL[at], position_B < L, boundary_B=told_B
+            )
+            return (cache, position_B + 1), (logits_BV, found.mask_BS[:, 0], position_B)
+
+        steps = jax.lax.scan(one, (cache, jnp.asarray(lengths_B)), length=L)[1]
+        tight = forward(params, (L + 3,))[0]
+        return logits_BLV, record, grads, prompt_BV, steps, tight
+
+    def run(ids, segments, told=external):
+        return jax.device_get(everything(params, ids, segments, told))
+
+    ids = rng.choice(TEXT, (B, L)).astype(np.int32)
+    ones = np.ones((B, L), np.int32)
+    logits, record, grads, prompt, steps, tight = run(ids, ones)
+    mask = record.boundary_mask_BL
+
+    assert 0 < mask[:, 1:].sum() < mask[:, 1:].size, "some positions are boundaries, some not"
+    np.testing.assert_allclose(tight, logits, rtol=0, atol=1e-5)
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        assert np.all(np.isfinite(grad)), path
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == sum(param_counts(config).values())
+
+    np.testing.assert_allclose(prompt[:2], logits[[0, 1], [5, 0]], rtol=0, atol=1e-5)
+    for step_logits, step_mask, position in zip(*steps):
+        for b in range(B):
+            if (t := position[b]) < L:
+                np.testing.assert_allclose(step_logits[b], logits[b, t], rtol=0, atol=1e-5)
+                assert step_mask[b] == mask[b, t]
+
+    changed, told = ids.copy(), external.copy()
+    times = (9, 1, 14)
+    for b, t in enumerate(times):
+        changed[b, t:] = (changed[b, t:] + 101) % 256
+        told[b, t:] = ~told[b, t:]
+    after, after_record, *_ = run(changed, ones, told)
+    for b, t in enumerate(times):
+        assert np.array_equal(bits(after[b, :t]), bits(logits[b, :t]))
+        assert np.array_equal(after_record.boundary_mask_BL[b, :t], mask[b, :t])
+        assert not np.array_equal(after[b, t], logits[b, t])
+
+    packed, packed_record, *_ = run(ids, np.stack([DOCUMENTS] * B))
+    apart, told = np.zeros_like(ids), np.zeros_like(external)
+    segments = np.zeros_like(ids)
+    ends = np.cumsum(np.bincount(DOCUMENTS)[1:])
+    for row, (start, end) in enumerate(zip((0, *ends), ends)):
+        apart[row, : end - start] = ids[0, start:end]
+        told[row, : end - start] = external[0, start:end]
+        segments[row, : end - start] = 1
+    alone, alone_record, *_ = run(apart, segments, told)
+    for row, (start, end) in enumerate(zip((0, *ends), ends)):
+        n = end - start
+        np.testing.assert_allclose(packed[0, start:end], alone[row, :n], rtol=0, atol=1e-5)
+        ours = packed_record.boundary_mask_BL[0, start:end]
+        assert np.array_equal(ours, alone_record.boundary_mask_BL[row, :n])

@@ -1,5 +1,7 @@
 """Reading parallel text."""
 
+import gzip
+
 import numpy as np
 import pytest
 from data_helpers import jsonl
@@ -37,18 +39,42 @@ def test_a_language_goes_on_with_another_file(files):
     assert lines["c"] == [b"eins", b"zwei", b"drei", b"vier", b"only"]
 
 
+def test_lines_of_every_form(files):
+    contents = {
+        "bom.txt": b"\xef\xbb\xbfone\r\n\r\nthree\xe2\x80\xa8and a half\r\nfour\r\n",
+        "bom.JSONL": b"\xef\xbb\xbf" + jsonl(["one", "", "three\u2028and a half", "four"]),
+        "blank.jsonl": jsonl(["one"]) + b"\n" + jsonl(["three\u2028and a half", "four"]),
+        "part-0": '{"text": "one"}\n\n{"text": "three\u2028and a half"}\n{"text": "four"}'.encode(),
+        "packed.txt.gz": gzip.compress("one\n\nthree\u2028and a half\nfour\n".encode()),
+    }
+    expected = [b"one", "three\u2028and a half".encode(), b"four"]
+    for name, content in contents.items():
+        (files / name).write_bytes(content)
+        lines = read_parallel([f"a={files}/a.txt", f"x={files}/{name}"])
+        assert lines["a"] == [b"one", b"three", b"four"]
+        assert lines["x"] == expected, name
+
+
 @pytest.mark.parametrize(
     ("entries", "says"),
     [
         (["a.txt"], "files='a.txt': write LANGUAGE=FILE"),
         (["a=nowhere.txt"], "files: 'nowhere.txt': No such file"),
         (["a={}/a.txt", "s={}/short.txt"], "numbers of lines differ .*'a': 4, 's': 1"),
-        (["a={}/bad.jsonl"], 'not every line is an object with "text"'),
+        (["a={}/bad.jsonl"], 'not every line is an object with "text" .line 1: has no string'),
+        (["a={}/deep.jsonl"], "line 1: it is nested too deeply"),
+        (["a={}/bad.gz"], "Not a gzipped file"),
+        (["a={}/cut.gz"], "end-of-stream marker"),
+        (["a={}/zip"], "is a zip archive"),
         ([], "give LANGUAGE=FILE"),
     ],
 )
 def test_bad_files_are_one_line(files, entries, says):
     (files / "bad.jsonl").write_text('{"text": 3}\n')
+    (files / "deep.jsonl").write_text("[" * 100_000)
+    (files / "bad.gz").write_text("text")
+    (files / "cut.gz").write_bytes(gzip.compress(b"text " * 99)[:-9])
+    (files / "zip").write_bytes(b"PK\x03\x04")
     with pytest.raises(ConfigError, match=says) as error:
         read_parallel([entry.format(files) for entry in entries])
     assert "\n" not in str(error.value)

@@ -93,6 +93,74 @@ def test_morph_word_reader(tmp_path):
         list(gold.read_morph_words(path))
 
 
+BOM = b"\xef\xbb\xbf"
+
+
+def test_offsets_do_not_depend_on_byte_order_mark_and_line_ends(tmp_path):
+    contents = {
+        "a.py": "x = 'é'; y\n",
+        "a.words.tsv": "évolué\té volu é\t2,6\texact\n",
+        "b.words.tsv": "ab\ta b\t1\texact\n",
+        "a.sentences.tsv": "two dogs\ttwo dog @@s\n",
+        "a.jsonl": '{"id": "s", "text": "é iç", "spans": [[0, 2], [3, 6]]}\n',
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content)
+        (expected,) = gold.read_annotated(tmp_path / name)
+        for written in (BOM + content.encode(), content.replace("\n", "\r\n").encode()):
+            (tmp_path / name.upper()).write_bytes(written)
+            (found,) = gold.read_annotated(tmp_path / name.upper())
+            assert found.gold == expected.gold
+            assert found.data.replace(b"\r", b"") == expected.data
+    assert gold.code_tokens(BOM + b"x = 1") == tuple(
+        o + 3 for o in (0, *gold.code_tokens(b"x = 1"))
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "spans"),
+    [
+        ("Größe zählt", [[0, 5], [6, 11]]),  # numbers of characters: the text is taken for bytes
+        ("слово и дело", [[0, 5], [6, 7], [8, 12]]),
+        ("in Größe zählt", [[0, 2], [3, 8], [9, 14]]),
+        ("ab", [[0, 3]]),
+        ("ab", [[1, 1]]),
+        ("ab", [[-1, 1]]),
+    ],
+)
+def test_spans_that_cannot_be_byte_offsets_of_words(tmp_path, text, spans):
+    good = {"text": "Größe, é", "spans": [[0, 7], [7, 8], [9, 11]]}
+    bad = {"text": text, "spans": spans}
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(bad)}\n")
+    with pytest.raises(ConfigError, match="line 2: span .* (is not inside|are UTF-8 byte offsets)"):
+        list(gold.read_ud(tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize("offsets", ["1,5", "9", "0,2"])
+def test_morphemes_that_cannot_be_byte_offsets(tmp_path, offsets):
+    (tmp_path / "w.tsv").write_text(f"évolué\té volu é\t{offsets}\texact\n")
+    with pytest.raises(ConfigError, match="line 1: .* are not UTF-8 byte offsets"):
+        list(gold.read_morph_words(tmp_path / "w.tsv"))
+
+
+def test_annotated_json_is_bytes_and_lines_end_at_line_feeds(tmp_path):
+    rows = [
+        '{"id": 1, "text": "a\u2028b", "spans": [[0, 5]]}'.encode(),
+        b'{"id": 2, "text": "\xff\\ud800 b", "spans": [[0, 4], [5, 6]]}',
+    ]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(rows))
+    first, second = gold.read_annotated(tmp_path / "a.jsonl")
+    assert (first.data, first.gold["words"]) == ("a\u2028b".encode(), ())
+    assert (second.data, second.gold["words"]) == (b"\xff\xed\xa0\x80 b", (5,))
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="line 1: it is nested too deeply"):
+        list(gold.read_annotated(tmp_path / "deep.jsonl"))
+    cut = Segmentation("a\u2028b".encode(), "s").to_json()
+    text = json.dumps(cut, ensure_ascii=False).encode()
+    (tmp_path / "cut.jsonl").write_bytes(BOM + text + b"\r\n" + text)
+    assert [s.data for s in gold.read_annotated(tmp_path / "cut.jsonl")] == [first.data] * 2
+
+
 def test_morph_sentence_reader_leaves_out_what_is_not_exact(tmp_path):
     path = tmp_path / "s.tsv"
     path.write_text(

@@ -60,6 +60,10 @@ def test_lexicon_file(tmp_path):
     path = tmp_path / "lexicon.tsv"
     path.write_text("evler\tev ler\t2\texact\n\nde\n", encoding="utf-8")
     assert read_lexicon(path) == ({"evler", "de"}, {"ev", "ler"})
+    path.write_bytes(b"\xef\xbb\xbf" + "evler\tev ler\r\n\r\nde\x85\u2028\r\n".encode())
+    assert read_lexicon(path) == ({"evler", "de"}, {"ev", "ler"})
+    path.write_text("ev\u2028de\n", encoding="utf-8")  # one line, as for every reader here
+    assert read_lexicon(path)[0] == {"ev\u2028de"}
     with pytest.raises(ConfigError, match="none.tsv"):
         read_lexicon(tmp_path / "none.tsv")
 

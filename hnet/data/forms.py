@@ -40,6 +40,12 @@ class Form(NamedTuple):
     gzipped: bool
 
 
+def lines_of(data: bytes) -> list[bytes]:
+    """Lines without their ends, which are LF or CRLF, and without a byte order mark."""
+    data = data.removeprefix(BOM).removesuffix(b"\n")
+    return [line.removesuffix(b"\r") for line in data.split(b"\n")] if data else []
+
+
 def is_shard(path: str) -> bool:
     """Whether the name is that of an ArrayRecord file."""
     return path.lower().endswith(SHARD_SUFFIXES)

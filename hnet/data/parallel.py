@@ -1,11 +1,13 @@
 """Text in several languages that says the same: aligned line by line, or comparable as a whole."""
 
-import json
+import gzip
+import zlib
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
+from hnet.data.forms import form_of, lines_of
+from hnet.data.json_lines import text_of_line
 from hnet.data.scripts import SCRIPTS, script_ids
 from hnet.errors import ConfigError
 
@@ -15,9 +17,10 @@ Lines = dict[str, list[bytes]]
 def read_parallel(files: Sequence[str], *, aligned: bool = True, field: str = "files") -> Lines:
     """The lines of ``LANGUAGE=FILE`` entries, by language, in their order.
 
-    A file has a text a line; if it ends in .jsonl, an object with "text". A language that is named
-    again goes on with the next file. Aligned, line i says the same in every language, and a line
-    that is blank in one language is left out of all; otherwise blank lines are left out.
+    A file has a text per line, or JSON lines with "text", told apart as those of `data.files`. A
+    language that is named again goes on with the next file. Aligned, line i says the same in every
+    language, and a line that is blank in one language is left out of all; otherwise blank lines
+    are left out.
 
     Raises ConfigError, which calls the setting `field`, for entries of another form, files that
     cannot be read, and numbers of lines that differ.
@@ -43,16 +46,27 @@ def read_parallel(files: Sequence[str], *, aligned: bool = True, field: str = "f
 
 def _read_lines(path: str, field: str) -> list[bytes]:
     try:
-        data = Path(path).read_bytes()
-    except OSError as e:
-        raise ConfigError(f"{field}: {path!r}: {e.strerror}") from None
-    lines = data.removesuffix(b"\n").split(b"\n") if data else []
-    if not path.endswith(".jsonl"):
-        return [line.strip() for line in lines]
+        kind, gzipped = form_of(path)
+        with (gzip.open if gzipped else open)(path, "rb") as f:
+            lines = lines_of(f.read())
+    except (OSError, EOFError, zlib.error) as e:
+        raise ConfigError(f"{field}: {path!r}: {getattr(e, 'strerror', None) or e}") from None
+    match kind:
+        case "text":
+            return [line.strip() for line in lines]
+        case "lines":
+            return [_text_of(path, number, line, field) for number, line in enumerate(lines, 1)]
+        case _:
+            raise ConfigError(f"{field}: {path!r} is {kind}: give text or JSON lines")
+
+
+def _text_of(path: str, number: int, line: bytes, field: str) -> bytes:
     try:
-        return [json.loads(line)["text"].strip().encode() for line in lines]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError(f'{field}: {path!r}: not every line is an object with "text"') from None
+        return text_of_line(line).strip() if line.strip() else b""
+    except ValueError as e:
+        raise ConfigError(
+            f'{field}: {path!r}: not every line is an object with "text" (line {number}: {e})'
+        ) from None
 
 
 def bytes_by_script(texts: Sequence[bytes]) -> np.ndarray:

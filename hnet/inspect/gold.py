@@ -13,7 +13,6 @@ Every function gives byte offsets strictly inside the text. Kinds of gold bounda
 import bisect
 import io
 import itertools
-import json
 import os
 import tokenize
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hnet.data.forms import BOM, lines_of
+from hnet.data.json_lines import encode, parse
 from hnet.errors import ConfigError
 from hnet.inspect.segmentation import Segmentation, characters, inside, read_segmentations
 
@@ -56,9 +57,10 @@ def code_tokens(data: bytes) -> tuple[int, ...]:
     What is a token follows the running interpreter (3.12 cuts f-strings open). Raises ConfigError
     for text that is not UTF-8 or that the tokenizer refuses.
     """
-    line_starts, offset = [], 0
+    offset = len(BOM) if data.startswith(BOM) else 0
+    line_starts = []
     try:
-        lines = io.StringIO(data.decode(), newline="").readlines()
+        lines = io.StringIO(data[offset:].decode(), newline="").readlines()
         tokens = list(tokenize.generate_tokens(iter([*lines, ""]).__next__))
         if bad := [t.string for t in tokens if t.type == tokenize.ERRORTOKEN]:
             raise tokenize.TokenError(f"unexpected {bad[0]!r}")  # as 3.12 says by itself
@@ -97,7 +99,7 @@ def read_annotated(path: str | os.PathLike) -> Iterator[Segmentation]:
     ``*.words.tsv`` and ``*.sentences.tsv``: morphemes; ``*.py``: code; ``*.jsonl``: words, code or
     segmentations if its lines have "spans", "path" or "stages". Raises ConfigError for others.
     """
-    name = Path(path).name
+    name = Path(path).name.lower()
     readers = {
         ".words.tsv": read_morph_words,
         ".sentences.tsv": read_morph_sentences,
@@ -124,7 +126,9 @@ def read_ud(path: str | os.PathLike) -> Iterator[Segmentation]:
     """
     for number, row in _json_lines(path):
         try:
-            data, spans = row["text"].encode(), row["spans"]
+            data = encode(row["text"])
+            spans = [(int(a), int(b)) for a, b in row["spans"]]
+            _check_spans(data, spans)
             gold = {
                 "words": inside((a for a, _ in spans), len(data)),
                 "word_ends": inside((b for _, b in spans), len(data)),
@@ -134,15 +138,32 @@ def read_ud(path: str | os.PathLike) -> Iterator[Segmentation]:
         yield Segmentation(data, str(row.get("id", number)), gold=gold)
 
 
+def _check_spans(data: bytes, spans: Sequence[tuple[int, int]]) -> None:
+    """Raise ValueError for what cannot be words, such as offsets that count characters."""
+    for a, b in spans:
+        if not 0 <= a < b <= len(data):
+            raise ValueError(f"span {[a, b]} is not inside the text of {len(data)} bytes")
+        if data[a:b].strip() != data[a:b] or _cuts_character(data, (a, b)):
+            raise ValueError(
+                f"span {[a, b]} begins or ends with whitespace or inside a character: "
+                "spans are UTF-8 byte offsets, not numbers of characters"
+            )
+
+
+def _cuts_character(data: bytes, offsets: tuple[int, ...]) -> bool:
+    suspect = any(o < len(data) and data[o] & 0xC0 == 0x80 for o in offsets)
+    return suspect and bool(inside_character(data, offsets))
+
+
 def read_code(path: str | os.PathLike) -> Iterator[Segmentation]:
     """Python files with gold ``code_tokens``: a .py file, or {"path", "text"} JSON lines."""
     path = Path(path)
     if path.suffix != ".jsonl":
-        yield annotate(Segmentation(_read(path), path.name), "code_tokens")
+        yield annotate(Segmentation(_read(path).removeprefix(BOM), path.name), "code_tokens")
         return
     for number, row in _json_lines(path):
         try:
-            text = Segmentation(row["text"].encode(), str(row["path"]))
+            text = Segmentation(encode(row["text"]), str(row["path"]))
         except (KeyError, TypeError, AttributeError) as e:
             raise _malformed(path, number, e) from None
         yield annotate(text, "code_tokens")
@@ -161,7 +182,9 @@ def read_morph_words(path: str | os.PathLike, *, exact_only: bool = True) -> Ite
             continue
         data = row[0].encode()
         try:
-            offsets = [int(o) for o in row[2].split(",") if o not in ("", "-")]
+            offsets = tuple(int(o) for o in row[2].split(",") if o not in ("", "-"))
+            if not all(0 < o < len(data) for o in offsets) or _cuts_character(data, offsets):
+                raise ValueError(f"{row[2]} are not UTF-8 byte offsets between its characters")
         except ValueError as e:
             raise _malformed(path, number, e) from None
         yield Segmentation(data, row[0], gold={"morphemes": inside(offsets, len(data))})
@@ -234,26 +257,22 @@ def _read(path: Path) -> bytes:
         raise ConfigError(f"annotated file {os.fspath(path)!r}: {e.strerror}") from None
 
 
-def _lines(path: str | os.PathLike) -> list[str]:
-    try:
-        return _read(Path(path)).decode().split("\n")
-    except UnicodeDecodeError as e:
-        raise ConfigError(f"annotated file {os.fspath(path)!r} is not UTF-8: {e}") from None
-
-
 def _json_lines(path: str | os.PathLike) -> Iterator[tuple[int, dict]]:
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(lines_of(_read(Path(path))), 1):
         if line.strip():
             try:
-                row = json.loads(line)
+                row = parse(line)
             except ValueError as e:
                 raise _malformed(path, number, e) from None
             yield number, row
 
 
 def _tab_lines(path: str | os.PathLike, columns: int) -> Iterator[tuple[int, list[str]]]:
-    for number, line in enumerate(_lines(path), 1):
-        row = line.split("\t")
+    for number, line in enumerate(lines_of(_read(Path(path))), 1):
+        try:
+            row = line.decode().split("\t")
+        except UnicodeDecodeError as e:
+            raise _malformed(path, number, f"it is not UTF-8 ({e})") from None
         if line:
             if len(row) < columns:
                 raise _malformed(path, number, f"{len(row)} columns, not {columns}")

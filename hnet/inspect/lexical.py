@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from hnet.data.forms import lines_of
 from hnet.errors import ConfigError
 
 CLASSES = (
@@ -143,14 +144,14 @@ class LexiconShares:
 
 
 def read_lexicon(path: str | os.PathLike) -> tuple[set[str], set[str]]:
-    """(words, roots and morphemes) of a file with a word a line.
+    """(words, roots and morphemes) of a file with a word per line.
 
-    Behind a tab, if anything: the word's morphemes, divided by spaces; what is behind another tab
+    After a tab, if anything: the word's morphemes, divided by spaces; what is after another tab
     is ignored, so `gold.read_morph_words` and this read the same files. Raises ConfigError.
     """
     words, morphemes = set(), set()
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = [line.decode() for line in lines_of(Path(path).read_bytes())]
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"lexicon={os.fspath(path)!r} cannot be read: {e}") from None
     for line in filter(str.strip, lines):

@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from hnet.data.forms import lines_of
 from hnet.errors import ConfigError
 
 VERSION = 1
@@ -184,8 +185,9 @@ def step_json(segmentation: Segmentation) -> dict[str, Any]:
 def read_segmentations(path: str | os.PathLike) -> list[Segmentation]:
     """Read segmentations, a JSON object a line, as `experiments.segment --json` prints them."""
     try:
-        with open(path, encoding="utf-8") as f:
-            content = [json.loads(line) for line in f if line.strip()]
+        with open(path, "rb") as f:
+            lines = lines_of(f.read())
+        content = [json.loads(line.decode()) for line in lines if line.strip()]
     except OSError as e:
         raise ConfigError(f"segmentation file {os.fspath(path)!r}: {e.strerror}") from None
     except (ValueError, RecursionError) as e:

@@ -2,13 +2,16 @@
 
 import importlib
 
-from hnet.config import HNetConfig, StageConfig
-
 __all__ = ["HNetConfig", "HNetLM", "StageConfig", "load"]
 
 # What needs JAX is imported when it is first asked for: TensorBoard loads this package for its
 # Boundaries tab, and starts without JAX.
-_LAZY = {"HNetLM": "hnet.model", "load": "hnet.interop"}
+_LAZY = {
+    "HNetConfig": "hnet.config",
+    "HNetLM": "hnet.model",
+    "StageConfig": "hnet.config",
+    "load": "hnet.interop",
+}
 
 
 def __getattr__(name: str):

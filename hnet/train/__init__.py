@@ -1,0 +1,25 @@
+"""Training: ``train.run(config)``, with functions of one's own if wanted."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hnet.train.config import Config
+    from hnet.train.loop import Outcome
+    from hnet.train.program import Change
+
+
+def run(config: "Config", change: "Change | None" = None) -> "Outcome":
+    """Train as `python -m experiments.pretrain` does, from Python.
+
+    change: maps the run's `hnet.train.program.Experiment` (init, step, evaluate, numbers, graph) to
+    one with other functions, for example ``lambda run: dataclasses.replace(run, step=my_step)``.
+    A stop signal saves and ends the run; the same call goes on.
+
+    Raises ConfigError for settings that cannot work and `hnet.train.loop.StopRun` if training
+    fails.
+    """
+    from hnet.train.distributed import StopRequest  # loads JAX
+    from hnet.train.loop import train
+
+    with StopRequest() as stop:
+        return train(config, stop, change=change)

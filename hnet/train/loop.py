@@ -18,7 +18,7 @@ from hnet.train.capacity import Ladder
 from hnet.train.checkpoint import Checkpointer
 from hnet.train.config import Config
 from hnet.train.evaluate import Evaluation
-from hnet.train.program import Program, build, put_batch, run_evaluation
+from hnet.train.program import Change, Program, build, put_batch, run_evaluation
 from hnet.train.report import Report
 from hnet.train.settle import settle
 from hnet.train.sharding import replicated
@@ -96,13 +96,16 @@ def train(
     config: Config,
     stop: distributed.StopRequest,
     make_report: Callable[[Config, Corpus, int], Report] = Report,
+    change: Change | None = None,
 ) -> Outcome:
     """Train up to `config.train.steps`, from the newest good checkpoint of the workdir if any.
+
+    change: puts functions of one's own in place of the run's (`hnet.train.program.Experiment`).
 
     Raises ConfigError for settings that cannot work and StopRun if training fails.
     """
     corpus = open_corpus(config.data)
-    program = build(config)
+    program = build(config, change=change) if change else build(config)
     claim_workdir(config)
     distributed.assert_same_on_all_hosts(distributed.host_facts(to_json(config)))
     with contextlib.ExitStack() as stack:

@@ -1,6 +1,6 @@
 """Many runs as one program: their states stacked on a leading axis, which the devices share.
 
-What one run does is `program.pure_functions`; here it is mapped over runs (R of them) that differ
+What one run does is `program.experiment`; here it is mapped over runs (R of them) that differ
 in nothing but traced numbers and seeds. Each run sees the batches of its own seed, as it would
 alone. All share the chunk slots of the one that wants most, which changes no result, since none
 overflows.
@@ -34,7 +34,7 @@ from hnet.train.program import (
     FED,
     Program,
     check_vocabulary,
-    pure_functions,
+    experiment,
     rows_packed,
     run_evaluation,
     traced_numbers,
@@ -71,7 +71,7 @@ def build(
     graph, _ = abstract(replace(config.model, compute=compute))
     plain_graph, _ = abstract(replace(config.model, compute=without(compute)))
     packed_rows = rows_packed(config, shards=1)
-    make_state, step_fn, eval_fn = pure_functions(config, graph, packed_rows)
+    one = experiment(config, graph, packed_rows)
 
     def by_device(function, *specs):
         """Each device maps over its own runs, and its kernels see one device."""
@@ -80,15 +80,15 @@ def build(
         )
 
     def population_step(state, batch, hparams, *, capacities):
-        step = jax.vmap(partial(step_fn, capacities=capacities))
+        step = jax.vmap(partial(one.step, capacities=capacities))
         return by_device(step, *[P("runs")] * 3)(state, batch, hparams)
 
     def population_eval(params, batch, *, capacities):
-        evaluate = jax.vmap(partial(eval_fn, capacities=capacities), in_axes=(0, None))
+        evaluate = jax.vmap(partial(one.evaluate, capacities=capacities), in_axes=(0, None))
         return by_device(evaluate, P("runs"), P())(params, batch)
 
     jit = partial(jax.jit, out_shardings=by_run, compiler_options=compiler_options)
-    init = jit(jax.vmap(make_state))
+    init = jit(jax.vmap(one.init))
     keys = jax.vmap(jax.random.key)(np.asarray([c.seed for c in configs], np.uint32))
     shapes = jax.eval_shape(init, keys)
     hparams = jax.tree.map(lambda *numbers: np.stack(numbers), *map(traced_numbers, configs))

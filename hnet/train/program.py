@@ -34,6 +34,31 @@ from hnet.train.step import TrainState, eval_step, init_state, train_step
 
 
 @dataclass(frozen=True)
+class Experiment:
+    """A run as pure functions of pytrees: nothing is jitted, sharded or donated yet.
+
+    `build` compiles it for a mesh, `population.build` several in one program. Whoever wants another
+    step, loss or state replaces functions (`Change`); state and batch are theirs to define, as long
+    as the state is a `TrainState` with its five first fields.
+    """
+
+    init: Callable[[jax.Array], TrainState]
+    """key -> state"""
+    step: Callable[..., tuple[TrainState, dict]]
+    """(state, batch, numbers, capacities=...) -> (state, metrics)"""
+    evaluate: Callable[..., dict]
+    """(parameters, batch, capacities=...) -> metrics"""
+    numbers: Any
+    """traced numbers: what a sweep may vary without compiling"""
+    graph: Any
+    """structure of the model: ``nnx.merge(graph, state.params)``"""
+
+
+Change = Callable[[Experiment], Experiment]
+"""What a researcher puts in place of some functions of a run."""
+
+
+@dataclass(frozen=True)
 class Program:
     """Jitted pure functions of a run and where their arguments live."""
 
@@ -61,10 +86,12 @@ def build(
     *,
     devices: list | None = None,
     compiler_options: dict[str, Any] | None = None,
+    change: Change | None = None,
 ) -> Program:
     """Everything of a run that does not depend on data; nothing is compiled yet.
 
     devices: those of a topology that is compiled for but not present (`tpu.plan`); default: all.
+    change: puts functions of one's own in place of the run's.
     """
     check_vocabulary(config)
     mesh = make_mesh(config.mesh, devices)
@@ -76,25 +103,26 @@ def build(
     plain_graph, _ = abstract(replace(config.model, compute=without(compute)))
     packed_rows = rows_packed(config, shards)
 
-    make_state, step_fn, eval_fn = pure_functions(config, graph, packed_rows)
+    run = experiment(config, graph, packed_rows)
+    run = change(run) if change else run
     seed_key = jax.random.key(config.seed)
-    shapes = jax.eval_shape(make_state, seed_key)
+    shapes = jax.eval_shape(run.init, seed_key)
     shardings = state_shardings(shapes, describe(nnx.merge(graph, params)), mesh)
     abstract_state = jax.tree.map(
         lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, shardings
     )
-    hparams = traced_numbers(config)
+    hparams = run.numbers
 
     jit = partial(jax.jit, compiler_options=compiler_options)
-    init = jit(make_state, out_shardings=shardings)
+    init = jit(run.init, out_shardings=shardings)
     step = jit(
-        on_mesh(step_fn, mesh),
+        on_mesh(run.step, mesh),
         static_argnames=("capacities",),
         donate_argnums=0,
         out_shardings=(shardings, replicated(mesh)),
     )
     evaluate = jit(
-        on_mesh(eval_fn, mesh), static_argnames=("capacities",), out_shardings=replicated(mesh)
+        on_mesh(run.evaluate, mesh), static_argnames=("capacities",), out_shardings=replicated(mesh)
     )
     if devices is None:
         hparams = jax.device_put(hparams, replicated(mesh))
@@ -112,10 +140,8 @@ def check_vocabulary(config: Config) -> None:
         raise ConfigError(f"model.vocab_size={held}: data.tokenizer={path!r} needs {needed}")
 
 
-def pure_functions(
-    config: Config, graph: Any, packed_rows: int
-) -> tuple[Callable, partial, partial]:
-    """(key -> state, `train_step`, `eval_step`) of a run, its settings bound, nothing jitted."""
+def experiment(config: Config, graph: Any, packed_rows: int) -> Experiment:
+    """`train_step` and `eval_step` of a run, its settings bound."""
 
     def make_state(key: jax.Array) -> TrainState:
         init_key, noise_key = jax.random.split(key)
@@ -127,7 +153,8 @@ def pure_functions(
         train_step, hold_from=hold_from, graph=graph, model=config.model, optim=config.optim,
         num_steps=config.train.steps, accumulate=config.train.accumulate, packed_rows=packed_rows,
     )  # fmt: skip
-    return make_state, step, partial(eval_step, graph=graph, packed_rows=packed_rows)
+    evaluate = partial(eval_step, graph=graph, packed_rows=packed_rows)
+    return Experiment(make_state, step, evaluate, traced_numbers(config), graph)
 
 
 def traced_numbers(config: Config) -> tuple[Hyperparams, Numbers]:

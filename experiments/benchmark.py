@@ -30,6 +30,7 @@ from experiments.configs import base_config
 from hnet.command_line import parse, run
 from hnet.data import open_corpus, train_batches
 from hnet.errors import ConfigError
+from hnet.fields import Count
 from hnet.outputs import new_file, write_new
 from hnet.train.config import Config
 from hnet.train.cpu import keep_freed_memory, one_device_a_core
@@ -52,11 +53,11 @@ class Benchmark:
     """chunks a position; the parts are those of the second, or of the only one"""
     lengths: tuple[int, ...] = (512, 2048, 8192, 32768)
     """bytes a row of `lengths`"""
-    batch_size: int = 8
+    batch_size: Count = 8
     """rows of a step"""
-    seq_len: int = 512
+    seq_len: Count = 512
     """bytes a row"""
-    repeats: int = 7
+    repeats: Count = 7
     """measurements of everything but decoding, in turns"""
     decode: DecodeBenchmark = DecodeBenchmark()
     """what to decode, in a network of its own"""
@@ -64,9 +65,6 @@ class Benchmark:
     """file for all figures"""
 
     def __post_init__(self):
-        for name in ("batch_size", "seq_len", "repeats"):
-            if (value := getattr(self, name)) < 1:
-                raise ConfigError(f"{name}={value}: use 1 or more")
         if bad := [f for f in self.fractions if not 0 < f <= 1 or round(1 / f) != 1 / f]:
             raise ConfigError(f"fractions={self.fractions}: {bad[0]} is not 1 / a whole number")
         if not self.fractions or min(self.lengths, default=0) < 8:

@@ -11,10 +11,12 @@ import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from hnet.command_line import parse, run
 from hnet.data import BatchIterator, open_corpus, train_batches
 from hnet.errors import ConfigError
+from hnet.fields import Bounds, Count
 from hnet.train.workdir import read_config
 
 
@@ -24,18 +26,12 @@ class InputBenchmark:
 
     checkpoint: str
     """work directory of a run"""
-    seconds: float = 5.0
+    seconds: Annotated[float, Bounds(above=0, most=86_400)] = 5.0
     """of one measurement"""
-    repeats: int = 5
+    repeats: Count = 5
     """measurements, of which the median counts"""
     json: bool = False
     """print one JSON object instead of lines"""
-
-    def __post_init__(self):
-        if not self.seconds > 0:
-            raise ConfigError(f"seconds={self.seconds}: use a number above 0")
-        if self.repeats < 1:
-            raise ConfigError(f"repeats={self.repeats}: use 1 or more")
 
 
 def delivered(batches: BatchIterator, seconds: float) -> float:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from hnet.command_line import parse, run
 from hnet.config import StageConfig
 from hnet.data.scripts import SCRIPTS
 from hnet.errors import ConfigError
+from hnet.fields import Bounds, Count, Natural
 from hnet.nn.context import Context
 from hnet.stage import make_predictor
 from hnet.train.config import Config
@@ -43,19 +45,14 @@ class RoutingBenchmark:
 
     config: str = "mixed_scripts_single"
     """a named configuration or a JSON file, with one route"""
-    routes: int = 16
+    routes: Annotated[int, Bounds(2, 1000)] = 16
     """routes to compare with"""
-    run: int = 32
+    run: Count = 32
     """positions in a row of one route"""
-    rows: int = 0
+    rows: Natural = 0
     """rows of a batch; 0 = as configured"""
-    repeats: int = 15
+    repeats: Count = 15
     """measurements of everything, in turns"""
-
-    def __post_init__(self):
-        for name, least in (("routes", 2), ("run", 1), ("rows", 0), ("repeats", 1)):
-            if (value := getattr(self, name)) < least:
-                raise ConfigError(f"{name}={value}: use {least} or more")
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ import numpy as np
 
 from hnet.command_line import parse, run
 from hnet.errors import ConfigError
+from hnet.fields import Count
 from hnet.train.report import read_metrics
 
 
@@ -31,16 +32,12 @@ from hnet.train.report import read_metrics
 class SweepBenchmark:
     """What to sweep."""
 
-    rates: int = 8
+    rates: Count = 8
     """learning rates"""
-    seeds: int = 2
+    seeds: Count = 2
     """runs a learning rate"""
     name: str = "tiny"
     """configuration, as `pretrain` takes it"""
-
-    def __post_init__(self):
-        if self.rates < 1 or self.seeds < 1:
-            raise ConfigError(f"rates={self.rates}, seeds={self.seeds}: use 1 or more")
 
 
 def main() -> int:

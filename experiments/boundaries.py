@@ -27,6 +27,7 @@ from rich.text import Text
 from hnet import load
 from hnet.command_line import parse, run
 from hnet.errors import ConfigError
+from hnet.fields import Count, Natural
 from hnet.infer.score import logprobs
 from hnet.infer.segment import segment_all, segmenter
 from hnet.inspect import metrics
@@ -50,11 +51,11 @@ class BoundariesConfig:
     """a word a line; behind a tab its roots and morphemes, divided by spaces"""
     case: Literal["plain", "turkish"] = "plain"
     """how chunks and lexicon are brought to lower case; turkish tells dotted from dotless i"""
-    max_texts: int = 1000
+    max_texts: Natural = 1000
     """at most so many texts of a file, spread evenly over it; 0 = all"""
-    max_bytes: int = 2048
+    max_bytes: Count = 2048
     """longer texts are cut off here"""
-    seed: int = 0
+    seed: Natural = 0
     """of the shifts that boundary enrichment is compared with"""
     json: bool = False
     """print one JSON object instead of tables"""
@@ -62,9 +63,6 @@ class BoundariesConfig:
 
 def main() -> None:
     config = parse(BoundariesConfig)
-    for name, least in (("max_texts", 0), ("max_bytes", 1)):
-        if (value := getattr(config, name)) < least:
-            raise ConfigError(f"{name}={value}: use {least} or more")
     texts = {path: _texts(path, config) for path in config.gold}
     lexicon = read_lexicon(config.lexicon) if config.lexicon else None
     enable_compilation_cache()

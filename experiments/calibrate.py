@@ -13,6 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from rich.console import Console
@@ -25,7 +26,7 @@ from hnet.command_line import parse, run
 from hnet.data.parallel import Lines, bytes_by_script, read_parallel
 from hnet.data.scripts import SCRIPTS, route_table
 from hnet.errors import ConfigError
-from hnet.fields import to_json
+from hnet.fields import Bounds, to_json
 from hnet.outputs import new_file, write_new
 from hnet.train.config import Config
 
@@ -39,7 +40,7 @@ class CalibrateConfig:
 
     files: tuple[str, ...]
     """LANGUAGE=FILE for each language, a text a line; or .jsonl with "text\""""
-    mean_ratio: float
+    mean_ratio: Annotated[float, Bounds(above=1)]
     """bytes a chunk of the whole text, over all languages"""
     groups: tuple[str, ...] = ()
     """scripts that share a route, such as Hiragana+Katakana; all others share the default route,
@@ -123,8 +124,6 @@ def with_routes(base: Config, found: Calibration) -> Config:
 
 def main() -> None:
     config = parse(CalibrateConfig)
-    if not config.mean_ratio > 1:
-        raise ConfigError(f"mean_ratio={config.mean_ratio}: use more than 1 byte a chunk")
     if config.out:
         new_file(config.out, "out")
     base = base_config(config.base)

@@ -25,6 +25,7 @@ from hnet import load
 from hnet.command_line import parse, run
 from hnet.data import DataConfig, Part, eval_batches, open_corpus, open_part
 from hnet.errors import ConfigError
+from hnet.fields import Count, Natural
 from hnet.loss import bits_per_byte
 from hnet.model import split
 from hnet.train.compile_cache import enable_compilation_cache
@@ -42,9 +43,9 @@ class EvaluateConfig:
     """work directory of a run, or an official checkpoint with its JSON"""
     files: tuple[str, ...] = ()
     """quoted globs of text to score; empty = the held-out text of the run"""
-    seq_len: int = 0
+    seq_len: Natural = 0
     """positions of a row, hence the context a byte can have; 0 = as trained"""
-    batch_size: int = 8
+    batch_size: Count = 8
     """rows scored together"""
     documents: bool = False
     """a line for each document too"""

@@ -29,6 +29,7 @@ from hnet import load
 from hnet.command_line import parse, run
 from hnet.data.parallel import Lines, read_parallel
 from hnet.errors import ConfigError
+from hnet.fields import Natural
 from hnet.infer.score import logprobs
 from hnet.infer.segment import ROWS, segment_all, segmenter
 from hnet.inspect.fairness import LanguageScore, cut_at, score_language
@@ -65,7 +66,7 @@ class FairnessConfig:
     """work directories of runs, or official checkpoints"""
     tokenizer: tuple[str, ...] = ()
     """tokenizer.json files"""
-    bpe: int = 0
+    bpe: Natural = 0
     """size of the vocabulary of a byte-level BPE that is trained; 0 = none"""
     bpe_files: tuple[str, ...] = ()
     """LANGUAGE=FILE to train it on"""
@@ -73,7 +74,7 @@ class FairnessConfig:
     """LANGUAGE=FILE aligned with the files, of languages that no spread or mean counts"""
     gold: tuple[str, ...] = ()
     """LANGUAGE=FILE of sentences with gold words: .jsonl with "text" and "spans" of bytes"""
-    max_lines: int = 1000
+    max_lines: Natural = 1000
     """at most so many sentences, spread evenly over the files; 0 = all"""
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
@@ -32,6 +33,7 @@ from hnet.data.parallel import Lines, read_parallel
 from hnet.data.pipeline import Batch, eval_batches, train_batches
 from hnet.data.row_routes import in_unknown_scripts
 from hnet.errors import ConfigError
+from hnet.fields import Bounds, Count, Natural
 from hnet.inspect.gold import thin
 from hnet.inspect.tokens import train_bpe
 from hnet.train.compile_cache import enable_compilation_cache
@@ -56,17 +58,17 @@ class FairnessTableConfig:
     """scripts that share a route, such as Hiragana+Katakana; see `experiments.calibrate`"""
     out: str = "runs/fairness"
     """folder for the text, both runs and the reports"""
-    mean_ratio: float = 6.0
+    mean_ratio: Annotated[float, Bounds(above=1)] = 6.0
     """bytes a chunk over all languages, of both models"""
-    steps: int = 0
+    steps: Natural = 0
     """updates of each model; 0 = as configured"""
-    seed: int = 0
+    seed: Annotated[int, Bounds(0, 2**32 - 1)] = 0
     """of both runs"""
-    bpe: int = 4096
+    bpe: Count = 4096
     """size of the vocabulary of the BPE"""
-    max_lines: int = 2000
+    max_lines: Count = 2000
     """lines used of each text, spread evenly over it"""
-    heldout: int = 100
+    heldout: Count = 100
     """of these, held out of each text"""
 
 

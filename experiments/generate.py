@@ -27,6 +27,7 @@ from rich.progress import Progress
 
 from hnet.command_line import parse, run
 from hnet.errors import ConfigError
+from hnet.fields import Count
 from hnet.infer.generate import Generation, chunk_starts, stream_text
 from hnet.infer.prompts import encode
 from hnet.infer.sampling import Sampling
@@ -56,7 +57,7 @@ class GenerateConfig:
     """JSONL file of results; it must not exist, but see resume"""
     resume: bool = False
     """continue an output file that was not finished"""
-    batch_size: int = 32
+    batch_size: Count = 32
     """prompts of the input file that run together"""
     bos: bool = True
     """put byte 254 before the prompt, as in training; False for models trained without it"""

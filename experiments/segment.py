@@ -16,6 +16,7 @@ from pathlib import Path
 from hnet import load
 from hnet.command_line import parse, run
 from hnet.errors import ConfigError
+from hnet.fields import Count
 from hnet.infer.segment import segment_all, segmenter
 from hnet.inspect.gold import annotate
 from hnet.inspect.page import to_html
@@ -42,7 +43,7 @@ class SegmentConfig:
     """print one JSON object a text instead"""
     html: str = ""
     """write a page to this file, which must not exist"""
-    max_bytes: int = 4096
+    max_bytes: Count = 4096
     """longer texts are cut off here"""
 
 
@@ -50,8 +51,6 @@ def main() -> None:
     config = parse(SegmentConfig)
     if config.html:
         new_file(config.html, "html")
-    if config.max_bytes < 1:
-        raise ConfigError(f"max_bytes={config.max_bytes}: use 1 or more")
     texts = _texts(config)
     enable_compilation_cache()
     model = load(config.checkpoint)

@@ -123,16 +123,30 @@ def with_words(cls: type, content: Any, argv: Sequence[str]) -> Any:
     """A `cls` from JSON content and words that change it. Outer fields are set first."""
     options = split_words(argv)
     for path in sorted(options, key=lambda path: path.count(".")):
-        try:
-            parent, key, hint = fields.locate(cls, content, path)
-        except FieldError as e:
-            if near := command_help.same_name(cls, content, path):
-                raise FieldError(
-                    f"unknown field {shown(path)[1:-1]}: did you mean {near}?"
-                ) from None
-            raise FieldError(f"{e} (see --help)") from None
+        parent, key, hint = _locate(cls, content, path)
         parent[key] = value_of(hint, options[path], path)
     return fields.from_json(cls, content)
+
+
+def _locate(cls: type, content: Any, path: str) -> tuple[Any, str | int, Any]:
+    try:
+        return fields.locate(cls, content, path)
+    except FieldError as e:
+        if near := command_help.same_name(cls, content, path):
+            raise FieldError(f"unknown field {path}: did you mean {near}?") from None
+        raise FieldError(f"{e} (see --help)") from None
+
+
+def check_words(cls: type, argv: Sequence[str]) -> None:
+    """Raise ConfigError for a word that `cls` does not take; what is no field of it is left out.
+
+    Each field is looked at by itself, so this needs no configuration that the words belong to.
+    """
+    content = command_help.defaults(cls)
+    for path, words in split_words(argv).items():
+        if path.partition(".")[0] in content:
+            _, _, hint = _locate(cls, content, path)
+            fields.from_json(hint, value_of(hint, words, path), path)
 
 
 def split_words(argv: Sequence[str]) -> dict[str, list[str]]:

@@ -13,12 +13,13 @@ import os
 import re
 import reprlib
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
 from hnet.chunking.config import ChunkingConfig
 from hnet.errors import ConfigError
+from hnet.fields import Bounds, Count, Natural, check
 from hnet.nn.mixers import OFFICIAL, check_further
 from hnet.nn.mixers import problem as mixer_problem
 from hnet.nn.mixers.settings import AttentionConfig, CrossAttentionConfig
@@ -54,15 +55,15 @@ def layout_height(layout: str) -> int:
 class SSMConfig:
     """Mamba-2 mixers, shared by all stages (the official ``ssm_cfg``)."""
 
-    d_state: int = 128
+    d_state: Count = 128
     """size of the recurrent state a channel"""
-    d_conv: int = 4
+    d_conv: Count = 4
     """taps of the causal convolution"""
-    expand: int = 2
+    expand: Count = 2
     """inner width over d_model"""
-    head_dim: int = 64
+    head_dim: Count = 64
     """channels that share one decay"""
-    chunk_size: int = 256
+    chunk_size: Count = 256
     """the official kernel's block length, kept for the JSON; ours is compute.ssd_block_len"""
 
 
@@ -72,15 +73,15 @@ class StageConfig:
 
     arch_layout: tuple[str, ...]
     """(encoder, decoder) layout strings, or (stack,) in the innermost stage"""
-    d_model: int
+    d_model: Count
     """width of this stage; may not shrink inwards"""
-    d_intermediate: int = 0
+    d_intermediate: Natural = 0
     """inner width of the SwiGLU MLPs, rounded up to a multiple of 128"""
-    num_heads: int = 16
+    num_heads: Natural = 16
     """attention heads"""
-    rotary_emb_dim: int = 32
+    rotary_emb_dim: Natural = 32
     """channels of each head that are rotated (the rest carries no position)"""
-    window_size: int = -1
+    window_size: Annotated[int, Bounds(-1)] = -1
     """previous positions that attention sees; -1 = all"""
     chunking: ChunkingConfig = ChunkingConfig()
     attention: AttentionConfig = AttentionConfig()
@@ -101,9 +102,9 @@ class ComputeConfig:
     """what the backward pass recomputes: nothing, whole layers, or all but matmul outputs"""
     scan_layers: bool = True
     """one compiled body for equal consecutive layers; False unrolls them"""
-    ssd_block_len: int | None = None
+    ssd_block_len: Count | None = None
     """positions per block of the SSD; default: 64, on GPUs 128 (kernels for TPUs choose it)"""
-    attention_block_len: int | None = None
+    attention_block_len: Count | None = None
     """positions per block of attention, of queries and of keys; default: 128, on GPUs 1024, and
     2048 queries for cudnn (kernels for TPUs choose it)"""
     attention_backend: Literal["auto", "xla", "splash", "cudnn"] = "auto"
@@ -244,17 +245,12 @@ class HNetConfig:
 def _check(config: HNetConfig) -> None:
     if not config.stages:
         raise ConfigError("model.stages is empty: give at least one stage")
+    check(config, "model")
     if config.vocab_size < 256:
         raise ConfigError(
             f"model.vocab_size={config.vocab_size} cannot hold every byte: use 256 or more"
         )
-    for name in ("d_state", "d_conv", "expand", "head_dim"):
-        if (value := getattr(config.ssm, name)) < 1:
-            raise ConfigError(f"model.ssm.{name}={value}: use 1 or more")
     check_further(config.mixers)
-    for name in ("ssd_block_len", "attention_block_len"):
-        if (value := getattr(config.compute, name)) is not None and value < 1:
-            raise ConfigError(f"model.compute.{name}={value}: use 1 or more")
     for i, stage in enumerate(config.stages):
         _check_stage(config, i, stage)
     _check_size(config)
@@ -273,8 +269,6 @@ def _check_stage(config: HNetConfig, i: int, stage: StageConfig) -> None:
         kinds = {k for part in stage.arch_layout for k, _ in parse_layout(part)}
     except ConfigError as e:
         raise ConfigError(f"{where}.arch_layout: {e}") from None
-    if stage.d_model < 1:
-        raise ConfigError(f"{where}.d_model={stage.d_model}: use 1 or more")
     if i and stage.d_model < config.stages[i - 1].d_model:
         raise ConfigError(
             f"{where}.d_model={stage.d_model} is narrower than the stage around it "

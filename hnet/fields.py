@@ -58,8 +58,8 @@ class Bounds:
 
 Count = Annotated[int, Bounds(1, _MOST_32)]
 """A whole number from 1 that fits 32 bits."""
-CountOrNone = Annotated[int, Bounds(0, _MOST_32)]
-"""The same, or 0."""
+Natural = Annotated[int, Bounds(0, _MOST_32)]
+"""A whole number from 0 that fits 32 bits."""
 Share = Annotated[float, Bounds(0, 1)]
 Positive = Annotated[float, Bounds(above=0)]
 NotNegative = Annotated[float, Bounds(0)]

@@ -11,6 +11,7 @@ from experiments.benchmark import Benchmark, measure
 from experiments.benchmark_decode import DecodeBenchmark, main_share, make_models
 from hnet.config import EOS_ID
 from hnet.errors import ConfigError
+from hnet.fields import check
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -41,4 +42,4 @@ def test_one_network_cuts_at_the_wanted_rate_and_its_twin_at_every_byte():
 @pytest.mark.parametrize("name", ["repeats", "bytes", "main_layers", "bytes_per_chunk"])
 def test_bad_settings_are_named(name):
     with pytest.raises(ConfigError, match=f"{name}=0"):
-        replace(TINY, **{name: 0})
+        check(replace(TINY, **{name: 0}))

@@ -15,13 +15,15 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hnet import command_help, fields
-from hnet.command_line import help_topic, with_words
-from hnet.config import HNetConfig
+from hnet.command_line import check_words, help_topic, with_words
 from hnet.errors import ConfigError
-from hnet.train.config import Config, config_from_json
+from hnet.train.sections import Sections
+
+if TYPE_CHECKING:
+    from hnet.train.config import Config
 
 FOLDER = Path(__file__).parent
 
@@ -36,7 +38,7 @@ class Named:
     summary: str
     """first line of its docstring, or what is wrong"""
 
-    def load(self) -> Config:
+    def load(self) -> "Config":
         """Raises ConfigError in one line that names the file, whatever happens in it."""
         if not self.function:
             raise ConfigError(f"{self.file}: {self.summary}")
@@ -56,8 +58,11 @@ def _where_and_what(error: Exception, file: Path) -> str:
     return f"{file}, line {lines[-1] if lines else 1}: {type(error).__name__}: {error}"
 
 
-def as_run(found: Any) -> Config:
+def as_run(found: Any) -> "Config":
     """A network is trained as the default configuration is."""
+    from hnet.config import HNetConfig  # here: names and words are checked before JAX is loaded
+    from hnet.train.config import Config
+
     if isinstance(found, HNetConfig):
         return dataclasses.replace(base_config("default"), model=found)
     if not isinstance(found, Config):
@@ -98,12 +103,16 @@ def _named_in(file: Path) -> list[tuple[str, Named]]:
     return found
 
 
-def base_config(name: str) -> Config:
+def base_config(name: str) -> "Config":
     """The configuration of a name, of a JSON file, or of "package.module:function"."""
     if name.endswith(".json"):
         return _from_file(Path(name))
     if ":" in name:
         return _from_function(name)
+    return dataclasses.replace(_named(name).load(), workdir=f"runs/{name}")
+
+
+def _named(name: str) -> Named:
     known = named_configs()
     if name not in known:
         near = difflib.get_close_matches(name, known, 1)
@@ -112,10 +121,10 @@ def base_config(name: str) -> Config:
             f"configuration {fields.shown(name)} is unknown: {hint} (or a .json file, or "
             "package.module:function)"
         )
-    return dataclasses.replace(known[name].load(), workdir=f"runs/{name}")
+    return known[name]
 
 
-def _from_function(place: str) -> Config:
+def _from_function(place: str) -> "Config":
     module_name, _, function = place.partition(":")
     try:
         made = getattr(importlib.import_module(module_name), function)
@@ -126,8 +135,11 @@ def _from_function(place: str) -> Config:
     return as_run(made())
 
 
-def _from_file(path: Path) -> Config:
+def _from_file(path: Path) -> "Config":
     """A whole configuration, an official network, or what differs from the one called "base"."""
+    from hnet.config import HNetConfig
+    from hnet.train.config import Config, config_from_json
+
     content = fields.read_json(path, "configuration file")
     where = f"configuration file {str(path)!r}"
     if isinstance(content, dict) and "arch_layout" in content:
@@ -144,7 +156,7 @@ def _from_file(path: Path) -> Config:
     return config_from_json(base)
 
 
-def run_config(argv: Sequence[str] | None = None, default: str = "default") -> Config:
+def run_config(argv: Sequence[str] | None = None, default: str = "default") -> "Config":
     """`[NAME] [--section.field VALUE ...]` -> the resolved configuration.
 
     `--help [SECTION]` prints what can be set and ends.
@@ -154,6 +166,12 @@ def run_config(argv: Sequence[str] | None = None, default: str = "default") -> C
     if argv and not argv[0].startswith("-"):
         name, argv = argv[0], argv[1:]
     topic = help_topic(argv)
+    if topic is None:
+        check_words(Sections, argv)
+    if not name.endswith(".json") and ":" not in name:
+        _named(name)
+    from hnet.train.config import Config
+
     content = fields.to_json(base_config(name))
     if topic is not None:
         print(help_text(content, topic))
@@ -163,6 +181,8 @@ def run_config(argv: Sequence[str] | None = None, default: str = "default") -> C
 
 def help_text(content: Any, topic: str = "") -> str:
     """What can be set in the run with this JSON content: all sections, or one dotted field."""
+    from hnet.train.config import Config
+
     if topic:
         return command_help.of_topic(Config, content, topic)
     program = sys.modules["__main__"].__doc__ or ""

@@ -10,6 +10,7 @@ from hnet.chunking.part import DechunkConfig, LossConfig, PoolConfig, PredictorC
 from hnet.chunking.pools.select import Select
 from hnet.chunking.predictors.cosine import Cosine
 from hnet.chunking.table import DECHUNKS, LOSSES, POOLS, PREDICTORS
+from hnet.fields import Count
 from hnet.parts import Part, Settings, Table
 
 
@@ -57,7 +58,7 @@ class ChunkingConfig:
     """hold the rate of each route at 1/N while training, by an offset on the logit of p that is
     part of the model (`hnet.chunking.controller`)"""
 
-    routes: int = 1
+    routes: Count = 1
     """number of routes (script groups) that this stage tells apart"""
     routed_parameters: bool = True
     """a predictor for each route; False: one predictor, targets and statistics for each route"""
@@ -199,8 +200,6 @@ class ChunkingConfig:
         if min(self.target_ratios) <= 1:
             name = "route_target_ratios" if self.route_target_ratios else "target_ratio"
             return f"{name}={getattr(self, name)}: use more than 1 position per chunk"
-        if self.routes < 1:
-            return f"routes={self.routes}: use 1 or more"
         if self.route_target_ratios and len(self.route_target_ratios) != self.routes:
             return (
                 f"route_target_ratios={self.route_target_ratios} has "

@@ -21,6 +21,7 @@ from hnet.command_line import parse, run
 from hnet.data import DataConfig, open_corpus
 from hnet.data.prepare import prepare
 from hnet.errors import ConfigError
+from hnet.fields import Count
 from hnet.printable import printable
 
 
@@ -32,7 +33,7 @@ class Prepare:
     """quoted globs of .txt, .jsonl, .gz of both, or .parquet files"""
     out: str
     """a new folder; read it with --data.files 'OUT/*.array_record'"""
-    shard_bytes: int = 256 << 20
+    shard_bytes: Count = 256 << 20
     """bytes of text in a shard"""
 
     def run(self) -> None:

@@ -5,7 +5,9 @@ A check returns "field=value: remedy" on a stage that a mixer cannot be built fo
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from hnet.fields import Bounds, Natural, NotNegative
 
 if TYPE_CHECKING:
     from hnet.config import HNetConfig, StageConfig
@@ -15,11 +17,11 @@ if TYPE_CHECKING:
 class AttentionConfig:
     """Options of self-attention beyond the official ones."""
 
-    num_kv_heads: int = 0
+    num_kv_heads: Natural = 0
     """heads of keys and values, each shared by equally many query heads; 0 = num_heads"""
     qk_norm: bool = False
     """RMSNorm of each head's queries and keys before rotary"""
-    logit_soft_cap: float = 0.0
+    logit_soft_cap: NotNegative = 0.0
     """c of scores c tanh(score / c); 0 = none"""
     sink: Literal["none", "one", "learned"] = "none"
     """term added to the denominator of the softmax: none, 1, or exp of a logit learned per head"""
@@ -31,9 +33,9 @@ class CrossAttentionConfig:
 
     relation: Literal["equal", "last_closed"] = "last_closed"
     """newest group that a position sees: its own, or the one before"""
-    window: int = 1
+    window: Annotated[int, Bounds(-1)] = 1
     """groups that a position sees; -1 = all up to the newest"""
-    memory_width: int = 0
+    memory_width: Natural = 0
     """width of the vectors; 0 = d_model"""
 
 
@@ -46,16 +48,12 @@ def attention_problem(config: "HNetConfig", stage: "StageConfig") -> str | None:
             f"rotary_emb_dim={stage.rotary_emb_dim}: "
             f"use an even number from 0 to the head width {head_dim}"
         )
-    if stage.window_size < -1:
-        return f"window_size={stage.window_size}: use -1 (all), 0 or more"
-    kv_heads, cap = stage.attention.num_kv_heads, stage.attention.logit_soft_cap
-    if kv_heads < 0 or (kv_heads and stage.num_heads % kv_heads):
+    kv_heads = stage.attention.num_kv_heads
+    if kv_heads and stage.num_heads % kv_heads:
         return (
             f"attention.num_kv_heads={kv_heads} does not divide num_heads={stage.num_heads}: "
             "use a divisor, or 0 for as many"
         )
-    if not 0 <= cap < float("inf"):
-        return f"attention.logit_soft_cap={cap}: use a number above 0, or 0 for none"
     return None
 
 
@@ -71,10 +69,8 @@ def _heads_problem(stage: "StageConfig") -> str | None:
 def cross_attention_problem(config: "HNetConfig", stage: "StageConfig") -> str | None:
     if problem := _heads_problem(stage):
         return problem
-    if (width := stage.cross_attention.memory_width) < 0:
-        return f"cross_attention.memory_width={width}: use 1 or more, or 0 for d_model"
-    if (window := stage.cross_attention.window) < 1 and window != -1:
-        return f"cross_attention.window={window}: use 1 or more, or -1 for all groups"
+    if stage.cross_attention.window == 0:
+        return "cross_attention.window=0: use 1 or more, or -1 for all groups"
     return None
 
 

@@ -1,0 +1,88 @@
+"""Bad command lines over all commands: exit code 2, one line, nothing written, before any work."""
+
+import importlib
+import json
+import typing
+
+import pytest
+
+from experiments.configs import base_config
+from hnet import command_help
+from hnet.command_line import with_words
+from hnet.errors import ConfigError
+from hnet.fields import options, plain, to_json, unwrap
+from hnet.train.config import Config
+
+OPTIONS = {
+    "experiments.benchmark": "Benchmark",
+    "experiments.benchmark_decode": "Command",
+    "experiments.benchmark_input": "InputBenchmark",
+    "experiments.benchmark_routing": "RoutingBenchmark",
+    "experiments.benchmark_sweep": "SweepBenchmark",
+    "experiments.boundaries": "BoundariesConfig",
+    "experiments.calibrate": "CalibrateConfig",
+    "experiments.evaluate": "EvaluateConfig",
+    "experiments.fairness": "FairnessConfig",
+    "experiments.fairness_table": "FairnessTableConfig",
+    "experiments.generate": "GenerateConfig",
+    "experiments.segment": "SegmentConfig",
+    "hnet.data.__main__": "Prepare",
+}
+"""Commands that are told by a dataclass of their own."""
+GIVEN = {"checkpoint": "x", "files": ["x"], "gold": ["x"], "out": "x", "train": ["x"]}
+"""Values of the fields that must be given."""
+MAY_BE_NEGATIVE = ("mesh.data", "mesh.fsdp", "mesh.tensor", "window_size")
+
+WRONG = {
+    int: ["x", "1.5", "nan", "1e400", "2e63", str(2**63), "-" + "9" * 400, "-2", ""],
+    float: ["x", "nan", "inf", "-inf", "1e400", ""],
+    bool: ["yes", "1", ""],
+}
+
+
+def cases():
+    for module, name in OPTIONS.items():
+        cls = getattr(importlib.import_module(module), name)
+        content = GIVEN_OF(cls) | command_help.defaults(cls)
+        yield from ((module, cls, content, path, hint) for path, hint in numbers(cls, content))
+    content = to_json(base_config("default"))
+    yield from (("run", Config, content, path, hint) for path, hint in numbers(Config, content))
+
+
+def GIVEN_OF(cls):
+    hints = typing.get_type_hints(cls)
+    return {n: 6.0 if hints[n] is float else v for n, v in GIVEN.items() if n in hints}
+
+
+def numbers(cls, content):
+    """(path, type) of the fields that take numbers or truth values."""
+    from hnet.fields import locate
+
+    for path in command_help.leaves(cls, content):
+        hint = plain(locate(cls, content, path)[2])
+        kinds = [unwrap(option) for option in options(hint)] or [hint]
+        for kind in kinds:
+            if typing.get_origin(kind) is tuple:
+                kind = unwrap(typing.get_args(kind)[0])
+            if kind in WRONG:
+                yield path, kind
+
+
+CASES = list(cases())
+
+
+@pytest.mark.parametrize(
+    ("cls", "content", "path", "kind"),
+    [case[1:] for case in CASES],
+    ids=[f"{case[0]}:{case[3]}" for case in CASES],
+)
+def test_every_number_of_every_command_refuses_what_it_is_not(cls, content, path, kind):
+    content = json.dumps(content)
+    for word in WRONG[kind]:
+        if word == "-2" and path.endswith(MAY_BE_NEGATIVE):
+            continue
+        with pytest.raises(ConfigError) as error:
+            with_words(cls, json.loads(content), [f"--{path}", word])
+            pytest.fail(f"--{path} {word} was taken")
+        message = str(error.value)
+        assert path.split(".")[-1] in message and "\n" not in message and len(message) < 400

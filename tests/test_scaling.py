@@ -91,7 +91,7 @@ def test_a_plan_is_written_before_anything_runs_and_never_over_another(tmp_path,
     bpe = run_config([f"{out}/configs/bpe-64.json"])
     assert bpe.data.tokenizer == f"{out}/tokenizer.json" and bpe.model.vocab_size == 300
     assert bpe.data.seq_len == round(64 / rows[0]["bytes_per_token"]) < 64
-    with pytest.raises(ConfigError, match="is there already: use another --out"):
+    with pytest.raises(ConfigError, match="plan.json.* exists: choose another name"):
         scaling.main([*argv, *small])
     with pytest.raises(ConfigError, match="only=.*the plan has bpe-64, bytes-64"):
         scaling.main(["run", "--out", out, "--only", "bpe-65"])

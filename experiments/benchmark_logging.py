@@ -55,9 +55,9 @@ class Alternating(Report):
         self.disturbed.add(max(self.began, default=0) // BLOCK)
         super().say(text)
 
-    def evaluated(self, *args):
+    def evaluated(self, *args, **how):
         began = time.perf_counter()
-        super().evaluated(*args)
+        super().evaluated(*args, **how)
         self.drawing.append(time.perf_counter() - began)
 
     def samples(self) -> np.ndarray:

@@ -14,7 +14,7 @@ from hnet.train import loop
 from hnet.train.config import Config
 from hnet.train.distributed import StopRequest
 from hnet.train.program import build, put_batch
-from hnet.train.report import Report
+from hnet.train.report import Report, Start
 
 
 class PacedReport(Report):
@@ -24,8 +24,8 @@ class PacedReport(Report):
     the same program on a state of its own, without input, metrics, log or files.
     """
 
-    def __init__(self, config: Config, corpus: Corpus, start_step: int, *, settled: int, turn: int):
-        super().__init__(config, corpus, start_step)
+    def __init__(self, config: Config, corpus: Corpus, start: Start, *, settled: int, turn: int):
+        super().__init__(config, corpus, start)
         self.settled, self.turn = settled, turn
         self.bare, self.seconds = None, {"run": [], "bare": []}
         self.steps, self.capacities = [], None

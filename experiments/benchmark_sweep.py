@@ -25,7 +25,7 @@ import numpy as np
 from hnet.command_line import parse, run
 from hnet.errors import ConfigError
 from hnet.fields import Count
-from hnet.train.report import read_metrics
+from hnet.train.metrics_file import read_metrics
 
 
 @dataclass(frozen=True)

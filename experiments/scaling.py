@@ -45,7 +45,7 @@ from hnet.outputs import new_files, write_new
 from hnet.train.compile_cache import enable_compilation_cache
 from hnet.train.config import Config, config_from_json
 from hnet.train.distributed import REQUEUE_EXIT_CODE
-from hnet.train.report import read_metrics
+from hnet.train.metrics_file import read_metrics
 from hnet.train.run import train_to_end
 
 BPE_SAMPLE = 8 << 20  # bytes of the training text that the vocabulary is learned from

@@ -19,10 +19,11 @@ import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from experiments.space import Point, Space, Values, list_points, make_point, point_key
-from experiments.study_storage import has_ended, open_storage, pruner, worker_name
+from experiments.study_storage import open_storage, pruner
 from hnet.errors import ConfigError
 from hnet.fields import differences, to_json
 from hnet.train.config import Config, config_from_json
+from hnet.train.lock import has_ended, process_name
 
 _LOCAL = ("workdir", "mesh", "distributed", "watchdog", "checkpoint", "profile")
 """sections in which the workers of one sweep may differ"""
@@ -47,7 +48,7 @@ class Study(contextlib.AbstractContextManager):
         Raises ConfigError if the study there is that of another sweep.
         """
         self.base, self.space, self.timeout = base, space, timeout
-        self.worker = worker_name()
+        self.worker = process_name()
         self.points = list_points(base, space)
         self._known = {point.key: point for point in self.points or ()}
         self._distributions = space.distributions()

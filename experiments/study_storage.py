@@ -1,8 +1,6 @@
 """Where the workers of a sweep meet: an Optuna storage, and which processes are at work."""
 
-import contextlib
 import os
-import socket
 from pathlib import Path
 
 import optuna
@@ -12,27 +10,6 @@ from hnet.errors import ConfigError
 from hnet.outputs import new_file, read_file
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
-
-
-def worker_name() -> str:
-    """HOST/PROCESS NAMESPACE/PROCESS of this worker."""
-    with contextlib.suppress(OSError):
-        return f"{socket.gethostname()}/{os.readlink('/proc/self/ns/pid')}/{os.getpid()}"
-    return f"{socket.gethostname()}//{os.getpid()}"
-
-
-def has_ended(worker: str) -> bool:
-    """Whether it was a process of this machine that is no more; False if that cannot be known."""
-    place, _, process = worker.rpartition("/")
-    if place != worker_name().rpartition("/")[0]:
-        return False
-    try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        pass
-    return False
 
 
 class _WholeLines(JournalFileSymlinkLock):

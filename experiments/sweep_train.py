@@ -22,9 +22,11 @@ from hnet.errors import ConfigError
 from hnet.train.config import Config
 from hnet.train.distributed import StopRequest
 from hnet.train.evaluate import Evaluation
+from hnet.train.lock import Locked
 from hnet.train.loop import StopRun, train
+from hnet.train.metrics_file import MetricsFile, read_metrics
 from hnet.train.population import train_population
-from hnet.train.report import MetricsFile, Report, read_metrics
+from hnet.train.report import Report
 
 SAY_SECONDS = 10.0  # between two lines on where a group stands
 console = Console(highlight=False, soft_wrap=True)
@@ -52,6 +54,11 @@ def train_points(study: Study, claims: list[Claim], options: Options, stop: Stop
         if len(runs) == 1:
             return _train_alone(study, claims[0], options, stop)
         return _train_together(study, claims, options, stop)
+    except Locked as e:  # a worker that counted as dead goes on: the points are its own
+        study.release(claims)
+        console.print(escape(str(e)))
+        time.sleep(options.timeout / 4)
+        return True
     except (StopRun, ConfigError) as e:
         for claim in claims:
             study.fail(claim, str(e))
@@ -163,8 +170,8 @@ class _WatchedReport(Report):
         super().__init__(*arguments)
         self.watch = watch
 
-    def evaluated(self, step, evaluation: Evaluation, *shown) -> None:
-        super().evaluated(step, evaluation, *shown)
+    def evaluated(self, step, evaluation: Evaluation, *shown, **how) -> None:
+        super().evaluated(step, evaluation, *shown, **how)
         self.watch(step, evaluation)
 
 

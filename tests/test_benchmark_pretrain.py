@@ -8,7 +8,7 @@ import pytest
 from experiments import benchmark_pretrain
 from experiments.benchmark_pretrain import PacedReport, measure_pretrain
 from hnet.train import loop
-from hnet.train.report import Report
+from hnet.train.report import Report, Start
 from tests.training import build, tiny_run
 
 
@@ -26,7 +26,7 @@ def report(monkeypatch, tmp_path):
 
     monkeypatch.setattr(Report, "__init__", keep_config)
     monkeypatch.setattr(Report, "step", lambda self, row: ["an alarm"])
-    return PacedReport(tiny_run(tmp_path), None, 0, settled=4, turn=2)
+    return PacedReport(tiny_run(tmp_path), None, Start(), settled=4, turn=2)
 
 
 def test_only_steps_between_two_turns_of_equal_slots_are_timed(monkeypatch, report):
@@ -54,7 +54,7 @@ def test_a_turn_of_bare_steps(monkeypatch, report):
 def test_figures_are_those_of_the_turns(monkeypatch, report, tmp_path):
     def train(config, stop, make_report):
         assert config.train.steps == 4 + 3 * (2 + 2) + 1 and not config.eval.every
-        report = make_report(config, None, 0)
+        report = make_report(config, None, Start())
         report.seconds = {"run": [2.0, 4.0, 5.0], "bare": [1.0, 4.0, 4.0]}
 
     monkeypatch.setattr(loop, "train", train)
@@ -66,6 +66,6 @@ def test_figures_are_those_of_the_turns(monkeypatch, report, tmp_path):
         "lowest_turn": 0.5,
         "highest_turn": 1.0,
     }
-    monkeypatch.setattr(loop, "train", lambda config, stop, make: make(config, None, 0))
+    monkeypatch.setattr(loop, "train", lambda config, stop, make: make(config, None, Start()))
     with pytest.raises(RuntimeError, match="did not settle within 17 steps"):
         measure()

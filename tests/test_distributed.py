@@ -65,7 +65,7 @@ def test_start_that_waits_for_others_says_so(monkeypatch, caplog):
         raise RuntimeError("DEADLINE_EXCEEDED\nmore")
 
     monkeypatch.setattr(jax.distributed, "initialize", others_never_come)
-    config = DistributedConfig("127.0.0.1:1", 2, 1, initialization_timeout=0)
+    config = DistributedConfig("127.0.0.1:1", 2, 1, initialization_timeout=1)
     with pytest.raises(ConfigError, match="could not start: RuntimeError: DEADLINE_EXCEEDED; give"):
         distributed.initialize(config)
     assert "num_processes=2, process_id=1): not all processes have joined" in caplog.text

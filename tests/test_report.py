@@ -1,5 +1,6 @@
 """What a run logs, line by line; profiles that begin and end where they are asked to."""
 
+import json
 import math
 import types
 from contextlib import nullcontext
@@ -13,7 +14,8 @@ from hnet.data import open_corpus
 from hnet.errors import ConfigError
 from hnet.train import report
 from hnet.train.config import ProfileConfig, TrainConfig
-from hnet.train.report import MetricsFile, Report, Trace, read_metrics
+from hnet.train.metrics_file import read_metrics
+from hnet.train.report import Report, Start, Trace
 from tests.training import tiny_run
 
 
@@ -35,7 +37,7 @@ def test_a_run_logs_its_first_step_and_every_tenth(tmp_path, monkeypatch, capsys
     clock = types.SimpleNamespace(monotonic=lambda: now)
     monkeypatch.setattr(report, "time", clock)
     now = 5.0
-    with Report(config, open_corpus(config.data), 0) as told:
+    with Report(config, open_corpus(config.data), Start()) as told:
         for step in range(1, 21):
             now += 4.0
             clipped = {"stage0/overflow_frac": 0.125} if step == 7 else {}
@@ -60,18 +62,45 @@ def test_a_run_logs_its_first_step_and_every_tenth(tmp_path, monkeypatch, capsys
     assert histograms[0].histogram_value.num == sum(range(20))
 
 
-def test_metrics_of_a_resumed_run_end_where_it_goes_on(tmp_path):
-    file = MetricsFile(tmp_path, 0)
-    for step in (1, 2, 3):
-        file.write({"step": step})
-    with file.path.open("a") as f:
-        f.write('{"step": 2}')  # torn: its end is missing
-    file = MetricsFile(tmp_path, 2)
-    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
-    file.amend(1, {"eval/bpb": 9.0})
-    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
-    file.amend(2, {"eval/bpb": 3.0})
-    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2, "eval/bpb": 3.0}]
+def test_rates_per_second_are_of_the_bytes_since_the_start(tmp_path, monkeypatch):
+    """Of a run that resumes, and of one that goes back on the way, whatever it logged before."""
+    config = tiny_run(tmp_path, train=TrainConfig(steps=90, log_every=10))
+    clock = types.SimpleNamespace(monotonic=lambda: now)
+    monkeypatch.setattr(report, "time", clock)
+    now = 0.0
+    with Report(config, open_corpus(config.data), Start(34, 3400)) as told:
+        for step in range(35, 51):
+            now += 2.0
+            told.step(row_of(step))
+        now += 7.0
+        told.rolled_back(Start(34, 3400), "it broke")
+        waited = 0.0
+        for step in range(35, 61):
+            now += 4.0
+            waited += 1.0
+            told.step(row_of(step) | {"input/wait_seconds": waited})
+    table = read_metrics(tmp_path)
+    assert [row["step"] for row in table] == [40, 50, 60]
+    assert [row["bytes_per_sec"] for row in table] == [100 / 4] * 3
+    assert [row["input/stall_frac"] for row in table] == [1 / 4] * 3
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+    config = tiny_run(tmp_path, train=TrainConfig(steps=30, log_every=10))
+    with Report(config, open_corpus(config.data), Start()) as told:
+        told.step(row_of(1, nats=math.nan, grad_norm=math.inf))
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    row = json.loads(line, parse_constant=pytest.fail)
+    assert row["train/bpb"] is None and row["grad_norm"] is None
+    assert row["stage0/boundary_rate"] == 0.3
+
+
+def test_a_run_that_has_ended_writes_nothing(tmp_path):
+    config = tiny_run(tmp_path, train=TrainConfig(steps=30))
+    with Report(config, open_corpus(config.data), Start(30, 3000, 30)) as told:
+        told.save()
+        told.say("nothing to do")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture

@@ -18,12 +18,12 @@ from experiments import sweep, sweep_results, sweep_train
 from experiments.configs import run_config
 from experiments.space import list_points, read_space
 from experiments.study import Study
-from experiments.study_storage import worker_name
 from hnet.errors import ConfigError
 from hnet.fields import to_json
 from hnet.train import loop, population
 from hnet.train.config import CheckpointConfig, EvalConfig, TrainConfig
-from hnet.train.report import read_metrics
+from hnet.train.lock import process_name
+from hnet.train.metrics_file import read_metrics
 from tests.networks import QUICK
 from tests.training import build, tiny_run
 
@@ -155,8 +155,8 @@ def test_points_of_a_dead_worker_are_taken_up_by_one_other(tmp_path):
 def test_what_a_killed_process_of_this_machine_held_is_free_at_once(tmp_path):
     code = (
         "import pathlib, os, sys; from tests.test_sweep import open_study\n"
-        "from experiments.study_storage import worker_name\n"
-        "open_study(pathlib.Path(sys.argv[1]), worker_name()).claim(1); os._exit(9)"
+        "from hnet.train.lock import process_name\n"
+        "open_study(pathlib.Path(sys.argv[1]), process_name()).claim(1); os._exit(9)"
     )
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env=env, timeout=120)
@@ -314,7 +314,7 @@ def work_on_many(folder: Path) -> None:
 
     sweep.train_points = train_points
     # a trial that died before it had a worker's name is given up after the timeout alone
-    study = open_study(folder, worker_name(), MANY, timeout=3.0)
+    study = open_study(folder, process_name(), MANY, timeout=3.0)
     with study:
         sweep._work(study, sweep_train.Options(folder, 3, 60.0), Never())
 

@@ -92,11 +92,13 @@ class Checkpointer(contextlib.AbstractContextManager):
         """Steps whose save was finished, oldest first, whether good or not; empty: a new run."""
         return sf.list_saved(self.folder)
 
-    def latest_good_step(self) -> int | None:
-        """Newest step whose manifest and files verify (``restore`` also compares the values)."""
-        good = next(
-            (s for s in reversed(self.steps()) if not sf.why_not(self.folder / str(s))), None
-        )
+    def latest_good_step(self, latest: int | None = None) -> int | None:
+        """Newest step whose manifest and files verify (``restore`` also compares the values).
+
+        latest: none after this one.
+        """
+        steps = [s for s in self.steps() if latest is None or s <= latest]
+        good = next((s for s in reversed(steps) if not sf.why_not(self.folder / str(s))), None)
         step = distributed.exchange("checkpoint/latest", "" if good is None else str(good))[0]
         return int(step) if step else None
 
@@ -201,8 +203,26 @@ class Checkpointer(contextlib.AbstractContextManager):
         with contextlib.closing(self._orbax), self._pool:
             self.wait()
 
-    def restore(self, abstract_state: Any, step: int | None = None, *, only: str = "") -> Restored:
-        """Read the newest checkpoint whose values verify, or exactly ``step``.
+    def set_aside_after(self, step: int) -> None:
+        """Rename the checkpoints of later steps: the run goes on from this one."""
+
+        def rename() -> None:
+            for later in sf.list_steps(self.folder):
+                if later > step:
+                    sf.set_aside(self.folder / str(later))
+
+        distributed.on_first_host("checkpoint/aside", rename)
+
+    def restore(
+        self,
+        abstract_state: Any,
+        step: int | None = None,
+        *,
+        only: str = "",
+        latest: int | None = None,
+    ) -> Restored:
+        """Read the newest checkpoint whose values verify, none after ``latest``, or exactly
+        ``step``.
 
         ``abstract_state``: tree of ``jax.ShapeDtypeStruct`` with shardings of the CURRENT mesh (or
         of arrays); the mesh and processes of the save do not matter. ``only="params"`` reads just
@@ -214,7 +234,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         wanted, treedef = lv.flatten(abstract_state, only)
         folders = ",".join(map(str, sf.list_steps(self.folder)))
         found = distributed.exchange("checkpoint/list", folders)[0]
-        steps = [int(s) for s in found.split(",") if s]
+        steps = [int(s) for s in found.split(",") if s and (latest is None or int(s) <= latest)]
         if step is not None and step not in steps:
             raise ConfigError(f"checkpoint step {step} is not in {self.folder}: it has {steps}")
         rejected: list[str] = []

@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,27 @@ def _barrier_message(name: str, folder: str, timeout: float, error: Exception) -
         f"barrier {name!r}: {len(missing)} of {num_hosts()} hosts did not come within "
         f"{timeout:g} s: " + ", ".join(_describe_host(p) for p in missing[:8])
     )
+
+
+def on_first_host(name: str, action: Callable[[], Any]) -> Any:
+    """What `action` returns (plain JSON), on every host; only host 0 runs it, the others wait.
+
+    Files of the whole run are written so. Its ConfigError or Failed is raised on all hosts.
+    """
+    if num_hosts() == 1:
+        return action()
+    answer: dict[str, Any] = {}
+    if host_id() == 0:
+        try:
+            answer["value"] = action()
+        except (ConfigError, Failed) as e:
+            answer["refused" if isinstance(e, ConfigError) else "failed"] = str(e)
+    answer = json.loads(exchange(f"first/{name}", json.dumps(answer))[0])
+    if "refused" in answer:
+        raise ConfigError(answer["refused"])
+    if "failed" in answer:
+        raise Failed(answer["failed"])
+    return answer["value"]
 
 
 def barrier(name: str, timeout_seconds: float | None = None) -> None:

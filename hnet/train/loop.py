@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ import jax
 
 from hnet.data import BatchIterator, Corpus, open_corpus, train_batches
 from hnet.data.fingerprint import fingerprint
+from hnet.errors import Failed
 from hnet.fields import to_json
 from hnet.infer.segment import segmenter
 from hnet.train import distributed
@@ -19,18 +20,18 @@ from hnet.train.checkpoint import Checkpointer
 from hnet.train.config import Config
 from hnet.train.evaluate import Evaluation
 from hnet.train.program import Change, Program, build, put_batch, run_evaluation
-from hnet.train.report import Report
+from hnet.train.report import Report, Start
 from hnet.train.settle import settle
 from hnet.train.sharding import replicated
 from hnet.train.step import TrainState
 from hnet.train.watchdog import Watchdog
-from hnet.train.workdir import claim_workdir
+from hnet.train.workdir import check_steps, claim_workdir, locked_workdir
 
 log = logging.getLogger(__name__)
 MAX_ROLLBACKS = 3
 
 
-class StopRun(RuntimeError):
+class StopRun(Failed):
     """Training itself failed: one line with the name of the fault and a remedy."""
 
 
@@ -48,6 +49,8 @@ class Position:
     ladder: dict = field(default_factory=dict)
     settled: int = 0
     """step whose parameters got exact boundary offsets"""
+    evaluated: int = -1
+    """step of the last evaluation that was logged"""
     new_counts: tuple[int, ...] = ()
     """most that was wanted of a row of slots, by stage, in the last step; the ladder learns of it
     a step later"""
@@ -91,37 +94,56 @@ class Session:
 class NonFinite(RuntimeError):
     """Loss or gradient was not finite for train.max_skipped updates in a row."""
 
+    def __init__(self, skipped: int, step: int):
+        super().__init__(f"non-finite loss or gradient in {skipped} updates in a row up to {step}")
+        self.good_step = step - skipped
+        """updates done when the first of them began"""
+
 
 def train(
     config: Config,
     stop: distributed.StopRequest,
-    make_report: Callable[[Config, Corpus, int], Report] = Report,
+    make_report: Callable[[Config, Corpus, Start], Report] = Report,
     change: Change | None = None,
 ) -> Outcome:
     """Train up to `config.train.steps`, from the newest good checkpoint of the workdir if any.
 
     change: puts functions of one's own in place of the run's (`hnet.train.program.Experiment`).
 
-    Raises ConfigError for settings that cannot work and StopRun if training fails.
+    Raises ConfigError for settings that cannot work, before any file is written, and StopRun if
+    training fails.
     """
     corpus = open_corpus(config.data)
     program = build(config, change=change) if change else build(config)
-    claim_workdir(config)
-    distributed.assert_same_on_all_hosts(distributed.host_facts(to_json(config)))
+    own = replace(config.distributed, process_id=None)
+    same = distributed.host_facts(to_json(replace(config, distributed=own)))
+    distributed.assert_same_on_all_hosts(same)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(locked_workdir(config))
         checkpoints = stack.enter_context(Checkpointer(config.workdir, config.checkpoint))
         state, position = _first_state(checkpoints, program)
-        report = stack.enter_context(make_report(config, corpus, int(state.step)))
+        start = Start(int(state.step), position.bytes_seen, position.evaluated)
+        check_steps(config, config.workdir, start.step)
+        batches = _open_batches(config, corpus, position.data)
+        stack.callback(lambda: batches.close())
+        report = make_report(config, corpus, start)
+        lines = distributed.on_first_host(
+            "claim",
+            lambda: claim_workdir(config, start.step, ended=start.is_end(config.train.steps)),
+        )
+        stack.enter_context(report)
+        for line in (*lines, program.kernels):
+            report.say(line)
         watchdog = stack.enter_context(Watchdog(config.workdir, config.watchdog))
-        report.say(program.kernels)
         session = Session(config, corpus, program, checkpoints, report, watchdog, stop)
         while True:
-            with _open_batches(session, position.data) as batches:
-                try:
-                    return _loop(session, state, position, batches)
-                except NonFinite as fault:
-                    position.data = batches.position
-                    state, position = _roll_back(session, position, str(fault))
+            try:
+                return _loop(session, state, position, batches)
+            except NonFinite as fault:
+                position.data = batches.position
+                batches.close()
+                state, position = _roll_back(session, position, fault)
+                batches = _open_batches(config, corpus, position.data)
 
 
 def _loop(
@@ -139,7 +161,8 @@ def _loop(
     inflight: InFlight | None = None
     while True:
         row, evaluation, last = None, None, done == config.train.steps
-        evaluates = last or _due(done, config.eval.every)
+        is_new = position.evaluated != done
+        evaluates = last or (is_new and _due(done, config.eval.every))
         if evaluates:
             if inflight:
                 row, inflight = _read(session, inflight, position, batches), None
@@ -148,7 +171,8 @@ def _loop(
                 position.settled = done
             evaluation = _evaluate(session, state, done, ladder, whole=last)
             if evaluation:
-                report.evaluated(done, evaluation, row, segment, state.params)
+                report.evaluated(done, evaluation, row, segment, state.params, is_new=is_new)
+                position.evaluated = done
         stopping = session.stop.stop_requested(done)
         saves = stopping or last or _due(done, config.checkpoint.every)
         if saves and inflight:
@@ -157,7 +181,7 @@ def _loop(
             _report_step(session, row)
         if saves and done > start:
             session.watchdog.beat("save")
-            report.folder.copy()
+            report.save()
             position.ladder, position.data = ladder.to_json(), batches.position
             extras = {"position": asdict(position), "config": to_json(config)}
             session.checkpoints.save(done, state, extras)
@@ -226,9 +250,7 @@ def _read(
     position.new_counts = tuple(int(metrics[f"stage{s}/max_slots"]) for s in stages)
     skipped = int(metrics["skipped_in_a_row"])
     if skipped >= config.train.max_skipped:
-        raise NonFinite(
-            f"non-finite loss or gradient in {skipped} updates in a row up to step {inflight.step}"
-        )
+        raise NonFinite(skipped, inflight.step)
     rows_of_slots = config.data.batch_size // session.program.ladder.packed_rows
     slots = [rows_of_slots * c for c in inflight.capacities]
     row: dict[str, Any] = {
@@ -251,11 +273,11 @@ def _read(
     return row
 
 
-def _open_batches(session: Session, start: int) -> BatchIterator:
+def _open_batches(config: Config, corpus: Corpus, start: int) -> BatchIterator:
     return train_batches(
-        session.corpus, session.config.data, seed=session.config.seed, start=start,
+        corpus, config.data, seed=config.seed, start=start,
         process_index=distributed.host_id(), process_count=distributed.num_hosts(),
-        route_groups=session.config.model.route_groups,
+        route_groups=config.model.route_groups,
     )  # fmt: skip
 
 
@@ -265,20 +287,29 @@ def _first_state(checkpoints: Checkpointer, program: Program) -> tuple[TrainStat
     return _restored(checkpoints, program)
 
 
-def _restored(checkpoints: Checkpointer, program: Program) -> tuple[TrainState, Position]:
-    restored = checkpoints.restore(program.abstract_state)
+def _restored(
+    checkpoints: Checkpointer, program: Program, *, latest: int | None = None
+) -> tuple[TrainState, Position]:
+    restored = checkpoints.restore(program.abstract_state, latest=latest)
     return restored.state, Position(**restored.extras["position"])
 
 
-def _roll_back(session: Session, failed: Position, fault: str) -> tuple[TrainState, Position]:
-    """The last good checkpoint, with the data that follows the fault. Raises StopRun."""
+def _roll_back(session: Session, failed: Position, fault: NonFinite) -> tuple[TrainState, Position]:
+    """The last good checkpoint of before the fault, with the data after it. Raises StopRun.
+
+    Those that were saved during it are set aside, so that no later start goes on from them.
+    """
     config, checkpoints = session.config, session.checkpoints
     if config.train.on_non_finite == "stop" or failed.rollbacks >= MAX_ROLLBACKS:
         raise StopRun(f"{fault}: lower optim.learning_rate or optim.clip_norm")
     checkpoints.wait()
-    if checkpoints.latest_good_step() is None:
-        raise StopRun(f"{fault}, and there is no checkpoint to go back to: lower checkpoint.every")
-    state, position = _restored(checkpoints, session.program)
+    if checkpoints.latest_good_step(fault.good_step) is None:
+        raise StopRun(
+            f"{fault}, and there is no checkpoint of before to go back to: lower checkpoint.every"
+        )
+    state, position = _restored(checkpoints, session.program, latest=fault.good_step)
+    checkpoints.set_aside_after(int(state.step))
     position.data, position.rollbacks = failed.data, failed.rollbacks + 1
-    session.report.rolled_back(int(state.step), fault)
+    start = Start(int(state.step), position.bytes_seen, position.evaluated)
+    session.report.rolled_back(start, str(fault))
     return state, position

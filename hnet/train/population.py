@@ -30,10 +30,11 @@ from hnet.train.checkpoint import Checkpointer
 from hnet.train.config import Config
 from hnet.train.distributed import StopRequest
 from hnet.train.evaluate import Evaluation, OfEachRun
+from hnet.train.lock import DirectoryLock
 from hnet.train.program import (
     FED,
     Program,
-    check_vocabulary,
+    check,
     experiment,
     rows_packed,
     run_evaluation,
@@ -41,6 +42,7 @@ from hnet.train.program import (
     untraced,
 )
 from hnet.train.settle import settle
+from hnet.train.workdir import check_steps
 
 AXES = ("runs", "data", "fsdp", "tensor")  # a run lies on one device, so the last three are 1
 
@@ -58,13 +60,13 @@ def build(
     """
     if any(untraced(config) != untraced(configs[0]) for config in configs):
         raise ConfigError("these runs differ in more than traced numbers: train them apart")
-    check_vocabulary(configs[0])
     devices = jax.devices() if devices is None else devices
     devices = devices[: min(len(devices), len(configs))]
     configs = [*configs, *[configs[-1]] * (-len(configs) % len(devices))]
     grid = np.array(devices).reshape(-1, 1, 1, 1)
     mesh = Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
     by_run = NamedSharding(mesh, P("runs"))
+    check(configs[0], mesh)
 
     config, platform = configs[0], mesh.devices.flat[0].platform
     compute = resolved(config.model.compute, platform)
@@ -168,13 +170,14 @@ def train_population(
     """
     corpus, config = open_corpus(configs[0].data), configs[0]
     program = build(configs)
-    with Checkpointer(workdir, config.checkpoint) as checkpoints:
+    with DirectoryLock(workdir), Checkpointer(workdir, config.checkpoint) as checkpoints:
         state, progress, done = program.init(), Progress(), 0
         progress.overflow = [[0.0] * config.model.num_chunked for _ in configs]
         if checkpoints.steps():
             restored = checkpoints.restore(program.abstract_state)
             state, done = restored.state, restored.step
             progress = Progress(**restored.extras["progress"])
+        check_steps(config, workdir, done)
         for step, bpb in progress.curve:
             watch(step, bpb)
         with open_batches(configs, corpus, done) as batches:

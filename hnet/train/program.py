@@ -93,9 +93,8 @@ def build(
     devices: those of a topology that is compiled for but not present (`tpu.plan`); default: all.
     change: puts functions of one's own in place of the run's.
     """
-    check_vocabulary(config)
     mesh = make_mesh(config.mesh, devices)
-    check_batch(config.data.batch_size, config.train.accumulate, mesh)
+    check(config, mesh)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     platform = mesh.devices.flat[0].platform
     compute = resolved(config.model.compute, platform)
@@ -133,8 +132,13 @@ def build(
     )  # fmt: skip
 
 
-def check_vocabulary(config: Config) -> None:
-    """Raise ConfigError if the model has fewer ids than the tokenizer of its text."""
+def check(config: Config, mesh: jax.sharding.Mesh) -> None:
+    """Raise ConfigError for a run that cannot be on this mesh, by itself or among several.
+
+    That is a batch which its micro-batches and devices do not divide, and a model with fewer ids
+    than the tokenizer of its text.
+    """
+    check_batch(config.data.batch_size, config.train.accumulate, mesh)
     path, held = config.data.tokenizer, config.model.vocab_size
     if path and (needed := read_vocabulary(path).size) > held:
         raise ConfigError(f"model.vocab_size={held}: data.tokenizer={path!r} needs {needed}")

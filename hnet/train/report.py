@@ -2,22 +2,19 @@
 
 import contextlib
 import importlib.util
-import json
 import math
-import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from etils import epath
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from hnet.data import Corpus
-from hnet.errors import ConfigError
+from hnet.errors import ConfigError, Failed
 from hnet.fields import to_json
 from hnet.inspect.writer import RunWriter
 from hnet.loss import PROB_BINS, bits_per_byte
@@ -25,44 +22,90 @@ from hnet.train import distributed
 from hnet.train.alarms import BoundaryAlarms
 from hnet.train.config import Config, ProfileConfig
 from hnet.train.evaluate import Evaluation
-from hnet.train.log_folder import METRICS, TENSORBOARD, LogFolder
+from hnet.train.log_folder import TENSORBOARD, LogFolder
+from hnet.train.metrics_file import MetricsFile
 from hnet.train.probes import probe_texts
 
 
-class Report:
-    """Everything that process 0 shows and writes while a run goes on; silent on the others."""
+class Start(NamedTuple):
+    """Where a run goes on: at its first step, from a checkpoint, or after it went back."""
 
-    def __init__(self, config: Config, corpus: Corpus, start_step: int):
-        self.config, self.start_step = config, start_step
+    step: int = 0
+    bytes_seen: int = 0
+    evaluated: int = -1
+    """step of the last evaluation that was logged"""
+
+    def is_end(self, steps: int) -> bool:
+        """Whether a run of so many steps has nothing left to do and to log."""
+        return self.step == self.evaluated == steps
+
+
+class Report:
+    """Everything that process 0 shows and writes while a run goes on; silent on the others.
+
+    It is made before anything is written, and writes while it is entered. A run that has ended
+    writes nothing.
+    """
+
+    def __init__(self, config: Config, corpus: Corpus, start: Start):
+        """Raises ConfigError for texts that cannot be drawn and steps that cannot be traced."""
+        self.config, self.start = config, start
         self.speaks = distributed.host_id() == 0
         self.probes = probe_texts(corpus.heldout, config.eval)
-        self.folder = LogFolder(config.workdir, goes_on=self.speaks)
-        tensorboard = self.folder.path / TENSORBOARD
-        self.trace = Trace(config.profile, tensorboard)
-        self.metrics = self.writer = None
-        if self.speaks:
-            self.metrics = MetricsFile(self.folder.path, start_step)
-            # a start at 0 goes on after no step, whatever an earlier one logged
-            self.writer = RunWriter(tensorboard, resume_step=start_step or -1, say=self.say)
-            self.writer.configuration(start_step, to_json(config))
-        self.line = LiveLine(config.train.steps, start_step, enabled=self.speaks)
-        for note in self.writer.notes if self.writer else ():
-            self.say(note)
-        is_held = tuple(s.chunking.hold_rate for s in config.model.stages[:-1])
-        self.alarms = BoundaryAlarms(is_held, config.controller.hold_from(config.train.steps))
-        self.logged_at, self.logged_bytes, self.logged_wait = time.monotonic(), None, 0.0
-        if self.speaks and start_step:
-            self.say(f"resuming at step {start_step}")
+        self.trace = Trace(config.profile)
+        self.folder = self.metrics = self.writer = None
+        self.is_held = tuple(s.chunking.hold_rate for s in config.model.stages[:-1])
 
     def __enter__(self) -> "Report":
+        self.line = LiveLine(self.config.train.steps, self.start.step, enabled=self.speaks)
+        try:
+            if not self.start.is_end(self.config.train.steps):
+                self._open()
+        except BaseException:
+            self.__exit__()
+            raise
+        self._start(self.start)
+        if self.start.step:
+            self.say(f"resuming at step {self.start.step}")
         return self
+
+    def _open(self) -> None:
+        self.folder = LogFolder(self.config.workdir, goes_on=self.speaks)
+        tensorboard = self.folder.path / TENSORBOARD
+        self.trace.folder = tensorboard
+        if self.speaks:
+            step = self.start.step
+            self.metrics = MetricsFile(self.folder.path, step, say=self.say)
+            try:  # a start at 0 goes on after no step, whatever an earlier one logged
+                self.writer = RunWriter(tensorboard, resume_step=step or -1, say=self.say)
+            except ConfigError as e:
+                raise Failed(str(e)) from None
+            self.writer.configuration(step, to_json(self.config))
+            for note in self.writer.notes:
+                self.say(note)
+
+    def _start(self, start: Start) -> None:
+        """Forget what was seen of other steps than those that follow."""
+        config = self.config
+        self.alarms = BoundaryAlarms(self.is_held, config.controller.hold_from(config.train.steps))
+        self.logged_at, self.logged_bytes = time.monotonic(), start.bytes_seen
+        self.logged_wait = 0.0
+        self.line.restart(start.step)
 
     def __exit__(self, *exc_info) -> None:
         self.trace.close()
+        if self.metrics:
+            self.metrics.close()
         if self.writer:
             self.writer.close()
-        self.folder.close()
+        if self.folder:
+            self.folder.close()
         self.line.close()
+
+    def save(self) -> None:
+        """Bring what is copied elsewhere up to date: it is never older than a checkpoint."""
+        if self.folder:
+            self.folder.copy()
 
     def say(self, text: str) -> None:
         """One line that stays."""
@@ -102,8 +145,7 @@ class Report:
         """bytes_per_sec, and the share of time spent waiting for data, since the last line."""
         now, wait = time.monotonic(), row.pop("input/wait_seconds")
         seen, seconds = row["bytes_seen"], max(now - self.logged_at, 1e-9)
-        before = seen - row["bytes"] if self.logged_bytes is None else self.logged_bytes
-        row["bytes_per_sec"] = (seen - before) / seconds
+        row["bytes_per_sec"] = (seen - self.logged_bytes) / seconds
         row["input/stall_frac"] = (wait - self.logged_wait) / seconds
         self.logged_at, self.logged_bytes, self.logged_wait = now, seen, wait
 
@@ -123,31 +165,40 @@ class Report:
                 self.say(f"step {step}: overflow: {lost:.2%} of stage {s}'s chunks were clipped")
         return alarms
 
-    def evaluated(self, step, evaluation: Evaluation, row, segment, params) -> None:
-        """Log an evaluation, into the row of its step if there is one, and draw the probe texts."""
-        results = evaluation.metrics()
-        texts = [probe.data for probe in self.probes]
-        names, gold = [p.name for p in self.probes], [dict(p.gold) for p in self.probes]
-        drawn = segment(params, texts, names, gold)
-        if self.speaks:
-            self.writer.scalars(step, results)
-            results |= self.writer.write_segmentations(step, drawn)
-        if row is not None:
-            row |= results
-        elif self.metrics:  # resumed at this step, whose row is written already
-            self.metrics.amend(step, results)
+    def evaluated(
+        self, step, evaluation: Evaluation, row, segment, params, *, is_new: bool = True
+    ) -> None:
+        """Log an evaluation, into the row of its step if there is one, and draw the probe texts.
+
+        is_new: False if an earlier start has logged it; then it is only said.
+        """
+        if is_new:
+            self._log_evaluation(step, evaluation.metrics(), row, segment, params)
         sizes = [
             f"{evaluation.bytes_per_chunk(s):.2f}" for s in range(len(evaluation.chunks_by_stage))
         ]
         chunks = f", {' / '.join(sizes)} bytes/chunk" if sizes else ""
         self.say(f"step {step}: held-out {evaluation.bpb:.4f} bpb{chunks}")
 
-    def rolled_back(self, step: int, why: str) -> None:
+    def _log_evaluation(self, step, results: dict[str, Any], row, segment, params) -> None:
+        texts = [probe.data for probe in self.probes]
+        names, gold = [p.name for p in self.probes], [dict(p.gold) for p in self.probes]
+        drawn = segment(params, texts, names, gold)
+        if self.writer:
+            self.writer.scalars(step, results)
+            results |= self.writer.write_segmentations(step, drawn)
+        if row is not None:
+            row |= results
+        elif self.metrics:  # resumed at this step, whose row is written already
+            self.metrics.amend(step, results)
+
+    def rolled_back(self, start: Start, why: str) -> None:
         """Go on from an earlier step."""
-        self.say(f"{why}: rolled back to step {step}")
+        self.say(f"{why}: rolled back to step {start.step}")
         if self.metrics:
-            self.metrics = MetricsFile(self.folder.path, step)
-            self.writer.go_back(step)
+            self.metrics.go_back(start.step)
+            self.writer.go_back(start.step)
+        self._start(start)
 
 
 class Trace:
@@ -156,7 +207,7 @@ class Trace:
     A run that resumes between them traces the rest; one that ends there keeps what it has.
     """
 
-    def __init__(self, config: ProfileConfig, folder: Path):
+    def __init__(self, config: ProfileConfig, folder: Path | None = None):
         self.first, self.last = config.range
         if self.last and _loads_libtpu_in_vain():
             raise ConfigError(
@@ -189,51 +240,6 @@ def _loads_libtpu_in_vain() -> bool:
     return "tpu" in wanted and is_installed and jax.default_backend() != "tpu"
 
 
-def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl as far as they are there; a torn line is left out."""
-    file, rows = epath.Path(workdir) / METRICS, []
-    for line in file.read_text().splitlines() if file.exists() else ():
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
-
-
-class MetricsFile:
-    """metrics.jsonl: one JSON object a line, appended by one process.
-
-    Lines of steps after `step`, which a resumed run does again, are dropped when it starts: they
-    come again with the same numbers. A half-written last line is dropped too.
-    """
-
-    def __init__(self, folder: Path, step: int):
-        self.path = folder / METRICS
-        if self.path.exists():
-            lines = self.path.read_text().splitlines(True)
-            self._replace([line for line in lines if _is_kept(line, step)])
-
-    def write(self, row: dict[str, Any]) -> None:
-        with self.path.open("a") as f:
-            f.write(json.dumps(row) + "\n")
-
-    def amend(self, step: int, values: dict[str, Any]) -> None:
-        """Add values to the last line if it is that of `step`."""
-        lines = self.path.read_text().splitlines(True) if self.path.exists() else []
-        if lines and (row := json.loads(lines[-1]))["step"] == step:
-            self._replace([*lines[:-1], json.dumps(row | values) + "\n"])
-
-    def _replace(self, lines: list[str]) -> None:
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(lines))
-        temporary.rename(self.path)
-
-
-def _is_kept(line: str, step: int) -> bool:
-    try:
-        return line.endswith("\n") and json.loads(line)["step"] <= step
-    except (ValueError, KeyError, TypeError):
-        return False
-
-
 class LiveLine:
     """step, bits a byte, bytes a second, bytes a chunk of each stage, time left.
 
@@ -253,6 +259,12 @@ class LiveLine:
 
     def say(self, text: str) -> None:
         self.console.print(escape(text), soft_wrap=True)
+
+    def restart(self, step: int) -> None:
+        """Count the time left from this step on."""
+        self.start, self.began = step, time.monotonic()
+        if self.bar:
+            self.bar.update(self.task, completed=step)
 
     def show(self, row: dict[str, Any]) -> None:
         chunks, s = [], 0

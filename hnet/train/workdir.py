@@ -1,12 +1,16 @@
 """A work directory's config.json: what the run there is, and whether a start may go on with it."""
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from typing import Any
 
-from hnet.errors import ConfigError
-from hnet.fields import differences, to_json
+from hnet.errors import ConfigError, Failed
+from hnet.fields import differences, shown, to_json
 from hnet.train.config import Config, config_from_json
+from hnet.train.distributed import on_first_host
+from hnet.train.lock import DirectoryLock
 from hnet.train.step_folders import work_folder
 
 
@@ -36,34 +40,97 @@ def _stored(workdir: str | os.PathLike) -> Any:
 _FIXED = ("model", "data", "seed")
 
 
-def claim_workdir(config: Config) -> None:
-    """Write config.json, or check that the run there is this one.
+@contextlib.contextmanager
+def locked_workdir(config: Config) -> Iterator[None]:
+    """The work directory kept from other starts, and checked: raises ConfigError as `changes`.
 
-    Raises ConfigError naming the first field that differs in a way that makes it another run. A
-    changed setting of the rest is allowed; the former file is kept as config-N.json.
+    Host 0 does both for all hosts.
+    """
+
+    def enter() -> None:
+        stack.enter_context(DirectoryLock(config.workdir))
+        changes(config)
+
+    with contextlib.ExitStack() as stack:
+        on_first_host("lock", enter)
+        yield
+
+
+def check_steps(config: Config, workdir: str, done: int) -> None:
+    """Raise ConfigError if a run has done more updates than it is told to do."""
+    if done > config.train.steps:
+        raise ConfigError(
+            f"train.steps={config.train.steps}, but the run in workdir={workdir} has done {done} "
+            f"already: use {done} or more, or another workdir"
+        )
+
+
+Change = tuple[str, Any, Any]
+"""(dotted field, value of the run in a work directory, value of this start)"""
+
+
+def changes(config: Config) -> list[Change] | None:
+    """What the run in the work directory was told otherwise; None if there is no run yet.
+
+    Raises ConfigError naming the deepest field that differs in a way that makes it another run.
     """
     folder = work_folder(config.workdir)
-    folder.mkdir(parents=True, exist_ok=True)
-    file, content = folder / "config.json", to_json(config)
-    if file.exists():
-        before = to_json(read_config(folder))
-        if gone := _stored(folder).get("data", {}).get("unknown_script_frac"):
+    if not (folder / "config.json").exists():
+        return None
+    before = to_json(read_config(folder))
+    if gone := _stored(folder).get("data", {}).get("unknown_script_frac"):
+        raise ConfigError(
+            f"the run in workdir={config.workdir} has data.unknown_script_frac={gone!r}, which "
+            "is not trained with any more: use another workdir to start anew"
+        )
+    now = to_json(config) | {"workdir": before["workdir"]}  # it may be called otherwise, or moved
+    found = list(differences(before, now))
+    for path, old, new in found:
+        if path.split(".")[0] in _FIXED and not path.startswith("model.compute"):
             raise ConfigError(
-                f"the run in workdir={config.workdir} has data.unknown_script_frac={gone!r}, which "
-                "is not trained with any more: use another workdir to start anew"
+                f"{path}={_told(new)}, but the run in workdir={config.workdir} has {_told(old)}: "
+                "use that value to resume it, or another workdir"
             )
-        if before == content:
-            return
-        for path, old, new in differences(before, content):
-            if path.split(".")[0] in _FIXED and not path.startswith("model.compute"):
-                raise ConfigError(
-                    f"{path}={new!r}, but the run in workdir={config.workdir} has {old!r}: "
-                    "use that value to resume it, or another workdir"
-                )
-        n = 1
-        while (folder / f"config-{n}.json").exists():
-            n += 1
-        file.rename(folder / f"config-{n}.json")
+    return found
+
+
+def _told(value: Any) -> str:
+    """A value in a line; of a list of objects their number."""
+    if isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
+        return f"({len(value)} of them)"
+    return shown(value)
+
+
+def claim_workdir(config: Config, done: int = 0, *, ended: bool = False) -> list[str]:
+    """Write config.json, or check that the run there is this one; what to say of it, in lines.
+
+    Raises ConfigError as `changes`. A changed setting of the rest is allowed and said; the former
+    file is kept as config-N.json. done: updates of the run so far. ended: it has nothing left to
+    do, so that other settings change nothing, and neither does config.json.
+    """
+    folder = work_folder(config.workdir)
+    if (found := changes(config)) == []:
+        return []
+    lines = [f"{path}={_told(new)} (it was {_told(old)})" for path, old, new in found or ()]
+    if ended:
+        return [
+            f"{line}: no effect, as the run in workdir={config.workdir} ended at step {done}; "
+            "use a larger train.steps to go on, or another workdir to start anew"
+            for line in lines
+        ]
+    file = folder / "config.json"
     temporary = folder / "config.json.tmp"
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.rename(file)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(to_json(config), indent=1) + "\n")
+        if found:
+            n = 1
+            while (former := folder / f"config-{n}.json").exists():
+                n += 1
+            file.copy(former)
+        temporary.replace(file)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise Failed(f"workdir={config.workdir} cannot be written to ({e.strerror})") from None
+    return [f"{line} from step {done} on; former settings: {former.name}" for line in lines]

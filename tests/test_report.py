@@ -12,6 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from hnet.data import open_corpus
 from hnet.errors import ConfigError
+from hnet.inspect.index import SegmentationIndex
+from hnet.inspect.segmentation import Segmentation
 from hnet.train import report
 from hnet.train.config import ProfileConfig, TrainConfig
 from hnet.train.metrics_file import read_metrics
@@ -83,6 +85,39 @@ def test_rates_per_second_are_of_the_bytes_since_the_start(tmp_path, monkeypatch
     assert [row["step"] for row in table] == [40, 50, 60]
     assert [row["bytes_per_sec"] for row in table] == [100 / 4] * 3
     assert [row["input/stall_frac"] for row in table] == [1 / 4] * 3
+
+
+def test_every_log_goes_back_with_the_run(tmp_path):
+    """A run that is killed before its first checkpoint, one that resumes, one that rolls back."""
+    config = tiny_run(tmp_path, train=TrainConfig(steps=90, log_every=1))
+    corpus, folder = open_corpus(config.data), str(tmp_path / "tensorboard")
+    seg = Segmentation(b"ab", "a")
+
+    def log(told, first, last):
+        for step in range(first, last + 1):
+            told.step(row_of(step))
+            if step % 2 == 0:
+                told.writer.write_segmentations(step, [seg])
+
+    def logged():
+        events = EventAccumulator(folder, {"scalars": 0}).Reload()
+        index = SegmentationIndex(f"{folder}/boundaries")
+        index.refresh()
+        steps = [row["step"] for row in read_metrics(tmp_path)]
+        assert [e.step for e in events.Scalars("train/bpb")] == steps
+        assert list(index.steps) == [step for step in steps if step % 2 == 0]
+        return steps
+
+    with Report(config, corpus, Start()) as told:
+        log(told, 1, 7)
+    with Report(config, corpus, Start()) as told:
+        log(told, 1, 3)
+    assert logged() == [1, 2, 3]
+    with Report(config, corpus, Start(2, 200)) as told:
+        log(told, 3, 6)
+        told.rolled_back(Start(4, 400), "it broke")
+        log(told, 5, 5)
+    assert logged() == [1, 2, 3, 4, 5]
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path):

@@ -1,6 +1,8 @@
 """Start-up, stop requests, barriers: one process, and two that are emulated."""
 
+import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -87,6 +89,41 @@ def test_stop_request_of_one_process():
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
+PAUSES = """
+import ctypes, signal, sys
+from hnet.train.distributed import StopRequest
+with StopRequest() as stop:
+    signal.siginterrupt(signal.SIGINT, False)  # a read that is interrupted goes on
+    print("compiling", file=sys.stderr, flush=True)
+    # Like a compilation this runs no Python in the main thread, whatever signals come.
+    libc, byte = ctypes.CDLL(None), ctypes.create_string_buffer(1)
+    libc.fread(byte, 1, 1, ctypes.c_void_p.in_dll(libc, "stdin"))
+    if stop.stop_requested(3):
+        print("saved", file=sys.stderr, flush=True)
+"""
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_is_answered_while_the_main_thread_runs_no_python(presses):
+    """One Ctrl-C is a request that the run follows when it can, a second one ends it."""
+    command = [sys.executable, "-c", PAUSES]
+    with subprocess.Popen(
+        command, env=os.environ | ENV, stderr=subprocess.PIPE, stdin=subprocess.PIPE
+    ) as child:
+        assert child.stderr.readline() == b"compiling\n"
+        child.send_signal(signal.SIGINT)
+        heard = child.stderr.readline()
+        assert heard.startswith(b"Ctrl-C: the run saves and ends") and child.poll() is None
+        if presses == 1:
+            child.stdin.write(b".")
+            child.stdin.flush()
+            assert child.wait(BOUND) == 0 and child.stderr.read().endswith(b"saved\n")
+        else:
+            child.send_signal(signal.SIGINT)
+            assert child.wait(BOUND) == 130
+            assert child.stderr.read() == b"interrupted\n"
+
+
 # --- two processes
 
 TOGETHER = """
@@ -97,6 +134,7 @@ from hnet.errors import ConfigError
 from hnet.train import distributed
 from hnet.train.checkpoint import Checkpointer
 from hnet.train.distributed import StopRequest
+from hnet.train.config import WatchdogConfig
 from hnet.train.watchdog import Watchdog
 distributed.initialize()
 import numpy as np

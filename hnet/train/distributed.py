@@ -28,6 +28,7 @@ from jax.experimental import multihost_utils
 import hnet
 from hnet.errors import ConfigError, Failed
 from hnet.train.config import DistributedConfig
+from hnet.train.interrupts import Interrupts
 from hnet.train.manifest import first_line
 
 log = logging.getLogger(__name__)
@@ -251,7 +252,8 @@ class StopRequest(contextlib.AbstractContextManager):
 
     Several processes: SIGTERM to any host makes ``stop_requested`` true on all hosts at the same
     question, through jax's preemption service (it looks about once a second). One process: an own
-    handler of SIGTERM. The first Ctrl-C is a request too, the second one interrupts.
+    handler of SIGTERM. The first Ctrl-C is a request too, the second one interrupts; both are
+    answered at once (`hnet.train.interrupts`).
     """
 
     def __init__(self):
@@ -261,12 +263,14 @@ class StopRequest(contextlib.AbstractContextManager):
         # With several, jax's own handler of SIGTERM must stay.
         numbers = [signal.SIGINT] + [signal.SIGTERM] * (not self._several)
         self._old = {number: signal.signal(number, self._on_signal) for number in numbers}
+        self._interrupts = Interrupts()
 
     def __exit__(self, *exc_info) -> None:
         self.close()
 
     def close(self) -> None:
         """Give the signals back to their former handlers."""
+        self._interrupts.close()
         for number, handler in self._old.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._old = {}

@@ -45,7 +45,7 @@ def write(folder: Path, text: str) -> str:
         ("[space", "is not TOML"),
         ("sampler = 'grids'\n[space]\nseed = [1]", "sampler='grids': use one of grid, random"),
         ("smapler = 'grid'\n[space]\nseed = [1]", "unknown setting 'smapler'.*mean sampler"),
-        ("[space]\noptim.weight_deca = [1]", "field optim.weight_deca: did you mean weight_"),
+        ("[space]\noptim.weight_deca = [1]", "field optim.weight_deca: did you mean optim.weight_"),
         ("[space]\nmodel.stages.7.d_model = [1]", "unknown field model.stages.7: did you mean 0"),
         ("[space]\noptim.learning_rate = ['x']", "optim.learning_rate='x': expected float"),
         ("[space]\noptim.learning_rate = []", "space.optim.learning_rate=.*at least one value"),

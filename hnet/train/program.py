@@ -133,12 +133,13 @@ def build(
 
 
 def check(config: Config, mesh: jax.sharding.Mesh) -> None:
-    """Raise ConfigError for a run that cannot be on this mesh, by itself or among several.
-
-    That is a batch which its micro-batches and devices do not divide, and a model with fewer ids
-    than the tokenizer of its text.
-    """
+    """Raise ConfigError for a run that cannot be on this mesh, by itself or among several."""
     check_batch(config.data.batch_size, config.train.accumulate, mesh)
+    check_vocabulary(config)
+
+
+def check_vocabulary(config: Config) -> None:
+    """Raise ConfigError if the model has fewer ids than the tokenizer of its text."""
     path, held = config.data.tokenizer, config.model.vocab_size
     if path and (needed := read_vocabulary(path).size) > held:
         raise ConfigError(f"model.vocab_size={held}: data.tokenizer={path!r} needs {needed}")

@@ -16,10 +16,10 @@ from rich.table import Table
 from experiments.configs import run_config
 from hnet.command_line import run
 from hnet.errors import ConfigError
+from hnet.train.command import train_to_end
 from hnet.train.compile_cache import enable_compilation_cache
 from hnet.train.config import Config
 from hnet.train.evaluate import Evaluation
-from hnet.train.run import train_to_end
 
 
 def main() -> int:

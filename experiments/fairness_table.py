@@ -36,11 +36,11 @@ from hnet.errors import ConfigError
 from hnet.fields import Bounds, Count, Natural
 from hnet.inspect.gold import thin
 from hnet.inspect.tokens import train_bpe
+from hnet.train.command import train_to_end
 from hnet.train.compile_cache import enable_compilation_cache
 from hnet.train.config import Config
 from hnet.train.loop import Outcome
 from hnet.train.program import run_batches
-from hnet.train.run import train_to_end
 
 LINES_A_DOCUMENT = 8
 LAST = 100  # updates whose batches the rates are measured on

@@ -42,11 +42,11 @@ from hnet.errors import ConfigError
 from hnet.fields import to_json
 from hnet.inspect.tokens import train_bpe
 from hnet.outputs import new_files, write_new
+from hnet.train.command import train_to_end
 from hnet.train.compile_cache import enable_compilation_cache
 from hnet.train.config import Config, config_from_json
 from hnet.train.distributed import REQUEUE_EXIT_CODE
 from hnet.train.metrics_file import read_metrics
-from hnet.train.run import train_to_end
 
 BPE_SAMPLE = 8 << 20  # bytes of the training text that the vocabulary is learned from
 console = Console(highlight=False, soft_wrap=True)

@@ -22,7 +22,11 @@ from hnet.errors import ConfigError
 from hnet.fields import Bounds, Count, Natural, check
 from hnet.nn.mixers import OFFICIAL, check_further
 from hnet.nn.mixers import problem as mixer_problem
-from hnet.nn.mixers.settings import AttentionConfig, CrossAttentionConfig
+from hnet.nn.mixers.settings import (
+    AttentionConfig,
+    CrossAttentionConfig,
+    GatedDeltaNetConfig,
+)
 
 BOS_ID = 254  # byte values that valid UTF-8 never contains, as in the official tokenizer
 EOS_ID = 255
@@ -86,6 +90,7 @@ class StageConfig:
     chunking: ChunkingConfig = ChunkingConfig()
     attention: AttentionConfig = AttentionConfig()
     cross_attention: CrossAttentionConfig = CrossAttentionConfig()
+    delta: GatedDeltaNetConfig = GatedDeltaNetConfig()
 
     @property
     def d_mlp(self) -> int:
@@ -104,6 +109,8 @@ class ComputeConfig:
     """one compiled body for equal consecutive layers; False unrolls them"""
     ssd_block_len: Count | None = None
     """positions per block of the SSD; default: 64, on GPUs 128 (kernels for TPUs choose it)"""
+    delta_block_len: Count = 64
+    """positions per block of gated DeltaNet"""
     attention_block_len: Count | None = None
     """positions per block of attention, of queries and of keys; default: 128, on GPUs 1024, and
     2048 queries for cudnn (kernels for TPUs choose it)"""

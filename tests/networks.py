@@ -77,6 +77,12 @@ def random_params(config: HNetConfig, seed: int = 3) -> tuple[nnx.GraphDef, dict
 
     With the default seed every learned router cuts about half of random bytes.
     """
+    graph, shapes = abstract(config)
+    return graph, drawn(shapes, seed)
+
+
+def drawn(shapes: dict, seed: int) -> dict:
+    """Random parameters of these shapes."""
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
@@ -93,8 +99,7 @@ def random_params(config: HNetConfig, seed: int = 3) -> tuple[nnx.GraphDef, dict
             noise *= 0.3
         return jnp.asarray(noise, leaf.dtype)
 
-    graph, shapes = abstract(config)
-    return graph, jax.tree_util.tree_map_with_path(draw, shapes)
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def with_compute(config: HNetConfig, **fields) -> HNetConfig:

@@ -18,14 +18,57 @@ def ssd(x_BLHP, dt_BLH, A_H, B_BLN, C_BLN, segment_ids_BL):
     return out
 
 
-def attention(q_BLHK, k_BLHK, v_BLHK, segment_ids_BL, window):
-    out = np.zeros(v_BLHK.shape)
-    for b, t, h in np.ndindex(q_BLHK.shape[:3]):
-        first = 0 if window < 0 else max(0, t - window)
-        seen = [s for s in range(first, t + 1) if segment_ids_BL[b, s] == segment_ids_BL[b, t]]
-        scores = np.float64(k_BLHK[b, seen, h]) @ np.float64(q_BLHK[b, t, h])
-        weights = np.exp(scores / np.sqrt(q_BLHK.shape[-1]))
-        out[b, t, h] = weights @ v_BLHK[b, seen, h] / weights.sum()
+def attention(
+    q_BLHK, k_BLHK, v_BLHK, segment_ids_BL, window=-1, *, causal=True, bias_BL=None, sink_H=None,
+    cap=0.0,
+):  # fmt: skip
+    """Heads of keys and values may be fewer: each serves the next few heads of queries."""
+    (B, L, H, _), shared = q_BLHK.shape, q_BLHK.shape[2] // k_BLHK.shape[2]
+    out = np.zeros((B, L, H, v_BLHK.shape[-1]))
+    for b, t, h in np.ndindex(B, L, H):
+        seen = [s for s in range(L) if segment_ids_BL[b, s] == segment_ids_BL[b, t]]
+        seen = [s for s in seen if s <= t or not causal]
+        seen = [s for s in seen if window < 0 or abs(t - s) <= window]
+        out[b, t, h] = one_query(
+            q_BLHK[b, t, h], k_BLHK[b, seen, h // shared], v_BLHK[b, seen, h // shared],
+            0.0 if bias_BL is None else bias_BL[b, seen], sink_H if sink_H is None else sink_H[h],
+            cap,
+        )  # fmt: skip
+    return out
+
+
+def one_query(q_K, k_SK, v_SK, bias_S=0.0, sink=None, cap=0.0):
+    """Softmax over S keys that are seen; `sink`: a further logit without a value."""
+    scores = np.float64(k_SK) @ np.float64(q_K) / np.sqrt(len(q_K))
+    if cap:
+        scores = cap * np.tanh(scores / cap)
+    weights = np.exp(scores + bias_S)
+    return weights @ np.float64(v_SK) / (weights.sum() + (0 if sink is None else np.exp(sink)))
+
+
+def grouped_attention(q_BQHK, k_BKHK, v_BKHK, q_group_BQ, k_group_BK, same_BQK, relation, window):
+    out = np.zeros(q_BQHK.shape)
+    for b, t, h in np.ndindex(q_BQHK.shape[:3]):
+        newest = q_group_BQ[b, t] - (relation == "last_closed")
+        groups = range(0 if window < 0 else max(0, newest - window + 1), newest + 1)
+        seen = [s for s, g in enumerate(k_group_BK[b]) if g in groups and same_BQK[b, t, s]]
+        if seen:
+            out[b, t, h] = one_query(q_BQHK[b, t, h], k_BKHK[b, seen, h], v_BKHK[b, seen, h])
+    return out
+
+
+def gated_delta(q_BLHK, k_BLHK, v_BLHV, log_alpha_BLH, beta_BLH, segment_ids_BL):
+    """State V x K as in the paper: S = alpha S (I - beta k k') + beta v k', y = S q."""
+    out = np.zeros(v_BLHV.shape)
+    for b, h in np.ndindex(len(q_BLHK), q_BLHK.shape[2]):
+        S = np.zeros((v_BLHV.shape[-1], q_BLHK.shape[-1]))
+        for t in range(q_BLHK.shape[1]):
+            if t and segment_ids_BL[b, t] != segment_ids_BL[b, t - 1]:
+                S[:] = 0
+            q, k, v = (np.float64(a[b, t, h]) for a in (q_BLHK, k_BLHK, v_BLHV))
+            beta, alpha = float(beta_BLH[b, t, h]), np.exp(float(log_alpha_BLH[b, t, h]))
+            S = alpha * S @ (np.eye(len(k)) - beta * np.outer(k, k)) + beta * np.outer(v, k)
+            out[b, t, h] = S @ q
     return out
 
 

@@ -79,7 +79,10 @@ REFUSED = [
     ),
     (inner(arch_layout=("m1", "m1")), "stages.1.arch_layout=.* has 2 parts: the innermost .* one"),
     (outer(arch_layout=("m2", "q")), "stages.0.arch_layout: layout 'q' .*: use letters of mixers"),
-    (outer(arch_layout=("m2", "q1")), "stages.0.arch_layout=.* letter 'q' is unknown: use m, t, x"),
+    (
+        outer(arch_layout=("m2", "q1")),
+        "stages.0.arch_layout=.* letter 'q' is unknown: use g, m, t, x",
+    ),
     (inner(d_model=0), "stages.1.d_model=0: use 1"),
     (outer(d_model=256), r"stages.1.d_model=128 is narrower .*\(256\): use at least"),
     (outer(num_heads=5), "stages.0.d_model=64 is not divided by num_heads=5: choose"),

@@ -38,13 +38,13 @@ class KVCache(NamedTuple):
     """what is added to the scores of each key, float32 (layers, B, blocks, T)"""
 
 
-class SSMCache(NamedTuple):
-    """State of a Mamba-2 mixer."""
+class RecurrentCache(NamedTuple):
+    """State of a mixer with a short convolution and a recurrence."""
 
     conv: jax.Array
     """the last W - 1 inputs of the convolution, (layers, B, W - 1, C)"""
     state: jax.Array
-    """h of the recurrence, float32 (layers, B, H, P, N)"""
+    """h of the recurrence, float32, e.g. (layers, B, H, P, N)"""
 
 
 def read(array: jax.Array, at: tuple) -> jax.Array:

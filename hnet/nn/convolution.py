@@ -61,3 +61,11 @@ def _causal_conv_silu_bwd(saved, dout_BLC):
 
 
 causal_conv_silu.defvjp(lambda *inputs: (causal_conv_silu(*inputs), inputs), _causal_conv_silu_bwd)
+
+
+def conv_silu_step(taps_RWC: jax.Array, weight_WC: jax.Array, bias_C: jax.Array) -> jax.Array:
+    """`causal_conv_silu` for the last of W positions, (R, 1, C)."""
+    convolved = bias_C[None, None]
+    for tap in range(len(weight_WC)):  # faster than a reduction over so short an axis
+        convolved = convolved + taps_RWC[:, tap : tap + 1] * weight_WC[None, None, tap]
+    return jax.nn.silu(convolved)

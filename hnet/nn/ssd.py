@@ -36,7 +36,7 @@ def ssd_reference(x_BLHP, dt_BLH, A_H, B_BLN, C_BLN, segment_ids_BL) -> jax.Arra
     return jax.vmap(one_row)(x_BLHP, dt_BLH, B_BLN, C_BLN, segment_ids_BL)
 
 
-class Marks(NamedTuple):
+class SegmentMarks(NamedTuple):
     """Which decays of a block of T positions cross no segment boundary."""
 
     log_same_BKTT: jax.Array
@@ -78,15 +78,15 @@ def ssd(
     dt_BKHT = dt.swapaxes(2, 3)
     log_a_BKHT = dt_BKHT * A_H[None, None, :, None]
     B, C = B.astype(jnp.float32), C.astype(jnp.float32)
-    y_BKTHP = _by_blocks(x, dt_BKHT, log_a_BKHT, B, C, _marks(segment_ids))
+    y_BKTHP = _by_blocks(x, dt_BKHT, log_a_BKHT, B, C, segment_marks(segment_ids))
     return y_BKTHP.reshape(x.shape[0], K * T, *x.shape[3:])[:, :length]
 
 
-def _marks(segment_ids_BKT: jax.Array) -> Marks:
+def segment_marks(segment_ids_BKT: jax.Array) -> SegmentMarks:
     last_BK = segment_ids_BKT[:, :, -1]
     before_BK = jnp.pad(last_BK[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     same_BKTT = segment_ids_BKT[..., :, None] == segment_ids_BKT[..., None, :]
-    return Marks(
+    return SegmentMarks(
         jnp.log(same_BKTT.astype(jnp.float32)),
         segment_ids_BKT == last_BK[..., None],
         segment_ids_BKT == before_BK[..., None],
@@ -104,7 +104,7 @@ class _Decays(NamedTuple):
     carry_BKH: jax.Array
 
 
-def _decays(log_a_BKHT: jax.Array, marks: Marks, *, to_first: bool) -> _Decays:
+def _decays(log_a_BKHT: jax.Array, marks: SegmentMarks, *, to_first: bool) -> _Decays:
     """Sums are matmuls: XLA on a CPU makes a cumulative sum again for each use of an entry.
 
     `to_first`: `within` is [i, j] with i >= j, and otherwise [j, i].
@@ -143,7 +143,7 @@ def _sum(a_XT: jax.Array, triangle: Callable) -> jax.Array:
     return jnp.matmul(a_XT, ones_TT, precision=jax.lax.Precision.HIGHEST)
 
 
-def _einsum(spec: str, *operands: jax.Array, dtype) -> jax.Array:
+def matmul_in(spec: str, *operands: jax.Array, dtype) -> jax.Array:
     cast = [a.astype(dtype) for a in operands]
     return jnp.einsum(spec, *cast, preferred_element_type=jnp.float32)
 
@@ -154,7 +154,7 @@ def _transposed(a_BKTN: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def _by_blocks(x_BKTHP, dt_BKHT, log_a_BKHT, B_BKTN, C_BKTN, marks: Marks) -> jax.Array:
+def _by_blocks(x_BKTHP, dt_BKHT, log_a_BKHT, B_BKTN, C_BKTN, marks: SegmentMarks) -> jax.Array:
     """`ssd` in blocks; y_BKTHP float32.
 
     Within a block one matmul a head; between blocks one for all heads, since B and C serve all. No
@@ -165,7 +165,7 @@ def _by_blocks(x_BKTHP, dt_BKHT, log_a_BKHT, B_BKTN, C_BKTN, marks: Marks) -> ja
 
 
 def _by_blocks_fwd(x, dt_BKHT, log_a_BKHT, B, C, marks):
-    einsum = partial(_einsum, dtype=x.dtype)
+    einsum = partial(matmul_in, dtype=x.dtype)
     decays = _decays(log_a_BKHT, marks, to_first=True)
     scores_BKTT = einsum("bkin,bkjn->bkij", C, B)
     weights_BKHTT = decays.within_BKHTT * scores_BKTT[:, :, None] * dt_BKHT[..., None, :]
@@ -214,7 +214,7 @@ def _by_blocks_bwd(saved, dy):
     """
     x, dt_BKHT, log_a_BKHT, B, C, marks, entering = saved
     T = x.shape[2]
-    einsum = partial(_einsum, dtype=x.dtype)
+    einsum = partial(matmul_in, dtype=x.dtype)
     decays = _decays(log_a_BKHT, marks, to_first=False)
     scores_BKTT = einsum("bkjn,bkin->bkji", B, C)
     dt_BKHT1 = dt_BKHT[..., None]

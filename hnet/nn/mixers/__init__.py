@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 OFFICIAL = "mt"  # letters of the official H-Net
 MIXERS: dict[str, str] = {
+    "g": "hnet.nn.mixers.gated_deltanet:GatedDeltaNet",
     "m": "hnet.nn.mixers.mamba2:Mamba2",
     "t": "hnet.nn.mixers.attention:Attention",
     "x": "hnet.nn.mixers.cross_attention:CrossAttention",

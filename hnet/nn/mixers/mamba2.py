@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hnet.config import HNetConfig, StageConfig
-from hnet.nn.cache import SSMCache, in_last_segment, last_positions, read, write
+from hnet.nn.cache import RecurrentCache, in_last_segment, last_positions, read, write
 from hnet.nn.context import Context, StepContext
-from hnet.nn.convolution import causal_conv_silu
+from hnet.nn.convolution import causal_conv_silu, conv_silu_step
 from hnet.nn.kernels.spread import on_each_device
 from hnet.nn.kernels.table import array_block_len, kernel
 from hnet.nn.layers import (
@@ -25,6 +25,13 @@ from hnet.nn.mixers.base import Mixer
 from hnet.nn.mixers.settings import mamba2_problem
 from hnet.nn.parameters import parameter
 from hnet.nn.ssd import ssd, ssd_final_state
+
+
+def init_dt_bias(key: jax.Array, heads: int) -> jax.Array:
+    """Biases with softplus(bias) log-uniform in [1e-3, 1e-1]."""
+    log_dt_H = jax.random.uniform(key, (heads,), jnp.float32, jnp.log(1e-3), jnp.log(1e-1))
+    dt_H = jnp.maximum(jnp.exp(log_dt_H), 1e-4)
+    return dt_H + jnp.log(-jnp.expm1(-dt_H))
 
 
 class Mamba2(Mixer):
@@ -53,11 +60,9 @@ class Mamba2(Mixer):
         )
         self.conv1d_weight = parameter(weight_WC, "taps channels")
         self.conv1d_bias = parameter(bias_C, "channels", decay=False)
-        # softplus(dt_bias) is log-uniform in [1e-3, 1e-1]; A is uniform in [1, 16]
-        log_dt = jax.random.uniform(key(), (H,), jnp.float32, jnp.log(1e-3), jnp.log(1e-1))
-        dt = jnp.maximum(jnp.exp(log_dt), 1e-4)
+        dt_bias_H = init_dt_bias(key(), H)
         A_H = jax.random.uniform(key(), (H,), jnp.float32, 1.0, 16.0)
-        self.dt_bias = parameter(dt + jnp.log(-jnp.expm1(-dt)), "channels", decay=False)
+        self.dt_bias = parameter(dt_bias_H, "channels", decay=False)
         self.A_log = parameter(jnp.log(A_H), "channels", decay=False)
         self.D = parameter(jnp.ones((H,), jnp.float32), "channels", decay=False)
         self.norm = RMSNorm(self.d_inner)
@@ -117,27 +122,24 @@ class Mamba2(Mixer):
 
     def prefill(
         self, x_BLD: jax.Array, context: Context, lengths_B: jax.Array, max_len: int
-    ) -> tuple[jax.Array, SSMCache]:
+    ) -> tuple[jax.Array, RecurrentCache]:
         out_BLD, inputs, x, dt_BLH, A_H, B = self.mix(x_BLD, context.segment_ids_BL)
         last_BL1 = in_last_segment(context.segment_ids_BL, lengths_B)[..., None]
         dt_BLH = jnp.where(last_BL1, dt_BLH, 0.0)
         before = self.conv1d_weight.shape[0] - 1
         inputs = (last_positions(jnp.where(last_BL1, a, 0), lengths_B, before) for a in inputs)
         conv = jnp.concatenate([*inputs], axis=-1)
-        return out_BLD, SSMCache(conv, ssd_final_state(x, dt_BLH, A_H, B))
+        return out_BLD, RecurrentCache(conv, ssd_final_state(x, dt_BLH, A_H, B))
 
     def step(
-        self, x_R1D: jax.Array, cache: SSMCache, at: tuple, context: StepContext
-    ) -> tuple[jax.Array, SSMCache]:
+        self, x_R1D: jax.Array, cache: RecurrentCache, at: tuple, context: StepContext
+    ) -> tuple[jax.Array, RecurrentCache]:
         """`ssd_reference` for one t."""
         z, *inputs, dt_R1H = self.split_inputs(x_R1D)
         xBC = jnp.concatenate(inputs, axis=-1)
         taps_RWC = jnp.concatenate([context.carried(read(cache.conv, at)), xBC], axis=1)
         weight_WC, bias_C = self.conv_params(xBC.dtype)
-        convolved = bias_C[None, None]
-        for tap in range(len(weight_WC)):  # faster than a reduction over so short an axis
-            convolved = convolved + taps_RWC[:, tap : tap + 1] * weight_WC[None, None, tap]
-        cut = jnp.split(jax.nn.silu(convolved), [self.d_inner], axis=-1)
+        cut = jnp.split(conv_silu_step(taps_RWC, weight_WC, bias_C), [self.d_inner], axis=-1)
         x, B, C = (a.astype(jnp.float32) for a in self.heads(*cut))
         dt_RH = dt_R1H[:, 0]
         decay_RH1 = jnp.exp(dt_RH * -jnp.exp(self.A_log[...])[None])[..., None]
@@ -147,5 +149,7 @@ class Mamba2(Mixer):
         B_C_R11 = jnp.sum(B[:, 0] * C[:, 0], axis=-1)[:, None, None]
         y_RHP = decay_RH1 * jnp.einsum("rhpn,rn->rhp", state_RHPN, C[:, 0]) + B_C_R11 * x_dt_RHP
         state_RHPN = decay_RH1[..., None] * state_RHPN + x_dt_RHP[..., None] * B[:, :, None]
-        cache = SSMCache(write(cache.conv, at, taps_RWC[:, 1:]), write(cache.state, at, state_RHPN))
+        cache = RecurrentCache(
+            write(cache.conv, at, taps_RWC[:, 1:]), write(cache.state, at, state_RHPN)
+        )
         return self.finish(y_RHP[:, None], x, z), cache

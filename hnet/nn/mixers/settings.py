@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from hnet.fields import Bounds, Natural, NotNegative
+from hnet.fields import Bounds, Count, Natural, NotNegative
 
 if TYPE_CHECKING:
     from hnet.config import HNetConfig, StageConfig
@@ -37,6 +37,20 @@ class CrossAttentionConfig:
     """groups that a position sees; -1 = all up to the newest"""
     memory_width: Natural = 0
     """width of the vectors; 0 = d_model"""
+
+
+@dataclass(frozen=True)
+class GatedDeltaNetConfig:
+    """Gated DeltaNet mixers (layers g and G)."""
+
+    num_heads: Natural = 0
+    """heads; 0 = those of the stage"""
+    head_dim: Natural = 0
+    """channels of queries and keys per head; 0 = d_model / heads"""
+    expand_v: Count = 2
+    """channels of values per channel of keys"""
+    d_conv: Count = 4
+    """taps of the causal convolution"""
 
 
 def attention_problem(config: "HNetConfig", stage: "StageConfig") -> str | None:
@@ -83,8 +97,20 @@ def mamba2_problem(config: "HNetConfig", stage: "StageConfig") -> str | None:
     return None
 
 
+def delta_problem(config: "HNetConfig", stage: "StageConfig") -> str | None:
+    options = stage.delta
+    heads = options.num_heads or stage.num_heads
+    if heads < 1 or (options.head_dim == 0 and stage.d_model % heads):
+        return (
+            f"d_model={stage.d_model} is not divided by the {heads} heads of layers g: "
+            "give delta.head_dim, or another delta.num_heads"
+        )
+    return None
+
+
 Check = Callable[["HNetConfig", "StageConfig"], str | None]
 PROBLEMS: dict[str, Check] = {
+    "g": delta_problem,
     "m": mamba2_problem,
     "t": attention_problem,
     "x": cross_attention_problem,

@@ -4,6 +4,10 @@
 
 Prints bits per byte in total, of each file and, if asked, of each document, and the chunks of each
 stage. Only source bytes count: no BOS, EOS or padding.
+
+    python -m experiments.evaluate --checkpoint WORKDIR --suite perturb counting [--files GLOB ...]
+
+runs evaluations that papers quote (experiments/suites) instead.
 """
 
 import json
@@ -21,9 +25,12 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from experiments.suites import command
+from experiments.suites.items import Settings
 from hnet import load
 from hnet.command_line import parse, run
 from hnet.data import DataConfig, Part, eval_batches, open_corpus, open_part
+from hnet.data.parallel import read_parallel
 from hnet.errors import ConfigError
 from hnet.fields import Count, Natural
 from hnet.loss import bits_per_byte
@@ -51,16 +58,29 @@ class EvaluateConfig:
     """a line for each document too"""
     json: bool = False
     """print one JSON object instead of a table"""
+    suite: tuple[str, ...] = ()
+    """evaluations to run instead: perturb, chars, markov, arithmetic, consistency, counting,
+    diagnostic, stability, surprise, fairness"""
+    items: int = 200
+    """suites: number of questions per task, or of passages"""
+    shots: int = 4
+    """suites: number of solved examples before a question"""
+    max_bytes: int = 512
+    """suites: longest passage of a text"""
+    seed: int = 0
+    """suites: seed of everything that is drawn"""
+    parallel: tuple[str, ...] = ()
+    """suite fairness: LANGUAGE=FILE, a sentence per line, line i saying the same in all"""
 
 
 def main() -> None:
     config = parse(EvaluateConfig)
     enable_compilation_cache()
+    if config.suite:
+        return _suites(config)
     model = load(config.checkpoint)
     data = _data_config(config)
-    part = open_part(config.files) if config.files else open_corpus(data).heldout
-    if not part.num_bytes:
-        raise ConfigError(f"checkpoint={config.checkpoint} has no held-out text: give --files")
+    part = _part(config)
     graph, params = split(model)
     step = jax.jit(partial(eval_step, graph=graph), static_argnames="capacities")
 
@@ -78,6 +98,39 @@ def main() -> None:
         print(json.dumps(report))
     else:
         _print(report, config.documents)
+
+
+def _suites(config: EvaluateConfig) -> None:
+    names = list(dict.fromkeys(config.suite))
+    settings = Settings(config.items, config.shots, config.seed, config.max_bytes)
+    command.check(names, settings)
+    bos = (Path(config.checkpoint) / "config.json").exists()
+    if bos:
+        data = read_config(config.checkpoint).data
+        bos = data.bos_eos
+        if data.tokenizer:
+            raise ConfigError(f"checkpoint={config.checkpoint} reads tokens: suites ask for bytes")
+    if needing := command.reads(names, "parallel"):
+        if not config.parallel:
+            raise ConfigError(
+                f"suite {needing[0]}: give --parallel LANGUAGE=FILE for each language"
+            )
+        settings = replace(settings, parallel=read_parallel(config.parallel, field="parallel"))
+    if command.reads(names, "texts"):
+        settings = replace(settings, texts=command.passages(_part(config), settings))
+    model = load(config.checkpoint)
+    reports = command.run_suites(model, names, settings, bos=bos, batch_size=config.batch_size)
+    if config.json:
+        print(json.dumps({"checkpoint": config.checkpoint, "suites": reports}))
+    else:
+        command.print_reports(reports)
+
+
+def _part(config: EvaluateConfig) -> Part:
+    part = open_part(config.files) if config.files else open_corpus(_data_config(config)).heldout
+    if not part.num_bytes:
+        raise ConfigError(f"checkpoint={config.checkpoint} has no held-out text: give --files")
+    return part
 
 
 def _data_config(config: EvaluateConfig) -> DataConfig:

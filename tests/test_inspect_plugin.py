@@ -86,6 +86,23 @@ def test_views_are_segmentations(tmp_path):
     assert [t["name"] for t in info["texts"].values()] == ["hostile", "invalid bytes"]
 
 
+def test_search_in_texts(tmp_path):
+    write(tmp_path / "a", [5], count=len(probe_texts()))
+    backend = Backend(tmp_path)
+    texts = backend.get("/run", run="a")[1]["texts"]
+
+    def found(query):
+        status, answer = backend.get("/search", run="a", query=query)
+        assert status == 200
+        return [texts[key]["name"] for key in answer["keys"]]
+
+    assert found("LIGHTHOUSE") == ["english"] and found("白色") == ["chinese"]
+    assert found("<img SRC=x") == ["hostile"] and found("\x1b[31m") == ["invalid bytes"]
+    assert found("\ufffd") == ["invalid bytes"] and found("nowhere") == []
+    assert len(found("")) == len(texts)
+    assert backend.get("/search", run="b", query="x")[0] == 404
+
+
 def test_new_steps_appear(tmp_path):
     write(tmp_path / "a", [1])
     backend = Backend(tmp_path)

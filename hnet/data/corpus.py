@@ -108,8 +108,12 @@ class Part:
 
     def begin(self, document: int, most: int) -> bytes:
         """The first bytes of a document, by its number in this part."""
+        return self.read(document, 0, most)
+
+    def read(self, document: int, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of a document, as far as it goes, by its number in this part."""
         documents, d = self._find(document)
-        return documents.read(d, 0, min(most, int(documents.length_D[d]))).tobytes()
+        return documents.read(d, start, min(stop, int(documents.length_D[d]))).tobytes()
 
     def tokens(self, tokenizer: str) -> tuple[TokenDocuments, ...]:
         """The documents as tokens, made once. Raises ConfigError as `Vocabulary` does."""

@@ -3,6 +3,7 @@
 Damage is expected here: whatever a line holds, it is read or left out.
 """
 
+import base64
 import contextlib
 import json
 import os
@@ -133,6 +134,15 @@ class SegmentationIndex:
         places = {key: self.texts[key].at for key in keys if key in self.texts}
         return _read_lines(self.folder / TEXTS, places)
 
+    def search(self, query: str) -> list[str]:
+        """Keys of the texts that contain the query, letter case aside."""
+        wanted = query.lower()
+        return [
+            key
+            for key, text in self.read_texts(self.texts).items()
+            if wanted in _text(text).lower()
+        ]
+
     def read(self, step: int, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
         """JSON forms of texts at a step by key; opens two files whatever the number of keys.
 
@@ -160,6 +170,16 @@ def parse_object(line: bytes) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError("no object")
     return content
+
+
+def _text(content: dict[str, Any]) -> str:
+    """The characters of a text in its JSON form, U+FFFD for bytes that belong to none."""
+    try:
+        if isinstance(text := content.get("text"), str):
+            return text
+        return base64.b64decode(content["base64"]).decode(errors="replace")
+    except (KeyError, TypeError, ValueError):
+        return ""
 
 
 def _string(value: Any) -> str:

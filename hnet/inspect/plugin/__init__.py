@@ -28,7 +28,10 @@ _SKIPPED = {FOLDER, "checkpoints", "__pycache__"}  # never hold runs, may hold v
 
 
 class BoundariesPlugin(base_plugin.TBPlugin):
-    """Serves the view and its data: ``/runs``, ``/run?run=`` and ``/view?run=&step=&keys=``."""
+    """Serves the view and its data.
+
+    ``/runs``, ``/run?run=``, ``/view?run=&step=&keys=`` and ``/search?run=&query=``.
+    """
 
     plugin_name = "boundaries"
 
@@ -46,6 +49,7 @@ class BoundariesPlugin(base_plugin.TBPlugin):
             "/runs": self._serve_runs,
             "/run": self._serve_run,
             "/view": self._serve_view,
+            "/search": self._serve_search,
         }
 
     def is_active(self) -> bool:
@@ -105,6 +109,12 @@ class BoundariesPlugin(base_plugin.TBPlugin):
             return http_util.Respond(request, why, "text/plain", code=400)
         run = request.args.get("run", "")
         return _answer(request, self._read(run, lambda index: {"views": index.read(step, keys)}))
+
+    @wrappers.Request.application
+    def _serve_search(self, request):
+        query = request.args.get("query", "")
+        run = request.args.get("run", "")
+        return _answer(request, self._read(run, lambda index: {"keys": index.search(query)}))
 
 
 def _describe(index: SegmentationIndex) -> dict:

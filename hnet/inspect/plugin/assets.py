@@ -4,7 +4,10 @@ import re
 from functools import cache
 from importlib.resources import files
 
-_PARTS = ("text.js", "draw.js", "card.js", "surroundings.js", "view.js", "source.js")
+_PARTS = (
+    "dom.js", "text.js", "draw.js", "strips.js", "picture.js", "export.js", "surroundings.js",
+    "card.js", "summary.js", "address.js", "controls.js", "view.js", "source.js",
+)  # fmt: skip
 _IMPORT = re.compile(r'^import [^;]*? from "\./\w+\.js";\n', re.MULTILINE)
 _EXPORT = re.compile(r"^export (?=(async )?(function|class|const) )", re.MULTILINE)
 
@@ -15,7 +18,7 @@ def _read(name: str) -> str:
 
 @cache
 def script() -> str:
-    """One ES module of all parts, each behind those it uses; it exports `render` alone."""
+    """One ES module of all parts, each after those it uses; it exports `render` only."""
     parts = [_EXPORT.sub("", _IMPORT.sub("", _read(name))) for name in _PARTS]
     return "\n".join([*parts, "export { render };\n"])
 

@@ -1,10 +1,15 @@
-// One probe text: its chunks, p over position and figures, for one run or two side by side.
+// One probe text: its chunks, p and surprisal over position and figures, for one run or two.
 
-import { describeChunk, drawHistogram, drawStrip, drawText, el } from "./draw.js";
-import { agreement, figures, precisionRecallF1, printable } from "./text.js";
+import { button, el } from "./dom.js";
+import { describeChunk, drawText } from "./draw.js";
+import { asCsv, asJsonLines, download } from "./export.js";
+import { pictureOf } from "./picture.js";
+import { drawBits, drawHistogram, drawStrip } from "./strips.js";
+import { focusFrom } from "./surroundings.js";
+import { cutsOf, figures, occurrences, printable } from "./text.js";
 
 const DRAWN_BYTES = 4096; // of a longer text, until asked for all
-const percent = (x) => `${(100 * x).toFixed(1)}%`;
+export const percent = (x) => `${(100 * x).toFixed(1)}%`;
 
 /** A tooltip at the pointer or at the chunk that has the keyboard; one for the whole page. */
 export function makeTooltip() {
@@ -26,17 +31,19 @@ export function makeTooltip() {
   return { node, show, hide };
 }
 
-/** One run's view of one text. */
+/** One run's view of one text. longest: of each stage, the longest chunk of any run. */
 function drawColumn(seg, starts, options, tooltip, longest) {
   const { levels, gold, threshold } = options;
   const column = el("div", { class: "column" });
+  const cuts = cutsOf(starts, levels);
   const draw = (limit) => {
-    const { box, chunks } = drawText(seg, starts, { levels, gold, limit });
+    const { box, chunks } = drawText(seg, starts, { ...options, limit });
     const strips = el("div", { class: "strips" });
     const redrawStrips = (marked) => {
       const width = Math.max(Math.floor(column.clientWidth || 600) - 2, 100);
       strips.replaceChildren(
         ...levels.map((s) => drawStrip(seg, s, starts, { gold, threshold, marked }, width)),
+        ...(seg.bits ? [drawBits(seg, cuts, marked, width)] : []),
       );
     };
     const chosen = { index: -1 };
@@ -53,16 +60,18 @@ function drawColumn(seg, starts, options, tooltip, longest) {
     };
     listen(box, strips, seg, chunks, chosen, choose);
     const more = limit < seg.bytes.length
-      ? el("button", { type: "button", onclick: () => draw(Infinity) }, `Show all ${seg.bytes.length} bytes`)
+      ? button(`Show all ${seg.bytes.length} bytes`, `Show all ${seg.bytes.length} bytes`, () => draw(Infinity), "wide")
       : null;
-    column.replaceChildren(box, ...(more ? [more] : []), strips, drawNumbers(seg, starts, options, longest));
+    column.replaceChildren(el("div", { class: "of" }, options.label), box, ...(more ? [more] : []), strips, drawNumbers(seg, starts, options, longest));
     column.redraw = () => redrawStrips(null);
+    redrawStrips(null);
   };
   draw(DRAWN_BYTES);
   return column;
 }
 
-/** Pointer and keys: over the text, over the strips. */
+/** Pointer and keys: over the text, over the strips. A text that was reached with the keyboard
+ * takes the arrow keys, one that was clicked leaves them to the steps. */
 function listen(box, strips, seg, chunks, chosen, choose) {
   box.addEventListener("pointermove", (e) => {
     const node = e.target.closest(".chunk");
@@ -74,18 +83,20 @@ function listen(box, strips, seg, chunks, chosen, choose) {
     choose(chunks.findLastIndex((c) => c.start <= offset), e.clientX, e.clientY);
   });
   for (const node of [box, strips]) node.addEventListener("pointerleave", () => choose(-1));
+  const isByPointer = focusFrom(box);
   box.addEventListener("blur", () => choose(-1));
   box.addEventListener("keydown", (e) => {
-    const move = { ArrowRight: 1, ArrowLeft: -1, Escape: 0 }[e.key];
-    if (move === undefined) return;
+    const move = new Map([["ArrowRight", 1], ["ArrowLeft", -1], ["Escape", 0]]).get(e.key);
+    if (move === undefined || (move && isByPointer())) return;
     e.preventDefault();
     e.stopPropagation();
-    choose(move === 0 ? -1 : Math.max(0, Math.min(chosen.index + move, chunks.length - 1)));
+    if (move === 0) box.blur();
+    else choose(Math.max(0, Math.min(chosen.index + move, chunks.length - 1)));
   });
 }
 
-function drawNumbers(seg, starts, { levels, kinds }, longest) {
-  const rows = levels.map((stage) => {
+function drawNumbers(seg, starts, { levels, kinds, other }, longest) {
+  const rows = levels.map((stage, i) => {
     const f = figures([[seg, starts]], stage);
     if (!f) return null;
     const gold = f.gold.filter(([kind]) => kinds.includes(kind)).map(([kind, score]) => {
@@ -95,9 +106,11 @@ function drawNumbers(seg, starts, { levels, kinds }, longest) {
     const facts = [
       el("b", {}, `stage ${stage}`),
       el("span", {}, `${f.lengths.length} chunk${f.lengths.length === 1 ? "" : "s"}`),
-      el("span", {}, `${f.mean.toFixed(2)} bytes a chunk`),
+      el("span", {}, `${f.mean.toFixed(2)} bytes per chunk`),
       el("span", {}, `longest ${f.longest}`),
+      i === 0 && f.bpb !== null ? el("span", {}, `${f.bpb.toFixed(3)} bits per byte`) : null,
       f.splits ? el("span", { class: "warn" }, `${percent(f.splits)} inside characters`) : null,
+      i === 0 && other ? el("span", {}, differences(cutsOf(starts, levels), other)) : null,
       ...gold,
     ];
     const drawn = drawHistogram(f.lengths, longest[stage], { width: 180, height: 48 });
@@ -106,74 +119,54 @@ function drawNumbers(seg, starts, { levels, kinds }, longest) {
   return el("div", {}, ...rows);
 }
 
-/** A card: `views` has [segmentation or null, its starts] for each run shown. */
-export function drawCard(title, views, options, tooltip) {
-  const routes = title.routes.map((name) => el("span", { class: "route" }, printable(name)));
-  const longest = {}; // of each stage over the runs, so that their histograms have one scale
-  for (const stage of options.levels) {
+function differences(own, other) {
+  const only = [...own].filter((o) => !other.has(o)).length;
+  const absent = [...other].filter((o) => !own.has(o)).length;
+  return `${only} boundar${only === 1 ? "y" : "ies"} only here, ${absent} only there`;
+}
+
+/** The longest chunk of each stage over the runs, so that their histograms have one scale. */
+function longestOf(views, levels) {
+  const longest = {};
+  for (const stage of levels) {
     const found = views.map(([seg, starts]) => (seg ? figures([[seg, starts]], stage)?.longest : 0));
     longest[stage] = Math.max(1, ...found.map((length) => length ?? 0));
   }
+  return longest;
+}
+
+/** Buttons that save the shown runs of a text: [{run, step, seg}]. */
+export function exportButtons(name, shown, card = null) {
+  const file = (end) => `${[...new Set(shown.map(({ run }) => run))].join("-")}-${shown[0].step}-${name}.${end}`;
+  const save = (end, type, make) => () => download(file(end), type, make());
+  const picture = () => pictureOf(card(), (node) => node.classList.contains("actions"));
+  return el("div", { class: "actions" },
+    card ? button("SVG", "Save this card as SVG", save("svg", "image/svg+xml", picture)) : null,
+    button("JSON", "Save boundaries as JSON lines", save("jsonl", "application/jsonl", () => asJsonLines(shown))),
+    button("CSV", "Save boundaries as CSV", save("csv", "text/csv", () => asCsv(shown))),
+  );
+}
+
+/** A card: `views` has [segmentation or null, its starts] for each run of `runs`: [{run, step, label}]. */
+export function drawCard(title, views, runs, options, tooltip) {
+  const name = printable(title.name) || "text";
+  const routes = title.routes.map((route) => el("span", { class: "route" }, printable(route)));
+  const longest = longestOf(views, options.levels);
   const none = (why) => el("div", { class: "column none" }, why);
-  const columns = views.map(([seg, starts]) => {
+  const columns = views.map(([seg], i) => {
     if (!seg) return none("not written at this step");
+    const [, starts] = views[i];
     const levels = options.levels.filter((stage) => stage < seg.stages.length);
     if (!levels.length) return none(`no stage ${options.levels[0]} here`);
-    return drawColumn(seg, starts, { ...options, levels }, tooltip, longest);
+    const beside = views.find(([other], j) => j !== i && other);
+    const other = beside ? cutsOf(beside[1], levels) : null;
+    const own = { ...options, levels, other, found: occurrences(seg, options.query), label: runs[i].label };
+    return drawColumn(seg, starts, own, tooltip, longest);
   });
-  const head = el("h2", {}, el("span", { class: "name" }, printable(title.name) || "text"), ...routes);
-  head.append(el("span", { class: "size" }, `${title.bytes} bytes`));
+  const shown = views.flatMap(([seg], i) => (seg ? [{ run: runs[i].run, step: runs[i].step, seg }] : []));
+  const actions = shown.length ? exportButtons(name, shown, () => card) : null;
+  const size = el("span", { class: "size" }, `${title.bytes} bytes`);
+  const head = el("h2", {}, el("span", { class: "name" }, name), ...routes, size, actions);
   const card = el("article", { class: "card" }, head, el("div", { class: "columns" }, ...columns));
   return { card, redraw: () => columns.forEach((c) => c.redraw?.()) };
-}
-
-/** Figures of all shown texts together: a row for every run and stage. */
-export function drawSummary(runs, levels) {
-  const rows = runs.flatMap(({ label, pairs }) =>
-    levels.map((stage) => ({ label, stage, f: figures(pairs, stage) })).filter(({ f }) => f),
-  );
-  if (!rows.length) return null;
-  const kinds = [...new Set(rows.flatMap(({ f }) => f.gold.map(([kind]) => kind)))];
-  const score = (kind) => ({ f }) => {
-    const found = f.gold.find(([name]) => name === kind)?.[1];
-    if (!found) return "–";
-    const parts = `P ${found.precision.toFixed(2)} R ${found.recall.toFixed(2)}`;
-    return el("span", {}, found.f1.toFixed(3), el("small", {}, parts));
-  };
-  const longest = (stage) => Math.max(...rows.filter((row) => row.stage === stage).map(({ f }) => f.longest));
-  const columns = [
-    ["chunks", ({ f }) => f.lengths.length],
-    ["bytes a chunk", ({ f }) => f.mean.toFixed(2)],
-    ["percentiles 5 / 50 / 95", ({ f }) => f.percentiles.map((p) => +p.toFixed(1)).join(" / ")],
-    ["longest", ({ f }) => f.longest],
-    ["coeff. of variation", ({ f }) => f.cv.toFixed(2)],
-    ["inside characters", ({ f }) => percent(f.splits)],
-    ["p from 0.4 to 0.6", ({ f }) => percent(f.undecided)],
-    ...kinds.map((kind) => [`F1 ${printable(kind)}`, score(kind)]),
-    ["chunk lengths", ({ f, stage }) => drawHistogram(f.lengths, longest(stage), { width: 170, height: 46 })],
-  ];
-  const head = ["all texts shown", ...columns.map(([name]) => name)].map((name) => el("th", { scope: "col" }, name));
-  const body = rows.map((row) => {
-    const name = el("span", { class: "run", title: row.label }, row.label);
-    const cells = columns.map(([, cell]) => el("td", {}, cell(row)));
-    return el("tr", {}, el("th", { scope: "row" }, name, `stage ${row.stage}`), ...cells);
-  });
-  const table = el("table", {}, el("thead", {}, el("tr", {}, ...head)), el("tbody", {}, ...body));
-  return el("section", { class: "summary" }, table);
-}
-
-/** How far two runs agree where to cut; `views` as of drawCard, for each text. */
-export function drawAgreement(views, levels) {
-  const both = views.filter((runs) => runs.length === 2 && runs.every(([seg]) => seg));
-  const shared = levels.filter((stage) => both.every(([[, a], [, b]]) => a[stage] && b[stage]));
-  if (!both.length || !shared.length) return null;
-  const parts = shared.map((stage) => {
-    const total = { hits: 0, predicted: 0, gold: 0 };
-    for (const [[, a], [, b]] of both) {
-      const found = agreement(a[stage], b[stage].slice(1));
-      for (const name of Object.keys(total)) total[name] += found[name];
-    }
-    return `stage ${stage}: F1 ${precisionRecallF1(total).f1.toFixed(3)}`;
-  });
-  return el("p", { class: "divergence" }, `Agreement of the two runs' boundaries: ${parts.join(", ")}`);
 }

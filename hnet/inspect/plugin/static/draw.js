@@ -1,26 +1,7 @@
-// Drawing of one segmentation. Whatever comes from data enters the page through textContent only.
+// A text as its chunks. Whatever comes from data enters the page as text only.
 
-import { chunksOf, printable, probsAt, routeAt } from "./text.js";
-
-/** An element with attributes and children; strings become text nodes. */
-export function el(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
-    else if (value === true) node.setAttribute(name, "");
-    else if (value !== false && value !== null && value !== undefined) node.setAttribute(name, value);
-  }
-  node.append(...children.filter((c) => c !== null && c !== undefined));
-  return node;
-}
-
-const SVG = "http://www.w3.org/2000/svg";
-function svg(tag, attributes, ...children) {
-  const node = document.createElementNS(SVG, tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children);
-  return node;
-}
+import { el } from "./dom.js";
+import { bitsOf, characterAt, chunksOf, cutsOf, printable, probsAt, routeAt } from "./text.js";
 
 const RTL = /[\p{Script=Arabic}\p{Script=Hebrew}\p{Script=Syriac}\p{Script=Thaana}\p{Script=Nko}]/u;
 const STRONG = /\p{L}/u;
@@ -74,19 +55,26 @@ function characterWalk(seg) {
   };
 }
 
-/** Put the characters of a chunk into its node; returns the direction they are read in. */
-function fillChunk(node, seg, chunk, chars, goldOffsets, isCut) {
+/** Put the characters of a chunk into its node; returns the direction they are read in.
+ *
+ * marks: offset -> nodes that stand before it. found: offsets of characters that a search found. */
+function fillChunk(node, seg, chunk, chars, isCut, marks, found) {
   let plain = "";
+  let isFound = false;
   let read = "";
   const flush = () => {
-    if (plain) node.append(plain);
+    if (plain) node.append(isFound ? el("mark", {}, plain) : plain);
     plain = "";
   };
   for (const { start, end, char } of chars) {
     const from = Math.max(start, chunk.start);
-    if (goldOffsets.has(from) && from !== chunk.start) {
+    if (marks.has(from) && from !== chunk.start) {
       flush();
-      node.append(el("i", { class: "gold missed" }));
+      node.append(...marks.get(from)());
+    }
+    if (found.has(start) !== isFound) {
+      flush();
+      isFound = !isFound;
     }
     if (char === null) {
       flush();
@@ -108,17 +96,35 @@ function fillChunk(node, seg, chunk, chars, goldOffsets, isCut) {
   return directionOf(read);
 }
 
-/** The text as chunks of the stages in `levels`, up to about `limit` bytes; {box, chunks}. */
-export function drawText(seg, starts, { levels, gold, limit }) {
+/** What stands inside chunks: offset -> function that makes nodes. */
+function marksInside(seg, cuts, goldOffsets, other) {
+  const marks = new Map();
+  const add = (offset, classes, title) => {
+    const before = marks.get(offset) ?? (() => []);
+    marks.set(offset, () => [...before(), el("i", { class: classes, title })]);
+  };
+  for (const offset of goldOffsets) if (!cuts.has(offset)) add(offset, "gold missed", "gold boundary missed");
+  if (other) {
+    const absent = new Set([...other].filter((o) => !cuts.has(o)).map((o) => characterAt(seg, o)));
+    for (const offset of absent) add(offset, "absent", "a boundary of the other run");
+  }
+  return marks;
+}
+
+/** The text as chunks of the stages in `levels`, up to about `limit` bytes; {box, chunks}.
+ *
+ * other: boundaries of the run beside it, or null. found: offsets of characters to highlight. */
+export function drawText(seg, starts, { levels, gold, limit, other, found }) {
   const box = el("div", { class: "text", dir: "auto", tabindex: "0", role: "group" });
   box.setAttribute("aria-label", `chunks of ${printable(seg.name)}; arrow keys move between them`);
   const goldOffsets = new Set(seg.gold.get(gold) ?? []);
   const chunks = chunksOf(seg, starts, levels);
-  const cutAt = new Set(chunks.map((c) => c.start));
+  const cuts = cutsOf(starts, levels);
   const isCut = (start, end) => {
-    for (let o = start + 1; o < end; o++) if (cutAt.has(o)) return true;
+    for (let o = start + 1; o < end; o++) if (cuts.has(o)) return true;
     return false;
   };
+  const marks = marksInside(seg, cuts, goldOffsets, other);
   const charsOf = characterWalk(seg);
   const outer = levels[levels.length - 1]; // its chunks are the largest: they alternate in tint
   let tint = 1;
@@ -128,9 +134,12 @@ export function drawText(seg, starts, { levels, gold, limit }) {
     const node = el("span", { class: `chunk tint${tint}` });
     if (i > 0) node.classList.add(`depth${Math.min(chunk.depth - levels[0], 2)}`);
     if (seg.inside.has(chunk.start)) node.classList.add("inside");
-    if (goldOffsets.has(chunk.start)) node.append(el("i", { class: "gold hit" }));
+    if (i > 0 && other && !other.has(chunk.start)) {
+      node.append(el("i", { class: "only", title: "a boundary that the other run does not have" }));
+    }
+    if (goldOffsets.has(chunk.start)) node.append(el("i", { class: "gold hit", title: "gold boundary found" }));
     const chars = charsOf(chunk.start, chunk.end);
-    const direction = fillChunk(node, seg, chunk, chars, goldOffsets, isCut);
+    const direction = fillChunk(node, seg, chunk, chars, isCut, marks, found);
     if (direction) node.style.direction = direction;
     node.dataset.chunk = i;
     box.append(node);
@@ -145,88 +154,15 @@ export function describeChunk(seg, chunks, i, levels) {
   const starting = levels.filter((s) => s <= depth).map((s) => `stage ${s}`).join(" and ");
   const golds = [...seg.gold].filter(([, o]) => o.includes(start)).map(([kind]) => printable(kind));
   const route = routeAt(seg, start);
+  const bits = bitsOf(seg, start, end);
   return [
     ["chunk", `${i + 1} of ${chunks.length}, starts ${starting}`],
     ["offsets", `${start} to ${end}, ${end - start} byte${end - start === 1 ? "" : "s"}`],
     ["bytes", bytes + (end - start > 16 ? " …" : "")],
     ...probsAt(seg, start).map(({ stage, p }) => [`p stage ${stage}`, p.toFixed(3)]),
+    ["surprisal", bits === null ? null : `${bits.toFixed(2)} bits, first byte ${seg.bits[start].toFixed(2)}`],
     ["route", route === null ? null : printable(route)],
     ["starts", golds.length ? `gold ${golds.join(", ")}` : null],
     ["note", seg.inside.has(start) ? "starts inside a character" : null],
   ].filter(([, value]) => value !== null);
-}
-
-/** p over position: a bar a position, filled where a chunk starts. Returns the canvas. */
-export function drawStrip(seg, stage, starts, { gold, threshold, marked }, width) {
-  const height = 46;
-  const scale = window.devicePixelRatio || 1;
-  const canvas = el("canvas", { class: "strip", role: "img", width: width * scale, height: height * scale });
-  canvas.setAttribute("aria-label", `probability of a boundary over position, stage ${stage}`);
-  canvas.style.width = `${width}px`;
-  canvas.style.height = `${height}px`;
-  const style = getComputedStyle(document.documentElement);
-  const colour = (name) => style.getPropertyValue(name).trim();
-  const pen = canvas.getContext("2d");
-  pen.scale(scale, scale);
-  const top = 7; // room for the gold marks
-  const y = (p) => top + (1 - p) * (height - top);
-  const step = width / Math.max(seg.bytes.length, 1);
-  const bar = Math.max(Math.min(step - (step > 3 ? 1 : 0), 8), 1);
-  pen.fillStyle = colour("--grid");
-  for (const p of [0, 0.5, 1]) pen.fillRect(0, Math.min(y(p), height - 1), width, 1);
-  const cuts = new Set(starts[stage]);
-  const { positions, probs } = seg.stages[stage];
-  for (const isStart of [false, true]) {
-    pen.fillStyle = colour(isStart ? "--bar-start" : "--bar");
-    positions.forEach((offset, i) => {
-      if (cuts.has(offset) === isStart) pen.fillRect(offset * step, y(probs[i]), bar, height - y(probs[i]));
-    });
-  }
-  pen.fillStyle = colour("--gold");
-  for (const offset of seg.gold.get(gold) ?? []) {
-    pen.beginPath();
-    pen.moveTo(offset * step - 2.5, 0);
-    pen.lineTo(offset * step + 2.5 + bar, 0);
-    pen.lineTo(offset * step + bar / 2, 6);
-    pen.fill();
-  }
-  if (threshold !== null) {
-    pen.fillStyle = colour("--preview");
-    for (let x = 0; x < width; x += 8) pen.fillRect(x, y(threshold) - 0.75, 5, 1.5);
-  }
-  if (marked !== null && marked !== undefined) {
-    pen.strokeStyle = colour("--focus");
-    pen.lineWidth = 1.5;
-    pen.strokeRect(marked.start * step, 0.75, Math.max((marked.end - marked.start) * step, 2), height - 1.5);
-  }
-  return canvas;
-}
-
-/** Chunk lengths as bars; `longest` sets the scale, so that pictures side by side compare. */
-export function drawHistogram(lengths, longest, { width = 220, height = 66 } = {}) {
-  const size = Math.max(1, Math.ceil(longest / 24));
-  const counts = new Array(Math.ceil(longest / size)).fill(0);
-  for (const length of lengths) counts[Math.floor((length - 1) / size)]++;
-  const highest = Math.max(...counts, 1);
-  const base = height - 14;
-  const step = width / counts.length;
-  const picture = svg("svg", { class: "histogram", width, height, viewBox: `0 0 ${width} ${height}`, role: "img" });
-  picture.setAttribute("aria-label", `chunk lengths in bytes, 1 to ${longest}`);
-  counts.forEach((count, i) => {
-    const high = (count / highest) * (base - 2);
-    const title = svg("title", {});
-    const range = size === 1 ? `${i + 1}` : `${i * size + 1} to ${(i + 1) * size}`;
-    title.textContent = `${range} bytes: ${count} chunks`;
-    picture.append(
-      svg("rect", { class: "slot", x: i * step, y: 0, width: step, height: base }, title),
-      svg("rect", { class: "count", x: i * step + 0.5, y: base - high, width: Math.max(step - 1, 0.5), height: high }),
-    );
-  });
-  picture.append(svg("rect", { class: "axis", x: 0, y: base, width, height: 1 }));
-  for (const [text, x, anchor] of [["1", 1, "start"], [`${longest} bytes`, width - 1, "end"]]) {
-    const label = svg("text", { x, y: height - 3, "text-anchor": anchor });
-    label.textContent = text;
-    picture.append(label);
-  }
-  return picture;
 }

@@ -1,6 +1,7 @@
 // Where the view gets its data: from TensorBoard over HTTP, or from the page it is part of.
 
-import { el } from "./draw.js";
+import { el } from "./dom.js";
+import { occurrences, prepare } from "./text.js";
 import { View } from "./view.js";
 
 async function get(route, parameters = {}) {
@@ -20,6 +21,7 @@ const overHttp = {
   runs: async () => (await get("runs")).runs,
   run: (run) => get("run", { run }),
   view: async (run, step, keys) => (await get("view", { run, step, keys: keys.join(",") })).views,
+  search: async (run, query) => (await get("search", { run, query })).keys,
 };
 
 /** The data of a self-contained page: {run: {step, texts: {key: {...}}, views: {key: {...}}}}. */
@@ -29,6 +31,8 @@ function fromPage(data) {
     runs: async () => [...runs.keys()],
     run: async (run) => ({ steps: [runs.get(run).step], texts: runs.get(run).texts, damaged: 0 }),
     view: async (run) => runs.get(run).views,
+    search: async (run, query) =>
+      Object.entries(runs.get(run).views).flatMap(([key, view]) => (occurrences(prepare(view), query).size ? [key] : [])),
   };
 }
 

@@ -57,7 +57,40 @@ export function prepare(json) {
   const inside = new Set();
   for (const { start, end } of chars) for (let o = start + 1; o < end; o++) inside.add(o);
   const gold = new Map(Object.entries(json.gold)); // a kind may be called "constructor"
-  return { name: json.name, bytes, chars, inside, stages, routes: json.routes, gold };
+  const bits = json.bits?.length ? json.bits : null;
+  return { name: json.name, bytes, chars, inside, stages, routes: json.routes, gold, bits, json };
+}
+
+/** Surprisal of the bytes from `start` to `end` together, in bits; null if it is not known. */
+export function bitsOf(seg, start, end) {
+  return seg.bits?.slice(start, end).reduce((a, b) => a + b, 0) ?? null;
+}
+
+/** Offsets strictly inside the text at which a chunk of one of the levels starts. */
+export const cutsOf = (starts, levels) => new Set(levels.flatMap((s) => starts[s]?.slice(1) ?? []));
+
+/** Offset of the first byte of the character that a byte belongs to. */
+export function characterAt(seg, offset) {
+  while (seg.inside.has(offset)) offset--;
+  return offset;
+}
+
+/** Offsets of the characters in which a query occurs, letter case aside. */
+export function occurrences(seg, query) {
+  const wanted = query.toLowerCase();
+  if (!wanted) return new Set();
+  let text = "";
+  const owner = []; // of each unit of `text`, its character
+  seg.chars.forEach(({ char }, i) => {
+    const low = (char ?? "\ufffd").toLowerCase();
+    for (let unit = 0; unit < low.length; unit++) owner.push(i);
+    text += low;
+  });
+  const found = new Set();
+  for (let at = text.indexOf(wanted); at >= 0; at = text.indexOf(wanted, at + 1)) {
+    for (let unit = at; unit < at + wanted.length; unit++) found.add(seg.chars[owner[unit]].start);
+  }
+  return found;
 }
 
 /** Chunk starts of every stage: the model's own, or those a threshold on p would give.
@@ -139,6 +172,9 @@ export function figures(pairs, stage) {
   const variance = lengths.reduce((a, b) => a + (b - mean) ** 2, 0) / lengths.length;
   const cuts = texts.flatMap(([seg, starts]) => starts[stage].slice(1).map((o) => seg.inside.has(o)));
   const probs = texts.flatMap(([seg]) => seg.stages[stage].probs.slice(1));
+  const told = texts.filter(([seg]) => seg.bits);
+  const bits = told.reduce((sum, [seg]) => sum + bitsOf(seg, 0), 0);
+  const bytes = told.reduce((sum, [seg]) => sum + seg.bytes.length, 0);
   const gold = new Map();
   for (const [seg, starts] of texts) {
     for (const [kind, offsets] of seg.gold) {
@@ -155,6 +191,7 @@ export function figures(pairs, stage) {
     percentiles: [5, 50, 95].map((q) => percentile(lengths, q)),
     longest: lengths[lengths.length - 1],
     splits: ratio(cuts.filter(Boolean).length, cuts.length),
+    bpb: bytes ? bits / bytes : null,
     undecided: ratio(probs.filter((p) => p >= 0.4 && p <= 0.6).length, probs.length),
     gold: [...gold].map(([kind, counts]) => [kind, precisionRecallF1(counts)]),
   };

@@ -1,89 +1,59 @@
-// The page: controls, state, and fetching a view at a time from a source.
+// The page: state, and fetching a view at a time from a source.
 //
 // A source has runs() -> [name], run(name) -> {steps, texts: {key: {name, bytes, routes, gold}},
-// damaged: lines left out} and view(run, step, keys) -> {key: segmentation}, all promises.
+// damaged: lines left out}, view(run, step, keys) -> {key: segmentation} and search(run, query) ->
+// [key], all promises.
 
-import { drawAgreement, drawCard, drawSummary, makeTooltip } from "./card.js";
-import { el } from "./draw.js";
+import { address } from "./address.js";
+import { drawCard, makeTooltip } from "./card.js";
+import { fill, fillLevels, makeControls, shortened } from "./controls.js";
+import { button, el } from "./dom.js";
+import { drawAgreement, drawSummary } from "./summary.js";
 import { followTheme, legend, onArrows, onNewWidth } from "./surroundings.js";
 import { prepare, printable, startsAt } from "./text.js";
 
 const PAGE = 8; // texts drawn before "show more"
-const CACHED_VIEWS = 400;
+const BATCH = 32; // texts asked for at once
+const CACHED_VIEWS = 1000;
 const PLAY_MS = 600;
+const TYPING_MS = 150;
 const NESTED = "nested";
 
 export class View {
   constructor(root, source) {
     this.source = source;
     this.runs = [];
-    this.info = new Map(); // run -> {steps, texts}
+    this.info = new Map(); // run -> {steps, texts, damaged}
     this.views = new Map(); // run|step|key -> prepared segmentation, the oldest first
+    this.found = new Map(); // run|query -> keys of the texts in which it occurs
     this.wanted = [null, null]; // the runs chosen last, which may still be loading
     this.state = { runs: [null, null], step: 0, level: "0", route: "", gold: "", query: "", threshold: null };
     this.shown = PAGE;
     this.turn = 0;
     this.tooltip = makeTooltip();
-    this.buildControls();
-    root.append(this.bar, this.main, this.tooltip.node);
+    this.address = address();
+    this.controls = makeControls({
+      run: (i, name) => this.chooseRun(i, name),
+      set: (change) => this.set(change),
+      query: (query) => this.search(query),
+      goTo: (step) => this.goTo(step),
+      move: (by) => this.moveStep(by),
+      play: () => this.togglePlay(),
+      reload: () => this.reload(),
+      threshold: () => this.setThreshold(),
+      theme: () => this.theme.next(),
+    });
+    this.notice = el("p", { class: "notice", role: "status" }, "Loading…");
+    this.main = el("main", {}, this.notice);
+    root.append(this.controls.bar, this.main, this.tooltip.node);
     this.listen();
   }
 
-  buildControls() {
-    const change = (name) => (e) => this.set({ [name]: e.target.value });
-    const select = (label, onchange, width) => el("select", { "aria-label": label, onchange, class: width });
-    this.runSelects = [0, 1].map((i) =>
-      select(i ? "Compare with run" : "Run", (e) => this.chooseRun(i, e.target.value || null)),
-    );
-    this.levels = el("div", { class: "levels", role: "radiogroup", "aria-label": "Level", onchange: change("level") });
-    this.routeSelect = select("Script or route", change("route"), "short");
-    this.goldSelect = select("Gold boundaries", change("gold"), "short");
-    this.search = el("input", { type: "search", placeholder: "name of a text", "aria-label": "Find a text", oninput: change("query") });
-    this.slider = el("input", {
-      type: "range", class: "step", min: 0, value: 0, "aria-label": "Training step",
-      oninput: (e) => this.goTo(Number(e.target.value)),
-    });
-    this.stepLabel = el("output", { class: "steplabel" });
-    const button = (text, label, onclick, name) =>
-      el("button", { type: "button", class: name, title: label, "aria-label": label, onclick }, text);
-    this.play = button("▶", "Play the steps", () => this.togglePlay());
-    this.threshold = el("input", {
-      type: "range", min: 0, max: 1, step: 0.01, value: 0.5, disabled: true, "aria-label": "Threshold",
-      oninput: () => this.setThreshold(),
-    });
-    this.preview = el("input", { type: "checkbox", onchange: () => this.setThreshold() });
-    this.thresholdLabel = el("output", {});
-    const field = (text, ...nodes) => el("label", {}, el("span", {}, text), ...nodes);
-    this.bar = el(
-      "header",
-      { class: "bar" },
-      field("Run", this.runSelects[0]),
-      field("Compare", this.runSelects[1]),
-      el("div", { class: "field" }, el("span", {}, "Level"), this.levels),
-      field("Script", this.routeSelect),
-      field("Gold", this.goldSelect),
-      field("Text", this.search),
-      button("◐", "Light, dark or automatic colours", () => this.theme.next()),
-      el(
-        "div",
-        { class: "time" },
-        button("‹", "Previous step", () => this.moveStep(-1)),
-        this.slider,
-        button("›", "Next step", () => this.moveStep(1)),
-        this.play,
-        button("↻", "Look for new runs and steps", () => this.reload()),
-        this.stepLabel,
-        el("label", { class: "preview" }, this.preview, "preview p >", this.threshold, this.thresholdLabel),
-      ),
-    );
-    this.notice = el("p", { class: "notice", role: "status" }, "Loading…");
-    this.main = el("main", {}, this.notice);
-  }
-
   listen() {
-    this.theme = followTheme(() => this.redrawStrips?.());
+    this.theme = followTheme();
     onArrows((by) => this.moveStep(by));
     onNewWidth(() => this.redrawStrips?.());
+    this.address.watch(() => this.guard(() => this.obeyAddress(false)));
     // when the text moves under the pointer, the tooltip is out of place
     document.addEventListener("scroll", () => this.tooltip.hide(), { passive: true });
   }
@@ -91,28 +61,67 @@ export class View {
   async start() {
     await this.guard(async () => {
       await this.findRuns();
-      await this.showFirst();
+      await this.obeyAddress();
     });
   }
 
-  /** Show the run that was chosen already, else the first one. */
-  async showFirst() {
-    const run = this.wanted[0] ?? this.runs[0];
-    if (run === undefined) this.say("No run here has written segmentations yet.");
-    else await this.chooseRun(0, run);
+  /** Show what the address asks for, as far as it is here. At the start a run that was chosen
+   * already comes first, and without any the first run is shown. */
+  async obeyAddress(isStart = true) {
+    const asked = this.address.read();
+    const at = (name) => (this.runs.includes(asked.get(name)) ? asked.get(name) : null);
+    this.missing = ["run", "compare"].filter((name) => asked.has(name) && !at(name)).map((name) => asked.get(name));
+    const run = (isStart ? this.wanted[0] : null) ?? at("run") ?? this.state.runs[0] ?? this.runs[0];
+    if (run === undefined) return this.say("No run here has written segmentations yet.");
+    this.takeFilters(asked);
+    const step = asked.has("step") && at("run") === run ? Number(asked.get("step")) : NaN;
+    this.askedStep = Number.isFinite(step) ? step : null;
+    await this.chooseRun(1, at("compare"), false);
+    await this.chooseRun(0, run);
+  }
+
+  /** Filters of an address; what no list offers is dropped when the lists are filled. */
+  takeFilters(asked) {
+    const threshold = asked.has("p") ? Number(asked.get("p")) : NaN;
+    const isOne = threshold >= 0 && threshold <= 1;
+    const text = (name) => asked.get(name) ?? "";
+    Object.assign(this.state, {
+      level: asked.get("level") ?? "0", route: text("script"), gold: text("gold"), query: text("text"),
+      threshold: isOne ? threshold : null,
+    });
+    this.controls.search.value = this.state.query;
+    this.controls.preview.checked = isOne;
+    this.controls.threshold.disabled = !isOne;
+    if (isOne) this.controls.threshold.value = threshold;
+  }
+
+  /** After a moment, since keys that repeat change it often. */
+  tellAddress() {
+    clearTimeout(this.telling);
+    this.telling = setTimeout(() => this.address.write(this.described()), TYPING_MS);
+  }
+
+  described() {
+    const { runs, level, route, gold, query, threshold } = this.state;
+    return new Map([
+      ["run", runs[0]], ["compare", runs[1]], ["step", this.stepNumber ?? null], ["level", level === "0" ? "" : level],
+      ["script", route], ["gold", gold], ["text", query], ["p", threshold],
+    ]);
   }
 
   async findRuns() {
     this.runs = await this.source.runs();
-    this.fill(this.runSelects[0], this.runs.map((name) => [name, name]));
-    this.fill(this.runSelects[1], [["", "no other run"], ...this.runs.map((name) => [name, name])]);
+    const short = shortened(this.runs);
+    const pairs = this.runs.map((name) => [name, short.get(name)]);
+    fill(this.controls.runs[0], pairs);
+    fill(this.controls.runs[1], [["", "no other run"], ...pairs]);
   }
 
   /** Look for new runs and steps; a view of the newest step follows it. */
   async reload() {
     await this.guard(async () => {
       await this.findRuns();
-      if (this.state.runs[0] === null) return this.showFirst();
+      if (this.state.runs[0] === null) return this.obeyAddress();
       const before = this.state.runs.filter((run) => run !== null);
       const isShown = (run) => this.state.runs.includes(run);
       const found = new Map(before.map((run) => [run, this.source.run(run)]));
@@ -122,6 +131,7 @@ export class View {
       for (const run of this.info.keys()) if (!isShown(run)) this.info.delete(run);
       for (const run of before.filter(isShown)) this.info.set(run, await found.get(run));
       this.views.clear();
+      this.found.clear();
       this.fillFilters();
       await this.goTo(atEnd ? this.steps.length - 1 : this.state.step);
     });
@@ -130,13 +140,15 @@ export class View {
   /** Show a run first (i = 0) or beside it, at the last step not after the one shown; at its newest
    * step if that was shown of the run before. Of several choices the last one counts, in whatever
    * order they load. */
-  async chooseRun(i, name) {
+  async chooseRun(i, name, isDrawn = true) {
     this.wanted[i] = name;
     await this.guard(async () => {
       if (!(await stillWanted(name && this.load(name), () => this.wanted[i] === name))) return;
-      const before = this.atEnd ? Infinity : this.stepNumber;
+      const before = this.askedStep ?? (this.atEnd ? Infinity : this.stepNumber);
       this.state.runs[i] = name;
-      this.runSelects[i].value = name ?? "";
+      this.controls.runs[i].value = name ?? "";
+      if (!isDrawn) return;
+      this.askedStep = null;
       this.state.step = Math.max(this.steps.findLastIndex((s) => s <= before), 0);
       this.fillFilters();
       await this.refresh();
@@ -151,8 +163,12 @@ export class View {
     return this.info.get(this.state.runs[0])?.steps ?? [];
   }
 
+  get chosen() {
+    return this.state.runs.filter((run) => run !== null);
+  }
+
   /** Texts of the chosen runs that pass the filters: [[key, text]]. */
-  get texts() {
+  texts(found) {
     const all = new Map();
     for (const run of this.state.runs) {
       for (const [key, text] of Object.entries(this.info.get(run)?.texts ?? {})) {
@@ -161,38 +177,21 @@ export class View {
       }
     }
     const { route, query } = this.state;
+    const isNamed = (text) => printable(text.name).toLowerCase().includes(query.toLowerCase());
     return [...all].filter(
-      ([, text]) =>
-        (!route || text.routes.includes(route)) && text.name.toLowerCase().includes(query.toLowerCase()),
+      ([key, text]) => (!route || text.routes.includes(route)) && (!query || isNamed(text) || found.has(key)),
     );
-  }
-
-  fill(select, pairs) {
-    const before = select.value;
-    select.replaceChildren(...pairs.map(([value, text]) => el("option", { value }, printable(text))));
-    if (pairs.some(([value]) => value === before)) select.value = before;
   }
 
   fillFilters() {
     const texts = this.state.runs.flatMap((run) => Object.values(this.info.get(run)?.texts ?? {}));
-    const names = (field) => [...new Set(texts.flatMap((text) => text[field]))].sort();
-    this.fill(this.routeSelect, [["", "all"], ...names("routes").map((n) => [n, n])]);
-    this.fill(this.goldSelect, [["", "none"], ...names("gold").map((n) => [n, n])]);
-    this.state.route = this.routeSelect.value;
-    this.state.gold = this.goldSelect.value;
-    this.slider.max = Math.max(this.steps.length - 1, 0);
-  }
-
-  fillLevels(count) {
-    const values = Array.from({ length: count }, (_, s) => [String(s), `stage ${s}`]);
-    if (count > 1) values.push([NESTED, "nested"]);
-    if (this.levels.children.length === values.length) return;
-    if (!values.some(([value]) => value === this.state.level)) this.state.level = "0";
-    this.levels.replaceChildren(
-      ...values.map(([value, text]) =>
-        el("label", {}, el("input", { type: "radio", name: "level", value, checked: value === this.state.level }), text),
-      ),
-    );
+    for (const [field, name, none] of [["route", "routes", "all"], ["gold", "gold", "none"]]) {
+      const names = [...new Set(texts.flatMap((text) => text[name]))].sort();
+      fill(this.controls[field], [["", none], ...names.map((n) => [n, n])]);
+      if (!names.includes(this.state[field])) this.state[field] = "";
+      this.controls[field].value = this.state[field];
+    }
+    this.controls.slider.max = Math.max(this.steps.length - 1, 0);
   }
 
   set(change) {
@@ -201,9 +200,15 @@ export class View {
     return this.guard(() => this.refresh());
   }
 
+  search(query) {
+    clearTimeout(this.typing);
+    this.typing = setTimeout(() => this.set({ query }), TYPING_MS);
+  }
+
   setThreshold() {
-    this.threshold.disabled = !this.preview.checked;
-    this.set({ threshold: this.preview.checked ? Number(this.threshold.value) : null });
+    const { preview, threshold } = this.controls;
+    threshold.disabled = !preview.checked;
+    this.set({ threshold: preview.checked ? Number(threshold.value) : null });
   }
 
   goTo(step) {
@@ -233,7 +238,7 @@ export class View {
         else if (!this.loading) this.moveStep(1);
       }, PLAY_MS);
     }
-    this.play.textContent = this.timer ? "❚❚" : "▶";
+    this.controls.play.textContent = this.timer ? "❚❚" : "▶";
   }
 
   /** The step of a run to show beside the first run's: the last one not after it. */
@@ -256,69 +261,110 @@ export class View {
     return result;
   }
 
-  /** Fetch what the state asks for and draw it, unless a newer state came meanwhile. */
+  /** Keys of the chosen runs' texts in which the query occurs. */
+  async searched() {
+    const { query } = this.state;
+    const name = (run) => JSON.stringify([run, query]);
+    for (const run of query ? this.chosen : []) {
+      if (!this.found.has(name(run))) this.found.set(name(run), await this.source.search(run, query));
+    }
+    return new Set(query ? this.chosen.flatMap((run) => this.found.get(name(run))) : []);
+  }
+
+  /** Fetch what the state asks for and draw it, unless a newer state came meanwhile: the first texts
+   * as cards, then all of them for the summary. */
   async refresh() {
     const turn = ++this.turn;
-    const texts = this.texts;
-    const keys = texts.slice(0, this.shown).map(([key]) => key);
-    const chosen = this.state.runs.filter((run) => run !== null);
-    const steps = chosen.map((run) => this.stepOf(run));
+    const isWanted = () => turn === this.turn;
     this.showStep();
     this.loading = true;
-    const fetching = Promise.all(chosen.map((run, i) => this.fetchViews(run, steps[i], keys)));
-    if (!(await stillWanted(fetching, () => turn === this.turn))) return;
+    const searching = this.searched();
+    if (!(await stillWanted(searching, isWanted))) return;
+    const texts = this.texts(await searching);
+    const runs = this.chosen.map((run) => ({ run, step: this.stepOf(run), found: new Map() }));
+    const fetch = async (keys) => {
+      const fetching = Promise.all(runs.map(({ run, step }) => this.fetchViews(run, step, keys)));
+      if (!(await stillWanted(fetching, isWanted))) return false;
+      (await fetching).forEach((found, i) => found.forEach((seg, key) => runs[i].found.set(key, seg)));
+      return true;
+    };
+    const keys = texts.map(([key]) => key);
+    if (!(await fetch(keys.slice(0, this.shown)))) return;
     this.loading = false;
-    const fetched = await fetching;
     const at = (step) => (step === null ? "" : ` · step ${step.toLocaleString("en")}`); // a page may know none
-    const runs = chosen.map((run, i) => ({ label: printable(run) + at(steps[i]), found: fetched[i] }));
-    this.draw(runs, texts, keys);
+    for (const run of runs) run.label = printable(run.run) + at(run.step);
+    this.tellAddress();
+    const options = this.draw(runs, texts);
+    for (let first = this.shown; first < keys.length; first += BATCH) {
+      if (!(await fetch(keys.slice(first, first + BATCH)))) return;
+    }
+    this.drawFigures(runs, keys, options);
   }
 
   showStep() {
-    this.slider.value = this.state.step;
+    const { slider, step, threshold, thresholdLabel } = this.controls;
+    slider.value = this.state.step;
     const number = this.stepNumber?.toLocaleString("en") ?? "none";
-    this.slider.setAttribute("aria-valuetext", `step ${number}`);
-    this.stepLabel.textContent = `step ${number} (${this.state.step + 1} of ${this.steps.length})`;
-    this.thresholdLabel.textContent = Number(this.threshold.value).toFixed(2);
+    slider.setAttribute("aria-valuetext", `step ${number}`);
+    step.textContent = `step ${number} (${this.state.step + 1} of ${this.steps.length})`;
+    thresholdLabel.textContent = Number(threshold.value).toFixed(2);
   }
 
-  draw(runs, texts, keys) {
-    const { gold, threshold, level } = this.state;
+  /** The cards of the first texts, and a place for the figures of all. */
+  draw(runs, texts) {
+    const { gold, threshold, query } = this.state;
     const all = runs.flatMap(({ found }) => [...found.values()]).filter(Boolean);
     const count = Math.max(0, ...all.map((seg) => seg.stages.length));
-    this.fillLevels(count);
+    if (count) this.state.level = fillLevels(this.controls.levels, count, this.state.level, NESTED);
     const levels = this.state.level === NESTED ? Array.from({ length: count }, (_, s) => s) : [Number(this.state.level)];
     const kinds = [...new Set(all.flatMap((seg) => [...seg.gold.keys()]))];
-    const options = { levels, gold, threshold, kinds };
-    const cards = keys.map((key) => {
-      const views = runs.map(({ found }) => {
-        const seg = found.get(key);
-        return [seg, seg ? startsAt(seg, threshold) : null];
-      });
-      return { views, ...drawCard(new Map(texts).get(key), views, options, this.tooltip) };
-    });
-    const pairs = (i) => cards.map(({ views }) => views[i]).filter(([seg]) => seg);
-    const summary = drawSummary(runs.map(({ label }, i) => ({ label, pairs: pairs(i) })), levels);
-    const rest = texts.length - keys.length;
-    const more = rest > 0
-      ? el("button", { type: "button", class: "more", onclick: () => { this.shown += PAGE; this.set({}); } }, `Show ${Math.min(rest, PAGE)} of ${rest} more text${rest === 1 ? "" : "s"}`)
-      : null;
-    const labels = el("div", { class: "columns runnames" }, ...runs.map(({ label }) => el("div", {}, label)));
-    this.main.dataset.level = level;
+    const options = { levels, gold, threshold, kinds, query, isCompared: runs.length > 1 };
+    const drawn = texts.slice(0, this.shown);
+    const cards = drawn.map(([key, text]) => drawCard(text, this.viewsOf(runs, key), runs, options, this.tooltip));
+    const rest = texts.length - drawn.length;
+    const label = `Show ${Math.min(rest, PAGE)} of ${rest} more text${rest === 1 ? "" : "s"}`;
+    const showMore = () => {
+      this.shown += PAGE;
+      this.set({});
+    };
+    const labels = el("div", { class: "columns runnames" }, ...runs.map((run) => el("div", {}, run.label)));
+    this.figures = el("div", { class: "figures" });
+    this.main.dataset.level = this.state.level;
     this.main.replaceChildren(
-      ...[this.damage(), legend(levels, gold, threshold), summary, drawAgreement(cards.map(({ views }) => views), levels), labels, ...cards.map(({ card }) => card), more].filter(Boolean),
+      ...[this.told(), legend(options), this.figures, labels, ...cards.map(({ card }) => card)].filter(Boolean),
+      ...(rest > 0 ? [button(label, label, showMore, "more")] : []),
     );
     if (!cards.length) this.main.append(el("p", { class: "notice" }, "No text passes the filters."));
     this.redrawStrips = () => cards.forEach(({ redraw }) => redraw());
     this.redrawStrips();
+    this.drawFigures(runs, drawn.map(([key]) => key), options, texts.length);
+    return options;
   }
 
-  /** A line for each shown run whose files hold lines that cannot be read. */
-  damage() {
-    const told = this.state.runs.flatMap((run) => {
+  /** [segmentation or null, its starts] of a text in each run. */
+  viewsOf(runs, key) {
+    return runs.map(({ found }) => {
+      const seg = found.get(key);
+      return [seg, seg ? startsAt(seg, this.state.threshold) : null];
+    });
+  }
+
+  /** The summary and the agreement, of all texts or of those that are here already. */
+  drawFigures(runs, keys, { levels }, total = keys.length) {
+    const views = keys.map((key) => this.viewsOf(runs, key));
+    const rows = runs.map((run, i) => ({ ...run, pairs: views.map((of) => of[i]).filter(([seg]) => seg) }));
+    const of = keys.length < total ? `${keys.length} of ${total} texts…` : `all ${total} texts`;
+    const parts = [drawSummary(rows, levels, of), drawAgreement(views, levels)];
+    this.figures.replaceChildren(...parts.filter(Boolean));
+  }
+
+  /** What people should know of the runs: damaged lines, and runs of the address that are not here. */
+  told() {
+    const damaged = this.chosen.flatMap((run) => {
       const count = this.info.get(run)?.damaged ?? 0;
       return count ? [`${printable(run)}: ${count} damaged line${count === 1 ? "" : "s"} of its index left out`] : [];
     });
+    const told = [...damaged, ...(this.missing ?? []).map((run) => `There is no run ${printable(run)} here.`)];
     return told.length ? el("p", { class: "notice warn", role: "status" }, told.join("; ")) : null;
   }
 

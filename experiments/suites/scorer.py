@@ -1,0 +1,96 @@
+"""What a suite asks of a model: scores of texts, greedy continuations, chunk boundaries."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+from flax import nnx
+
+from hnet.infer.generate import generate
+from hnet.infer.sampling import Sampling
+from hnet.infer.score import Score, logprobs
+from hnet.infer.segment import segment_all, segmenter
+from hnet.inspect.segmentation import Alignment, Segmentation
+from hnet.model import HNetLM, abstract, split
+
+GROUP = 8  # batches between two reports of progress
+
+
+class Scorer(Protocol):
+    """A byte-level language model as a suite sees it; all methods take any number of texts."""
+
+    alignments: tuple[Alignment, ...]
+    """whether a boundary starts or ends a chunk, per stage that cuts, outermost first"""
+
+    def score(self, texts: Sequence[bytes]) -> list[Score]:
+        """Log-probability of each byte given those before it, and whether it is the likeliest."""
+
+    def greedy(self, prompts: Sequence[bytes], num_bytes: int) -> list[bytes]:
+        """Likeliest continuation of each prompt: at most `num_bytes`, up to a newline."""
+
+    def boundaries(self, texts: Sequence[bytes]) -> list[Segmentation]:
+        """Chunks of each text in every stage."""
+
+    def in_bfloat16(self) -> "Scorer":
+        """The same parameters with matmuls in bfloat16."""
+
+
+class ModelScorer:
+    """A model of ours, `batch_size` texts at a time.
+
+    progress: called with the number of texts (asked for, done) whenever either grows.
+    """
+
+    def __init__(
+        self,
+        model: HNetLM,
+        *,
+        bos: bool = True,
+        batch_size: int = 16,
+        progress: Callable[[int, int], None] = lambda asked, done: None,
+    ):
+        self.model, self.bos, self.batch_size, self.progress = model, bos, batch_size, progress
+        self.alignments = tuple(s.chunking.alignment for s in model.config.stages[:-1])
+        graph, self._params = split(model)
+        self._segment = segmenter(graph, model.config)
+
+    def score(self, texts: Sequence[bytes]) -> list[Score]:
+        return self._in_groups(
+            lambda part: logprobs(self.model, part, bos=self.bos, batch_size=self.batch_size), texts
+        )
+
+    def greedy(self, prompts: Sequence[bytes], num_bytes: int) -> list[bytes]:
+        sampling = Sampling(max_bytes=num_bytes, temperature=0.0, stop=("\n",))
+        how = {"bos": self.bos, "batch_size": self.batch_size}
+        found = self._in_groups(lambda part: generate(self.model, part, sampling, **how), prompts)
+        return [each.data for each in found]
+
+    def boundaries(self, texts: Sequence[bytes]) -> list[Segmentation]:
+        return self._in_groups(lambda part: segment_all(self._segment, self._params, part), texts)
+
+    def in_bfloat16(self) -> "ModelScorer":
+        config = self.model.config
+        graph, _ = abstract(replace(config, compute=replace(config.compute, dtype="bfloat16")))
+        model = nnx.merge(graph, self._params)
+        return ModelScorer(model, bos=self.bos, batch_size=self.batch_size, progress=self.progress)
+
+    def _in_groups(self, run: Callable, texts: Sequence[bytes]) -> list:
+        """`run` on texts of similar length at a time, results in the order of `texts`."""
+        self.progress(len(texts), 0)
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        found, size = {}, GROUP * self.batch_size
+        for first in range(0, len(order), size):
+            members = order[first : first + size]
+            spare = [b""] * (self.batch_size - len(members))  # so that no other shape is compiled
+            found |= dict(zip(members, run([*(texts[i] for i in members), *spare])))
+            self.progress(0, len(members))
+        return [found[i] for i in range(len(texts))]
+
+
+def bits_per_byte(scores: Sequence[Score]) -> float:
+    """Bits per byte over all bytes that something predicts; NaN without any."""
+    nats = [float(np.nansum(s.logprobs, dtype=np.float64)) for s in scores]
+    count = sum(int(np.isfinite(s.logprobs).sum()) for s in scores)
+    return -math.fsum(nats) / count / math.log(2) if count else math.nan

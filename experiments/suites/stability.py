@@ -1,0 +1,55 @@
+"""Boundaries that change when they should not: with the start of the window, and in bfloat16.
+
+A text is cut whole, and again without its first bytes. Compared are the bytes that both windows
+hold, but the first of the shorter one, at which a chunk always starts.
+"""
+
+from collections.abc import Sequence
+
+from experiments.suites.items import Report, Row, Settings
+from experiments.suites.scorer import Scorer
+from hnet.errors import ConfigError
+from hnet.inspect.metrics import Score, score_offsets
+from hnet.inspect.segmentation import Segmentation
+
+SHIFTS = (1, 7, 64)
+
+
+def run(scorer: Scorer, settings: Settings) -> Report:
+    if not scorer.alignments:
+        raise ConfigError("suite stability: the model cuts nowhere, it has one stage")
+    texts = settings.texts
+    whole, rows = scorer.boundaries(texts), []
+    for shift in SHIFTS:
+        long = [seg for seg in whole if len(seg.data) > shift + 1]
+        if long:
+            shifted = scorer.boundaries([seg.data[shift:] for seg in long])
+            rows += compare(f"window + {shift}", long, shifted, shift)
+    rows += compare("bfloat16", whole, scorer.in_bfloat16().boundaries(texts), 0)
+    return {"stability": rows}
+
+
+def compare(
+    what: str, before: Sequence[Segmentation], after: Sequence[Segmentation], shift: int
+) -> list[Row]:
+    """A row per stage. flipped: share of bytes at which one has a boundary and the other has none;
+    f1: agreement of the boundaries."""
+    rows = []
+    for stage in range(len(before[0].stages)):
+        scores, num_bytes = [], 0
+        for a, b in zip(before, after):
+            shared = a.boundaries(stage) - shift
+            scores.append(score_offsets(shared[shared > 0], b.boundaries(stage)))
+            num_bytes += max(len(b.data) - 1, 0)
+        total = Score(*(sum(getattr(s, n) for s in scores) for n in ("hits", "predicted", "gold")))
+        flipped = total.predicted + total.gold - 2 * total.hits
+        rows.append(
+            {
+                "change": what,
+                "stage": stage,
+                "flipped": flipped / max(num_bytes, 1),
+                "f1": total.f1 if total.predicted + total.gold else None,
+                "boundaries": int(total.predicted),
+            }
+        )
+    return rows

@@ -87,16 +87,18 @@ def random_route(alignment="end"):
     return of, logits, ids, segments
 
 
+SIGMAS = (0.05, 0.02, 0.03, 0.01)
 LOSSES = {
     "ratio": (Ratio, {}),
     "binomial": (Binomial, {}),
     "hinge": (Hinge, {"band": 0.1}),
+    "hinge_sigmas": (Hinge, {"sigmas": SIGMAS, "num_sigmas": 2.0}),
     "bce": (BCE, {"labels": "given"}),
     "double_sigmoid": (BCE, {"labels": "given", "reference_double_sigmoid": True}),
 }
 
 
-def slow_loss(name, p, b, labels, target):
+def slow_loss(name, r, p, b, labels, target):
     """The loss of one route from lists over rows of its positions."""
     rows = [(np.sum(rb), len(rb)) for rb in b if len(rb)]
     n = sum(size for _, size in rows)
@@ -112,8 +114,9 @@ def slow_loss(name, p, b, labels, target):
             for k, size in rows
         ]
         return sum(nats) / n
-    if name == "hinge":
-        high, low = 1 / target, 0.9 / target
+    if name.startswith("hinge"):
+        high = 1 / target
+        low = high - 2 * SIGMAS[r] if name == "hinge_sigmas" else 0.9 * high
         return sum(size * max(k / size - high, low - k / size, 0) for k, size in rows) / n
     q = 1 / (1 + np.exp(-p)) if name == "double_sigmoid" else p
     return np.mean(np.where(labels, -np.log(q), -np.log1p(-q)))
@@ -135,7 +138,7 @@ def test_losses_by_route(name, average):
     for r in (0, 1, 3):
         mine = (ids == r) & (segments != 0)
         rows = [[a[i][mine[i]] for i in range(B)] for a in (p, b, labels)]
-        expected.append(slow_loss(name, *rows, float(targets[r])))
+        expected.append(slow_loss(name, r, *rows, float(targets[r])))
         weight.append(mine.sum() if average == "positions" else 1)
     assert float(value) == pytest.approx(np.average(expected, weights=weight), rel=1e-4)
     assert np.all(np.isfinite(slope)) and np.all(slope[segments == 0] == 0)

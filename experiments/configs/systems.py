@@ -21,6 +21,7 @@ from dataclasses import replace
 from experiments.configs import default
 from hnet.chunking.losses.bce import BCE
 from hnet.chunking.losses.binomial import Binomial
+from hnet.chunking.losses.hinge import Hinge
 from hnet.chunking.predictors.mlp import MLP
 from hnet.config import HNetConfig
 
@@ -63,15 +64,25 @@ def dtp_gumbel() -> HNetConfig:
 
 
 def dtp_entropy() -> HNetConfig:
-    """Dynamic token pooling with a predictor of the model's own entropy spikes."""
+    """Dynamic token pooling with a predictor of the model's own entropy spikes.
+
+    As in its code, the loss takes the sigmoid of p itself.
+    """
     return with_chunking(
-        dtp_gumbel(), predictor=MLP.Config(straight_through=False), losses=("bce",)
+        dtp_gumbel(),
+        predictor=MLP.Config(straight_through=False),
+        losses=(BCE.Config(reference_double_sigmoid=True),),
     )
 
 
 def dtp_unigram() -> HNetConfig:
-    """Dynamic token pooling with a predictor of a tokenizer's cuts, which the batch brings."""
-    return with_chunking(dtp_entropy(), losses=(BCE.Config(labels="given"),))
+    """Dynamic token pooling with a predictor of a tokenizer's cuts, which the batch brings.
+
+    As in its code, the loss takes the sigmoid of p itself.
+    """
+    return with_chunking(
+        dtp_entropy(), losses=(BCE.Config(labels="given", reference_double_sigmoid=True),)
+    )
 
 
 def dtp_whitespace() -> HNetConfig:
@@ -96,8 +107,9 @@ def magnet() -> HNetConfig:
 def flexitokens() -> HNetConfig:
     """FlexiTokens (arXiv 2507.12720): one predictor, a hinge with an upper rate for each script."""
     rates = (0.333, 0.333, 0.17, 0.127)  # of English, Russian and Ukrainian, Hindi and Telugu
+    sigmas = (0.023, 0.023, 0.0115, 0.0085)  # of the shipped rates: the band is 3 sigma wide
     return with_chunking(
-        magnet(), routed_parameters=False, losses=("hinge",),
+        magnet(), routed_parameters=False, losses=(Hinge.Config(sigmas=sigmas),),
         route_target_ratios=tuple(1 / rate for rate in rates),
     )  # fmt: skip
 

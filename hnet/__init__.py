@@ -1,11 +1,11 @@
-"""Byte-level sequence models that learn where to cut, in JAX."""
+"""Byte-level sequence models with learned chunk boundaries, in JAX."""
 
 import importlib
 
 __all__ = ["HNetConfig", "HNetLM", "StageConfig", "load"]
 
-# What needs JAX is imported when it is first asked for: TensorBoard loads this package for its
-# Boundaries tab, and starts without JAX.
+# Names that need JAX are imported on first use: TensorBoard loads this package for its Boundaries
+# tab, without JAX.
 _LAZY = {
     "HNetConfig": "hnet.config",
     "HNetLM": "hnet.model",

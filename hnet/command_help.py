@@ -1,4 +1,4 @@
-"""The help of commands: fields with type, default and docstring, level by level."""
+"""Help texts of commands: fields with type, default and docstring, one level at a time."""
 
 import ast
 import dataclasses
@@ -19,14 +19,14 @@ WIDTH = 100
 
 @functools.cache
 def docs(cls: type) -> dict[str, str]:
-    """Field -> the string that stands below it in the source, own and inherited ones."""
+    """Field -> its docstring (the string below it in the source), inherited fields included."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if "__dataclass_fields__" not in base.__dict__:
             continue
         try:
             body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body
-        except (OSError, TypeError, SyntaxError):  # a class that has no source
+        except (OSError, TypeError, SyntaxError):  # a class without source
             continue
         for node, after in zip(body, body[1:]):
             match node, after:
@@ -44,7 +44,7 @@ def summary(thing: Any) -> str:
 
 
 def defaults(cls: type) -> dict[str, Any]:
-    """JSON content with the default of each field that has one."""
+    """JSON content with the default of each field that has a default."""
     content = {}
     for field in dataclasses.fields(cls):
         if field.default is not dataclasses.MISSING:
@@ -55,7 +55,7 @@ def defaults(cls: type) -> dict[str, Any]:
 
 
 def leaves(cls: type, content: Any, path: str = "") -> Iterator[str]:
-    """Dotted paths of all fields of a configuration, sections and parts among them."""
+    """Dotted paths of all fields of a configuration, including sections and parts."""
     hint = fields.plain(cls)
     if is_part(hint):
         content = content if isinstance(content, dict) else {"name": content}
@@ -70,7 +70,7 @@ def leaves(cls: type, content: Any, path: str = "") -> Iterator[str]:
 
 
 def same_name(cls: type, content: Any, path: str) -> str | None:
-    """The field somewhere in a configuration whose last name is that of a path, if it is one."""
+    """The field with the same last name as `path`, if exactly one exists in the configuration."""
     last = path.rpartition(".")[2]
     found = [known for known in leaves(cls, content) if known.rpartition(".")[2] == last]
     return found[0] if len(found) == 1 else None
@@ -80,13 +80,13 @@ def same_name(cls: type, content: Any, path: str) -> str | None:
 
 
 def of_options(cls: type, content: dict[str, Any]) -> str:
-    """Help of a program that is told by one dataclass: what it does, then every field."""
+    """Help of a program whose options are one dataclass: what it does, then every field."""
     module = sys.modules[cls.__module__]
     return f"{inspect.getdoc(module)}\n\n{level(cls, content, deep=True)}"
 
 
 def of_topic(cls: type, content: Any, path: str) -> str:
-    """Help of a dotted field: the fields inside, the parts that it takes, or the field itself."""
+    """Help of a dotted field: its inner fields, the parts that it accepts, or the field itself."""
     parent, key, hint = fields.locate(cls, content, path)
     value = parent[key] if isinstance(parent, list) else parent.get(key)
     inner = fields.plain(hint)
@@ -127,7 +127,8 @@ def parts(kind: type[Settings], path: str) -> str:
 def level(cls: type, content: Any, path: str = "", *, deep: bool = False) -> str:
     """The fields below a dotted path: --field TYPE = default, and the docstring.
 
-    Sections inside come last, with the command that shows them; or as they are, if `deep`.
+    Inner sections come last, as a list with the command that shows them. deep: their fields are
+    shown instead.
     """
     lines, sections = [], []
     for name, hint in fields.hints(cls).items():
@@ -165,7 +166,7 @@ _BELOW = 8 * " "
 
 
 def value_text(value: Any) -> str:
-    """A value as it is written on the command line."""
+    """A value in the form of the command line."""
     if isinstance(value, dict):
         inner = [f"{k}={value_text(v)}" for k, v in value.items() if k != "name"]
         return value["name"] + (f"({', '.join(inner)})" if inner else "")
@@ -176,7 +177,7 @@ def value_text(value: Any) -> str:
 
 
 def table(rows: Sequence[tuple[str, str]]) -> str:
-    """Names and what they are, in two columns."""
+    """Names and their descriptions, in two columns."""
     width = max((len(name) for name, _ in rows), default=0)
     return "\n".join(
         textwrap.fill(

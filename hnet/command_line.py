@@ -1,6 +1,6 @@
 """One command line for all programs: `[--section.field VALUE ...]`, and errors in one line.
 
-Arguments are read before anything heavy is imported, so nothing here needs JAX.
+Arguments are read before large packages are imported, so this module does not need JAX.
 """
 
 import argparse
@@ -23,13 +23,13 @@ from hnet.train.cpu import keep_freed_memory
 FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
-OUTPUT_CLOSED = 141  # as a shell reports a program that SIGPIPE ended
+OUTPUT_CLOSED = 141  # exit code that a shell reports for a program killed by SIGPIPE
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Call `main` and exit with its code, as `exit_code` says it.
+    """Call `main` and exit with the code from `exit_code`.
 
-    The other hosts of a run are told why this one ends, so that none waits for it.
+    The reason is sent to the other hosts of a run, so that none of them waits for this one.
     """
     keep_freed_memory()
     code, reason = exit_code(main)
@@ -39,10 +39,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 
 def exit_code(main: Callable[[], int | None]) -> tuple[int, str]:
-    """Call `main`: its exit code, and why it failed.
+    """Call `main` and return (exit code, reason of a failure).
 
-    Bad input is one line on stderr and code 2, a failure with good input one line and code 1. A
-    traceback is for faults of the program itself.
+    Bad input prints one line on stderr and gives code 2; a failure with good input prints one line
+    and gives code 1. A traceback is printed only for errors in the program itself.
     """
     reason = ""
     try:
@@ -65,13 +65,13 @@ def exit_code(main: Callable[[], int | None]) -> tuple[int, str]:
 
 
 def one_line(error: Exception) -> str:
-    """The message, with whatever could break or steer a terminal's line escaped."""
+    """The message in one line, with line breaks and control characters escaped."""
     return printable(" ".join(str(error).split()))
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse for options beside the fields of a configuration: no abbreviations, the description
-    as it is written, and ConfigError instead of usage and exit."""
+    """argparse for options that are not fields of a configuration: no abbreviations, the
+    description is not reformatted, and errors raise ConfigError instead of printing the usage."""
 
     def __init__(self, **settings):
         kind = argparse.RawDescriptionHelpFormatter
@@ -82,14 +82,14 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def number(kind: type, low: float, high: float) -> Callable[[str], int | float]:
-    """`type` of an argparse option: a finite number from `low` to `high`."""
+    """`type` for an argparse option: a finite number from `low` to `high`."""
 
     def read(text: str) -> int | float:
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not low <= value <= high:  # NaN is not, either
+        if not low <= value <= high:  # also true for NaN
             what = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{shown(text)}: use {what} from {low} to {high}")
         return value
@@ -98,7 +98,7 @@ def number(kind: type, low: float, high: float) -> Callable[[str], int | float]:
 
 
 def parse(cls: type, default: Any = None, argv: Sequence[str] | None = None) -> Any:
-    """Read a dataclass from the command line; a field that is not given keeps its default.
+    """Read a dataclass from the command line; fields that are not given keep their defaults.
 
     `--help` prints the docstring of the module of `cls` and all fields. Raises ConfigError.
     """
@@ -111,7 +111,7 @@ def parse(cls: type, default: Any = None, argv: Sequence[str] | None = None) -> 
 
 
 def help_topic(argv: Sequence[str]) -> str | None:
-    """The word after `--help` or `-h`, "" if there is none; None if help is not asked for."""
+    """The word after `--help` or `-h`, "" if there is none; None without `--help` or `-h`."""
     for i, word in enumerate(argv):
         if word in ("--help", "-h"):
             topic = argv[i + 1] if i + 1 < len(argv) else ""
@@ -120,7 +120,7 @@ def help_topic(argv: Sequence[str]) -> str | None:
 
 
 def with_words(cls: type, content: Any, argv: Sequence[str]) -> Any:
-    """A `cls` from JSON content and words that change it. Outer fields are set first."""
+    """A `cls` from JSON content and command-line words that change it, outer fields first."""
     options = split_words(argv)
     for path in sorted(options, key=lambda path: path.count(".")):
         parent, key, hint = _locate(cls, content, path)
@@ -138,9 +138,9 @@ def _locate(cls: type, content: Any, path: str) -> tuple[Any, str | int, Any]:
 
 
 def check_words(cls: type, argv: Sequence[str]) -> None:
-    """Raise ConfigError for a word that `cls` does not take; what is no field of it is left out.
+    """Raise ConfigError for invalid values of fields of `cls`; words for other fields are ignored.
 
-    Each field is looked at by itself, so this needs no configuration that the words belong to.
+    Each field is checked separately against the defaults, so this needs no configuration.
     """
     content = command_help.defaults(cls)
     for path, words in split_words(argv).items():
@@ -150,7 +150,7 @@ def check_words(cls: type, argv: Sequence[str]) -> None:
 
 
 def split_words(argv: Sequence[str]) -> dict[str, list[str]]:
-    """`--a.b x y --c=z` -> {"a.b": ["x", "y"], "c": ["z"]}. Of two of one name the last counts."""
+    """`--a.b x y --c=z` -> {"a.b": ["x", "y"], "c": ["z"]}. The last of equal names is used."""
     found: dict[str, list[str]] = {}
     values: list[str] | None = None
     for word in argv:
@@ -168,10 +168,10 @@ def split_words(argv: Sequence[str]) -> dict[str, list[str]]:
 
 
 def value_of(hint: Any, words: list[str], path: str) -> Any:
-    """JSON content of a field of this type from its words; whatever is wrong, `from_json` says.
+    """JSON content of a field of type `hint` from its words; `from_json` checks it later.
 
-    A tuple takes any number of words, a tuple of tuples words such as Han+Hiragana. A section, a
-    part and a tuple are also read as JSON.
+    A tuple takes any number of words; a tuple of tuples takes words such as Han+Hiragana. A
+    section, a part and a tuple can also be given as JSON.
     """
     for option in fields.options(hint):
         with contextlib.suppress(FieldError):
@@ -191,7 +191,7 @@ def value_of(hint: Any, words: list[str], path: str) -> Any:
         nested = [typing.get_origin(kind) is tuple for kind in kinds]
         split = [w.split("+") if inner else [w] for w, inner in zip(words, nested)]
         found = [value_of(kind, own, path) for kind, own in zip(kinds, split)]
-        return found + words[len(kinds) :]  # too many, which `from_json` refuses
+        return found + words[len(kinds) :]  # too many words: `from_json` raises
     if len(words) != 1:
         given = f"{len(words)} were given: {shown(' '.join(words))}" if words else "none was given"
         raise FieldError(f"{path} takes one value ({fields.type_text(hint)}), {given}")
@@ -199,7 +199,7 @@ def value_of(hint: Any, words: list[str], path: str) -> Any:
 
 
 def _scalar(hint: Any, word: str) -> Any:
-    """The word as what the type wants, or as it is where it is something else."""
+    """The word converted to the type, or unchanged if it cannot be converted."""
     if typing.get_origin(hint) is typing.Literal:
         return next((option for option in typing.get_args(hint) if str(option) == word), word)
     if hint is bool or hint is type(None):

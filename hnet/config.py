@@ -1,10 +1,10 @@
-"""Typed, frozen configuration of the network, and the official JSON format both ways.
+"""Typed, frozen configuration of the network; reads and writes the official JSON format.
 
-A network is a tuple of stages, outermost first. Every stage but the last has an encoder and a
-decoder around a router that cuts its sequence into chunks; the last one is a plain stack.
+A network is a tuple of stages, outermost first. Every stage but the last has an encoder, a boundary
+predictor that splits its sequence into chunks, and a decoder; the last stage is a plain stack.
 Layout strings are the official ones (goombalab/hnet): a run is a letter and a count, ``m`` =
-Mamba-2, ``t`` = causal attention, upper case = the same with a SwiGLU MLP after it. The table
-`hnet.nn.mixers.MIXERS` has further letters.
+Mamba-2, ``t`` = causal attention, upper case = the same followed by a SwiGLU MLP. The table
+`hnet.nn.mixers.MIXERS` has more letters.
 """
 
 import json
@@ -51,7 +51,7 @@ def parse_layout(layout: str) -> tuple[tuple[str, int], ...]:
 
 
 def layout_height(layout: str) -> int:
-    """Number of residual additions of a stack: 1 a lower-case layer, 2 an upper-case one."""
+    """Number of residual additions of a stack: 1 per lower-case layer, 2 per upper-case layer."""
     return sum(n * (1 + kind.isupper()) for kind, n in parse_layout(layout))
 
 
@@ -60,15 +60,15 @@ class SSMConfig:
     """Mamba-2 mixers, shared by all stages (the official ``ssm_cfg``)."""
 
     d_state: Count = 128
-    """size of the recurrent state a channel"""
+    """size of the recurrent state per channel"""
     d_conv: Count = 4
-    """taps of the causal convolution"""
+    """number of taps of the causal convolution"""
     expand: Count = 2
-    """inner width over d_model"""
+    """ratio of the inner width to d_model"""
     head_dim: Count = 64
-    """channels that share one decay"""
+    """number of channels per head, which share one decay"""
     chunk_size: Count = 256
-    """the official kernel's block length, kept for the JSON; ours is compute.ssd_block_len"""
+    """block length of the official kernel, kept for the JSON; ours is compute.ssd_block_len"""
 
 
 @dataclass(frozen=True)
@@ -78,15 +78,15 @@ class StageConfig:
     arch_layout: tuple[str, ...]
     """(encoder, decoder) layout strings, or (stack,) in the innermost stage"""
     d_model: Count
-    """width of this stage; may not shrink inwards"""
+    """width of this stage; at least that of the stage around it"""
     d_intermediate: Natural = 0
     """inner width of the SwiGLU MLPs, rounded up to a multiple of 128"""
     num_heads: Natural = 16
-    """attention heads"""
+    """number of attention heads"""
     rotary_emb_dim: Natural = 32
-    """channels of each head that are rotated (the rest carries no position)"""
+    """number of channels per head with rotary positions (the others have no positions)"""
     window_size: Annotated[int, Bounds(-1)] = -1
-    """previous positions that attention sees; -1 = all"""
+    """number of previous positions that attention sees; -1 = all"""
     chunking: ChunkingConfig = ChunkingConfig()
     attention: AttentionConfig = AttentionConfig()
     cross_attention: CrossAttentionConfig = CrossAttentionConfig()
@@ -99,44 +99,44 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class ComputeConfig:
-    """How the same function is computed; nothing here changes what is learned."""
+    """How the network is computed: the function is the same up to rounding."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """matmul precision; router, EMA, residual, norms and softmax stay in float32"""
+    """matmul dtype; boundary predictors, EMA, residual stream, norms and softmax use float32"""
     remat: Literal["none", "layer", "dots"] = "none"
-    """what the backward pass recomputes: nothing, whole layers, or all but matmul outputs"""
+    """rematerialisation in the backward pass: none, whole layers, or all but matmul outputs"""
     scan_layers: bool = True
-    """one compiled body for equal consecutive layers; False unrolls them"""
+    """scan over equal consecutive layers, with one compiled body; False unrolls them"""
     ssd_block_len: Count | None = None
-    """positions per block of the SSD; default: 64, on GPUs 128 (kernels for TPUs choose it)"""
+    """positions per block of the SSD; default: 64, on GPUs 128 (TPU kernels choose their own)"""
     delta_block_len: Count = 64
     """positions per block of gated DeltaNet"""
     attention_block_len: Count | None = None
-    """positions per block of attention, of queries and of keys; default: 128, on GPUs 1024, and
-    2048 queries for cudnn (kernels for TPUs choose it)"""
+    """positions per block of queries and of keys in attention; default: 128, on GPUs 1024, with
+    cudnn 2048 queries (TPU kernels choose their own)"""
     attention_backend: Literal["auto", "xla", "splash", "cudnn"] = "auto"
-    """what computes attention in a run: our own blocks (xla), JAX's kernel for TPUs (splash) or
-    NVIDIA's for bfloat16 (cudnn, never run); auto: splash on TPUs, cudnn on GPUs, else xla"""
+    """implementation of attention: our blocks (xla), JAX's kernel for TPUs (splash) or NVIDIA's for
+    bfloat16 (cudnn, not yet run); auto: splash on TPUs, cudnn on GPUs for bfloat16, else xla"""
     ssd_backend: Literal["auto", "xla", "pallas", "matmul"] = "auto"
-    """what computes the SSD in a run: matmuls over blocks and a loop over their states (xla), a
-    kernel for TPUs (pallas), or fewer and larger matmuls for GPUs (matmul, never run on one); auto:
+    """implementation of the SSD: matmuls over blocks and a loop over their states (xla), a kernel
+    for TPUs (pallas), or fewer and larger matmuls for GPUs (matmul, not yet run on a GPU); auto:
     pallas on TPUs, matmul on GPUs, else xla"""
 
 
 @dataclass(frozen=True)
 class HNetConfig:
-    """The whole language model over bytes."""
+    """The language model over bytes."""
 
     stages: tuple[StageConfig, ...]
     vocab_size: int = 256
-    """byte values"""
+    """number of embeddings, one per byte value; at least 256"""
     ssm: SSMConfig = SSMConfig()
     tie_embeddings: bool = False
-    """share the embedding with the output head"""
+    """weight tying: the output head uses the embedding matrix"""
     route_groups: tuple[tuple[str, ...], ...] = ()
     """names of Unicode scripts that share a route: group i is route i + 1, all others route 0"""
     mixers: tuple[tuple[str, str], ...] = ()
-    """further letters of layout strings and their classes, ("k", "my_paper.layers:Kernel")"""
+    """additional letters of layout strings and their classes, ("k", "my_paper.layers:Kernel")"""
     compute: ComputeConfig = ComputeConfig()
 
     def __post_init__(self):
@@ -144,23 +144,24 @@ class HNetConfig:
 
     @property
     def num_chunked(self) -> int:
-        """Number of stages that cut, which is the number of routers."""
+        """Number of stages that chunk, which is the number of boundary predictors."""
         return len(self.stages) - 1
 
     @property
     def num_routes(self) -> int:
-        """Most routes that a stage tells apart; the model needs route ids if it is more than 1."""
+        """Maximum number of routes of a stage; the model needs route ids if it is more than 1."""
         return max((s.chunking.routes for s in self.stages[:-1]), default=1)
 
     @property
     def route_names(self) -> tuple[str, ...]:
-        """A name for each route: "default", then the scripts of its group ("Han+Hiragana")."""
+        """Name of each route: "default" for route 0, else the scripts of its group
+        ("Han+Hiragana")."""
         groups = self.route_groups or [(str(r),) for r in range(1, self.num_routes)]
         return ("default", *("+".join(group) for group in groups))
 
     def numbers(self) -> tuple[dict[str, Any], ...]:
-        """Numbers of each stage that chunks which a compiled program takes as inputs, float32:
-        `target_ratio_R`, and by part those that its settings trace."""
+        """Numbers that a compiled program takes as inputs, float32, for each stage that chunks:
+        `target_ratio_R`, and the traced numbers of each part."""
         found = []
         for chunking in (stage.chunking for stage in self.stages[:-1]):
             parts = {
@@ -182,16 +183,16 @@ class HNetConfig:
 
     @classmethod
     def from_json(cls, source: str | os.PathLike | dict[str, Any]) -> "HNetConfig":
-        """Read the official JSON: a path, or its parsed content.
+        """Read the official JSON from a path or from its parsed content.
 
-        Raises ConfigError for a missing file, broken JSON, an unknown or a missing key.
+        Raises ConfigError for a missing file, invalid JSON, an unknown key or a missing key.
         """
         return _from_official(source if isinstance(source, dict) else _read_json(source))
 
     def to_json(self) -> dict[str, Any]:
         """The official JSON content of this architecture.
 
-        Raises ConfigError if the official model cannot do what a stage or a mixer does.
+        Raises ConfigError if the official model does not support a stage or a mixer.
         """
         for i, stage in enumerate(self.stages[:-1]):
             for name, (own, official) in stage.chunking.unofficial_fields.items():
@@ -226,7 +227,7 @@ class HNetConfig:
         }
 
     def unofficial_layers(self) -> str | None:
-        """What the layers of some stage have that no official H-Net has, if anything."""
+        """One line on the first layer or option that the official H-Net does not have, or None."""
         for i, stage in enumerate(self.stages):
             kinds = {kind for part in stage.arch_layout for kind, _ in parse_layout(part)}
             if other := sorted(kind for kind in kinds if kind.lower() not in OFFICIAL):
@@ -304,7 +305,7 @@ _MOST_STAGES, _MOST_RUNS, _MOST_LAYERS, _MOST_PARAMETERS = 16, 128, 4096, 1 << 4
 
 
 def _check_size(config: HNetConfig) -> None:
-    """Raise ConfigError for a network that takes minutes, or overflows, before it computes."""
+    """Raise ConfigError for a network so large that building it takes minutes or overflows."""
     runs = [run for s in config.stages for part in s.arch_layout for run in parse_layout(part)]
     layers, parameters = sum(count for _, count in runs), _approximate_parameters(config)
     for what, count, most in (
@@ -322,7 +323,7 @@ def _check_size(config: HNetConfig) -> None:
 
 
 def _approximate_parameters(config: HNetConfig) -> int:
-    """Entries of all matrices, without biases, norms and parts that learn little."""
+    """Approximate number of parameters: all large matrices, without biases, norms and parts."""
     total = 2 * config.vocab_size * config.stages[0].d_model
     for stage in config.stages:
         D, inner = stage.d_model, config.ssm.expand * stage.d_model
@@ -388,7 +389,7 @@ def _from_official(content: dict[str, Any]) -> HNetConfig:
         StageConfig(layout, **{name: values[i] for name, values in lists.items()})
         for i, layout in enumerate(layouts)
     )
-    if len(stages) > 2:  # trained for 6 positions a chunk in one stage, 3 in each of two
+    if len(stages) > 2:  # official target ratios: 6 with one chunking stage, 3 in each of two
         cut = tuple(replace(stage, chunking=ChunkingConfig(3.0)) for stage in stages[:-1])
         stages = (*cut, stages[-1])
     return HNetConfig(stages, vocab_size, SSMConfig(**ssm), tied)
@@ -418,8 +419,8 @@ def _flatten_layout(nested: Any) -> list[tuple[str, ...]]:
 def lr_multipliers(config: HNetConfig, *, bytes_per_token: float = 4.6) -> tuple[float, ...]:
     """Learning-rate multiplier of each stage, outermost first.
 
-    lambda_s = sqrt(N_gpt * prod_{i>=s} N_i / prod_i N_i * D_S / D_s), with N_S = 1 and N_gpt the
-    bytes a GPT-2 token holds (arXiv 2507.07955, appendix C, eq. 11).
+    lambda_s = sqrt(N_gpt * prod_{i>=s} N_i / prod_i N_i * D_S / D_s), with N_S = 1 and N_gpt =
+    `bytes_per_token`, the mean bytes per GPT-2 token (arXiv 2507.07955, appendix C, eq. 11).
     """
     ratios = [s.chunking.target_ratio for s in config.stages[:-1]]
     widest = config.stages[-1].d_model
@@ -430,7 +431,7 @@ def lr_multipliers(config: HNetConfig, *, bytes_per_token: float = 4.6) -> tuple
 
 
 def _published() -> dict[str, HNetConfig]:
-    """The released architectures (goombalab/hnet, configs/), each derived from the one before."""
+    """The released architectures (goombalab/hnet, configs/), derived from each other."""
     ratio6, ratio3 = ChunkingConfig(6.0), ChunkingConfig(3.0)
     outer = StageConfig(("m4", "m4"), 1024, 0, 16, 32, 1023, ratio6)
     one_l = HNetConfig((outer, StageConfig(("T22",), 1536, 4096, 16, 48)))

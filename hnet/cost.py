@@ -1,11 +1,11 @@
-"""Operations of a traced program, counted under the named scopes around its equations.
+"""Operation counts of a traced program, grouped by the named scopes of its equations.
 
-`count` traces a function on shapes and walks its jaxpr: nothing is compiled, no array is made. A
-multiply-add is two operations. Element-wise operations count as XLA counts them: one per element,
-none for moving data nor for exp, log, sqrt and the like.
+`count` traces a function on shapes and walks its jaxpr: nothing is compiled, no array is allocated.
+A multiply-add is two operations. Element-wise operations are counted as in XLA: one per element,
+none for data movement or for exp, log, sqrt and similar functions.
 
-A part is "stage1/encoder", the scope after the innermost `stage<i>`, or the outermost scope if
-there is no stage ("lm_head", "loss"); what no scope names is under "other".
+The name of a part is the innermost `stage<i>` and the scope inside it ("stage1/encoder"), or the
+outermost scope if there is no stage ("lm_head", "loss"); equations without a scope are "other".
 """
 
 import math
@@ -22,16 +22,16 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from hnet.errors import ConfigError
 
 _FREE = frozenset(
-    # moves or makes data
+    # move or create data
     "broadcast_in_dim concatenate convert_element_type copy copy_p device_put dynamic_slice "
     "dynamic_update_slice gather get iota name optimization_barrier pad random_bits random_fold_in "
     "random_seed random_split random_unwrap random_wrap reshape reshard rev scatter "
     "sharding_constraint slice split squeeze stop_gradient swap transpose "
-    # XLA counts these apart, as transcendental
+    # XLA counts these separately, as transcendentals
     "atan2 cbrt cos erf exp expm1 log log1p pow rsqrt sin sqrt tan tanh".split()
 )
-_PER_ELEMENT = {"erfc": 62, "logistic": 3}  # polynomials, as XLA writes them out
-_READS = ("reduce", "cum", "arg", "scatter")  # of these, one per element that is read counts
+_PER_ELEMENT = {"erfc": 62, "logistic": 3}  # operations per element in XLA's expansion
+_READS = ("reduce", "cum", "arg", "scatter")  # primitives with one operation per input element
 _TRIPS = "trips="
 _REMAT = ("checkpoint", "rematted_computation")
 
@@ -43,9 +43,9 @@ class Cost:
     matmul: float = 0.0
     """operations of matrix products and convolutions"""
     exact: float = 0.0
-    """operations among those of `matmul` for which `Precision.HIGHEST` is asked"""
+    """operations included in `matmul` that use `Precision.HIGHEST`"""
     elementwise: float = 0.0
-    """operations of everything else"""
+    """all other operations"""
 
     @property
     def total(self) -> float:
@@ -59,18 +59,18 @@ class Cost:
 
 
 def trips(mean: float) -> AbstractContextManager:
-    """Scope of a loop whose bounds are read at run time: how often it runs on average.
+    """Named scope that gives the mean number of iterations of a loop with dynamic bounds.
 
-    Its cost is then counted like that of any other code, in the backward pass too.
+    `count` then counts the loop like other code, in the backward pass too.
     """
     return jax.named_scope(f"{_TRIPS}{float(mean)}")
 
 
 def count(function: Callable, *args: Any, **static: Any) -> dict[str, Cost]:
-    """Operations of each part of `function(*args, **static)`, in the order they run first.
+    """Operations of each part of `function(*args, **static)`, parts in order of first execution.
 
-    args: pytrees of arrays or of their shapes (jax.ShapeDtypeStruct). Of the branches of a
-    condition the dearest counts. Raises ConfigError for a loop that states no `trips`.
+    args: pytrees of arrays or of their shapes (jax.ShapeDtypeStruct). A conditional counts as its
+    most expensive branch. Raises ConfigError for a loop with dynamic bounds outside of `trips`.
     """
     traced = jax.make_jaxpr(lambda *args: function(*args, **static))(*args)
     live, _ = dce_jaxpr(traced.jaxpr, True)
@@ -82,9 +82,9 @@ def count(function: Callable, *args: Any, **static: Any) -> dict[str, Cost]:
 
 
 def _walk(jaxpr: Any, around: tuple[str, ...]) -> Iterator[tuple[str, Cost]]:
-    """(part, operations) of every equation inside; `around`: scopes of the equation it is of."""
+    """(part, operations) of every equation; around: scopes of the enclosing equation."""
     for equation in jaxpr.eqns:
-        # "transpose(jvp(stage0))/encoder": words before a bracket are transformations
+        # "transpose(jvp(stage0))/encoder": names before a parenthesis are transformations
         names = re.findall(r"([^/()]+)(?=[/)]|$)", str(equation.source_info.name_stack))
         scopes, name = (*around, *names), equation.primitive.name
         bodies = [getattr(body, "jaxpr", body) for body in jaxprs_in_params(equation.params)]
@@ -99,7 +99,7 @@ def _walk(jaxpr: Any, around: tuple[str, ...]) -> Iterator[tuple[str, Cost]]:
 
 
 def _part(scopes: tuple[str, ...]) -> str:
-    # einsum writes its specification there too, jax.checkpoint what it does
+    # einsum and jax.checkpoint add scopes of their own, which are dropped here
     names = [name for name in scopes if name.isidentifier() and name not in _REMAT]
     stages = [i for i, name in enumerate(names) if re.fullmatch(r"stage\d+", name)]
     if stages:
@@ -108,7 +108,7 @@ def _part(scopes: tuple[str, ...]) -> str:
 
 
 def _times(equation: Any, scopes: tuple[str, ...]) -> float:
-    """How often the bodies of an equation run."""
+    """Number of executions of the bodies of an equation."""
     params = equation.params
     match equation.primitive.name:
         case "scan":
@@ -121,7 +121,7 @@ def _times(equation: Any, scopes: tuple[str, ...]) -> float:
                 f"a loop in {_part(scopes)} has bounds that are read at run time: to count its "
                 "operations, put it in `with hnet.cost.trips(mean)`"
             )
-        case "shard_map":  # its body is one device's share
+        case "shard_map":  # its body is the program of one device
             return math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
         case "pallas_call":
             return math.prod(params["grid_mapping"].grid)

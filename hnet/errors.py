@@ -1,4 +1,4 @@
-"""What ends a command with one line for people."""
+"""Errors that end a command with a one-line message."""
 
 
 class ConfigError(ValueError):
@@ -6,4 +6,4 @@ class ConfigError(ValueError):
 
 
 class Failed(RuntimeError):
-    """A run that cannot go on, with good settings: one line that names the fault and the remedy."""
+    """A run with valid settings that cannot go on: one line that names the fault and the remedy."""

@@ -1,10 +1,11 @@
 """Configurations as JSON content and as dotted fields.
 
-A configuration is a tree of frozen dataclasses. In JSON a dataclass is an object, a tuple a list,
-and a part (`hnet.parts`) an object with its name: ``{"name": "mlp", "width": 512}``. The bare name
-is the part with its defaults; ``"package.module:Class"`` names a class outside of the tables.
+A configuration is a tree of frozen dataclasses. In JSON a dataclass is an object, a tuple is a list
+and a part (`hnet.parts`) is an object with its name: ``{"name": "mlp", "width": 512}``. A name as a
+string is the part with its defaults; ``"package.module:Class"`` is a class outside of the tables.
 
-Every error is a ConfigError of one line that names the dotted field, the value and a remedy.
+Every error is a ConfigError with a one-line message that names the dotted field, the value and a
+remedy.
 """
 
 import dataclasses
@@ -24,17 +25,17 @@ from typing import Annotated, Any, Literal
 from hnet.errors import ConfigError
 from hnet.parts import Settings
 
-_MOST = 2**53  # whole numbers up to here survive JSON everywhere
+_MOST = 2**53  # integers up to this are exact in every JSON reader
 _MOST_32 = 2**31 - 1
 
 
 class FieldError(ConfigError):
-    """A field that does not exist, or a value of another type."""
+    """A field that does not exist, or a value of the wrong type."""
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """The numbers that a field takes: `Annotated[int, Bounds(1)]`. All are finite."""
+    """Range of the finite numbers that a field accepts: `Annotated[int, Bounds(1)]`."""
 
     least: float = -math.inf
     most: float = math.inf
@@ -57,16 +58,16 @@ class Bounds:
 
 
 Count = Annotated[int, Bounds(1, _MOST_32)]
-"""A whole number from 1 that fits 32 bits."""
+"""An integer of at least 1 that fits into 32 bits."""
 Natural = Annotated[int, Bounds(0, _MOST_32)]
-"""A whole number from 0 that fits 32 bits."""
+"""An integer of at least 0 that fits into 32 bits."""
 Share = Annotated[float, Bounds(0, 1)]
 Positive = Annotated[float, Bounds(above=0)]
 NotNegative = Annotated[float, Bounds(0)]
 
 
 def shown(value: Any) -> str:
-    """`repr`, shortened: a value of any size or depth fits into a line."""
+    """`repr`, shortened to fit into a line for a value of any size or depth."""
     return _SHORT.repr(value)
 
 
@@ -80,7 +81,7 @@ def join(path: str, name: str | int) -> str:
 
 
 def unknown(name: str, known: Sequence[str], path: str = "") -> str:
-    """The remedy for a name that is none of `known`, which are fields of `path`."""
+    """Remedy for a name that is not among `known`, the fields of `path`."""
     if near := difflib.get_close_matches(name, known, 1):
         return f"did you mean {join(path, near[0])}?"
     return f"known are {', '.join(known)}" if known else "it has no fields"
@@ -88,7 +89,7 @@ def unknown(name: str, known: Sequence[str], path: str = "") -> str:
 
 @functools.cache
 def hints(cls: type) -> dict[str, Any]:
-    """Name -> type of the fields of a dataclass, with their `Bounds`."""
+    """Name -> type of each field of a dataclass, with `Annotated` bounds."""
     types_of = typing.get_type_hints(cls, include_extras=True)
     return {field.name: types_of[field.name] for field in dataclasses.fields(cls)}
 
@@ -106,13 +107,13 @@ def unwrap(hint: Any) -> Any:
 
 
 def options(hint: Any) -> tuple[Any, ...]:
-    """The types of a union; () for another type."""
+    """The types of a union; () if the type is not a union."""
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     return typing.get_args(hint) if is_union else ()
 
 
 def plain(hint: Any) -> Any:
-    """The type without `Annotated`; of `X | None` X."""
+    """The type without `Annotated`, and X for `X | None`."""
     hint = unwrap(hint)
     kinds = [unwrap(option) for option in options(hint) if option is not type(None)]
     return kinds[0] if len(kinds) == 1 else hint
@@ -125,12 +126,12 @@ def holds_parts(hint: Any) -> bool:
 
 
 def is_section(hint: Any) -> bool:
-    """Whether a field of this type has fields of its own, and is no part."""
+    """Whether a field of this type is a dataclass that is not a part."""
     return isinstance(hint, type) and dataclasses.is_dataclass(hint) and not is_part(hint)
 
 
 def type_text(hint: Any) -> str:
-    """What a field of this type takes, for errors and help."""
+    """Description of the values of a type, for errors and help."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         bounds = next((a for a in args[1:] if isinstance(a, Bounds)), None)
@@ -152,7 +153,7 @@ def type_text(hint: Any) -> str:
 
 
 def to_json(value: Any) -> Any:
-    """A configuration, or any value of one, as plain JSON content."""
+    """A configuration, or a value in one, as JSON content."""
     if dataclasses.is_dataclass(value):
         content = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {"name": value.name, **content} if isinstance(value, Settings) else content
@@ -160,7 +161,7 @@ def to_json(value: Any) -> Any:
 
 
 def read_json(path: str | os.PathLike, what: str = "file") -> Any:
-    """Content of a JSON file. Raises ConfigError in one line, which calls the file `what`."""
+    """Content of a JSON file. Raises a one-line ConfigError that calls the file `what`."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as e:
@@ -172,10 +173,10 @@ def read_json(path: str | os.PathLike, what: str = "file") -> Any:
 
 
 def from_json(hint: Any, content: Any, path: str = "") -> Any:
-    """The value of type `hint`, mostly a dataclass, from JSON content.
+    """The value of type `hint`, usually a dataclass, from JSON content.
 
-    A missing field takes its default. Raises ConfigError for an unknown field, a missing one, a
-    value of another type, a number out of bounds, and whatever the dataclass itself refuses.
+    A missing field gets its default. Raises ConfigError for an unknown field, a missing field
+    without default, a value of the wrong type, a number out of bounds, and errors of the dataclass.
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
@@ -216,7 +217,7 @@ def from_json(hint: Any, content: Any, path: str = "") -> Any:
 
 
 def _check_number(value: Any, bounds: Sequence[Any], path: str) -> None:
-    """Raise ConfigError for a number that is not finite, absurdly large, or out of its bounds."""
+    """Raise ConfigError for a number that is not finite, too large for JSON, or out of bounds."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     if abs(value) > _MOST and isinstance(value, int):
@@ -249,7 +250,7 @@ def has_default(field: dataclasses.Field) -> bool:
 
 
 def _part(kind: type[Settings], content: Any, path: str) -> Any:
-    """The settings of a part: its name, or an object with its name."""
+    """The settings of a part from its name, or from an object with its name."""
     if isinstance(content, str):
         content = {"name": content}
     if not isinstance(content, dict) or not isinstance(content.get("name"), str):
@@ -263,7 +264,7 @@ def _part(kind: type[Settings], content: Any, path: str) -> Any:
 
 
 def part_class(kind: type[Settings], name: str, path: str) -> type[Settings]:
-    """The settings class of the part that is called `name`."""
+    """The settings class of the part with this name."""
     try:
         return kind.table.find(name).Config
     except ConfigError as e:
@@ -271,9 +272,9 @@ def part_class(kind: type[Settings], name: str, path: str) -> type[Settings]:
 
 
 def check(config: Any, path: str = "") -> None:
-    """Raise ConfigError for a number anywhere in a configuration that its field does not take.
+    """Raise ConfigError for a number in a configuration that is out of its field's bounds.
 
-    What is made in Python passes here what `from_json` checks on the way.
+    This is for configurations made in Python; `from_json` does the same checks while reading.
     """
     _check_value(type(config), config, path)
 
@@ -293,7 +294,7 @@ def _check_value(hint: Any, value: Any, path: str) -> None:
 
 
 def _bounds(hint: Any) -> list[Bounds]:
-    """Those of a type, and of its options."""
+    """All `Bounds` of a type, including those of its options."""
     inner = [bounds for option in typing.get_args(hint) for bounds in _bounds(option)]
     return [hint] if isinstance(hint, Bounds) else inner
 
@@ -302,9 +303,9 @@ def _bounds(hint: Any) -> list[Bounds]:
 
 
 def locate(cls: type, content: Any, path: str) -> tuple[Any, str | int, Any]:
-    """Where a dotted field lies in the JSON content of a `cls`: (object or list, key, type).
+    """Location of a dotted field in the JSON content of a `cls`: (object or list, key, type).
 
-    Raises FieldError, which says what there is instead, for a path that leads nowhere.
+    Raises FieldError, which names the known fields, if the field does not exist.
     """
     hint, node, name = cls, content, ""
     parent, key = None, ""
@@ -332,9 +333,9 @@ def locate(cls: type, content: Any, path: str) -> tuple[Any, str | int, Any]:
 
 
 def put(cls: type, content: Any, values: Mapping[str, Any]) -> None:
-    """Set dotted fields of JSON content. Outer fields are set first, whatever their order.
+    """Set dotted fields of JSON content, outer fields first.
 
-    A part that is set is another part, with its own defaults.
+    Setting a part replaces it: its fields have the new part's defaults.
     """
     for path in sorted(values, key=lambda path: path.count(".")):
         parent, key, _ = locate(cls, content, path)
@@ -342,9 +343,9 @@ def put(cls: type, content: Any, values: Mapping[str, Any]) -> None:
 
 
 def with_fields(config: Any, values: Mapping[str, Any]) -> Any:
-    """The configuration with other values, as JSON content, of some fields by dotted path.
+    """The configuration with new values (JSON content) for some dotted fields.
 
-    Raises ConfigError, naming the field, for an unknown one or a value that cannot be.
+    Raises ConfigError, which names the field, for an unknown field or an invalid value.
     """
     content = to_json(config)
     put(type(config), content, values)
@@ -354,7 +355,8 @@ def with_fields(config: Any, values: Mapping[str, Any]) -> Any:
 def flatten(changes: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     """Nested changes as dotted fields: ``{"train": {"steps": 5}}`` is ``{"train.steps": 5}``.
 
-    An object with a name is a part that is set, one without changes fields of the part there is.
+    An object with a name replaces a part; an object without a name changes fields of the current
+    part.
     """
     found = {}
     for name, value in changes.items():
@@ -367,7 +369,7 @@ def flatten(changes: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 
 
 def differences(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted field, value in a, value in b) wherever two contents of JSON differ."""
+    """(dotted field, value in a, value in b) for each difference of two JSON contents."""
     if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         a, b = dict(enumerate(a)), dict(enumerate(b))
     if isinstance(a, dict) and isinstance(b, dict) and a.get("name") == b.get("name"):

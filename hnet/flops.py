@@ -1,9 +1,9 @@
-"""Parameters and floating-point operations of a network, read off its traced program.
+"""Parameters and floating-point operations of a network, from its traced program.
 
-Nothing is entered by hand: parameters are those of the abstract model, operations those of its
-jaxpr (`hnet.cost`), both by the part whose scope they are in. Counted is what `hnet` runs for one
-row of one segment: our own array code, also where a kernel computes the same; every chunk slot,
-filled or not; attention by the blocks it visits. `hnet.flops_published` counts as papers do.
+Parameters are counted in the abstract model and operations in its jaxpr (`hnet.cost`), both per
+named part. The counts are for one row of one segment: our array code, also if a run uses a kernel
+instead; all chunk slots, used or not; the attention blocks that are visited.
+`hnet.flops_published` uses the conventions of papers.
 """
 
 import functools
@@ -23,7 +23,7 @@ from hnet.nn.kernels.table import without
 
 
 def param_counts(config: HNetConfig) -> dict[str, int]:
-    """Parameters of each part, as the model holds them; they sum to the model's."""
+    """Number of parameters of each part; they add up to those of the model."""
     counts: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract(config)[1]):
         part = _part([str(key.key) for key in path], config.num_chunked)
@@ -44,10 +44,10 @@ def _part(path: list[str], num_chunked: int) -> str:
 def stage_lengths(
     config: HNetConfig, seq_len: int, boundary_rates: tuple[float, ...] | None = None
 ) -> tuple[float, ...]:
-    """Mean positions of each stage in a row of `seq_len` bytes, outermost first.
+    """Mean number of positions of each stage for a row of `seq_len` bytes, outermost first.
 
-    boundary_rates: chunks per position in each stage that cuts; the default is the configured
-    1 / target_ratio. Raises ConfigError for a rate outside (0, 1] or a wrong number of them.
+    boundary_rates: chunks per position in each stage that chunks; default: the configured
+    1 / target_ratio. Raises ConfigError for a rate outside (0, 1] or a wrong number of rates.
     """
     cutting = config.stages[: config.num_chunked]
     if boundary_rates is None:
@@ -69,9 +69,9 @@ def forward_flops(
 ) -> dict[str, Cost]:
     """Operations of each part in the forward pass, per row.
 
-    lengths: bytes of a row, then the slots that each inner stage has for it, rounded up:
-    `stage_lengths`, or capacities. packed_rows: rows that share slots, which inner stages see as
-    one long row.
+    lengths: bytes per row, then slots per row of each inner stage (`stage_lengths`, or capacities);
+    rounded up. packed_rows: number of rows that share slots, which inner stages see as one long
+    row.
     """
     return dict(_flops(config, tuple(map(math.ceil, lengths)), packed_rows, False))
 
@@ -83,10 +83,10 @@ def training_flops(
     *,
     remat: str | None = None,
 ) -> dict[str, Cost]:
-    """`forward_flops` of a forward and backward pass, and of what is computed again in it.
+    """Operations of each part in the forward and backward pass, recomputation included, per row.
 
-    The loss is cross-entropy; the optimizer, which works per update and not per row, is left out.
-    remat: as `compute.remat`, which is the default.
+    The loss is cross-entropy. The optimizer is not counted: its cost is per update, not per row.
+    Arguments as in `forward_flops`; remat: overrides `compute.remat`.
     """
     if remat is not None:
         config = replace(config, compute=replace(config.compute, remat=remat))

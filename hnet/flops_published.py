@@ -1,8 +1,8 @@
-"""Forward operations as papers count them, by hand: arXiv 2507.07955, appendix B.
+"""Forward operations in the convention of papers: formulas of arXiv 2507.07955, appendix B.
 
-Attention is not halved for causality, an embedding is a matmul, the SSD is its recurrence; routing,
-residual projection and smoothing are not counted. For comparison with published numbers; what
-`hnet` runs is read off the program by `hnet.flops`.
+Attention is not halved for causality, an embedding counts as a matmul, the SSD as its recurrence;
+boundary prediction, residual projection and smoothing are not counted. Use it for comparison with
+published numbers; `hnet.flops` counts the operations of our own program.
 """
 
 from hnet.config import HNetConfig, StageConfig, parse_layout
@@ -13,7 +13,8 @@ from hnet.flops import check_lengths
 def published_flops(config: HNetConfig, lengths: tuple[float, ...]) -> dict[str, float]:
     """Operations of each part for one row with `lengths` positions in each stage.
 
-    Raises ConfigError if there is not one length per stage, or for a layer without a convention.
+    Raises ConfigError if there is not one length per stage, or for a layer without a published
+    formula.
     """
     check_lengths(config, lengths)
     table = 2 * lengths[0] * config.vocab_size * config.stages[0].d_model
@@ -46,7 +47,7 @@ def _stack(config: HNetConfig, stage: StageConfig, layout: str, S: float) -> flo
 
 def _attention(stage: StageConfig, S: float) -> float:
     D, H, window = stage.d_model, stage.num_heads, stage.window_size
-    pairs = S * (S if window < 0 else min(S, window + 1))  # of a query and a key
+    pairs = S * (S if window < 0 else min(S, window + 1))  # number of query-key pairs
     # Wqkv and out_proj; scores and values; softmax
     return 8 * S * D * D + 4 * pairs * D + 3 * H * pairs
 

@@ -1,4 +1,4 @@
-"""What training minimises and what it reports: next-byte cross-entropy, rate losses, metrics."""
+"""Training loss and metrics: next-byte cross-entropy, losses of the stages, batch metrics."""
 
 import math
 from collections.abc import Mapping
@@ -13,18 +13,18 @@ from hnet.chunking.rates import RateCounts, counts_by_stage, target_rate
 from hnet.config import EOS_ID, HNetConfig
 from hnet.stage import Numbers
 
-PROB_BINS = 20  # of the histogram of boundary probabilities
+PROB_BINS = 20  # bins in the histogram of boundary probabilities
 
 
 def next_byte_nll(logits_BLV: jax.Array, input_ids_BL: jax.Array) -> jax.Array:
-    """-ln p(byte t | bytes < t) at [:, t] in nats, float32; 0 at t = 0, which nothing predicts."""
+    """-ln p(byte t | bytes < t) at [:, t] in nats, float32; 0 at t = 0, which is not predicted."""
     logits = logits_BLV[:, :-1].astype(jnp.float32)
     picked = jnp.take_along_axis(logits, input_ids_BL[:, 1:, None], axis=-1)[..., 0]
     return jnp.pad(jax.nn.logsumexp(logits, axis=-1) - picked, ((0, 0), (1, 0)))
 
 
 def trained_targets(batch: Mapping[str, jax.Array]) -> jax.Array:
-    """Positions whose byte is learned: source bytes (the loss mask) and each document's EOS."""
+    """Positions whose byte is a target: source bytes (the loss mask) and each document's EOS."""
     seen_BL = batch["segment_ids"] != 0
     same_BL = batch["segment_ids"][:, 1:] == batch["segment_ids"][:, :-1]
     predicted_BL = seen_BL & jnp.pad(same_BL, ((0, 0), (1, 0)))
@@ -32,23 +32,23 @@ def trained_targets(batch: Mapping[str, jax.Array]) -> jax.Array:
 
 
 def scored_bytes(batch: Mapping[str, jax.Array]) -> jax.Array:
-    """Source bytes that the loss mask scores: one a position, or those of its token."""
+    """Number of source bytes under the loss mask: one per position, or those of its token."""
     bytes_BL = batch.get("byte_lengths", 1)
     return jnp.sum(jnp.where(batch["loss_mask"], bytes_BL, 0), dtype=jnp.int32)
 
 
 def bits_per_byte(nats: float, num_bytes: float) -> float:
-    """Summed nats over source bytes as bits a byte; NaN if there are none."""
+    """Bits per byte from nats summed over `num_bytes` source bytes; NaN if there are none."""
     return nats / (math.log(2) * num_bytes) if num_bytes else math.nan
 
 
 class Totals(NamedTuple):
-    """What the loss of a batch divides by; the totals of its parts add up."""
+    """Denominators of the loss of a batch; the totals of its parts add up."""
 
     targets: jax.Array
-    """positions whose byte is learned"""
+    """number of positions whose byte is a target"""
     rates: RateCounts | None
-    """(S, R) of the stages that chunk; None if none does"""
+    """counts (S, R) of the stages that chunk; None if none does"""
 
 
 def totals_of(
@@ -60,7 +60,7 @@ def totals_of(
 
 
 def init_loss_states(config: HNetConfig) -> tuple[tuple, ...]:
-    """What the losses of each stage that chunks remember before the first update."""
+    """States of the losses of each stage that chunks, before the first update."""
     return tuple(
         tuple(loss.part().init() for loss in stage.chunking.losses) for stage in config.stages[:-1]
     )
@@ -69,7 +69,7 @@ def init_loss_states(config: HNetConfig) -> tuple[tuple, ...]:
 def next_loss_states(
     config: HNetConfig, states: tuple[tuple, ...], counts: RateCounts | None, numbers: Numbers
 ) -> tuple[tuple, ...]:
-    """What they remember after an update. counts: of the whole batch, (S, R)."""
+    """States of the losses after an update. counts: counts of the whole batch, (S, R)."""
     return tuple(
         tuple(
             loss.part().next_state(
@@ -91,15 +91,14 @@ def total_loss(
     whole: Totals | None = None,
     states: tuple[tuple, ...] | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean cross-entropy in nats plus the weighted losses of all stages, and the sums behind all
-    metrics.
+    """(loss, sums): mean cross-entropy in nats plus the weighted losses of all stages, and the sums
+    from which `batch_metrics` computes the metrics.
 
     records: boundaries of each stage that chunks. numbers: traced numbers (`config.numbers()`).
-    All means are over the global batch. whole: totals of the batch of which these rows are a part
-    (default: they are all of it). Losses, gradients and sums of its parts then add up to those of
-    the batch (`add_sums`), and `batch_metrics` makes its metrics of them. states: what the losses
-    remember; None: as before the first update. `batch["labels"]` (B, L): bool, boundaries to learn,
-    for a loss that wants given ones.
+    All means are over the global batch. whole: totals of the batch that these rows are part of;
+    default: these rows are the whole batch. Losses, gradients and sums of the parts of a batch add
+    up to those of the batch (`add_sums`). states: states of the losses; None: those before the
+    first update. `batch["labels"]` (B, L): bool, boundary labels for a loss with labels="given".
     """
     own = totals_of(config, records, batch)
     whole = own if whole is None else whole
@@ -136,7 +135,7 @@ def _of_stage(counts: RateCounts, s: int, routes: int) -> RateCounts:
 
 
 def stage_sums(boundaries: Boundaries) -> dict[str, jax.Array]:
-    """What `batch_metrics` needs to know of a stage; sums, but for max_slots."""
+    """Statistics of a stage for `batch_metrics`: sums, except max_slots, which is a maximum."""
     p_BL, valid_BL = boundaries.boundary_prob_BL, boundaries.segment_ids_BL != 0
     undecided_BL = valid_BL & (p_BL >= 0.4) & (p_BL <= 0.6)
     bin_BL = jnp.where(valid_BL, jnp.minimum(p_BL * PROB_BINS, PROB_BINS - 1), -1)
@@ -154,7 +153,7 @@ def stage_sums(boundaries: Boundaries) -> dict[str, jax.Array]:
 
 
 def add_sums(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """The sums of a batch from those of its parts, which are stacked on a leading axis."""
+    """Sums of a batch from the sums of its parts, stacked on a leading axis."""
     return {
         name: jnp.max(values) if name.endswith("max_slots") else jnp.sum(values, axis=0)
         for name, values in sums.items()
@@ -164,10 +163,10 @@ def add_sums(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
 def batch_metrics(
     config: HNetConfig, sums: dict[str, jax.Array], numbers: Numbers
 ) -> dict[str, jax.Array]:
-    """What is logged of a batch, a flat dict, from the sums of `total_loss`.
+    """Logged metrics of a batch, a flat dict, from the sums of `total_loss`.
 
-    `loss/ce` is the mean over all learned targets; `nats` and `bytes` are sums over source bytes
-    only (`batch["loss_mask"]`), whose quotient is bits per byte.
+    `loss/ce`: mean over all targets. `nats`, `bytes`: sums over source bytes (`batch["loss_mask"]`:
+    no BOS, EOS, padding); bpb = nats / bytes / ln 2.
     """
     metrics = {name: sums[name] for name in ("loss/ce", "loss/total", "nats", "bytes")}
     for s, stage in enumerate(config.stages[:-1]):
@@ -185,7 +184,7 @@ def batch_metrics(
 def route_metrics(
     chunks_R: jax.Array, positions_R: jax.Array, names: tuple[str, ...]
 ) -> dict[str, jax.Array]:
-    """Boundary rate and positions per chunk of each route; 0 for one without positions."""
+    """Boundary rate and positions per chunk of each route; 0 for a route without positions."""
     found = {}
     for r, name in enumerate(names):
         found[f"route_{name}/boundary_rate"] = chunks_R[r] / jnp.maximum(positions_R[r], 1.0)
@@ -194,13 +193,13 @@ def route_metrics(
 
 
 def stage_metrics(sums: dict[str, jax.Array], num_bytes: jax.Array) -> dict[str, jax.Array]:
-    """What one stage did with a batch, from its sums.
+    """Metrics of one stage for a batch, from its sums.
 
-    boundary_rate = chunks per position of this stage (F), boundary_prob its mean probability (G),
-    bytes_per_chunk = source and separator bytes per chunk (micro-averaged), overflow_frac = share
-    of the wanted boundaries (chunks) that the capacity clipped, max_slots = most slots that rows
-    sharing them wanted, undecided_frac = share of p in [0.4, 0.6], prob_hist = counts of p in 20
-    bins.
+    boundary_rate: chunks per position of this stage (F). boundary_prob: mean p (G).
+    bytes_per_chunk: source and separator bytes per chunk (micro-average). chunks: number of
+    boundaries before clipping. overflow_frac: share of them that the capacity clipped. max_slots:
+    maximum number of slots needed by rows that share slots. undecided_frac: share of p in
+    [0.4, 0.6]. prob_hist: counts of p in 20 bins. aux_loss: sum of the unweighted losses.
     """
     positions, chunks = (jnp.maximum(sums[name], 1.0) for name in ("positions", "chunks"))
     return {

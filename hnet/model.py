@@ -1,4 +1,4 @@
-"""The language model: bytes -> embeddings -> stages -> logits of the next byte."""
+"""The language model: bytes -> embeddings -> stages -> logits for the next byte."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from hnet.stage import HNet, Numbers
 
 
 class HNetLM(nnx.Module):
-    """An H-Net over bytes. `config.stages` says all there is to know about its shape."""
+    """An H-Net over bytes. `config.stages` defines its architecture."""
 
     def __init__(self, config: HNetConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -39,24 +39,26 @@ class HNetLM(nnx.Module):
         key: jax.Array | None = None,
         numbers: Numbers | None = None,
     ) -> tuple[jax.Array, list[Boundaries]]:
-        """Logits of the byte after each position, and what each stage decided.
+        """Logits for the byte after each position, and the boundaries of each stage.
 
-        input_ids_BL: int32 byte values. segment_ids_BL: equal neighbours are one document and see
-        nothing of others; 0 is padding; default: one document per row. rows_sharing_slots: number
-        of rows whose chunks share a row of slots in all stages inside (static; divides B); a row
-        with many boundaries takes slots that another leaves, and inner stages have one record for
-        the rows that share. capacities: slots of such a row for each stage that chunks (static);
-        None for a stage, or for all: enough for every position to be a boundary, so nothing is
-        clipped. Logits at t depend on bytes <= t of the same document only, and on inputs at
-        positions <= t:
+        Logits at t depend only on the bytes of the same document at positions <= t, and on the
+        inputs below at positions <= t.
 
-        route_ids_BL: int32 in [0, routes), needed if a stage tells routes apart; a chunk has the
-        route of the position on which the main network runs for it. boundaries_BL: bool, needed by
-        predictor "external" in stage 0. key: PRNG key for the noise of relaxed predictors; None, as
-        in evaluation: no noise. numbers: traced numbers of the parts; None: those of the
+        input_ids_BL: int32 byte values. segment_ids_BL: equal neighbours are one document,
+        isolated from others; 0 is padding; default: one document per row. rows_sharing_slots:
+        number of rows whose chunks share a row of slots in all inner stages (static; divides B). A
+        row with many boundaries uses slots that other rows do not need; inner stages return one
+        record for the rows that share. capacities: slots of such a row for each stage that chunks
+        (static); None for a stage, or for all: enough for every position to be a boundary, so
+        nothing is clipped.
+
+        route_ids_BL: int32 in [0, routes), required if a stage has several routes; a chunk has the
+        route of the position on which the main network runs for it. boundaries_BL: bool, required
+        by predictor "external" in stage 0. key: PRNG key for the noise of relaxed predictors; None,
+        as in evaluation: no noise. numbers: traced numbers of the parts; None: those of the
         configuration.
 
-        Raises ValueError if an input that the configuration needs is not given.
+        Raises ValueError if an input that the configuration needs is missing.
         """
         if segment_ids_BL is None:
             segment_ids_BL = jnp.ones_like(input_ids_BL)
@@ -81,9 +83,9 @@ class HNetLM(nnx.Module):
         route_ids: jax.Array | None,
         external_boundary: jax.Array | None,
     ) -> Context:
-        """What travels beside the states; arrays (B, L), or (B,) for one position of a stream.
+        """Context of the states; arrays (B, L), or (B,) for one position of a stream.
 
-        Route ids are clipped to their range, and left out if the model tells no routes apart.
+        Route ids are clipped to their range, and dropped if the model has one route.
         """
         routes, chunkings = self.config.num_routes, [s.chunking for s in self.config.stages[:-1]]
         if routes == 1:
@@ -102,36 +104,35 @@ class HNetLM(nnx.Module):
         )  # fmt: skip
 
     def logits(self, x_BLD: jax.Array) -> jax.Array:
-        """Logits of the next byte, float32 (B, L, V), of what the backbone returned."""
+        """Logits for the next byte, float32 (B, L, V), from the output of the backbone."""
         head = self.embeddings.attend if self.lm_head is None else self.lm_head
         return head(x_BLD).astype(jnp.float32)
 
 
 def _number_runs(segment_ids_BL: jax.Array) -> jax.Array:
-    """Give every run of equal ids its own number, 0 staying padding.
+    """Give every run of equal ids its own number; 0 remains padding.
 
-    Resets compare ids, so a row 1 1 2 2 1 must not let its last run see its first.
+    Layers compare ids, so in a row 1 1 2 2 1 the last run would otherwise see the first.
     """
     run_BL = jnp.cumsum(segment_starts(segment_ids_BL), axis=1, dtype=jnp.int32)
     return jnp.where(segment_ids_BL == 0, 0, run_BL)
 
 
 def split(model: HNetLM) -> tuple[nnx.GraphDef, dict]:
-    """(structure, parameters as nested dicts of arrays); `nnx.merge` is the way back.
+    """(structure, parameters as nested dicts of arrays); the inverse is `nnx.merge`.
 
-    This is the one seam between modules and JAX: beyond it everything is pure functions of
-    pytrees under `jax.jit`.
+    Code that uses the result is pure functions of pytrees under `jax.jit`.
     """
     graph, state = nnx.split(model)
     return graph, nnx.to_pure_dict(state)
 
 
 def abstract(config: HNetConfig) -> tuple[nnx.GraphDef, dict]:
-    """`split` of a model whose parameters are shapes: costs no memory at any size."""
+    """`split` of a model whose parameters are shapes: needs no memory for any model size."""
     graph, state = nnx.split(nnx.eval_shape(lambda: HNetLM(config, rngs=nnx.Rngs(0))))
     return graph, nnx.to_pure_dict(state)
 
 
 def init_params(config: HNetConfig, key: jax.Array) -> dict:
-    """Freshly initialised parameters; jit it with out_shardings to create them in place."""
+    """Initial parameters; use jit with out_shardings to create them sharded."""
     return split(HNetLM(config, rngs=nnx.Rngs(key)))[1]

@@ -1,6 +1,7 @@
-"""Files that people name. What they made is never overwritten, cut or half replaced.
+"""Input and output files named by the user. Existing files are never overwritten or truncated.
 
-Every error is a ConfigError of one line that names the setting, its value and the remedy.
+Every error is a ConfigError with a one-line message that names the setting, its value and the
+remedy.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ from hnet.fields import shown
 
 
 def read_file(path: str | os.PathLike, field: str) -> bytes:
-    """The content of a file or pipe that the setting `field` names. Raises ConfigError."""
+    """Content of the file or pipe at `path`, given by the setting `field`. Raises ConfigError."""
     with one_line(path, field):
         mode = os.stat(path).st_mode
         if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
@@ -23,8 +24,8 @@ def read_file(path: str | os.PathLike, field: str) -> bytes:
 
 
 def new_file(path: str | os.PathLike, field: str) -> Path:
-    """A path where a file can be made, and none is. Call it before the work whose result goes
-    there. Raises ConfigError."""
+    """Check that a new file can be created at `path`, and return the path. Call it before the work
+    whose result is written there. Raises ConfigError."""
     where = f"{field}={_named(path)}"
     if not os.fspath(path) or "://" in os.fspath(path):
         raise ConfigError(f"{where} is no local path: give one")
@@ -40,13 +41,13 @@ def new_file(path: str | os.PathLike, field: str) -> Path:
 
 
 def new_files(folder: str | os.PathLike, names: list[str], field: str) -> list[Path]:
-    """The paths of several files in a folder, of which none exists yet. Raises ConfigError."""
-    new_file(Path(folder) / ".new", field)  # says what is wrong with the folder
+    """Paths of several new files in a folder. Raises ConfigError if one of them exists."""
+    new_file(Path(folder) / ".new", field)  # raises for a folder that cannot be used
     return [new_file(Path(folder) / name, field) for name in names]
 
 
 def write_new(path: str | os.PathLike, content: str | bytes, field: str) -> None:
-    """Write a file that does not exist, and its folders. Nothing is left of it if that fails."""
+    """Create a new file, and its folders. The file is removed if writing fails."""
     data = content.encode() if isinstance(content, str) else content
     with one_line(path, field):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +62,7 @@ def write_new(path: str | os.PathLike, content: str | bytes, field: str) -> None
 
 @contextlib.contextmanager
 def one_line(path: str | os.PathLike, field: str) -> Iterator[None]:
-    """What the system says of a path, as ConfigError."""
+    """Convert operating-system errors about a path to ConfigError."""
     where = f"{field}={_named(path)}"
     try:
         yield
@@ -70,7 +71,7 @@ def one_line(path: str | os.PathLike, field: str) -> Iterator[None]:
     except OSError as e:
         raise ConfigError(f"{where}: {e.strerror or e}: give another path") from None
     except ValueError as e:
-        if "null" not in str(e):  # a zero byte, which no path has
+        if "null" not in str(e):  # "embedded null byte": not a valid path
             raise
         raise ConfigError(f"{where} is no path: give another") from None
 
@@ -81,7 +82,7 @@ def _named(path: str | os.PathLike) -> str:
 
 
 def _exists(path: Path) -> bool:
-    """Whether there is anything, a dangling link included. Raises OSError if that is unknown."""
+    """Whether the path exists; a dangling link does. Raises OSError if this is unknown."""
     try:
         path.lstat()
     except FileNotFoundError:

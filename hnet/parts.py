@@ -1,8 +1,8 @@
-"""Parts by name: what a configuration may put in a place of the network.
+"""Parts: exchangeable components of the network, selected by name in a configuration.
 
-A part is a class in a file of its own that nests its settings as `Config`. A table holds one line
-per part, ``name: "module:Class"``, and imports a class only when it is asked for. A configuration
-may also name a class outside of the table the same way, ``"my_paper.hazard:Hazard"``.
+A part is a class in its own file, with its settings as a nested class `Config`. A table has one
+line per part, ``name: "module:Class"``, and imports a class on first use. A configuration can also
+name a class outside of the table as ``"my_paper.hazard:Hazard"``.
 """
 
 import dataclasses
@@ -14,14 +14,14 @@ from hnet.errors import ConfigError
 
 
 class Table:
-    """The parts of one kind. Every name that is not known raises."""
+    """The parts of one kind. An unknown name raises ConfigError."""
 
     def __init__(self, kind: str, names: dict[str, str]):
-        """kind: what an error calls it, "boundary predictor". names: name -> "module:Class"."""
+        """kind: its name in errors ("boundary predictor"). names: name -> "module:Class"."""
         self.kind, self.names = kind, names
 
     def find(self, name: str) -> type:
-        """The class of a name, or of "module:Class". Raises ConfigError if there is none."""
+        """The class for a name or a "module:Class". Raises ConfigError if there is none."""
         place = self.names.get(name, name if ":" in name else None)
         if place is None:
             near = difflib.get_close_matches(name, self.names, 1) or self.names
@@ -43,7 +43,7 @@ class Table:
         return found
 
     def name_of(self, part: type) -> str:
-        """The name under which `find` returns this class."""
+        """Name with which `find` returns this class."""
         place = f"{part.__module__}:{part.__qualname__}"
         return next((name for name, known in self.names.items() if known == place), place)
 
@@ -51,8 +51,8 @@ class Table:
 class Settings:
     """Base of every part's `Config`, a frozen dataclass.
 
-    `part` is the class that it configures, `table` the table of its kind. `traced` names the
-    fields that a compiled program takes as inputs: a sweep may vary them without compiling again.
+    part: the class that it configures. table: the table of its kind. traced: names of the fields
+    that a compiled program takes as inputs, so that a sweep over them does not recompile.
     """
 
     part: ClassVar[type]
@@ -64,19 +64,19 @@ class Settings:
         return self.table.name_of(self.part)
 
     def problem(self) -> str | None:
-        """One line, "field=value: remedy", on a setting that cannot work; None if all can."""
+        """One line, "field=value: remedy", for a setting that cannot work; None if all can."""
         return None
 
     def problem_in(self, chunking: Any) -> str | None:
-        """The same on what does not fit the stage that the part belongs to (`ChunkingConfig`)."""
+        """The same for a setting that does not fit the part's stage (`ChunkingConfig`)."""
         return None
 
     def streaming_problem(self) -> str | None:
-        """The same on what computes whole rows but cannot continue a text."""
+        """The same for a setting that supports whole rows, but not streaming."""
         return None
 
     def training_problem(self) -> str | None:
-        """The same on what needs an input that a training run does not have."""
+        """The same for a setting that needs an input that a training run does not have."""
         return None
 
     def numbers(self) -> dict[str, float]:
@@ -84,17 +84,17 @@ class Settings:
         return {name: getattr(self, name) for name in self.traced}
 
     def with_numbers(self, numbers: dict[str, Any] | None) -> Any:
-        """These settings with arrays instead of the traced fields."""
+        """These settings with arrays as the values of the traced fields."""
         return dataclasses.replace(self, **numbers) if numbers else self
 
     def without_numbers(self) -> Any:
-        """These settings with defaults instead of the traced fields: what a program depends on."""
+        """These settings with defaults in the traced fields: a compiled program's static part."""
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         return dataclasses.replace(self, **{name: defaults[name] for name in self.traced})
 
 
 class Part:
-    """Base of all parts. A subclass without settings of its own gets an empty `Config`."""
+    """Base of all parts. A subclass without its own `Config` gets one without fields."""
 
     Config: ClassVar[type[Settings]]
 

@@ -1,8 +1,8 @@
-"""The one recursion: encoder -> boundaries -> pool -> main network -> dechunk -> decoder.
+"""The recursion over stages: encoder -> boundaries -> pool -> main network -> dechunk -> decoder.
 
-A stage computes whole rows (`HNet.__call__`), reads prompts and leaves a cache (`HNet.prefill`),
-and takes one position of the rows that have one (`HNet.step`). What happens within an idea is the
-matter of its part (`hnet.chunking.part`); this file only calls parts.
+A stage computes whole rows (`HNet.__call__`), computes prompts and returns a cache
+(`HNet.prefill`), and computes one position of the rows that have one (`HNet.step`). Methods of
+papers are implemented in parts (`hnet.chunking.part`); this file only calls parts.
 """
 
 from typing import Any, NamedTuple
@@ -24,70 +24,71 @@ from hnet.nn.isotropic import Isotropic
 from hnet.nn.parameters import metadata, parameter, set_stage
 
 Numbers = tuple[dict[str, Any], ...]
-"""Traced numbers of parts, from a stage inwards: by part ("predictor", "pool", "dechunk") those
-fields of its settings that a compiled program takes as inputs."""
+"""Traced numbers of the parts, one dict per stage, from a stage inwards: for each part
+("predictor", "pool", "dechunk") the fields of its settings that a compiled program takes as
+inputs."""
 
 
 class Pace(NamedTuple):
     """When the main networks of a step run, and on how many rows at once."""
 
     fractions: tuple[float, ...]
-    """sizes, as shares of B, of the batches that they run on; static"""
+    """batch sizes on which they run, as shares of B; static"""
     wait_share: float | jax.Array
-    """share of the rows yet to come that must wait at a boundary before they run"""
+    """share of the rows not yet in the main network that must wait at a boundary before it runs"""
     num_rows: jax.Array
-    """how many rows there are to wait for"""
+    """number of rows that take part in the step"""
 
 
 class Waiting(NamedTuple):
-    """Rows between the encoder and the decoder of a stage, and what they have there."""
+    """State of rows between the encoder and the decoder of a stage."""
 
     fresh_B: jax.Array
-    """whether the row has a chunk that the main network has not got yet"""
+    """whether the row has a chunk that was not yet passed to the main network"""
     inside_B: jax.Array
-    """whether it has one that waits within the main network"""
+    """whether the row has a chunk that waits inside the main network"""
     chunk_BE: jax.Array
     prob_B: jax.Array
     residual_BD: jax.Array
 
 
 class StageCache(NamedTuple):
-    """What a stage remembers of B rows."""
+    """Streaming state of a stage for B rows."""
 
     position_B: jax.Array
-    """positions that this stage has had"""
+    """number of positions so far in this stage"""
     max_len: jax.Array
-    """positions that it has room for; a boundary outside that would need more is not taken"""
+    """maximum number of positions of this stage; the stage around it drops boundaries beyond it"""
     stacks: dict[str, list]
     """layer caches of the encoder and decoder, or of the innermost main network"""
     predictor: Any = ()
     pool: Any = ()
     dechunk: Any = ()
-    """what the parts remember"""
+    """states of the parts"""
     first_B: dict[str, jax.Array] | None = None
-    """first position that a stack of scope "chunk" may see, by the name of the stack"""
+    """first position that a stack with scope "chunk" sees, per name of the stack"""
     waiting: Waiting | None = None
     inner: "StageCache | None" = None
 
 
 class Exchange(NamedTuple):
-    """What passes between a stage and its main network within a step."""
+    """Values exchanged between a stage and its main network in a step."""
 
     inner: StageCache
     dechunk: Any
     inside_B: jax.Array
-    """rows that have a chunk within it"""
+    """rows with a chunk that waits inside the main network"""
     answered_B: jax.Array
-    """rows that it has answered in this step"""
+    """rows with an output of the main network in this step"""
     boundaries: tuple[list, ...] = ()
-    """what the stages inside decided in each call"""
+    """decisions of the inner stages in each call"""
 
 
 class HNet(nnx.Module):
     """Stage `stage_idx` and all stages inside it: (B, L, D) -> (B, L, width of this stage).
 
-    D is the width of what a chunk is outside; a wider stage widens its input by a learned vector.
-    The main network is another HNet or, innermost, a plain stack.
+    D is the width of a chunk vector from the stage around it; a wider stage pads its input with a
+    learned vector. The main network is another HNet or, in the innermost stage, a plain stack.
     """
 
     def __init__(
@@ -99,8 +100,8 @@ class HNet(nnx.Module):
         outer: int = 0,
         rngs: nnx.Rngs,
     ):
-        """d_input: width of its input; None: this stage's. outer: number of residual additions in
-        the encoders and decoders of the stages around."""
+        """d_input: width of the input; None: width of this stage. outer: number of residual
+        additions in the encoders and decoders of all stages around this one."""
         stage = config.stages[stage_idx]
         D, chunking = stage.d_model, stage.chunking
         num_residuals = outer + sum(layout_height(part) for part in stage.arch_layout)
@@ -121,13 +122,13 @@ class HNet(nnx.Module):
         self.encoder = stack(stage.arch_layout[0])
         self.decoder = stack(stage.arch_layout[1])
         self.routing_module = make_predictor(chunking, place, rngs=rngs)
-        # by route, on the logit of p; set by the controller, not by a gradient
+        # one offset per route, added to the logit of p; set by the controller, not by a gradient
         offsets = jnp.zeros((chunking.routes,), jnp.float32)
         self.boundary_offset = (
             parameter(offsets, "script", decay=False) if chunking.hold_rate else None
         )
-        # zeros, so that at first the encoder learns through the main network; the official bias
-        # keeps torch's random default, which looks like an oversight and changes nothing else
+        # Zeros, so that the encoder first learns through the main network. The official code keeps
+        # torch's random default for the bias, probably an oversight; nothing else differs.
         self.residual_proj = nnx.Linear(
             D, D, kernel_init=nnx.initializers.zeros,
             precision=jax.lax.Precision.HIGHEST, rngs=rngs,
@@ -146,9 +147,9 @@ class HNet(nnx.Module):
         self.chunk_layer = chunking.pool.part(chunking.pool, place, rngs=rngs)
         self.dechunk_layer = chunking.dechunk.part(chunking.dechunk, place, rngs=rngs)
         self.d_read = chunking.dechunk.part.d_in(chunking.dechunk, place)
-        set_stage(self, stage_idx)  # of all but the main network, which has its own
+        set_stage(self, stage_idx)  # does not change the main network, which has its stage already
 
-    # --- what all three forms share -------------------------------------------------------------
+    # --- shared by all three forms --------------------------------------------------------------
 
     def widen(self, x_BLD: jax.Array) -> jax.Array:
         if self.pad_dimension is None:
@@ -159,7 +160,7 @@ class HNet(nnx.Module):
         return jnp.concatenate([x_BLD, pad_BLP], axis=-1)
 
     def residual(self, h_BLD: jax.Array) -> jax.Array:
-        """What passes by the main network, float32."""
+        """Skip connection around the main network, float32."""
         match self.chunking.residual:
             case "linear":
                 return self.residual_proj(h_BLD)
@@ -171,20 +172,20 @@ class HNet(nnx.Module):
                 raise ValueError(f"residual={other!r} is unknown")
 
     def offset(self, route_ids: jax.Array | None) -> jax.Array | None:
-        """The threshold offset on the logit of p, per position if routes are told apart."""
+        """Threshold offset on the logit of p: a scalar, or one per position with several routes."""
         if self.boundary_offset is None:
             return None
         offset_R = jax.lax.stop_gradient(self.boundary_offset[...])
         return offset_R[0] if self.chunking.routes == 1 else offset_R[route_ids]
 
     def with_null(self, chunks: jax.Array, is_null: jax.Array | None) -> jax.Array:
-        """Vectors of chunks (B, M, k E), the learned one in null chunks."""
+        """Vectors of chunks (B, M, k E), with the learned vector in null chunks."""
         if is_null is None:
             return chunks
         return jnp.where(is_null[..., None], self.null_group[...][None, None], chunks)
 
     def _settings(self, part: str, numbers: Numbers | None) -> Any:
-        """Settings of a part, with arrays for those that are traced."""
+        """Settings of a part, with arrays as the values of the traced fields."""
         settings = getattr(self.chunking, part)
         return settings.with_numbers(numbers[0][part]) if numbers else settings
 
@@ -200,7 +201,7 @@ class HNet(nnx.Module):
         numbers: Numbers | None = None,
         rows_sharing_slots: int = 1,
     ) -> Boundaries:
-        """Where this stage cuts; arguments as in `__call__` and `HNetLM`."""
+        """Boundaries of this stage; arguments as in `__call__` and `HNetLM`."""
         config = self._settings("predictor", numbers)
         prediction = self.routing_module(Positions(h_BLD, context, config))
         prediction = prediction.shifted(self.offset(context.route_ids_BL))
@@ -223,11 +224,11 @@ class HNet(nnx.Module):
         capacity: int,
         numbers: Numbers | None = None,
     ) -> tuple[jax.Array, Context, Slots]:
-        """(inputs of the main network, what travels beside them, slots)."""
+        """(inputs of the main network, their context, slots)."""
         slots = open_slots(boundaries, context, capacity, has_null=self.chunking.has_null)
         rows = Positions(h_BLD, context, self._settings("pool", numbers))
         x_BME = self.with_null(self.chunk_layer(rows, boundaries, slots), slots.is_null_BM)
-        inner = slots.context._replace(positions_BL=None)  # positions inside count chunks
+        inner = slots.context._replace(positions_BL=None)  # inner positions are chunk indices
         return *_apart(x_BME, inner, self.chunking.slots_per_chunk), slots
 
     def __call__(
@@ -240,11 +241,11 @@ class HNet(nnx.Module):
         key: jax.Array | None = None,
         numbers: Numbers | None = None,
     ) -> tuple[jax.Array, list[Boundaries]]:
-        """`capacities[i]`: slots that the i-th stage from here has for each `rows_sharing_slots`
-        rows; None: enough slots for every position to be a boundary, so nothing is clipped.
-        Returns the output in float32 and what each stage decided, this one first.
+        """(output in float32, boundaries of each stage, this one first).
 
-        The stages inside see rows that share slots as one row.
+        capacities[i]: slots of the i-th stage from here for each `rows_sharing_slots` rows; None:
+        enough slots for every position to be a boundary, so nothing is clipped. The inner stages
+        see rows that share slots as one row.
         """
         x_BLD = self.widen(x_BLD)
         if self.is_innermost:
@@ -286,9 +287,9 @@ class HNet(nnx.Module):
             return self.decoder(x_BLD, context), [own, *inner]
 
     def _encoder_chunks(self, boundaries: Boundaries) -> jax.Array:
-        """Segment ids (B, L) that tell apart the chunks that positions lie in; 0 on padding."""
+        """Segment ids (B, L), one per chunk that positions belong to; 0 on padding."""
         opens_BL = boundaries.boundary_mask_BL
-        if self.chunking.alignment == "end":  # the chunk that a boundary ends is its own
+        if self.chunking.alignment == "end":  # a boundary belongs to the chunk that it ends
             opens_BL = jnp.pad(opens_BL[:, :-1], ((0, 0), (1, 0)))
         ids_BL = boundaries.segment_ids_BL
         chunk_BL = jnp.cumsum(opens_BL, axis=1, dtype=jnp.int32) + 1
@@ -299,7 +300,7 @@ class HNet(nnx.Module):
     def prefill(
         self, x_BLD: jax.Array, context: Context, lengths_B: jax.Array, max_lens: tuple[int, ...]
     ) -> tuple[jax.Array, list[Boundaries], StageCache]:
-        """`__call__` on rows of one segment each, and the cache that it leaves."""
+        """`__call__` on rows of one segment each, and the cache after them."""
         x_BLD, max_len, stacks = self.widen(x_BLD), max_lens[0], {}
 
         def run(name, x_BLD, context):
@@ -354,7 +355,7 @@ class HNet(nnx.Module):
         return out_BLD, [own, *inner_boundaries], cache
 
     def _next_encoder_chunk(self, boundaries: Boundaries, lengths_B: jax.Array) -> jax.Array:
-        """Position where the chunk begins that the next position of a stream goes on with."""
+        """First position of the chunk that the next position of a stream continues."""
         index_L = jnp.arange(boundaries.boundary_mask_BL.shape[1], dtype=jnp.int32)[None]
         begins_L = index_L + (self.chunking.alignment == "end")
         return jnp.max(jnp.where(boundaries.boundary_mask_BL, begins_L, 0), axis=1)
@@ -371,7 +372,7 @@ class HNet(nnx.Module):
         *,
         is_outermost: bool = False,
     ) -> tuple[jax.Array, jax.Array, list[tuple[jax.Array, jax.Array]], StageCache]:
-        """A position of the active rows goes in, those of the rows that are done come out.
+        """Start one position of the active rows, and finish a position of the rows in `done_B`.
 
         context: fields of shape (B,). Rows at a boundary wait until enough of them can run the main
         network as one batch. Returns (output, done_B, (mask, p) of each stage, cache).
@@ -400,7 +401,7 @@ class HNet(nnx.Module):
     def _run(
         self, name: str, x_BD: jax.Array, on_B: jax.Array, cache: StageCache, sizes
     ) -> tuple[jax.Array, StageCache]:
-        """The stack that a position of this stage ends with, on some rows."""
+        """Run the last stack of a position (decoder or innermost main network) on some rows."""
 
         def stack_step(inputs_R, caches, rows):
             x_RD, positions_R, first_R = inputs_R
@@ -452,7 +453,7 @@ class HNet(nnx.Module):
         )
 
     def _predict(self, state: Any, x: Position) -> tuple[Any, jax.Array, jax.Array]:
-        """(state, p, whether a boundary is wanted) of one position, as `boundaries` has them."""
+        """(state, p, whether a boundary is wanted) of one position, the same as in `boundaries`."""
         state, prediction = self.routing_module.step(state, x)
         prediction = prediction.shifted(self.offset(x.context.route_ids_BL))
         relaxed_R = self.routing_module.relax(prediction.logit, x.config, None)
@@ -467,9 +468,9 @@ class HNet(nnx.Module):
         self, active_B: jax.Array, wanted_B: jax.Array, cache: StageCache, pace: Pace,
         context: Context,
     ) -> tuple[StageCache, jax.Array, list[tuple[jax.Array, jax.Array]]]:  # fmt: skip
-        """Chunks of the rows at a boundary go into the main network once enough rows have one.
+        """Run the main network on the rows at a boundary once enough of them wait.
 
-        Returns (cache, rows that were answered, (mask, p) of each stage inside).
+        Returns (cache, rows with an output of the main network, (mask, p) of each inner stage).
         """
         waiting, none_B = cache.waiting, jnp.zeros_like(active_B)
         exchange = Exchange(cache.inner, cache.dechunk, waiting.inside_B, none_B)
@@ -477,14 +478,14 @@ class HNet(nnx.Module):
         def has_room(inner):
             return inner.position_B + self.chunking.slots_per_chunk <= inner.max_len
 
-        if self.chunking.has_null:  # a row's first position opens the null chunk before its own
+        if self.chunking.has_null:  # the first position of a row first opens the null chunk
             null_BE = jnp.broadcast_to(self.null_group[...][None], waiting.chunk_BE.shape)
             first_B = active_B & (cache.position_B == 0) & has_room(exchange.inner)
             p_B = jnp.where(first_B, 1.0, waiting.prob_B)
             apart = pace._replace(fractions=(), wait_share=0.0)
             exchange = self._call(exchange, null_BE, p_B, first_B, apart, context, own=False)
-            # what further stages decided at the null chunk is told with the position, so that must
-            # not wait
+            # The result of this position includes the inner stages' decisions at the null chunk,
+            # so the position must not wait.
             wait_share = jnp.where(jnp.any(first_B), 0.0, pace.wait_share)
             pace = pace._replace(wait_share=wait_share)
         opens_B = active_B & wanted_B & has_room(exchange.inner)
@@ -506,7 +507,7 @@ class HNet(nnx.Module):
         self, exchange: Exchange, chunk_BE: jax.Array, prob_B: jax.Array, asks_B: jax.Array,
         pace: Pace, context: Context, own: bool = True,
     ) -> Exchange:  # fmt: skip
-        """The main network on the chunks of some rows; `own`: they are the rows' own chunks."""
+        """Run the main network on chunks of some rows; own: False for null chunks."""
         inner, outputs = exchange.inner, []
         for x_BE in jnp.split(chunk_BE, self.chunking.slots_per_chunk, axis=-1):
             y_BE, found_B, boundaries, inner = self.main_network.step(
@@ -526,7 +527,7 @@ class HNet(nnx.Module):
 
 
 def make_predictor(chunking: ChunkingConfig, place: Place, *, rngs: nnx.Rngs) -> BoundaryPredictor:
-    """The boundary predictor of a stage, its parameters stacked over routes if it has several."""
+    """The boundary predictor of a stage; with several routes its parameters are stacked."""
     settings = chunking.predictor
     groups = chunking.num_predictors if settings.part.is_learned else 1
     make = lambda rngs: settings.part(settings, place, rngs=rngs)
@@ -537,7 +538,7 @@ def make_predictor(chunking: ChunkingConfig, place: Place, *, rngs: nnx.Rngs) ->
 
 
 def _apart(x_BME: jax.Array, context: Context, k: int) -> tuple[jax.Array, Context]:
-    """Chunks of k vectors side by side -> k positions each, (B, M k, E)."""
+    """Split chunks of k concatenated vectors into k positions each, (B, M k, E)."""
     if k == 1:
         return x_BME, context
     B, M, width = x_BME.shape
@@ -556,14 +557,14 @@ def _together(y_BME: jax.Array, k: int) -> jax.Array:
 
 
 def _decoder_chunks(context: Context, slots: Slots) -> jax.Array:
-    """Segment ids (B, L) that tell apart positions that read different chunks; 0 on padding."""
+    """Segment ids (B, L), one per chunk that positions read; 0 on padding."""
     ids_BL = context.segment_ids_BL
     slot_BL = slots.slot_BL.reshape(ids_BL.shape)
     return jnp.where(ids_BL != 0, slot_BL + 2 + ids_BL, 0)
 
 
 def _latest(calls: tuple) -> tuple[jax.Array, jax.Array]:
-    """One stage's (mask, p) of a byte that may have given it two positions, a null chunk first."""
+    """(mask, p) of one stage for a byte, which can have two positions there: null chunk first."""
     (mask_B, p_B), *later = calls
     for later_mask_B, later_p_B in later:
         mask_B = mask_B | later_mask_B

@@ -1,1 +1,1 @@
-"""Where to cut (router), how often (rate), and the way into chunks and back (chunk, dechunk)."""
+"""Chunking: boundary predictors, boundary rates, pools (positions to chunks) and dechunks."""

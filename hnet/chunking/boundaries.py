@@ -1,4 +1,4 @@
-"""Boundaries: what a predictor says, what a stage decides, and how rows share chunk slots."""
+"""Boundaries: a predictor's output, the decisions of a stage, and rows that share chunk slots."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -12,14 +12,14 @@ Alignment = Literal["start", "end"]
 
 
 class Prediction(NamedTuple):
-    """What a boundary predictor says of positions, (B, L) or (R,): a logit, or a probability."""
+    """Output of a boundary predictor, (B, L) or (R,): a logit of p, or p itself."""
 
     logit: jax.Array | None = None
     """logit of p, float32"""
     prob: jax.Array | None = None
-    """p, float32, of a predictor without a logit"""
+    """p, float32, from a predictor without a logit"""
     extra: Any = None
-    """arrays that a loss of the same idea wants to see"""
+    """arrays for a loss that is written for this predictor"""
 
     def shifted(self, offset: jax.Array | None) -> "Prediction":
         """The prediction with `offset` added to the logit of p."""
@@ -27,7 +27,7 @@ class Prediction(NamedTuple):
             return self
         if self.logit is not None:
             return self._replace(logit=self.logit + offset)
-        odds = self.prob * jnp.exp(offset)  # no logit: 0 and 1 stay what they are
+        odds = self.prob * jnp.exp(offset)  # without a logit: 0 and 1 are unchanged
         return self._replace(prob=odds / (1 - self.prob + odds))
 
     @property
@@ -36,27 +36,27 @@ class Prediction(NamedTuple):
 
 
 class Boundaries(NamedTuple):
-    """What one stage decided, for losses, metrics and pictures. L counts this stage's positions."""
+    """Decisions of one stage, for losses, metrics and plots. L: positions of this stage."""
 
     boundary_prob_BL: jax.Array
     """p: probability of a boundary, float32; 0 on padding; 1 where a boundary is forced"""
     boundary_mask_BL: jax.Array
-    """b: the boundaries in use, that is after clipping to the stage's capacity"""
+    """b: boundaries in use, after clipping to the stage's capacity"""
     segment_ids_BL: jax.Array
-    """segments of this stage's positions; 0 = padding"""
+    """segment ids of this stage's positions; 0 = padding"""
     num_boundaries_B: jax.Array
-    """boundaries wanted in each row, before clipping"""
+    """number of boundaries per row, before clipping"""
     num_slots_G: jax.Array
-    """slots wanted per group of rows that share them, before clipping; a capacity has to hold
-    them: the boundaries of those rows and, where there is a null chunk, one for each segment"""
+    """number of slots needed per group of rows that share slots, before clipping: one per boundary
+    and, with a null chunk, one per segment; nothing is clipped if the capacity is at least this"""
     boundary_ste_BL: jax.Array
-    """b before clipping, float32, with the gradient of what was compared with the threshold"""
+    """b before clipping, float32, with the gradient of the value that was thresholded"""
     boundary_logit_BL: jax.Array | None = None
     """logit of p, from a predictor that has one"""
     route_ids_BL: jax.Array | None = None
-    """route (script group) of each position, int32; None if routes are not told apart"""
+    """route (script group) of each position, int32; None if the model has one route"""
     extra: Any = None
-    """what the predictor hands to the losses"""
+    """arrays that the predictor passes to the losses"""
 
     @property
     def rows_sharing_slots(self) -> int:
@@ -64,7 +64,7 @@ class Boundaries(NamedTuple):
 
     @property
     def selected_prob_BL(self) -> jax.Array:
-        """c: confidence in the decision, p at boundaries and 1 - p elsewhere."""
+        """c: confidence in the decision; p at boundaries, 1 - p elsewhere."""
         return jnp.where(self.boundary_mask_BL, self.boundary_prob_BL, 1 - self.boundary_prob_BL)
 
 
@@ -77,13 +77,13 @@ def decide(
     relaxed_prob_BL: jax.Array | None = None,
     rows_sharing_slots: int = 1,
 ) -> Boundaries:
-    """Boundaries lie where p > 0.5 (strictly, as in the official code), as far as slots reach.
+    """Boundaries where p > 0.5 (strictly, as in the official code), clipped to the capacity.
 
     has_null: each segment begins with a null chunk; otherwise its first position is a boundary.
     relaxed_prob_BL: relaxed sample thresholded at 0.5 instead of p (training with noise).
     `rows_sharing_slots` rows share `capacity` slots, which go to boundaries in row order.
     Boundaries beyond the capacity are dropped, and their positions join the previous chunk. Only
-    the clipped mask is used downstream; a row without any slot gets nothing from the main network.
+    the clipped mask is used downstream; a row without any slot gets no main-network output.
     """
     segment_ids_BL = context.segment_ids_BL
     starts_BL = segment_starts(segment_ids_BL) & (segment_ids_BL != 0)
@@ -118,17 +118,17 @@ def decide(
 
 
 def side_by_side(a_BL: jax.Array, rows: int) -> jax.Array:
-    """Each `rows` neighbouring rows as one, (B / rows, rows * L, ...)."""
+    """Concatenate every `rows` neighbouring rows, (B / rows, rows * L, ...)."""
     return a_BL.reshape(-1, rows * a_BL.shape[1], *a_BL.shape[2:])
 
 
 def share_slots(
     h_BLD: jax.Array, boundaries: Boundaries, context: Context
 ) -> tuple[jax.Array, Boundaries, Context]:
-    """States, decisions and context with the rows that share slots as documents of one row.
+    """States, decisions and context in which the rows that share slots are concatenated.
 
-    Their segments stay apart, so everything inside goes on as in any packed row. What a row gets
-    depends on the rows before it only by where its slots lie.
+    Segments of different rows get different ids, so the inner stages see an ordinary packed row.
+    Earlier rows affect a row only through the position of its slots.
     """
     rows = boundaries.rows_sharing_slots
     if rows == 1:

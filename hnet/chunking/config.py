@@ -1,4 +1,4 @@
-"""How one stage chunks: its parts, what a boundary means, rates and routes."""
+"""Configuration of chunking in one stage: parts, alignment of boundaries, rates and routes."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -27,43 +27,44 @@ class ChunkingConfig:
       cumsum(b)_t, the last chunk that is complete. With null "first" there is no null chunk: the
       first position of a segment is a chunk of its own, and slots are counted as with start.
 
-    A part may be given as its settings, as its class, or by its name.
+    A part may be given as its settings, its class or its name.
     """
 
     target_ratio: float = 6.0
-    """N: mean number of positions of this stage per chunk; the stride of predictor "fixed\""""
+    """N: target mean number of positions of this stage per chunk; stride of predictor "fixed\""""
     predictor: PredictorConfig = Cosine.Config()
     """boundary predictor"""
     alignment: Alignment = "start"
-    """whether a boundary starts a chunk or ends one"""
+    """meaning of a boundary: it starts a chunk, or it ends one"""
     null: Literal["learned", "first"] = "learned"
-    """alignment end: what positions read before the first chunk of their document is complete: a
-    learned vector, or the document's first position, which is then a chunk of its own"""
+    """vector that positions read before the first chunk of their document is complete (alignment
+    end): a learned one, or that of the document's first position, which is then its own chunk"""
     pool: PoolConfig = Select.Config()
-    """what makes a chunk's vector from the states of its positions"""
+    """pool: computes a chunk's vector from the encoder states of its positions"""
     dechunk: DechunkConfig = EMA.Config()
-    """what gives positions the main network's output"""
+    """dechunk: distributes the main network's output to positions"""
     residual: Literal["linear", "add", "none"] = "linear"
-    """how encoder states pass by the main network: zero-initialised projection, as they are, or
-    not at all"""
+    """skip connection of the encoder states around the main network: a zero-initialised projection,
+    the identity, or none"""
     encoder_scope: Literal["document", "chunk"] = "document"
-    """what an encoder position sees of the past: its document, or only its chunk; chunk needs a
-    predictor that does not read encoder states"""
+    """past that an encoder position sees: its document, or only its chunk; chunk needs a predictor
+    that does not read encoder states"""
     decoder_scope: Literal["document", "chunk"] = "document"
-    """what a decoder position sees of the past: its document, or only positions that read the same
+    """past that a decoder position sees: its document, or only positions that read the same
     chunk"""
     losses: tuple[LossConfig, ...] = (Ratio.Config(),)
-    """losses of this stage beside cross-entropy, each with its weight"""
+    """losses of this stage in addition to cross-entropy, each with its weight"""
     hold_rate: bool = False
-    """hold the rate of each route at 1/N while training, by an offset on the logit of p that is
-    part of the model (`hnet.chunking.controller`)"""
+    """rate control in training: hold the boundary rate of each route at 1/N with an offset on the
+    logit of p that is part of the model (`hnet.chunking.controller`)"""
 
     routes: Count = 1
-    """number of routes (script groups) that this stage tells apart"""
+    """number of routes (script groups) of this stage"""
     routed_parameters: bool = True
-    """a predictor for each route; False: one predictor, targets and statistics for each route"""
+    """one predictor per route; False: one predictor for all, but targets and statistics per
+    route"""
     route_target_ratios: tuple[float, ...] = ()
-    """N of each route; empty = target_ratio for all"""
+    """N per route; empty = target_ratio for all"""
 
     def __post_init__(self):
         for field, table in (("predictor", PREDICTORS), ("pool", POOLS), ("dechunk", DECHUNKS)):
@@ -73,14 +74,14 @@ class ChunkingConfig:
 
     @property
     def parts(self) -> dict[str, Settings]:
-        """The settings of all parts by their dotted field."""
+        """Settings of all parts: dotted field -> settings."""
         losses = {f"losses.{i}": loss for i, loss in enumerate(self.losses)}
         named = {name: getattr(self, name) for name in ("predictor", "pool", "dechunk")}
         return named | losses
 
     @property
     def is_official(self) -> bool:
-        """Whether the official model computes the same function; losses are another matter."""
+        """Whether the official model computes the same function. Losses may differ."""
         return not self.unofficial_fields
 
     @property
@@ -93,17 +94,17 @@ class ChunkingConfig:
 
     @property
     def has_null(self) -> bool:
-        """Whether a segment's first slot is a learned one that no position feeds."""
+        """Whether a segment's first slot is a learned null chunk, without positions of its own."""
         return self.alignment == "end" and self.null == "learned"
 
     @property
     def reads_bytes(self) -> bool:
-        """Whether the boundaries are a function of the bytes, or handed in for bytes."""
+        """Whether the boundaries are a function of the bytes, or are given per byte."""
         return self.predictor.part.reads_bytes
 
     @property
     def num_predictors(self) -> int:
-        """Predictors with parameters of their own; several are stacked along a leading axis."""
+        """Number of predictors with their own parameters; several are stacked on a leading axis."""
         return self.routes if self.routed_parameters else 1
 
     @property
@@ -118,19 +119,19 @@ class ChunkingConfig:
 
     @property
     def loss_by_row(self) -> str | None:
-        """Name of a loss that is a mean over rows of their own rates, if there is one."""
+        """Name of a loss that averages over the rates of single rows, if there is one."""
         return next((loss.name for loss in self.losses if loss.part.is_by_row), None)
 
     def max_slots(self, length: int) -> int:
-        """Slots that hold every set of boundaries of a row of `length` positions.
+        """Number of slots with which no boundary of a row of `length` positions is clipped.
 
-        With a null chunk each segment has a slot beside those of its boundaries, so a row of
-        segments of one position needs two per position.
+        A null chunk adds one slot per segment, so a row whose segments have one position each needs
+        two slots per position.
         """
         return length * (2 if self.has_null else 1)
 
     def without_numbers(self) -> "ChunkingConfig":
-        """What a compiled program depends on: without the numbers that it takes as inputs."""
+        """The part that a compiled program depends on: numbers that are its inputs are reset."""
         target = {}
         if not self.predictor.part.target_is_static:
             target = {"target_ratio": ChunkingConfig.target_ratio, "route_target_ratios": ()}
@@ -144,9 +145,9 @@ class ChunkingConfig:
         )
 
     def problem(self, *, stage_idx: int, route_groups: int) -> str | None:
-        """One line, "field=value: remedy", on what cannot work, or None.
+        """One line, "field=value: remedy", for settings that cannot work; None if they can.
 
-        route_groups: groups of scripts that the model names (0 = none named).
+        route_groups: number of script groups in the model's configuration (0 = not configured).
         """
         return (
             self._part_problem(stage_idx)
@@ -214,7 +215,7 @@ class ChunkingConfig:
 
 
 def settings_of(part: Any, table: Table) -> Settings:
-    """The settings of a part that is given as them, as its class, or by its name."""
+    """Settings of a part that is given as its settings, its class or its name."""
     if isinstance(part, Settings):
         return part
     if isinstance(part, str):

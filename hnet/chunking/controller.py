@@ -1,15 +1,15 @@
 """A controller that holds the boundary rate of every stage and route at its target.
 
-A rate loss of fixed weight settles where its gradient balances the one of cross-entropy, which is
-not at its target (arXiv 2507.07955: 6 -> 4.8). The controller moves the decision instead: a stage
-with `hold_rate` has an offset for each route on the logit of p, which follows the integral of the
-relative error, as the weight of MrT5's loss does. The offset acts at once and without a force
-against cross-entropy, and it is part of the model, so that inference cuts as training did. It is
-needed in the end alone: held from the first update on, a model learns less in the same time.
+A rate loss of fixed weight converges where its gradient balances that of cross-entropy, which is
+not at its target (arXiv 2507.07955: 6 -> 4.8). The controller changes the decision instead: a stage
+with `hold_rate` adds one offset per route to the logit of p. The offset is the integral of the
+relative rate error, like the weight of MrT5's loss. It changes the decision directly, so it does
+not compete with cross-entropy, and it is part of the model, so inference uses the boundaries of
+training. Use it late in training: held from step 0, the model learns more slowly.
 
-While the router moves, an offset that follows it within a few updates carries the noise of their
-batches, and one that averages longer lags behind. After the last update nothing moves any more, and
-the offsets are set to the quantiles of the logits of a long text (`hnet.train.settle`).
+While the predictor still changes, an offset that adapts within a few updates has the noise of their
+batches, and an offset with a longer average lags. After the last update the predictor is constant,
+and the offsets are set to quantiles of the logits of a long text (`hnet.train.settle`).
 """
 
 from collections.abc import Callable, Sequence
@@ -21,8 +21,8 @@ import numpy as np
 
 from hnet.chunking.boundaries import Boundaries
 
-LIMIT = 8.0  # of an offset, so that a rate which cannot move winds up no further
-MIN_CHUNKS = 30  # of a route for its quantile to be surer than what the controller held
+LIMIT = 8.0  # bound on |offset|, against integral windup if a rate does not react
+MIN_CHUNKS = 30  # a route with fewer chunks keeps the controller's offset: its quantile is noisier
 
 
 def hold_rates(
@@ -32,14 +32,14 @@ def hold_rates(
     target_ratio_SR: Sequence[jax.Array],
     gain: jax.Array | float,
 ) -> Any:
-    """`params` of the model with every `boundary_offset` moved towards its target rate.
+    """`params` with every `boundary_offset` moved one step towards its target rate.
 
-    chunks_SR: boundaries of each stage and route in the step; count_SR: positions there, where 0
-    leaves the offset as it is; target_ratio_SR: N of each stage (R,). The error is N F - 1, where
-    F = chunks / count, clipped to [-1, 1]. A route with less than its equal share of the stage's
-    positions moves by less, in proportion: a few positions say little, and steps that do not depend
-    on their number would hold the mean of the batches' rates, which is not the rate of all batches
-    together.
+    chunks_SR: boundaries per stage and route in the step. count_SR: positions per stage and route;
+    0 leaves the offset unchanged. target_ratio_SR: N of each stage, (R,). The error is N F - 1 with
+    F = chunks / count, clipped to [-1, 1]. The step of a route with less than an equal share of the
+    stage's positions is smaller, in proportion to its positions. Steps that do not depend on the
+    number of positions would control the mean of the batches' rates instead of the rate over all
+    batches.
     """
     spare = chunks_SR.shape[1]
     target_ratio_SR = jnp.stack(
@@ -58,7 +58,7 @@ def hold_rates(
 
 
 def map_offsets(function: Callable[[int, Any], Any], params: Any) -> Any:
-    """`params` of the model with `function(stage, offsets)` in the place of a stage's offsets."""
+    """`params` in which `function(stage, offsets)` replaces the offsets of each stage."""
 
     def replaced(path, leaf):
         names = [jax.tree_util.keystr((part,), simple=True) for part in path]
@@ -70,9 +70,9 @@ def map_offsets(function: Callable[[int, Any], Any], params: Any) -> Any:
 
 
 def free_logits(params: Any, routes: Sequence[Boundaries]) -> dict[int, tuple[jax.Array, ...]]:
-    """(logit of p without the offset, route) of each position, by stage with an offset.
+    """(logit of p without the offset, route) of each position, for each stage with an offset.
 
-    Float32 and int32 (B, L) of that stage. The logit is NaN on padding, and infinite where a
+    Float32 and int32, (B, L) of that stage. The logit is NaN on padding and infinite where a
     boundary is forced.
     """
     found = {}
@@ -93,10 +93,10 @@ def free_logits(params: Any, routes: Sequence[Boundaries]) -> dict[int, tuple[ja
 def exact_offsets(
     logit_N: np.ndarray, route_N: np.ndarray, target_ratios: Sequence[float]
 ) -> np.ndarray:
-    """The offset of each route that makes 1 in `target_ratio` of its positions a boundary.
+    """Offsets with which 1 in `target_ratio` positions of each route is a boundary.
 
-    logit_N, route_N: of N positions, as `free_logits` has them, without padding. Float32 (R,), NaN
-    for a route with too few positions to tell.
+    logit_N, route_N: logits and routes of N positions from `free_logits`, without padding. Returns
+    float32 (R,), NaN for a route with fewer than `MIN_CHUNKS` expected boundaries.
     """
     offset_R = np.full(len(target_ratios), np.nan, np.float32)
     for r, target_ratio in enumerate(target_ratios):

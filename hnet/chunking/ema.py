@@ -12,7 +12,7 @@ EMA_BLOCK = 32
 
 
 def ema_reference(y_BMD: jax.Array, gate_BM: jax.Array, segment_ids_BM: jax.Array) -> jax.Array:
-    """z_m = P_m y_m + (1 - P_m) z_{m-1} one slot at a time, z = 0 before each segment."""
+    """z_m = P_m y_m + (1 - P_m) z_{m-1}, one slot at a time; z = 0 before each segment."""
 
     def one_row(y_MD, gate_M, start_M):
         def step(z_D, inputs):
@@ -40,7 +40,10 @@ def _smoothed(gate_BM: jax.Array, segment_ids_BM: jax.Array) -> Callable[[jax.Ar
 
 
 def _ema_bwd(saved, dz_BMD):
-    """z_m = P_m y_m + (1 - P_m) z_{m-1} by y and P, with s_m = dz_m + (1 - P_{m+1}) s_{m+1}."""
+    """Gradients of z_m = P_m y_m + (1 - P_m) z_{m-1}, with s_m = dz_m + (1 - P_{m+1}) s_{m+1}.
+
+    dy_m = P_m s_m, dP_m = s_m . (y_m - z_{m-1}).
+    """
     y_BMD, gate_BM, segment_ids_BM, z_BMD = saved
     (s_BMD,) = jax.linear_transpose(_smoothed(gate_BM, segment_ids_BM), y_BMD)(dz_BMD)
     starts_BM1 = segment_starts(segment_ids_BM)[..., None]
@@ -60,9 +63,9 @@ ema.defvjp(_ema_fwd, _ema_bwd)
 def _decaying_sums(x_BMD: jax.Array, log_keep_BM: jax.Array, start_BM: jax.Array) -> jax.Array:
     """z_m = x_m + a_m z_{m-1} with a = exp(log_keep), 0 where a segment starts.
 
-    A block is z = W x + (prod a) z_before with W[i, j] = prod_{j < r <= i} a_r, and the last z of
-    all blocks are decaying sums themselves, so it is log(M) matmuls deep. The products are summed
-    logarithms of only the factors they contain, so nothing cancels.
+    Within a block z = W x + (prod a) z_before with W[i, j] = prod_{j < r <= i} a_r. The last z of
+    the blocks are again decaying sums, computed recursively: the depth is log(M) matmuls. Each
+    product is the exponential of a sum over only its own log factors, so there is no cancellation.
     """
     length = x_BMD.shape[1]
     T = min(EMA_BLOCK, length)
@@ -92,5 +95,5 @@ def _decaying_sums(x_BMD: jax.Array, log_keep_BM: jax.Array, start_BM: jax.Array
 
 
 def _over_channels(a_BLD: jax.Array) -> jax.Array:
-    """Sums over D, of one axis of rows: XLA on a CPU makes them slowly if B is 1."""
+    """Sum over D, with B and L merged: XLA's CPU backend is slow at this sum if B is 1."""
     return jnp.sum(a_BLD.reshape(-1, a_BLD.shape[-1]), axis=-1).reshape(a_BLD.shape[:-1])

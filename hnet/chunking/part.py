@@ -1,11 +1,11 @@
-"""What a stage asks of its parts: boundary predictor, pool, dechunk, loss.
+"""Interfaces of a stage's parts: boundary predictor, pool, dechunk, loss.
 
 A part computes whole rows (`__call__`) and one position of a stream (`init` and `step`, or `write`
-and `read`). The streaming form is enough: whole rows are then computed by a scan over it, which is
-slow and right. A part that writes its own `__call__` is held to that scan by tests/parts.
+and `read`). Only the streaming form is required: the default `__call__` scans over it, which is
+correct but slow. tests/parts compares a part's own `__call__` with that scan.
 
-R counts rows that have a position in a step; states are pytrees of arrays (R, ...). A document
-starts with the state that `init` returns, so nothing passes from one document to the next.
+R: rows with a position in a step. States are pytrees of arrays (R, ...). Each document starts with
+the state that `init` returns, so documents are independent.
 """
 
 from collections.abc import Callable
@@ -27,29 +27,29 @@ from hnet.parts import Part, Settings
 
 
 class Place(NamedTuple):
-    """Where in the network a part stands."""
+    """Location of a part in the network."""
 
     stage_idx: int
     d_model: int
-    """width of the stage that it belongs to"""
+    """width of the stage that the part belongs to"""
     d_inner: int
-    """width of the stage inside"""
+    """width of the next inner stage"""
     chunking: Any
-    """how that stage chunks (`ChunkingConfig`)"""
+    """`ChunkingConfig` of the stage that the part belongs to"""
 
 
 class Positions(NamedTuple):
-    """Whole rows, as a part sees them."""
+    """Inputs of a part for whole rows."""
 
     h_BLD: jax.Array
-    """encoder states, float32; the encoder's inputs for a predictor that reads only bytes"""
+    """encoder states, float32; the encoder's inputs for a predictor with `reads_states` False"""
     context: Context
     config: Any
-    """settings of the part, whose traced numbers may be arrays"""
+    """settings of the part; traced numbers may be arrays"""
 
     @property
     def lengths_B(self) -> jax.Array:
-        """Positions of each row up to its padding."""
+        """Number of valid positions per row."""
         return jnp.sum(self.context.segment_ids_BL != 0, axis=1, dtype=jnp.int32)
 
     def at_end(self, values_BL: jax.Array) -> jax.Array:
@@ -58,13 +58,13 @@ class Positions(NamedTuple):
 
 
 class Position(NamedTuple):
-    """One position of R rows, as a part sees it."""
+    """Inputs of a part for one position of R rows."""
 
     h_RD: jax.Array
     index_R: jax.Array
-    """positions of the document before this one, int32"""
+    """index of the position within its document, int32"""
     context: Context
-    """what travels beside the states: fields named `_BL` have the shape (R,) here"""
+    """context of the position; fields named `_BL` have the shape (R,) here"""
     config: Any
 
 
@@ -75,10 +75,10 @@ def step_through(
     after: Callable[[Any, Any], Any] | None = None,
     beside_BL: Any = None,
 ) -> tuple[Any, Any]:
-    """`step` at every position of whole rows: (outputs (B, L, ...), states after the rows).
+    """Scan `step` over whole rows: (outputs (B, L, ...), states after the rows).
 
-    after(state, beside_R): the state that the next position finds. Each document starts with
-    `init`; on padding nothing changes.
+    after(state, beside_R): maps the state after a position to the state of the next one. Each
+    document starts with `init`; padding leaves the state unchanged.
     """
     ids_BL = rows.context.segment_ids_BL
     first = init(ids_BL.shape[0])
@@ -105,7 +105,7 @@ def step_through(
 
 
 def where_rows(mask_R: jax.Array, new: Any, old: Any) -> Any:
-    """`new` in the rows of the mask, `old` in the others, leaf by leaf."""
+    """For each leaf, `new` in the rows of the mask and `old` in the others."""
 
     def choose(a, b):
         return jnp.where(mask_R.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
@@ -120,31 +120,32 @@ class PredictorConfig(Settings):
 
 
 class BoundaryPredictor(Part, nnx.Module):
-    """Says at each position how sure it is of a boundary there, from what it has seen so far."""
+    """Predicts the probability of a boundary at each position from positions up to it."""
 
     Config = PredictorConfig
     reads_bytes: ClassVar[bool] = False
-    """Whether it is a rule of bytes or is handed its boundaries: before the encoder, in stage 0"""
+    """Whether it is a rule of bytes or gets its boundaries as input; possible in stage 0 only"""
     reads_states: ClassVar[bool] = True
-    """Whether it reads the encoder's states; otherwise it is shown the encoder's inputs"""
+    """Whether it reads the encoder's states; False: it gets the encoder's inputs"""
     is_learned: ClassVar[bool] = True
-    """Whether a loss or a threshold offset can move its rate"""
+    """Whether a loss or a threshold offset can change its rate"""
     alignments: ClassVar[tuple[str, ...]] = ("start", "end")
-    """What its boundaries can mean"""
+    """Alignments that its boundaries support"""
     target_is_static: ClassVar[bool] = True
-    """Whether the target ratio is compiled in, as a stride or in the initial parameters"""
+    """Whether the compiled program depends on the target ratio, as a stride or in the initial
+    parameters"""
 
     def __init__(self, config: Any, place: Place, *, rngs: nnx.Rngs):
         self.config, self.num_groups = config, 1
 
     def start_at(self, rates: tuple[float, ...]) -> None:
-        """Initialise for these boundary rates, one per script group if it is stacked over them."""
+        """Initialise for these boundary rates; one per script group if parameters are stacked."""
 
     def per_group(self, context: Context, *inputs_BLD: jax.Array) -> jax.Array:
         """`self.score(*inputs)` (B, L), with the parameters of each position's script group.
 
-        A predictor whose parameters act only through `score`, position by position, can be stacked
-        over script groups.
+        A predictor that uses its parameters only in `score`, separately for each position, can be
+        stacked over script groups.
         """
         return apply_routed(self, self.num_groups, context.route_ids_BL, *inputs_BLD)
 
@@ -154,7 +155,7 @@ class BoundaryPredictor(Part, nnx.Module):
         return self.per_group(one_long, *(a[:, None] for a in inputs_RD))[:, 0]
 
     def init(self, rows: int) -> Any:
-        """What a stream remembers before the first position of each of `rows` rows."""
+        """Initial state of a stream of `rows` rows."""
         return ()
 
     def step(self, state: Any, x: Position) -> tuple[Any, Prediction]:
@@ -166,18 +167,18 @@ class BoundaryPredictor(Part, nnx.Module):
         return step_through(self.init, self.step, rows)[0]
 
     def after(self, rows: Positions) -> Any:
-        """What a stream remembers after these rows, of one document each, padded on the right."""
+        """State of a stream after these rows: one document per row, padded on the right."""
         state = self.init(rows.context.segment_ids_BL.shape[0])
         if not jax.tree.leaves(state):
             return state
         return step_through(self.init, self.step, rows)[1]
 
     def relax(self, logit_BL: jax.Array, config: Any, key: jax.Array | None) -> jax.Array | None:
-        """A relaxed sample to threshold at 0.5 instead of p; None: there is none."""
+        """Relaxed sample to threshold at 0.5 instead of p; None: threshold p."""
         return None
 
     def passes_gradient(self, config: Any) -> bool:
-        """Whether b passes the gradient of what was thresholded (straight through)."""
+        """Whether b passes a gradient to the thresholded value (straight-through estimator)."""
         return True
 
 
@@ -188,11 +189,11 @@ class PoolConfig(Settings):
 
 
 class Pool(Part, nnx.Module):
-    """Makes the vectors of a chunk from the encoder states of its positions."""
+    """Computes the vectors of a chunk from the encoder states of its positions."""
 
     Config = PoolConfig
     alignments: ClassVar[tuple[str, ...]] = ("end",)
-    """What boundaries can mean: a pool that reads a whole chunk runs where the chunk ends"""
+    """Alignments that it supports: a pool over a whole chunk needs boundaries at chunk ends"""
     slots_per_chunk: ClassVar[int] = 1
     """k: positions of the main network per chunk"""
 
@@ -201,26 +202,26 @@ class Pool(Part, nnx.Module):
 
     @classmethod
     def d_out(cls, config: Any, place: Place) -> int:
-        """Width of a chunk's vector; a wider stage inside widens it as the official model does."""
+        """Width of a chunk's vector; a wider inner stage pads it as the official model does."""
         return place.d_model
 
     def init(self, rows: int, d_model: int) -> Any:
-        """What a stream remembers of a chunk that has no position yet."""
+        """State of a stream for a chunk without positions."""
         return ()
 
     def step(self, state: Any, x: Position) -> tuple[Any, jax.Array]:
-        """(state, what the chunk would be if it ended here (R, k E)).
+        """(state, vectors of the chunk if it ended here (R, k E)).
 
-        After a boundary the stage goes on with `init`.
+        The stage resets the state to `init` after a boundary.
         """
         raise TypeError(f"{type(self).__name__} needs step(state, x)")
 
     def __call__(self, rows: Positions, boundaries: Boundaries, slots: Slots) -> jax.Array:
-        """The vectors of all chunks, float32 (B, M, k E). Null and unused slots are free."""
+        """Vectors of all chunks, float32 (B, M, k E). Null and unused slots may hold any value."""
         return slots.gather(self._step_through(rows, boundaries)[0])
 
     def after(self, rows: Positions, boundaries: Boundaries) -> Any:
-        """What a stream remembers of the unfinished chunk at the end of these rows."""
+        """State of a stream for the unfinished chunk at the end of these rows."""
         state = self.init(rows.h_BLD.shape[0], rows.h_BLD.shape[-1])
         if not jax.tree.leaves(state):
             return state
@@ -243,7 +244,7 @@ class DechunkConfig(Settings):
 
 
 class Dechunk(Part, nnx.Module):
-    """Gives positions what the main network said of the chunks so far."""
+    """Computes each position's input from the main network's output for the chunks so far."""
 
     Config = DechunkConfig
 
@@ -252,29 +253,29 @@ class Dechunk(Part, nnx.Module):
 
     @classmethod
     def d_in(cls, config: Any, place: Place) -> int:
-        """Channels of the main network's output that it reads, the first ones."""
+        """Number of leading channels of the main network's output that it reads."""
         return place.d_model
 
     def init(self, rows: int, d_in: int) -> Any:
-        """What a stream remembers before the first chunk; positions there read 0."""
+        """State of a stream before the first chunk; positions there read 0."""
         return jnp.zeros((rows, d_in), jnp.float32)
 
     def write(self, state: Any, y_RE: jax.Array, prob_R: jax.Array, config: Any) -> Any:
-        """The state after the main network's output for a chunk that was opened at p = `prob`."""
+        """State after the main network's output for a chunk with boundary probability `prob_R`."""
         raise TypeError(f"{type(self).__name__} needs write(state, y, prob, config)")
 
     def read(self, state: Any, is_boundary_R: jax.Array, config: Any) -> tuple[Any, jax.Array]:
-        """(state, what a position reads, float32 (R, D)), after `write` if it is a boundary."""
+        """(state, output for a position, float32 (R, D)); at a boundary it runs after `write`."""
         return state, state
 
     def __call__(
         self, y_BME: jax.Array, boundaries: Boundaries, slots: Slots, config: Any
     ) -> jax.Array:
-        """What every position reads, float32 (B, L, D)."""
+        """Output for every position, float32 (B, L, D)."""
         return self._step_through(y_BME, boundaries, slots, config)[0]
 
     def after(self, y_BME: jax.Array, boundaries: Boundaries, slots: Slots, config: Any) -> Any:
-        """What a stream remembers after these rows."""
+        """State of a stream after these rows."""
         return self._step_through(y_BME, boundaries, slots, config)[1]
 
     def _step_through(self, y_BME, boundaries, slots, config) -> tuple[jax.Array, Any]:
@@ -306,7 +307,7 @@ class Dechunk(Part, nnx.Module):
 
 
 class LossConfig(Settings):
-    """Settings of a loss; every one has a field `weight`, which is traced."""
+    """Settings of a loss. Every loss has a traced field `weight`."""
 
     table = LOSSES
     traced = ("weight",)
@@ -316,53 +317,53 @@ class LossConfig(Settings):
 
 
 class LossInputs(NamedTuple):
-    """What a loss of a stage may look at."""
+    """Inputs of a stage's loss."""
 
     boundaries: Boundaries
     config: Any
-    """settings of the loss, whose traced numbers may be arrays"""
+    """settings of the loss; traced numbers may be arrays"""
     target_ratio_R: jax.Array
-    """N: positions per chunk that are wanted of each script group (one, if none are told apart)"""
+    """N: target number of positions per chunk, per script group"""
     has_null: bool
-    """whether a segment begins with a null chunk; otherwise its first boundary is forced"""
+    """whether a segment begins with a null chunk; False: a boundary is forced at its start"""
     own: RateCounts
-    """counts of these rows by route"""
+    """counts of these rows, per route"""
     whole: RateCounts
-    """counts of the batch that these rows are part of: losses of the parts add up to the batch's"""
+    """counts of the whole batch, per route: the losses of its parts add up to the batch's loss"""
     next_byte_nll_BL: jax.Array | None = None
-    """-ln p(byte t | bytes < t) in nats, of the bytes of a row; 0 at t = 0"""
+    """-ln p(byte t | bytes < t) in nats for the bytes of a row; 0 at t = 0"""
     logits_BLV: jax.Array | None = None
     labels_BL: jax.Array | None = None
-    """boundaries to learn, bool; None if the batch brings none"""
+    """boundary labels, bool; None if the batch has none"""
     state: Any = ()
-    """what the loss remembers from update to update"""
+    """state that the loss carries from update to update"""
 
     def mean(self, values_BL: jax.Array) -> jax.Array:
-        """What these rows contribute to the mean over all valid positions of the batch."""
+        """Contribution of these rows to the mean over all valid positions of the batch."""
         valid_BL = self.boundaries.segment_ids_BL != 0
         total = jnp.sum(self.whole.positions_R)
         return jnp.sum(jnp.where(valid_BL, values_BL, 0.0)) / jnp.maximum(total, 1.0)
 
 
 class Loss(Part):
-    """A number to minimise beside cross-entropy, before its weight."""
+    """A loss in addition to cross-entropy, before it is multiplied by its weight."""
 
     Config = LossConfig
     is_by_row: ClassVar[bool] = False
-    """Whether it is a mean over rows of their own rates, so that rows may not share slots"""
+    """Whether it averages over the rates of single rows, so that rows may not share slots"""
     trains_labels: ClassVar[bool] = False
-    """Whether it teaches the predictor boundaries of bytes, which then set its rate"""
+    """Whether it trains the predictor on boundary labels for bytes, which then set its rate"""
 
     def init(self) -> Any:
-        """What it remembers before the first update: arrays that are no parameters."""
+        """State before the first update: arrays that are not parameters."""
         return ()
 
     def __call__(self, x: LossInputs) -> jax.Array:
-        """What these rows contribute to the loss of the batch, float32."""
+        """Contribution of these rows to the loss of the batch, float32."""
         raise TypeError(f"{type(self).__name__} needs __call__(x)")
 
     def next_state(
         self, state: Any, counts: RateCounts, target_ratio_R: jax.Array, config: Any
     ) -> Any:
-        """What it remembers after an update from a batch with these counts."""
+        """State after an update on a batch with these counts."""
         return state

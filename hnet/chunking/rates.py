@@ -1,4 +1,4 @@
-"""Boundary rates over a whole batch and per route (script group)."""
+"""Boundary rates of a whole batch and per route (script group)."""
 
 from typing import NamedTuple
 
@@ -8,22 +8,22 @@ import jax.numpy as jnp
 from hnet.chunking.boundaries import Boundaries
 from hnet.nn.layers import segment_starts
 
-MIN_PROB = 1e-6  # clip of p where its logit is needed and the predictor has none
-SOFT = 0.1  # logits over which `row_rate_error` counts a boundary softly
+MIN_PROB = 1e-6  # clip of p before its logit is computed, if the predictor has no logit
+SOFT = 0.1  # width in logits of the soft threshold of `row_rate_error`
 
 
 class RateCounts(NamedTuple):
-    """Float32 (R,) counts of each route in some rows, or (S, R) of every stage that chunks.
+    """Counts per route for some rows, float32 (R,), or for every stage that chunks, (S, R).
 
-    They add up over the parts of a batch, and their quotients are its rates.
+    The counts of the parts of a batch add up to those of the batch; its rates are their quotients.
     """
 
     chunks_R: jax.Array
-    """boundaries that were wanted, also where the capacity clipped them"""
+    """number of boundaries before clipping to the capacity"""
     positions_R: jax.Array
-    """valid positions"""
+    """number of valid positions"""
     starts_R: jax.Array
-    """valid positions that start a segment"""
+    """number of valid positions that start a segment"""
 
     @property
     def rate_R(self) -> jax.Array:
@@ -32,7 +32,7 @@ class RateCounts(NamedTuple):
 
 
 def rate_counts(boundaries: Boundaries, num_routes: int) -> RateCounts:
-    """The counts of one stage."""
+    """Counts of one stage, (R,)."""
     on_BLR = positions_on_route(boundaries, num_routes)
 
     def count(which_BL):
@@ -56,21 +56,21 @@ def route_rates(boundaries: Boundaries, num_routes: int) -> tuple[jax.Array, jax
 
 
 def mean_prob(boundaries: Boundaries, counts: RateCounts) -> jax.Array:
-    """G of each route, (R,)."""
+    """G: mean boundary probability of each route, (R,)."""
     on_BLR = positions_on_route(boundaries, len(counts.positions_R))
     sum_R = sums_over(boundaries.boundary_prob_BL, on_BLR, (0, 1))
     return sum_R / jnp.maximum(counts.positions_R, 1.0)
 
 
 def target_rate(positions_R: jax.Array, target_ratio_R: jax.Array) -> jax.Array:
-    """Boundary rate of a batch if every route cut at its target."""
+    """Boundary rate of a batch if every route had its target rate."""
     return jnp.sum(positions_R / target_ratio_R) / jnp.maximum(jnp.sum(positions_R), 1.0)
 
 
 def counts_by_stage(records: list[Boundaries], routes: tuple[int, ...]) -> RateCounts:
     """The counts of every stage that chunks, float32 (S, R).
 
-    routes: number of routes of each stage; those with fewer than the most get zeros.
+    routes: number of routes per stage. Stages with fewer than the maximum are padded with zeros.
     """
     rows = []
     for boundaries, num_routes in zip(records, routes):
@@ -90,7 +90,7 @@ def positions_on_route(boundaries: Boundaries, num_routes: int) -> jax.Array:
 
 
 def sums_over(values_BL: jax.Array, on_BLR: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Sums of values over the positions of each route; `axes` of (B, L, R)."""
+    """Sums of values over the positions of each route; axes: axes of (B, L, R) to sum over."""
     return jnp.sum(jnp.where(on_BLR, values_BL[..., None], 0.0), axis=axes)
 
 
@@ -99,8 +99,8 @@ def row_rate_error(
 ) -> jax.Array:
     """Mean over rows of (N F - 1)^2, F = mean of sigmoid((logit of p - threshold) / SOFT).
 
-    Unlike the ratio loss it wants the target rate in each row, and its gradient comes from the
-    positions close to the threshold.
+    Unlike the ratio loss it has the target rate for each row, and its gradient comes from positions
+    close to the threshold.
     """
     valid_BL = boundaries.segment_ids_BL != 0
     p_BL = jnp.clip(boundaries.boundary_prob_BL, MIN_PROB, 1 - MIN_PROB)
@@ -114,12 +114,12 @@ def row_rate_error(
 def mean_over_routes(
     loss_R: jax.Array, own: RateCounts, whole: RateCounts, average: str
 ) -> jax.Array:
-    """Mean over the routes of a batch, of what some of its rows contribute to each route's loss.
+    """Mean over routes of `loss_R`, the contribution of some rows to each route's loss.
 
     own, whole: counts of these rows and of the batch that they are part of. average: "positions"
-    weights a route by its valid positions, so that a byte's rate loss and its cross-entropy have
-    the same proportion in every route; "routes" counts the routes that are present alike, as
-    MAGNET does with its scripts (arXiv 2407.08818).
+    weights a route by its valid positions, so the ratio of rate loss to cross-entropy per byte is
+    the same in every route; "routes" weights all present routes equally, as MAGNET does with
+    scripts (arXiv 2407.08818).
     """
     n_R = whole.positions_R
     weight_R = n_R if average == "positions" else (n_R > 0).astype(jnp.float32)
@@ -128,17 +128,17 @@ def mean_over_routes(
 
 
 def share_of(own: RateCounts, whole: RateCounts) -> jax.Array:
-    """Share of a batch's positions on each route that some of its rows have, (R,)."""
+    """Share of the batch's positions on each route that lie in these rows, (R,)."""
     return own.positions_R / jnp.maximum(whole.positions_R, 1.0)
 
 
 def counts_by_row(boundaries: Boundaries, num_routes: int) -> tuple[jax.Array, jax.Array]:
-    """(boundaries with their gradient, valid positions) of each row and route, float32 (B, R)."""
+    """(boundaries with gradient, valid positions) per row and route, float32 (B, R)."""
     on_BLR = positions_on_route(boundaries, num_routes)
     k_BR = sums_over(boundaries.boundary_ste_BL, on_BLR, (1,))
     return k_BR, jnp.sum(on_BLR, axis=1, dtype=jnp.float32)
 
 
 def mean_over_rows(value_BR: jax.Array, n_BR: jax.Array) -> jax.Array:
-    """Mean over rows of each route (R,), a row weighted by its positions on the route."""
+    """Mean over rows for each route, (R,); rows are weighted by their positions on the route."""
     return jnp.sum(value_BR * n_BR, axis=0) / jnp.maximum(jnp.sum(n_BR, axis=0), 1.0)

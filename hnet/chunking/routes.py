@@ -1,7 +1,7 @@
-"""A router's parameters for each route (group of scripts), at the cost of one router.
+"""Boundary predictors with parameters per route (script group), at the cost of one predictor.
 
-With one route a router's parameters are as they are alone; with R > 1 each has a leading axis of R.
-Positions are packed into blocks of one route each, and every block is given its route's parameters.
+With R > 1 routes every parameter has a leading axis of size R; with one route it has none.
+Positions are packed into blocks of one route each, and each block uses its route's parameters.
 """
 
 from collections.abc import Callable
@@ -15,16 +15,15 @@ from flax import nnx
 from hnet.nn.kernels.spread import on_each_device
 from hnet.nn.parameters import ParameterInfo, map_parameters, set_per_script
 
-BLOCKS_PER_ROUTE = 4  # so at most 5 R blocks, of which at most a fifth is not filled
+BLOCKS_PER_ROUTE = 4  # at most 5 R blocks in all, so at most a fifth of the places is unused
 MIN_BLOCK = 8
-# Up to so many numbers, states and the parameters copied to each block, blocks are computed
-# together: a loop over them takes longer on a CPU (`experiments.benchmark_routing`). Beyond, the
-# copies would be most of the work.
+# Below this many elements (inputs plus per-block parameter copies) use vmap, which is faster than a
+# scan on a CPU (`experiments.benchmark_routing`); above it a scan: vmap would copy too much.
 SIDE_BY_SIDE = 2**23
 
 
 def stack_routes(make: Callable[[nnx.Rngs], nnx.Module], routes: int, rngs: nnx.Rngs) -> nnx.Module:
-    """`make(rngs)`, or that many of them with their parameters stacked along a leading axis."""
+    """`make(rngs)`; for several routes one module each, parameters stacked on a leading axis."""
     if routes == 1:
         return make(rngs)
     stacked = nnx.split_rngs(splits=routes)(nnx.vmap(make, in_axes=0, out_axes=0))
@@ -37,18 +36,18 @@ class Blocks(NamedTuple):
     """N positions packed into K blocks of T."""
 
     source_KT: jax.Array
-    """position in each place; N in spare places"""
+    """position in each place; N in unused places"""
     place_N: jax.Array
     """place k * T + t of each position"""
     route_K: jax.Array
-    """the one route of each block"""
+    """route of each block"""
 
 
 def pack_by_route(route_ids_N: jax.Array, num_routes: int, block_len: int) -> Blocks:
-    """Give every position a place in a block of its own route.
+    """Assign every position a place in a block of its own route.
 
-    A block is opened by the first position that needs it, so where a position goes depends on those
-    before it alone: what comes later cannot change a bit of its result.
+    The first position that needs a block opens it, so a position's place depends only on earlier
+    positions: later positions cannot change a bit of its result.
     """
     (N,), T = route_ids_N.shape, block_len
     num_blocks = min(N, (N + num_routes * (T - 1)) // T)
@@ -69,17 +68,17 @@ def pack_by_route(route_ids_N: jax.Array, num_routes: int, block_len: int) -> Bl
 
 
 def _row_by_row(position_KT: jax.Array, B: int, L: int) -> jax.Array:
-    """Positions that are counted down the B rows, counted along them; B * L stays as it is."""
+    """Convert indices into (L, B) to indices into (B, L); B * L (unused) stays B * L."""
     along_KT = position_KT % B * L + position_KT // B
     return jnp.where(position_KT < B * L, along_KT, B * L)
 
 
 @jax.custom_vjp
 def _into_blocks(x_BLD: jax.Array, source_KT: jax.Array, place_BL: jax.Array) -> jax.Array:
-    """The state in each place (K, T, D), 0 in spare ones.
+    """State in each place (K, T, D), 0 in unused places.
 
-    Every position has one place, so that the gradient is gathered from there: JAX would scatter
-    it, which XLA on a CPU does row after row.
+    Every position has exactly one place, so the gradient is a gather. JAX would scatter, which
+    XLA's CPU backend does one row at a time.
     """
     x_ND = x_BLD.reshape(-1, x_BLD.shape[-1])
     return x_ND.at[source_KT].get(mode="fill", fill_value=0)
@@ -96,9 +95,9 @@ _into_blocks.defvjp(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _for_each_block(run, params: Any, route_K: jax.Array, inputs_KTD: list[jax.Array]) -> jax.Array:
-    """`run(params of the block's route, the block's inputs)` (K, T), one block after the other.
+    """Scan `run(params of the block's route, inputs of the block)` over the blocks, (K, T).
 
-    Its gradient is written down because JAX would add one of all routes for each block.
+    The custom gradient adds to one route per block; JAX's would add an array of all routes.
     """
 
     def one_block(_, block):
@@ -138,8 +137,8 @@ def apply_routed(
 ) -> jax.Array:
     """`module.score(*inputs)` (B, L), each position with the parameters of its route.
 
-    module: `score` maps (..., D) inputs to (...); stacked by `stack_routes`. Each device of the
-    mesh packs its own rows, so only the parameters' gradients move between them. One route is a
+    module: made by `stack_routes`; `score` maps inputs (..., D) to (...). Each device of the mesh
+    packs its own rows, so only gradients of parameters are communicated. With one route this is a
     plain call.
     """
     if num_routes == 1:
@@ -155,7 +154,7 @@ def apply_routed(
         inputs_BLD, leaves = arrays[:num_inputs], arrays[num_inputs:]
         (B, L), N = route_ids_BL.shape, route_ids_BL.size
         block_len = max(MIN_BLOCK, -(-N // (BLOCKS_PER_ROUTE * num_routes)))
-        # Packing goes position by position over all rows, so that it is causal in every row.
+        # Pack in the order of positions, all rows at once, so that packing is causal in every row.
         blocks = pack_by_route(route_ids_BL.T.reshape(N), num_routes, block_len)
         place_BL = blocks.place_N.reshape(L, B).T
         source_KT = _row_by_row(blocks.source_KT, B, L)
@@ -174,12 +173,11 @@ def apply_routed(
 
 
 def keep_absent(new: Any, old: Any, infos: Any, count_SR: jax.Array) -> Any:
-    """`new`, but what belongs to a route that got no position as it was in `old`, bit for bit.
+    """`new`, but with the values of `old`, bit for bit, for routes without positions.
 
-    new, old: parameters or a tree that holds such, as the state of an optimizer, after and before
-    an update. infos: `hnet.nn.parameters.describe` of the model. count_SR: positions of each stage
-    and route that the update was made from. Neither weight decay nor momentum then moves a route
-    that was not there.
+    new, old: parameters after and before an update, or trees that contain them, such as an
+    optimizer state. infos: `hnet.nn.parameters.describe` of the model. count_SR: positions per
+    stage and route in the update. Neither weight decay nor momentum then changes an absent route.
     """
 
     def choose(info: ParameterInfo, new_leaf, old_leaf):

@@ -1,4 +1,4 @@
-"""From positions to chunk slots: which position opens a slot, and which slot a position reads."""
+"""Chunk slots: which position opens each slot, and which slot each position reads."""
 
 from typing import NamedTuple
 
@@ -14,37 +14,38 @@ class Slots(NamedTuple):
     """M chunk slots per row, filled from the left; unused slots have segment 0."""
 
     opened_at_BM: jax.Array
-    """position that opens each slot, int32: where the main network runs for it; L in unused ones"""
+    """position that opens each slot, where the main network runs, int32; L in unused slots"""
     is_null_BM: jax.Array | None
-    """null chunks, which no position feeds; None if there are none"""
+    """mask of null chunks, which have no positions of their own; None if there are none"""
     slot_BL: jax.Array
-    """slot that each position reads; outside, or in another segment, where that was clipped"""
+    """slot that each position reads; if it was clipped, an index out of range or a slot of another
+    segment (see `is_read_BL`)"""
     boundary_prob_BM: jax.Array
     """p at the boundary of each chunk; 1 in null chunks, 0 in unused slots"""
     context: Context
-    """what travels beside the states, at the positions that open the slots"""
+    """context of the positions that open the slots"""
 
     def gather(self, values_BL: jax.Array) -> jax.Array:
         """Values (B, L, ...) at the positions that open slots; 0 in unused slots."""
         return _select(values_BL, self.opened_at_BM)
 
     def scatter(self, values_BM: jax.Array) -> jax.Array:
-        """Values (B, M, ...) of the slot that each position reads, (B, L, ...)."""
+        """Values (B, L, ...) of the slot that each position reads, from (B, M, ...)."""
         take = jax.vmap(lambda values_M, slot_L: values_M.at[slot_L].get(mode="clip"))
         return take(values_BM, self.slot_BL)
 
     def is_read_BL(self, segment_ids_BL: jax.Array) -> jax.Array:
-        """Whether a position has a slot to read: not where its segment's slots were clipped."""
+        """Whether a position has a slot to read; False if all slots of its segment were clipped."""
         return (self.slot_BL >= 0) & (self.scatter(self.context.segment_ids_BL) == segment_ids_BL)
 
 
 def open_slots(
     boundaries: Boundaries, context: Context, capacity: int, *, has_null: bool = False
 ) -> Slots:
-    """A slot for every boundary in use and, with `has_null`, one for every segment before them.
+    """One slot per boundary in use and, with `has_null`, a null slot at the start of each segment.
 
-    Position t reads slot cumsum(b)_t - 1, where null chunks count (arXiv 2507.07955, section 2.2.1;
-    arXiv 2211.09761, section 2).
+    Position t reads slot cumsum(b)_t - 1, plus the number of null slots up to t (arXiv 2507.07955,
+    section 2.2.1; arXiv 2211.09761, section 2).
     """
     mask_BL, segment_ids_BL = boundaries.boundary_mask_BL, context.segment_ids_BL
     slot_BL = jnp.cumsum(mask_BL, axis=1, dtype=jnp.int32) - 1
@@ -71,9 +72,9 @@ def open_slots(
 
 
 def position_of_slot(opens_BL: jax.Array, slot_BL: jax.Array, capacity: int) -> jax.Array:
-    """Position that opens each slot, (B, M) int32; L where there is none.
+    """Position that opens each slot, (B, M) int32; L for unused slots.
 
-    opens_BL: positions that open a slot; slot_BL: which one, dropped where it is no slot of M.
+    opens_BL: positions that open a slot. slot_BL: the slot; indices outside [0, M) are dropped.
     """
     length = opens_BL.shape[1]
     index_L = jnp.arange(length, dtype=jnp.int32)

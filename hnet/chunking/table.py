@@ -1,4 +1,4 @@
-"""The parts of chunking by name: a line each. A new part is one file and one line here."""
+"""Tables of the parts of chunking by name. A new part needs one file and one line here."""
 
 from hnet.parts import Table
 

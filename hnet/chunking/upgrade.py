@@ -1,4 +1,4 @@
-"""How a stage chunks, as versions before parts wrote it, in today's fields."""
+"""Conversion of the chunking configuration of versions before parts to the current fields."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ _RENAMED = {"given": "external", "scatter": "at_boundaries"}
 def in_parts(old: dict[str, Any]) -> dict[str, Any]:
     """JSON content of a `ChunkingConfig` from that of a version with a field `router`.
 
-    What has no meaning in a part (the temperature of a rule) is left out, since it changed nothing.
+    Fields that a part does not have (the temperature of a rule) had no effect and are dropped.
     """
     kept = ("target_ratio", "alignment", "residual", "hold_rate", "routes", "routed_parameters",
             "route_target_ratios")  # fmt: skip
@@ -44,6 +44,6 @@ def in_parts(old: dict[str, Any]) -> dict[str, Any]:
         case "ratio" | "binomial":
             pass
         case _:
-            pass  # unknown: reading it raises with its name
+            pass  # unknown name: reading the result raises an error that names it
     new["losses"] = [loss]
     return new

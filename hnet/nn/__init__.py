@@ -1,1 +1,1 @@
-"""Sequence mixers and stacks of them. Nothing in here knows about chunks."""
+"""Sequence mixers and stacks of layers. This package does not depend on `hnet.chunking`."""

@@ -1,4 +1,4 @@
-"""Run a function on the active rows of a batch only, at a cost that follows their number."""
+"""Run a function on only the active rows of a batch, at a cost that depends on their number."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ FRACTIONS = (1 / 8, 1 / 4, 1 / 2, 5 / 8, 3 / 4, 1.0)
 
 
 def sizes(batch: int, fractions: tuple[float, ...]) -> list[int]:
-    """The batch sizes compiled for a batch of `batch` rows, smallest first."""
+    """Batch sizes that are compiled for a batch of `batch` rows, in ascending order."""
     return sorted({math.ceil(fraction * batch) for fraction in fractions} | {batch})
 
 
@@ -24,16 +24,15 @@ def run_on_active_rows(
     state: Any,
     fractions: tuple[float, ...] | None,
 ) -> tuple[Any, Any]:
-    """`fn(inputs_R, state, rows) -> (outputs_R, state)` on the active rows, if there are any.
+    """Run `fn(inputs_R, state, rows) -> (outputs_R, state)` on the active rows, if there are any.
 
-    The rows are gathered into the smallest of the `sizes` that holds them; spare places read some
-    row and write none. Outputs are scattered back, zeros elsewhere. The state is not gathered: `fn`
-    reads and writes its rows. Without fractions (an outermost stage, whose rows are nearly always
-    all active) `fn` simply runs on all rows, and the outputs of rows that are not active mean
-    nothing.
+    Active rows are gathered into the smallest of the `sizes` that holds them; unused places read an
+    arbitrary row and write nothing. Outputs are scattered back, zeros elsewhere. The state is not
+    gathered: `fn` reads and writes its rows. fractions None (an outermost stage, whose rows are
+    nearly always all active): `fn` runs on all rows, and outputs of inactive rows are undefined.
 
-    The choice of a size is a loop of no or one round for each, not a conditional: XLA changes what
-    a loop carries in place, but copies what a conditional returns, which here is the whole cache.
+    Each size is a loop of zero or one iterations, not a conditional: XLA updates a loop carry in
+    place, but copies the result of a conditional, which here is the whole cache.
     """
     B = active_B.shape[0]
     all_rows_B = jnp.arange(B, dtype=jnp.int32)

@@ -1,4 +1,4 @@
-"""Multi-head attention over packed rows: plain forms, and causal attention by blocks."""
+"""Multi-head attention over packed rows: reference forms, and blockwise causal attention."""
 
 import math
 from functools import partial
@@ -23,9 +23,9 @@ def masked_attention(
 ) -> jax.Array:
     """softmax(score + key_bias) v over the visible keys, score = q k' / sqrt(K).
 
-    soft_cap: c of c tanh(score / c) instead of the score (arXiv 2408.00118); 0 = none. sink_H: a
-    further logit of each head, which takes weight and has no value (arXiv 2309.17453; 0 is the
-    "softmax + 1"). A query that sees nothing gets 0. Scores and softmax are float32.
+    soft_cap: c, scores become c tanh(score / c) (arXiv 2408.00118); 0 = none. sink_H: additional
+    logit per head in the softmax, without a value (arXiv 2309.17453; 0 is the "softmax + 1"). The
+    output of a query that sees no key is 0. Scores and softmax are float32.
     """
     scores_BHLM = jnp.einsum("blhk,bmhk->bhlm", q_BLHK, k_BMHK, preferred_element_type=jnp.float32)
     scores_BHLM = scores_BHLM / math.sqrt(q_BLHK.shape[-1])
@@ -56,11 +56,11 @@ def attention_reference(
     soft_cap: float = 0.0,
     offset: int | jax.Array = 0,
 ) -> jax.Array:
-    """`masked_attention` over the keys that a query may see, in one block.
+    """`masked_attention` over the visible keys, in one block.
 
-    A query at i sees the keys j with i - window <= j <= i (all j <= i if window is -1) in its own
-    segment, and if not `causal` those with i <= j <= i + window too. `q_BLHK` may be a slice of the
-    rows starting at `offset`; keys start at 0.
+    A query at i sees the keys j of its own segment with i - window <= j <= i (all j <= i if window
+    is -1); with causal=False also those with i <= j <= i + window. `q_BLHK` may be a slice of the
+    rows that starts at `offset`; keys start at 0.
     """
     query_index = offset + jnp.arange(q_BLHK.shape[1], dtype=jnp.int32)[:, None]
     key_index = jnp.arange(k_BLHK.shape[1], dtype=jnp.int32)[None, :]
@@ -79,7 +79,7 @@ def attention_reference(
 def attention_by_queries(
     q_BLHK, k_BLHK, v_BLHK, segment_ids_BL, key_bias_BL=None, sink_H=None, *, block_len, **options
 ) -> jax.Array:
-    """`attention_reference`, one block of queries after the other: memory is linear in L."""
+    """`attention_reference` for one block of queries at a time: memory is linear in L."""
     L = q_BLHK.shape[1]
     T = min(block_len, L)
 
@@ -90,7 +90,7 @@ def attention_by_queries(
             q_BTHK, k_BLHK, v_BLHK, segment_ids_BL, key_bias_BL, sink_H, offset=i * T, **options
         )
 
-    # queries of the padding have a segment of their own, and keys none of it
+    # Padding has segment id -1, so no query of a real segment sees a key of the padding.
     padding = ((0, 0), (0, -L % T))
     q_BLHK, k_BLHK, v_BLHK = (
         jnp.pad(a, (*padding, (0, 0), (0, 0))) for a in (q_BLHK, k_BLHK, v_BLHK)
@@ -115,11 +115,11 @@ def grouped_attention(
     relation: str,
     window: int = 1,
 ) -> jax.Array:
-    """Attention of queries to keys of groups (chunks), numbered upwards along a row.
+    """Attention of queries to keys in groups (chunks); group numbers increase along a row.
 
-    The newest group that a query sees is its own ("equal") or the one before ("last_closed"); it
-    sees `window` groups up to that one, -1 all of them, of its own segment. Keys of a negative
-    group are seen by no query; a query that sees no key gets 0.
+    The newest group that a query sees is its own (relation "equal") or the one before it
+    ("last_closed"). It sees the last `window` groups (-1: all) up to the newest, in its own
+    segment. Keys with a negative group are invisible. A query that sees no key has output 0.
     """
     match relation:
         case "equal":
@@ -146,11 +146,11 @@ def attention(
     window: int = -1,
     block_len: int = 128,
 ) -> jax.Array:
-    """`attention_reference` block by block, for rows in which equal neighbours are a segment.
+    """Blockwise `attention_reference`; equal neighbouring segment ids are one segment.
 
-    Blocks of keys that no query of a block may see, for causality, window or segments, are never
-    computed, so the cost of a row follows its segments (arXiv 2205.14135, with bounds that are read
-    at run time). The backward pass computes scores again: memory is linear in L.
+    Blocks of keys that are invisible to a block of queries (causality, window or segments) are
+    skipped, so the cost of a row depends on its segments (arXiv 2205.14135, with loop bounds that
+    are known at run time). The backward pass recomputes scores: memory is linear in L.
     """
     B, L, H, _ = q_BLHK.shape
     T = min(block_len, L)
@@ -171,7 +171,7 @@ def attention(
 
 
 def _mean_trips(blocks: int, T: int, window: int) -> float:
-    """Blocks of keys that a block of queries sees on average in a row of one segment."""
+    """Mean number of key blocks per query block in a row of one segment."""
     first = (0 if window < 0 else max(0, i * T - window) // T for i in range(blocks))
     return sum(i + 1 - j for i, j in enumerate(first)) / blocks
 
@@ -217,8 +217,8 @@ def _by_blocks_fwd(q_BHLK, k_BHLK, v_BHLK, first_BL, T):
 
 
 def _by_blocks_bwd(T, saved, grad_BHLK):
-    """Scores are computed keys first, and dq with its channels first: then none of the products
-    contracts the rows of its left operand, which XLA on a CPU does slowly."""
+    """Scores have the keys first and dq its channels first, so that no product contracts the rows
+    of its left operand, which is slow in XLA's CPU backend."""
     q_BHLK, k_BHLK, v_BHLK, first_BL, out_BHLK, log_sum_BHL = saved
     first_block = _first_blocks(first_BL, T)
     grad_dot_out_BHL = jnp.sum(
@@ -263,7 +263,7 @@ _by_blocks.defvjp(_by_blocks_fwd, _by_blocks_bwd)
 
 @jax.custom_batching.custom_vmap
 def _first_key_block(first_BN: jax.Array) -> jax.Array:
-    """The lowest of the rows. Under vmap it is that of all copies, so that they share a loop."""
+    """Minimum over rows. Under vmap: over all batch elements too, so that they share one loop."""
     return jnp.min(first_BN, axis=0)
 
 
@@ -273,18 +273,18 @@ def _(size, _batched, first_SBN):
 
 
 def _first_blocks(first_BL: jax.Array, T: int) -> jax.Array:
-    """The first block of keys that each block of queries sees: the one its first query sees."""
+    """First key block that each query block sees, which is that of its first query."""
     return _first_key_block(first_BL.reshape(len(first_BL), -1, T)[:, :, 0]) // T
 
 
 def _loop(first_block, i, body, carry):
-    if len(first_block) == 1:  # nothing to skip: no loop in the program
+    if len(first_block) == 1:  # one block: call the body without a loop
         return body(0, carry)
     return jax.lax.fori_loop(first_block[i], i + 1, body, carry)
 
 
 def _visible(first_BT, i, j, T):
-    """Which keys of block j the queries of block i see, (B, T, T)."""
+    """Keys of block j that the queries of block i see, bool (B, T, T)."""
     index_T = jnp.arange(T, dtype=jnp.int32)
     key_T, query_T = j * T + index_T, i * T + index_T
     causal_TM = key_T[None, :] <= query_T[:, None]
@@ -314,12 +314,12 @@ def cached_attention(
     sink_H: jax.Array | None = None,
     soft_cap: float = 0.0,
 ) -> jax.Array:
-    """`attention_reference` for the newest position of R rows, whose key is in the cache already.
+    """`attention_reference` for the newest position of R rows; its key is already in the cache.
 
-    Positions before `first_R` are not seen. The heads of the cache may be fewer; each then serves
-    equally many neighbouring query heads. Blocks of slots are read one by one with a running
-    softmax, and only as many as the longest of the rows has filled, so that the cost follows the
-    length and not the room.
+    Positions before `first_R` are invisible. The cache may have fewer heads than q; each is then
+    shared by equally many neighbouring query heads. Blocks of slots are read one at a time with an
+    online softmax, up to the last block that the longest of these rows has filled, so the cost
+    depends on the length, not on the size of the cache.
     """
     blocks, T = cache.k.shape[2], cache.k.shape[4]
     shared = q_RHK.shape[1] // cache.k.shape[3]
@@ -359,5 +359,5 @@ def cached_attention(
 
 
 def share_heads(a_XHXX: jax.Array, count: int, axis: int = 1) -> jax.Array:
-    """Each head `count` times, side by side."""
+    """Repeat each head `count` times, copies next to each other."""
     return a_XHXX if count == 1 else jnp.repeat(a_XHXX, count, axis=axis)

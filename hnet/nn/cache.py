@@ -1,8 +1,8 @@
-"""What layers remember between positions of a stream, for rows that stand at different places.
+"""Layer caches for streaming; rows may be at different positions.
 
 Every array has a leading layer axis (a run of layers is stacked) and a row axis: (layers, B, ...).
-A layer's `step` runs on R of the B rows and is told where its state lies by `at = (layer, rows)`.
-Reads and writes cost O(R).
+A layer's `step` runs on R of the B rows and finds its state at `at = (layer, rows)`. Reads and
+writes cost O(R).
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-KV_BLOCK = 16  # slots that attention over a cache reads at a time
+KV_BLOCK = 16  # slots per block of a key-value cache; attention reads one block at a time
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["index_R"], meta_fields=["are_all"])
@@ -21,34 +21,34 @@ class Rows:
     """R rows of a batch of B."""
 
     index_R: jax.Array
-    """their numbers; a number of B reads anything and writes nothing"""
+    """indices of the rows; index B reads an arbitrary row and writes nothing"""
     are_all: bool = False
-    """R = B, and row r is number r or B: nothing has to be gathered or scattered"""
+    """whether R = B and index r is r or B: no gather or scatter is needed"""
 
 
 class KVCache(NamedTuple):
-    """Rotated keys, and values, (layers, B, blocks, H, T, K), T slots a block.
+    """Rotated keys, and values, (layers, B, blocks, H, T, K), T slots per block.
 
-    It is a ring: position t lies in slot t mod (blocks * T).
+    A ring buffer: position t is in slot t mod (blocks * T).
     """
 
     k: jax.Array
     v: jax.Array
     bias: jax.Array | None = None
-    """what is added to the scores of each key, float32 (layers, B, blocks, T)"""
+    """bias added to the scores of each key, float32 (layers, B, blocks, T)"""
 
 
 class RecurrentCache(NamedTuple):
     """State of a mixer with a short convolution and a recurrence."""
 
     conv: jax.Array
-    """the last W - 1 inputs of the convolution, (layers, B, W - 1, C)"""
+    """last W - 1 inputs of the convolution, (layers, B, W - 1, C)"""
     state: jax.Array
-    """h of the recurrence, float32, e.g. (layers, B, H, P, N)"""
+    """state h of the recurrence, float32, e.g. (layers, B, H, P, N)"""
 
 
 def read(array: jax.Array, at: tuple) -> jax.Array:
-    """The entries (R, ...) at `(layer, rows)`, or `(layer, rows, index of the third axis)`."""
+    """Entries (R, ...) at `(layer, rows)`, or at `(layer, rows, index of the third axis)`."""
     layer, rows, *inner = at
     if not rows.are_all:
         return array.at[(layer, rows.index_R, *inner)].get(mode="clip")
@@ -70,19 +70,19 @@ def write(array: jax.Array, at: tuple, new: jax.Array) -> jax.Array:
 
 
 def last_positions(x_BLD: jax.Array, lengths_B: jax.Array, count: int) -> jax.Array:
-    """The `count` positions before each row's length, (B, count, ...); 0 before its start."""
+    """Last `count` positions before each row's length, (B, count, ...); 0 before the row starts."""
     index_BW = lengths_B[:, None] - count + jnp.arange(count, dtype=jnp.int32)[None, :]
     return jax.vmap(_take)(x_BLD, index_BW)
 
 
 def in_last_segment(segment_ids_BL: jax.Array, lengths_B: jax.Array) -> jax.Array:
-    """Which positions belong to the segment that each row ends in, bool (B, L)."""
+    """Mask of the positions in each row's last segment, bool (B, L)."""
     last_B1 = last_positions(segment_ids_BL, lengths_B, 1)
     return (segment_ids_BL == last_B1) & (segment_ids_BL != 0)
 
 
 def ring(x_BLHK: jax.Array, lengths_B: jax.Array, size: int) -> jax.Array:
-    """The newest positions of each row in their slots, (B, blocks, H, T, K); room for `size`."""
+    """Ring buffer with each row's newest positions, (B, blocks, H, T, K); at least `size` slots."""
     T = min(KV_BLOCK, size)
     blocks = -(-size // T)
     slot_M = jnp.arange(blocks * T, dtype=jnp.int32)[None, :]
@@ -93,5 +93,5 @@ def ring(x_BLHK: jax.Array, lengths_B: jax.Array, size: int) -> jax.Array:
 
 
 def _take(x_LD, index_W):
-    index_W = jnp.where(index_W < 0, x_LD.shape[0], index_W)  # a negative index would wrap
+    index_W = jnp.where(index_W < 0, x_LD.shape[0], index_W)  # negative indices would wrap
     return x_LD.at[index_W].get(mode="fill", fill_value=0)

@@ -8,17 +8,18 @@ from hnet.nn.layers import silu_and_grad
 
 @jax.custom_vjp
 def causal_conv_silu(x_BLC, weight_WC, bias_C, segment_ids_BL) -> jax.Array:
-    """silu of a depthwise causal convolution that sees no other segment.
+    """silu of a depthwise causal convolution within each segment.
 
-    Tap W-1 is the position itself. Computed in the dtype of x. silu ends with a division, which XLA
-    on a CPU makes once; a product it would make again, with the convolution, wherever it is read.
+    Tap W-1 is the position itself. Computed in the dtype of x. silu is written with a division,
+    which XLA's CPU backend computes once; it would recompute a product, and the convolution with
+    it, at each use.
     """
     conv_BLC = _convolved(x_BLC, weight_WC, bias_C, _taps(segment_ids_BL, weight_WC))
     return conv_BLC / (1 + jnp.exp(-conv_BLC))
 
 
 def _taps(segment_ids_BL: jax.Array, weight_WC: jax.Array) -> jax.Array:
-    """Whether the position `back` places before is in the same segment, by back; (W, B, L, 1)."""
+    """[back]: whether the position `back` places earlier is in the same segment; (W, B, L, 1)."""
     L, same = segment_ids_BL.shape[1], [jnp.ones_like(segment_ids_BL, bool)]
     for back in range(1, len(weight_WC)):
         same_BL = segment_ids_BL[:, back:] == segment_ids_BL[:, : max(L - back, 0)]
@@ -27,9 +28,9 @@ def _taps(segment_ids_BL: jax.Array, weight_WC: jax.Array) -> jax.Array:
 
 
 def _earlier(x_BLC: jax.Array, taps_WBL1: jax.Array) -> list[jax.Array]:
-    """x `back` places before each position, 0 in another segment, for each tap.
+    """x `back` places before each position, 0 in another segment, for back = 0 to W - 1.
 
-    The padded rows are made first: cut out of one array, the taps are read in one pass.
+    All are slices of one padded array, so that XLA reads the taps in one pass.
     """
     before, L = len(taps_WBL1) - 1, x_BLC.shape[1]
     padded = jnp.pad(x_BLC, ((0, 0), (before, 0), (0, 0)))
@@ -66,6 +67,6 @@ causal_conv_silu.defvjp(lambda *inputs: (causal_conv_silu(*inputs), inputs), _ca
 def conv_silu_step(taps_RWC: jax.Array, weight_WC: jax.Array, bias_C: jax.Array) -> jax.Array:
     """`causal_conv_silu` for the last of W positions, (R, 1, C)."""
     convolved = bias_C[None, None]
-    for tap in range(len(weight_WC)):  # faster than a reduction over so short an axis
+    for tap in range(len(weight_WC)):  # faster than a reduction over a short axis
         convolved = convolved + taps_RWC[:, tap : tap + 1] * weight_WC[None, None, tap]
     return jax.nn.silu(convolved)

@@ -1,6 +1,6 @@
-"""The gated delta rule (arXiv 2412.06464), position by position and as block matmuls.
+"""The gated delta rule (arXiv 2412.06464), one position at a time and as block matmuls.
 
-Axes here: H heads, K channels of keys, V of values, T positions per block, N blocks.
+Axes here: H heads, K key channels, V value channels, T positions per block, N blocks.
 """
 
 from functools import partial
@@ -20,7 +20,7 @@ def gated_delta_reference(
     """The recurrence (arXiv 2412.06464, eq. 10), with its state transposed, one position at a time:
 
     h_t = alpha_t (I - beta_t k_t k_t') h_{t-1} + beta_t k_t v_t',  y_t = h_t' q_t,  h reset at each
-    segment start. Returns y_BLHV in float32. Slow: the oracle of `gated_delta`.
+    segment start. Returns y_BLHV in float32. Slow: the reference for `gated_delta`.
     """
 
     def one_row(q_LHK, k_LHK, v_LHV, log_alpha_LH, beta_LH, segment_ids_L):
@@ -59,12 +59,12 @@ def gated_delta(
 ) -> tuple[jax.Array, jax.Array]:
     """`gated_delta_reference` as matmuls over blocks (arXiv 2412.06464, section 3.3, WY form).
 
-    With h the state that enters a block and g_i the product of its decays up to i, the rule writes
-    U = (I + A)^-1 (beta V - beta g K h), A_ij = beta_i (g_i / g_j) k_i k_j' for j < i, so that
-    y = g Q h + (Q K' o (g_i / g_j)) U. What depends on no state is made for all blocks at once;
-    a scan passes the states on. Equal neighbours in `segment_ids_BL` are one segment, and nothing
-    crosses to another. Decays, states and what is inverted are float32; other matmuls have operands
-    of the dtype of `q_BLHK`. Returns float32 (y_BLHV, state after the last position (B, H, K, V)).
+    Let h be the state that enters a block and g_i the product of its decays up to i. The rule
+    writes U = (I + A)^-1 (beta V - beta g K h) with A_ij = beta_i (g_i / g_j) k_i k_j' for j < i,
+    and y = g Q h + (Q K' o (g_i / g_j)) U. Terms without h are computed for all blocks at once; a
+    scan over blocks carries h. Equal neighbours in `segment_ids_BL` are one segment; segments are
+    independent. Decays, states and the inverse are float32; operands of other matmuls have the
+    dtype of `q_BLHK`. Returns float32 (y_BLHV, state after the last position (B, H, K, V)).
     """
     B, L, H, K = q_BLHK.shape
     T, einsum = min(block_len, L), partial(matmul_in, dtype=q_BLHK.dtype)
@@ -75,7 +75,7 @@ def gated_delta(
 
     arrays = (q_BLHK, k_BLHK, v_BLHV, log_alpha_BLH, beta_BLH)
     q, k, v, log_alpha_BNHT, beta_BNHT = map(blocks, arrays)
-    # the padding goes on in the last segment, so that the last state is the one before it
+    # Padding continues the last segment, so the final state is that before the padding.
     ids_BL = jnp.pad(segment_ids_BL, ((0, 0), (0, -L % T)), mode="edge")
     decays = _decays(log_alpha_BNHT, segment_marks(ids_BL.reshape(B, -1, T)))
     within_BNHTT, to_end_BNHT1, from_start_BNHT1, carry_BNH = decays
@@ -103,16 +103,17 @@ def gated_delta(
 
 
 def _decays(log_a_BNHT: jax.Array, marks: SegmentMarks) -> tuple[jax.Array, ...]:
-    """Factors by which a state shrinks, 0 across a segment boundary, and nothing above a diagonal:
-    from j to i (B, N, H, T, T), to the block's end, from its start (B, N, H, T, 1), through it.
+    """Decay factors of a state, 0 across a segment boundary: from j to i (B, N, H, T, T), 0 for
+    j > i; to the block's end and from its start (B, N, H, T, 1); through the block (B, N, H).
 
-    Sums begin at each segment, so that no gradient gets into another, not even by rounding. As in
-    `hnet.nn.ssd`, logarithms are multiples of 2^-8, whose sums are exact, and small remainders.
+    Sums restart at each segment, so no gradient reaches another segment, not even by rounding. As
+    in `hnet.nn.ssd`, each logarithm is split into a multiple of 2^-8, whose sums are exact, and a
+    small remainder.
     """
     same_BNTT = jnp.exp(marks.log_same_BKTT)
     causal_TT = np.tri(log_a_BNHT.shape[-1], dtype=bool)
 
-    def sums(a_BNHT, over_TT):  # at i the sum of a_j of its segment where over[i, j]
+    def sums(a_BNHT, over_TT):  # [i]: sum of a_j over j in the segment of i with over[i, j]
         over_BNTT = same_BNTT * jnp.asarray(over_TT, jnp.float32)[None, None]
         return _einsum("bnhj,bnij->bnhi", a_BNHT, over_BNTT)
 
@@ -132,10 +133,11 @@ def _decays(log_a_BNHT: jax.Array, marks: SegmentMarks) -> tuple[jax.Array, ...]
 
 @jax.custom_vjp
 def unit_lower_inverse(a_XTT: jax.Array) -> jax.Array:
-    """(I + A)^-1, A = `a_XTT` below its diagonal; what lies on and above it is not read.
+    """(I + A)^-1, A = `a_XTT` below its diagonal; entries on and above the diagonal are ignored.
 
-    From blocks of one number, whose inverse is 1, to twice as large ones: of [[P, 0], [C, Q]] it is
-    [[P^-1, 0], [-Q^-1 C P^-1, Q^-1]], in matmuls alone and as stable as forward substitution.
+    Starts with blocks of size 1, whose inverse is 1, and doubles the block size: the inverse of
+    [[P, 0], [C, Q]] is [[P^-1, 0], [-Q^-1 C P^-1, Q^-1]]. This needs only matmuls and is as stable
+    as forward substitution.
     """
     T, shape = a_XTT.shape[-1], a_XTT.shape[:-2]
     size = 1 << max(T - 1, 0).bit_length()

@@ -16,7 +16,7 @@ from hnet.nn.mixers import find
 
 
 class Block(nnx.Module):
-    """x + mixer(norm1(x)), then x + mlp(norm2(x)) in upper-case kinds; x stays float32."""
+    """x + mixer(norm1(x)), then x + mlp(norm2(x)) for upper-case letters; x is float32."""
 
     def __init__(
         self, config: HNetConfig, stage: StageConfig, kind: str, *, out_std: float,
@@ -61,8 +61,8 @@ class Block(nnx.Module):
 class Isotropic(nnx.Module):
     """Blocks of one width, then an RMSNorm.
 
-    `layers[r]` holds run r of the layout ("T1m4" has two), its parameters stacked along a leading
-    layer axis, so that a run is one scan whatever its length.
+    `layers[r]` is run r of the layout ("T1m4" has two runs), with parameters stacked along a
+    leading layer axis, so that each run is one scan.
     """
 
     def __init__(
@@ -75,10 +75,11 @@ class Isotropic(nnx.Module):
         causal: bool = True,
         rngs: nnx.Rngs,
     ):
-        """`num_residuals`: residual additions that the depth-scaled init divides by.
+        """num_residuals: number of residual additions; output projections are initialised with a
+        standard deviation divided by its square root.
 
-        causal: False lets every position see its whole segment; such a stack cannot be stepped.
-        Raises ConfigError for a mixer that cannot do that.
+        causal: False: every position sees its whole segment; such a stack has no `step`. Raises
+        ConfigError for a mixer that does not support this.
         """
         self.runs, self.compute, self.causal = parse_layout(layout), config.compute, causal
         out_std = INIT_STD / math.sqrt(num_residuals)
@@ -110,9 +111,9 @@ class Isotropic(nnx.Module):
     def prefill(
         self, x_BLD: jax.Array, context: Context, lengths_B: jax.Array, max_len: int
     ) -> tuple[jax.Array, list]:
-        """`__call__`, and a cache for each run with room for `max_len` positions per row.
+        """`__call__`, and one cache per run with room for `max_len` positions per row.
 
-        Segment ids are 0 from lengths_B on; what follows goes on in the segment before that.
+        Segment ids are 0 from lengths_B on; later steps continue the last segment before that.
         """
         self._check_causal()
         x_BLD, caches = x_BLD.astype(jnp.float32), []
@@ -131,7 +132,7 @@ class Isotropic(nnx.Module):
     ) -> tuple[jax.Array, list]:
         """The next position of some rows.
 
-        The caches are carried through the scan, not sliced by it, so that they change in place.
+        The scan carries the caches instead of slicing them, so that XLA updates them in place.
         """
         self._check_causal()
         x_R1D, new_caches = x_RD.astype(jnp.float32)[:, None], []

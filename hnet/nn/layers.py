@@ -1,4 +1,4 @@
-"""RMSNorm, SwiGLU, rotary positions, and the helpers of packed rows."""
+"""RMSNorm, SwiGLU, rotary positions, and helpers for packed rows."""
 
 import itertools
 import math
@@ -13,23 +13,22 @@ from jax.sharding import PartitionSpec as P
 
 from hnet.nn.parameters import metadata, parameter
 
-MATMUL = "matmul"  # name of the products with weights, for rematerialisation
-ROW_AXES = ("data", "fsdp")  # of the mesh: rows are divided over both
+MATMUL = "matmul"  # checkpoint name of products with weights, for rematerialisation
+ROW_AXES = ("data", "fsdp")  # mesh axes that shard rows
 NORM_EPS = 1e-5
-INIT_STD = 0.02  # of every linear layer that no other rule covers (goombalab/hnet)
+INIT_STD = 0.02  # default standard deviation of the weights of linear layers (goombalab/hnet)
 
 
 def by_rows(x: jax.Array) -> jax.Array:
-    """x (B, ...), its rows divided over the mesh that this is traced on, nothing else divided.
+    """Constrain x (B, ...) to be sharded over its rows only.
 
-    Parameters are cut over ``fsdp`` too. Unless activations say where they lie, the compiler keeps
-    all rows everywhere and cuts channels instead, at the price of an all-reduce of every matmul's
-    output; so it gathers the layer's parameters. Without a mesh, or with rows that it does not
-    divide, this is x.
+    Parameters are sharded over ``fsdp`` too. Without this constraint XLA replicates the rows,
+    shards channels and all-reduces the output of every matmul; with it, XLA gathers the layer's
+    parameters. Returns x unchanged without a mesh, or if the mesh does not divide the rows.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = tuple(a for a in ROW_AXES if mesh.shape.get(a, 1) > 1)
-    is_manual = AxisType.Manual in mesh.axis_types  # this is one device's part already
+    is_manual = AxisType.Manual in mesh.axis_types  # already in a shard_map
     if is_manual or x.shape[0] % math.prod(mesh.shape[a] for a in axes):
         return x
     if not axes and tensor_devices() == 1:
@@ -38,13 +37,13 @@ def by_rows(x: jax.Array) -> jax.Array:
 
 
 def tensor_devices() -> int:
-    """Devices that share the width of a layer, on the mesh that this is traced on."""
+    """Size of the axis ``tensor`` of the current mesh: devices that share the width of a layer."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if AxisType.Manual in mesh.axis_types else mesh.shape.get("tensor", 1)
 
 
 def whole(parameter: jax.Array) -> jax.Array:
-    """A small parameter, all of it on every device."""
+    """Replicate a small parameter on all devices."""
     if tensor_devices() == 1:
         return parameter
     return jax.lax.with_sharding_constraint(parameter, P())
@@ -52,7 +51,7 @@ def whole(parameter: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def rms_norm(x_BLD: jax.Array, scale_D: jax.Array) -> jax.Array:
-    """x / rms(x) * scale, computed in float32 whatever the input's dtype."""
+    """x / rms(x) * scale, computed in float32 for any input dtype."""
     return _rms_norm_fwd(x_BLD, scale_D)[0]
 
 
@@ -64,7 +63,7 @@ def _rms_norm_fwd(x_BLD, scale_D):
 
 
 def _rms_norm_bwd(saved, dout_BLD):
-    """Both sums are of one product, which is made once."""
+    """Both sums use one product, which is computed once."""
     x_BLD, scale_D, rms_BL1 = saved
     x32_BLD, precision = x_BLD.astype(jnp.float32), jax.lax.Precision.HIGHEST
     product_BLD = dout_BLD * x32_BLD
@@ -81,8 +80,8 @@ rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd)
 def silu_and_grad(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """silu(x) = x sigmoid(x) and its derivative, for a backward pass.
 
-    The sigmoid is made of a tanh. Were it written as in the forward pass, XLA would see that they
-    are the same, and keep the sigmoids of all layers in memory.
+    The sigmoid is written as a tanh. Written as in the forward pass, XLA would merge the two and
+    keep the sigmoids of all layers in memory.
     """
     sigmoid = 0.5 * jnp.tanh(0.5 * x) + 0.5
     return x * sigmoid, sigmoid * (1 + x * (1 - sigmoid))
@@ -114,14 +113,14 @@ class RMSNorm(nnx.Module):
 
 
 def matmul(x_XD: jax.Array, weight_DF: jax.Array, precision=None) -> jax.Array:
-    """x @ weight, under a name that rematerialisation knows (`hnet.nn.isotropic`)."""
+    """x @ weight, with a checkpoint name for rematerialisation (`hnet.nn.isotropic`)."""
     return checkpoint_name(_matmul(x_XD, weight_DF, precision), MATMUL)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _matmul(x_XD: jax.Array, weight_DF: jax.Array, precision) -> jax.Array:
-    """Its own derivative, since XLA on a CPU copies the left operand of a product that contracts
-    its rows: that is to be the narrower one."""
+    """x @ weight with a custom derivative. XLA's CPU backend copies the left operand of a product
+    that contracts its rows, so the narrower operand goes left."""
     return jnp.matmul(x_XD, weight_DF, precision=precision)
 
 
@@ -148,7 +147,7 @@ _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 def linear(
     d_in: int, d_out: int, axes: str, *, std: float = INIT_STD, dtype, rngs: nnx.Rngs
 ) -> nnx.Linear:
-    """A linear layer without bias, float32 weights N(0, std), matmul in `dtype`."""
+    """A linear layer without bias: float32 weights from N(0, std^2), matmul in `dtype`."""
     init = nnx.initializers.normal(std)
     return nnx.Linear(
         d_in, d_out, use_bias=False, kernel_init=init, dtype=dtype, rngs=rngs,
@@ -165,16 +164,16 @@ def fused_linear(
     heads: int,
     cut: int | None = None,
 ) -> list[jax.Array]:
-    """The output of a linear layer, cut into parts of `widths`, by cutting what is smaller.
+    """Output of a linear layer, split into parts of `widths`; the smaller array is split.
 
-    Of many positions that is the weight: the outputs, and the gradients of each, are then made
-    where they are needed, and never copied together or apart. Of few it is the output.
+    With many positions this is the weight: each output and its gradient is then a separate array,
+    without a concatenation or a split. With few positions it is the output.
 
-    If the mesh axis ``tensor`` has several devices, each of the first `cut` parts (all, if None),
-    which are equally wide, is divided over them by its `heads`; the other parts lie whole. In the
-    official weights the parts stand side by side, so an equal share of the columns would be a share
-    of no part. Weights are stored with their rows cut, and moved to the columns that a device
-    computes, which costs less than moving activations.
+    If the mesh axis ``tensor`` has several devices, each of the first `cut` parts (None: all),
+    which have equal widths, is sharded over them by its `heads`; the other parts are replicated. In
+    the official weights the parts are concatenated, so a shard of the columns would not be a shard
+    of each part. Weights are stored sharded over their rows and resharded to the columns that a
+    device computes, which costs less than moving activations.
     """
     kernel, ends = layer.kernel[...], list(itertools.accumulate(widths))
     devices = tensor_devices()
@@ -201,7 +200,7 @@ def fused_linear(
 
 
 class SwiGLU(nnx.Module):
-    """y * silu(gate) with (y, gate) = fc1(x), then fc2 (official order of the halves)."""
+    """fc2(y * silu(gate)) with (y, gate) = fc1(x) (official order of the halves)."""
 
     def __init__(self, d_model: int, d_mlp: int, *, out_std: float, dtype, rngs: nnx.Rngs):
         self.fc1 = linear(d_model, 2 * d_mlp, "embed_fused out", dtype=dtype, rngs=rngs)
@@ -229,7 +228,7 @@ def rotary(x_BLHK: jax.Array, positions_BL: jax.Array, rotary_dim: int) -> jax.A
 
 
 def segment_starts(segment_ids_BL: jax.Array) -> jax.Array:
-    """True where a position's segment differs from its left neighbour's (always at 0)."""
+    """True where a position's segment differs from that of the position before, and at 0."""
     changed_BL = segment_ids_BL[:, 1:] != segment_ids_BL[:, :-1]
     return jnp.pad(changed_BL, ((0, 0), (1, 0)), constant_values=True)
 

@@ -1,7 +1,7 @@
-"""What a parameter says about itself: names of its axes, and how it is trained.
+"""Metadata of parameters: names of their axes, and how they are trained.
 
 One table maps axis names to mesh axes (`hnet.train.sharding.AXES`); the optimizer reads `decay` and
-`stage`. No code derives any of this from the name of a parameter.
+`stage`. No code infers any of this from a parameter's name.
 """
 
 from dataclasses import dataclass, replace
@@ -10,27 +10,27 @@ from typing import Any
 import jax
 from flax import nnx
 
-_KEY = "info"  # of the metadata of an NNX variable
+_KEY = "info"  # key in the metadata of an NNX variable
 
 
 @dataclass(frozen=True)
 class ParameterInfo:
-    """Description of one parameter."""
+    """Metadata of one parameter."""
 
     axes: tuple[str, ...]
-    """names of the trailing axes; leading axes that `nnx.vmap` adds (layers) have no name"""
+    """names of the trailing axes; leading layer axes, added by `nnx.vmap`, have no name"""
     decay: bool = True
     """whether weight decay applies"""
     per_script: bool = False
     """whether a leading axis holds one copy per script group"""
     stage: int | None = None
-    """index of the stage that owns it, outermost first; None outside of a network"""
+    """index of the stage that owns it, 0 = outermost; None outside of a network"""
 
 
 def metadata(axes: str, *, decay: bool = True) -> dict[str, Any]:
     """Metadata of an NNX variable with these axes, e.g. ``nnx.Param(x, **metadata("embed out"))``.
 
-    Layers of Flax take it as `kernel_metadata`, `bias_metadata` or `embedding_metadata`.
+    Flax layers take it as `kernel_metadata`, `bias_metadata` or `embedding_metadata`.
     """
     return {_KEY: ParameterInfo(tuple(axes.split()), decay)}
 
@@ -43,32 +43,32 @@ def parameter(value: jax.Array, axes: str, *, decay: bool = True) -> nnx.Param:
 
 
 def set_stage(module: nnx.Module, stage: int) -> None:
-    """Give `stage` to all parameters inside that belong to none yet."""
+    """Set `stage` on all parameters of the module that have none yet."""
     for path, variable in _parameters(module):
         if (info := _info(path, variable)).stage is None:
             variable.set_metadata(**{_KEY: replace(info, stage=stage)})
 
 
 def set_per_script(module: nnx.Module) -> None:
-    """Mark all parameters inside as stacked along a leading axis of script groups."""
+    """Mark all parameters of the module as stacked along a leading axis of script groups."""
     for path, variable in _parameters(module):
         info = replace(_info(path, variable), per_script=True)
         variable.set_metadata(**{_KEY: info})
 
 
 def describe(model: nnx.Module) -> dict:
-    """A ParameterInfo for every parameter, in the nested dicts that `hnet.model.split` returns.
+    """A ParameterInfo for every parameter, in nested dicts like those of `hnet.model.split`.
 
-    Raises ValueError for a parameter that was made without axes.
+    Raises ValueError for a parameter without axes.
     """
     return nnx.to_pure_dict(nnx.map_state(_info, nnx.state(model, nnx.Param)))
 
 
 def map_parameters(function, infos: Any, tree: Any, *rest: Any, other=lambda leaf, *_: leaf) -> Any:
-    """`function(info, leaf, *leaves of rest)` on all that has the structure of the parameters.
+    """Map `function(info, leaf, *leaves of rest)` over all subtrees that look like the parameters.
 
-    tree, rest: equal structures that hold parameters, e.g. a train state, an optimizer state or
-    the parameters themselves. `other(leaf, *leaves of rest)` replaces all remaining leaves.
+    tree, rest: trees of equal structure that contain parameters, e.g. a train state, an optimizer
+    state or the parameters themselves. `other(leaf, *leaves of rest)` maps all remaining leaves.
     """
     structure = jax.tree.structure(infos)
 

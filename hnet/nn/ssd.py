@@ -1,6 +1,6 @@
 """The SSD recurrence of Mamba-2 (arXiv 2405.21060) as block matmuls, with its derivative.
 
-Axes here: H heads, P channels a head, N state size, T positions a block, K blocks.
+Axes here: H heads, P channels per head, N state size, T positions per block, K blocks.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ def ssd_reference(x_BLHP, dt_BLH, A_H, B_BLN, C_BLN, segment_ids_BL) -> jax.Arra
     """The recurrence itself, one position at a time (arXiv 2405.21060, eq. 1 and 16):
 
     h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t',  y_t = h_t C_t,  h reset at each segment start.
-    Returns y_BLHP in float32. Slow: the oracle of `ssd`.
+    Returns y_BLHP in float32. Slow: the reference for `ssd`.
     """
 
     def one_row(x_LHP, dt_LH, B_LN, C_LN, segment_ids_L):
@@ -37,16 +37,17 @@ def ssd_reference(x_BLHP, dt_BLH, A_H, B_BLN, C_BLN, segment_ids_BL) -> jax.Arra
 
 
 class SegmentMarks(NamedTuple):
-    """Which decays of a block of T positions cross no segment boundary."""
+    """Masks of the decays of a block of T positions that cross no segment boundary."""
 
     log_same_BKTT: jax.Array
-    """0 if both positions lie in one segment, else -inf"""
+    """log mask: 0 if both positions are in one segment, else -inf"""
     to_end_BKT: jax.Array
-    """the segment is that of the block's last position"""
+    """whether the position is in the segment of the block's last position"""
     reaches_BKT: jax.Array
-    """the segment goes on from the block before"""
+    """whether the position's segment began in an earlier block"""
     stays_BK: jax.Array
-    """the one before the block is also that of the block's last position"""
+    """whether the last position of the block before is in the segment of this block's last
+    position"""
 
 
 def ssd(
@@ -61,10 +62,10 @@ def ssd(
 ) -> jax.Array:
     """`ssd_reference` as matmuls over blocks of T positions (arXiv 2405.21060, section 6).
 
-    Within a block y = (L o C B' o dt') x with L[i, j] = exp(sum_{j < r <= i} dt_r A); between
-    blocks a state of H x N x P is carried. Equal neighbours in `segment_ids_BL` are one segment;
-    every decay across a segment boundary is exactly zero. Decays are float32, matmul operands
-    have the dtype of `x_BLHP`. Returns y_BLHP in float32.
+    Within a block y = (L o C B' o dt') x with L[i, j] = exp(sum_{j < r <= i} dt_r A); a state of
+    size H x N x P is carried between blocks. Equal neighbours in `segment_ids_BL` are one segment;
+    every decay across a segment boundary is exactly zero. Decays are float32; matmul operands have
+    the dtype of `x_BLHP`. Returns y_BLHP in float32.
     """
     length = x_BLHP.shape[1]
     T = min(block_len, length)
@@ -95,26 +96,27 @@ def segment_marks(segment_ids_BKT: jax.Array) -> SegmentMarks:
 
 
 class _Decays(NamedTuple):
-    """Factors by which a position or a state shrinks, 0 across a segment boundary."""
+    """Decay factors of positions and states, 0 across a segment boundary."""
 
     within_BKHTT: jax.Array
-    """[i, j] from j to i, or [j, i]"""
+    """decay from j to i, at [i, j] or at [j, i]"""
     to_end_BKTH1: jax.Array
     from_start_BKTH1: jax.Array
     carry_BKH: jax.Array
 
 
 def _decays(log_a_BKHT: jax.Array, marks: SegmentMarks, *, to_first: bool) -> _Decays:
-    """Sums are matmuls: XLA on a CPU makes a cumulative sum again for each use of an entry.
+    """Decays of each block; to_first: `within` is [i, j] with i >= j, otherwise [j, i].
 
-    `to_first`: `within` is [i, j] with i >= j, and otherwise [j, i].
+    Sums are matmuls: XLA's CPU backend recomputes a cumulative sum for each use of an entry.
 
-    A difference of two long sums has their rounding, which is relative in its exponential. So each
-    logarithm is a multiple of 2^-8, whose sums are exact, and a remainder, whose sums are small.
+    The rounding error of a difference of two long sums is a relative error of its exponential. So
+    each logarithm is split into a multiple of 2^-8, whose sums are exact, and a remainder, whose
+    sums are small.
     """
     coarse_BKHT = jnp.round(log_a_BKHT * 256) / 256
     sums_XBKHT = _sum(jnp.stack([coarse_BKHT, log_a_BKHT - coarse_BKHT]), jnp.triu)
-    total_BKHT = sums_XBKHT[0] + sums_XBKHT[1]  # of factors up to and with this one
+    total_BKHT = sums_XBKHT[0] + sums_XBKHT[1]  # sum of log_a over positions <= t
     later_BKHT = _sum(log_a_BKHT, lambda a: jnp.tril(a, -1))
     coarse_BKHTT, rest_BKHTT = (
         a[..., :, None] - a[..., None, :] if to_first else a[..., None, :] - a[..., :, None]
@@ -137,7 +139,7 @@ def _by_position(a_BKHT: jax.Array) -> jax.Array:
 
 
 def _sum(a_XT: jax.Array, triangle: Callable) -> jax.Array:
-    """At i the sum over the r with triangle(ones)[r, i]."""
+    """[..., i]: sum over r of a[..., r] * triangle(ones)[r, i]."""
     T = a_XT.shape[-1]
     ones_TT = triangle(jnp.ones((T, T), a_XT.dtype))
     return jnp.matmul(a_XT, ones_TT, precision=jax.lax.Precision.HIGHEST)
@@ -149,7 +151,7 @@ def matmul_in(spec: str, *operands: jax.Array, dtype) -> jax.Array:
 
 
 def _transposed(a_BKTN: jax.Array) -> jax.Array:
-    """The transposed array itself, not a matmul that reads its operand the other way."""
+    """Transpose in memory, so that XLA does not fold it into a matmul."""
     return jax.lax.optimization_barrier(a_BKTN.swapaxes(2, 3))
 
 
@@ -157,9 +159,9 @@ def _transposed(a_BKTN: jax.Array) -> jax.Array:
 def _by_blocks(x_BKTHP, dt_BKHT, log_a_BKHT, B_BKTN, C_BKTN, marks: SegmentMarks) -> jax.Array:
     """`ssd` in blocks; y_BKTHP float32.
 
-    Within a block one matmul a head; between blocks one for all heads, since B and C serve all. No
-    product contracts the rows of its left operand, which XLA on a CPU does slowly: what would be
-    the left operand is transposed first where it is smallest.
+    Within a block there is one matmul per head; between blocks one for all heads, which share B and
+    C. No product contracts the rows of its left operand, which is slow in XLA's CPU backend:
+    operands are transposed first, where they are smallest.
     """
     return _by_blocks_fwd(x_BKTHP, dt_BKHT, log_a_BKHT, B_BKTN, C_BKTN, marks)[0]
 
@@ -180,15 +182,17 @@ def _by_blocks_fwd(x, dt_BKHT, log_a_BKHT, B, C, marks):
 
 
 def _flat(a_BKTHP: jax.Array) -> jax.Array:
-    """Heads and their channels as one axis D."""
+    """Merge heads and their channels into one axis D."""
     return a_BKTHP.reshape(*a_BKTHP.shape[:3], -1)
 
 
 def _carried(added_BKND, carry_BKH, *, reverse: bool = False):
-    """State entering each block: that entering the block before, decayed, and what it added.
+    """State that enters each block: the decayed state that entered the block before, plus the
+    contribution of that block.
 
-    A loop over the second axis: a scan would want the blocks first, and copy both ways. In place
-    of `added` XLA on a CPU would copy all states for each block.
+    A loop over the second axis: a scan needs the blocks first, which costs two copies. The states
+    have their own array: if they overwrote `added`, XLA's CPU backend would copy all of it in each
+    iteration.
     """
     B, K, N, D = added_BKND.shape
     H = carry_BKH.shape[-1]
@@ -207,10 +211,11 @@ def _carried(added_BKND, carry_BKH, *, reverse: bool = False):
 
 
 def _by_blocks_bwd(saved, dy):
-    """The derivative with decays made again, so that no (T, T) array of a head is kept.
+    """The derivative recomputes the decays, so that no (T, T) array per head is saved.
 
-    The derivative by log a_r of sum_{j < r <= i} log a is summed over all pairs i > j, at i >= r
-    less at j >= r. Without i = j, which depends on no decay, nothing large cancels in it.
+    The gradient of log a_r sums over all pairs i > j with j < r <= i, computed as the sum over
+    i >= r minus the sum over j >= r. Pairs i = j, which have no decay, are left out, so that no
+    large terms cancel.
     """
     x, dt_BKHT, log_a_BKHT, B, C, marks, entering = saved
     T = x.shape[2]
@@ -221,7 +226,7 @@ def _by_blocks_bwd(saved, dy):
     weights_BKHTT = decays.within_BKHTT * scores_BKTT[:, :, None] * dt_BKHT1
     dy_BKHTP = dy.swapaxes(2, 3)
     dx = einsum("bkhji,bkhip->bkhjp", weights_BKHTT, dy_BKHTP).swapaxes(2, 3)
-    # from here on by the weight of j at i without dt_j
+    # from here on: gradient of the weight of j at i, without the factor dt_j
     dweights_BKHTT = einsum("bkhjp,bkhip->bkhji", x.swapaxes(2, 3), dy_BKHTP)
     same_BKHT = jnp.diagonal(dweights_BKHTT, axis1=-2, axis2=-1)
     dweights_BKHTT = dweights_BKHTT * decays.within_BKHTT
@@ -259,7 +264,7 @@ def _by_blocks_bwd(saved, dy):
         ddt_BKHT += dlater_BKHT
         dlog_a = _sum(dlater_BKHT * dt_BKHT, lambda a: jnp.triu(a, 1)) + dcarry_BKH[..., None]
     same_BKTT = jnp.exp(marks.log_same_BKTT) * jnp.asarray(np.tri(T), jnp.float32)[None, None]
-    dlog_a += jnp.einsum(  # what cancels in a segment stays in it
+    dlog_a += jnp.einsum(  # sums within each segment only, so rounding does not cross segments
         "bkhi,bkir->bkhr", dtotal_BKHT, same_BKTT, precision=jax.lax.Precision.HIGHEST
     )
     return dx.astype(saved[0].dtype), ddt_BKHT, dlog_a, dB, dC, None
@@ -269,9 +274,9 @@ _by_blocks.defvjp(_by_blocks_fwd, _by_blocks_bwd)
 
 
 def ssd_final_state(x_BLHP, dt_BLH, A_H, B_BLN) -> jax.Array:
-    """h after the last position of rows of one segment: sum_t exp(sum_{r>t} dt_r A) dt_t x_t B_t'.
+    """Final h of rows with one segment: sum_t exp(sum_{r>t} dt_r A) dt_t x_t B_t'.
 
-    A position with dt = 0 (padding) leaves the state alone. Returns (B, H, P, N) in float32.
+    A position with dt = 0 (padding) does not change the state. Returns (B, H, P, N) in float32.
     """
     log_a_BLH = dt_BLH * A_H[None, None, :]
     after_BLH = jnp.pad(log_a_BLH[:, 1:], ((0, 0), (0, 1), (0, 0)))

@@ -1,4 +1,4 @@
-"""The official dechunk: chunks smoothed by an exponential moving average, with confidence."""
+"""The official dechunk: an exponential moving average over chunks, weighted by confidence."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from hnet.chunking.ema import ema
 from hnet.chunking.part import DechunkConfig
 from hnet.chunking.slots import Slots
 
-MIN_PROB = 1e-4  # the EMA clips P to [MIN_PROB, 1 - MIN_PROB], so even P = 1 leaves a trace
+MIN_PROB = 1e-4  # the EMA clips P to [MIN_PROB, 1 - MIN_PROB], so P = 1 keeps some of the past
 
 
 def confidence(selected_prob: jax.Array) -> jax.Array:
@@ -41,7 +41,7 @@ class EMA(Repeat):
 
     def __call__(self, y_BMD, boundaries, slots, config):
         out_BLD = repeated(self.smoothed(y_BMD, slots), boundaries, slots)
-        # XLA on a CPU sums over channels slowly, for the gradient of c, if there is one long row
+        # For one long row XLA's CPU backend is slow at the sum over channels (gradient of c).
         out_XD = out_BLD.reshape(-1, out_BLD.shape[-1])
         c_X1 = boundaries.selected_prob_BL.reshape(-1, 1)
         return (out_XD * confidence(c_X1)).reshape(out_BLD.shape)

@@ -1,4 +1,4 @@
-"""Dechunks that hand a chunk's vector to its positions as it is."""
+"""Dechunks that copy a chunk's vector to positions unchanged."""
 
 from dataclasses import dataclass
 
@@ -14,8 +14,7 @@ from hnet.nn.cache import last_positions
 def repeated(y_BMD: jax.Array, boundaries: Boundaries, slots: Slots) -> jax.Array:
     """y_{slot(t)} at every position t, float32.
 
-    A position whose slot was clipped away together with all slots of its segment gets 0, never
-    another document's chunk.
+    If all slots of a segment were clipped, its positions read 0, never another document's chunk.
     """
     reads_BL = slots.is_read_BL(boundaries.segment_ids_BL)
     return jnp.where(reads_BL[..., None], slots.scatter(y_BMD.astype(jnp.float32)), 0.0)

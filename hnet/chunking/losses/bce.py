@@ -1,4 +1,4 @@
-"""Cross-entropy with boundaries to learn: entropy spikes, or labels of a tokenizer."""
+"""Cross-entropy with boundary labels: entropy spikes, or labels from a tokenizer."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -18,8 +18,8 @@ def boundary_cross_entropy(
 ) -> jax.Array:
     """-log p(label) in nats at each position, (B, L).
 
-    The dynamic-pooling code gives probabilities to a function that expects logits; with
-    `reference_double_sigmoid` so does this.
+    reference_double_sigmoid: pass probabilities where logits are expected, as the dynamic-pooling
+    code does.
     """
     logit_BL = boundaries.boundary_logit_BL
     p_BL = boundaries.boundary_prob_BL
@@ -32,10 +32,10 @@ def boundary_cross_entropy(
 
 
 def entropy_spikes(logits_BLV: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
-    """Positions whose next-byte entropy exceeds that of the two before it, bool (B, L).
+    """Positions with a higher next-byte entropy than both positions before them, bool (B, L).
 
-    Fewer than two exist at the start of a segment: the first position is one, the second has one
-    to exceed (arXiv 2211.09761, section 3.2). Comparisons carry no gradient.
+    The first position of a segment is always a spike; the second is compared with the first only
+    (arXiv 2211.09761, section 3.2). Comparisons carry no gradient.
     """
     log_p = jax.nn.log_softmax(logits_BLV.astype(jnp.float32))
     entropy_BL = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
@@ -49,7 +49,7 @@ def entropy_spikes(logits_BLV: jax.Array, segment_ids_BL: jax.Array) -> jax.Arra
 
 
 class BCE(Loss):
-    """-log p(label) in nats over the positions of each route, as a mean over routes."""
+    """Mean of -log p(label) in nats over the positions of each route, averaged over routes."""
 
     trains_labels = True
 
@@ -58,13 +58,14 @@ class BCE(Loss):
         """Cross-entropy with labels (DTP entropy and unigram)."""
 
         weight: float = 1.0
-        """weight of the loss beside cross-entropy of bytes"""
+        """weight of the loss relative to cross-entropy of bytes"""
         average: Literal["positions", "routes"] = "positions"
-        """weight of a route: by its positions, or equal for all that are present"""
+        """weight of a route: its number of positions, or equal for all present routes"""
         labels: Literal["entropy", "given"] = "entropy"
-        """spikes of the model's own next-byte entropy, or `labels` of the batch"""
+        """source of the labels: spikes of the model's own next-byte entropy, or the batch's
+        `labels`"""
         reference_double_sigmoid: bool = False
-        """take the sigmoid of p itself, as the dynamic-pooling code does by mistake"""
+        """second sigmoid, of p itself, as the dynamic-pooling code applies by mistake"""
 
         def training_problem(self):
             if self.labels == "entropy":
@@ -84,7 +85,7 @@ class BCE(Loss):
         )
         on_BLR = positions_on_route(x.boundaries, num_routes)
         n_R = x.whole.positions_R
-        if not x.has_null:  # a forced boundary is no prediction
+        if not x.has_null:  # forced boundaries are not predictions: leave them out
             on_BLR &= ~segment_starts(segment_ids_BL)[..., None]
             n_R = n_R - x.whole.starts_R
         loss_R = sums_over(nats_BL, on_BLR, (0, 1)) / jnp.maximum(n_R, 1.0)

@@ -12,13 +12,13 @@ from hnet.chunking.rates import counts_by_row, mean_over_routes, mean_over_rows,
 
 
 def binomial_nll(k: jax.Array, n: jax.Array, rate: jax.Array) -> jax.Array:
-    """-log Binomial(k; n, rate) in nats, by the gamma function (arXiv 2211.09761, section 3.1)."""
+    """-log Binomial(k; n, rate) in nats, with log-gamma (arXiv 2211.09761, section 3.1)."""
     choose = gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1)
     return -(choose + k * jnp.log(rate) + (n - k) * jnp.log1p(-rate))
 
 
 class Binomial(Loss):
-    """-log Binomial(k; n, 1/N) / n of the n positions of a route in one row, k boundaries."""
+    """-log Binomial(k; n, 1/N) / n for k boundaries among the n positions of a route in a row."""
 
     is_by_row = True
 
@@ -27,9 +27,9 @@ class Binomial(Loss):
         """Binomial prior on the number of boundaries in a row (DTP, MAGNET)."""
 
         weight: float = 1.0
-        """weight of the loss beside cross-entropy"""
+        """weight of the loss relative to cross-entropy"""
         average: Literal["positions", "routes"] = "positions"
-        """weight of a route: by its positions, or equal for all that are present"""
+        """weight of a route: its number of positions, or equal for all present routes"""
 
     def __call__(self, x):
         k_BR, n_BR = counts_by_row(x.boundaries, len(x.target_ratio_R))

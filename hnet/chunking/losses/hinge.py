@@ -1,4 +1,4 @@
-"""The rate loss of FlexiTokens: a band without a penalty."""
+"""The rate loss of FlexiTokens: a band of rates without penalty."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,14 +11,14 @@ from hnet.chunking.rates import counts_by_row, mean_over_routes, mean_over_rows,
 
 
 def hinge(rate: jax.Array, highest: jax.Array, lowest: jax.Array) -> jax.Array:
-    """Distance of the rate from [lowest, highest], without gradient inside (arXiv 2507.12720)."""
+    """Distance of the rate from [lowest, highest]; no gradient inside (arXiv 2507.12720)."""
     return jax.nn.relu(rate - highest) + jax.nn.relu(lowest - rate)
 
 
 class Hinge(Loss):
     """Distance of a row's rate from [lowest, 1/N] on each route.
 
-    `lowest` is 1/N - lambda * sigma of the route if sigmas are given (owos/flexitokens), otherwise
+    lowest = 1/N - lambda * sigma of the route if sigmas are given (owos/flexitokens), else
     (1 - band) / N.
     """
 
@@ -29,15 +29,15 @@ class Hinge(Loss):
         """Hinge with an upper rate per script group and a band below it (FlexiTokens)."""
 
         weight: float = 1.0
-        """weight of the loss beside cross-entropy"""
+        """weight of the loss relative to cross-entropy"""
         average: Literal["positions", "routes"] = "positions"
-        """weight of a route: by its positions, or equal for all that are present"""
+        """weight of a route: its number of positions, or equal for all present routes"""
         band: float = 0.2
-        """share of the rate 1/N by which it may fall below without a penalty, without sigmas"""
+        """width of the penalty-free band below 1/N, as a share of 1/N; used if sigmas is empty"""
         sigmas: tuple[float, ...] = ()
-        """standard deviation of the rate of each route; empty = use band"""
+        """standard deviation of the boundary rate per route; empty = use band"""
         num_sigmas: float = 3.0
-        """lambda: width of the band in sigmas"""
+        """lambda: width of the band in standard deviations"""
 
         def problem(self):
             if not 0 <= self.band < 1:

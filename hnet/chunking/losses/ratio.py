@@ -19,18 +19,18 @@ def ratio_loss(F: jax.Array, G: jax.Array, target_ratio: jax.Array | float) -> j
 
 
 class Ratio(Loss):
-    """The ratio loss of each route over all rows together, as a mean over routes."""
+    """Ratio loss of each route, with F and G over all rows, averaged over routes."""
 
     @dataclass(frozen=True)
     class Config(LossConfig):
         """Ratio loss of H-Net: both the rate F and the mean probability G at 1/N."""
 
         weight: float = 0.03
-        """weight of the loss beside cross-entropy (alpha)"""
+        """weight of the loss relative to cross-entropy (alpha)"""
         average: Literal["positions", "routes"] = "positions"
-        """weight of a route: by its positions, or equal for all that are present"""
+        """weight of a route: its number of positions, or equal for all present routes"""
 
     def __call__(self, x):
-        own, whole = x.own, x.whole  # linear in G, and only G has a gradient
+        own, whole = x.own, x.whole  # F of the whole batch: the loss is linear in G
         loss_R = ratio_loss(whole.rate_R, mean_prob(x.boundaries, own), x.target_ratio_R)
         return mean_over_routes(share_of(own, whole) * loss_R, own, whole, x.config.average)

@@ -1,4 +1,4 @@
-"""The pool of dynamic token pooling: the mean over a chunk, read where the chunk ends."""
+"""The pool of dynamic token pooling: the mean over a chunk, read at the end of the chunk."""
 
 from dataclasses import dataclass
 
@@ -11,9 +11,9 @@ from hnet.nn.layers import segment_positions, segment_starts
 
 
 def chunk_ids(boundary_mask_BL: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
-    """Number of the chunk each position lies in, from 1, where boundaries END chunks; int32.
+    """Number of each position's chunk, from 1, if boundaries END chunks; int32.
 
-    The last chunk of a segment may be incomplete; nothing reads it then.
+    The last chunk of a segment may be incomplete; it is then never read.
     """
     after_BL = jnp.pad(boundary_mask_BL[:, :-1], ((0, 0), (1, 0)))
     return jnp.cumsum(after_BL | segment_starts(segment_ids_BL), axis=1, dtype=jnp.int32)
@@ -23,7 +23,7 @@ def running_mean(x_BLD: jax.Array, chunk_ids_BL: jax.Array) -> tuple[jax.Array, 
     """(mean over the chunk so far (B, L, D), its number of positions so far (B, L)), float32.
 
     mean_t = x_t / n_t + (1 - 1 / n_t) mean_{t-1}: an EMA whose gate is 1 at a chunk's first
-    position. A stream keeps mean and n; when the chunk closes, the mean is its pooled state.
+    position. A stream keeps mean and n; at the end of a chunk, the mean is its vector.
     """
     count_BL = (segment_positions(chunk_ids_BL) + 1).astype(jnp.float32)
     return ema(x_BLD.astype(jnp.float32), 1 / count_BL, chunk_ids_BL), count_BL
@@ -36,16 +36,16 @@ def mean_pool(
     boundary_mask_BL: jax.Array,
     segment_ids_BL: jax.Array,
 ) -> jax.Array:
-    """Mean over the chunk up to each position, float32; to be read at boundaries only.
+    """Mean over the chunk up to each position, float32; valid as a chunk vector at boundaries only.
 
-    boundary_ste_BL is b as a number: it changes no value, but receives the gradient of dynamic
-    token pooling (arXiv 2211.09761), which treats the index of a position's chunk as
-    continuous. For k in a complete chunk of n positions with mean c, read with gradient a, of
-    which m are at or before k and have the mean r_k:
+    boundary_ste_BL: b as float32. It does not change the output, but receives the gradient of
+    dynamic token pooling (arXiv 2211.09761), which treats the chunk index of a position as
+    continuous. Let c be the mean of a complete chunk of n positions, a the gradient of c, m the
+    number of its positions up to and including k, and r_k the mean of these m positions:
 
-        dL/db_k = (1/n) a . (sum_{t > k} x_t - (n - m) c) = (m/n) a . (c - r_k),
+        dL/db_k = (1/n) a . (sum_{t > k} x_t - (n - m) c) = (m/n) a . (c - r_k).
 
-    so nothing for the position that closes a chunk, and nothing in an unfinished chunk.
+    It is zero at the last position of a chunk, and in an unfinished chunk.
     """
     del boundary_ste_BL
     return running_mean(x_BLD, chunk_ids(boundary_mask_BL, segment_ids_BL))[0]
@@ -64,7 +64,7 @@ def _mean_pool_bwd(saved, grad_BLD):
     boundary_at_BL = jnp.where(boundary_mask_BL, index_L, length)
     next_BL = jax.lax.cummin(boundary_at_BL, axis=1, reverse=True)
 
-    def at_end(values_BL):  # the value where the position's chunk ends
+    def at_end(values_BL):  # value at the last position of each position's chunk
         return jax.vmap(lambda v, i: v.at[i].get(mode="clip"))(values_BL, next_BL)
 
     complete_BL = (next_BL < length) & (at_end(ids_BL) == ids_BL)

@@ -1,4 +1,4 @@
-"""The official predictor: a boundary lies where neighbouring encoder states differ."""
+"""The official predictor: a boundary where neighbouring encoder states differ."""
 
 from dataclasses import dataclass
 
@@ -25,12 +25,12 @@ def half_cosine_distance(q_XD: jax.Array, k_XD: jax.Array) -> jax.Array:
 
 
 class Cosine(BoundaryPredictor):
-    """p_t = (1 - cos(q_{t-1}, k_t)) / 2, q and k projections of the encoder states, float32.
+    """p_t = (1 - cos(q_{t-1}, k_t)) / 2, float32; q, k: projections of the encoder states.
 
     goombalab/hnet projects q from t-1 and k from t; arXiv 2507.07955 eq. 4 has the roles swapped.
     """
 
-    alignments = ("start",)  # its boundary lies before the position that shows it
+    alignments = ("start",)  # p_t compares t-1 with t: the boundary lies before position t
     target_is_static = False
 
     @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Cosine(BoundaryPredictor):
         )  # fmt: skip
 
     def score(self, previous_XD: jax.Array, h_XD: jax.Array) -> jax.Array:
-        """p of positions, from their states and the states one position to their left."""
+        """p of positions, from their states and the states of the positions before them."""
         return half_cosine_distance(self.q_proj_layer(previous_XD), self.k_proj_layer(h_XD))
 
     def init(self, rows):

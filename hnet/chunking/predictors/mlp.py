@@ -16,9 +16,10 @@ from hnet.nn.parameters import metadata
 def relaxed_bernoulli(
     logit_BL: jax.Array, temperature: jax.Array | float, key: jax.Array | None
 ) -> jax.Array:
-    """sigmoid((logit + noise) / temperature), noise = log u - log(1 - u); no noise without a key.
+    """sigmoid((logit + noise) / temperature), noise = log u - log(1 - u); no noise if key is None.
 
-    Above 0.5 with probability sigmoid(logit) (arXiv 1611.00712); without noise, where p > 0.5.
+    The sample exceeds 0.5 with probability sigmoid(logit) (arXiv 1611.00712); without noise, if
+    and only if p > 0.5.
     """
     if key is not None:
         logit_BL = logit_BL + jax.random.logistic(key, logit_BL.shape, jnp.float32)
@@ -28,8 +29,8 @@ def relaxed_bernoulli(
 class MLP(BoundaryPredictor):
     """logit = fc2(gelu(fc1(h))), float32 (arXiv 2211.09761).
 
-    The last bias starts at the logit of the target rate 1/N of its script group: from 0, half of
-    all positions, small rates are reached only by overshooting to no boundaries at all.
+    The last bias is initialised to the logit of its script group's target rate 1/N. With 0 (half of
+    all positions are boundaries), training towards a small rate overshoots to no boundaries at all.
     """
 
     @dataclass(frozen=True)
@@ -43,10 +44,10 @@ class MLP(BoundaryPredictor):
         temperature: float = 0.5
         """temperature of the relaxed Bernoulli"""
         straight_through: bool = True
-        """whether b passes a gradient, through a sample with noise in training; False: p > 0.5
-        without any gradient through b, for predictors that are trained by labels"""
+        """straight-through gradient through b, from a sample with noise in training; False: p > 0.5
+        and no gradient through b, for predictors trained on labels"""
         reference_noise_at_evaluation: bool = False
-        """draw noise in evaluation too, as the dynamic-pooling code does (its paper rounds)"""
+        """noise in evaluation too, as in the dynamic-pooling code (its paper rounds)"""
 
         def problem(self):
             if not self.temperature > 0:
@@ -83,7 +84,7 @@ class MLP(BoundaryPredictor):
         bias[...] = jnp.asarray(logits, jnp.float32).reshape(bias.shape)
 
     def score(self, h_XD: jax.Array) -> jax.Array:
-        """Logits of p of positions, from their states."""
+        """Logits of p for positions, from their states."""
         return self.fc2(jax.nn.gelu(self.fc1(h_XD), approximate=False))[..., 0]
 
     def step(self, state, x):

@@ -1,4 +1,4 @@
-"""Predictors that are rules: of bytes, of a position's index, or boundaries handed in."""
+"""Predictors without parameters: rules of bytes or of a position's index, and given boundaries."""
 
 from dataclasses import dataclass
 
@@ -11,8 +11,9 @@ from hnet.nn.layers import segment_positions, segment_starts
 
 
 def is_spacelike(byte: jax.Array) -> jax.Array:
-    """Neither an ASCII letter or digit nor a UTF-8 continuation byte (kjslag/spacebyte)."""
-    folded = byte | 0x20  # upper case onto lower
+    """Whether a byte is not an ASCII letter or digit, nor a UTF-8 continuation byte
+    (kjslag/spacebyte)."""
+    folded = byte | 0x20  # maps upper case to lower case
     alphanumeric = ((folded >= ord("a")) & (folded <= ord("z"))) | (
         (byte >= ord("0")) & (byte <= ord("9"))
     )
@@ -22,7 +23,7 @@ def is_spacelike(byte: jax.Array) -> jax.Array:
 def spacelike(input_ids_BL: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
     """The first spacelike byte of each run of them (SpaceByte, arXiv 2404.14408).
 
-    The byte before a segment counts as none, so a segment that begins spacelike has a boundary.
+    Runs do not cross segments, so a segment that begins with a spacelike byte has a boundary there.
     """
     now_BL = is_spacelike(input_ids_BL)
     before_BL = jnp.pad(now_BL[:, :-1], ((0, 0), (1, 0)))
@@ -34,7 +35,7 @@ def _certain(boundary: jax.Array) -> Prediction:
 
 
 class Rule(BoundaryPredictor):
-    """Base of rules: nothing is learned, and p is 0 or 1."""
+    """Base of rules: no parameters, p is 0 or 1."""
 
     reads_states = False
     is_learned = False
@@ -65,7 +66,7 @@ class Spacelike(Rule):
 
 
 class Whitespace(Rule):
-    """Every space (0x20), the only white space in dynamic-pooling's text (arXiv 2211.09761)."""
+    """Every space (0x20), the only white space in dynamic pooling's text (arXiv 2211.09761)."""
 
     reads_bytes = True
 
@@ -81,9 +82,9 @@ class Whitespace(Rule):
 
 
 class Fixed(Rule):
-    """Positions 0, N, 2 N, ... of each document, whatever a boundary means there.
+    """Positions 0, N, 2 N, ... of each document, with either alignment.
 
-    With alignment end the first chunk therefore holds one position, as in dynamic-pooling.
+    With alignment end the first chunk therefore has one position, as in dynamic pooling.
     """
 
     target_is_static = True
@@ -111,13 +112,13 @@ class Fixed(Rule):
 
 
 class External(Rule):
-    """Boundaries that whoever calls the model hands in (`boundaries_BL` of `HNetLM`)."""
+    """Boundaries that the caller passes to the model (`boundaries_BL` of `HNetLM`)."""
 
     reads_bytes = True
 
     @dataclass(frozen=True)
     class Config(PredictorConfig):
-        """Boundaries handed in with the bytes."""
+        """Boundaries given with the bytes."""
 
         def training_problem(self):
             return (

@@ -1,24 +1,25 @@
-"""Attention on NVIDIA GPUs by cuDNN. Never run: no GPU was at hand.
+"""Attention on NVIDIA GPUs with cuDNN. Not yet run on a GPU.
 
-JAX's wrapper takes no segment ids, so documents are told apart by a mask. cuDNN can also take them
-by their offsets, but not in that wrapper, and only for a number of documents fixed in the program.
+JAX's wrapper takes no segment ids, so documents are separated by a mask. cuDNN also supports
+document offsets, but not in that wrapper, and only for a static number of documents.
 """
 
 import jax
 import jax.numpy as jnp
 
 BLOCK_LEN, MAX_BLOCKS = 2048, 16
-MAX_CHANNELS = 128  # per head, on any GPU
+MAX_CHANNELS = 128  # maximum number of channels per head on any GPU
 
 
 def attention_cudnn(
     q_BLHK, k_BLHK, v_BLHK, segment_ids_BL, *, window=-1, block_len=BLOCK_LEN, library="cudnn"
 ) -> jax.Array:
-    """`hnet.nn.attention.attention_reference` by blocks of queries, each with the keys it may see.
+    """`hnet.nn.attention.attention_reference` per block of queries, with the keys in its range.
 
-    Each block has a mask, which is never that of the whole row unless the row is one block; then
-    cuDNN also knows that it is causal, and skips half of the work. Lengths are padded to multiples
-    of 8, and channels too. library: "xla" computes the same anywhere.
+    Each block has its own mask, so the mask of the whole row is built only if the row is one block.
+    A block whose keys start with its queries is marked causal, so that cuDNN skips half of the
+    work. Lengths and channels are padded to multiples of 8. library: "xla" computes the same on any
+    device.
 
     Raises ValueError for more than 128 channels per head.
     """

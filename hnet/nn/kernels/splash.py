@@ -1,4 +1,4 @@
-"""Attention on TPUs by JAX's splash kernel (jax.experimental.pallas.ops.tpu.splash_attention)."""
+"""Attention on TPUs with JAX's splash kernel (jax.experimental.pallas.ops.tpu.splash_attention)."""
 
 import math
 from functools import lru_cache
@@ -8,18 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-LANES = 128  # of a TPU's vector registers: blocks of positions are multiples
+LANES = 128  # lanes per TPU vector register; block lengths are multiples of it
 MAX_BLOCK = 512
 
 
 def attention_splash(
     q_BLHK, k_BLHK, v_BLHK, segment_ids_BL, *, window=-1, block_len=MAX_BLOCK, interpret=False
 ) -> jax.Array:
-    """`hnet.nn.attention.attention_reference`; scores and softmax stay on the chip.
+    """`hnet.nn.attention.attention_reference`; scores and softmax stay in on-chip memory.
 
-    block_len: positions a block at most, a multiple of 128. A row that is alone on its device
-    (many documents, or the chunks of several rows) skips the blocks without a common segment.
-    interpret: run as ordinary JAX, on any device.
+    block_len: maximum number of positions per block, a multiple of 128. If a device has one row
+    (many documents, or the chunks of several rows), pairs of blocks without a common segment are
+    skipped. interpret: run as ordinary JAX, on any device.
     """
     B, L, H, K = q_BLHK.shape
     T = min(block_len, -(-L // LANES) * LANES)
@@ -29,7 +29,7 @@ def attention_splash(
         jnp.pad(a, ((0, 0), (0, -L % T)) + ((0, 0),) * (a.ndim - 2)) for a in arrays
     )
     kernel = _kernel(H, q.shape[1], T, window, interpret)
-    if B == 1 and L > T:  # under vmap the list of blocks would be the same for all rows
+    if B == 1 and L > T:  # under vmap all rows share one list of blocks
         kernel = _only_common_segments(kernel, segment_ids_BL[0], T)
 
     def one_row(q_HLK, k_HLK, v_HLK, segment_ids_L):
@@ -45,7 +45,7 @@ def attention_splash(
 
 @lru_cache(maxsize=64)
 def _kernel(H: int, L: int, T: int, window: int, interpret: bool):
-    """The kernel for one row; what it knows of the mask is worked out once a shape."""
+    """The kernel for one row; its mask info is computed once per shape."""
     one_head = splash.CausalMask((L, L))
     if window >= 0:
         one_head = splash.LocalMask((L, L), (window, 0), 0)
@@ -59,8 +59,8 @@ def _kernel(H: int, L: int, T: int, window: int, interpret: bool):
 
 
 def _only_common_segments(kernel, segment_ids_L: jax.Array, T: int):
-    """`kernel` without the pairs of blocks whose ranges of segment ids do not meet."""
-    last = jnp.iinfo(segment_ids_L.dtype).max  # where padding (0) mostly is
+    """`kernel` without the pairs of blocks whose ranges of segment ids do not overlap."""
+    last = jnp.iinfo(segment_ids_L.dtype).max  # id of padding (0), which mostly ends a row
     by_block = jnp.where(segment_ids_L == 0, last, segment_ids_L).reshape(-1, T)
     low, high = by_block.min(axis=1), by_block.max(axis=1)
     meet = (low[:, None] <= high[None, :]) & (low[None, :] <= high[:, None])
@@ -70,7 +70,7 @@ def _only_common_segments(kernel, segment_ids_L: jax.Array, T: int):
 
     fwd, dq, dkv = kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info
     block = jnp.arange(len(low))
-    # data_next is, of each entry that is not masked out anyway, the key (or query) block itself
+    # data_next is the index of the key (or query) block for every entry that is not masked out
     queries = [filtered(i, meet[block[None, :, None], i.data_next]) for i in (fwd, dq)]
     keys = filtered(dkv, meet[dkv.data_next, block[None, None, :]])
     return type(kernel)(*queries, keys, **kernel.kwargs)

@@ -1,4 +1,4 @@
-"""On a mesh each device runs kernels, and what else the compiler cannot cut, on its own rows."""
+"""Run kernels, and other code that XLA cannot shard, on each device's own rows of a mesh."""
 
 import math
 from collections.abc import Callable
@@ -9,20 +9,21 @@ from jax.sharding import PartitionSpec as P
 
 from hnet.nn.layers import ROW_AXES
 
-# mesh axes that cut an axis of an array, by its letter; everything else lies whole on each device
+# Mesh axes that shard an array axis, by its letter; all other axes are replicated.
 CUT_BY = {"B": ROW_AXES, "H": ("tensor",)}
 
 
 def on_each_device(
     function: Callable[..., jax.Array], axes: tuple[str, ...], out: str, *arrays: jax.Array
 ) -> jax.Array:
-    """function(*arrays) on the mesh that the caller traces under, if any.
+    """`function(*arrays)` under shard_map on the current mesh; a plain call if there is no mesh.
 
-    axes: the letters of each array's axes ("BLHK"), out: those of the result. Rows lie over the
-    mesh axes `data` and `fsdp`, heads over `tensor`; an axis that they do not divide stays whole.
+    axes: letters of each array's axes ("BLHK"). out: letters of the result's axes. Rows are sharded
+    over the mesh axes `data` and `fsdp`, heads over `tensor`; an axis whose size these do not
+    divide is replicated.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or AxisType.Manual in mesh.axis_types:  # no mesh, or already one device's part
+    if mesh.empty or AxisType.Manual in mesh.axis_types:  # no mesh, or already in a shard_map
         return function(*arrays)
     size = {letter: n for name, a in zip(axes, arrays) for letter, n in zip(name, a.shape)}
     cut = {}

@@ -1,9 +1,9 @@
 """The SSD of Mamba-2 (arXiv 2405.21060, section 6) as a Pallas TPU kernel, and its gradient.
 
 One grid step is one block of T positions and one group of G heads. Scores, decays and the state
-that is carried from block to block stay on the chip: HBM sees the inputs, the output and, for the
-gradient, the state that enters each block. Axes beside those of mamba2.py: G heads of a group, W =
-G x P channels of a group, R rows of `marks`.
+carried from block to block stay in on-chip memory; HBM holds only the inputs, the output and, for
+the gradient, the state that enters each block. Axes in addition to those of mamba2.py: G heads per
+group, W = G x P channels per group, R rows of `marks`.
 """
 
 from dataclasses import dataclass
@@ -16,16 +16,16 @@ from jax.experimental.pallas import tpu as pltpu
 
 from hnet.nn.layers import segment_starts
 
-LANES = 128  # of a TPU's vector registers: blocks of positions are multiples
+LANES = 128  # lanes per TPU vector register; block lengths are multiples of it
 NN, NT, TN = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ())), (((0,), (0,)), ((), ()))
 RUN, REACHES, TO_END, STAYS = range(4)  # rows of marks
-NUM_MARKS = 8  # as many as a register has
+NUM_MARKS = 8  # rows per register; only the first four are used
 
 
 def ssd_pallas(
     x_BLHP, dt_BLH, log_a_BLH, B_BLN, C_BLN, segment_ids_BL, *, block_len=LANES, interpret=False
 ) -> jax.Array:
-    """`hnet.nn.ssd.ssd` with log_a = dt A <= 0; the same arithmetic, y_BLHP in float32.
+    """`hnet.nn.ssd.ssd` with log_a = dt A <= 0 and the same arithmetic; y_BLHP in float32.
 
     block_len: a multiple of 128 on a TPU. interpret: run as ordinary JAX, on any device.
     """
@@ -46,10 +46,11 @@ def ssd_pallas(
 
 
 def _marks(segment_ids_BL: jax.Array, T: int) -> jax.Array:
-    """What each position's segment means to its block, 0 or 1 but for the first row:
+    """Marks of each position, float32 (B, R, L); all but RUN are 0 or 1.
 
-    RUN: number of the segment; REACHES: it goes on from the block before; TO_END: it is that of
-    the block's last position; STAYS: that one is also the one before the block.
+    RUN: number of its segment. REACHES: the segment began in an earlier block. TO_END: the segment
+    contains the block's last position. STAYS: one segment contains the block's last position and
+    the last position of the block before.
     """
     run_BL = jnp.cumsum(segment_starts(segment_ids_BL), axis=1, dtype=jnp.int32)
     run_BKT = run_BL.reshape(run_BL.shape[0], -1, T)
@@ -71,7 +72,7 @@ class _Sizes:
 
     @property
     def groups(self) -> int:
-        """Of 8 heads if they fill registers, else one of all heads."""
+        """Number of groups: groups of 8 heads if these fill registers, else one group."""
         return self.H // 8 if self.H % 8 == 0 and 8 * self.P % LANES == 0 else 1
 
     @property
@@ -79,7 +80,7 @@ class _Sizes:
         return self.groups, self.N, self.H // self.groups * self.P
 
     def call(self, kernel, batch, length, inputs, outputs, scratch, *, backward, name):
-        """pallas_call over (rows, blocks, groups); the blocks from the last one if `backward`."""
+        """pallas_call over (rows, blocks, groups); blocks in reverse order if `backward`."""
         T, H, P, N, groups = self.T, self.H, self.P, self.N, self.groups
         K = length // T
         G, W = H // groups, H // groups * P
@@ -87,7 +88,7 @@ class _Sizes:
         def at(k):
             return K - 1 - k if backward else k
 
-        kinds = {  # of an array: its block, and where in the array grid step (b, k, g) finds it
+        kinds = {  # kind of array -> (block shape, index map from grid step (b, k, g))
             "BLD": ((1, T, W), lambda b, k, g: (b, at(k), g)),
             "BHL": ((1, G, T), lambda b, k, g: (b, g, at(k))),
             "BLN": ((1, T, N), lambda b, k, g: (b, at(k), 0)),
@@ -157,19 +158,20 @@ def _block_cumsum(a_BHL, T):
 
 
 def _visible(marks_RT, marks_TR):
-    """(T, T): the keys j <= i of the segment of i."""
+    """Mask (T, T): j <= i, and j in the segment of i."""
     T = marks_RT.shape[1]
     i, j = (jax.lax.broadcasted_iota(jnp.int32, (T, T), axis) for axis in (0, 1))
     return (i >= j) & (marks_TR[:, RUN : RUN + 1] == marks_RT[RUN : RUN + 1])
 
 
 def _decay(total_GT, total_TG, h):
-    """exp(sum_{j < r <= i} log_a_r); anything finite above the diagonal."""
+    """exp(sum_{j < r <= i} log_a_r); any finite value above the diagonal."""
     return jnp.exp(jnp.minimum(total_TG[:, h : h + 1] - total_GT[h : h + 1], 0.0))
 
 
 def _factors(total_GT, total_TG, marks_RT, marks_TR, h):
-    """Of head h: from the block's start to each position, from each to its end, through it."""
+    """Decays of head h: from the block's start to each position, from each position to the
+    block's end, and through the block."""
     from_start_T1 = jnp.exp(total_TG[:, h : h + 1]) * marks_TR[:, REACHES : REACHES + 1]
     whole_11 = total_GT[h : h + 1, -1:]
     to_end_T1 = jnp.exp(whole_11 - total_TG[:, h : h + 1]) * marks_TR[:, TO_END : TO_END + 1]
@@ -183,7 +185,7 @@ def _dot(a, b, dims, dtype):
 
 
 def _forward_kernel(x, dt, total, B, C, marks, y, *rest, sizes):
-    """y = (scores o decay) u + from_start C h;  h <- through h + B' (to_end u), with u = dt x."""
+    """y = (scores o decay) u + from_start C h,  h <- through h + B' (to_end u),  u = dt x."""
     P = sizes.P
     *entering, state, scores = rest
     k, g, dtype = pl.program_id(1), pl.program_id(2), x.dtype
@@ -216,10 +218,10 @@ def _backward_kernel(
     x, dt, total, B, C, marks, entering, grad_y,
     grad_x, grad_dt, grad_log_a, grad_B, grad_C, grad_state, scores, grad_scores, *, sizes,
 ):  # fmt: skip
-    """Gradients of `_forward_kernel`, blocks from the last one, `grad_state` carried backwards.
+    """Gradients of `_forward_kernel`; blocks in reverse order, `grad_state` is the carry.
 
-    A factor exp(log_a_r) is in every path from j < r to i >= r; the gradients of just these are
-    summed, since differences of larger sums would cancel for a head that forgets fast.
+    The factor exp(log_a_r) is in every path from j < r to i >= r. The gradient of log_a_r sums over
+    only these pairs: a difference of larger sums would cancel for a head with fast decay.
     """
     T, P = sizes.T, sizes.P
     k, g, dtype = pl.program_id(1), pl.program_id(2), x.dtype
@@ -241,7 +243,7 @@ def _backward_kernel(
 
     h_NW, grad_h_NW = entering[0, 0], grad_state[g]
     carried_TW = _dot(C[0], h_NW, NN, dtype)
-    grad_end_TW = _dot(B[0], grad_h_NW, NN, dtype)  # of to_end u
+    grad_end_TW = _dot(B[0], grad_h_NW, NN, dtype)  # gradient of to_end u
     for h in range(total_GT.shape[0]):
         cut = slice(h * P, (h + 1) * P)
         from_start, to_end, through = _factors(total_GT, total_TG, marks_RT, marks_TR, h)
@@ -277,7 +279,7 @@ def _backward_kernel(
 
 
 def _sums_before(a_TT, before_TT):
-    """sum_{j < r} a[i, j] at [i, r] in float32, as matmuls of its bfloat16 parts with ones."""
+    """[i, r]: sum_{j < r} a[i, j] in float32, as matmuls of three bfloat16 parts with ones."""
     ones, total = before_TT.astype(jnp.bfloat16), jnp.zeros(a_TT.shape, jnp.float32)
     for _ in range(3):
         part = a_TT.astype(jnp.bfloat16)

@@ -1,4 +1,4 @@
-"""The SSD for GPUs as few large matmuls: no loop, large arrays in the dtype of the input.
+"""The SSD for GPUs as a few large matmuls: no loop, large arrays in the dtype of the input.
 
 Axes here: H heads, P channels per head, N state size, T positions per block, K blocks.
 """
@@ -13,7 +13,7 @@ import numpy as np
 from hnet.nn.layers import segment_starts
 
 BLOCK_LEN = 128
-MAX_BLOCKS = 512  # per row: one matmul has a number for each pair of them
+MAX_BLOCKS = 512  # blocks per row; one matrix has an entry per pair of blocks
 
 
 def ssd_matmul(
@@ -21,8 +21,8 @@ def ssd_matmul(
 ) -> jax.Array:
     """`hnet.nn.ssd.ssd` with log_a = dt A <= 0; y_BLHP in the dtype of x, sums in float32.
 
-    Between blocks, states are summed by one matmul over all blocks of a row instead of a loop
-    (arXiv 2405.21060, section 6.2, step 3), each rounded to the dtype of x.
+    One matmul over all blocks of a row sums the states between blocks, instead of a loop (arXiv
+    2405.21060, section 6.2, step 3). These states are rounded to the dtype of x.
     """
     length = x_BLHP.shape[1]
     T = min(max(block_len, -(-length // MAX_BLOCKS)), length)
@@ -41,16 +41,16 @@ def ssd_matmul(
 
 
 class _Decays(NamedTuple):
-    """Factors by which a position or a state shrinks, 0 across a segment boundary; float32."""
+    """Decay factors of positions and states, 0 across a segment boundary; float32."""
 
     within_BKHTT: jax.Array
-    """[i, j] from j to i; any finite number if i does not see j"""
+    """[i, j]: decay from j to i; any finite number if i does not see j"""
     visible_BKTT: jax.Array
-    """1 if i sees j, else 0"""
+    """[i, j]: 1 if i sees j, else 0"""
     to_end_BKHT: jax.Array
     from_start_BKHT: jax.Array
     between_BHKK: jax.Array
-    """[k, j] from the end of block j to the start of block k"""
+    """[k, j]: decay from the end of block j to the start of block k"""
     whole_BKH: jax.Array
 
 
@@ -58,8 +58,8 @@ def _decays(log_a_BKHT, run_BKT, *, is_exact: bool) -> _Decays:
     T, K = run_BKT.shape[2], run_BKT.shape[1]
     terms = [log_a_BKHT]
     if is_exact:
-        # A multiple of 2^-8, whose sums are exact, and a small rest: a difference of two long sums
-        # would have their rounding, which is relative in its exponential.
+        # Split into a multiple of 2^-8, whose sums are exact, and a small remainder: a difference
+        # between two long sums has their rounding error, a relative error of its exponential.
         coarse_BKHT = jnp.round(log_a_BKHT * 256) / 256
         terms = [coarse_BKHT, log_a_BKHT - coarse_BKHT]
     sums = [_sum(term, np.triu(np.ones((T, T)))) for term in terms]
@@ -89,7 +89,7 @@ def _sum(a_XT, ones_TT) -> jax.Array:
 
 
 def _dot(spec, a, b, dtype):
-    """Summed in float32, rounded once."""
+    """einsum with operands and result in `dtype`; sums are float32, rounded once."""
     return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), preferred_element_type=dtype)
 
 
@@ -123,7 +123,7 @@ def _by_blocks_bwd(saved, dy):
     scores = jnp.einsum("bkin,bkjn->bkij", C, B, preferred_element_type=f32) * d.visible_BKTT
     weights = (d.within_BKHTT * scores[:, :, None] * dt[..., None, :]).astype(x.dtype)
     dx = dot("bkhij,bkihp->bkjhp", weights, dy).astype(f32)
-    # by the weight of j at i without dt_j
+    # gradient of the weight of j at i, without the factor dt_j
     dweights = dot("bkihp,bkjhp->bkhij", dy, x)
     same = jnp.diagonal(dweights, axis1=-2, axis2=-1).astype(f32)
     decayed = dweights.astype(f32) * d.within_BKHTT

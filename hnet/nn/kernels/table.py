@@ -1,6 +1,6 @@
-"""The table of kernels: what may compute attention and the SSD instead of our array code.
+"""The table of kernels that can compute attention and the SSD instead of our array code.
 
-What a run takes where its configuration leaves it open is decided here only, by `resolved`.
+`resolved` decides which of them a run uses if its configuration says "auto".
 """
 
 from collections.abc import Callable
@@ -21,16 +21,17 @@ from hnet.nn.kernels.ssd_matmul import ssd_matmul
 class Kernel(NamedTuple):
     run: Callable[..., jax.Array]
     platform: str
-    """of the devices that it runs on"""
+    """platform of the devices that it runs on"""
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
-    """of model.compute.dtype"""
+    """values of model.compute.dtype that it supports"""
     is_default: bool = False
-    """where it runs: seen to compile for such devices, and no less exact than our array code"""
+    """whether "auto" selects it on its platform, since it compiles there and is at least as exact
+    as our array code"""
     block_len: int | None = None
-    """positions per block if the configuration names no number; None: it chooses itself"""
+    """positions per block if the configuration sets none; None: the kernel chooses"""
 
 
-# field of ComputeConfig -> its values but "auto" and "xla", which is our own array code
+# Field of ComputeConfig -> kernels by value. "auto" and "xla" (our array code) are not listed.
 KERNELS: dict[str, dict[str, Kernel]] = {
     "attention_backend": {
         "splash": Kernel(attention_splash, "tpu", is_default=True),
@@ -41,7 +42,8 @@ KERNELS: dict[str, dict[str, Kernel]] = {
         "matmul": Kernel(ssd_matmul, "gpu", is_default=True, block_len=128),
     },
 }
-# Positions per block of our array code. A GPU pays for each small operation, a CPU for its caches.
+# Positions per block of our array code: large on GPUs, where each operation has a launch cost,
+# small on CPUs, where a block should fit into the cache.
 ARRAY_BLOCK_LEN = {
     "attention_backend": {"cpu": 128, "tpu": 128, "gpu": 1024},
     "ssd_backend": {"cpu": 64, "tpu": 64, "gpu": 128},
@@ -50,9 +52,9 @@ BLOCK_FIELD = {"attention_backend": "attention_block_len", "ssd_backend": "ssd_b
 
 
 def resolved(compute: ComputeConfig, platform: str) -> ComputeConfig:
-    """`compute` with what devices of `platform` ("cpu", "tpu", "gpu") will use, nothing left open.
+    """`compute` with the backends and block lengths for `platform` ("cpu", "tpu", "gpu") filled in.
 
-    Raises ConfigError for a kernel that these devices do not have.
+    Raises ConfigError for a kernel that does not run on this platform or in `compute.dtype`.
     """
     changed = {}
     for field, length in BLOCK_FIELD.items():
@@ -84,12 +86,12 @@ def _resolved(field: str, compute: ComputeConfig, platform: str) -> str:
 
 
 def without(compute: ComputeConfig) -> ComputeConfig:
-    """`compute` with our own array code, which runs everywhere."""
+    """`compute` with our array code, which runs on all platforms."""
     return replace(compute, **dict.fromkeys(KERNELS, "xla"))
 
 
 def kernel(field: str, compute: ComputeConfig) -> Callable[..., jax.Array] | None:
-    """What computes instead of our array code, if anything does."""
+    """Kernel that is used instead of our array code, or None."""
     found = KERNELS[field].get(getattr(compute, field))
     if found is None:
         return None
@@ -99,12 +101,12 @@ def kernel(field: str, compute: ComputeConfig) -> Callable[..., jax.Array] | Non
 
 
 def array_block_len(field: str, compute: ComputeConfig) -> int:
-    """Positions per block of our array code; where nothing was resolved, those for a CPU."""
+    """Positions per block of our array code; if not resolved, the number for a CPU."""
     return getattr(compute, BLOCK_FIELD[field]) or ARRAY_BLOCK_LEN[field]["cpu"]
 
 
 def described(compute: ComputeConfig, platform: str) -> str:
-    """One line on resolved backends."""
+    """One line that names the resolved backends."""
     used = ", ".join(f"{f.removesuffix('_backend')} {_shown(f, compute)}" for f in KERNELS)
     return f"kernels on {platform}: {used}"
 

@@ -1,8 +1,8 @@
-"""The table of mixers: what a letter of a layout string stands for.
+"""The table of mixers: the class of each letter of a layout string.
 
-A lower-case letter is the mixer by itself, upper case the same with a SwiGLU MLP after it.
-`HNetConfig.mixers` adds letters for classes of one's own; `hnet.nn.mixers.base.Mixer` says what
-they need. Nothing here loads JAX until a class is asked for.
+A lower-case letter is the mixer only, upper case the mixer followed by a SwiGLU MLP.
+`HNetConfig.mixers` adds letters for your own classes; `hnet.nn.mixers.base.Mixer` is their
+interface. JAX is not imported before a class is looked up.
 """
 
 import importlib
@@ -42,7 +42,7 @@ def find(letter: str, further: Further = ()) -> type:
 
 
 def problem(config: "HNetConfig", stage: "StageConfig", letter: str) -> str | None:
-    """What keeps the mixer of a letter from being built for a stage, if anything does.
+    """One line on why the mixer of a letter cannot be built for a stage; None if it can.
 
     Raises ConfigError for an unknown letter.
     """
@@ -52,7 +52,7 @@ def problem(config: "HNetConfig", stage: "StageConfig", letter: str) -> str | No
 
 
 def check_further(further: Further) -> None:
-    """Raise ConfigError unless these pairs can join the table."""
+    """Raise ConfigError unless these pairs can be added to the table."""
     letters = [letter for letter, _ in further]
     for letter, place in further:
         if not (len(letter) == 1 and letter.isascii() and letter.islower()):

@@ -1,4 +1,4 @@
-"""Self-attention as a mixer: projections, rotary positions and a cache around attention."""
+"""The self-attention mixer: projections, rotary positions, attention and its cache."""
 
 from functools import partial
 
@@ -42,11 +42,11 @@ class Attention(Mixer):
             self.sink = parameter(jnp.zeros((H,), jnp.float32), "channels", decay=False)
 
     def qkv(self, x_BLD: jax.Array, positions_BL: jax.Array) -> tuple[jax.Array, ...]:
-        """Rotated queries (B, L, H, K) and keys, and values, each with its heads."""
+        """Rotated queries (B, L, H, K) and keys, and values, each split into its heads."""
         B, L, D = x_BLD.shape
         H, dim = self.stage.num_heads, self.stage.rotary_emb_dim
         widths = (D, self.kv_width, self.kv_width)
-        cut = None if self.num_kv_heads == H else 1  # parts of other widths lie whole
+        cut = None if self.num_kv_heads == H else 1  # parts of other widths are replicated
         parts = fused_linear(self.Wqkv, x_BLD, widths, heads=H, cut=cut)
         q, k, v = (part.reshape(B, L, -1, D // H) for part in parts)
         if self.options.qk_norm:
@@ -54,7 +54,7 @@ class Attention(Mixer):
         return rotary(q, positions_BL, dim), rotary(k, positions_BL, dim), v
 
     def sink_logits(self) -> jax.Array | None:
-        """The further logit of each head's softmax."""
+        """Sink logit of each head's softmax; None without sinks."""
         match self.options.sink:
             case "none":
                 return None
@@ -66,7 +66,7 @@ class Attention(Mixer):
                 raise ValueError(f"attention.sink={other!r}: use none, one or learned")
 
     def attend(self, x_BLD: jax.Array, context: Context) -> tuple[jax.Array, ...]:
-        """The output, and the keys and values it was made of."""
+        """The output, and the keys and values that it used."""
         segment_ids_BL, positions_BL = context.segment_ids_BL, context.positions_BL
         if positions_BL is None:
             positions_BL = segment_positions(segment_ids_BL)
@@ -77,7 +77,7 @@ class Attention(Mixer):
         block_len = array_block_len("attention_backend", self.compute)
         sink_H = self.sink_logits()
         if context.key_bias_BL is not None or sink_H is not None or soft_cap or not self.causal:
-            # no kernel of the table knows these
+            # no kernel of the table supports these options
             attend = partial(
                 _with_options, has_bias=context.key_bias_BL is not None, block_len=block_len,
                 causal=self.causal, soft_cap=soft_cap,
@@ -131,7 +131,7 @@ class Attention(Mixer):
 
 
 def _with_options(q, k, v, segment_ids_BL, *more, has_bias, **options):
-    """`attention_by_queries` of a key bias and sinks, of which some may not be there."""
+    """`attention_by_queries` with an optional key bias and optional sinks in `more`."""
     key_bias_BL = more[0] if has_bias else None
     sink_H = more[-1] if len(more) > has_bias else None
     return attention_by_queries(q, k, v, segment_ids_BL, key_bias_BL, sink_H, **options)

@@ -1,4 +1,4 @@
-"""Cross-attention as a mixer: positions read vectors of chunks (`Context.memory`)."""
+"""The cross-attention mixer: positions read vectors of chunks (`Context.memory`)."""
 
 import jax
 from flax import nnx
@@ -12,13 +12,13 @@ from hnet.nn.mixers.settings import cross_attention_problem
 
 
 class CrossAttention(Mixer):
-    """Queries of positions, keys and values of normed memory; no rotary positions, no biases.
+    """Queries from positions, keys and values from normed memory; no rotary positions, no biases.
 
-    As in BLT (arXiv 2412.09871, section 3.3): a position sees vectors of its own or of the last
-    closed chunk. There is no cache: a step computes the keys of the memory it is given.
+    As in BLT (arXiv 2412.09871, section 3.3), a position sees vectors of its own chunk or of the
+    last closed chunk. There is no cache: a step computes the keys of the memory in its context.
     """
 
-    can_look_ahead = True  # what a position sees, its memory says
+    can_look_ahead = True  # visibility depends only on the groups of the memory
     problem = staticmethod(cross_attention_problem)
 
     def __init__(

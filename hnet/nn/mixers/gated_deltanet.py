@@ -1,6 +1,6 @@
 """The gated DeltaNet mixer (arXiv 2412.06464): projections, short convolutions, `hnet.nn.delta`.
 
-Axes here: H heads, K channels of keys, V of values, C channels, W taps.
+Axes here: H heads, K key channels, V value channels, C channels, W taps.
 """
 
 import jax
@@ -23,7 +23,8 @@ from hnet.nn.parameters import parameter
 class GatedDeltaNet(Mixer):
     """Figure 1 of the paper: convolved q, k, v; L2-normed q and k; gated norm of each head.
 
-    Queries are divided by sqrt(K), as in the authors' code; only the norm's epsilon sees it.
+    Queries are divided by sqrt(K), as in the authors' code. The norm of the output removes this
+    factor, except for the norm's epsilon.
     """
 
     problem = staticmethod(delta_problem)
@@ -36,12 +37,12 @@ class GatedDeltaNet(Mixer):
         self.block_len = config.compute.delta_block_len
         self.num_heads = H = options.num_heads or stage.num_heads
         head_dim = options.head_dim or D // H
-        self.widths = head_dim * H, options.expand_v * head_dim * H  # of keys, of values
+        self.widths = head_dim * H, options.expand_v * head_dim * H  # widths of keys and values
         keys, values = self.widths
         self.qk_proj = linear(D, 2 * keys, "embed_fused out", dtype=dtype, rngs=rngs)
         self.vg_proj = linear(D, 2 * values, "embed_fused out", dtype=dtype, rngs=rngs)
         self.ab_proj = linear(D, 2 * H, "embed out", dtype=dtype, rngs=rngs)
-        bound = options.d_conv**-0.5  # as Mamba-2
+        bound = options.d_conv**-0.5  # as in Mamba-2
         weight_WC = jax.random.uniform(
             key(), (options.d_conv, 2 * keys + values), jnp.float32, -bound, bound
         )
@@ -53,7 +54,7 @@ class GatedDeltaNet(Mixer):
         self.out_proj = linear(values, D, "inner out", std=out_std, dtype=dtype, rngs=rngs)
 
     def project(self, x_BLD: jax.Array) -> tuple[list[jax.Array], jax.Array, tuple]:
-        """q, k and v before the convolution; the output's gate; (log_alpha_BLH, beta_BLH)."""
+        """q, k and v before the convolution, the output gate, and (log_alpha_BLH, beta_BLH)."""
         (keys, values), H = self.widths, self.num_heads
         q, k = fused_linear(self.qk_proj, x_BLD, (keys, keys), heads=H)
         v, gate = fused_linear(self.vg_proj, x_BLD, (values, values), heads=H)
@@ -68,7 +69,7 @@ class GatedDeltaNet(Mixer):
         return jnp.split(weight_WC, [keys, 2 * keys], axis=-1)
 
     def heads(self, q, k, v) -> tuple[jax.Array, ...]:
-        """Convolved q, k and v by heads, q and k normed."""
+        """Convolved q, k and v split into heads; q and k L2-normed."""
         q, k, v = (a.reshape(*a.shape[:2], self.num_heads, -1) for a in (q, k, v))
         return _unit(q, q.shape[-1] ** -0.5), _unit(k), v
 
@@ -78,7 +79,7 @@ class GatedDeltaNet(Mixer):
         return self.out_proj(gated(normed.reshape(gate_BLC.shape), gate_BLC.astype(jnp.float32)))
 
     def inputs(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> tuple:
-        """(q, k and v before the convolution, the gate, the arrays of `gated_delta`)."""
+        """(q, k and v before the convolution, gate, inputs of `gated_delta`)."""
         before, gate, rates = self.project(x_BLD)
         weights = self.conv_weights(gate.dtype)
         convolved = (
@@ -99,7 +100,7 @@ class GatedDeltaNet(Mixer):
         segment_ids_BL = context.segment_ids_BL
         before, gate, (q, k, v, log_alpha_BLH, beta_BLH) = self.inputs(x_BLD, segment_ids_BL)
         last_BL1 = in_last_segment(segment_ids_BL, lengths_B)[..., None]
-        # what follows a row goes on in its last segment and leaves the state alone
+        # Positions after a row's end continue its last segment and do not change the state.
         index_L = jnp.arange(x_BLD.shape[1], dtype=jnp.int32)
         is_after_BL = index_L[None] >= lengths_B[:, None]
         last_B1 = last_positions(segment_ids_BL, lengths_B, 1)
@@ -131,7 +132,7 @@ class GatedDeltaNet(Mixer):
 
 
 def _unit(x_BLHK: jax.Array, length: float = 1.0) -> jax.Array:
-    """Vectors of this length, in the dtype of x."""
+    """x scaled to vectors of this L2 norm, in the dtype of x."""
     x32 = x_BLHK.astype(jnp.float32)
     squares = jnp.sum(jnp.square(x32), axis=-1, keepdims=True)
     return (x32 * (length * jax.lax.rsqrt(squares + 1e-6))).astype(x_BLHK.dtype)

@@ -1,6 +1,6 @@
-"""The Mamba-2 mixer (arXiv 2405.21060): projections and a short convolution around `hnet.nn.ssd`.
+"""The Mamba-2 mixer (arXiv 2405.21060): projections, a short convolution and `hnet.nn.ssd`.
 
-Axes here: H heads, P channels a head, N state size, C channels, W taps.
+Axes here: H heads, P channels per head, N state size, C channels, W taps.
 """
 
 import jax
@@ -52,7 +52,7 @@ class Mamba2(Mixer):
         self.in_proj = linear(
             stage.d_model, self.d_inner + C + H, "embed_fused out", dtype=dtype, rngs=rngs
         )
-        # torch's default for Conv1d, which the official initialisation leaves alone
+        # torch's default for Conv1d, which the official initialisation keeps
         bound = ssm.d_conv**-0.5
         weight_WC, bias_C = (
             jax.random.uniform(key(), shape, jnp.float32, -bound, bound)
@@ -71,9 +71,9 @@ class Mamba2(Mixer):
         )
 
     def split_inputs(self, x_BLD: jax.Array) -> tuple[jax.Array, ...]:
-        """in_proj cut into the gate z, the convolution's inputs x and BC, and dt (after softplus).
+        """in_proj(x) split into the gate z, the convolution's inputs x and BC, and softplus(dt).
 
-        B and C serve all heads.
+        All heads share B and C.
         """
         H = self.num_heads
         widths = (self.d_inner, self.d_inner, 2 * self.d_state, H)
@@ -82,7 +82,7 @@ class Mamba2(Mixer):
         return z, x, BC, dt_BLH
 
     def heads(self, x: jax.Array, BC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The activated outputs of the convolution, cut up: x_BLHP, B_BLN and C_BLN."""
+        """The activated outputs of the convolution, split into x_BLHP, B_BLN and C_BLN."""
         B, C = map(by_rows, jnp.split(by_rows(BC), 2, axis=-1))
         return x.reshape(*x.shape[:2], self.num_heads, -1), B, C
 
@@ -100,9 +100,9 @@ class Mamba2(Mixer):
         return self.mix(x_BLD, context.segment_ids_BL)[0]
 
     def mix(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> tuple[jax.Array, ...]:
-        """The output, and what a state at the end is made of.
+        """The output, and the arrays from which the final state is computed.
 
-        That is (x, BC) before the convolution, x_BLHP, dt_BLH, A_H and B_BLN.
+        These are (x, BC) before the convolution, x_BLHP, dt_BLH, A_H and B_BLN.
         """
         z, x, BC, dt_BLH = self.split_inputs(x_BLD)
         inputs, d_inner = (x, BC), self.d_inner
@@ -134,7 +134,7 @@ class Mamba2(Mixer):
     def step(
         self, x_R1D: jax.Array, cache: RecurrentCache, at: tuple, context: StepContext
     ) -> tuple[jax.Array, RecurrentCache]:
-        """`ssd_reference` for one t."""
+        """`ssd_reference` for one position."""
         z, *inputs, dt_R1H = self.split_inputs(x_R1D)
         xBC = jnp.concatenate(inputs, axis=-1)
         taps_RWC = jnp.concatenate([context.carried(read(cache.conv, at)), xBC], axis=1)
@@ -145,7 +145,8 @@ class Mamba2(Mixer):
         decay_RH1 = jnp.exp(dt_RH * -jnp.exp(self.A_log[...])[None])[..., None]
         x_dt_RHP = dt_RH[..., None] * x[:, 0]
         state_RHPN = context.carried(read(cache.state, at))
-        # C h_t = a_t C h_{t-1} + (C B_t) dt_t x_t': the new state is written and not read again
+        # C h_t = a_t C h_{t-1} + (C B_t) dt_t x_t': y needs only the old state, so the new state is
+        # written without being read
         B_C_R11 = jnp.sum(B[:, 0] * C[:, 0], axis=-1)[:, None, None]
         y_RHP = decay_RH1 * jnp.einsum("rhpn,rn->rhp", state_RHPN, C[:, 0]) + B_C_R11 * x_dt_RHP
         state_RHPN = decay_RH1[..., None] * state_RHPN + x_dt_RHP[..., None] * B[:, :, None]

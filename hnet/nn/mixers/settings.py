@@ -1,6 +1,6 @@
-"""Settings of the mixers and their checks, without JAX: mistakes are told before it loads.
+"""Settings of the mixers and their checks, without JAX: errors are raised before JAX is imported.
 
-A check returns "field=value: remedy" on a stage that a mixer cannot be built for, else None.
+A check returns "field=value: remedy" if the mixer cannot be built for the stage, else None.
 """
 
 from collections.abc import Callable
@@ -18,13 +18,14 @@ class AttentionConfig:
     """Options of self-attention beyond the official ones."""
 
     num_kv_heads: Natural = 0
-    """heads of keys and values, each shared by equally many query heads; 0 = num_heads"""
+    """number of key and value heads, each shared by equally many query heads; 0 = num_heads"""
     qk_norm: bool = False
-    """RMSNorm of each head's queries and keys before rotary"""
+    """RMSNorm of each head's queries and keys before the rotary embedding"""
     logit_soft_cap: NotNegative = 0.0
-    """c of scores c tanh(score / c); 0 = none"""
+    """soft cap c: scores become c tanh(score / c); 0 = none"""
     sink: Literal["none", "one", "learned"] = "none"
-    """term added to the denominator of the softmax: none, 1, or exp of a logit learned per head"""
+    """term added to the denominator of the softmax: none, 1, or exp of one learned logit per
+    head"""
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,11 @@ class CrossAttentionConfig:
     """Attention to vectors of chunks (layers x and X); heads and width are those of the stage."""
 
     relation: Literal["equal", "last_closed"] = "last_closed"
-    """newest group that a position sees: its own, or the one before"""
+    """newest group (chunk) that a position sees: its own, or the one before"""
     window: Annotated[int, Bounds(-1)] = 1
-    """groups that a position sees; -1 = all up to the newest"""
+    """number of groups that a position sees; -1 = all up to the newest"""
     memory_width: Natural = 0
-    """width of the vectors; 0 = d_model"""
+    """width of the memory vectors; 0 = d_model"""
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,13 @@ class GatedDeltaNetConfig:
     """Gated DeltaNet mixers (layers g and G)."""
 
     num_heads: Natural = 0
-    """heads; 0 = those of the stage"""
+    """number of heads; 0 = num_heads of the stage"""
     head_dim: Natural = 0
-    """channels of queries and keys per head; 0 = d_model / heads"""
+    """channels of queries and keys per head; 0 = d_model / num_heads"""
     expand_v: Count = 2
-    """channels of values per channel of keys"""
+    """number of value channels per key channel"""
     d_conv: Count = 4
-    """taps of the causal convolution"""
+    """number of taps of the causal convolution"""
 
 
 def attention_problem(config: "HNetConfig", stage: "StageConfig") -> str | None:

@@ -1,4 +1,4 @@
-"""Checkpoints: any mesh to any mesh, damage found and named, nothing lost on the way."""
+"""Checkpoints: restore on any mesh, find and name damage, lose no checkpoint."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ MESH = mesh_of((4, 2), ("data", "fsdp"))
 
 
 def make_state(seed=0):
-    """Incompressible values, so that the files hold them as they are."""
+    """A state of incompressible values, so that the files contain their bytes unchanged."""
     rng = np.random.default_rng(seed)
     w = rng.normal(size=(8, 1031)).astype(np.float32)
     b = jnp.asarray(rng.normal(size=7), jnp.bfloat16)
@@ -150,7 +150,7 @@ def test_state_may_be_donated_while_it_is_saved(tmp_path):
     state = {"w": jnp.arange(1031.0)}
     want = {"w": np.arange(1031.0, dtype=np.float32)}
     add = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
-    add({"w": jnp.zeros(1031)})  # compiled before, so that nothing slows the donation down
+    add({"w": jnp.zeros(1031)})  # compile first, so that donation is not delayed
     with Checkpointer(tmp_path) as checkpoints:
         checkpoints.save(0, state, {})
         for _ in range(5):
@@ -234,7 +234,7 @@ DAMAGE = {
 def test_damage_is_named_and_the_older_one_is_used(two, damage, capsys):
     damage(two / "checkpoints" / "2")
     with Checkpointer(two) as checkpoints:
-        if damage is not flip_bit:  # which only the values show
+        if damage is not flip_bit:  # only reading the values finds a flipped bit
             assert checkpoints.latest_good_step() == 1
         restored = checkpoints.restore(abstract(make_state()))
         assert_same_bits(restored.state, make_state(1))
@@ -292,7 +292,7 @@ def test_background_error_surfaces_at_the_next_check(two, monkeypatch):
         wait([checkpoints._saving])
         with pytest.raises(CheckpointError, match="step 3 could not be saved: OSError.*No space"):
             checkpoints.check()
-        checkpoints.check()  # once
+        checkpoints.check()  # the error is raised only once
         checkpoints.save(4, make_state(), {})
         with pytest.raises(CheckpointError, match="step 4"):
             checkpoints.save(5, make_state(), {})
@@ -431,7 +431,7 @@ def test_kill_during_a_save_leaves_the_older_one(tmp_path):
             checkpoints.save(2, state, {})
             checkpoints.wait()
             assert checkpoints.latest_good_step() == 2
-        # Arrays without a manifest are kept; a half-written folder is nothing.
+        # Complete arrays without a manifest are kept; a half-written folder is deleted.
         assert (folder / "2.aside-1").exists() == (where == "manifest")
 
 
@@ -462,7 +462,7 @@ def test_local_paths(monkeypatch):
 
 
 class Bucket(MemoryFileSystem):
-    """An object store in memory: no folders but the names of its objects, no atomic rename."""
+    """An object store in memory: folders exist only as parts of names; no atomic rename."""
 
     store: dict = {}
     pseudo_dirs = [""]

@@ -1,4 +1,4 @@
-"""Layout strings, what a configuration refuses, the official JSON, learning-rate multipliers."""
+"""Layout strings, refused configurations, the official JSON, learning-rate multipliers."""
 
 import json
 from dataclasses import replace
@@ -48,7 +48,7 @@ def test_impossible_layout(layout):
         parse_layout(layout)
 
 
-# --- what is refused: field, value, remedy ------------------------------------------------------
+# --- refused settings: the error names field, value, remedy -------------------------------------
 
 
 def outer(**fields):
@@ -126,7 +126,7 @@ def test_published_configurations_survive_the_official_json(name, tmp_path):
 
 
 def test_official_json_of_a_published_configuration():
-    """Written by hand from goombalab/hnet, configs/hnet_2stage_XL.json."""
+    """Expected values written by hand from goombalab/hnet, configs/hnet_2stage_XL.json."""
     official = {
         "arch_layout": ["m4", ["T1m4", ["T27"], "m4T1"], "m4"],
         "d_model": [1024, 1536, 2048],
@@ -219,7 +219,7 @@ def test_learning_rate_multipliers_of_the_paper(name, multipliers):
 
 
 def counted_by_hand(config):
-    """Weights of matrices and convolutions; norms, biases and paddings are below 0.1%."""
+    """Number of weights of matrices and convolutions; norms, biases, padding are below 0.1 %."""
 
     def layers(stage, layout):
         D, ff, N = stage.d_model, stage.d_mlp, config.ssm.d_state
@@ -228,7 +228,7 @@ def counted_by_hand(config):
         mixer["m"] += 5 * (2 * D + 2 * N)  # four taps and a bias
         return sum(n * (mixer[k.lower()] + k.isupper() * mlp) for k, n in parse_layout(layout))
 
-    around = 3 * sum(stage.d_model**2 for stage in config.stages[:-1])  # routers, residuals
+    around = 3 * sum(stage.d_model**2 for stage in config.stages[:-1])  # predictors, residuals
     stacks = sum(layers(stage, part) for stage in config.stages for part in stage.arch_layout)
     return stacks + around + 2 * 256 * config.stages[0].d_model
 
@@ -245,7 +245,7 @@ def counted_by_hand(config):
     ],
 )
 def test_parameter_counts_of_the_published_networks(name, millions):
-    """The paper says 680M, 1.3B, 870M and 1.6B; chinese and code have three and one layer more."""
+    """The paper says 680M, 1.3B, 870M, 1.6B; chinese has three layers more, code has one more."""
     config = HNetConfig.named(name)
     count = sum(leaf.size for leaf in jax.tree.leaves(abstract(config)[1]))
     assert count == pytest.approx(counted_by_hand(config), rel=1e-3)

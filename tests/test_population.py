@@ -1,4 +1,4 @@
-"""Many runs in one program: each is the run it would be alone; one compilation; resumable."""
+"""Many runs in one program: same result as separate runs; one compilation; resumable."""
 
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -67,7 +67,7 @@ def train(configs, workdir, stop=None, program=None, **hooks):
 
 @pytest.fixture(scope="module")
 def whole(configs, tmp_path_factory):
-    """The runs trained together, the programs compiled for it, and what was shown."""
+    """Outcome of the runs trained together, names of compiled programs, and rows shown."""
     shown, compiled = [], CompilationLog()
     outcome = train(configs, tmp_path_factory.mktemp("whole"), show=shown.append)
     return outcome, [entry.name for entry in compiled.entries], shown
@@ -94,8 +94,8 @@ def test_a_run_of_many_is_the_run_it_would_be_alone(configs, whole):
     r = 1
     state, evaluation = alone(configs[r])
     together = whole[0]
-    # Adam divides a gradient by its own size: where the gradient is little more than rounding, the
-    # update (of up to 3e-3, six times) is not exact to rounding any more.
+    # Adam divides a gradient by its own size: if the gradient is close to rounding error, the
+    # relative error of the update (up to 3e-3 per update, 6 updates) is large.
     close = partial(np.testing.assert_allclose, rtol=0, atol=1e-4)
     jax.tree.map(
         lambda a, b: close(a[r], b), *jax.device_get((together.state.params, state.params))

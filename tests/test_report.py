@@ -1,4 +1,4 @@
-"""What a run logs, line by line; profiles that begin and end where they are asked to."""
+"""The logs of a run, line by line; profiles start and stop at the requested steps."""
 
 import json
 import math
@@ -22,7 +22,7 @@ from tests.training import tiny_run
 
 
 def row_of(step, **changes):
-    """What the loop says of a step that read 100 bytes at 2 bits each."""
+    """Row that the loop reports for a step of 100 bytes at 2 bits per byte."""
     metrics = {
         "nats": 200 * math.log(2), "bytes": 100, "skipped_in_a_row": 0,
         "stage0/boundary_rate": 0.3, "stage0/target_rate": 0.3, "stage0/overflow_frac": 0.0,
@@ -65,7 +65,7 @@ def test_a_run_logs_its_first_step_and_every_tenth(tmp_path, monkeypatch, capsys
 
 
 def test_rates_per_second_are_of_the_bytes_since_the_start(tmp_path, monkeypatch):
-    """Of a run that resumes, and of one that goes back on the way, whatever it logged before."""
+    """Both for a run that resumes and after a rollback, whatever was logged before."""
     config = tiny_run(tmp_path, train=TrainConfig(steps=90, log_every=10))
     clock = types.SimpleNamespace(monotonic=lambda: now)
     monkeypatch.setattr(report, "time", clock)
@@ -88,7 +88,7 @@ def test_rates_per_second_are_of_the_bytes_since_the_start(tmp_path, monkeypatch
 
 
 def test_every_log_goes_back_with_the_run(tmp_path):
-    """A run that is killed before its first checkpoint, one that resumes, one that rolls back."""
+    """For a run killed before its first checkpoint, one that resumes and one that rolls back."""
     config = tiny_run(tmp_path, train=TrainConfig(steps=90, log_every=1))
     corpus, folder = open_corpus(config.data), str(tmp_path / "tensorboard")
     seg = Segmentation(b"ab", "a")
@@ -140,7 +140,7 @@ def test_a_run_that_has_ended_writes_nothing(tmp_path):
 
 @pytest.fixture
 def traced(monkeypatch):
-    """Calls of the profiler, which complains itself about a second start or stop."""
+    """Recorded calls of the profiler (the real one raises for a second start or stop)."""
     calls = []
     monkeypatch.setattr(report, "_loads_libtpu_in_vain", lambda: False)
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append("start"))
@@ -153,9 +153,9 @@ def traced(monkeypatch):
     [
         ("2:5", range(9), [2, 3, 4]),
         ("0:1", range(3), [0]),
-        ("2:5", range(3, 9), [3, 4]),  # resumed between them
-        ("2:5", range(5, 9), []),  # resumed behind them
-        ("2:5", range(4), [2, 3]),  # ended between them
+        ("2:5", range(3, 9), [3, 4]),  # resumed within the range
+        ("2:5", range(5, 9), []),  # resumed after the range
+        ("2:5", range(4), [2, 3]),  # ended within the range
         ("", range(9), []),
     ],
 )
@@ -181,7 +181,7 @@ def test_the_steps_that_are_traced(traced, tmp_path, steps, ran, expected):
 def test_a_profile_beside_an_idle_libtpu_is_refused(
     monkeypatch, tmp_path, platforms, is_installed, backend, expected
 ):
-    """Its profiler would end the process by a segmentation fault."""
+    """The profiler of an idle libtpu would end the process with a segmentation fault."""
     config = types.SimpleNamespace(jax_platforms=platforms)
     monkeypatch.setattr(report.jax, "config", config)
     monkeypatch.setattr(report.jax, "default_backend", lambda: backend)

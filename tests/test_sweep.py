@@ -1,4 +1,4 @@
-"""Sweeps: spaces and their errors, claims of several workers, results, kill and resume."""
+"""Sweeps: search spaces and their errors, claims of several workers, results, resume."""
 
 import csv
 import json
@@ -112,7 +112,7 @@ def test_two_workers_share_the_points_and_none_is_done_twice(tmp_path):
     keys = [claim.point.key for claim in one_has + two_has]
     assert len(set(keys)) == 7
     finish(one, one_has)
-    two.release(two_has)  # asked to stop
+    two.release(two_has)  # as after a stop request
     again = one.claim(9)
     assert {c.point.key for c in again} == {c.point.key for c in two_has}
     finish(one, again)
@@ -127,7 +127,7 @@ def test_claims_made_at_the_same_moment_are_one_too_many_or_twins(tmp_path):
     asked = [study._ask(n) for n in range(3)]
     assert [study._counts(trial) for trial in asked] == [True, True, False]
     study = open_study(tmp_path / "many", "here//1", tpe.replace("2", "9"))
-    for _ in range(2):  # two workers queue the point of a third that is dead
+    for _ in range(2):  # two workers enqueue the point of a dead worker
         study.study.enqueue_trial({"optim.b1": 0.9})
     assert len(study.claim(2)) == 2
     trials = study.trials()
@@ -141,14 +141,14 @@ def test_points_of_a_dead_worker_are_taken_up_by_one_other(tmp_path):
     one, two = (open_study(tmp_path, f"near//{i}", timeout=0.4) for i in (2, 3))
     with one, two:
         assert len(one.claim(1)) == 1 and not two.claim(1)
-        with silent:  # its heart beats
+        with silent:  # it sends heartbeats
             assert not one.claim(1) and not two.claim(1)
         retaken, end = [], time.monotonic() + 60
         while not retaken and time.monotonic() < end:
             time.sleep(0.1)
             retaken = one.claim(9) + two.claim(9)
         assert [claim.point.key for claim in retaken] == [held.point.key]
-        assert not silent.finish(held, [], 1.0)  # too late
+        assert not silent.finish(held, [], 1.0)  # too late: the claim was taken over
         assert not one.num_done()
 
 
@@ -300,7 +300,7 @@ MANY = "[space]\noptim.learning_rate = {low = 1e-3, high = 9e-3, num = 12}\nseed
 
 
 def work_on_many(folder: Path) -> None:
-    """One worker of the sweep MANY, which notes what it starts and finishes it at once."""
+    """One worker of the sweep MANY; it records the points it starts and finishes them at once."""
 
     def train_points(study, claims, options, stop):
         with (folder / "started").open("a") as f:
@@ -313,7 +313,7 @@ def work_on_many(folder: Path) -> None:
         return True
 
     sweep.train_points = train_points
-    # a trial that died before it had a worker's name is given up after the timeout alone
+    # a trial that died before it had a worker's name can only be given up after the timeout
     study = open_study(folder, process_name(), MANY, timeout=3.0)
     with study:
         sweep._work(study, sweep_train.Options(folder, 3, 60.0), Never())
@@ -325,7 +325,7 @@ class Never:
 
 
 def test_a_sweep_killed_at_any_time_repeats_nothing_that_was_done(tmp_path):
-    """Workers die by SIGKILL after random bytes of the journal, one after the other."""
+    """Workers are killed (SIGKILL) one by one, each after a random number of journal bytes."""
     code = "import pathlib, sys; from tests.test_sweep import work_on_many as work\n"
     code += "work(pathlib.Path(sys.argv[1]))"
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"}
@@ -344,20 +344,20 @@ def test_a_sweep_killed_at_any_time_repeats_nothing_that_was_done(tmp_path):
 
     for _ in range(5):
         worker(rng.uniform(0, 40_000))
-        # of the dead; others would wait half a minute before they remove it
+        # the dead worker's lock: the next worker would wait 30 s before it removes it
         (tmp_path / "journal.lock").unlink(missing_ok=True)
-        if journal.exists():  # few deaths come within a write
+        if journal.exists():  # a kill seldom interrupts a write, so simulate one
             with journal.open("ab") as f:
                 f.write(b'{"op_code": 8, "wor')
         before = started.read_text().splitlines() if started.exists() else []
         study = open_study(tmp_path, "looks//1", MANY)
         looks.append(({study._key(t) for t in study.finished()}, len(before)))
-    worker(math.inf)  # ends by itself, long before it is late
+    worker(math.inf)  # ends by itself, long before the time limit
     study = open_study(tmp_path, "looks//1", MANY)
     keys, starts = [study._key(t) for t in study.finished()], started.read_text().splitlines()
     assert sorted(keys) == sorted(point.key for point in study.points) and not study.is_pending()
     assert all(t.value == t.params["optim.learning_rate"] for t in study.finished())
-    assert 2 < len({len(done) for done, _ in looks})  # the deaths came in the middle
+    assert 2 < len({len(done) for done, _ in looks})  # workers died in the middle of the sweep
     for done, count in looks:
         assert done <= set(keys) and not done & set(starts[count:])
     assert len(starts) <= len(keys) + 3 * len(looks)

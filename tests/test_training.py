@@ -28,7 +28,7 @@ from tests.training import TINY, build, rows, run, tiny_run
 
 
 def bits(tree):
-    """Leaves on the host, random keys as their data."""
+    """The leaves on the host, with random keys as their uint32 data."""
     is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
     return jax.device_get(jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree))
 
@@ -60,7 +60,7 @@ def test_a_run_learns_logs_and_leaves_what_the_plan_says(whole):
 
 
 def test_tensorboard_says_what_metrics_jsonl_says(whole):
-    """Every number once a step, those of the probe texts at evaluations."""
+    """Each number once per step, those of the probe texts once per evaluation."""
     config, _ = whole
     events = EventAccumulator(f"{config.workdir}/tensorboard", {"scalars": 0}).Reload()
     table = {row["step"]: row for row in rows(config)}
@@ -75,7 +75,7 @@ def test_tensorboard_says_what_metrics_jsonl_says(whole):
         assert found == pytest.approx({step: table[step][tag] for step in steps})
     assert not any(key.startswith("probe/") for key in table[3])
     tags = sorted(events.Tags()["scalars"])
-    assert tags[0] == "eval/bpb"  # the first card
+    assert tags[0] == "eval/bpb"  # shown as the first card
     groups = {"eval", "optim", "probe", "stage0", "throughput", "train"}
     assert {tag.partition("/")[0] for tag in tags} == groups
     kinds = ("scalars", "histograms", "images")
@@ -97,7 +97,7 @@ def test_the_same_command_after_the_end_changes_nothing(whole):
 
 @pytest.fixture(scope="module")
 def held(tmp_path_factory):
-    """A run that holds the rates of two stages; the router of the inner one draws noise."""
+    """A run that holds the rates of two stages; the inner stage's predictor draws noise."""
     outer, inner = TINY.stages
     ends = ChunkingConfig(2.0, "mlp", "end", pool="mean", losses=("binomial",), hold_rate=True)
     outer = replace(outer, chunking=replace(outer.chunking, hold_rate=True))
@@ -126,7 +126,7 @@ def test_offsets_move_in_the_end_by_the_error_and_the_root_of_the_schedule(held,
 
 
 def test_the_last_update_is_followed_by_exact_offsets(held, tmp_path):
-    """On the text that they are set on, every stage is at its target; that is saved, once."""
+    """Each stage is at its target on the text used to set the offsets; they are saved, once."""
     config, outcome = held
     with train_batches(outcome.corpus, config.data, seed=SEED) as batches:
         found = run_batches(
@@ -158,7 +158,7 @@ def offsets(params) -> list:
 
 
 def batches_of(batches):
-    """With what evaluation asks for besides."""
+    """The batches with document ids, which evaluation needs."""
     for batch in batches:
         yield batch | {"document_ids": np.zeros_like(batch["segment_ids"])}
 
@@ -179,7 +179,7 @@ def test_a_stopped_run_resumes_to_the_same_bits_and_the_same_log(whole, tmp_path
 
 
 def test_a_run_goes_on_with_fewer_devices_whose_rows_share_other_slots(tmp_path, monkeypatch):
-    """2 rows share a row of slots on 4 devices, 8 on one: none of their chunks is clipped."""
+    """2 rows share a row of slots on 4 devices, 8 rows on one device: no chunk is clipped."""
     monkeypatch.setattr(capacity, "PATIENCE", 2)
     config = tiny_run(tmp_path, train=TrainConfig(steps=6, log_every=1, packed_rows=8))
 
@@ -235,7 +235,7 @@ def test_a_configuration_of_an_earlier_version_is_read_unless_it_would_train_oth
     del content["controller"]["hold_frac"]
     (tmp_path / "config.json").write_text(json.dumps(content))
     held = replace(config, controller=replace(config.controller, hold_frac=1.0))
-    assert read_config(tmp_path) == held  # a trained model is read
+    assert read_config(tmp_path) == held  # the configuration of a trained model can still be read
     with pytest.raises(ConfigError, match="unknown_script_frac=0.06, which is not trained with"):
         claim_workdir(config)
 
@@ -269,7 +269,7 @@ def one_step(config, batch, capacities=(24,)):
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
-    """One step on one device."""
+    """Result of one step on one device."""
     config = tiny_run(tmp_path_factory.mktemp("single"), mesh=MeshConfig(data=1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", partial(lambda devices: devices, jax.devices()[:1]))
@@ -344,13 +344,13 @@ def test_faults_in_a_row_roll_back_once_and_end_the_run_with_a_name(tmp_path, mo
         fed = real(batch, mesh)
         poisoned.append(len(poisoned) in (5, 6))  # two batches after the checkpoint at step 4
         if poisoned[-1]:
-            fed["input_ids"] = fed["input_ids"] * 0 + 10**6  # no such byte: the loss is NaN
+            fed["input_ids"] = fed["input_ids"] * 0 + 10**6  # not a byte: the loss is NaN
         return fed
 
     monkeypatch.setattr(loop, "put_batch", poison)
     outcome = run(config)
     assert int(outcome.state.step) == 8
-    assert len(poisoned) == 7 + 1 + 4  # one more in flight, then 4 steps from the checkpoint
+    assert len(poisoned) == 7 + 1 + 4  # 1 more step was in flight, then 4 from the checkpoint
     assert [row["step"] for row in rows(config)] == list(range(1, 9))
     monkeypatch.setattr(
         loop,
@@ -400,4 +400,4 @@ def test_an_evaluation_that_is_told_to_stop_ends_between_two_batches(whole, tmp_
     stop = AtTheSecondBatchOfTheFirstEvaluation()
     outcome = run(config, stop)
     assert outcome.evaluation is None and int(outcome.state.step) == 0
-    assert stop.asked == 3  # before either batch, and once more by the loop
+    assert stop.asked == 3  # before each of two batches, and once by the loop

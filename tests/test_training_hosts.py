@@ -1,4 +1,4 @@
-"""Two emulated hosts of two devices train the run of one host with four."""
+"""Two emulated hosts with two devices each train the same run as one host with four."""
 
 import json
 import sys
@@ -17,18 +17,18 @@ from tpu.emulate import Emulation
 
 ROOT = Path(__file__).parents[1]
 QUICK_FLAGS = "--xla_backend_optimization_level=0"
-BOUND = 200  # seconds that the emulated run does not come near on an idle machine
+BOUND = 200  # seconds, far more than the emulated run takes on an idle machine
 
 
 def four_devices_run(config):
-    """The run in this process, on four of its devices."""
+    """Train in this process, on four of its devices."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", partial(lambda devices: devices, jax.devices()[:4]))
         return run(config)
 
 
 def assert_same_run(table, expected):
-    """Same data to the bit, same numbers but for the order of sums."""
+    """Data are equal bit by bit, numbers up to the order of sums."""
     assert [row.keys() for row in table] == [row.keys() for row in expected]
     for row, wanted in zip(table, expected):
         for name, value in wanted.items():
@@ -51,7 +51,7 @@ def test_two_hosts_train_the_run_of_one_which_goes_on_with_it(tmp_path):
     command = [sys.executable, "-m", "experiments.pretrain", str(file)]
     env = {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2 " + QUICK_FLAGS
-    # On a busy machine processes can lose each other; the same command then goes on, as people do.
+    # On a busy machine processes can lose contact; the same command then resumes, as for a user.
     for _ in range(2):
         with Emulation(command, hosts=2, devices=2, env=env) as hosts:
             codes = hosts.wait(BOUND)
@@ -64,7 +64,7 @@ def test_two_hosts_train_the_run_of_one_which_goes_on_with_it(tmp_path):
     names = open_corpus(config.data).train.source_names
     assert all(whole[-1][f"bytes_seen/{name}"] > 0 for name in names)
 
-    # Another number of processes resumes from what two have saved at step 4.
+    # Another number of processes resumes from the checkpoint of two at step 4.
     (tmp_path / "two" / "checkpoints" / "8" / "manifest.json").unlink()
     four_devices_run(hosts_config)
     assert_same_run(rows(hosts_config), whole)

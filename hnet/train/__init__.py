@@ -1,4 +1,4 @@
-"""Training: ``train.run(config)``, with functions of one's own if wanted."""
+"""Training: ``train.run(config)``, optionally with your own step, loss or evaluation."""
 
 from typing import TYPE_CHECKING
 
@@ -9,11 +9,12 @@ if TYPE_CHECKING:
 
 
 def run(config: "Config", change: "Change | None" = None) -> "Outcome":
-    """Train as `python -m experiments.pretrain` does, from Python.
+    """Train like `python -m experiments.pretrain`, from Python.
 
-    change: maps the run's `hnet.train.program.Experiment` (init, step, evaluate, numbers, graph) to
-    one with other functions, for example ``lambda run: dataclasses.replace(run, step=my_step)``.
-    A stop signal saves and ends the run; the same call goes on.
+    change: function that maps the run's `hnet.train.program.Experiment` (init, step, evaluate,
+    numbers, graph) to one with other functions, for example
+    ``lambda run: dataclasses.replace(run, step=my_step)``.
+    A stop signal saves the state and ends the run; the same call resumes it.
 
     Raises ConfigError for settings that cannot work and `hnet.train.loop.StopRun` if training
     fails.

@@ -1,30 +1,31 @@
-"""Names for the ways in which learned boundaries go wrong, while there is time to stop."""
+"""Alarms for the ways in which learned boundaries fail, raised while the run can be stopped."""
 
 from collections import deque
 from collections.abc import Sequence
 from statistics import fmean
 
-WINDOW = 50  # steps that "stuck" and "drift" look back on
-PERSISTENCE = 20  # steps that an extreme rate must last: the first updates swing through both
+WINDOW = 50  # steps that "stuck" and "drift" look at
+PERSISTENCE = 20  # steps that an extreme rate must last: the first updates reach both
 
 
 class BoundaryAlarms:
-    """Watches the boundary rate of each stage; `check` returns new alarms as one line each.
+    """Watches the boundary rate of each stage; `check` returns one line per new alarm.
 
-    all-boundary: nearly every position starts a chunk. no-boundary: hardly any does.
-    stuck: the rate has not moved though it is far from the target. drift: the rate ran away from
-    the target over the window, steps at either end of it taken together: a batch of another mix of
-    texts is no drift. An alarm is repeated only after it has been absent.
+    all-boundary: nearly every position starts a chunk. no-boundary: hardly any position does.
+    stuck: the rate is far from the target and did not move over the window. drift: the rate moved
+    away from the target over the window. Means over PERSISTENCE steps at both ends of the window
+    are compared, so that one batch with another mix of texts is no drift. An alarm is repeated
+    only after a step without it.
     """
 
     def __init__(self, is_held: tuple[bool, ...], hold_from: int):
-        """is_held: of each stage, whether the controller holds its rate from `hold_from` on."""
+        """is_held: whether the controller holds each stage's rate after `hold_from` updates."""
         self.is_held, self.hold_from = is_held, hold_from
         self.history = [deque(maxlen=WINDOW) for _ in is_held]
         self.active: set[tuple[int, str]] = set()
 
     def check(self, step: int, rates: tuple[float, ...], targets: tuple[float, ...]) -> list[str]:
-        """rates, targets: of each stage in this step."""
+        """rates, targets: boundary rate and target rate of each stage in this step."""
         found = set()
         for stage, both in enumerate(zip(rates, targets)):
             self.history[stage].append(both)
@@ -54,7 +55,7 @@ _CAUSE = {
 
 
 def diagnose(rates: Sequence[float], targets: Sequence[float]) -> set[str]:
-    """Alarms of one stage from its last boundary rates and their targets, oldest first."""
+    """Alarms of one stage. rates, targets: those of the last steps, oldest first."""
     full, recent = len(rates) == WINDOW, rates[-PERSISTENCE:]
     if len(recent) == PERSISTENCE and min(recent) > 0.95:
         return {"all-boundary"}

@@ -1,4 +1,4 @@
-"""Chunk slots that follow the boundaries: few capacities a stage, chosen from measured counts."""
+"""Chunk slots per row, adapted to measured counts with few distinct capacities per stage."""
 
 import math
 import statistics
@@ -6,34 +6,35 @@ from dataclasses import dataclass, replace
 
 from hnet.config import HNetConfig
 
-PATIENCE = 30  # steps whose counts are known before there are fewer slots, and between two such
-DEVIATIONS = 4.0  # of the counts, that slots are held for above their mean
-GUARD = 1.02  # slots over that, or over the highest count if it is higher
-WORTH = 0.92  # fewer slots are taken from this share of the present ones on
-WORTH_UNSETTLED = 0.6  # the same while counts still move a lot: each capacity is a compilation
-SETTLED = 0.08  # deviation of the counts over their mean
+PATIENCE = 30  # steps of counts needed before the slots shrink, and between two shrinks
+DEVIATIONS = 4.0  # standard deviations of the counts kept free above their mean
+GUARD = 1.02  # safety factor on max(mean + 4 std, largest recent count)
+WORTH = 0.92  # shrink only if the new capacity is at most 92 % of the current one
+WORTH_UNSETTLED = 0.6  # the same while counts vary a lot: each new capacity costs a compilation
+SETTLED = 0.08  # largest std / mean of counts that vary little
 
 
 @dataclass(frozen=True)
 class Ladder:
-    """Current capacity of every stage that cuts, and the counts that will move it.
+    """Current capacity of every stage that chunks, and the recent counts that determine the next.
 
-    A pure value: what it does next depends on the counts it was given, so a resumed run takes the
-    same steps. It starts with all slots, because the first updates swing through every rate. Up
-    happens as soon as the guard is gone, down only with patience.
+    A pure value: the next capacities depend only on the observed counts, so a resumed run repeats
+    them. A run starts with all slots, because the first updates pass through every rate. A
+    capacity grows as soon as the safety factor is used up and shrinks at most once per PATIENCE
+    steps.
     """
 
     full: tuple[int, ...]
-    """slots that hold every set of boundaries, by stage"""
+    """slots per row of each stage that hold any set of boundaries"""
     capacities: tuple[int, ...]
     packed_rows: int = 1
     """rows of the batch that share a row of slots"""
     stride: int = 1
-    """distance in the batch between neighbours of those rows: the number of micro-batches"""
+    """distance in the batch between neighbours that share slots: the number of micro-batches"""
     recent: tuple[tuple[int, ...], ...] = ()
-    """most that was wanted of a row of slots, by stage, in the last PATIENCE steps"""
+    """largest number of slots that a row of slots needed, per step (last PATIENCE) and stage"""
     since: int = 0
-    """steps since there were last fewer slots"""
+    """steps since the slots last shrank"""
 
     @classmethod
     def start(
@@ -46,7 +47,7 @@ class Ladder:
         return cls(tuple(full), tuple(full), packed_rows, stride if packed_rows > 1 else 1)
 
     def observe(self, max_slots: tuple[int, ...]) -> "Ladder":
-        """The ladder after a step whose fullest rows of slots wanted `max_slots` of each stage."""
+        """The ladder after a step whose fullest row of slots needed `max_slots` of each stage."""
         if not max_slots:
             return self
         recent = (*self.recent, max_slots)[-PATIENCE:]
@@ -72,10 +73,10 @@ class Ladder:
         }  # fmt: skip
 
     def with_json(self, content: dict) -> "Ladder":
-        """This ladder where `to_json` left another.
+        """This ladder with the state that `to_json` stored.
 
-        Where other rows share slots than did there, as on another number of devices, its counts
-        say nothing, and there are as many slots as the rows can have wanted together.
+        If other rows share slots now than then, as on another number of devices, the stored counts
+        do not apply. The capacity is then the largest number that the rows can need together.
         """
         if (crossed := self._rows_crossed(content)) is None:
             return self
@@ -86,14 +87,14 @@ class Ladder:
         return replace(self, capacities=capacities, recent=recent, since=content["since"])
 
     def has_unit_of(self, content: dict) -> bool:
-        """Whether the numbers in a `to_json` are of the same rows as those of this ladder."""
+        """Whether the same rows share slots in the content of `to_json` and in this ladder."""
         rows = content.get("packed_rows", self.packed_rows if self.packed_rows == 1 else None)
         return (rows, content.get("stride", 1)) == (self.packed_rows, self.stride)
 
     def _rows_crossed(self, content: dict) -> int | None:
-        """Most rows of slots there from which the rows that share one here can come.
+        """Largest number of former rows of slots whose rows now share one row of slots.
 
-        None if that is not known, since earlier versions left out how many rows share one.
+        None if unknown: earlier versions did not store how many rows share a row of slots.
         """
         if self.has_unit_of(content) or self.packed_rows == 1:
             return 1
@@ -107,17 +108,17 @@ class Ladder:
 
 
 def needed(counts: tuple[int, ...]) -> float:
-    """Slots that the next steps are given, after these counts."""
+    """Number of slots for the next steps, given the recent counts."""
     high = statistics.fmean(counts) + DEVIATIONS * statistics.pstdev(counts)
     return GUARD * max(high, *counts)
 
 
 def is_settled(counts: tuple[int, ...]) -> bool:
-    """Whether the counts have stopped to move much."""
+    """Whether the counts vary little."""
     return statistics.pstdev(counts) <= SETTLED * statistics.fmean(counts)
 
 
 def rung(full: int, slots: float) -> int:
-    """The smallest capacity that holds `slots`: 32 an octave, multiples of 8, at most `full`."""
+    """Smallest capacity >= `slots`: 32 per octave, multiples of 8, at most `full`."""
     step = max(8, 1 << max(math.ceil(slots).bit_length() - 6, 0))
     return min(full, -(-math.ceil(slots) // step) * step)

@@ -32,7 +32,7 @@ from hnet.train.verify import read_arrays, verify_workdir
 log = logging.getLogger(__name__)
 
 _SAVED = "saved already"
-# Arrays are stored in pieces: whoever writes or reads one need not hold it compressed as well.
+# Arrays are stored in pieces, so that no full compressed copy of an array is held in memory.
 _CHUNK_BYTES, _FILE_BYTES = 1 << 26, 1 << 28
 
 
@@ -46,11 +46,11 @@ class Restored(NamedTuple):
     state: Any
     """tree of the requested structure, shardings and dtypes"""
     extras: dict[str, Any]
-    """as given to ``save``"""
+    """JSON content given to ``save``"""
     step: int
-    """of the checkpoint"""
+    """step of the checkpoint"""
     rejected: list[str]
-    """one line for each newer step that could not be used"""
+    """messages, one per newer step that could not be used"""
 
 
 @dataclass(frozen=True)
@@ -59,23 +59,23 @@ class SaveTimes:
 
     step: int
     blocking_seconds: float
-    """the training loop stood still"""
+    """seconds that the training loop waited"""
     total_seconds: float
-    """until it was durable"""
+    """seconds until the checkpoint was durable"""
     num_bytes: int
-    """written by all hosts; 0 on hosts that do not know (only process 0 counts)"""
+    """bytes written by all hosts; counted on process 0 only, 0 on the others"""
 
 
 class Checkpointer(contextlib.AbstractContextManager):
-    """Saves and restores under ``workdir``; all processes make the same calls."""
+    """Saves to and restores from ``workdir``; all processes make the same calls."""
 
     def __init__(self, workdir: str | os.PathLike, config: CheckpointConfig = CheckpointConfig()):
         self.folder = sf.checkpoint_folder(workdir)
         self.config = config
         self.last_save: SaveTimes | None = None
-        # A save that is waited for needs no second copy of all arrays, only of some at a time.
+        # A synchronous save copies at most 1 GB of arrays to the host at a time, not all of them.
         most_copied_gb = None if config.asynchronous else 1
-        import orbax.checkpoint as ocp  # here: a command reads its arguments before it is loaded
+        import orbax.checkpoint as ocp  # imported late: commands parse arguments first
 
         self._orbax = ocp.AsyncCheckpointer(
             ocp.PyTreeCheckpointHandler(save_device_host_concurrent_gb=most_copied_gb),
@@ -89,13 +89,13 @@ class Checkpointer(contextlib.AbstractContextManager):
         self.close()
 
     def steps(self) -> list[int]:
-        """Steps whose save was finished, oldest first, whether good or not; empty: a new run."""
+        """Steps whose save finished, oldest first, damaged ones included; empty for a new run."""
         return sf.list_saved(self.folder)
 
     def latest_good_step(self, latest: int | None = None) -> int | None:
         """Newest step whose manifest and files verify (``restore`` also compares the values).
 
-        latest: none after this one.
+        latest: largest step to consider; default: no limit.
         """
         steps = [s for s in self.steps() if latest is None or s <= latest]
         good = next((s for s in reversed(steps) if not sf.why_not(self.folder / str(s))), None)
@@ -103,7 +103,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         return int(step) if step else None
 
     def manifest(self, step: int | None = None) -> Manifest:
-        """The manifest of a step (default: the newest good one), to rebuild the model from.
+        """The manifest of a step (default: the newest good one), for example to rebuild the model.
 
         Raises ConfigError if there is none.
         """
@@ -117,9 +117,10 @@ class Checkpointer(contextlib.AbstractContextManager):
     def save(self, step: int, state: Any, extras: dict[str, Any]) -> bool:
         """Save a tree of arrays and plain JSON as one checkpoint; returns whether it was needed.
 
-        The state may be donated as soon as this returns. A step that is already saved with the
-        same bits is left alone; with other bits (a run that went back) the old folder is renamed.
-        Raises CheckpointError for this save or, if it failed in the background, the one before.
+        The state may be donated as soon as this returns. If the step is already saved with the
+        same bits, nothing is written and the result is False. If it is saved with other bits (the
+        run went back), the old folder is renamed.
+        Raises CheckpointError if this save fails or the previous one failed in the background.
         """
         start = time.monotonic()
         error = self._outcome(wait=True)
@@ -137,7 +138,7 @@ class Checkpointer(contextlib.AbstractContextManager):
             return False
         import orbax.checkpoint as ocp
 
-        # Orbax stores no empty arrays; their shape in the manifest is all there is to them.
+        # Orbax stores no empty arrays; their shape and dtype are in the manifest.
         tree = lv.nest({path: x for path, x in arrays.items() if x.size})
         try:
             in_chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
@@ -155,14 +156,14 @@ class Checkpointer(contextlib.AbstractContextManager):
         return True
 
     def _finish(self, manifest: Manifest, start: float, blocking: float) -> None:
-        """In the background: wait for the arrays of all hosts, then vouch for them, then tidy."""
+        """In the background: wait for all hosts' arrays, write the manifest, delete old steps."""
         self._orbax.wait_until_finished()
         num_bytes = 0
         if distributed.host_id() == 0:
             folder = self.folder / str(manifest.step)
             manifest = replace(manifest, files=mf.list_files(folder))
             mf.write(folder, manifest)
-            mf.check_files(folder, mf.read(folder))  # read back before anything older goes
+            mf.check_files(folder, mf.read(folder))  # read back before old ones are deleted
             num_bytes = manifest.num_bytes
             try:
                 sf.tidy(folder, self.config.keep, self.config.keep_every)
@@ -172,7 +173,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         self.last_save = SaveTimes(manifest.step, blocking, total, num_bytes)
 
     def _make_room(self, step: int, leaves: dict[str, dict]) -> str:
-        """Process 0 clears the way: _SAVED if there is nothing to do, or what went wrong."""
+        """Process 0 prepares the folder; returns "", _SAVED (nothing to do) or an error message."""
         if distributed.host_id():
             return ""
         try:
@@ -181,7 +182,7 @@ class Checkpointer(contextlib.AbstractContextManager):
             return _failure(step, e)
 
     def _outcome(self, wait: bool) -> str:
-        """Error of the save in the background, empty if none (or, without ``wait``, none yet)."""
+        """Error of the background save; "" if it succeeded (without ``wait``: or still runs)."""
         if self._saving is None or not (wait or self._saving.done()):
             return ""
         saving, self._saving = self._saving, None
@@ -189,12 +190,12 @@ class Checkpointer(contextlib.AbstractContextManager):
         return _failure(self._saving_step, error) if error else ""
 
     def check(self) -> None:
-        """Call every step: raises CheckpointError if the save in the background has failed."""
+        """Raise CheckpointError if the background save failed. To be called in every step."""
         if error := self._outcome(wait=False):
             raise CheckpointError(error)
 
     def wait(self) -> None:
-        """Return when the last save is durable. Raises CheckpointError if it failed."""
+        """Wait until the last save is durable. Raises CheckpointError if it failed."""
         if error := self._outcome(wait=True):
             raise CheckpointError(error)
 
@@ -204,7 +205,7 @@ class Checkpointer(contextlib.AbstractContextManager):
             self.wait()
 
     def set_aside_after(self, step: int) -> None:
-        """Rename the checkpoints of later steps: the run goes on from this one."""
+        """Rename the checkpoints of later steps, because the run continues from this one."""
 
         def rename() -> None:
             for later in sf.list_steps(self.folder):
@@ -221,14 +222,13 @@ class Checkpointer(contextlib.AbstractContextManager):
         only: str = "",
         latest: int | None = None,
     ) -> Restored:
-        """Read the newest checkpoint whose values verify, none after ``latest``, or exactly
-        ``step``.
+        """Read the newest checkpoint whose values verify, up to ``latest``, or exactly ``step``.
 
-        ``abstract_state``: tree of ``jax.ShapeDtypeStruct`` with shardings of the CURRENT mesh (or
-        of arrays); the mesh and processes of the save do not matter. ``only="params"`` reads just
-        that subtree, ``abstract_state`` being the subtree. Each unusable newer step is reported in
-        one line and skipped. Raises ConfigError for another architecture or dtype, if no step is
-        usable, or if ``step`` is not.
+        ``abstract_state``: tree of ``jax.ShapeDtypeStruct`` (or of arrays) with shardings of the
+        CURRENT mesh; the mesh and the number of processes of the save do not matter. With
+        ``only="params"`` just that subtree is read, and ``abstract_state`` is the subtree. Each
+        unusable newer step is reported in one line and skipped. Raises ConfigError for another
+        architecture or dtype, if no step is usable, or if ``step`` is not usable.
         """
         self.wait()
         wanted, treedef = lv.flatten(abstract_state, only)
@@ -252,7 +252,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         )
 
     def _try_restore(self, step: int, wanted: dict[str, Any], only: str) -> tuple[dict, dict, str]:
-        """(arrays by path, extras, why not); all hosts agree on the last."""
+        """(arrays by path, extras, reason to reject or ""); the reason is the same on all hosts."""
         folder = self.folder / str(step)
         if why := self._agree(sf.why_not(folder)):
             return {}, {}, why
@@ -267,7 +267,7 @@ class Checkpointer(contextlib.AbstractContextManager):
             arrays = read_arrays(self._orbax, folder, manifest, shardings)
         except Damaged as e:
             why = str(e)
-        except Exception as e:  # whatever Orbax says of a damaged file
+        except Exception as e:  # Orbax raises many types for damaged files
             why = f"it cannot be read ({mf.first_line(e)})"
         if why := self._agree(why):
             return {}, {}, why
@@ -275,7 +275,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         return named, manifest.extras, ""
 
     def _agree(self, why: str) -> str:
-        """The first host's reason to reject a step, empty if no host has one."""
+        """Reason to reject a step, of the first host that has one; "" if no host has one."""
         answers = distributed.exchange("checkpoint/restore", why, self.config.timeout_seconds)
         return next((answer for answer in answers if answer), "")
 
@@ -292,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verify = commands.add_parser("verify", help="read every checkpoint back, one line each")
     verify.add_argument("workdir", metavar="WORKDIR", help="local folder or gs://bucket/folder")
     options = parser.parse_args(arguments)
-    jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy with the run itself
+    jax.config.update("jax_platforms", "cpu")  # the run itself may occupy the accelerator
     enable_compilation_cache()
     return verify_workdir(options.workdir)
 

@@ -1,4 +1,4 @@
-"""A run as a command starts it: joined, trained to its end or a stop request, and summed up."""
+"""A run started by a command: join the processes, train to the end or a stop, print a summary."""
 
 import bz2
 import gzip
@@ -17,11 +17,11 @@ from hnet.train.distributed import REQUEUE_EXIT_CODE, StopRequest, host_id, init
 from hnet.train.loop import Outcome, StopRun, train
 from hnet.train.sharding import replicated
 
-PARAGRAPH_BYTES = 400  # of the paragraph that is shown cut
+PARAGRAPH_BYTES = 400  # bytes of the held-out paragraph printed with its boundaries
 
 
 def pretrain(config: Config) -> int:
-    """Train to the end or to a stop request, say how it went; returns the exit code."""
+    """Train to the end or to a stop request and print the result; returns the exit code."""
     initialize(config.distributed)
     if config.mesh == MeshConfig() and num_hosts() == 1:
         one_device_a_core(config.data.batch_size // config.train.accumulate)
@@ -32,7 +32,7 @@ def pretrain(config: Config) -> int:
         return outcome
     text = b"".join(outcome.corpus.heldout.texts())
     if text:
-        paragraph = _cut_paragraph(config, outcome, text)  # on all hosts: it is a computation
+        paragraph = _cut_paragraph(config, outcome, text)  # on all hosts: it uses the mesh
         if host_id() == 0:
             _conclude(outcome, text, time.monotonic() - began)
             print_segmentations(paragraph)
@@ -40,7 +40,10 @@ def pretrain(config: Config) -> int:
 
 
 def train_to_end(config: Config) -> Outcome | int:
-    """`train`, ended by signals; a run without an end says why and gives the exit code."""
+    """Call `train`, stoppable by signals; returns the exit code if training did not finish.
+
+    The reason is printed.
+    """
     with StopRequest() as stop:
         try:
             outcome = train(config, stop)
@@ -62,7 +65,7 @@ def _cut_paragraph(config: Config, outcome: Outcome, text: bytes) -> list[Segmen
 
 
 def _conclude(outcome: Outcome, text: bytes, seconds: float) -> None:
-    """Held-out bits per byte beside what general compressors reach on the same bytes."""
+    """Print held-out bits per byte and those of general-purpose compressors on the same bytes."""
     print(f"\nheld-out text: {len(text):,} bytes; this start took {seconds:.0f} s")
     sizes = {
         "gzip -9": len(gzip.compress(text, 9)),

@@ -1,4 +1,4 @@
-"""Compile once a machine: jax's persistent cache, on by default, with hits and misses counted."""
+"""JAX's persistent compilation cache, on by default, with counts of hits and misses."""
 
 import logging
 import os
@@ -22,23 +22,23 @@ class Compilation:
     """One executable that was loaded or compiled."""
 
     name: str
-    """jitted function"""
+    """name of the jitted function"""
     hit: bool
-    """taken from the cache"""
+    """whether the executable came from the cache"""
     seconds: float
-    """loading or compiling"""
+    """seconds of loading or compiling"""
 
 
 class CompilationLog:
-    """Every executable since its creation, in order; ``report`` is called for each.
+    """All executables since the log was created, in order; ``report`` is called for each.
 
-    It counts compilations also where the cache is off.
+    Compilations are counted even if the cache is off.
     """
 
     def __init__(self, report: Callable[[Compilation], None] | None = None):
         self.entries: list[Compilation] = []
         self._report = report
-        self._thread = threading.local()  # jax compiles in several threads
+        self._thread = threading.local()  # JAX compiles in several threads
         jax.monitoring.register_event_listener(self._on_event)
         jax.monitoring.register_event_duration_secs_listener(self._on_duration)
 
@@ -85,9 +85,9 @@ def enable_compilation_cache(
 ) -> CompilationLog:
     """Keep compiled executables at ``path``, a folder or ``gs://``; default: the user's cache.
 
-    On a pod only process 0 writes, so the folder must be one that all hosts share. Executables
-    that compile faster than ``min_compile_seconds`` are not kept. Whoever can write to the folder
-    can run code here: do not share it with people you do not trust.
+    On a pod only process 0 writes, so all hosts must share the folder. Executables that compile
+    faster than ``min_compile_seconds`` are not kept. Anyone who can write to the folder can run
+    code in this process: do not share it with people you do not trust.
     """
     folder = os.fspath(path or default_cache_path())
     counts = CompilationLog(report)
@@ -96,7 +96,7 @@ def enable_compilation_cache(
     except OSError as e:
         log.warning("compilation cache %s is off: %s", folder, e)
         return counts
-    compilation_cache.reset_cache()  # jax reads the folder's name once a process
+    compilation_cache.reset_cache()  # JAX reads the folder's name once per process
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", min_compile_seconds)
     return counts

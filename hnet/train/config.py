@@ -1,4 +1,4 @@
-"""The configuration of a run, and what its sections must agree on."""
+"""The configuration of a run, and checks across its sections."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,7 +38,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Config(Sections):
-    """Everything a run is made of."""
+    """All settings of a run."""
 
     model: HNetConfig = field(kw_only=True)
 
@@ -72,21 +72,21 @@ class Config(Sections):
                 )
 
 
-# Fields of earlier versions that are read and left out: one that says what the mesh says, and one
-# whose 0 changed nothing.
+# Fields of earlier versions, with the values for which they are dropped: the first repeats the
+# mesh, the second had no effect at 0.
 _GONE = {"model.compute.batch_shards": range(1, 2**20), "data.unknown_script_frac": (0,)}
 
 
 def config_from_json(content: Any) -> Config:
-    """A run's configuration from JSON content, also of an earlier version.
+    """A run's configuration from JSON content of this or an earlier version.
 
-    Raises ConfigError as `hnet.fields.from_json`.
+    Raises ConfigError like `hnet.fields.from_json`.
     """
     return from_json(Config, _up_to_date(content))
 
 
 def _up_to_date(content: Any) -> Any:
-    """What an earlier version wrote, in today's fields."""
+    """JSON content of an earlier version, converted to the current fields."""
     for path, values in _GONE.items():
         node = content
         *outer, last = path.split(".")

@@ -1,4 +1,4 @@
-"""What makes a training step on a CPU fast that no compiled program can do for itself."""
+"""Process settings that make training steps on a CPU faster: malloc and the device count."""
 
 import ctypes
 import math
@@ -8,12 +8,12 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # parameters of mallopt, ma
 
 
 def keep_freed_memory() -> bool:
-    """Make glibc's malloc reuse what a step frees instead of giving it back; True if it will.
+    """Make glibc's malloc reuse freed memory instead of returning it; returns whether it will.
 
-    XLA allocates the temporaries of a CPU program anew in every call. glibc maps and unmaps blocks
-    of that size each time, and the kernel clears every page again: a fifth of a training step. To
-    be called before threads are started, that is before the first computation. The process keeps
-    the most memory that it ever needed. Other C libraries are left as they are.
+    XLA allocates the temporaries of a CPU program anew in every call. By default glibc maps and
+    unmaps blocks of that size each time, and the kernel clears every page again, which takes a
+    fifth of a training step. Call this before threads are started, that is before the first
+    computation. The process then keeps its peak memory. With other C libraries nothing changes.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -24,18 +24,19 @@ def keep_freed_memory() -> bool:
 
 
 def one_device_a_core(rows: int) -> int:
-    """Make JAX see a CPU as several devices that share `rows` equally; the number of them.
+    """Make JAX see a CPU as several devices that divide `rows` equally; returns their number.
 
-    Each computes its rows on a core: XLA runs a batch of small matmuls, of which attention and the
-    SSD consist, on one core whatever their number. To be called before the first computation. It
-    changes nothing for accelerators, nor where XLA_FLAGS says how many devices there are.
+    Each device computes its rows on one core: XLA runs a batch of small matmuls, which attention
+    and the SSD consist of, on one core, however many they are. Call this before the first
+    computation. It has no effect on accelerators. If XLA_FLAGS sets the number of devices, nothing
+    changes and 0 is returned.
     """
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return 0
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     count = math.gcd(rows, cores)
-    import jax  # here only: `keep_freed_memory` is for programs that may not need it
+    import jax  # imported late: `keep_freed_memory` is also for programs without JAX
 
     jax.config.update("jax_num_cpu_devices", count)
     return count

@@ -1,10 +1,11 @@
-"""After the last update: a default route that no script of the text has is fitted on made-up ones.
+"""After the last update: fit the default route's boundary predictor on synthetic scripts.
 
-A script which was never trained on comes with bytes whose embeddings are random still, and one of
-them is at every second or third position. What a router makes of it is luck: cut at one threshold,
-such scripts had 2 to 10 bytes a chunk. So the default route's router learns to be at its target in
-any script: text whose rows are each put into a script of its own is to be cut at it in every row.
-Nothing else changes, so that nothing else is lost.
+This is for training text in which no script belongs to the default route. Lead bytes of an unseen
+script still have their random initial embeddings, and every second or third byte is a lead byte.
+The predictor's output there is arbitrary: with one threshold, such scripts had 2 to 10 bytes per
+chunk. So the default route's predictor is trained to reach its target rate in any script: each row
+of text is rewritten in its own synthetic script, and the loss is the rate error of every row.
+All other parameters stay fixed, so results on the other routes do not change.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,7 +23,7 @@ from hnet.data.pipeline import Batch
 from hnet.train.program import Program, on_mesh, put_whole_batch
 from hnet.train.sharding import replicated
 
-LEARNING_RATE = 1e-2  # of Adam, at first; it falls to 0
+LEARNING_RATE = 1e-2  # Adam's initial learning rate; it decays linearly to 0
 
 
 def fit_default_route(
@@ -33,10 +34,10 @@ def fit_default_route(
     batches: Iterable[Batch],
     num_batches: int,
 ) -> Any:
-    """`params` where the default route's router of a stage is fitted to batches of this route.
+    """`params` with a stage's predictor of the default route fitted to batches of this route.
 
-    It learns with a threshold of its own, which makes the offset. target_ratios: N of this route
-    in the run, or in each run of a population, whose arrays have a leading axis.
+    A threshold is learned with it and becomes the offset. target_ratios: N of this route in the
+    run, or one per run if several runs are trained together (arrays have a leading axis of runs).
     """
     schedule = optax.linear_schedule(LEARNING_RATE, 0.0, num_batches)
     optimizer = optax.adam(schedule)
@@ -44,7 +45,7 @@ def fit_default_route(
     take, put, start = partial(_take, stage=stage), partial(_put, stage=stage), optimizer.init
     N = jnp.float32(target_ratios[0])
     if "runs" in program.mesh.shape:
-        runs = jax.tree.leaves(params)[0].shape[0]  # the last one may stand there again
+        runs = jax.tree.leaves(params)[0].shape[0]  # the last run may be repeated as padding
         N = jnp.asarray((*target_ratios, *target_ratios[-1:] * (runs - len(target_ratios))))
         take, put, start = map(jax.vmap, (take, put, start))
         step = jax.vmap(step, in_axes=(0, 0, 0, None, 0))
@@ -70,7 +71,7 @@ def _step(
     stage: int,
     optimizer: optax.GradientTransformation,
 ) -> tuple[dict[str, jax.Array], optax.OptState]:
-    """One update from one batch; what follows this router in the model is not run."""
+    """One update from one batch; layers after this predictor are not computed (dead code)."""
 
     def error(fitted):
         free = fitted | {"threshold": jnp.zeros_like(fitted["threshold"])}  # it acts on p, below
@@ -86,7 +87,7 @@ def _step(
 
 
 def _take(params: Any, stage: int) -> dict[str, jax.Array]:
-    """The default route's parameters of a stage's router by their path, and a threshold."""
+    """Parameters of a stage's predictor of the default route by path, and a threshold of 0."""
     found = {"threshold": jnp.zeros((), jnp.float32)}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         names = [jax.tree_util.keystr((part,), simple=True) for part in path]
@@ -96,7 +97,7 @@ def _take(params: Any, stage: int) -> dict[str, jax.Array]:
 
 
 def _put(params: Any, fitted: dict[str, jax.Array], stage: int) -> Any:
-    """`params` with what was taken in its place, and the threshold as this route's offset."""
+    """`params` with the fitted values put back and the threshold as this route's offset."""
 
     def replaced(path, leaf):
         own = fitted.get(jax.tree_util.keystr(path))

@@ -1,8 +1,8 @@
-"""Several processes as one run: start-up, stop requests, barriers that name who is missing.
+"""Several processes as one run: start-up, stop requests, barriers that name missing hosts.
 
-Everything here speaks through the coordination service that ``jax.distributed`` starts on process
-0, never through the devices: a device collective has no timeout and cannot say who is late. With
-one process every function is a plain local one.
+All communication here uses the coordination service that ``jax.distributed`` starts on process 0,
+never the devices: a device collective has no timeout and cannot name the process that is late.
+With one process every function is local.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 import jaxlib
-from jax._src import distributed as jax_distributed  # the only door to the key-value store
+from jax._src import distributed as jax_distributed  # the only access to the key-value store
 from jax.experimental import multihost_utils
 
 import hnet
@@ -34,7 +34,7 @@ from hnet.train.manifest import first_line
 log = logging.getLogger(__name__)
 
 REQUEUE_EXIT_CODE = 75
-"""A run that was asked to stop and saved ends so (EX_TEMPFAIL): start the same command again.
+"""Exit code (EX_TEMPFAIL) of a run that was stopped and saved: start the same command again.
 
 Other codes: 0 done, 2 bad input, anything else a failure.
 """
@@ -44,15 +44,15 @@ _barrier_timeout = DistributedConfig.barrier_timeout_seconds
 
 
 class BarrierTimeout(Failed):
-    """A host did not come: one line naming the barrier and the missing hosts."""
+    """Hosts did not reach a barrier; the message is one line with its name and theirs."""
 
 
 def initialize(config: DistributedConfig = DistributedConfig()) -> None:
-    """Join the run. Call first in a program: before any array, device or mesh.
+    """Join the run. Call it first in a program: before any array, device or mesh is made.
 
-    Nothing happens if this is the only process or the run was joined already. Raises ConfigError
-    for settings that are incomplete or contradict each other. If the others do not come in time,
-    jax aborts the process; a line in the log says so shortly before.
+    It does nothing if this is the only process or the run was joined already. Raises ConfigError
+    for settings that are incomplete or contradict each other. If the other processes do not join
+    in time, JAX aborts this one; a warning is logged after 80 % of that time.
     """
     global _barrier_timeout
     _barrier_timeout = config.barrier_timeout_seconds
@@ -83,7 +83,7 @@ def initialize(config: DistributedConfig = DistributedConfig()) -> None:
             shutdown_timeout_seconds=config.shutdown_timeout_seconds,
         )
     except (ValueError, RuntimeError, OSError) as e:
-        # No cluster here, or an interpreter (a notebook, a test) that has computed already.
+        # No cluster, or JAX has already computed in this interpreter (a notebook, a test).
         alone = ("coordinator_address should be defined", "must be called before")
         if len(missing) == 3 and any(text in str(e) for text in alone):
             return
@@ -106,15 +106,16 @@ def _number(value: int | None, variable: str) -> int | None:
 def leave(exit_code: int, reason: str = "") -> None:
     """Last call of a program that is about to end with ``exit_code``.
 
-    A host that is done (0 or REQUEUE_EXIT_CODE) waits for the others. One that failed tells them
-    ``reason`` and ends here: jax would make it wait for hosts that wait for it, then abort.
+    A host that is done (0 or REQUEUE_EXIT_CODE) waits for the others. A host that failed publishes
+    ``reason`` and ends its process here. Otherwise JAX would make it wait for the hosts that wait
+    for it, then abort.
     """
     if num_hosts() == 1:
         return
     if exit_code in (0, REQUEUE_EXIT_CODE):
         jax.distributed.shutdown()
         return
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # host 0 may be gone already
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # host 0 may have ended already
         _client().key_value_set(f"hnet/failed/{host_id()}", f"{exit_code} {reason}".strip())
     sys.stdout.flush()
     sys.stderr.flush()
@@ -126,17 +127,17 @@ def _client():
 
 
 def num_hosts() -> int:
-    """Processes of the run. Unlike ``jax.process_count`` it does not start the devices."""
+    """Number of processes. Unlike ``jax.process_count`` it does not initialise the devices."""
     return jax_distributed.global_state.num_processes
 
 
 def host_id() -> int:
-    """Number of this process from 0; 0 is the one that writes."""
+    """Index of this process, from 0; process 0 writes the files."""
     return jax_distributed.global_state.process_id
 
 
 def publish_phase(phase: str) -> None:
-    """Tell the others what this process is doing, for the message of a barrier that times out."""
+    """Publish what this process is doing, for the message of a barrier that times out."""
     if num_hosts() > 1:
         _client().key_value_set(f"hnet/phase/{host_id()}", phase, allow_overwrite=True)
 
@@ -144,27 +145,28 @@ def publish_phase(phase: str) -> None:
 def _describe_host(process: int) -> str:
     known = []
     for key, prefix in (("host", ""), ("phase", "last phase "), ("failed", "ended with ")):
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # never written
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the key was never written
             known.append(prefix + _client().key_value_try_get(f"hnet/{key}/{process}"))
     return f"host {process}" + (f" ({', '.join(known)})" if known else "")
 
 
-# The n-th use of a barrier's name, the same on every host because they run the same program.
+# Uses of each barrier name so far; equal on all hosts, because they run the same program.
 _uses: Counter[str] = Counter()
 
 
 def exchange(name: str, value: str, timeout_seconds: float | None = None) -> list[str]:
     """Every host's ``value`` for this ``name``, in the order of the processes.
 
-    All hosts call it with the same name; it is a barrier. Raises BarrierTimeout naming the hosts
-    that did not come within ``timeout_seconds`` (default: distributed.barrier_timeout_seconds).
+    All hosts must call it with the same name; it acts as a barrier. Raises BarrierTimeout naming
+    the hosts that did not call it within ``timeout_seconds`` (default:
+    distributed.barrier_timeout_seconds).
     """
     if num_hosts() == 1:
         return [value]
     timeout = _barrier_timeout if timeout_seconds is None else timeout_seconds
     client, me, use = _client(), host_id(), _uses[name]
     _uses[name] += 1
-    if use >= 2:  # whoever comes to use n has read all of n - 2
+    if use >= 2:  # a host at use n has read all values of use n - 2
         client.key_value_delete(f"hnet/exchange/{name}/{use - 2}/{me}")
     folder = f"hnet/exchange/{name}/{use}/"
     client.key_value_set(f"{folder}{me}", value)
@@ -178,7 +180,7 @@ def exchange(name: str, value: str, timeout_seconds: float | None = None) -> lis
 def _barrier_message(name: str, folder: str, timeout: float, error: Exception) -> str:
     try:
         came = {int(key.rsplit("/", 1)[1]) for key, _ in _client().key_value_dir_get(folder)}
-    except jax.errors.JaxRuntimeError:  # the service itself is gone
+    except jax.errors.JaxRuntimeError:  # the service itself has ended
         return f"barrier {name!r}: host 0 does not answer ({first_line(error)})"
     missing = [p for p in range(num_hosts()) if p not in came]
     if not missing:
@@ -190,9 +192,10 @@ def _barrier_message(name: str, folder: str, timeout: float, error: Exception) -
 
 
 def on_first_host(name: str, action: Callable[[], Any]) -> Any:
-    """What `action` returns (plain JSON), on every host; only host 0 runs it, the others wait.
+    """Run `action` on host 0 and return its result (plain JSON) on every host.
 
-    Files of the whole run are written so. Its ConfigError or Failed is raised on all hosts.
+    Used to write the files of the whole run. A ConfigError or Failed that `action` raises is raised
+    on all hosts.
     """
     if num_hosts() == 1:
         return action()
@@ -211,12 +214,12 @@ def on_first_host(name: str, action: Callable[[], Any]) -> Any:
 
 
 def barrier(name: str, timeout_seconds: float | None = None) -> None:
-    """Wait until every host called this with ``name``. Raises BarrierTimeout as ``exchange``."""
+    """Wait until every host called this with ``name``. Raises BarrierTimeout like ``exchange``."""
     exchange(f"barrier/{name}", "", timeout_seconds)
 
 
 def host_facts(config: Any) -> dict[str, str]:
-    """What must be equal on all hosts: code, configuration (plain JSON), libraries, devices."""
+    """Values that must be equal on all hosts: code, configuration (JSON), libraries, devices."""
     source = hashlib.sha256()
     for path in sorted(Path(hnet.__file__).parent.rglob("*.py")):
         source.update(path.read_bytes())
@@ -230,7 +233,7 @@ def host_facts(config: Any) -> dict[str, str]:
 
 
 def assert_same_on_all_hosts(values: dict[str, str], timeout_seconds: float | None = None) -> None:
-    """Compare ``values`` over the hosts. Raises ConfigError naming the odd host and the entry."""
+    """Compare ``values`` across hosts. Raises ConfigError naming the host and entry that differ."""
     everyone = [json.loads(v) for v in exchange("same", json.dumps(values), timeout_seconds)]
     for name in values:
         seen = [host.get(name) for host in everyone]
@@ -243,24 +246,24 @@ def assert_same_on_all_hosts(values: dict[str, str], timeout_seconds: float | No
             )
 
 
-# Identifies each question to jax's agreement; a step number would stand still during evaluation.
+# Number of each query to JAX's sync point. A step number would not change during an evaluation.
 _questions = itertools.count(1)
 
 
 class StopRequest(contextlib.AbstractContextManager):
-    """Should this run save and end? One object a program, asked by every loop.
+    """Whether this run should save and end. One object per program, queried by every loop.
 
     Several processes: SIGTERM to any host makes ``stop_requested`` true on all hosts at the same
-    question, through jax's preemption service (it looks about once a second). One process: an own
-    handler of SIGTERM. The first Ctrl-C is a request too, the second one interrupts; both are
-    answered at once (`hnet.train.interrupts`).
+    query, through JAX's preemption service (which polls about once per second). One process: its
+    own handler of SIGTERM. The first Ctrl-C also requests a stop, the second one interrupts; both
+    are acknowledged at once (`hnet.train.interrupts`).
     """
 
     def __init__(self):
         self._stopped = False
         self._reason: str | None = None
         self._several = num_hosts() > 1
-        # With several, jax's own handler of SIGTERM must stay.
+        # With several processes JAX's own handler of SIGTERM must stay.
         numbers = [signal.SIGINT] + [signal.SIGTERM] * (not self._several)
         self._old = {number: signal.signal(number, self._on_signal) for number in numbers}
         self._interrupts = Interrupts()
@@ -269,7 +272,7 @@ class StopRequest(contextlib.AbstractContextManager):
         self.close()
 
     def close(self) -> None:
-        """Give the signals back to their former handlers."""
+        """Restore the former signal handlers."""
         self._interrupts.close()
         for number, handler in self._old.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
@@ -281,17 +284,17 @@ class StopRequest(contextlib.AbstractContextManager):
         self.request(signal.Signals(number).name)
 
     def request(self, reason: str) -> None:
-        """Ask the whole run to stop, from any host: a time limit, an alarm."""
+        """Request that the whole run stops, from any host, e.g. for a time limit or an alarm."""
         self._reason = reason
         if self._several:
-            signal.raise_signal(signal.SIGTERM)  # jax passes it on to the other hosts
+            signal.raise_signal(signal.SIGTERM)  # JAX passes it on to the other hosts
 
     def stop_requested(self, step: int) -> bool:
-        """True from the agreed question on: save ``step`` and exit with REQUEUE_EXIT_CODE.
+        """True from the agreed query on: save ``step`` and exit with REQUEUE_EXIT_CODE.
 
-        Every host asks equally often, in train, warm-up, evaluation and sweep loops alike, and
-        often enough for the grace period of the scheduler (once a training step, once a slice of
-        an evaluation).
+        Every host must query equally often, in train, warm-up, evaluation and sweep loops, and
+        often enough for the grace period of the scheduler (once per training step, once per slice
+        of an evaluation).
         """
         if not self._stopped:
             if self._several:

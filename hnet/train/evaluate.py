@@ -1,4 +1,4 @@
-"""Bits per byte of a text, in total and by document, and what each stage did with it."""
+"""Bits per byte of a text, in total and per document, and chunk statistics per stage."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -23,15 +23,17 @@ class Evaluation:
     chunks_by_stage: tuple[float, ...] = ()
     route_names: tuple[str, ...] = ()
     chunks_SR: np.ndarray | float = 0.0
-    """of each stage and route, if routes are told apart; positions are those of the stage"""
+    """number of chunks of each stage (S) and route (R); 0.0 if there is only one route"""
     positions_SR: np.ndarray | float = 0.0
+    """number of each stage's own input positions (S) of each route (R)"""
     source_of: Callable[[int], str] | None = None
-    """source of a document by its number; None: not told apart"""
+    """source of a document, given its number; None: sources are not distinguished"""
     nats_Z: np.ndarray = field(default_factory=lambda: np.zeros(len(SCRIPTS)))
-    """sums by script; no byte is counted if the model reads tokens"""
+    """nats per script; nothing is counted if the model reads tokens"""
     bytes_Z: np.ndarray = field(default_factory=lambda: np.zeros(len(SCRIPTS), np.int64))
+    """bytes per script, likewise"""
     _before: tuple[int, int] = (-1, 0)
-    """document at the end of the last batch, and the state that its script goes on from"""
+    """document at the end of the last batch, and the state of its script detection"""
 
     @property
     def nats(self) -> float:
@@ -47,7 +49,7 @@ class Evaluation:
         return self.nats / (math.log(2) * self.num_bytes) if self.num_bytes else math.nan
 
     def bpb_by_source(self) -> dict[str, float]:
-        """Of each source that was scored, if there are several."""
+        """Bits per byte of each source that was scored; empty unless there are several."""
         nats, sizes = {}, {}
         for document, own in self.nats_by_document.items() if self.source_of else ():
             source = self.source_of(document)
@@ -56,7 +58,7 @@ class Evaluation:
         return {name: bits_per_byte(n, sizes[name]) for name, n in nats.items() if len(nats) > 1}
 
     def bpb_by_script(self) -> dict[str, float]:
-        """Of each script that was scored, if there are several."""
+        """Bits per byte of each script that was scored; empty unless there are several."""
         (found,) = np.nonzero(self.bytes_Z)
         return {
             SCRIPTS[z]: bits_per_byte(float(self.nats_Z[z]), int(self.bytes_Z[z]))
@@ -64,18 +66,18 @@ class Evaluation:
         }
 
     def bytes_per_chunk(self, stage: int) -> float:
-        """Positions of stage 0 (source bytes and separators) a chunk of `stage`."""
+        """Positions of stage 0 (source bytes and separators) per chunk of `stage`."""
         return self.positions / max(self.chunks_by_stage[stage], 1.0)
 
     def positions_per_chunk(self, stage: int) -> dict[str, float]:
-        """Of each route that has positions; empty if routes are not told apart."""
+        """Positions per chunk of each route that has positions; empty if there is one route."""
         if not np.ndim(self.positions_SR):
             return {}
         own = zip(self.route_names, self.positions_SR[stage], self.chunks_SR[stage])
         return {name: float(n / max(chunks, 1.0)) for name, n, chunks in own if n}
 
     def metrics(self) -> dict[str, float]:
-        """The flat form that metrics.jsonl and TensorBoard show."""
+        """The results as a flat dict, as in metrics.jsonl and TensorBoard."""
         stages = range(len(self.chunks_by_stage))
         return {
             "eval/bpb": self.bpb,
@@ -91,7 +93,7 @@ class Evaluation:
         }
 
     def add(self, batch: Batch, metrics: dict) -> None:
-        """Count one batch, with the metrics of `eval_step` on the host."""
+        """Add one batch. metrics: the output of `eval_step`, on the host."""
         scored = np.asarray(batch["loss_mask"])
         documents = np.asarray(batch["document_ids"])[scored]
         sizes = np.asarray(batch.get("byte_lengths", scored), np.int64)[scored]
@@ -116,9 +118,10 @@ class Evaluation:
     def _scripts(self, batch: Batch) -> np.ndarray:
         """Script of the character that each byte belongs to, uint8 (rows, L).
 
-        A character without a script, such as a space, has that of the text before it in its
+        A character without a script, such as a space, gets the script of the text before it in its
         document. So rows are read one after the other, without the token that a row shares with
-        the one before; bytes of a character that goes on in the next batch count as such.
+        the row before. The bytes of a character that continues in the next batch are treated like
+        a character without a script.
         """
         ids_BL, documents_BL = batch["input_ids"], batch["document_ids"]
         document, state = self._before
@@ -129,7 +132,7 @@ class Evaluation:
         script_BN, state_B = script_ids_of_rows(ids_N[None], documents_N[None] + 1, state_B)
         self._before, script_N = (int(documents_N[-1]), int(state_B[0])), script_BN[0]
         goes_on = (ids_N[1:] >= 0x80) & (ids_N[1:] < 0xC0) & (documents_N[1:] == documents_N[:-1])
-        for _ in range(3):  # a character has its script from its last byte on: hand it back
+        for _ in range(3):  # a character's last byte has its script: copy it to the others
             script_N[:-1] = np.where(goes_on, script_N[1:], script_N[:-1])
         found_BL = np.zeros(np.shape(ids_BL), np.uint8)
         found_BL[is_new_BL] = script_N
@@ -137,7 +140,7 @@ class Evaluation:
 
 
 class OfEachRun(tuple):
-    """What counts the batches of each run of a population, whose metrics have a leading axis."""
+    """Accumulators, one per run of a population; metrics have a leading axis of runs."""
 
     @property
     def num_bytes(self) -> int:
@@ -161,9 +164,9 @@ def evaluate(
 ) -> Any:
     """Score batches until `max_bytes` source bytes are reached; None if told to stop.
 
-    into: what counts them, in the place of a new Evaluation, which is returned.
-    `run_batch(batch, capacities)` is `eval_step` on the devices. A batch that overflows the given
-    capacities is run again with as many slots as positions: evaluation clips nothing.
+    into: accumulator to add to and return; default: a new Evaluation.
+    `run_batch(batch, capacities)` runs `eval_step` on the devices. A batch that overflows the given
+    capacities is run again with as many slots as positions, so that evaluation clips nothing.
     """
     result = Evaluation(route_names=route_names, source_of=source_of) if into is None else into
     for batch in batches:

@@ -1,7 +1,8 @@
-"""Ctrl-C is heard at once, also while the main thread compiles and runs no Python.
+"""Immediate answer to Ctrl-C, also while the main thread compiles and runs no Python.
 
-The handler of a signal runs between two instructions of the main thread, which in a compilation is
-minutes away. The interpreter also writes each signal's number to a file; a thread reads it there.
+Python runs a signal handler between two bytecode instructions of the main thread, which can take
+minutes during a compilation. The interpreter also writes each signal's number to a wake-up file
+descriptor; here a thread reads it from a pipe.
 """
 
 import contextlib
@@ -10,8 +11,8 @@ import signal
 import sys
 import threading
 
-END_SECONDS = 2.0  # between the second Ctrl-C and the end, if the main thread does not end before
-INTERRUPTED = 130  # exit code, as a shell reports it
+END_SECONDS = 2.0  # seconds from the second Ctrl-C until the process is ended by force
+INTERRUPTED = 130  # exit code, as shells report Ctrl-C
 
 _HEARD = (
     "Ctrl-C: the run saves and ends as soon as what is computed or compiled now is done; "
@@ -20,9 +21,9 @@ _HEARD = (
 
 
 class Interrupts(contextlib.AbstractContextManager):
-    """Answers Ctrl-C while it is open: the first in words, the second by the end of the process.
+    """Answers Ctrl-C while it is open: the first with a message, the second by ending the process.
 
-    To be made in the main thread.
+    Must be created in the main thread.
     """
 
     def __init__(self):
@@ -37,12 +38,12 @@ class Interrupts(contextlib.AbstractContextManager):
         self.close()
 
     def close(self) -> None:
-        """Leave signals to their handlers only."""
+        """Stop listening; signal handlers stay as they are."""
         if self._closed.is_set():
             return
         self._closed.set()
         signal.set_wakeup_fd(self._former)
-        os.close(self._writer)  # the thread reads to the end
+        os.close(self._writer)  # the thread then reads end-of-file and ends
         self._thread.join()
         os.close(self._reader)
 

@@ -1,7 +1,7 @@
 """A tree of arrays as named leaves: paths, schema, checksums of the bits.
 
-Orbax reads a flipped bit back as other weights without an error, therefore each leaf gets a
-checksum that is taken on the device before the save and compared after the restore.
+Orbax restores an array with a flipped bit without an error. Therefore each leaf has a checksum,
+which is computed where the array lies before the save and compared after the restore.
 """
 
 import math
@@ -15,7 +15,7 @@ from hnet.errors import ConfigError
 
 
 def flatten(tree: Any, prefix: str = "") -> tuple[dict[str, Any], Any]:
-    """``({"params/encoder/w": leaf, ...}, treedef)``; paths are the names in a checkpoint.
+    """``({"params/encoder/w": leaf, ...}, treedef)``; the paths name leaves in a checkpoint.
 
     Typed random keys stay typed here; ``raw`` gives the array that is stored.
     """
@@ -40,29 +40,29 @@ def nest(named: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_key(leaf: Any) -> bool:
-    """Is this (or its description) a typed random key?"""
+    """Whether a leaf (or its ShapeDtypeStruct) is a typed random key."""
     return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def raw(leaf: Any) -> jax.Array:
-    """The array that is stored for a leaf: random keys as their uint32 data."""
+    """The array that is stored for a leaf; for a random key its uint32 data."""
     leaf = leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
     return jax.random.key_data(leaf) if is_key(leaf) else leaf
 
 
 def describe(named: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Path -> shape and dtype of what is stored (see ``raw``), as the manifest holds them."""
+    """Path -> shape and dtype of the stored array (see ``raw``), as in the manifest."""
     arrays = {p: jax.eval_shape(raw, x) if is_key(x) else x for p, x in named.items()}
     return {p: {"shape": list(x.shape), "dtype": str(x.dtype)} for p, x in arrays.items()}
 
 
 def stored(leaf: dict[str, Any], sharding: jax.sharding.Sharding | None) -> jax.ShapeDtypeStruct:
-    """A leaf of the schema as jax describes it."""
+    """A leaf of the schema as a ``jax.ShapeDtypeStruct``."""
     return jax.ShapeDtypeStruct(tuple(leaf["shape"]), jnp.dtype(leaf["dtype"]), sharding=sharding)
 
 
 def as_wanted(array: jax.Array, leaf: Any) -> jax.Array:
-    """The stored array as the (described) leaf: a typed key again, or of another dtype."""
+    """The stored array converted to the type of ``leaf``: a typed random key, or its dtype."""
     if is_key(leaf):
         impl: list[str] = []
         jax.eval_shape(lambda key: impl.append(jax.random.key_impl(key)), leaf)
@@ -73,7 +73,7 @@ def as_wanted(array: jax.Array, leaf: Any) -> jax.Array:
 def check_schema(
     where: str, saved: dict[str, dict], wanted: dict[str, dict], *, cast_dtype: bool = False
 ) -> None:
-    """Compare two schemas (``describe``). Raises ConfigError with the difference in one line."""
+    """Compare two schemas (``describe``). Raises ConfigError with the differences in one line."""
     both = [path for path in wanted if path in saved]
 
     def changed(key: str) -> list[str]:
@@ -99,22 +99,22 @@ def check_schema(
 
 
 def few(items: list[str]) -> str:
-    """The first three of a list, in one line."""
+    """The first three items of a list, joined by commas."""
     return ", ".join(items[:3]) + (", ..." if len(items) > 3 else "")
 
 
 def checksums(arrays: dict[str, jax.Array | np.ndarray]) -> dict[str, str]:
     """64-bit checksum (hex) of each array's bits and their positions.
 
-    Two wrap-around sums over the words of ``_mixed``. Sums of integers do not depend on their
-    order, so any sharding on any devices gives the same numbers. Computed where the array lies.
+    Two sums modulo 2**32 over the words of ``_mixed``. Integer sums do not depend on their order,
+    so any sharding on any devices gives the same result. Computed where the array lies.
     """
     sums = {p: (_host_sums if _on_host(x) else _device_sums)(x) for p, x in arrays.items()}
     return {path: f"{int(a):08x}{int(b):08x}" for path, (a, b) in jax.device_get(sums).items()}
 
 
 def _on_host(x: jax.Array | np.ndarray) -> bool:
-    """In numpy, or so small that numpy is done before its shape would be compiled?"""
+    """Whether x is a numpy array, or so small a CPU array that numpy beats compiling its shape."""
     if isinstance(x, np.ndarray):
         return True
     here = x.is_fully_addressable and all(d.platform == "cpu" for d in x.sharding.device_set)
@@ -124,8 +124,8 @@ def _on_host(x: jax.Array | np.ndarray) -> bool:
 def _mixed(words: Any, index: Any) -> tuple[Any, Any]:
     """Two hashes of each uint32 word at its uint32 index (finalizer of MurmurHash3).
 
-    The word enters each through a bijection, so one changed word always changes both sums; the
-    index inside makes a swap of two words visible.
+    Each hash is a bijection of the word, so one changed word always changes both sums. The index
+    enters the hash, so that a swap of two words changes the sums.
     """
     first = _mix(words + index * np.uint32(0x9E3779B1))
     return first, _mix(_mix(words ^ np.uint32(0x5BD1E995)) ^ index)
@@ -141,14 +141,14 @@ def _mix(x: Any) -> Any:
 def _device_sums(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
-    width = min(x.dtype.itemsize, 4)  # wider numbers become several words on a new last axis
+    width = min(x.dtype.itemsize, 4)  # wider elements become several words on a new last axis
     words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * width}")).astype(jnp.uint32)
     index = jnp.zeros(words.shape, jnp.uint32)
     for axis in range(words.ndim):
         stride = np.uint32(math.prod(words.shape[axis + 1 :]) & 0xFFFFFFFF)
         index += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * stride
     zero, axes = np.uint32(0), tuple(range(words.ndim))
-    # One reduction of both: XLA:CPU would store the operands of two sums before it adds them.
+    # One reduction for both sums: for two, XLA:CPU would store their operands in memory first.
     return jax.lax.reduce(_mixed(words, index), (zero, zero), _add_pairs, axes)
 
 
@@ -156,7 +156,7 @@ def _add_pairs(a: tuple, b: tuple) -> tuple:
     return a[0] + b[0], a[1] + b[1]
 
 
-_PIECE = 1 << 16  # words that numpy mixes at a time, in cache
+_PIECE = 1 << 16  # words that numpy hashes at a time, to stay in cache
 
 
 def _host_sums(x: jax.Array | np.ndarray) -> tuple[int, int]:

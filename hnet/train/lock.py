@@ -1,8 +1,8 @@
 """One writer per output directory: a lock that ends with its process and names its holder.
 
-In a local folder it is a lock of the kernel on the file ``.lock``, which nothing that is killed
-leaves behind. A bucket (``gs://...``) and file systems without such locks have a file that its
-holder writes anew every few seconds; one that stands still is left over and is taken.
+In a local folder it is a kernel lock on the file ``.lock``, which the kernel releases when the
+process ends. In a bucket (``gs://...``) and on file systems without such locks it is a file that
+its holder rewrites every few seconds (a heartbeat); a file without heartbeats is taken over.
 """
 
 import contextlib
@@ -31,23 +31,23 @@ log = logging.getLogger(__name__)
 
 FILE_NAME = ".lock"
 BEAT_SECONDS = 10.0
-STALE_SECONDS = 45.0  # without a beat after which the holder counts as gone
-SETTLE_SECONDS = 2.0  # after which the last of several that wrote at once is known
+STALE_SECONDS = 45.0  # seconds without a heartbeat after which the lock is taken over
+SETTLE_SECONDS = 2.0  # seconds after which the last of several concurrent writes is visible
 
 
 class Locked(ConfigError):
-    """Another process writes there: one line that names it."""
+    """Another process holds the directory; the message is one line that names it."""
 
 
 def process_name() -> str:
-    """HOST/PROCESS NAMESPACE/PROCESS of this one."""
+    """HOST/PID NAMESPACE/PID of this process."""
     with contextlib.suppress(OSError):
         return f"{socket.gethostname()}/{os.readlink('/proc/self/ns/pid')}/{os.getpid()}"
     return f"{socket.gethostname()}//{os.getpid()}"
 
 
 def has_ended(process: str) -> bool:
-    """Whether it was a process of this machine that is no more; False if that cannot be known."""
+    """Whether it was a process of this machine that has ended; False if that is unknown."""
     place, _, number = process.rpartition("/")
     if place != process_name().rpartition("/")[0]:
         return False
@@ -61,14 +61,14 @@ def has_ended(process: str) -> bool:
 
 
 class DirectoryLock(contextlib.AbstractContextManager):
-    """Held while it is entered. Folders that it makes and nothing is written to are removed.
+    """Context manager that holds the lock. Folders it created are removed if they stay empty.
 
     Raises ConfigError if the directory cannot be written to, and Locked if another process, or
     another lock of this one, holds it.
     """
 
     def __init__(self, folder: str | os.PathLike, field: str = "workdir"):
-        """field: what the errors call the directory."""
+        """field: name of the directory in error messages."""
         self.name, self.field = os.fspath(folder), field
         self._stack = contextlib.ExitStack()
 
@@ -110,7 +110,7 @@ def _remove_empty(folder: epath.Path) -> None:
 
 
 def _lock_file(path: Path, where: str, stack: contextlib.ExitStack) -> bool:
-    """Take the kernel's lock on a file; False where the file system has none."""
+    """Take the kernel lock on a file; False if the file system has no such locks."""
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         with contextlib.ExitStack() as opened:
@@ -122,7 +122,7 @@ def _lock_file(path: Path, where: str, stack: contextlib.ExitStack) -> bool:
             except OSError as e:
                 log.warning("%s has no file locks (%s)", path.parent, e.strerror)
                 return False
-            with contextlib.suppress(FileNotFoundError):  # its former holder has just removed it
+            with contextlib.suppress(FileNotFoundError):  # the former holder has just removed it
                 if os.path.samestat(os.fstat(file), os.stat(path)):
                     os.ftruncate(file, 0)
                     os.write(file, json.dumps(_holder()).encode())
@@ -156,10 +156,10 @@ def _refusal(where: str, holder: dict[str, Any]) -> str:
 
 
 class _Beating(contextlib.AbstractContextManager):
-    """A lock file of which a thread shows that its holder is alive.
+    """A lock file with a heartbeat, written by a thread while its holder is alive.
 
-    An object store cannot say who came first: of several that start within SETTLE_SECONDS the last
-    one to write holds the lock.
+    An object store cannot tell who was first: among several processes that start within
+    SETTLE_SECONDS the last one to write holds the lock.
     """
 
     def __init__(self, path: epath.Path, where: str):
@@ -186,7 +186,7 @@ class _Beating(contextlib.AbstractContextManager):
                 self.path.unlink()
 
     def _wait_for_former(self) -> None:
-        """Return when no holder is left. Raises Locked if there is one, which beats."""
+        """Wait until there is no holder. Raises Locked if there is one with a heartbeat."""
         former, since = self._read(), time.monotonic()
         if former and not has_ended(str(former.get("process"))):
             log.warning("%s; it is taken over if that has ended", _refusal(self.where, former))
@@ -216,5 +216,5 @@ class _Beating(contextlib.AbstractContextManager):
                     log.warning("%s", _refusal(self.where, self._read()))
                     return
                 self._write()
-            except Exception as e:  # whatever a bucket raises while the network is away
+            except Exception as e:  # bucket clients raise many types while the network is down
                 log.warning("the lock of %s is not renewed: %s", self.where, e)

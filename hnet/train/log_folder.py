@@ -1,7 +1,7 @@
-"""Where a run writes its logs: into its work directory, or beside a bucket and copied there.
+"""Folder of a run's logs: its work directory, or a local folder that is copied to a bucket.
 
-An object store cannot append, so the logs of a run in a bucket (``gs://...``) grow in a local
-folder.
+An object store cannot append, so the logs of a run in a bucket (``gs://...``) are written to a
+local folder and copied from there.
 """
 
 import os
@@ -18,11 +18,11 @@ METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 
 
 class LogFolder:
-    """`path` is the local folder. Close it: the last copy to a bucket is made then."""
+    """`path` is the local folder. `close` makes the last copy to the bucket."""
 
     def __init__(self, workdir: str, *, goes_on: bool = True, period: float = 60.0):
-        """goes_on: bring the logs of an earlier start from a bucket, to go on in them. Only the one
-        process that writes them may: a second one would put its old copy in their place.
+        """goes_on: fetch the logs of an earlier start from the bucket and append to them. Only the
+        process that writes the logs may do so: another one would overwrite them with its old copy.
 
         Raises ConfigError if the bucket cannot be opened.
         """
@@ -38,12 +38,12 @@ class LogFolder:
         self._mirror = Mirror(self.path, workdir, period=period)
 
     def copy(self) -> None:
-        """Bring a bucket up to date now, so that its logs are never behind a checkpoint."""
+        """Copy the logs to the bucket now, so that they are never older than a checkpoint."""
         if self._mirror:
             self._mirror.copy()
 
     def close(self) -> None:
-        """Copy what is left, and remove what was only kept for that."""
+        """Copy the rest to the bucket and remove the temporary local folder."""
         if self._mirror:
             self._mirror.close()
         if self._spool:

@@ -1,4 +1,4 @@
-"""The training loop. Its order is law: evaluate, save, next batch, step, read the step before."""
+"""The training loop, in fixed order: evaluate, save, next batch, step, read the last metrics."""
 
 import contextlib
 import logging
@@ -32,19 +32,19 @@ MAX_ROLLBACKS = 3
 
 
 class StopRun(Failed):
-    """Training itself failed: one line with the name of the fault and a remedy."""
+    """Training failed; the message is one line with the fault and a remedy."""
 
 
 @dataclass
 class Position:
-    """Where a run stands besides its arrays: plain JSON in every checkpoint."""
+    """State of a run besides its arrays; plain JSON in every checkpoint."""
 
     data: int = 0
     """number of the next batch"""
     bytes_seen: int = 0
-    """source bytes scored so far"""
+    """number of source bytes scored so far"""
     source_bytes: tuple[int, ...] = ()
-    """the same of each source of a mixture, in the order of data.files"""
+    """bytes_seen of each source of a mixture, in the order of data.files"""
     rollbacks: int = 0
     ladder: dict = field(default_factory=dict)
     settled: int = 0
@@ -52,35 +52,35 @@ class Position:
     evaluated: int = -1
     """step of the last evaluation that was logged"""
     new_counts: tuple[int, ...] = ()
-    """most that was wanted of a row of slots, by stage, in the last step; the ladder learns of it
-    a step later"""
+    """largest number of slots that a row of slots needed in the last step read, by stage; passed to
+    the ladder one step later"""
 
 
 @dataclass
 class InFlight:
-    """A step sent to the devices; its metrics are read while the next one runs."""
+    """A dispatched step; its metrics are read while the next step runs."""
 
     step: int
     metrics: dict[str, Any]
     capacities: tuple[int, ...]
     batch: int
-    """number of the batch it was fed"""
+    """number of its batch"""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended."""
+    """Result of a run."""
 
     state: TrainState
     evaluation: Evaluation | None
-    """of the whole held-out text; None if the run was told to stop before its end"""
+    """evaluation on the whole held-out text; None if the run was stopped before its end"""
     program: Program
     corpus: Corpus
 
 
 @dataclass(frozen=True)
 class Session:
-    """What one process needs from the first step to the last."""
+    """Objects that one process uses from the first step to the last."""
 
     config: Config
     corpus: Corpus
@@ -97,7 +97,7 @@ class NonFinite(RuntimeError):
     def __init__(self, skipped: int, step: int):
         super().__init__(f"non-finite loss or gradient in {skipped} updates in a row up to {step}")
         self.good_step = step - skipped
-        """updates done when the first of them began"""
+        """number of updates before the first skipped one"""
 
 
 def train(
@@ -108,7 +108,7 @@ def train(
 ) -> Outcome:
     """Train up to `config.train.steps`, from the newest good checkpoint of the workdir if any.
 
-    change: puts functions of one's own in place of the run's (`hnet.train.program.Experiment`).
+    change: replaces functions of the run by your own (`hnet.train.program.Experiment`).
 
     Raises ConfigError for settings that cannot work, before any file is written, and StopRun if
     training fails.
@@ -149,7 +149,7 @@ def train(
 def _loop(
     session: Session, state: TrainState, position: Position, batches: BatchIterator
 ) -> Outcome:
-    """Steps until the last one or a stop request. Raises NonFinite, StopRun, ConfigError."""
+    """Train until the last step or a stop request. Raises NonFinite, StopRun, ConfigError."""
     config, program, report = session.config, session.program, session.report
     start = done = int(state.step)
     ladder = program.ladder
@@ -218,7 +218,7 @@ def _settled(session: Session, state: TrainState, ladder: Ladder) -> TrainState:
 def _evaluate(
     session: Session, state: TrainState, done: int, ladder: Ladder, *, whole: bool
 ) -> Evaluation | None:
-    """Score held-out text in slices between which a stop request is obeyed; None if it came."""
+    """Score held-out text; None if a stop was requested, which is checked between batches."""
     session.watchdog.beat("eval")
     config = session.config
     return run_evaluation(
@@ -242,7 +242,7 @@ def _due(done: int, every: int) -> bool:
 def _read(
     session: Session, inflight: InFlight, position: Position, batches: BatchIterator
 ) -> dict[str, Any]:
-    """Wait for a step and make its row of metrics.jsonl. Raises NonFinite after too many skips."""
+    """Wait for a step and build its row of metrics.jsonl. Raises NonFinite after too many skips."""
     config = session.config
     metrics = jax.device_get(inflight.metrics)
     position.bytes_seen += int(metrics["bytes"])
@@ -295,9 +295,9 @@ def _restored(
 
 
 def _roll_back(session: Session, failed: Position, fault: NonFinite) -> tuple[TrainState, Position]:
-    """The last good checkpoint of before the fault, with the data after it. Raises StopRun.
+    """Restore the last good checkpoint before the fault; data continue after it. Raises StopRun.
 
-    Those that were saved during it are set aside, so that no later start goes on from them.
+    Checkpoints saved since the fault began are renamed, so that no later start resumes from them.
     """
     config, checkpoints = session.config, session.checkpoints
     if config.train.on_non_finite == "stop" or failed.rollbacks >= MAX_ROLLBACKS:

@@ -1,4 +1,4 @@
-"""What a checkpoint says about itself: schema, checksums, files; written last, checked first.
+"""The manifest of a checkpoint: schema, checksums, files; written last, checked first.
 
 A step without a readable manifest is not a checkpoint.
 """
@@ -21,29 +21,29 @@ PACKAGES = ("hnet-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "n
 
 
 class Damaged(ValueError):
-    """Why a step cannot be used, in a few words."""
+    """A step cannot be used; the message gives the reason in a few words."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything beside the arrays of one checkpoint."""
+    """Everything but the arrays of one checkpoint."""
 
     step: int
-    """optimizer updates done"""
+    """number of optimizer updates done"""
     leaves: dict[str, dict[str, Any]]
-    """path -> shape, dtype, checksum"""
+    """shape, dtype and checksum of each leaf by path"""
     files: dict[str, int]
-    """path below the step folder -> bytes"""
+    """size in bytes of each file by its path below the step folder"""
     extras: dict[str, Any]
-    """what the caller saved beside the state: data position, counters, configuration"""
+    """JSON that the caller saved with the state: data position, counters, configuration"""
     schema_hash: str
-    """of paths, shapes and dtypes"""
+    """SHA-256 of paths, shapes and dtypes"""
     config_hash: str
-    """of ``extras["config"]``"""
+    """SHA-256 of ``extras["config"]``"""
     versions: dict[str, str]
-    """libraries that wrote it"""
+    """versions of Python and the libraries that wrote it"""
     saved_at: str
-    """UTC, ISO 8601"""
+    """time of the save, UTC, ISO 8601"""
     format: int = FORMAT
 
     @property
@@ -52,7 +52,7 @@ class Manifest:
 
 
 def make_manifest(step: int, leaves: dict[str, dict], extras: dict[str, Any]) -> Manifest:
-    """A manifest without its files. Raises TypeError or ValueError if extras are not plain JSON."""
+    """A manifest with no files yet. Raises TypeError or ValueError unless extras are plain JSON."""
     extras = json.loads(json.dumps(extras, allow_nan=False))
     schema = {path: [leaf["shape"], leaf["dtype"]] for path, leaf in leaves.items()}
     return Manifest(
@@ -81,7 +81,7 @@ def _version(package: str) -> str:
 
 
 def write(folder: epath.Path, manifest: Manifest) -> None:
-    """Write ``folder/manifest.json`` in one move, with a digest of its own content."""
+    """Write ``folder/manifest.json`` atomically, with a digest of its own content."""
     content = asdict(manifest)
     text = json.dumps(content | {"digest": json_hash(content)}, indent=1, sort_keys=True)
     temporary = folder / (FILE_NAME + ".tmp")
@@ -90,7 +90,7 @@ def write(folder: epath.Path, manifest: Manifest) -> None:
 
 
 def read(folder: epath.Path) -> Manifest:
-    """The manifest of a step folder, its own digest checked. Raises Damaged."""
+    """Read the manifest of a step folder and check its digest. Raises Damaged."""
     try:
         content = json.loads((folder / FILE_NAME).read_text())
     except FileNotFoundError:
@@ -114,7 +114,7 @@ def check_files(folder: epath.Path, manifest: Manifest) -> None:
 
 
 def list_files(folder: epath.Path, names: Any = None) -> dict[str, int | None]:
-    """Size of each named file below ``folder`` (of every file if no names); None = missing."""
+    """Size in bytes of each named file below ``folder`` (default: of all); None if missing."""
 
     def size(name: str) -> int | None:
         try:
@@ -124,7 +124,7 @@ def list_files(folder: epath.Path, names: Any = None) -> dict[str, int | None]:
 
     if names is None:
         names = sorted(_walk(folder, ""))
-    with ThreadPoolExecutor(16) as pool:  # a bucket answers one question in tens of milliseconds
+    with ThreadPoolExecutor(16) as pool:  # a request to a bucket takes tens of ms
         return dict(zip(names, pool.map(size, names)))
 
 

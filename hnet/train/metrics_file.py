@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object per line, appended by one process, whatever the disk does."""
+"""metrics.jsonl: one JSON object per line, appended by one process; survives disk errors."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ Row = dict[str, Any]
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[Row]:
-    """The rows of metrics.jsonl as far as they are there; torn and damaged lines are left out."""
+    """The rows of metrics.jsonl, without incomplete and damaged lines; [] if there is no file."""
     try:
         content = (epath.Path(workdir) / METRICS).read_bytes()
     except OSError:
@@ -27,7 +27,7 @@ def read_metrics(workdir: str | os.PathLike) -> list[Row]:
 
 
 def _parsed(line: bytes) -> Row | None:
-    """The row of a line, with None for what an earlier version wrote as NaN; None if damaged."""
+    """The row of a line, NaN of earlier versions replaced by None; None if the line is damaged."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
@@ -37,7 +37,7 @@ def _parsed(line: bytes) -> Row | None:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null stands for them."""
+    """`value` with NaN and infinity replaced by None, since JSON has neither."""
     match value:
         case float():
             return value if math.isfinite(value) else None
@@ -50,17 +50,16 @@ def _finite(value: Any) -> Any:
 
 
 class MetricsFile:
-    """Rows are written at once. While that fails, as on a full disk, they are kept and tried again.
+    """Writes each row immediately. If that fails, as on a full disk, rows are kept and retried.
 
-    Rows of steps that a resumed run does again are dropped when it starts, since they come again,
-    and so is a half-written last line. Damaged lines are dropped too; the file that had them is
-    kept under another name.
+    When a run resumes, the rows of steps that it repeats and an incomplete last line are dropped.
+    Damaged lines are dropped too; a copy of the file with them is kept under another name.
     """
 
     def __init__(self, folder: Path, step: int, say: Callable[[str], None] = print):
-        """step: the one that the run goes on from. Raises Failed if there can be no such file."""
+        """step: step that the run continues from. Raises Failed if the file cannot be written."""
         self.path, self._say = folder / METRICS, say
-        self._size = 0  # of what is whole in the file
+        self._size = 0  # bytes of complete lines in the file
         self._waiting: list[bytes] = []
         self._is_failing = False
         self.go_back(step)
@@ -70,7 +69,7 @@ class MetricsFile:
         self._flush()
 
     def amend(self, step: int, values: Row) -> None:
-        """Add values to the last row if it is that of `step`."""
+        """Add values to the last row if that is the row of `step`."""
         rows = read_metrics(self.path.parent)
         if rows and rows[-1]["step"] == step and not self._waiting:
             rows[-1] |= values
@@ -82,7 +81,7 @@ class MetricsFile:
         self._waiting = [line for line in self._waiting if _parsed(line)["step"] <= step]
         try:
             content, rows, damaged = self._content(), [], 0
-            for line in content.split(b"\n")[:-1]:  # after the last line end: torn, or nothing
+            for line in content.split(b"\n")[:-1]:  # the last part is empty or an incomplete line
                 row = _parsed(line)
                 damaged += row is None
                 if row is not None and row["step"] <= step:
@@ -109,7 +108,7 @@ class MetricsFile:
         return b""
 
     def close(self) -> None:
-        """Try once more to write what could not be."""
+        """Try once more to write the rows that are waiting."""
         self._flush()
         if self._waiting:
             many = len(self._waiting)
@@ -128,14 +127,14 @@ class MetricsFile:
             return
         with self._guarded(), open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as f:
             f.seek(min(self._size, f.seek(0, os.SEEK_END)))
-            f.truncate()  # what is left of a line that could not be finished
+            f.truncate()  # remove an incomplete line
             f.write(b"".join(self._waiting))
             f.flush()
             self._size, self._waiting = f.tell(), []
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
-        """Says that writing fails, and that it does no more."""
+        """Report when writing starts to fail and when it works again."""
         try:
             yield
         except OSError as e:

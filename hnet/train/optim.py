@@ -1,4 +1,4 @@
-"""AdamW with a learning rate for each stage, as arrays in and arrays out."""
+"""AdamW with a learning rate per stage, as pure functions of arrays."""
 
 from typing import Any, NamedTuple
 
@@ -11,21 +11,21 @@ from hnet.train.config import OptimConfig
 
 
 class Hyperparams(NamedTuple):
-    """Traced numbers of the update, so that a sweep over them compiles once."""
+    """Traced numbers of the update, so that a sweep over them compiles only once."""
 
     learning_rate: jax.Array
     weight_decay: jax.Array
     multiplier_S: jax.Array
-    """of each stage, the innermost included"""
+    """learning-rate multiplier of each stage, the innermost included"""
     controller_gain: jax.Array
-    """of the offsets that hold boundary rates"""
+    """gain of the offsets that hold boundary rates"""
 
 
 def schedule(config: OptimConfig, step: jax.Array, num_steps: int) -> jax.Array:
     """Factor of the peak learning rate at update `step` (0 is the first), in (0, 1].
 
-    "20% inverse-square-root decay" of arXiv 2507.07955 is read as 1 - sqrt(x), x the share of the
-    decay that is done.
+    The "20% inverse-square-root decay" of arXiv 2507.07955 is interpreted as 1 - sqrt(x), where x
+    is the fraction of the decay steps done.
     """
     step = step.astype(jnp.float32)
     warmup = max(round(config.warmup_frac * num_steps), 1)
@@ -43,7 +43,7 @@ def schedule(config: OptimConfig, step: jax.Array, num_steps: int) -> jax.Array:
 
 
 def optimizer(config: OptimConfig) -> optax.GradientTransformation:
-    """Clipped Adam; `direction` and `apply_update` make a step of it."""
+    """Adam on clipped gradients; `direction` and `apply_update` complete the update."""
     return optax.chain(
         _clip_by_global_norm(config.clip_norm),
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
@@ -51,7 +51,7 @@ def optimizer(config: OptimConfig) -> optax.GradientTransformation:
 
 
 def _clip_by_global_norm(norm: float) -> optax.GradientTransformation:
-    """As optax has it, but one product a number: its division XLA makes in a pass of its own."""
+    """Like optax's, but one multiplication per element: XLA runs its division as another pass."""
 
     def clip(grads, params):
         del params
@@ -61,7 +61,7 @@ def _clip_by_global_norm(norm: float) -> optax.GradientTransformation:
 
 
 def direction(config: OptimConfig, grads: Any, opt_state: optax.OptState) -> tuple[Any, Any]:
-    """(Adam direction of clipped gradients, next state)."""
+    """(Adam direction of the clipped gradients, next optimizer state)."""
     with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer power
         return optimizer(config).update(grads, opt_state)
 
@@ -71,7 +71,8 @@ def apply_update(
 ) -> Any:
     """p - lr (direction + weight_decay p), lr = learning_rate * factor * the stage's multiplier.
 
-    infos: `hnet.nn.parameters.describe` of the model; weight_decay is 0 where it says so.
+    infos: `hnet.nn.parameters.describe` of the model; weight_decay is 0 for parameters whose
+    `decay` is False.
     """
 
     def update(info: ParameterInfo, p, d):

@@ -1,9 +1,9 @@
-"""Many runs as one program: their states stacked on a leading axis, which the devices share.
+"""Many runs as one program: their states stacked on a leading axis, sharded over the devices.
 
-What one run does is `program.experiment`; here it is mapped over runs (R of them) that differ
-in nothing but traced numbers and seeds. Each run sees the batches of its own seed, as it would
-alone. All share the chunk slots of the one that wants most, which changes no result, since none
-overflows.
+`program.experiment` defines one run; here it is mapped over R runs that differ only in traced
+numbers and seeds. Each run sees the batches of its own seed, as if trained separately. All runs
+use the capacities that the run with most chunks needs. This changes no result as long as no chunk
+is clipped.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ from hnet.train.program import (
 from hnet.train.settle import settle
 from hnet.train.workdir import check_steps
 
-AXES = ("runs", "data", "fsdp", "tensor")  # a run lies on one device, so the last three are 1
+AXES = ("runs", "data", "fsdp", "tensor")  # each run is on one device, so the last three are 1
 
 
 def build(
@@ -55,8 +55,8 @@ def build(
 ) -> Program:
     """The program of these runs; every array of state, batch and metrics has a leading axis R.
 
-    R is a multiple of the devices: the last run is repeated behind the others to fill it. Raises
-    ConfigError unless the runs differ in traced numbers and seeds alone.
+    R is a multiple of the number of devices: the last run is repeated as padding. Raises
+    ConfigError unless the runs differ only in traced numbers and seeds.
     """
     if any(untraced(config) != untraced(configs[0]) for config in configs):
         raise ConfigError("these runs differ in more than traced numbers: train them apart")
@@ -76,7 +76,7 @@ def build(
     one = experiment(config, graph, packed_rows)
 
     def by_device(function, *specs):
-        """Each device maps over its own runs, and its kernels see one device."""
+        """Map each device over its own runs, so that kernels see one device."""
         return jax.shard_map(
             function, mesh=mesh, in_specs=specs, out_specs=P("runs"), check_vma=False
         )
@@ -113,7 +113,7 @@ def build(
 
 
 def put_batches(batches: Sequence[Batch], mesh: Mesh) -> dict[str, jax.Array]:
-    """A batch for each run, stacked; runs behind the last one get that of the last."""
+    """One batch per run, stacked; padding runs get the batch of the last run."""
     batches = [*batches, *[batches[-1]] * (-len(batches) % mesh.shape["runs"])]
     sharding = NamedSharding(mesh, P("runs"))
     return {
@@ -125,14 +125,14 @@ def put_batches(batches: Sequence[Batch], mesh: Mesh) -> dict[str, jax.Array]:
 
 @dataclass
 class Progress:
-    """Where the runs stand besides their arrays: plain JSON in every checkpoint."""
+    """State of the runs besides their arrays; plain JSON in every checkpoint."""
 
     curve: list[tuple[int, list[float | None]]] = field(default_factory=list)
-    """(step, held-out bits per byte of each run, None for NaN) of evaluations before the last"""
+    """evaluations before the last: (step, held-out bits per byte of each run, None for NaN)"""
     overflow: list[list[float]] = field(default_factory=list)
-    """largest share of chunks that a step clipped, by run and stage"""
+    """largest fraction of chunks clipped in one step, by run and stage"""
     faults: dict[str, str] = field(default_factory=dict)
-    """what went wrong, by number of the run"""
+    """fault of each failed run, by number of the run"""
     ladder: dict = field(default_factory=dict)
     settled: int = 0
     """step whose parameters got exact boundary offsets"""
@@ -140,19 +140,20 @@ class Progress:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the runs ended."""
+    """Result of the runs."""
 
     state: Any
     step: int
     evaluations: tuple[Evaluation, ...] | None
-    """the last ones; None if the runs were asked to stop"""
+    """last evaluation of each run; None if the runs were stopped by a request"""
     progress: Progress
 
 
 Watch = Callable[[int, list[float | None]], bool]
-"""gets an entry of `Progress.curve`; True ends all runs there"""
+"""callback for (step, bpb), an entry of `Progress.curve`; if it returns True all runs end"""
 Show = Callable[[dict[str, Any]], None]
-"""gets a row every `train.log_every` steps: step, train/bpb of each run, positions_per_sec"""
+"""callback for one row per `train.log_every` steps: step, train/bpb of each run and
+positions_per_sec"""
 
 
 def train_population(
@@ -165,8 +166,9 @@ def train_population(
 ) -> Outcome:
     """Train the runs up to `train.steps`, from the newest good checkpoint of `workdir` if any.
 
-    A run whose updates were skipped `train.max_skipped` times in a row, for a non-finite loss or
-    gradient, counts as failed; the others go on. Raises ConfigError for settings that cannot work.
+    A run with `train.max_skipped` skipped updates in a row (non-finite loss or gradient) counts as
+    failed (`Progress.faults`); the other runs continue. Raises ConfigError for settings that
+    cannot work.
     """
     corpus, config = open_corpus(configs[0].data), configs[0]
     program = build(configs)
@@ -187,7 +189,7 @@ def train_population(
 
 @contextlib.contextmanager
 def open_batches(configs: Sequence[Config], corpus: Corpus, start: int):
-    """An iterator over lists of batches, one a run; equal seeds share the batch."""
+    """An iterator over lists of batches, one per run; runs with equal seeds share a batch."""
     groups = configs[0].model.route_groups
     with contextlib.ExitStack() as stack:
         by_seed = {
@@ -207,7 +209,7 @@ def open_batches(configs: Sequence[Config], corpus: Corpus, start: int):
 
 @dataclass
 class _Runs:
-    """What `train` needs from the first step to the last."""
+    """Objects that `train` uses from the first step to the last."""
 
     configs: Sequence[Config]
     corpus: Corpus
@@ -219,7 +221,7 @@ class _Runs:
     batches: Iterator[list[Batch]]
 
     def train(self, state: Any, progress: Progress, done: int) -> Outcome:
-        """The order is that of `hnet.train.loop`: evaluate, save, next batch, step, read."""
+        """Train in the order of `hnet.train.loop`: evaluate, save, next batch, step, read."""
         config, start, self.shown = self.configs[0], done, (time.monotonic(), done)
         ladder = self.program.ladder
         if progress.ladder:
@@ -259,7 +261,7 @@ class _Runs:
             self.checkpoints.check()
 
     def _evaluate(self, params, capacities, done: int, *, whole: bool):
-        """An Evaluation of each run; None if a stop request came."""
+        """One Evaluation per run; None if a stop was requested."""
         config = self.configs[0]
         return run_evaluation(
             self.program, params, self.corpus.heldout, config, capacities,
@@ -271,7 +273,7 @@ class _Runs:
         )  # fmt: skip
 
     def _read(self, inflight: tuple[int, dict], progress: Progress) -> tuple[int, ...]:
-        """Wait for a step and note what it did; returns the most slots a row of any run wanted."""
+        """Wait for a step and record it; returns the most slots that a row of any run needed."""
         step, metrics = inflight[0], jax.device_get(inflight[1])
         config, bpb = self.configs[0], []
         stages = range(config.model.num_chunked)

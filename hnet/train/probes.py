@@ -1,4 +1,4 @@
-"""Texts whose boundaries are drawn at every evaluation: held-out text and known trouble."""
+"""Texts whose boundaries are drawn at every evaluation: held-out text and difficult cases."""
 
 import random
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The compiled side of a run: what is jitted, with which shardings and which traced numbers."""
+"""The compiled functions of a run, their shardings and their traced numbers."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -35,11 +35,11 @@ from hnet.train.step import TrainState, eval_step, init_state, train_step
 
 @dataclass(frozen=True)
 class Experiment:
-    """A run as pure functions of pytrees: nothing is jitted, sharded or donated yet.
+    """A run as pure functions of pytrees, before jit, sharding and donation.
 
-    `build` compiles it for a mesh, `population.build` several in one program. Whoever wants another
-    step, loss or state replaces functions (`Change`); state and batch are theirs to define, as long
-    as the state is a `TrainState` with its five first fields.
+    `build` jits it for a mesh, `population.build` jits several runs as one program. For another
+    step, loss or state, replace its functions (`Change`). State and batch may have any content, as
+    long as the state is a `TrainState` with its first five fields.
     """
 
     init: Callable[[jax.Array], TrainState]
@@ -49,18 +49,18 @@ class Experiment:
     evaluate: Callable[..., dict]
     """(parameters, batch, capacities=...) -> metrics"""
     numbers: Any
-    """traced numbers: what a sweep may vary without compiling"""
+    """traced numbers, which a sweep can vary without recompiling"""
     graph: Any
     """structure of the model: ``nnx.merge(graph, state.params)``"""
 
 
 Change = Callable[[Experiment], Experiment]
-"""What a researcher puts in place of some functions of a run."""
+"""Function that replaces some functions of a run by your own."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """Jitted pure functions of a run and where their arguments live."""
+    """Jitted pure functions of a run and the shardings of their arguments."""
 
     mesh: jax.sharding.Mesh
     shardings: Any
@@ -70,14 +70,14 @@ class Program:
     evaluate: Callable[..., dict]
     abstract_state: TrainState
     graph: Any
-    """of the model as any one device can compute it"""
+    """structure of the model with the array-code backends, which run on any device"""
     kernels: str
-    """a line on what computes attention and the SSD"""
+    """line that names the backends of attention and the SSD"""
     ladder: Ladder
-    """chunk slots of a run that has just started"""
+    """capacity schedule of a run that starts at step 0"""
 
 
-# fields of a batch for the devices
+# fields of a batch that are sent to the devices
 FED = ("input_ids", "segment_ids", "loss_mask", "route_ids", "byte_lengths")
 
 
@@ -90,8 +90,8 @@ def build(
 ) -> Program:
     """Everything of a run that does not depend on data; nothing is compiled yet.
 
-    devices: those of a topology that is compiled for but not present (`tpu.plan`); default: all.
-    change: puts functions of one's own in place of the run's.
+    devices: devices to compile for, possibly of an absent topology (`tpu.plan`); default: all.
+    change: replaces functions of the run by your own.
     """
     mesh = make_mesh(config.mesh, devices)
     check(config, mesh)
@@ -133,20 +133,20 @@ def build(
 
 
 def check(config: Config, mesh: jax.sharding.Mesh) -> None:
-    """Raise ConfigError for a run that cannot be on this mesh, by itself or among several."""
+    """Raise ConfigError if a run, single or one of several, does not fit this mesh."""
     check_batch(config.data.batch_size, config.train.accumulate, mesh)
     check_vocabulary(config)
 
 
 def check_vocabulary(config: Config) -> None:
-    """Raise ConfigError if the model has fewer ids than the tokenizer of its text."""
+    """Raise ConfigError if the model's vocabulary is smaller than the tokenizer's."""
     path, held = config.data.tokenizer, config.model.vocab_size
     if path and (needed := read_vocabulary(path).size) > held:
         raise ConfigError(f"model.vocab_size={held}: data.tokenizer={path!r} needs {needed}")
 
 
 def experiment(config: Config, graph: Any, packed_rows: int) -> Experiment:
-    """`train_step` and `eval_step` of a run, its settings bound."""
+    """Initialisation, `train_step` and `eval_step` with the settings of a run bound."""
 
     def make_state(key: jax.Array) -> TrainState:
         init_key, noise_key = jax.random.split(key)
@@ -163,7 +163,7 @@ def experiment(config: Config, graph: Any, packed_rows: int) -> Experiment:
 
 
 def traced_numbers(config: Config) -> tuple[Hyperparams, Numbers]:
-    """The numbers of a run that its program takes as inputs, so that others compile nothing."""
+    """Numbers of a run that are inputs of its program: other values do not recompile it."""
     return (
         Hyperparams(
             learning_rate=np.float32(config.optim.learning_rate),
@@ -176,11 +176,11 @@ def traced_numbers(config: Config) -> tuple[Hyperparams, Numbers]:
 
 
 def untraced(config: Config) -> Config:
-    """The configuration without what is traced: runs for which it is equal share one program.
+    """The configuration with traced values blanked. Runs in which it is equal share one program.
 
     Traced are the numbers of `traced_numbers`, and the seed, through the key of the first state.
-    Target ratios are not where the stride or the first bias of a router is made of them. The work
-    directory, which no program knows, is left out too.
+    Target ratios are not traced if a predictor's stride or initial bias is computed from them. The
+    work directory, which no program depends on, is blanked too.
     """
     stages = [replace(s, chunking=s.chunking.without_numbers()) for s in config.model.stages[:-1]]
     zero = {"learning_rate": 1.0, "weight_decay": 0.0, "lr_multipliers": "none"}
@@ -195,14 +195,14 @@ def untraced(config: Config) -> Config:
 
 
 def rows_packed(config: Config, shards: int) -> int:
-    """Rows that share a row of slots, where the batch lies on `shards` devices."""
+    """Number of rows that share a row of slots if the batch is sharded over `shards` devices."""
     return math.gcd(
         config.train.packed_rows, config.data.batch_size // config.train.accumulate // shards
     )
 
 
 def on_mesh(function: Callable, mesh: jax.sharding.Mesh) -> Callable:
-    """`function` traced where activations and kernels find the mesh, under its own name."""
+    """`function` traced with `mesh` as the abstract mesh, under its own name."""
 
     @wraps(function.func if isinstance(function, partial) else function)
     def traced(*args, **kwargs):
@@ -213,7 +213,7 @@ def on_mesh(function: Callable, mesh: jax.sharding.Mesh) -> Callable:
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch as global arrays."""
+    """Global arrays from this process's rows of a batch."""
     sharding = batch_sharding(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, batch[name])
@@ -223,7 +223,7 @@ def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str
 
 
 def put_whole_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    """A batch that every process has all rows of, as global arrays."""
+    """Global arrays from a batch of which every process has all rows."""
     sharding = batch_sharding(mesh)
     return {
         name: jax.make_array_from_callback(batch[name].shape, sharding, batch[name].__getitem__)
@@ -257,7 +257,7 @@ def run_batches(
     capacities: tuple[int | None, ...],
     **options: Any,
 ) -> Evaluation | None:
-    """`evaluate` on the devices of a run; every process holds the whole batches."""
+    """`evaluate` on the devices of a run; every process has all rows of each batch."""
 
     def run_batch(batch, capacities):
         fed = put_whole_batch(batch, program.mesh)

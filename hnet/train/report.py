@@ -1,4 +1,4 @@
-"""What a run tells people: metrics.jsonl, TensorBoard, alarms, and one live line."""
+"""The logs of a run: metrics.jsonl, TensorBoard, alarms, and one live line."""
 
 import contextlib
 import importlib.util
@@ -28,7 +28,7 @@ from hnet.train.probes import probe_texts
 
 
 class Start(NamedTuple):
-    """Where a run goes on: at its first step, from a checkpoint, or after it went back."""
+    """Point where a run starts or continues: step 0, a checkpoint, or a rollback."""
 
     step: int = 0
     bytes_seen: int = 0
@@ -36,19 +36,19 @@ class Start(NamedTuple):
     """step of the last evaluation that was logged"""
 
     def is_end(self, steps: int) -> bool:
-        """Whether a run of so many steps has nothing left to do and to log."""
+        """Whether a run of `steps` steps has nothing left to do or log."""
         return self.step == self.evaluated == steps
 
 
 class Report:
-    """Everything that process 0 shows and writes while a run goes on; silent on the others.
+    """Logger of a run: process 0 prints and writes, the other processes do neither.
 
-    It is made before anything is written, and writes while it is entered. A run that has ended
-    writes nothing.
+    The constructor writes nothing; files are open only inside the context. A run that has already
+    ended writes nothing.
     """
 
     def __init__(self, config: Config, corpus: Corpus, start: Start):
-        """Raises ConfigError for texts that cannot be drawn and steps that cannot be traced."""
+        """Raises ConfigError for unreadable probe files and for steps that cannot be profiled."""
         self.config, self.start = config, start
         self.speaks = distributed.host_id() == 0
         self.probes = probe_texts(corpus.heldout, config.eval)
@@ -76,7 +76,7 @@ class Report:
         if self.speaks:
             step = self.start.step
             self.metrics = MetricsFile(self.folder.path, step, say=self.say)
-            try:  # a start at 0 goes on after no step, whatever an earlier one logged
+            try:  # a start at step 0 keeps no steps of an earlier run
                 self.writer = RunWriter(tensorboard, resume_step=step or -1, say=self.say)
             except ConfigError as e:
                 raise Failed(str(e)) from None
@@ -85,7 +85,7 @@ class Report:
                 self.say(note)
 
     def _start(self, start: Start) -> None:
-        """Forget what was seen of other steps than those that follow."""
+        """Reset alarms, speed and time left, so that they use only the steps that follow."""
         config = self.config
         self.alarms = BoundaryAlarms(self.is_held, config.controller.hold_from(config.train.steps))
         self.logged_at, self.logged_bytes = time.monotonic(), start.bytes_seen
@@ -103,18 +103,18 @@ class Report:
         self.line.close()
 
     def save(self) -> None:
-        """Bring what is copied elsewhere up to date: it is never older than a checkpoint."""
+        """Copy the logs to a bucket, if any, so that they are never older than a checkpoint."""
         if self.folder:
             self.folder.copy()
 
     def say(self, text: str) -> None:
-        """One line that stays."""
+        """Print one permanent line."""
         self.line.say(text)
 
     def step(self, row: dict[str, Any]) -> list[str]:
-        """Show a step; log it if it is one of every `log_every`, the first, or was evaluated.
+        """Check a step's boundaries; log step 1, multiples of `log_every` and evaluated steps.
 
-        Returns the boundary alarms that it raised, a line each.
+        Returns its new boundary alarms, one line per alarm.
         """
         metrics = row.pop("metrics")
         step, is_logged = row["step"], row["step"] == 1 or "eval/bpb" in row
@@ -131,7 +131,7 @@ class Report:
         if not self.speaks:
             return
         self.metrics.write(row)
-        logged = ("step", "eval/", "probe/")  # an event has its step; `evaluated` wrote the others
+        logged = ("step", "eval/", "probe/")  # an event has its step; `evaluated` wrote the rest
         numbers = {k: v for k, v in row.items() if isinstance(v, int | float)}
         scalars = {k: v for k, v in numbers.items() if not k.startswith(logged)}
         self.writer.scalars(row["step"], scalars)
@@ -142,7 +142,7 @@ class Report:
                 self.writer.histogram(row["step"], name, values, np.linspace(0, 1, PROB_BINS + 1))
 
     def _add_speed(self, row: dict[str, Any]) -> None:
-        """bytes_per_sec, and the share of time spent waiting for data, since the last line."""
+        """Add bytes_per_sec and the fraction of time spent waiting for data, since the last row."""
         now, wait = time.monotonic(), row.pop("input/wait_seconds")
         seen, seconds = row["bytes_seen"], max(now - self.logged_at, 1e-9)
         row["bytes_per_sec"] = (seen - self.logged_bytes) / seconds
@@ -168,9 +168,9 @@ class Report:
     def evaluated(
         self, step, evaluation: Evaluation, row, segment, params, *, is_new: bool = True
     ) -> None:
-        """Log an evaluation, into the row of its step if there is one, and draw the probe texts.
+        """Log an evaluation, in the row of its step if given, and draw the probe texts.
 
-        is_new: False if an earlier start has logged it; then it is only said.
+        is_new: False if an earlier start has logged it; then it is only printed.
         """
         if is_new:
             self._log_evaluation(step, evaluation.metrics(), row, segment, params)
@@ -189,11 +189,11 @@ class Report:
             results |= self.writer.write_segmentations(step, drawn)
         if row is not None:
             row |= results
-        elif self.metrics:  # resumed at this step, whose row is written already
+        elif self.metrics:  # resumed at this step, whose row is already written
             self.metrics.amend(step, results)
 
     def rolled_back(self, start: Start, why: str) -> None:
-        """Go on from an earlier step."""
+        """Continue from an earlier step: drop the logs of later steps."""
         self.say(f"{why}: rolled back to step {start.step}")
         if self.metrics:
             self.metrics.go_back(start.step)
@@ -202,9 +202,10 @@ class Report:
 
 
 class Trace:
-    """A profile of the steps FIRST to LAST - 1, written where TensorBoard's profile plugin looks.
+    """A profile of the steps FIRST to LAST - 1, for TensorBoard's profile plugin.
 
-    A run that resumes between them traces the rest; one that ends there keeps what it has.
+    A run that resumes within this range profiles the rest; a run that ends within it keeps its
+    partial profile.
     """
 
     def __init__(self, config: ProfileConfig, folder: Path | None = None):
@@ -218,7 +219,7 @@ class Trace:
 
     @contextlib.contextmanager
     def step(self, done: int):
-        """Around the step that follows `done` steps."""
+        """Context for the step after `done` steps."""
         if self.first <= done < self.last and not self.is_running:
             jax.profiler.start_trace(str(self.folder))
             self.is_running = True
@@ -234,16 +235,16 @@ class Trace:
 
 
 def _loads_libtpu_in_vain() -> bool:
-    """Whether JAX loads libtpu though nothing here is a TPU, as `tpu.plan` needs it."""
+    """Whether JAX loads libtpu (installed e.g. for `tpu.plan`) on a machine without a TPU."""
     wanted = jax.config.jax_platforms or "tpu"
     is_installed = importlib.util.find_spec("libtpu") is not None
     return "tpu" in wanted and is_installed and jax.default_backend() != "tpu"
 
 
 class LiveLine:
-    """step, bits a byte, bytes a second, bytes a chunk of each stage, time left.
+    """Step, bits per byte, bytes per second, bytes per chunk of each stage, time left.
 
-    A bar in a terminal, a line every few seconds elsewhere.
+    A progress bar in a terminal, otherwise a line every `seconds` seconds.
     """
 
     def __init__(self, total: int, start: int, *, enabled: bool = True, seconds: float = 10.0):
@@ -261,7 +262,7 @@ class LiveLine:
         self.console.print(escape(text), soft_wrap=True)
 
     def restart(self, step: int) -> None:
-        """Count the time left from this step on."""
+        """Measure the pace, and so the time left, from this step on."""
         self.start, self.began = step, time.monotonic()
         if self.bar:
             self.bar.update(self.task, completed=step)

@@ -1,4 +1,4 @@
-"""The sections of a run's configuration beside the network, which can be read without JAX."""
+"""The sections of a run's configuration except the model; importing them loads no JAX."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -13,24 +13,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its schedule."""
+    """AdamW and its learning-rate schedule."""
 
     learning_rate: Positive = 1e-3
     """peak learning rate, before the multiplier of each stage"""
     schedule: Literal["wsd", "cosine", "constant"] = "wsd"
-    """after warm-up: constant then 1 - sqrt decay, cosine to 0, or constant"""
+    """schedule after warm-up: constant then 1 - sqrt decay, cosine to 0, or constant"""
     warmup_frac: Share = 0.1
-    """share of the steps that warm up linearly"""
+    """fraction of the steps with linear warm-up"""
     decay_frac: Share = 0.2
-    """share of the steps, at the end, in which wsd decays"""
+    """fraction of the steps, at the end, in which wsd decays"""
     lr_multipliers: Literal["published", "none"] | tuple[NotNegative, ...] = "published"
     """learning-rate factor of each stage, outermost first: the paper's formula, 1, or numbers"""
     b1: Annotated[float, Bounds(0, below=1)] = 0.9
-    """decay of Adam's mean of gradients"""
+    """decay rate of Adam's mean of gradients"""
     b2: Annotated[float, Bounds(0, below=1)] = 0.95
-    """decay of Adam's mean of squared gradients"""
+    """decay rate of Adam's mean of squared gradients"""
     eps: Positive = 1e-8
-    """term that keeps Adam from dividing by 0"""
+    """term in Adam's denominator that prevents division by 0"""
     weight_decay: NotNegative = 0.1
     """decoupled weight decay; not on norms, biases, A_log, dt_bias and D"""
     clip_norm: Positive = 1.0
@@ -59,50 +59,50 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ControllerConfig:
-    """Holding the rate of stages with `hold_rate` (`hnet.chunking.controller`)."""
+    """Control of the boundary rate in stages with `hold_rate` (`hnet.chunking.controller`)."""
 
     hold_frac: Share = 0.3
-    """share of the updates, the last ones, in which offsets move. Before them only the rate loss
-    acts: it settles at more chunks than the target, with which a model learns faster at first"""
+    """fraction of the updates, at the end, in which offsets move. Before that only the rate loss
+    acts: it converges to more chunks than the target, with which a model learns faster at first"""
     gain: NotNegative = 1.0
-    """how far an update moves an offset for a relative error of 1, that is at twice the target. It
-    goes with the root of the learning rate's schedule: the less the router moves, the more batches
-    are averaged"""
+    """change of an offset per update at a relative error of 1, that is at twice the target rate. It
+    is multiplied by the square root of the learning-rate factor: the slower the predictor changes,
+    the more batches are averaged"""
     settle_bytes: Natural = 1_000_000
-    """positions of training text on which the offsets are set after the last update (at most as
-    many batches as were trained on); 0 = leave them as the last update did"""
+    """number of positions of training text on which the offsets are set after the last update (at
+    most as many batches as the run has updates); 0 = leave them as they are"""
     fit_default: bool = False
-    """the default route has no script of the text: fit its router, then its offset, on as much of
-    it in made-up scripts (`hnet.train.default_route`), so that a script which was never trained on
-    is cut at this route's target"""
+    """whether to fit the default route's predictor, then its offset, on settle_bytes positions of
+    training text rewritten in synthetic scripts (`hnet.train.default_route`), so that unseen
+    scripts are chunked at this route's target; for training text with no script of this route"""
 
     def __post_init__(self):
         check(self, "controller")
 
     def hold_from(self, num_steps: int) -> int:
-        """Updates of a run before the first one in which offsets move."""
+        """Number of updates before the first one in which offsets move."""
         return round((1 - self.hold_frac) * num_steps)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Length of a run and what happens when numbers go wrong."""
+    """Length of a run, batching, and handling of non-finite numbers."""
 
     steps: Count = 1000
-    """optimizer updates"""
+    """number of optimizer updates"""
     accumulate: Count = 1
-    """micro-batches per update; the batch is divided into that many"""
+    """number of micro-batches per update; the batch is divided into that many"""
     packed_rows: Count = 1
-    """rows of a device whose chunks share a row of slots, so that one that cuts often takes what
-    another leaves; as many of them as divide the rows of a device"""
+    """number of rows of a device whose chunks share a row of slots, so that a row with many chunks
+    uses slots that others leave free; reduced to a divisor of the rows per device"""
     log_every: Count = 10
-    """updates between two lines of metrics.jsonl"""
+    """number of updates per line of metrics.jsonl"""
     max_skipped: Count = 10
-    """updates in a row that may be skipped for a non-finite loss or gradient"""
+    """number of consecutive skipped updates (non-finite loss or gradient) before on_non_finite"""
     on_non_finite: Literal["rollback", "stop"] = "rollback"
-    """after max_skipped: go back to the last good checkpoint with later data, or end"""
+    """action after max_skipped: go back to the last good checkpoint with later data, or end"""
     stop_on_alarm: bool = False
-    """end the run when a boundary alarm is raised"""
+    """whether a boundary alarm ends the run"""
 
     def __post_init__(self):
         check(self, "train")
@@ -110,16 +110,16 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation on the held-out text while training."""
+    """Evaluation on held-out text during training."""
 
     every: Natural = 500
-    """updates between two evaluations; 0 = only the last one, on the whole held-out text"""
+    """number of updates per evaluation; 0 = only the last one, on the whole held-out text"""
     max_bytes: Count = 65_536
-    """held-out bytes of the evaluations before the last one, which reads all"""
+    """number of held-out bytes per evaluation, except the last one, which reads all"""
     probe_bytes: Count = 384
-    """bytes of each text whose boundaries are drawn"""
+    """number of bytes of each text whose boundaries are drawn"""
     probe_texts: Count = 4
-    """texts drawn of the held-out text and of each of probe_files, spread evenly"""
+    """number of texts drawn from the held-out text and from each of probe_files, evenly spaced"""
     probe_files: tuple[str, ...] = ()
     """files of texts with gold boundaries, as `experiments.boundaries` reads them"""
 
@@ -129,20 +129,20 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When the state is saved and how much of it is kept."""
+    """When checkpoints are saved and which are kept."""
 
     every: Natural = 1000
-    """optimizer updates between two checkpoints; 0 = only at the end and at a stop request"""
+    """number of updates per checkpoint; 0 = only at the end and at a stop request"""
     keep: Count = 3
-    """newest good checkpoints kept; older ones are deleted after a new one is durable"""
+    """number of newest good checkpoints kept; older ones are deleted once a new one is durable"""
     keep_every: Natural = 0
-    """checkpoints of steps divisible by this are kept for ever; 0 = none"""
+    """divisor of the steps whose checkpoints are never deleted; 0 = none"""
     asynchronous: bool = True
-    """write in the background while training goes on"""
+    """whether to write in the background while training continues"""
     cast_dtype: bool = False
-    """allow a restore into other dtypes than the saved ones"""
+    """whether a restore may cast to other dtypes than the saved ones"""
     timeout_seconds: Count = 1200
-    """the longest that a save, or a host that others wait for in it, may take"""
+    """longest time in seconds for a save, and for waiting for another host in it"""
 
     def __post_init__(self):
         check(self, "checkpoint")
@@ -150,14 +150,14 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; -1 on at most one of them means all that are left."""
+    """Number of devices along each axis; -1 (on at most one axis) means all remaining devices."""
 
     data: int = -1
-    """copies of the parameters, each on its own rows"""
+    """number of copies of the parameters, each for its own rows"""
     fsdp: int = 1
-    """rows too, with parameters and optimizer state sharded over the axis"""
+    """number of shards of parameters and optimizer state; rows are sharded over this axis too"""
     tensor: int = 1
-    """attention heads, MLP and Mamba inner width sharded over the axis"""
+    """number of shards of attention heads and of the inner width of MLP and Mamba"""
 
     def __post_init__(self):
         check(self, "mesh")
@@ -172,24 +172,24 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """How the processes of one run find each other; nothing to set on one machine."""
+    """How the processes of one run find each other; not needed on one machine."""
 
     coordinator: str | None = None
-    """HOST:PORT of process 0; default: $JAX_COORDINATOR_ADDRESS, else found by `auto`"""
+    """address HOST:PORT of process 0; default: $JAX_COORDINATOR_ADDRESS, else found by `auto`"""
     num_processes: Count | None = None
-    """processes of the run; default: $JAX_NUM_PROCESSES, else found by `auto`"""
+    """number of processes; default: $JAX_NUM_PROCESSES, else found by `auto`"""
     process_id: Natural | None = None
-    """number of this process from 0; default: $JAX_PROCESS_ID, else found by `auto`"""
+    """index of this process, from 0; default: $JAX_PROCESS_ID, else found by `auto`"""
     auto: bool = True
-    """ask the environment: TPU pods, GKE, Slurm, Open MPI"""
+    """whether to detect the processes from the environment: TPU pods, GKE, Slurm, Open MPI"""
     initialization_timeout: Count = 300
     """seconds to wait for all processes at the start"""
     heartbeat_timeout_seconds: Count = 100
     """seconds of silence after which a process counts as dead"""
     shutdown_timeout_seconds: Count = 60
-    """seconds a finished process waits for the others"""
+    """seconds that a finished process waits for the others"""
     barrier_timeout_seconds: Positive = 600.0
-    """seconds a process waits at a barrier before it names the missing ones"""
+    """seconds that a process waits at a barrier before it names the missing ones"""
 
     def __post_init__(self):
         check(self, "distributed")
@@ -197,7 +197,7 @@ class DistributedConfig:
 
 @dataclass(frozen=True)
 class WatchdogConfig:
-    """When silence counts as a hang."""
+    """When a run without a heartbeat counts as hanging."""
 
     timeout_seconds: NotNegative = 600.0
     """seconds without a heartbeat before the stacks are written; 0 = no watchdog"""
@@ -215,7 +215,7 @@ class ProfileConfig:
     """A trace for TensorBoard's profile plugin."""
 
     steps: str = ""
-    """FIRST:LAST, e.g. 10:20; empty = no trace"""
+    """range FIRST:LAST of steps, LAST excluded, e.g. 10:20; empty = no trace"""
 
     def __post_init__(self):
         first, _, last = self.steps.partition(":")
@@ -232,12 +232,12 @@ class ProfileConfig:
 
 @dataclass(frozen=True)
 class Sections:
-    """Everything a run is made of but its network."""
+    """All settings of a run except its model."""
 
     workdir: str = "runs/default"
-    """folder of this run, local or gs://bucket/folder; the same command again resumes in it"""
+    """folder of this run, local or gs://bucket/folder; the same command again resumes the run"""
     seed: Annotated[int, Bounds(0, 2**32 - 1)] = 0
-    """number that the initialisation and the order of the data follow from"""
+    """seed of the initialisation, the noise and the order of the data"""
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     controller: ControllerConfig = ControllerConfig()

@@ -1,6 +1,7 @@
-"""After the last update: boundary rates are set to their targets on a long text.
+"""After the last update: set threshold offsets so that boundary rates equal their targets.
 
-So is the default route's router where no script of the text is its own (`fit_default`).
+The rates are measured on a long text. With `controller.fit_default` the default route's boundary
+predictor is fitted first, for training text with no script of that route.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,12 +22,12 @@ from hnet.train.default_route import fit_default_route
 from hnet.train.evaluate import OfEachRun
 from hnet.train.program import Program, run_batches
 
-SEED = 0x5E771E  # of an order of the text that is that of no run
-UNKNOWN_FRAC = 0.1  # of the rows, where the default route has made-up scripts: enough of each route
+SEED = 0x5E771E  # seed of a data order that no run uses
+UNKNOWN_FRAC = 0.1  # share of rows in synthetic scripts: enough positions of each route
 
 
 class Logits:
-    """Those of the positions of one stage, which `evaluate` gathers, and their routes."""
+    """Accumulator for `evaluate`: logits and routes of all positions of one stage, no padding."""
 
     def __init__(self, stage: int):
         self.stage, self.logits, self.routes = stage, [], []
@@ -51,11 +52,12 @@ def settle(
     capacities: tuple[int | None, ...],
     beat: Callable[[], None] = lambda: None,
 ) -> Any:
-    """`params` with exact offsets in every stage that holds its rate, the outermost first.
+    """`params` with exact offsets in every stage that holds its rate, outermost stage first.
 
-    What a stage is fed depends on the cuts of those around it, hence a pass over the text for each.
-    Routers draw no noise, as in inference. configs: of the run, or of all runs of a population,
-    whose arrays have a leading axis. beat: called at every batch, for it takes long.
+    The input of a stage depends on the boundaries of the stages around it, so there is one pass
+    over the text per stage. Predictors draw no noise, as in inference.
+    configs: the run's, or those of all runs trained together (arrays have a leading axis of runs).
+    beat: called once per batch, as a heartbeat, because this can take long.
     """
     config, model = configs[0], configs[0].model
     positions = config.data.batch_size * config.data.seq_len
@@ -86,10 +88,10 @@ def settle(
 
 
 def _set(wanted: int, exact: list[np.ndarray], stage: int, offset: jax.Array) -> jax.Array:
-    """The offsets of a stage, or of it in each run; those that are not known stay."""
+    """Set the offsets of stage `wanted` (of every run); where `exact` is NaN the old ones stay."""
     if stage != wanted:
         return offset
-    runs = offset.reshape(-1, offset.shape[-1]).shape[0]  # the last one may stand there again
+    runs = offset.reshape(-1, offset.shape[-1]).shape[0]  # the last run may be repeated as padding
     new = np.stack([*exact, *[exact[-1]] * (runs - len(exact))]).reshape(offset.shape)
     choose = jax.jit(lambda old, new: jnp.where(jnp.isnan(new), old, new))
     return jax.device_put(choose(offset, new), offset.sharding)

@@ -1,4 +1,4 @@
-"""The mesh, and the one table that says where every axis of a parameter lies on it."""
+"""The mesh, and the table that maps every parameter axis to mesh axes."""
 
 import math
 from typing import Any
@@ -13,12 +13,12 @@ from hnet.nn.layers import ROW_AXES
 from hnet.nn.parameters import ParameterInfo, map_parameters
 from hnet.train.config import MeshConfig
 
-BATCH = P(ROW_AXES)  # rows; every activation is sharded on its rows alone
+BATCH = P(ROW_AXES)  # every activation is sharded over its rows only
 
-# Name of a parameter's axis -> mesh axes. fsdp cuts rows, the axis that a matmul sums over: the
-# compiler for TPUs scatters the gradients of these as it sums them, not always those of columns.
-# tensor cuts heads, the MLP's and the recurrent mixers' inner width. Weights into these hold
-# several parts side by side, so they are stored with their rows cut (`fused_linear`).
+# Name of a parameter's axis -> mesh axes. fsdp shards rows, the axis that a matmul sums over: for
+# these the TPU compiler uses reduce-scatter for gradients, for columns it does not always.
+# tensor shards heads and the inner width of the MLP and of recurrent mixers. Weights into these
+# hold several matrices side by side, so they are stored with sharded rows (`fused_linear`).
 AXES: dict[str, str | tuple[str, ...] | None] = {
     "embed": "fsdp",
     "embed_fused": ("fsdp", "tensor"),
@@ -34,7 +34,7 @@ AXES: dict[str, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
-    """A mesh over all (or the given) devices. Raises ConfigError if the axes do not fit them."""
+    """A mesh over `devices` (default: all). Raises ConfigError if the axes do not fit them."""
     devices = jax.devices() if devices is None else devices
     sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
     free = [k for k, v in sizes.items() if v == -1]
@@ -58,8 +58,8 @@ def path_name(path: tuple) -> str:
 def parameter_spec(names: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
     """Spec of a parameter whose trailing axes have these names.
 
-    Leading axes, which stack layers or script groups, stay whole; so does an axis that its mesh
-    axes do not divide. Raises ConfigError for a name that the table `AXES` does not have.
+    Leading axes, which stack layers or script groups, are not sharded; neither is an axis whose
+    size its mesh axes do not divide. Raises ConfigError for a name that is not in `AXES`.
     """
     if unknown := [name for name in names if name not in AXES]:
         raise ConfigError(
@@ -75,9 +75,9 @@ def _devices(axes: str | tuple[str, ...], mesh: Mesh) -> int:
 
 
 def state_shardings(abstract_state: Any, infos: Any, mesh: Mesh) -> Any:
-    """Sharding of every leaf of a train state; optimizer moments lie where their parameter does.
+    """Sharding of every leaf of a train state; optimizer moments are sharded like their parameter.
 
-    infos: `hnet.nn.parameters.describe` of the model. What belongs to no parameter is replicated.
+    infos: `hnet.nn.parameters.describe` of the model. Leaves of no parameter are replicated.
     """
 
     def sharding(info: ParameterInfo, leaf):
@@ -95,7 +95,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def check_batch(rows: int, accumulate: int, mesh: Mesh) -> None:
-    """Raise ConfigError unless every device gets the same number of rows in every micro-batch."""
+    """Raise ConfigError unless all devices get equally many rows in every micro-batch."""
     share = mesh.shape["data"] * mesh.shape["fsdp"] * accumulate
     if rows % share:
         raise ConfigError(

@@ -33,18 +33,18 @@ Metrics = dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
-    """Everything an update changes; arrays only."""
+    """All arrays that an update changes."""
 
     step: jax.Array
-    """updates done, int32"""
+    """number of updates done, int32"""
     params: Any
     opt_state: optax.OptState
     key: jax.Array
-    """of the noise that relaxed routers draw; each step folds its number in"""
+    """random key for the noise of relaxed predictors; each step folds in its number"""
     skipped: jax.Array
-    """updates in a row that were left out because loss or gradient was not finite, int32"""
+    """number of updates in a row skipped because loss or gradient was not finite, int32"""
     loss_states: tuple = ()
-    """what the losses of each stage remember from update to update"""
+    """states that the losses of each stage carry between updates"""
 
 
 def init_state(params: Any, key: jax.Array, model: HNetConfig, optim: OptimConfig) -> TrainState:
@@ -69,10 +69,10 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One update from one batch of rows. From update `hold_from` on the controller acts.
 
-    A non-finite loss or gradient leaves parameters and optimizer as they were and is counted.
-    With `accumulate` > 1 the batch is divided into that many micro-batches, which make the same
-    update and the same metrics (but for `max_slots`, the noise of relaxed routers, and which rows
-    share slots).
+    If loss or gradient is not finite, parameters, optimizer and loss states stay unchanged and the
+    skip is counted. With `accumulate` > 1 the batch is divided into that many micro-batches. Update
+    and metrics are the same, except for `max_slots`, the noise of relaxed predictors, and which
+    rows share slots.
     """
     update_numbers, numbers = hparams
     key = jax.random.fold_in(state.key, state.step)
@@ -132,11 +132,11 @@ def train_step(
 
 
 def _accumulated(totals: Callable, grad_fn: Callable, params: Any, batch: Batch, key, count: int):
-    """Gradient and sums of a batch that is computed in `count` interleaved micro-batches.
+    """Gradient and sums of a batch, computed in `count` interleaved micro-batches.
 
     Micro-batch i takes rows i, i + count, ...: on a batch-sharded mesh each device divides its own
-    rows and nothing moves. A first pass finds what the loss divides by, which is known only of the
-    whole batch; it runs the encoders and predictors, and nothing after the last one.
+    rows and no data moves. The loss divides by totals of the whole batch. A first pass computes
+    them; it runs only the encoders and predictors, up to the last predictor.
     """
 
     def divided(rows):
@@ -166,7 +166,7 @@ def eval_step(
     capacities: tuple[int | None, ...],
     packed_rows: int = 1,
 ) -> Metrics:
-    """Nats of each byte and what each stage did (S of them cut); nothing is learned."""
+    """Nats of each byte and chunk statistics of each of the S chunking stages; no update."""
     model = nnx.merge(graph, params)
     logits_BLV, records = model(
         batch["input_ids"], batch["segment_ids"], capacities=capacities,

@@ -1,4 +1,4 @@
-"""The step folders of a work directory: which are good, which may go, how a new one finds room.
+"""The step folders of a work directory: verify, delete and rename them, clear one for a save.
 
 Only process 0 changes anything here.
 """
@@ -18,39 +18,39 @@ STATE = "state"
 
 
 def work_folder(workdir: str | os.PathLike) -> epath.Path:
-    """A work directory, which is a local folder or lies in a bucket (``gs://...``).
+    """Path of a work directory: a local folder or one in a bucket (``gs://...``).
 
-    Raises ConfigError if the bucket cannot be opened: no package for it, no credentials.
+    Raises ConfigError if the bucket cannot be opened, e.g. without its package or credentials.
     """
     path = epath.Path(workdir)
     if "://" not in os.fspath(workdir):
         return path.expanduser().absolute()
     try:
         path.exists()
-    except Exception as e:  # each file system raises its own
+    except Exception as e:  # each file system raises its own type
         raise ConfigError(f"workdir {str(path)!r} cannot be opened: {mf.first_line(e)}") from None
     return path
 
 
 def checkpoint_folder(workdir: str | os.PathLike) -> epath.Path:
-    """``WORKDIR/checkpoints``. Raises ConfigError as `work_folder`."""
+    """``WORKDIR/checkpoints``. Raises ConfigError like `work_folder`."""
     return work_folder(workdir) / "checkpoints"
 
 
 def list_steps(folder: epath.Path) -> list[int]:
-    """Step folders, oldest first, whether good, damaged or never finished."""
+    """Steps with a folder, oldest first, whether good, damaged or unfinished."""
     if not folder.is_dir():
         return []
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal() and p.is_dir())
 
 
 def list_saved(folder: epath.Path) -> list[int]:
-    """Steps with a manifest, oldest first: all whose save was finished, good or not."""
+    """Steps with a manifest, oldest first: all whose save finished, damaged ones included."""
     return [s for s in list_steps(folder) if (folder / str(s) / mf.FILE_NAME).exists()]
 
 
 def why_not(folder: epath.Path) -> str:
-    """Why manifest and file sizes of a step do not verify; empty if they do."""
+    """Reason why manifest or file sizes of a step do not verify; "" if they do."""
     try:
         mf.check_files(folder, mf.read(folder))
     except (mf.Damaged, OSError) as e:
@@ -59,9 +59,9 @@ def why_not(folder: epath.Path) -> str:
 
 
 def make_room(folder: epath.Path, leaves: dict[str, dict]) -> bool:
-    """Clear a step folder for a new save; False if it holds these very leaves already.
+    """Clear a step folder for a new save; False if it already holds exactly these leaves.
 
-    What a killed save left is deleted; a checkpoint with other bits is renamed.
+    Remains of a killed save are deleted; a checkpoint with other bits is renamed.
     """
     if not folder.exists():
         return True
@@ -77,8 +77,8 @@ def make_room(folder: epath.Path, leaves: dict[str, dict]) -> bool:
 def tidy(newest: epath.Path, keep: int, keep_every: int) -> None:
     """After ``newest`` is durable, delete the checkpoints that ``keep`` does not cover.
 
-    Later steps belong to a run that went back; they are renamed, so that nobody resumes from
-    them. Damaged ones that are not older than all that is kept stay for people to look at.
+    Later steps are from before the run went back; they are renamed, so that no start resumes from
+    them. Damaged ones newer than the oldest one kept stay for inspection.
     """
     num_good = 0
     for step in reversed(list_steps(newest.parent)):
@@ -95,7 +95,7 @@ def tidy(newest: epath.Path, keep: int, keep_every: int) -> None:
 
 
 def is_unfinished(folder: epath.Path) -> bool:
-    """Is this what a killed save (or deletion) of ours left, with nothing to restore in it?"""
+    """Whether a folder is the remains of a killed save or deletion, with nothing to restore."""
     if not folder.is_dir():
         return False
     names = {p.name for p in folder.iterdir()}
@@ -105,7 +105,7 @@ def is_unfinished(folder: epath.Path) -> bool:
 
 
 def set_aside(folder: epath.Path) -> epath.Path:
-    """Rename a folder to ``<step>.aside-<n>``; its content is not touched."""
+    """Rename a folder to ``<step>.aside-<n>``; its content stays unchanged."""
     n = 1
     while (target := folder.parent / f"{folder.name}.aside-{n}").exists():
         n += 1

@@ -19,7 +19,7 @@ from hnet.train.step_folders import STATE, checkpoint_folder, list_steps
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
 
-_GROUP_BYTES = 1 << 28  # the command holds about this much of a checkpoint at a time
+_GROUP_BYTES = 1 << 28  # bytes of a checkpoint that the verify command reads at a time
 
 
 def read_arrays(
@@ -28,10 +28,10 @@ def read_arrays(
     manifest: Manifest,
     shardings: dict[str, jax.sharding.Sharding | None],
 ) -> dict[str, jax.Array | np.ndarray]:
-    """The stored arrays of these paths with these shardings, bits compared with the manifest.
+    """Read the arrays of these paths with these shardings; compare bits with the manifest.
 
-    None gives a numpy array, of which there never is a second copy on the way.
-    Raises Damaged naming the first leaves that changed, and whatever Orbax raises.
+    A sharding of None gives a numpy array, read without a second copy in memory.
+    Raises Damaged naming the first leaves that changed, and any error of Orbax.
     """
     wanted = {path: lv.stored(manifest.leaves[path], s) for path, s in shardings.items()}
     tree = lv.nest({path: leaf for path, leaf in wanted.items() if leaf.size})
@@ -62,7 +62,7 @@ def _restore_args(leaf: jax.ShapeDtypeStruct) -> "ocp.RestoreArgs":
 
 
 def check_values(orbax: "ocp.Checkpointer", folder: epath.Path) -> Manifest:
-    """The manifest of a step after reading all of its arrays, some at a time. Raises Damaged."""
+    """Verify all arrays of a step, group by group; returns its manifest. Raises Damaged."""
     manifest = mf.read(folder)
     mf.check_files(folder, manifest)
     console = Console(stderr=True)
@@ -78,13 +78,13 @@ def check_values(orbax: "ocp.Checkpointer", folder: epath.Path) -> Manifest:
             read_arrays(orbax, folder, manifest, dict.fromkeys(group))
         except Damaged:
             raise
-        except Exception as e:  # whatever Orbax says of a damaged file
+        except Exception as e:  # Orbax raises many types for damaged files
             raise Damaged(f"it cannot be read ({mf.first_line(e)})") from None
     return manifest
 
 
 def _groups(manifest: Manifest) -> list[list[str]]:
-    """The paths in order, _GROUP_BYTES at a time or one that is larger."""
+    """The paths in order, in groups of up to _GROUP_BYTES; a larger array is its own group."""
     groups: list[list[str]] = []
     room = 0
     for path, leaf in manifest.leaves.items():
@@ -98,7 +98,7 @@ def _groups(manifest: Manifest) -> list[list[str]]:
 
 
 def verify_workdir(workdir: str) -> int:
-    """Print one line for each checkpoint; 0 if a good one exists, else 1.
+    """Print one line per checkpoint; returns 0 if a good one exists, else 1.
 
     Raises ConfigError if there are no checkpoints at all.
     """

@@ -1,4 +1,4 @@
-"""A thread that writes down where this host hangs, so that a silent run has a name."""
+"""A thread that writes the stacks of a host that hangs."""
 
 import faulthandler
 import logging
@@ -17,10 +17,10 @@ log = logging.getLogger(__name__)
 
 
 class Watchdog:
-    """Dumps all Python stacks to ``folder`` when nobody calls ``beat`` for the timeout.
+    """Dumps all Python stacks to ``folder`` if ``beat`` is not called for the timeout.
 
-    One file a dump (``hang-host0-...txt``), at most one every timeout; it ends the process only
-    if the configuration says so.
+    Each dump is one file (``hang-host0-...txt``), at most one per timeout. The process is ended
+    only if the configuration says so.
     """
 
     def __init__(self, folder: str | os.PathLike, config: WatchdogConfig = WatchdogConfig()):
@@ -47,7 +47,7 @@ class Watchdog:
             self._thread.join()
 
     def beat(self, phase: str) -> None:
-        """This host is alive and enters ``phase`` ("load", "step", "save", "eval", ...)."""
+        """Heartbeat: this host enters ``phase`` ("load", "step", "save", "eval", ...)."""
         self._phase = phase
         self._beat_at = time.monotonic()
 
@@ -59,7 +59,7 @@ class Watchdog:
                     published = self._phase
                     distributed.publish_phase(published)
                 self._look()
-            except Exception as e:  # a watchdog that dies of a full disk guards nothing
+            except Exception as e:  # the watchdog must survive e.g. a full disk
                 log.warning("watchdog could not report: %s", e)
 
     def _look(self) -> None:

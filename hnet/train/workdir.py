@@ -1,4 +1,4 @@
-"""A work directory's config.json: what the run there is, and whether a start may go on with it."""
+"""config.json of a work directory: read it, and check that a start may resume its run."""
 
 import contextlib
 import json
@@ -15,9 +15,9 @@ from hnet.train.step_folders import work_folder
 
 
 def read_config(workdir: str | os.PathLike) -> Config:
-    """The configuration a run was started with. Raises ConfigError if there is none."""
+    """The configuration of the run in a work directory. Raises ConfigError if there is none."""
     content = _stored(workdir)
-    if isinstance(content, dict):  # what an earlier version did where it said nothing
+    if isinstance(content, dict):  # defaults of an earlier version
         if isinstance(controller := content.get("controller"), dict):
             controller.setdefault("hold_frac", 1.0)
         if isinstance(data := content.get("data"), dict):
@@ -35,14 +35,14 @@ def _stored(workdir: str | os.PathLike) -> Any:
         raise ConfigError(f"{file} cannot be read: {e}") from None
 
 
-# What may not change between two starts in the same work directory: the parameters and which bytes
-# batch k holds depend on it.
+# Sections that may not change between two starts in the same work directory: the parameters and
+# the content of batch k depend on them.
 _FIXED = ("model", "data", "seed")
 
 
 @contextlib.contextmanager
 def locked_workdir(config: Config) -> Iterator[None]:
-    """The work directory kept from other starts, and checked: raises ConfigError as `changes`.
+    """Lock the work directory and check its configuration; raises ConfigError like `changes`.
 
     Host 0 does both for all hosts.
     """
@@ -57,7 +57,7 @@ def locked_workdir(config: Config) -> Iterator[None]:
 
 
 def check_steps(config: Config, workdir: str, done: int) -> None:
-    """Raise ConfigError if a run has done more updates than it is told to do."""
+    """Raise ConfigError if a run has done more updates than `train.steps`."""
     if done > config.train.steps:
         raise ConfigError(
             f"train.steps={config.train.steps}, but the run in workdir={workdir} has done {done} "
@@ -70,9 +70,9 @@ Change = tuple[str, Any, Any]
 
 
 def changes(config: Config) -> list[Change] | None:
-    """What the run in the work directory was told otherwise; None if there is no run yet.
+    """Settings in which the run in the work directory differs; None if there is no run yet.
 
-    Raises ConfigError naming the deepest field that differs in a way that makes it another run.
+    Raises ConfigError if a field that may not change differs; the message names the innermost one.
     """
     folder = work_folder(config.workdir)
     if not (folder / "config.json").exists():
@@ -83,7 +83,7 @@ def changes(config: Config) -> list[Change] | None:
             f"the run in workdir={config.workdir} has data.unknown_script_frac={gone!r}, which "
             "is not trained with any more: use another workdir to start anew"
         )
-    now = to_json(config) | {"workdir": before["workdir"]}  # it may be called otherwise, or moved
+    now = to_json(config) | {"workdir": before["workdir"]}  # may be moved or respelled
     found = list(differences(before, now))
     for path, old, new in found:
         if path.split(".")[0] in _FIXED and not path.startswith("model.compute"):
@@ -95,18 +95,18 @@ def changes(config: Config) -> list[Change] | None:
 
 
 def _told(value: Any) -> str:
-    """A value in a line; of a list of objects their number."""
+    """A value as one line; for a list of objects their number."""
     if isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
         return f"({len(value)} of them)"
     return shown(value)
 
 
 def claim_workdir(config: Config, done: int = 0, *, ended: bool = False) -> list[str]:
-    """Write config.json, or check that the run there is this one; what to say of it, in lines.
+    """Write config.json, or check that it belongs to this run; returns lines to print.
 
-    Raises ConfigError as `changes`. A changed setting of the rest is allowed and said; the former
-    file is kept as config-N.json. done: updates of the run so far. ended: it has nothing left to
-    do, so that other settings change nothing, and neither does config.json.
+    Raises ConfigError like `changes`. Other changed settings are allowed and reported, and the
+    former file is kept as config-N.json. done: number of updates of the run so far. ended: the run
+    has nothing left to do, so changed settings have no effect and config.json stays as it is.
     """
     folder = work_folder(config.workdir)
     if (found := changes(config)) == []:

@@ -1,10 +1,10 @@
-"""Raw bytes in, packed batches out; knows nothing of models."""
+"""From raw bytes to packed batches; independent of models."""
 
 import importlib
 
 from hnet.data.config import DataConfig
 
-# What reads text is imported when it is first asked for: configurations name data without it.
+# Modules that read text are imported on first use, because configurations need only DataConfig.
 _LAZY = {
     "Corpus": "corpus",
     "Part": "corpus",

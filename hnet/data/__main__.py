@@ -32,9 +32,9 @@ class Prepare:
     files: tuple[str, ...]
     """quoted globs of .txt, .jsonl, .gz of both, or .parquet files"""
     out: str
-    """a new folder; read it with --data.files 'OUT/*.array_record'"""
+    """new folder; read it with --data.files 'OUT/*.array_record'"""
     shard_bytes: Count = 256 << 20
-    """bytes of text in a shard"""
+    """number of bytes of text per shard"""
 
     def run(self) -> None:
         manifest = prepare(self.files, self.out, self.shard_bytes)
@@ -45,7 +45,7 @@ class Prepare:
 
 
 def describe(config: DataConfig) -> None:
-    """Print the documents, bytes and division of the text that the settings name."""
+    """Print documents and bytes of the training and held-out text of a configuration."""
     corpus = open_corpus(config)
     table = Table("source", "part", "documents", "bytes", "never predicted")
     for title, part in (("train", corpus.train), ("held out", corpus.heldout)):
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     match argv[:1]:
         case ["prepare"]:
             parse(Prepare, argv=argv[1:]).run()
-        case ["describe"]:  # fields as they are called here, or in the configuration of a run
+        case ["describe"]:  # accepts --files as well as --data.files
             words = [w.replace("--data.", "--", 1) if w.startswith("--") else w for w in argv[1:]]
             describe(parse(DataConfig, argv=words))
         case ["--help" | "-h"]:

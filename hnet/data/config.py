@@ -1,4 +1,4 @@
-"""What to read and how to cut it into batches (``--data.*`` on the command line)."""
+"""Configuration of the text and of the batches (``--data.*`` on the command line)."""
 
 import math
 from dataclasses import dataclass
@@ -10,37 +10,38 @@ from hnet.errors import ConfigError
 class DataConfig:
     """The text of a run, its held-out part and the shape of a batch.
 
-    Which bytes batch k holds depends on these fields, the content of the files, the seed and k,
-    but not on ``num_workers``, ``prefetch_batches`` or the number of processes.
+    The bytes of batch k depend on these fields, the content of the files, the seed and k, but not
+    on ``num_workers``, ``prefetch_batches`` or the number of processes.
     """
 
     files: tuple[str, ...] = ()
-    """quoted globs of text (a document per file), JSON lines with "text", .gz of both, Parquet with
-    a column "text", or .array_record; or "python:", "synthetic:latin"; empty = python:, the
+    """quoted globs of text (one document per file), JSON lines with "text", .gz of both, Parquet
+    with a column "text", or .array_record; or "python:", "synthetic:latin"; empty = python:, the
     documentation of the installed Python"""
     weights: tuple[float, ...] = ()
-    """mixture: the share of the training rows that each glob in files gets, with epochs of its own;
-    empty = all globs are one text, every byte once an epoch"""
+    """mixture weights: share of the training rows for each glob in files; each glob has its own
+    epochs; empty = all globs are one text, read once per epoch"""
     eval_files: tuple[str, ...] = ()
-    """globs of the held-out text; what they match is never trained on; empty = eval_fraction"""
+    """globs of the held-out text; files they match are never trained on; empty = eval_fraction"""
     eval_fraction: float = 0.05
-    """share of the bytes that is held out, documents chosen by a hash of their name; 0 = none"""
+    """share of the bytes to hold out; documents are chosen by a hash of their name; 0 = none"""
     eval_max_bytes: int = 65_536
-    """at most so many bytes are held out by eval_fraction (eval_files have no limit)"""
+    """maximum number of bytes held out by eval_fraction (eval_files have no limit)"""
     batch_size: int = 8
-    """rows of a step over all processes"""
+    """number of rows per step over all processes"""
     seq_len: int = 512
-    """positions of a row"""
+    """number of positions per row"""
     bos_eos: bool = True
-    """put byte 254 before and 255 behind each document, as the official tokenizer does"""
+    """whether to put byte 254 before and byte 255 after each document, as the official tokenizer
+    does"""
     tokenizer: str = ""
-    """tokenizer.json of a byte-level BPE: rows hold its tokens (`model.vocab_size` must hold them),
-    scores stay bits per byte; empty = bytes"""
+    """tokenizer.json of a byte-level BPE: rows hold its tokens (`model.vocab_size` must be large
+    enough), scores stay bits per byte; empty = bytes"""
     num_workers: int = 0
-    """processes that build batches; 0 = a thread of the main process. They share the text, which
-    stays on the disk"""
+    """number of processes that build batches; 0 = a thread of the main process. They share the
+    text, which stays on disk"""
     prefetch_batches: int = 4
-    """batches built ahead (by each worker): the memory bound of the pipeline"""
+    """number of batches built ahead (per worker); bounds the memory of the pipeline"""
 
     def __post_init__(self):
         for name, least in (

@@ -17,19 +17,19 @@ from hnet.errors import ConfigError
 
 @dataclass(frozen=True)
 class Documents:
-    """The documents of one share of the mixture, in order; D counts them."""
+    """The D documents of one share of the mixture, in order."""
 
     name: str
-    """the glob, or "all" where several globs are read as one"""
+    """the glob, or "all" if several globs are read as one"""
     sources: tuple[Source, ...]
     source_D: np.ndarray
-    """int32, which of the sources"""
+    """index of the source, int32"""
     number_D: np.ndarray
-    """int32, which document of that source"""
+    """number of the document in its source, int32"""
     start_D: np.ndarray
-    """int64, first byte in the source's store"""
+    """offset of the first byte in the store of the source, int64"""
     length_D: np.ndarray
-    """int64, bytes, at least 1"""
+    """number of bytes, int64, at least 1"""
 
     @property
     def num_bytes(self) -> int:
@@ -50,7 +50,7 @@ class Documents:
 
 @dataclass(frozen=True)
 class Part:
-    """The training or the held-out text: one entry, or with weights one a source."""
+    """The training or the held-out text: one entry, or with weights one entry per source."""
 
     documents: tuple[Documents, ...]
 
@@ -60,12 +60,12 @@ class Part:
 
     @property
     def globs(self) -> tuple[str, ...]:
-        """Names of all sources, also of those that are read as one entry."""
+        """Names of all sources, including those that are read as one entry."""
         return tuple(dict.fromkeys(s.name for d in self.documents for s in d.sources))
 
     @property
     def num_bytes(self) -> int:
-        """Raw bytes, special tokens not counted."""
+        """Number of raw bytes, without special tokens."""
         return sum(d.num_bytes for d in self.documents)
 
     @cached_property
@@ -96,7 +96,7 @@ class Part:
         return documents.sources[documents.source_D[d]].name
 
     def document_bytes(self, document: int) -> int:
-        """Raw bytes of a document, by its number in this part."""
+        """Number of raw bytes of a document, by its number in this part."""
         documents, d = self._find(document)
         return int(documents.length_D[d])
 
@@ -107,16 +107,16 @@ class Part:
                 yield documents.read(d, 0, int(length)).tobytes()
 
     def begin(self, document: int, most: int) -> bytes:
-        """The first bytes of a document, by its number in this part."""
+        """The first bytes of a document, at most `most`, by its number in this part."""
         return self.read(document, 0, most)
 
     def read(self, document: int, start: int, stop: int) -> bytes:
-        """Bytes [start, stop) of a document, as far as it goes, by its number in this part."""
+        """Bytes [start, stop) of a document, up to its end, by its number in this part."""
         documents, d = self._find(document)
         return documents.read(d, start, min(stop, int(documents.length_D[d]))).tobytes()
 
     def tokens(self, tokenizer: str) -> tuple[TokenDocuments, ...]:
-        """The documents as tokens, made once. Raises ConfigError as `Vocabulary` does."""
+        """The documents as tokens, computed once. Raises ConfigError as `Vocabulary` does."""
         if tokenizer not in self._tokens:
             vocabulary = read_vocabulary(tokenizer)
             self._tokens[tokenizer] = tuple(
@@ -129,7 +129,7 @@ class Part:
         return {}
 
     def unscored_bytes(self, config: DataConfig) -> int:
-        """Bytes that no position predicts: without BOS, the first of each document."""
+        """Number of bytes that no position predicts: without BOS, the first of each document."""
         return 0 if config.bos_eos else self.num_documents
 
     def _find(self, document: int) -> tuple[Documents, int]:
@@ -144,22 +144,22 @@ class Corpus:
     train: Part
     heldout: Part
     fingerprint: str
-    """hash of every byte, of the document boundaries and of the division, not of names"""
+    """hash of all bytes, the document boundaries and the division; file names do not matter"""
 
     @property
     def num_bytes(self) -> int:
-        """Raw bytes of both parts."""
+        """Number of raw bytes of both parts."""
         return self.train.num_bytes + self.heldout.num_bytes
 
 
 def open_corpus(config: DataConfig) -> Corpus:
-    """Open the files of a configuration and divide them.
+    """Open the files of a configuration and divide them into training and held-out text.
 
-    Held out is what ``eval_files`` match; if that is empty, ``eval_fraction`` of the text (with
-    weights, of each source), but in all not more than ``eval_max_bytes``: whole documents in the
-    order of a hash of their file name and number, the last of them cut so that its end is held
-    out. Hence the division is the same for the same files in any folder, and a single file is
-    divided too.
+    The held-out text is what ``eval_files`` match. If ``eval_files`` is empty, it is
+    ``eval_fraction`` of the text (with weights, of each source), at most ``eval_max_bytes`` in
+    total: whole documents in the order of a hash of their file name and number; the last one is
+    split and its end is held out. Hence the division does not depend on the folder of the files,
+    and a single file is divided too.
 
     Raises ConfigError, in one line, for files that are missing, empty, unreadable or too short to
     fill a row.
@@ -182,9 +182,9 @@ def open_corpus(config: DataConfig) -> Corpus:
 
 
 def open_part(patterns: tuple[str, ...], *, field: str = "data.files") -> Part:
-    """Open files as one part without dividing them, to evaluate on.
+    """Open files as one undivided part for evaluation.
 
-    Raises ConfigError when they are missing, unreadable, named twice or hold no byte.
+    Raises ConfigError when files are missing, unreadable, named twice or empty.
     """
     _texts(patterns, field)
     part = _whole([open_source(p, field=field) for p in patterns], mixed=False)
@@ -194,7 +194,7 @@ def open_part(patterns: tuple[str, ...], *, field: str = "data.files") -> Part:
 
 
 def _texts(patterns: tuple[str, ...], field: str) -> dict[str, str]:
-    """Real path, or name where the text is built in, of all that globs match -> the glob."""
+    """Map the real path of each matching file, or the name of built-in text, to its glob."""
     found: dict[str, str] = {}
     for pattern in patterns:
         if is_built_in(pattern):
@@ -249,7 +249,7 @@ def _documents(name: str, sources: tuple[Source, ...]) -> Documents:
 
 
 def _divide(whole: Part, share: float) -> tuple[Part, Part]:
-    """Hold out ``share`` of the bytes of each entry, at least one byte unless share is 0."""
+    """Hold out ``share`` of the bytes of each entry; at least one byte unless share is 0."""
     pairs = [_divide_documents(d, share) for d in whole.documents]
     return Part(tuple(p[0] for p in pairs)), Part(tuple(p[1] for p in pairs))
 
@@ -262,7 +262,7 @@ def _divide_documents(documents: Documents, share: float) -> tuple[Documents, Do
     taken_H = np.cumsum(documents.length_D[by_hash])
     held = by_hash[: np.searchsorted(taken_H, wanted) + 1]
     excess, last = int(taken_H[len(held) - 1]) - wanted, int(held[-1])
-    kept = _next_character(documents, last, excess)  # bytes of the last one to train on
+    kept = _next_character(documents, last, excess)  # training bytes of the last document
     held, trained_D = np.sort(held), np.ones(len(documents), bool)
     trained_D[held] = False
     trained_D[last] = kept > 0
@@ -276,7 +276,10 @@ def _divide_documents(documents: Documents, share: float) -> tuple[Documents, Do
 
 
 def _next_character(documents: Documents, d: int, offset: int) -> int:
-    """The nearest offset, forwards first, that does not split a UTF-8 character of document d."""
+    """An offset near `offset` that does not split a UTF-8 character of document d.
+
+    Later offsets are tried first.
+    """
     for step in (0, 1, 2, 3, -1, -2, -3):
         if 0 <= offset + step < documents.length_D[d]:
             (byte,) = documents.read(d, offset + step, offset + step + 1)
@@ -291,7 +294,7 @@ def _select(documents: Documents, which: np.ndarray) -> Documents:
 
 
 def _fingerprint(*parts: Part) -> str:
-    """Of the text of each entry and its division, however its files are named and grouped."""
+    """Hash of the text of each entry and its division; independent of file names and grouping."""
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
         for documents in part.documents:

@@ -1,6 +1,6 @@
 """From globs to documents: plain text, JSON lines, Parquet, and gzip of the first two.
 
-A document is bytes exactly as stored: invalid UTF-8 stays, nothing is normalised.
+A document is the bytes exactly as stored, invalid UTF-8 included, without normalisation.
 """
 
 import contextlib
@@ -16,29 +16,29 @@ from hnet.data.forms import BOM, form_of
 from hnet.errors import ConfigError
 
 _CHUNK = 1 << 20
-_PARQUET_BYTES = 1 << 24  # about what rows that are read together hold
+_PARQUET_BYTES = 1 << 24  # approximate bytes of rows read together
 
 
 class Chunk(NamedTuple):
-    """Bytes of a document, in the order of the file."""
+    """A piece of a document; pieces come in the order of the file."""
 
     text: bytes
     ends: bool
-    """whether the document ends with it"""
+    """whether the document ends with this chunk"""
     consumed: int
-    """bytes of the file read so far"""
+    """number of bytes of the file read so far"""
     start: int = -1
-    """where the document, or the JSON line that holds it, begins in the file; -1 = it cannot be
-    read there"""
+    """offset in the file of the document, or of the JSON line that holds it; -1 = the document
+    cannot be read from the file again"""
     line: int = 0
-    """bytes of the JSON line; 0 = the document lies in the file as it is"""
+    """number of bytes of the JSON line; 0 = the document is stored in the file as plain bytes"""
 
 
 def expand(pattern: str, field: str = "data.files") -> list[str]:
-    """Sorted files that a glob matches. Raises ConfigError when there is none."""
+    """Sorted files that match a glob. Raises ConfigError when there are none."""
     try:
         matches = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
-    except (ValueError, OSError) as e:  # a zero byte in the name, say
+    except (ValueError, OSError) as e:  # for example a zero byte in the name
         raise ConfigError(f"{field}: {pattern!r} cannot be a path ({e})") from None
     files = [path for path in matches if os.path.isfile(path)]
     if files:
@@ -59,8 +59,8 @@ def expand(pattern: str, field: str = "data.files") -> list[str]:
 def read_chunks(path: str) -> Iterator[Chunk]:
     """Yield the documents of a file that is not a shard, in chunks of about 1 MiB at most.
 
-    Raises ConfigError naming the file, and for JSON lines the line, of anything that cannot be
-    read.
+    Raises ConfigError, which names the file and for JSON lines also the line, if something cannot
+    be read.
     """
     with _one_line_errors(path):
         kind, gzipped = form_of(path)
@@ -146,7 +146,7 @@ def _parquet_chunks(path: str) -> Iterator[Chunk]:
 
 
 def _parquet_values(table) -> Iterator:
-    """Arrays of the column "text" that hold about _PARQUET_BYTES at most, or one value."""
+    """Arrays of the column "text", each of at most about _PARQUET_BYTES bytes, or of one value."""
     for g in range(table.metadata.num_row_groups):
         group = table.metadata.row_group(g)
         rows = max(1, min(1024, _PARQUET_BYTES * group.num_rows // max(1, group.total_byte_size)))
@@ -158,7 +158,7 @@ def _parquet_values(table) -> Iterator:
 
 
 def _parquet_text(path: str, row: int, value) -> memoryview:
-    if hasattr(value, "value"):  # a dictionary's entry
+    if hasattr(value, "value"):  # an entry of a dictionary-encoded column
         value = value.value
     if not hasattr(value, "as_buffer") or not value.is_valid:
         raise ConfigError(f'{path}: row {row} of column "text" is not a string')

@@ -1,4 +1,4 @@
-"""A number for what a batch feeds the model, so that the logs of two runs can be compared."""
+"""Hash of the model inputs of a batch, so that the logs of two runs can be compared."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,15 +6,15 @@ from typing import Any
 import numpy as np
 
 _SALTS = (0x9E3779B9, 0x85EBCA6B)
-_MASKED, _SEGMENT = 1 << 9, 1 << 10  # above the byte: whether it is scored, and its segment
+_MASKED, _SEGMENT = 1 << 9, 1 << 10  # bits above the byte: loss mask, then segment id
 
 
 def batch_hash(batch: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Two uint32 of input_ids, segment_ids and loss_mask, and where each stands in the batch.
+    """Hash of input_ids, segment_ids, loss_mask and their positions in the batch, as two uint32.
 
-    Takes arrays of NumPy or JAX. It is a sum over positions, so on a mesh every device adds its
-    own, and the number of devices or processes changes nothing. The mixing is the finaliser of
-    MurmurHash3 (Appleby 2011).
+    Takes NumPy or JAX arrays. The hash is a sum over positions, so on a mesh every device adds its
+    own positions and the result does not depend on the number of devices or processes. The mixing
+    function is the finaliser of MurmurHash3 (Appleby 2011).
     """
     ids_BL = batch["input_ids"].astype(np.uint32)
     scored_BL = batch["loss_mask"].astype(np.uint32)
@@ -27,12 +27,12 @@ def batch_hash(batch: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def fingerprint(hashed: Any) -> str:
-    """A `batch_hash` as 16 hexadecimal digits."""
+    """Format a `batch_hash` as 16 hexadecimal digits."""
     return "".join(f"{int(lane):08x}" for lane in hashed)
 
 
 def batch_fingerprint(batch: Mapping[str, np.ndarray]) -> str:
-    """Hash of a whole batch on the host."""
+    """Fingerprint of a whole batch, computed on the host."""
     return fingerprint(batch_hash(batch))
 
 

@@ -1,4 +1,4 @@
-"""The form of a file, told by its content and, where that leaves a choice, by its suffix."""
+"""The form of a file, detected from its content and, where that is ambiguous, from its suffix."""
 
 import gzip
 import re
@@ -9,12 +9,12 @@ from hnet.errors import ConfigError
 
 SHARD_SUFFIXES = (".array_record", ".arrayrecord")
 RAW_SUFFIX = ".bin"
-"""bytes as they are stored, whatever they look like"""
+"""suffix of files that are read as raw bytes whatever their content"""
 BOM = b"\xef\xbb\xbf"
 _LINES_SUFFIXES = (".jsonl", ".ndjson")
 _PACKED_SUFFIXES = (".bz2", ".xz", ".zst", ".lz4", ".zip", ".7z", ".rar", ".tar", ".tgz")
 _GZIP, _PARQUET = b"\x1f\x8b", b"PAR1"
-_OTHERS = (  # what is told from text by a few bytes also where it is short
+_OTHERS = (  # formats recognised by their first bytes, even in short files
     (rb"PK\x03\x04|PK\x05\x06", "a zip archive"),
     (rb"BZh[1-9]1AY&SY", "packed with bzip2"),
     (rb"\xfd7zXZ\x00", "packed with xz"),
@@ -36,12 +36,12 @@ class Form(NamedTuple):
     """How to read a file."""
 
     kind: Literal["text", "lines", "parquet"]
-    """one document as it is stored; JSON lines; a table"""
+    """content of the file: one document as stored, JSON lines, or a table"""
     gzipped: bool
 
 
 def lines_of(data: bytes) -> list[bytes]:
-    """Lines without their ends, which are LF or CRLF, and without a byte order mark."""
+    """Lines without their line ends (LF or CRLF) and without a byte order mark."""
     data = data.removeprefix(BOM).removesuffix(b"\n")
     return [line.removesuffix(b"\r") for line in data.split(b"\n")] if data else []
 
@@ -54,8 +54,9 @@ def is_shard(path: str) -> bool:
 def form_of(path: str) -> Form:
     """The form of a file. Raises ConfigError if it is not text of a known form.
 
-    A gzip stream is unpacked whatever its name. Text is JSON lines if its name ends in .jsonl or
-    .ndjson, or if its first line has a string "text" and its name does not end in .txt.
+    A gzip stream is unpacked whatever its name is. Text is read as JSON lines if the name ends in
+    .jsonl or .ndjson, or if the first line is an object with a string "text" and the name does not
+    end in .txt or .bin.
     """
     name = path.lower()
     with open(path, "rb") as f:
@@ -97,10 +98,10 @@ def _check_text(path: str, name: str, head: bytes) -> None:
 
 
 def _has_json_lines(head: bytes) -> bool:
-    """Whether text begins with a line of JSON that has a string "text"."""
+    """Whether the first line of text is a JSON object with a string "text"."""
     head = head.removeprefix(BOM).lstrip()
     line, end, _ = head.partition(b"\n")
-    if not end and len(head) >= _HEAD // 2:  # the line is not read to its end
+    if not end and len(head) >= _HEAD // 2:  # the line is longer than what was read
         return bool(_OPENS_LINES.match(line))
     try:
         text_of_line(line)

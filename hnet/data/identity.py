@@ -1,7 +1,7 @@
-"""Whether a run reads the text that it read before: by content, since files change in their place.
+"""Check by content that a run reads the same text as before, since files can change.
 
-A start in a work directory, a sweep's points, the evaluation of a trained model: all open text by
-its name, perhaps days apart. What they read is told by hashes, which are stored with the run.
+Resuming in a work directory, the points of a sweep and the evaluation of a trained model all open
+text by name, possibly days apart. Hashes of what they read are stored with the run.
 """
 
 import hashlib
@@ -12,16 +12,16 @@ from hnet.data.corpus import Corpus
 from hnet.errors import ConfigError
 
 NAMES = ("files", "eval_files", "eval_fraction", "eval_max_bytes", "tokenizer")
-"""fields of `DataConfig` whose effect the hashes tell: two spellings of a path are one text"""
+"""fields of `DataConfig` that the hashes cover: two spellings of a path are the same text"""
 SPEED = ("num_workers", "prefetch_batches")
-"""fields on which no batch depends"""
+"""fields that do not change the batches"""
 
 Inputs = Mapping[str, str]
-"""what is read -> hash of its content"""
+"""name of the input -> hash of its content"""
 
 
 def inputs(config: DataConfig, corpus: Corpus) -> dict[str, str]:
-    """Hashes of what a run reads by name. Raises ConfigError for an unreadable tokenizer."""
+    """Hashes of the inputs of a run, by name. Raises ConfigError for an unreadable tokenizer."""
     found = {"data.files": corpus.fingerprint}
     if config.tokenizer:
         try:
@@ -35,7 +35,7 @@ def inputs(config: DataConfig, corpus: Corpus) -> dict[str, str]:
 
 
 def check_inputs(before: Inputs | None, now: Inputs, reader: str, remedy: str) -> None:
-    """Raise ConfigError if something was read by `reader` with other content; None: not known."""
+    """Raise ConfigError if `now` differs from `before`, the hashes of `reader`; None: unknown."""
     if before is None:
         return
     for name in dict.fromkeys((*before, *now)):

@@ -1,7 +1,7 @@
-"""The "text" of a line of JSON as bytes, however long the line is.
+"""The "text" of a line of JSON as bytes, for lines of any length.
 
 Bytes that are not UTF-8 pass through the parser unchanged (surrogateescape). A lone surrogate
-that is written as an escape, such as ``\\ud800``, becomes the three bytes that encode it.
+written as an escape, such as ``\\ud800``, becomes the three bytes that encode it.
 """
 
 import json
@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 LONG = 1 << 16
-"""bytes from which a line, or a string in it, is read in pieces"""
-_MOST = 1 << 26  # bytes of a line besides its long strings
+"""number of bytes from which a line, or a string in it, is read in pieces"""
+_MOST = 1 << 26  # maximum bytes of a line without its long strings
 _LONGEST_ESCAPE = 12  # a pair of surrogates
 _HEX = rb"[0-9a-fA-F]"
 _HIGH, _LOW = (rb"\\u[dD][%b]%b%b" % (first, _HEX, _HEX) for first in (b"89abAB", b"c-fC-F"))
@@ -19,7 +19,7 @@ _ANY = rb'\\(?:["\\/bfnrt]|u%b{4})' % _HEX
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _ESCAPE = re.compile(rb"%b%b|(%b|%b)|\\." % (_HIGH, _LOW, _HIGH, _LOW))
 _STRING = re.compile(rb'(?:[^"\\\x00-\x1f]++|%b)*+' % _ANY)
-# The same, but an escaped high surrogate waits until what follows it is known.
+# The same, but stops at an escaped high surrogate whose next escape is not read yet.
 _STRING_SO_FAR = re.compile(rb'(?s:[^"\\\x00-\x1f]++|(?!%b.{0,5}\Z)%b)*+' % (_HIGH, _ANY))
 
 
@@ -31,9 +31,9 @@ class NoText(ValueError):
 
 
 def parse(data: bytes) -> Any:
-    """`json.loads` that keeps every byte; `encode` gives the bytes of its strings.
+    """`json.loads` that keeps every byte; `encode` returns the bytes of its strings.
 
-    Raises ValueError, also for what is nested too deeply.
+    Raises ValueError for invalid JSON and for JSON that is nested too deeply.
     """
     if _SURROGATE.search(data):
         data = _ESCAPE.sub(_spell_out, data)
@@ -49,14 +49,14 @@ def encode(text: str) -> bytes:
 
 
 def text_of_line(line: bytes) -> bytes:
-    """The "text" of a line. Raises ValueError if it is not JSON, NoText if it has none."""
+    """The "text" of a line. Raises ValueError if it is not JSON, NoText if it has no "text"."""
     return _text(parse(line))
 
 
 def text_of_long_line(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Yield the "text" of a line in pieces. Raises as `text_of_line`.
+    """Yield the "text" of a line in pieces. Raises the same errors as `text_of_line`.
 
-    Long strings are never held whole: a copy of the line in which they are empty is parsed.
+    Long strings are never in memory as a whole: the line is parsed with empty strings instead.
     """
     line, short, found = _Line(chunks), bytearray(), 0
     while True:
@@ -89,7 +89,7 @@ def text_of_long_line(chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 class _Line:
-    """Reads a line from chunks, alternately what is outside of its strings and a string."""
+    """Reads a line from chunks; call `outside` and `string` alternately."""
 
     def __init__(self, chunks: Iterator[bytes]):
         self._chunks = chunks
@@ -101,7 +101,7 @@ class _Line:
         return bool(chunk)
 
     def outside(self) -> tuple[bytes, bool]:
-        """(what comes before the next string, as far as it is read; whether a string follows)."""
+        """(bytes before the next string, as far as they are read; whether the string follows)."""
         if self._at == len(self._buffer) and not self._read_more():
             return b"", False
         start, quote = self._at, self._buffer.find(b'"', self._at)
@@ -109,7 +109,7 @@ class _Line:
         return self._buffer[start : self._at - (quote >= 0)], quote >= 0
 
     def string(self) -> Iterator[tuple[bytes, bool]]:
-        """Yield (a piece that divides no escape, whether the string ends with it)."""
+        """Yield (a piece that splits no escape, whether the string ends with this piece)."""
         grammar, end, closed = _STRING_SO_FAR, 0, False
         while not closed:
             end = grammar.match(self._buffer, self._at).end()
@@ -137,7 +137,7 @@ def _spell_out(escape: re.Match[bytes]) -> bytes:
 
 
 def _awaits_text(before: bytearray) -> bool:
-    """Whether the value that comes next is "text" of the object that the line is."""
+    """Whether the next value is the value of "text" in the outermost object of the line."""
     try:
         pairs = json.loads((before + b"0}").decode("utf-8", "replace"), object_pairs_hook=list)
     except (ValueError, RecursionError):  # a key, or a value inside another value

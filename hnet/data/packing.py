@@ -1,9 +1,9 @@
-"""Packing as index arithmetic: row r of a stream of documents, from its number alone.
+"""Packing as index arithmetic: row r of a stream of documents is a function of r.
 
-The documents, each as BOS, its bytes, EOS (or its bytes alone), form a stream of N
-tokens. Row r of length L covers tokens [r (L-1), r (L-1) + L): neighbouring rows share one token,
-which is predicted in the first row and is context at t = 0 of the second. So every token but the
-first of the stream is predicted exactly once, and nothing needs to be remembered between rows.
+The documents, each as BOS, its bytes, EOS (or only its bytes), form a stream of N tokens. Row r of
+length L covers tokens [r (L-1), r (L-1) + L): neighbouring rows share one token, which is predicted
+in the first row and is context at t = 0 of the second. So every token except the first of the
+stream is predicted exactly once, and no state is carried between rows.
 """
 
 from typing import NamedTuple
@@ -18,19 +18,20 @@ class Row(NamedTuple):
     """One packed row, each field of shape (L,)."""
 
     input_ids: np.ndarray
-    """int32, bytes 0 to 255 and the special tokens; 0 where padded"""
+    """ids, int32: bytes 0 to 255 and the special tokens; 0 = padding"""
     segment_ids: np.ndarray
-    """int32, 1, 2, ... for the documents of the row; 0 = padding, at the end of the last row"""
+    """segment numbers, int32: 1, 2, ... for the documents of the row; 0 = padding, at the end of
+    the last row"""
     loss_mask: np.ndarray
-    """bool, True where input_ids[t] is a raw byte whose predecessor in its document is at t - 1.
-    An EOS to be predicted is where input_ids is 255, loss_mask is False and
-    segment_ids[t] == segment_ids[t - 1], which no raw byte satisfies"""
+    """mask of the scored positions, bool: True where input_ids[t] is a raw byte whose predecessor
+    in its document is at t - 1. An EOS target is at t if input_ids[t] is 255, loss_mask[t] is
+    False and segment_ids[t] == segment_ids[t - 1]; no raw byte satisfies all three"""
     document_ids: np.ndarray
-    """int32, number of the document among those of the stream; -1 = padding"""
+    """number of the document in the stream, int32; -1 = padding"""
 
 
 class Stream:
-    """The token stream of some documents; it has no row if there are none."""
+    """The token stream of some documents; without documents it has no rows."""
 
     def __init__(self, documents: Documents, *, seq_len: int, bos_eos: bool):
         self.documents = documents
@@ -38,7 +39,7 @@ class Stream:
         self._bos_eos = bos_eos
         bounds = np.zeros(len(documents) + 1, np.int64)
         np.cumsum(documents.length_D + 2 * bos_eos, out=bounds[1:])
-        self._bounds = bounds  # tokens before each document, and at last all
+        self._bounds = bounds  # number of tokens before each document, then the total
         self.num_tokens = int(bounds[-1])
         self.num_rows = -(-max(0, self.num_tokens - 1) // (seq_len - 1))
 
@@ -51,7 +52,7 @@ class Stream:
         return self._bounds[1:]
 
     def row(self, r: int) -> Row:
-        """Row r; those from num_rows on are only padding."""
+        """Row r; rows from num_rows on contain only padding."""
         L = self._seq_len
         row = Row(
             input_ids=np.zeros(L, np.int32),
@@ -92,9 +93,9 @@ class Stream:
             row.loss_mask[scored_from - start : to - start] = True
 
     def text_before(self, r: int) -> tuple[int, int]:
-        """Document of row r's first token, and how many of its bytes come before that token.
+        """(document of the first token of row r, number of its bytes before that token).
 
-        A row of padding has the last document.
+        For a row of padding it is the last document.
         """
         start = r * (self._seq_len - 1)
         d = min(int(np.searchsorted(self._ends_D, start, side="right")), len(self.documents) - 1)
@@ -102,9 +103,9 @@ class Stream:
         return d, min(max(offset, 0), int(self.documents.length_D[d]))
 
     def scored_bytes(self, r: int | np.ndarray) -> np.ndarray:
-        """Scored bytes of row r (or of each row).
+        """Number of scored bytes of row r (or of each row).
 
-        Those of bytes follow from the lengths of the documents; tokens are read.
+        For bytes this follows from the lengths of the documents; for tokens the rows are read.
         """
         if (bytes_V := getattr(self.documents, "bytes_V", None)) is not None:
             rows = [self.row(i) for i in np.ravel(r)]

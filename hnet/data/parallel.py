@@ -1,4 +1,4 @@
-"""Text in several languages that says the same: aligned line by line, or comparable as a whole."""
+"""Parallel text in several languages: aligned line by line, or comparable as a whole."""
 
 import gzip
 import zlib
@@ -15,15 +15,15 @@ Lines = dict[str, list[bytes]]
 
 
 def read_parallel(files: Sequence[str], *, aligned: bool = True, field: str = "files") -> Lines:
-    """The lines of ``LANGUAGE=FILE`` entries, by language, in their order.
+    """Read the lines of ``LANGUAGE=FILE`` entries, by language, in order.
 
-    A file has a text per line, or JSON lines with "text", told apart as those of `data.files`. A
-    language that is named again goes on with the next file. Aligned, line i says the same in every
-    language, and a line that is blank in one language is left out of all; otherwise blank lines
-    are left out.
+    A file has one text per line, or JSON lines with "text"; the form is detected as for
+    `data.files`. Files of the same language are concatenated. With aligned, line i has the same
+    meaning in every language, and a line that is blank in one language is dropped from all.
+    Otherwise each language drops its own blank lines.
 
-    Raises ConfigError, which calls the setting `field`, for entries of another form, files that
-    cannot be read, and numbers of lines that differ.
+    field: name of the setting in errors. Raises ConfigError for entries of another form, files that
+    cannot be read and, with aligned, different numbers of lines.
     """
     lines: Lines = {}
     for entry in files:
@@ -70,5 +70,5 @@ def _text_of(path: str, number: int, line: bytes, field: str) -> bytes:
 
 
 def bytes_by_script(texts: Sequence[bytes]) -> np.ndarray:
-    """Bytes of each script id in texts that follow one another, int64 (len(SCRIPTS),)."""
+    """Number of bytes per script id in the concatenated texts, int64 (len(SCRIPTS),)."""
     return np.bincount(script_ids(b"".join(texts))[0], minlength=len(SCRIPTS))

@@ -1,8 +1,9 @@
-"""Batches by number: any process builds its rows of batch k from (config, corpus, seed, k).
+"""Batches by number: each process builds its rows of batch k from (config, corpus, seed, k).
 
-So the position of a run is one integer, the same for every number of processes and workers.
-Grain permutes the rows (a bijection computed index by index, nothing is stored) and builds
-batches ahead; its elements are whole batches, hence no step of the pipeline can drop or reorder.
+So the position of a run is one integer, which does not depend on the number of processes and
+workers. Grain permutes the rows (a bijection that is computed per index, without a stored
+permutation) and builds batches ahead. Its elements are whole batches, so no step of the pipeline
+can drop or reorder rows.
 """
 
 import multiprocessing
@@ -30,14 +31,15 @@ if TYPE_CHECKING:
 Batch = dict[str, np.ndarray]
 RouteGroups = Sequence[Sequence[str]]
 
-_PERIOD = 10_000  # slots of the mixture's schedule: weights are exact to 1/10,000
+_PERIOD = 10_000  # number of slots in the mixture schedule: weights are exact to 1/10,000
 
 
 class RowOrder:
-    """Which row of which stream stands at slot i of the run, for any i >= 0.
+    """Map from slot i >= 0 of the run to a stream and a row of it.
 
-    A fixed periodic schedule names the stream of a slot, spread as evenly as the weights allow (a
-    single stream has every slot). The rows of each stream are permuted anew in each of its epochs.
+    A fixed periodic schedule gives the stream of each slot; the slots of a stream are as evenly
+    spaced as the weights allow (a single stream has every slot). The rows of a stream have a new
+    permutation in each of its epochs.
     """
 
     def __init__(self, num_rows: list[int], weights: tuple[float, ...], seed: int):
@@ -72,10 +74,11 @@ def _epoch_seed(seed: int, stream: int, epoch: int) -> int:
 
 
 def _schedule(weights: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(stream of each slot, its rank among the slots of that stream, slots of each stream).
+    """(stream of each slot, rank of the slot within its stream, number of slots per stream).
 
-    Quotas are the shares of a period, rounded so that they fill it (largest remainder); the n-th
-    slot of a stream is placed as near as possible to the middle of its n-th equal interval.
+    The number of slots per stream is its share of a period, rounded by the largest remainder method
+    so that the sum is the period. The n-th slot of a stream is placed as near as possible to the
+    middle of the n-th of equal intervals.
     """
     share_S = np.asarray(weights, np.float64) / sum(weights) * _PERIOD
     quota_S = np.floor(share_S).astype(np.int64)
@@ -101,7 +104,7 @@ class _TrainBatches:
         self._shared = Shared(dict(vars(self))) if config.num_workers else None
 
     def __reduce__(self) -> tuple:
-        """How a worker gets it: its arrays are those of the process that opened the corpus."""
+        """Pickle a key only: a worker maps the arrays of the process that opened the corpus."""
         return _in_worker, (self._shared.key,)
 
     def __len__(self) -> int:
@@ -114,7 +117,7 @@ class _TrainBatches:
         return _batch(self._streams, places, names, self._routes)
 
     def source_bytes(self, k: int) -> np.ndarray:
-        """int64 (S,), scored bytes of each stream in batch k over all processes."""
+        """Number of scored bytes per stream in batch k over all processes, int64 (S,)."""
         counts_S = np.zeros(len(self._streams), np.int64)
         for slot in range(k * self._batch_size, (k + 1) * self._batch_size):
             stream, row = self._order(slot)
@@ -129,7 +132,7 @@ def _in_worker(key: tuple) -> _TrainBatches:
 
 
 class _EvalBatches:
-    """Random access to this process's rows of a part in its own order, padded with empty rows."""
+    """Random access to this process's rows of a part, in order, padded with empty rows."""
 
     def __init__(self, part: Part, config: DataConfig, groups: RouteGroups, process):
         self._part = part
@@ -144,7 +147,7 @@ class _EvalBatches:
 
     def __getitem__(self, k: int) -> Batch:
         places = []
-        for b in self._rows:  # rows behind the last one are empty
+        for b in self._rows:  # rows after the last one are empty
             position = k * self._config.batch_size + b
             stream = int(np.searchsorted(self._first_rows[:-1], position, side="right")) - 1
             places.append((stream, position - int(self._first_rows[stream])))
@@ -157,40 +160,41 @@ class _EvalBatches:
 
 
 class BatchIterator:
-    """The training batches of one process, from a position on, built ahead in the background.
+    """The training batches of one process from a position on, prefetched in the background.
 
-    Endless: epoch follows epoch. Use it as a context manager, or call ``close``.
+    It never ends: one epoch follows another. Use it as a context manager, or call ``close``.
     """
 
     def __init__(self, batches: _TrainBatches, config: DataConfig, start: int):
         self._batches = batches
         self._open = [_prefetched(batches, config, start)]
-        # Grain complains when one of its iterators still exists at the end of the interpreter.
+        # Grain reports an error if one of its iterators still exists when the interpreter exits.
         self._close = weakref.finalize(self, _close, self._open)
         self.position = start
-        """number of the next batch to be returned; batches built ahead do not count"""
+        """number of the next batch to be returned; prefetched batches do not count"""
         self.wait_seconds = 0.0
-        """seconds that the callers of ``next`` have waited so far"""
+        """total time that callers of ``next`` have waited, in seconds"""
 
     def __iter__(self) -> "BatchIterator":
         return self
 
     def __next__(self) -> Batch:
         """input_ids and segment_ids int32, loss_mask bool, each (rows of this process, L); with
-        route groups also route_ids, with a tokenizer also byte_lengths (bytes a token), int32."""
+        route groups also route_ids, with a tokenizer also byte_lengths (bytes per token), int32."""
         began = time.perf_counter()
-        # A copy, since what comes from a worker lies in shared memory that lives as long as it.
+        # Copy: arrays from a worker are in shared memory, whose lifetime Grain controls.
         batch = {name: np.array(array) for name, array in next(self._open[0]).items()}
         self.wait_seconds += time.perf_counter() - began
         self.position += 1
         return batch
 
     def source_bytes(self, position: int) -> np.ndarray:
-        """Scored raw bytes of a batch over all processes, int64 by ``train.source_names``."""
+        """Number of scored raw bytes of a batch over all processes, int64, in the order of
+        ``train.source_names``."""
         return self._batches.source_bytes(position)
 
     def close(self) -> None:
-        """Stop the threads and processes behind the iterator."""
+        """Stop the threads and processes of the iterator."""
         self._close()
 
     def __enter__(self) -> "BatchIterator":
@@ -213,8 +217,9 @@ def train_batches(
     """Training batches from number ``start`` on.
 
     Process p of n gets rows [p B/n, (p+1) B/n) of each batch of B rows. With route_groups (names
-    of Unicode scripts, as ``model.route_groups``) a batch says the route of each token. Raises
-    ConfigError when the processes do not divide data.batch_size, or a group names no script.
+    of Unicode scripts, as ``model.route_groups``) a batch also has the route of each token. Raises
+    ConfigError when data.batch_size is not a multiple of the number of processes, or a group has a
+    name that is no script.
     """
     process = (process_index, process_count)
     batches = _TrainBatches(corpus.train, config, route_groups, seed, process)
@@ -231,9 +236,9 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Yield all rows of a part once, in order, as batches of the same shape on every process.
 
-    Besides the fields of a training batch there is document_ids, int32 (rows, L): the document of
-    each token, for ``part.document_name``, -1 = padding. The last batch is filled up with rows
-    whose segment_ids are 0. Raises ConfigError like ``train_batches``.
+    A batch has the fields of a training batch and document_ids, int32 (rows, L): the number of the
+    document of each token, for ``part.document_name``; -1 = padding. The last batch is padded with
+    rows whose segment_ids are 0. Raises ConfigError like ``train_batches``.
     """
     batches = _EvalBatches(part, config, route_groups, (process_index, process_count))
     return (batches[k] for k in range(len(batches)))
@@ -264,7 +269,7 @@ def _batch(
     names: tuple[str, ...],
     routes: RowRoutes | None,
 ) -> Batch:
-    """The rows at some places, (stream, row of it) each, side by side."""
+    """Stack the rows at the given places, (stream, row number) each, into a batch."""
     rows = [streams[stream].row(row) for stream, row in places]
     batch = {name: np.stack([getattr(row, name) for row in rows]) for name in names}
     if routes:
@@ -286,7 +291,7 @@ def _rows_of_process(config: DataConfig, index: int, count: int) -> range:
 
 
 def _prefetched(batches: _TrainBatches, config: DataConfig, start: int) -> "grain.DatasetIterator":
-    import grain  # here: a command reads its arguments before it is loaded
+    import grain  # imported here so that a command reads its arguments first
     from absl.flags import FLAGS
 
     ahead = config.prefetch_batches
@@ -295,7 +300,7 @@ def _prefetched(batches: _TrainBatches, config: DataConfig, start: int) -> "grai
         grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead * threads)
     )
     if config.num_workers:
-        if not FLAGS.is_parsed():  # Grain's workers read absl flags, which no one else parses
+        if not FLAGS.is_parsed():  # Grain's workers read absl flags, which are not parsed otherwise
             FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(
             grain.MultiprocessingOptions(
@@ -307,7 +312,7 @@ def _prefetched(batches: _TrainBatches, config: DataConfig, start: int) -> "grai
 
 
 def _die_with_parent(worker: int, worker_count: int) -> None:
-    """Let a worker end when the run is killed; Grain's would wait for ever."""
+    """End a worker when the run is killed; by default a Grain worker would wait forever."""
     del worker, worker_count
 
     def watch():

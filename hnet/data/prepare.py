@@ -1,8 +1,8 @@
-"""Make ArrayRecord shards of raw text, resumably.
+"""Write raw text to ArrayRecord shards; an interrupted run can be resumed.
 
-The folder holds ``shard-NNNNN.array_record`` with an index beside each, and ``manifest.json``,
-which names the input files and says whether the folder is complete. A shard gets its name when it
-is whole, so that a run that was stopped goes on behind the last one.
+The folder holds ``shard-NNNNN.array_record`` files, each with an index file, and ``manifest.json``,
+which names the input files and says whether the folder is complete. A shard gets its final name
+when it is complete, so an interrupted run resumes after the last complete shard.
 """
 
 import contextlib
@@ -33,16 +33,16 @@ _LOCK = ".lock"
 
 
 def prepare(files: tuple[str, ...], out: str, shard_bytes: int = 256 << 20) -> dict:
-    """Write the documents of text, JSON lines or Parquet files to shards of a folder.
+    """Write the documents of text, JSON lines or Parquet files to shards in a folder.
 
     Args:
-        files: quoted globs, read in this order.
+        files: globs, read in this order.
         out: a new or empty folder, or one that the same call has begun.
-        shard_bytes: text in a shard; the last document of a shard may exceed it.
+        shard_bytes: number of bytes of text per shard; the last document of a shard may exceed it.
 
-    Returns the manifest. Calling it again after an interruption goes on; after completion it
-    changes nothing. Raises ConfigError when the folder holds something else, an input changed
-    since the first call, another process writes there, or an input cannot be read.
+    Returns the manifest. The same call resumes after an interruption and changes nothing after
+    completion. Raises ConfigError when the folder holds something else, an input changed since the
+    first call, another process writes there, or an input cannot be read.
     """
     if shard_bytes < 1:
         raise ConfigError(f"shard_bytes={shard_bytes}: use 1 or more")
@@ -89,7 +89,7 @@ def _errors_of(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _claimed(folder: Path, manifest: dict) -> Iterator[dict]:
-    """The folder's manifest, made if there is none, while no other process may write there."""
+    """Lock the folder against other processes and yield its manifest, written if there is none."""
     begun = read_manifest(folder)
     if begun is None and folder.exists() and set(os.listdir(folder)) - {_LOCK}:
         raise ConfigError(
@@ -98,7 +98,7 @@ def _claimed(folder: Path, manifest: dict) -> Iterator[dict]:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / _LOCK, "w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends
         except BlockingIOError:
             raise ConfigError(
                 f"out={str(folder)!r} is being written by another process: wait for it"
@@ -164,7 +164,7 @@ def _write(folder: Path, inputs: list[str], manifest: dict) -> dict:
 def _remaining(
     inputs: list[str], resume_at: tuple[int, int]
 ) -> Iterator[tuple[tuple[int, int], Chunk]]:
-    """Yield ((input, document) that comes after the chunk's one, chunk), under a progress bar."""
+    """Yield ((input, number of the next document in it), chunk), with a progress bar."""
     sizes = [os.path.getsize(path) for path in inputs]
     columns = (
         TextColumn("{task.description}"),

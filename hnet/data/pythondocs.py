@@ -1,9 +1,9 @@
-"""The default corpus: the documentation that comes with every Python, read where it is installed.
+"""The default corpus: the documentation of the installed Python.
 
 About 2 MB of English prose: the language reference by topic (``pydoc_data.topics``) and the
-docstrings of the standard library under the headings they document. Source code itself is left
-out on purpose: it repeats itself so much that general compressors win on it, and it is no text
-in which words can be seen. Nothing is imported or executed but ``pydoc_data``; the result is the
+docstrings of the standard library, each under the name that it documents. Source code is left out:
+it is so repetitive that general-purpose compressors do better on it, and word boundaries cannot be
+judged on it. Only ``pydoc_data`` is imported; the rest is parsed, not executed. The result is the
 same on every machine with the same Python release.
 """
 
@@ -17,9 +17,9 @@ from pathlib import Path
 from hnet.errors import ConfigError
 
 NAME = "python:"
-"""the entry of ``data.files`` that names this corpus"""
+"""entry of ``data.files`` that names this corpus"""
 
-# Tests, word lists and what some distributions of Python leave out.
+# Tests, word lists, and modules that some distributions of Python leave out.
 _LEFT_OUT = frozenset(
     "__pycache__ config dist-packages distutils encodings ensurepip idlelib lib-dynload lib2to3 "
     "pydoc_data site-packages test tests tkinter turtledemo".split()
@@ -28,16 +28,16 @@ _LEFT_OUT_FILES = ("_sysconfigdata", "_sysconfig_vars", "sitecustomize", "usercu
 _OWN_PAGE_FROM = 1000
 _SMALLEST_PAGE = 100
 _LONGEST_PAGE = 8000
-_REPEATABLE = 60  # characters of a paragraph that may occur again, as "See the manual." does
+_REPEATABLE = 60  # longest paragraph that may occur again, in characters; e.g. "See the manual."
 _Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 def documents() -> Iterator[tuple[str, bytes]]:
-    """Yield (name, text): a page a topic, a module, and a class with much to say.
+    """Yield (name, text): one page per topic, per module, and per class with long documentation.
 
-    Long pages are cut between paragraphs, so that the held-out part shows many of them. A
-    paragraph that occurs several times is kept where it comes first, so that none is both trained
-    on and held out. Raises ConfigError when Python is installed without its source.
+    Long pages are split between paragraphs, so that the held-out part contains many different
+    pages. Only the first occurrence of a repeated paragraph is kept, so that no paragraph is both
+    trained on and held out. Raises ConfigError when Python is installed without its source.
     """
     seen: set[str] = set()
     for topic, text in sorted(_topics().items()):
@@ -71,7 +71,7 @@ def _cut(name: str, text: str) -> Iterator[tuple[str, bytes]]:
 def _topics() -> dict[str, str]:
     try:
         from pydoc_data.topics import topics
-    except ImportError:  # left out by some distributions
+    except ImportError:  # some distributions leave it out
         return {}
     return topics
 
@@ -86,7 +86,7 @@ def _modules(root: Path) -> Iterator[Path]:
 
 def _pages(module: str, source: bytes, seen: set[str]) -> Iterator[tuple[str, str]]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # on escapes in old docstrings
+        warnings.simplefilter("ignore")  # invalid escapes in old docstrings
         try:
             tree = ast.parse(source)
         except (SyntaxError, ValueError):
@@ -106,7 +106,7 @@ def _pages(module: str, source: bytes, seen: set[str]) -> Iterator[tuple[str, st
 
 
 def _entries(node: _Definition, seen: set[str]) -> Iterator[str]:
-    """The entry of a function or class, then those of what is defined in it."""
+    """Yield the entry of a function or class, then the entries of the definitions inside it."""
     bases = node.bases if isinstance(node, ast.ClassDef) else node.args
     arguments = (
         ", ".join(map(ast.unparse, bases)) if isinstance(bases, list) else ast.unparse(bases)
@@ -123,7 +123,7 @@ def _entry(heading: str, node: _Definition | ast.Module, seen: set[str]) -> str:
 
 
 def _unseen(text: str, seen: set[str]) -> str:
-    """The text without those of its longer paragraphs that were seen before."""
+    """The text without paragraphs that were seen before; short paragraphs may repeat."""
     kept = []
     for paragraph in text.strip().split("\n\n"):
         words = " ".join(paragraph.split())

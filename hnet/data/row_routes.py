@@ -1,9 +1,9 @@
-"""Routes of packed rows, exact although a row may start in the middle of a document.
+"""Routes of packed rows, exact also for rows that start in the middle of a document.
 
-The route of a byte is that of the script of its document so far (`hnet.data.scripts`), hence a
-function of this byte and earlier ones. BOS comes before any script, EOS carries on the script of
-the text before it, padding has none. For a row that starts in the middle of a document the text
-before it is read backwards until a character with a script comes.
+The route of a byte is the route of the script of its document so far (`hnet.data.scripts`), so it
+is a function of this byte and earlier bytes. BOS comes before any script, EOS has the script of the
+text before it, padding has none. For a row that starts in the middle of a document, the text before
+the row is read backwards until a character with a script is found.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,27 +14,27 @@ from hnet.data.corpus import Documents
 from hnet.data.packing import Row, Stream
 from hnet.data.scripts import route_table, script_ids, script_ids_of_rows
 
-_WINDOW = 32  # bytes before each row that are looked at for all rows together
-_STRIDE = 1024  # bytes read backwards at a time where that is not enough
-_UNKNOWN = 0x5C121  # keeps the random numbers of unknown scripts apart from others of the seed
+_WINDOW = 32  # number of bytes before each row that are examined for all rows at once
+_STRIDE = 1024  # number of bytes read backwards at a time if _WINDOW is not enough
+_UNKNOWN = 0x5C121  # separates the random numbers of unknown scripts from others of the same seed
 
 
 class ScriptStates:
-    """The script state of documents before any of their bytes."""
+    """Script state of documents before a given byte."""
 
     def __init__(self, documents: Documents):
         self._documents = documents
         self._known: dict[tuple[int, int], int] = {}
 
     def before(self, d: int, stop: int) -> int:
-        """The state that `script_ids` returns for the first `stop` bytes of document d."""
+        """State that `script_ids` returns for the first `stop` bytes of document d."""
         tail = script_ids(self._documents.read(d, max(0, stop - 3), stop))[1] & 0xFFFFFF
         return self._script(d, stop) << 24 | tail
 
     def _script(self, d: int, stop: int) -> int:
         """Script id at the last of the first `stop` bytes.
 
-        Text without any script, numbers say, is read once, however often it is looked back on.
+        Text without a script, such as numbers, is read only once: results are cached.
         """
         script, passed = 0, []
         while stop and not script:
@@ -42,7 +42,7 @@ class ScriptStates:
                 script = self._known[d, stop]
                 break
             start = (stop - 1) // _STRIDE * _STRIDE
-            text = self._documents.read(d, max(0, start - 3), stop)  # whole characters
+            text = self._documents.read(d, max(0, start - 3), stop)  # 3: rest of a character
             script = int(script_ids(text)[0][-1])
             if not script and stop % _STRIDE == 0:
                 passed.append((d, stop))
@@ -61,7 +61,7 @@ class RowRoutes:
         self._route_of = route_table(route_groups, "model.route_groups")
 
     def __call__(self, places: Sequence[tuple[int, int]], rows: Sequence[Row]) -> np.ndarray:
-        """int32 (rows, L). places: stream and number of each row."""
+        """Route ids, int32 (rows, L). places: (stream, row number) of each row."""
         ids_BL, _ = script_ids_of_rows(
             np.stack([row.input_ids for row in rows]),
             np.stack([row.segment_ids for row in rows]),
@@ -70,7 +70,7 @@ class RowRoutes:
         return self._route_of[ids_BL]
 
     def _states_before(self, places: Sequence[tuple[int, int]]) -> np.ndarray:
-        """uint32 (rows,), the script state of the document that each row's first token goes on."""
+        """uint32 (rows,): script state of the document before the first token of each row."""
         before = [self._streams[stream].text_before(r) for stream, r in places]
         window_BW = np.zeros((len(places), _WINDOW), np.uint8)  # zeros complete no script
         for window_W, (stream, _), (d, stop) in zip(window_BW, places, before):
@@ -84,12 +84,12 @@ class RowRoutes:
 
 
 def unknown_script(seed: int, slot: int, frac: float) -> np.ndarray | None:
-    """Byte for each byte, int32 (256,), by which a row becomes text in a script nobody knows.
+    """Byte permutation, int32 (256,), that rewrites a row in a synthetic, unknown script.
 
-    None but for a share `frac` of the slots of a run: the choice and the table are functions of
-    (seed, slot) alone. Continuation bytes and the leads of two and of three bytes are permuted
-    among themselves, so that words, lengths of characters and their repetition stay; ASCII, BOS
-    and EOS do too. Not all of it is valid UTF-8.
+    Returns None except for a share `frac` of the slots of a run. The choice and the table are
+    functions of (seed, slot). Continuation bytes, lead bytes of two-byte characters and lead bytes
+    of three-byte characters are each permuted among themselves. So words, character lengths and
+    repetitions are preserved; ASCII, BOS and EOS are unchanged. The result may be invalid UTF-8.
     """
     rng = np.random.default_rng((_UNKNOWN, seed, slot))
     if rng.random() >= frac:
@@ -103,9 +103,9 @@ def unknown_script(seed: int, slot: int, frac: float) -> np.ndarray | None:
 def in_unknown_scripts(
     batches: Iterable[dict[str, np.ndarray]], seed: int, frac: float = 1.0
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Whole batches in their order, a share of their rows each in an unknown script of its own.
+    """Yield the batches with a share `frac` of the rows rewritten, each in its own unknown script.
 
-    All positions of these rows have the default route.
+    All positions of the rewritten rows have the default route. Takes whole batches, in order.
     """
     for k, batch in enumerate(batches):
         ids_BL, routes_BL = batch["input_ids"].copy(), batch["route_ids"].copy()

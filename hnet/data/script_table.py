@@ -1,9 +1,9 @@
 """The Unicode property Script as a table: names with their ids, and the id of each code point.
 
-``script_table.txt`` fixes the ids for good, whatever libraries are installed, because the
-parameters of a trained route belong to them. ``python -m hnet.data.script_table`` makes it anew
-from fontTools (the ``test`` extra) after an update of Unicode and keeps the ids of the scripts it
-has.
+``script_table.txt`` fixes the ids independently of the installed libraries, because the parameters
+of a trained route belong to script ids. After an update of Unicode,
+``python -m hnet.data.script_table`` generates the table again from fontTools (the ``test`` extra)
+and keeps the ids of the scripts that are in it.
 """
 
 import inspect
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 TABLE_FILE = Path(__file__).with_name("script_table.txt")
-COMMON, UNKNOWN = 0, 1  # ids
+COMMON, UNKNOWN = 0, 1  # script ids
 
 _HEADER = """\
 # Unicode {version}, property Script: a name and its code points (hexadecimal) on each line.
@@ -38,12 +38,12 @@ def read_table(text: str) -> tuple[tuple[str, ...], np.ndarray]:
 
 
 def unicode_version(text: str) -> str:
-    """Unicode version of the text of a table, e.g. ``18.0.0``."""
+    """Unicode version in the text of a table, e.g. ``18.0.0``."""
     return re.match(r"# Unicode ([0-9.]+),", text).group(1)
 
 
 def library_version() -> str:
-    """Unicode version of fontTools' scripts, which is not that of its ``unidata_version``.
+    """Unicode version of the scripts in fontTools; it can differ from its ``unidata_version``.
 
     Raises ImportError without fontTools.
     """
@@ -53,10 +53,10 @@ def library_version() -> str:
 
 
 def make_table(names: Sequence[str]) -> str:
-    """The text of a table from the fontTools that is installed.
+    """The text of a table, generated from the installed fontTools.
 
-    names: the scripts that have an id, in its order; those new in Unicode come behind them.
-    Raises ImportError without fontTools.
+    names: scripts that already have an id, in the order of ids; scripts new in Unicode are
+    appended. Raises ImportError without fontTools.
     """
     from fontTools.unicodedata import Scripts
 
@@ -79,7 +79,7 @@ def make_table(names: Sequence[str]) -> str:
 
 
 def main() -> int:
-    """Replace the table; the exit code is 2 if that is impossible."""
+    """Replace the table. Returns the exit code, 2 if the table cannot be generated or written."""
     part = TABLE_FILE.with_suffix(".part")
     try:
         names, _ = read_table(TABLE_FILE.read_text(encoding="utf-8"))

@@ -1,23 +1,24 @@
 """The Unicode script of the text so far, for every byte.
 
-A byte's script id is the script of the last COMPLETE character, up to and including that byte,
-whose Script property is neither Common nor Inherited. It depends on this byte and earlier ones
-alone. In full:
+The script id of a byte is the script of the last complete character, up to and including that
+byte, whose Script property is neither Common nor Inherited. It depends only on this byte and
+earlier bytes. The rules:
 
-* The byte that completes a character already carries the character's script; the bytes before it
-  in the character carry the script of the text before.
-* Until the first such character the id is 0, ``Common``. A document starts anew.
-* Characters that Unicode gives no script (private use, unassigned) do count: ``Unknown``.
+* The last byte of a character already has the script of the character; its earlier bytes have the
+  script of the text before.
+* Until the first such character the id is 0, ``Common``. Each document starts at 0 again.
+* Characters without a Unicode script (private use, unassigned) count as ``Unknown``.
 * A character is complete at the last byte of a sequence of table 3-7 of the Unicode Standard
-  (well-formed UTF-8). Any other byte completes nothing and so never changes the script: stray
-  continuation bytes, truncated and overlong forms, surrogates, code points above U+10FFFF, and
-  the BOS, EOS and padding bytes.
+  (well-formed UTF-8). All other bytes leave the script unchanged: stray continuation bytes,
+  truncated and overlong forms, surrogates, code points above U+10FFFF, and the BOS, EOS and padding
+  bytes.
 
-A lead byte is never a continuation byte, so decoding that restarts after each maximal subpart of
-an ill-formed sequence finds exactly the windows of one to four bytes that are well formed: the
-last four bytes tell whether a character ends here and which. Hence the state of a stream is one
-32-bit number, the script id above the last three bytes, and 0 at a document start. `script_ids`
-(whole texts), `script_step` (one byte, NumPy or JAX) and `ScriptStream` share it.
+A lead byte is never a continuation byte. So a decoder that restarts after each maximal subpart of
+an ill-formed sequence finds exactly the windows of one to four bytes that are well formed, and the
+last four bytes determine whether a character ends here and which one. Hence the state of a stream
+is one 32-bit number: the script id in the highest byte, then the last three bytes; 0 at a document
+start. `script_ids` (whole texts), `script_step` (one byte, NumPy or JAX) and `ScriptStream` use the
+same state.
 """
 
 import difflib
@@ -35,11 +36,11 @@ if TYPE_CHECKING:
 START_STATE = 0
 
 _PAGE_BITS = 7
-_BLOCK_LEN = 1 << 15  # bytes a pass; larger temporaries would be fresh memory each time
+_BLOCK_LEN = 1 << 15  # bytes per pass: small enough that temporaries reuse memory
 
 
 def _pages(script_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The table as a number of page for each 128 code points, and the distinct pages in a row."""
+    """(page number of each block of 128 code points, the distinct pages concatenated)."""
     numbers: dict[bytes, int] = {}
     rows = script_of.reshape(-1, 1 << _PAGE_BITS)
     page_of = [numbers.setdefault(row.tobytes(), len(numbers)) for row in rows]
@@ -47,30 +48,32 @@ def _pages(script_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 SCRIPTS, _SCRIPT_OF = read_table(TABLE_FILE.read_text(encoding="utf-8"))
-"""Names of the scripts by id: ``SCRIPTS[0]`` is ``Common`` (none yet), ``[1]`` ``Unknown``."""
+"""Names of the scripts by id: ``SCRIPTS[0]`` is ``Common`` (no script so far), ``SCRIPTS[1]`` is
+``Unknown``."""
 _PAGE_OF, _PAGES = _pages(_SCRIPT_OF)
 _ASCII = bytes(_SCRIPT_OF[:128]) + bytes(128)  # for bytes.translate: 0 for every other byte
 
 
 def _completed(window, xp):
-    """Script id of the character that ends with each window's last byte; 0 for none and Common.
+    """Script id of the character that ends at the last byte of each window; 0 if none or Common.
 
-    window: uint32, the last four bytes, latest lowest; xp: numpy or jax.numpy. Returns uint8.
+    window: uint32, the last four bytes, the latest in the lowest 8 bits; xp: numpy or jax.numpy.
+    Returns uint8.
     """
-    # The low 6 bits of the four bytes side by side hold the code point of every form.
+    # The low 6 bits of the four bytes, concatenated, contain the code point of every form.
     bits = (
         (window & 0x3F)
         | ((window >> 2) & 0xFC0)
         | ((window >> 4) & 0x3F000)
         | ((window >> 6) & 0x1C0000)
     )
-    two = ((window & 0xE0C0) == 0xC080) & ((bits & 0x7FF) >= 0x80)  # the bounds: no overlongs
+    two = ((window & 0xE0C0) == 0xC080) & ((bits & 0x7FF) >= 0x80)  # lower bounds: no overlongs
     three = ((window & 0xF0C0C0) == 0xE08080) & ((bits & 0xFFFF) >= 0x800)
     three = three & ((bits & 0xF800) != 0xD800)  # no surrogates
     mask, form = np.uint32(0xF8C0C0C0), np.uint32(0xF0808080)  # too large for JAX's Python ints
     four = ((window & mask) == form) & (bits >= 0x10000) & (bits < 0x110000)
     code_point = sum(
-        value * is_form.astype(np.uint32)  # at most one form fits; quicker than nested where
+        value * is_form.astype(np.uint32)  # at most one form matches; faster than nested where
         for value, is_form in (
             (window & 0x7F, (window & 0x80) == 0),
             (bits & 0x7FF, two),
@@ -86,30 +89,30 @@ def _completed(window, xp):
 def script_step(
     state: "jax.Array | np.ndarray", byte: "jax.Array | np.ndarray"
 ) -> "tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]":
-    """One byte of each of many streams, the form for generation inside ``jax.jit``.
+    """Advance many streams by one byte each; for generation inside ``jax.jit``.
 
     state: uint32, any shape, 0 at a document start; byte: integers of the same shape (values
-    outside 0..255 count as a byte that completes nothing). JAX arrays or NumPy's.
-    Returns (state uint32, script id uint8), the same numbers as `script_ids`.
+    outside 0..255 count as a byte that completes no character). Both are JAX or NumPy arrays.
+    Returns (state uint32, script id uint8), the same values as `script_ids`.
     """
-    import jax  # here only: the names of the scripts are read by configurations, without JAX
+    import jax  # imported here because configurations read the script names without JAX
 
     xp = jax.numpy if any(isinstance(x, jax.Array) for x in (state, byte)) else np
     byte = xp.where((byte >= 0) & (byte <= 0xFF), byte, 0xFF).astype(np.uint32)
-    window = (state << 8) | byte  # the script id is shifted out
+    window = (state << 8) | byte  # the shift drops the script id
     completed = _completed(window, xp)
     script_id = xp.where(completed != COMMON, completed, (state >> 24).astype(np.uint8))
     return (script_id.astype(np.uint32) << 24) | (window & 0xFFFFFF), script_id
 
 
 class ScriptStream:
-    """Script ids of one text that comes byte by byte, on the host."""
+    """Script ids of one text that arrives byte by byte, on the host."""
 
     def __init__(self, state: int = START_STATE):
         self.state = state
 
     def step(self, byte: int) -> int:
-        """Script id of the text so far, this byte included."""
+        """Script id of the text up to and including this byte."""
         state, script_id = script_step(np.uint32(self.state), np.int64(byte))
         self.state = int(state)
         return int(script_id)
@@ -118,9 +121,9 @@ class ScriptStream:
 def script_ids(data: bytes | np.ndarray, state: int = START_STATE) -> tuple[np.ndarray, int]:
     """Script id of every byte of a text, or of its next part.
 
-    data: bytes-like, or uint8 (n,); state: what the call for the part before returned, 0 at a
-    document start. Returns (ids uint8 (n,), state): however a text is parted, the ids are those
-    of the whole. Raises TypeError if data is no bytes.
+    data: bytes-like, or uint8 (n,); state: state returned for the part before, 0 at a document
+    start. Returns (ids uint8 (n,), state). The ids do not depend on how a text is split into parts.
+    Raises TypeError if data is neither bytes-like nor uint8 (n,).
     """
     if not isinstance(data, np.ndarray):
         data = np.frombuffer(data, np.uint8)
@@ -137,14 +140,14 @@ def script_ids_of_rows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Script ids of packed rows; the script restarts wherever the segment id changes.
 
-    input_ids_BL: integers, bytes (values outside 0..255 complete nothing); segment_ids_BL:
-    integers, 0 = padding (id 0). state_B: uint32, the state of the document which a row's first
-    position carries on, 0 where one starts there (None = everywhere). Returns (ids uint8 (B, L),
-    state uint32 (B,) behind each row's last position).
+    input_ids_BL: integers, bytes (values outside 0..255 complete no character); segment_ids_BL:
+    integers, 0 = padding (script id 0). state_B: uint32, state of the document that continues at
+    the first position of each row, 0 if a document starts there (None: 0 for all rows). Returns
+    (ids uint8 (B, L), state uint32 (B,) after the last position of each row).
 
-    A row alone does not know the text before it. A pipeline that has the whole documents calls
-    `script_ids` on each and cuts the ids as it cuts the bytes; this function is for rows that
-    hold whole documents, or whose states are at hand.
+    A row does not contain the text before it. Use this function for rows that hold whole documents
+    or whose states are known; otherwise call `script_ids` on each document and split the ids like
+    the bytes.
     """
     B, L = input_ids_BL.shape
     state_B = np.zeros(B, np.uint32) if state_B is None else np.asarray(state_B, np.uint32)
@@ -154,8 +157,8 @@ def script_ids_of_rows(
     starts_BL[:, 1:] = segment_ids_BL[:, 1:] != segment_ids_BL[:, :-1]
     state_BL = np.zeros((B, L), np.uint32)
     state_BL[:, 0] = state_B
-    state_D = state_BL[starts_BL]  # of each document in the batch
-    # Three bytes before each document hold its state, so that one pass serves the whole batch.
+    state_D = state_BL[starts_BL]  # state of each document in the batch
+    # Put the bytes of the state before each document, so that one pass handles the whole batch.
     position = (np.arange(B * L) + 3 * np.cumsum(starts_BL)).reshape(B, L)
     first_D = position[starts_BL]
     text = np.zeros(B * L + 3 * len(first_D), np.uint8)
@@ -167,7 +170,7 @@ def script_ids_of_rows(
 
 
 def _tails(state_D: np.ndarray) -> np.ndarray:
-    """The last three bytes of each state, (D,) -> uint8 (D, 3)."""
+    """The last three bytes in each state, (D,) -> uint8 (D, 3)."""
     return (state_D[:, None] >> np.array([16, 8, 0], state_D.dtype)).astype(np.uint8)
 
 
@@ -178,9 +181,10 @@ def _states(tails: np.ndarray, script_id: np.ndarray) -> np.ndarray:
 
 
 def _fill(text: np.ndarray, set_at: np.ndarray, set_to: np.ndarray) -> np.ndarray:
-    """Script id of every byte of uint8 (n,), with the id set by force at ascending positions.
+    """Script id of every byte of text, uint8 (n,), with ids overridden at ascending positions.
 
-    Position 2 has to be the first that is set: the bytes up to it are context, their ids void.
+    set_at: positions, set_to: their ids. set_at[0] must be 2: the first three bytes are context,
+    and their ids have no meaning.
     """
     ids = np.empty(len(text), np.uint8)
     ids[2] = set_to[0]
@@ -191,22 +195,22 @@ def _fill(text: np.ndarray, set_at: np.ndarray, set_to: np.ndarray) -> np.ndarra
         first, last = np.searchsorted(set_at, (start, stop))
         only = completed.max()
         if first == last and not np.any((completed != only) & (completed != COMMON)):
-            # Text of one script, English say: everything from its first character on.
+            # Text of one script, such as English: fill from its first character on.
             begin = start + int(np.argmax(completed)) if only else stop
             ids[start:begin] = ids[start - 1]
             ids[begin:stop] = only
             continue
-        # Position above id: the running maximum is the latest id.
+        # Position in the high bits, id in the low bits: the running maximum gives the latest id.
         key = (ramp[: len(completed)] | completed) * (completed != COMMON)
         at = set_at[first:last] - start
         key[at] = ramp[at] | set_to[first:last]
-        key[0] = max(key[0], ids[start - 1])  # whatever has a position is larger than an id
+        key[0] = max(key[0], ids[start - 1])  # any key with a position is larger than an id
         ids[start:stop] = np.maximum.accumulate(key)
     return ids
 
 
 def _completed_in(text: np.ndarray) -> np.ndarray:
-    """`_completed` for each position of uint8 (n,) from the fourth on, uint8 (n - 3,)."""
+    """`_completed` for each position of text, uint8 (n,), from the fourth on: uint8 (n - 3,)."""
     completed = np.frombuffer(bytearray(text[3:]).translate(_ASCII), np.uint8)
     leads = np.flatnonzero(text >= 0xC2)
     if len(leads):
@@ -218,7 +222,7 @@ def _completed_in(text: np.ndarray) -> np.ndarray:
 
 
 def _windows(text: np.ndarray) -> np.ndarray:
-    """The four bytes up to each position from the fourth on, uint32 (n - 3,)."""
+    """The four bytes that end at each position from the fourth on, uint32 (n - 3,)."""
     text = text.astype(np.uint32)
     return (text[:-3] << 24) | (text[1:-2] << 16) | (text[2:-1] << 8) | text[3:]
 
@@ -226,9 +230,9 @@ def _windows(text: np.ndarray) -> np.ndarray:
 def route_table(groups: Sequence[Sequence[str]], field: str = "route_groups") -> np.ndarray:
     """Route of every script id, int32 (len(SCRIPTS),).
 
-    groups: names of SCRIPTS; group i has route i + 1, and the scripts in no group share route 0,
-    the default (so there are len(groups) + 1 routes, and one script may be trained as the default
-    by leaving it out). Raises ConfigError, which calls the setting `field`.
+    groups: groups of names from SCRIPTS. Group i has route i + 1; scripts in no group share route
+    0, the default. So there are len(groups) + 1 routes, and a script that is left out is trained
+    with the default route. field: name of the setting in the ConfigError for an invalid group.
     """
     route_of = np.zeros(len(SCRIPTS), np.int32)
     for i, group in enumerate(groups):

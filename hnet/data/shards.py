@@ -1,9 +1,9 @@
-"""ArrayRecord shards: documents cut into records, with a small index file beside each shard.
+"""ArrayRecord shards: documents split into records, with a small index file for each shard.
 
-``shard-00000.array_record`` holds each document as records of ``RECORD_BYTES`` and one shorter, so
-that reading a row of a long document does not fetch all of it. ``shard-00000.index.npz`` holds
-the lengths of the documents. A shard without an index (made elsewhere) is taken as one document a
-record and is read once, when it is opened, to learn the lengths.
+``shard-00000.array_record`` holds each document as records of ``RECORD_BYTES`` bytes and a last,
+shorter record, so that reading a row of a long document does not fetch all of it.
+``shard-00000.index.npz`` holds the lengths of the documents. A shard without an index (written by
+other software) has one document per record; it is read once when it is opened, for the lengths.
 """
 
 import hashlib
@@ -23,18 +23,18 @@ from hnet.errors import ConfigError
 
 RECORD_BYTES = 16_384
 MANIFEST = "manifest.json"
-_OPTIONS = "group_size:1,zstd:3"  # one record a group: what random access needs
+_OPTIONS = "group_size:1,zstd:3"  # one record per group, for fast random access
 _SCAN_RECORDS = 1024
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What is known of a shard without reading its text."""
+    """Lengths and fingerprint of a shard, known without reading its text."""
 
     lengths_D: np.ndarray
-    """int64, bytes of each document that is not empty"""
+    """number of bytes of each document that is not empty, int64"""
     record_bytes_R: np.ndarray
-    """int64, bytes of each record"""
+    """number of bytes of each record, int64"""
     fingerprint: str
 
 
@@ -78,7 +78,7 @@ def read_index(shard: Path) -> ShardIndex:
 
 
 def read_manifest(folder: Path) -> dict | None:
-    """The manifest of a prepared folder, None where there is none of ours."""
+    """The manifest of a prepared folder; None if there is none in our format."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
     except FileNotFoundError:
@@ -90,7 +90,7 @@ def read_manifest(folder: Path) -> dict | None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that it is either absent, old or complete, whenever the process dies."""
+    """Write a file atomically: if the process dies, the file is absent, old or complete."""
     partial = path.with_name(path.name + ".partial")
     with open(partial, "wb") as f:
         f.write(content)
@@ -106,13 +106,13 @@ class ShardWriter:
         self.path = path
         self.num_bytes = 0
         self._lengths = array("q")
-        self._length, self._rest = 0, b""  # of a document that has not ended
+        self._length, self._rest = 0, b""  # length so far and unwritten end of the open document
         self._digest = hashlib.blake2b(digest_size=16)
         self._partial = path.with_name(path.name + ".partial")
         self._writer = ArrayRecordWriter(str(self._partial), _OPTIONS)
 
     def add(self, text: bytes, ends: bool) -> None:
-        """Append a piece of a document; `ends` if it is the last one. Empty ones are left out."""
+        """Append a piece of a document; ends: whether it is the last. Skips empty documents."""
         self._digest.update(text)
         self._length += len(text)
         self._rest += text
@@ -130,7 +130,7 @@ class ShardWriter:
         return len(self._lengths)
 
     def finish(self, resume_at: tuple[int, int]) -> None:
-        """Close the shard; ``resume_at`` is (input file, document in it) of what comes next."""
+        """Close the shard; ``resume_at`` is (input file, document in it) of the next document."""
         self._writer.close()
         with open(self._partial, "rb") as f:
             os.fsync(f.fileno())
@@ -150,14 +150,14 @@ class ShardWriter:
 
 
 def read_resume_point(shard: Path) -> tuple[tuple[int, int], int, int]:
-    """((input file, document) behind a finished shard, its documents, its bytes)."""
+    """((input file, document) after a finished shard, its number of documents, of bytes)."""
     with np.load(index_path(shard), allow_pickle=False) as index:
         file, document = (int(i) for i in index["resume_at"])
         return (file, document), len(index["lengths_D"]), int(index["lengths_D"].sum())
 
 
 def _record_bytes(lengths_D: np.ndarray, record_bytes: int) -> np.ndarray:
-    """Bytes of each record, every document cut into full ones and a rest.
+    """Number of bytes of each record; a document is split into full records and a last one.
 
     (4, 10), 4 -> (4, 4, 4, 2)
     """

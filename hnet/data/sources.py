@@ -1,8 +1,8 @@
 """Sources: the documents of one entry of ``data.files``, with random access.
 
-Text and short JSON lines are read where they lie. What has no such place (what gzip or Parquet
-packs, long JSON lines, the texts that are built in) is unpacked once to a temporary file. Kept in
-memory are about 50 bytes a document and, of ArrayRecord shards, 8 bytes a record.
+Text and short JSON lines are read directly from their files. Text from gzip or Parquet files, long
+JSON lines and built-in text is unpacked once to a temporary file. The index in memory takes about
+50 bytes per document and, for ArrayRecord shards, 8 bytes per record.
 """
 
 import hashlib
@@ -29,36 +29,36 @@ _DIGEST = 16
 
 @dataclass(frozen=True)
 class Source:
-    """Documents of one glob, in the order of their files; empty documents are left out."""
+    """Documents of one glob, in the order of their files, without empty documents."""
 
     name: str
     """the glob"""
     store: ByteStore
     lengths_D: np.ndarray
-    """int64, bytes of each document; they follow one another in the store"""
+    """number of bytes per document, int64; documents are contiguous in the store"""
     files: tuple[str, ...]
     file_starts: np.ndarray
-    """int64, number of the first document of each file"""
+    """number of the first document of each file, int64"""
     digests: bytes
-    """hashes of the documents of each file, in order"""
+    """hash of the documents of each file, concatenated in order"""
 
     @property
     def num_bytes(self) -> int:
         return int(self.lengths_D.sum())
 
     def file_of(self, d: int) -> str:
-        """The file of document d, or the name of a document that is built in."""
+        """The file of document d, or the name of a built-in document."""
         return self.files[int(np.searchsorted(self.file_starts, d, side="right")) - 1]
 
     def document_name(self, d: int) -> str:
-        """The file, followed by ``:n`` (from 1) where a file holds several documents."""
+        """The file, followed by ``:n`` (from 1) if the file holds several documents."""
         f = int(np.searchsorted(self.file_starts, d, side="right")) - 1
         end = self.file_starts[f + 1] if f + 1 < len(self.files) else len(self.lengths_D)
         one = end - self.file_starts[f] == 1
         return self.files[f] if one else f"{self.files[f]}:{d - self.file_starts[f] + 1}"
 
     def keys_D(self) -> np.ndarray:
-        """uint64 hash of each document's file name (without its folder) and number in the file."""
+        """uint64 hash per document of its file name (without folder) and its number in the file."""
         file_keys = np.array([_name_key(os.path.basename(f)) for f in self.files], np.uint64)
         counts = np.diff(np.append(self.file_starts, len(self.lengths_D)))
         number_D = np.arange(len(self.lengths_D)) - np.repeat(self.file_starts, counts)
@@ -68,9 +68,10 @@ class Source:
 def open_source(
     pattern: str, *, field: str = "data.files", leave_out: Iterable[str] = ()
 ) -> Source:
-    """Open what one entry of ``data.files`` names, without the files whose real path is given.
+    """Open the source that one entry of ``data.files`` names.
 
-    Raises ConfigError, in one line, when nothing matches or something cannot be read.
+    leave_out: real paths of files to skip. Raises ConfigError, in one line, when nothing matches or
+    a file cannot be read.
     """
     if pattern == pythondocs.NAME:
         return _built_in(pattern, pythondocs.documents())
@@ -89,7 +90,7 @@ def open_source(
 
 
 def is_built_in(pattern: str) -> bool:
-    """Whether an entry of ``data.files`` names text that comes with the package or Python."""
+    """Whether an entry of ``data.files`` names text that is part of this package or of Python."""
     return pattern == pythondocs.NAME or pattern.startswith(synthetic.PREFIX)
 
 
@@ -129,20 +130,20 @@ def _built_in(name: str, documents: Iterable[tuple[str, bytes]]) -> Source:
 
 
 class _Texts:
-    """Learns from one pass over documents where to find them again."""
+    """Index of the documents, built in one pass, to find them again."""
 
     def __init__(self):
         self._digest, self._digests = hashlib.blake2b(digest_size=_DIGEST), bytearray()
         self._spool = Spool()
         self._files: list[str] = []
-        self._first = array("q")  # document of each file
+        self._first = array("q")  # first document of each file
         self._stamps = array("Q")
         self._file, self._start, self._line, self._length = map(array, "iqiq")
-        self._so_far = 0  # bytes of a document that has not ended
+        self._so_far = 0  # bytes so far of the unfinished document
 
     def begin_file(self, name: str, opened: Stamp = OURS) -> None:
-        """Chunks of this file follow; its stamp, if documents may be read from it again."""
-        if self._files and self._first[-1] == len(self._length):  # the file before has no text
+        """Start a file; its chunks follow. opened: its stamp, if it can be read again later."""
+        if self._files and self._first[-1] == len(self._length):  # the previous file has no text
             self._files.pop(), self._first.pop()
             del self._stamps[-3:]
         elif self._files:
@@ -154,7 +155,7 @@ class _Texts:
         self._stamps.extend(opened)
 
     def add(self, chunk: Chunk) -> None:
-        """The next chunk of the file."""
+        """Add the next chunk of the file."""
         if not self._so_far:
             self._place = (len(self._files) - 1, chunk.start)
             if chunk.start < 0:
@@ -171,7 +172,7 @@ class _Texts:
             self._so_far = 0
 
     def source(self, name: str) -> Source:
-        self.begin_file("")  # stands for the spool, and leaves out a last file without text
+        self.begin_file("")  # an entry for the spool; also removes a last file without text
         self._spool.flush()
         lengths_D = np.array(self._length, np.int64)
         stamps = np.array(self._stamps, np.uint64).reshape(-1, 3)
@@ -195,7 +196,7 @@ class _Texts:
 
 
 def _from_shards(name: str, paths: list[str]) -> Source:
-    import grain  # here: a command reads its arguments before it is loaded
+    import grain  # imported here so that a command reads its arguments first
 
     indices = [read_index(Path(p)) for p in paths]
     document_counts = [len(index.lengths_D) for index in indices]
@@ -220,7 +221,7 @@ def _name_key(name: str) -> int:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """Spread uint64 numbers: the finaliser of SplitMix64 (Steele et al. 2014)."""
+    """Mix the bits of uint64 numbers: the finaliser of SplitMix64 (Steele et al. 2014)."""
     x = x * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,7 +1,7 @@
-"""Stores: the concatenated bytes of some documents, read where they lie on the disk.
+"""Stores: the concatenated bytes of documents, read directly from disk.
 
-Memory holds only where each document begins. So the disk bounds the size of a corpus, and the
-processes that build batches share what the system caches of it.
+Memory holds only the offsets of the documents. So the size of a corpus is limited by the disk, and
+the processes that build batches share the page cache of the system.
 """
 
 import os
@@ -21,7 +21,7 @@ from hnet.errors import ConfigError
 if TYPE_CHECKING:
     import grain
 
-_OPEN_FILES = 16  # of a store at a time
+_OPEN_FILES = 16  # maximum number of open files per store
 _BUFFER = 1 << 20
 _ALIGNMENT = 64
 
@@ -35,7 +35,7 @@ class ByteStore(Protocol):
 
 Stamp = tuple[int, int, int]
 OURS = (0, 0, 0)
-"""stamp of a file that only this process writes"""
+"""stamp of a file that only this process writes; such a file is not checked for changes"""
 
 
 def stamp(file: str | int) -> Stamp:
@@ -45,7 +45,7 @@ def stamp(file: str | int) -> Stamp:
 
 
 class File:
-    """A file that is read at any place as long as it does not change; opened again by a worker."""
+    """Random access to a file that must not change; a worker opens it again after unpickling."""
 
     def __init__(self, path: str, expected: Stamp):
         self._path, self._expected = path, expected
@@ -59,7 +59,7 @@ class File:
         return File, (self._path, self._expected)
 
     def read(self, start: int, size: int) -> bytes:
-        """Raises ConfigError if the file is not as expected."""
+        """Read `size` bytes at `start`. Raises ConfigError if the file has changed."""
         parts, left = [], size
         try:
             while left and (part := os.pread(self._fd, left, start + size - left)):
@@ -80,9 +80,9 @@ class File:
 
 
 class Spool:
-    """A temporary file for what cannot be read where it lies; it ends with the process.
+    """A temporary file for text that cannot be read from its own file; deleted with the process.
 
-    It is made in TMPDIR, else in /var/tmp, which unlike /tmp is not kept in memory.
+    It is created in TMPDIR, else in /var/tmp, which unlike /tmp is usually not held in memory.
     """
 
     def __init__(self):
@@ -96,7 +96,7 @@ class Spool:
         weakref.finalize(self, self._file.close)
         fd = self._file.fileno()
         self.path = f"/proc/{os.getpid()}/fd/{fd}" if linux else self._file.name
-        """where this process and its workers can open the file"""
+        """path at which this process and its workers can open the file"""
         self.size = 0
 
     def write(self, data: bytes | memoryview) -> None:
@@ -106,20 +106,20 @@ class Spool:
             raise _no_room(e) from e
 
     def flush(self) -> None:
-        """Let others see what was written."""
+        """Make the written bytes visible to other processes."""
         try:
             self._file.flush()
         except OSError as e:
             raise _no_room(e) from e
 
     def reader(self) -> File:
-        """What reads the file, once all is written."""
+        """Flush, and open the file for reading; call it after the last `write`."""
         self.flush()
         return File(self.path, OURS)
 
 
 class Shared:
-    """A value whose arrays other processes map instead of copying them."""
+    """A value whose arrays are memory-mapped, not copied, by other processes."""
 
     def __init__(self, value: Any):
         self._spool, places = Spool(), []
@@ -132,11 +132,11 @@ class Shared:
         pickled = pickle.dumps(value, protocol=5, buffer_callback=write)
         self._spool.flush()
         self.key = (pickled, self._spool.path, places)
-        """what `open` needs, as long as this object exists"""
+        """argument for `open`; valid as long as this object exists"""
 
     @staticmethod
     def open(key: tuple[bytes, str, list[tuple[int, int]]]) -> Any:
-        """The value, in a process of its own."""
+        """The value, in another process."""
         pickled, path, places = key
         whole = np.memmap(path, np.uint8, "r") if any(size for _, size in places) else b""
         return pickle.loads(pickled, buffers=[whole[a : a + size] for a, size in places])
@@ -152,26 +152,26 @@ def _no_room(error: OSError) -> ConfigError:
 
 @dataclass(frozen=True)
 class TextStore:
-    """Documents inside of files: D of them in F files, the last of which may be a spool."""
+    """D documents in F files, the last of which may be a spool."""
 
     paths: tuple[str, ...]
     stamps_F3: np.ndarray
-    """uint64, `stamp` of each file"""
+    """`stamp` of each file, uint64"""
     file_D: np.ndarray
-    """int32, which of the files"""
+    """index of the file of each document, int32; -1 = the last file, the spool"""
     start_D: np.ndarray
-    """int64, where the document, or the JSON line that holds it, begins in the file"""
+    """offset in the file of the document, or of the JSON line that holds it, int64"""
     line_bytes_D: np.ndarray
-    """int32, bytes of the JSON line; 0 = the document lies in the file as it is"""
+    """number of bytes of the JSON line, int32; 0 = the document is stored as plain bytes"""
     offsets: np.ndarray
-    """int64 (D + 1,), bytes of all documents before each one"""
+    """number of bytes in all documents before each one, then the total, int64 (D + 1,)"""
     spool: Spool | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "_open", lru_cache(maxsize=_OPEN_FILES)(self._open_file))
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a worker needs; the spool stays open in the process that wrote it."""
+        """State for a worker process; the spool stays open in the process that wrote it."""
         return self.__dict__ | {"spool": None, "_open": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -192,7 +192,7 @@ class TextStore:
 
 @dataclass(frozen=True)
 class ShardStore:
-    """Bytes held in the records of ArrayRecord files, which are opened again after pickling."""
+    """Bytes in the records of ArrayRecord files, which are opened again after unpickling."""
 
     records: "grain.sources.ArrayRecordDataSource"
     offsets_R: np.ndarray

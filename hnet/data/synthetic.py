@@ -1,9 +1,9 @@
 """Seeded text whose true boundaries or true entropy are known, for tests and smoke runs.
 
-``synthesize`` draws morphemes, builds words of them and writes text of the words with Zipf's
-frequencies, in an alphabet of 1 to 4 bytes a character, and reports where every word and morpheme
-begins. ``MarkovSource`` is a chain over byte values whose entropy rate and whose log probability
-of every byte are exact, so that a bits-per-byte figure can be checked to the last digit.
+``synthesize`` draws morphemes, builds words from them and writes text whose words have Zipf
+frequencies, in an alphabet of 1 to 4 bytes per character. It returns the offsets at which words
+and morphemes begin. ``MarkovSource`` is a Markov chain over byte values with an exact entropy rate
+and an exact log probability of every byte, so that bits per byte can be checked to the last digit.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ import numpy as np
 from hnet.errors import ConfigError
 
 PREFIX = "synthetic:"
-"""``synthetic:SCRIPT`` or ``synthetic:SCRIPT:BYTES`` in ``data.files`` names such text"""
+"""prefix of the entries ``synthetic:SCRIPT`` and ``synthetic:SCRIPT:BYTES`` of ``data.files``"""
 
 _DEFAULT_BYTES = 1_000_000
 _DOCUMENT_BYTES = 4_000
@@ -25,12 +25,12 @@ _NUM_MORPHEMES = 200
 
 @dataclass(frozen=True)
 class Script:
-    """An alphabet and how words are written in it."""
+    """An alphabet, the word separator and the lengths of morphemes."""
 
     alphabet: str
     separator: str = " "
     morpheme_len: tuple[int, int] = (2, 5)
-    """least and most characters of a morpheme"""
+    """minimum and maximum number of characters per morpheme"""
 
 
 def _letters(first: int, count: int) -> str:
@@ -46,25 +46,27 @@ SCRIPTS: dict[str, Script] = {
     "deseret": Script(_letters(0x10428, 40)),
     "dna": Script("ACGT", separator="", morpheme_len=(6, 12)),
 }
-"""name -> script; characters take 1 (latin, dna), 2, 3 (devanagari, han) or 4 (deseret) bytes"""
+"""name -> script; bytes per character: 1 (latin, dna), 2 (greek, cyrillic), 3 (devanagari, han) or
+4 (deseret)"""
 
 
 @dataclass(frozen=True)
 class SyntheticText:
-    """Text with its true boundaries, all byte offsets, each list beginning with 0."""
+    """Text with its true boundaries as byte offsets; each array begins with 0."""
 
     data: bytes
     word_starts: np.ndarray
-    """int64; a separator belongs to the word before it"""
+    """offsets of words, int64; a separator belongs to the word before it"""
     morpheme_starts: np.ndarray
-    """int64; contains word_starts"""
+    """offsets of morphemes, int64; contains word_starts"""
 
 
 def synthesize(script: str, num_bytes: int, *, seed: int = 0) -> SyntheticText:
-    """At least ``num_bytes`` of text, ending with a whole word.
+    """Return at least ``num_bytes`` bytes of text, ending with a whole word.
 
-    The language (its words) depends on the script alone, the text also on the seed, so that texts
-    of different seeds can be trained on and held out. Raises ConfigError for an unknown script.
+    The words of the language depend only on the script, the text also on the seed. So texts with
+    different seeds can serve as training and held-out text. Raises ConfigError for an unknown
+    script.
     """
     if script not in SCRIPTS:
         raise ConfigError(
@@ -91,7 +93,7 @@ def synthesize(script: str, num_bytes: int, *, seed: int = 0) -> SyntheticText:
 
 @lru_cache
 def _lexicon(script: str) -> list[list[bytes]]:
-    """Words as lists of UTF-8 morphemes, most frequent first; shorter words are more frequent."""
+    """Words as lists of UTF-8 morphemes, most frequent first: those with fewer morphemes."""
     kind = SCRIPTS[script]
     rng = np.random.default_rng((list(SCRIPTS).index(script), 0))
     least, most = kind.morpheme_len
@@ -107,7 +109,7 @@ def _lexicon(script: str) -> list[list[bytes]]:
 
 
 def documents(name: str) -> Iterator[tuple[str, bytes]]:
-    """Yield (name, text) of the corpus that ``synthetic:SCRIPT[:BYTES]`` names."""
+    """Yield (name, text) for each document of the corpus ``synthetic:SCRIPT[:BYTES]``."""
     script, _, size = name.removeprefix(PREFIX).partition(":")
     if size and not (size.isdecimal() and int(size)):
         raise ConfigError(f"data.files: {name!r} has no size: write synthetic:SCRIPT[:BYTES]")
@@ -120,11 +122,12 @@ def documents(name: str) -> Iterator[tuple[str, bytes]]:
 
 
 class MarkovSource:
-    """A first-order chain over ``num_symbols`` byte values with dyadic transition probabilities.
+    """First-order Markov chain over ``num_symbols`` byte values with dyadic probabilities.
 
     From state i the chain moves to (i + 1) % n, (i + 2) % n, ... with probabilities 1/2, 1/4, ...,
-    the last one doubled. All rows are permutations of one distribution and the stationary one is
-    uniform, so the entropy rate is exact: 2 - 2^(2-n) bits a byte.
+    the last one doubled. All rows of the transition matrix are permutations of one distribution and
+    the stationary distribution is uniform, so the entropy rate is exactly 2 - 2^(2-n) bits per
+    byte.
     """
 
     def __init__(self, num_symbols: int = 4, first_byte: int = ord("a")):
@@ -135,11 +138,11 @@ class MarkovSource:
 
     @property
     def entropy(self) -> float:
-        """Bits a byte, given the byte before."""
+        """Entropy rate: bits per byte, given the byte before."""
         return float(-(self._steps * np.log2(self._steps)).sum())
 
     def sample(self, num_bytes: int, *, seed: int) -> bytes:
-        """Draw ``num_bytes``, the first one uniformly."""
+        """Draw ``num_bytes`` bytes, the first one uniformly."""
         rng, n = np.random.default_rng(seed), len(self._steps)
         moves = rng.choice(n, size=num_bytes, p=self._steps) + 1
         if num_bytes:
@@ -154,7 +157,7 @@ class MarkovSource:
         return np.concatenate([[-np.log2(n)], np.log2(self._steps[moves])])[: len(data)]
 
     def log2_transitions(self) -> np.ndarray:
-        """log2 P(next | current), float64 (256, 256), -inf where the chain never goes."""
+        """log2 P(next | current), float64 (256, 256), -inf for impossible transitions."""
         n, first = len(self._steps), self.first_byte
         table = np.full((256, 256), -np.inf)
         for i in range(n):

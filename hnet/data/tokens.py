@@ -1,8 +1,8 @@
-"""The same documents as tokens of a byte-level BPE, for token models beside byte models.
+"""Documents as tokens of a byte-level BPE, to train token models as well as byte models.
 
-Ids 0 to 255 stay bytes, BOS and EOS among them; a token of several bytes has an id from 256 on. So
-a token model differs from a byte model in its vocabulary alone. Every id stands for a fixed number
-of bytes, by which its scores are counted: bits per BYTE of the text, never per token.
+Ids 0 to 255 are bytes, BOS and EOS among them; tokens of several bytes have ids from 256 on. So a
+token model differs from a byte model only in its vocabulary. Every id stands for a fixed number of
+bytes, so scores are reported in bits per byte of the text, never per token.
 """
 
 import os
@@ -18,11 +18,11 @@ from hnet.data.stores import Spool
 from hnet.errors import ConfigError
 
 BYTES = 256
-_PART = 1 << 20  # bytes of a document that are encoded together
+_PART = 1 << 20  # bytes of a document encoded at a time
 
 
 class Vocabulary:
-    """The tokens of a tokenizer.json. Raises ConfigError if it is none, or not byte-level."""
+    """The tokens of a tokenizer.json. Raises ConfigError if the file cannot be read."""
 
     def __init__(self, path: str):
         try:
@@ -40,7 +40,8 @@ class Vocabulary:
         byte_of = _byte_alphabet()
         tokens = self._tokenizer.get_vocab()
         size = max(tokens.values()) + 1
-        self._id_T = np.full(size, -1, np.int32)  # of each token of the tokenizer; -1: cannot be
+        # Our id of each tokenizer token; -1: a token that is not made of bytes, such as <unk>.
+        self._id_T = np.full(size, -1, np.int32)
         lengths = [1] * BYTES
         for token, number in sorted(tokens.items(), key=lambda item: item[1]):
             if len(token) == 1 and token in byte_of:
@@ -49,15 +50,15 @@ class Vocabulary:
                 self._id_T[number] = len(lengths)
                 lengths.append(len(token))
         self.bytes_V = np.array(lengths, np.int32)
-        """bytes that each id stands for"""
+        """number of bytes that each id stands for"""
 
     @property
     def size(self) -> int:
-        """Ids in use, which `model.vocab_size` must hold."""
+        """Number of ids in use; `model.vocab_size` must be at least this."""
         return len(self.bytes_V)
 
     def encode(self, data: bytes) -> np.ndarray:
-        """int32 ids of a text. Raises ConfigError unless they stand for exactly its bytes."""
+        """int32 ids of a text. Raises ConfigError unless they encode exactly its bytes."""
         try:
             found = self._tokenizer.encode(data.decode(), add_special_tokens=False).ids
         except UnicodeDecodeError as e:
@@ -79,16 +80,16 @@ def read_vocabulary(path: str) -> Vocabulary:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Character that byte-level BPE writes for each byte -> the byte (the table of GPT-2)."""
+    """Map from the character that byte-level BPE writes for a byte to the byte (GPT-2's table)."""
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [b for b in range(BYTES) if b not in shown]
     return {chr(b): b for b in shown} | {chr(BYTES + i): b for i, b in enumerate(hidden)}
 
 
 class TokenDocuments:
-    """Documents as ids, which are kept in a temporary file; stands in for `Documents`.
+    """Documents as token ids, kept in a temporary file; can be used instead of `Documents`.
 
-    Long documents are encoded in parts, divided where a line or a word begins.
+    Long documents are encoded in parts, split where a line or a word begins.
     """
 
     def __init__(self, documents, vocabulary: Vocabulary):
@@ -106,7 +107,7 @@ class TokenDocuments:
         self._file = self._spool.reader()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a worker needs; the file ends with the process that wrote it."""
+        """State for a worker process; the file is deleted with the process that wrote it."""
         return self.__dict__ | {"_spool": None}
 
     def __len__(self) -> int:
@@ -129,7 +130,7 @@ def _parts(documents, d: int) -> Iterator[bytes]:
 
 
 def _begin_of_word(text: bytes) -> int:
-    """The last place inside a text where a line begins, else a word, else a character."""
+    """Last offset inside a text where a line begins, else a word, else a character."""
     for begin in (rb"\n(?=\S)", rb"(?<=\S)(?= \S)"):
         ends = [found.end() for found in re.finditer(begin, text)]
         if ends:

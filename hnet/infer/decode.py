@@ -1,4 +1,4 @@
-"""The jitted pieces of generation: start from prompts, then run blocks of steps on the device."""
+"""The jitted parts of generation: start from prompts, then run blocks of steps on the device."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -17,33 +17,33 @@ from hnet.infer.prompts import pad
 from hnet.infer.sampling import Controls, Sampling, sample
 from hnet.model import HNetLM, split
 
-WAIT_SHARE = 0.7  # a row at a boundary waits until 7 of 10 are at one; measured best on a CPU
+WAIT_SHARE = 0.7  # rows at a boundary wait until 70 % are at one; fastest value measured on a CPU
 
 
 class Decoding(NamedTuple):
-    """A batch whose rows are between two bytes, or wait for others with a byte half done."""
+    """State of a batch; a row is between two bytes, or waits at a boundary with a partial byte."""
 
     cache: stream.ModelCache
     logits_BV: jax.Array
     recent_BW: jax.Array
-    """the last bytes, for the repetition penalty; -1 before the start"""
+    """most recent bytes, for the repetition penalty; -1 before the start"""
     utf8_state_B: jax.Array
     script_state_B: jax.Array
-    """of `hnet.data.scripts`: what decides a byte's route"""
+    """script state of `hnet.data.scripts`, which determines the route of a byte"""
     byte_B: jax.Array
-    """the last byte that was drawn, its route and its log-probability"""
+    """byte that was drawn last; route_B and logprob_B are its route and log-probability"""
     route_B: jax.Array
     logprob_B: jax.Array
     count_B: jax.Array
-    """bytes drawn so far"""
+    """number of bytes drawn so far"""
     done_B: jax.Array
-    """whether the model is done with the last byte, so that another can be drawn"""
+    """whether the model has finished the last byte, so that another can be drawn"""
     running_B: jax.Array
-    """whether another is wanted"""
+    """whether the row still needs bytes"""
 
 
 class Outputs(NamedTuple):
-    """What each of T ticks gave; a row gets at most one byte a tick."""
+    """Outputs of T ticks; a row gets at most one byte per tick."""
 
     byte_TB: jax.Array
     logprob_TB: jax.Array
@@ -119,7 +119,7 @@ def _run(params, state, controls, seed_B, route_of, wait_share, *, static, num_t
 
 
 class _Static:
-    """The structure of a model as a static argument that is hashed once and not at each call."""
+    """The graph of a model as a static argument that is hashed once instead of at every call."""
 
     def __init__(self, graph: nnx.GraphDef):
         self.graph, self._hash = graph, hash(graph)
@@ -132,11 +132,11 @@ class _Static:
 
 
 class Decoder:
-    """A model and its compiled programs; one for each shape of batch, prompt and room."""
+    """A model and its compiled functions, one per shape of batch, prompt and cache."""
 
     def __init__(self, model: HNetLM, wait_share: float = WAIT_SHARE):
-        """wait_share: see `hnet.infer.stream.advance`; 0 keeps all rows in step. Raises ConfigError
-        for a model that cannot continue a text."""
+        """wait_share: see `hnet.infer.stream.advance`; with 0 no row waits. Raises ConfigError for
+        a model that cannot continue a text."""
         self.config, self.wait_share = model.config, wait_share
         chunkings = [stage.chunking for stage in model.config.stages[:-1]]
         if chunkings and chunkings[0].predictor.name == "external":
@@ -149,7 +149,7 @@ class Decoder:
         self.route_of = route_table(model.config.route_groups, "model.route_groups")
 
     def start(self, prompts: Sequence[bytes], sampling: Sampling) -> tuple[Decoding, np.ndarray]:
-        """(state after the prompts, boundaries bool (B, L, stages that cut)); a row a prompt.
+        """(state after the prompts, boundaries bool (B, L, chunking stages)); one row per prompt.
 
         Raises ConfigError if a cache for `sampling.max_bytes` does not fit into memory.
         """
@@ -185,9 +185,9 @@ class Decoder:
     def run(
         self, state: Decoding, controls: Controls, seed_B: jax.Array, num_ticks: int
     ) -> tuple[Decoding, Outputs]:
-        """Up to `num_ticks` more bytes of every row; donates `state`.
+        """Draw up to `num_ticks` more bytes for every row; donates `state`.
 
-        Fewer where a row has waited for others at a boundary, see `hnet.infer.stream.advance`.
+        A row that waits at a boundary gets fewer bytes, see `hnet.infer.stream.advance`.
         """
         return _run(
             self.params, state, controls, seed_B, jnp.asarray(self.route_of),

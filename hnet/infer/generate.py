@@ -1,4 +1,4 @@
-"""Continue texts: a batch of prompts of any lengths in, bytes, text and boundaries out."""
+"""Continue prompts of any lengths in batches; returns bytes, text and boundaries."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,27 +23,27 @@ class Generation:
 
     prompt: bytes
     data: bytes
-    """the continuation, without the stop string or EOS that ended it"""
+    """continuation, without the stop string or EOS that ended it"""
     logprobs: np.ndarray
-    """(n,) natural logarithm of each byte's probability under the model, before any filter"""
+    """natural logarithm of the probability of each byte under the model, before any filter, (n,)"""
     boundaries: np.ndarray
-    """bool (len(prompt) + n, stages that cut): whether a boundary of that stage lies at the byte"""
+    """whether the stage has a boundary at the byte, bool (len(prompt) + n, chunking stages)"""
     finish_reason: Literal["length", "stop", "eos"]
 
     @property
     def text(self) -> str:
-        """The continuation; U+FFFD stands for what is not valid UTF-8."""
+        """The continuation as text, with U+FFFD for invalid UTF-8."""
         return self.data.decode("utf-8", "replace")
 
 
 def chunk_starts(config: HNetConfig, boundaries_TS: np.ndarray) -> list[list[int]]:
     """Byte offsets at which the chunks of each stage start, from `Generation.boundaries`.
 
-    A boundary with alignment end closes a chunk, so that the next one starts behind it.
+    A boundary with alignment "end" closes a chunk, so the next chunk starts at the following byte.
     """
     length, starts = len(boundaries_TS), []
-    opens = {t: t for t in range(length)}  # byte that a position is decided on -> its first byte
-    closes = {t: t + 1 for t in range(length)}  # ... -> the byte behind its last
+    opens = {t: t for t in range(length)}  # byte of a position's decision -> its first byte
+    closes = {t: t + 1 for t in range(length)}  # same key -> offset after its last byte
     for s, stage in enumerate(config.stages[:-1]):
         at_end = stage.chunking.alignment == "end"
         cuts = [t for t in np.flatnonzero(boundaries_TS[:, s]).tolist() if t in opens]
@@ -61,18 +61,18 @@ def chunk_starts(config: HNetConfig, boundaries_TS: np.ndarray) -> list[list[int
 
 
 class Piece(NamedTuple):
-    """What one prompt's continuation gained."""
+    """New text of the continuation of one prompt."""
 
     index: int
-    """of the prompt"""
+    """index of the prompt"""
     text: str
-    """whole characters that were completed, possibly none"""
+    """newly completed characters, possibly none"""
     finished: Generation | None
-    """the whole result, once there is no more to come"""
+    """complete result with the last piece; None before"""
 
 
 class _Row:
-    """What the host keeps of one continuation."""
+    """State of one continuation on the host."""
 
     def __init__(self, prompt: bytes, boundaries_PS: np.ndarray, sampling: Sampling):
         self.prompt, self.sampling = prompt, sampling
@@ -82,7 +82,7 @@ class _Row:
         self.finish_reason: str | None = None
 
     def add(self, byte_T: np.ndarray, logprob_T: np.ndarray, boundaries_TS: np.ndarray) -> str:
-        """Take over new bytes until the text ends; returns the text that can be shown."""
+        """Append new bytes until the text ends. Returns the text that can be shown."""
         for byte, logprob, boundary_S in zip(byte_T, logprob_T, boundaries_TS):
             if self.finish_reason:
                 break
@@ -110,7 +110,7 @@ class _Row:
             self.finish_reason = "length"
 
     def _held_back(self) -> int:
-        """Bytes at the end that may be the beginning of a stop string."""
+        """Number of bytes at the end that may be the beginning of a stop string."""
         return max(
             (n for stop in self.stops for n in range(1, len(stop)) if self.data.endswith(stop[:n])),
             default=0,
@@ -152,13 +152,13 @@ def stream_text(
     batch_size: int = 32,
     block_len: int = 16,
 ) -> Iterator[Piece]:
-    """Continue every prompt, and yield text as it comes, after every `block_len` ticks: a row gets
-    a byte a tick, or none while it waits for other rows at a boundary.
+    """Continue every prompt and yield new text after every `block_len` ticks. A row gets one byte
+    per tick, or none while it waits for other rows at a boundary.
 
-    seeds: one a prompt (default: sampling.seed + its index). bos: put byte 254 in front, as the
-    official tokenizer and our training do; without it the first byte of an empty prompt is drawn
-    from all bytes alike. batch_size: prompts that run together; each is continued as it would be
-    alone. Raises ConfigError for bad arguments.
+    seeds: one per prompt (default: sampling.seed + its index). bos: whether to prepend byte 254, as
+    the official tokenizer and our training do; without it the first byte of an empty prompt is
+    drawn uniformly. batch_size: number of prompts per batch; the result of a prompt does not depend
+    on the other prompts. Raises ConfigError for bad arguments.
     """
     if batch_size < 1 or block_len < 1:
         raise ConfigError(f"batch_size={batch_size}, block_len={block_len}: use 1 or more")
@@ -176,7 +176,7 @@ def stream_text(
 
 
 def _run(decoder, texts, seeds, sampling, bos, size, block_len) -> Iterator[Piece]:
-    """Continue up to `size` texts together; spare rows are never active."""
+    """Continue up to `size` texts as one batch; padding rows are never active."""
     spare = size - len(texts)
     prefix = bytes([BOS_ID]) if bos else b""
     fed = [prefix + text for text in texts] + [b""] * spare

@@ -1,10 +1,10 @@
-"""Our models as models of lm-evaluation-harness (the extra `harness`), by the name `hnet`.
+"""Our models in lm-evaluation-harness (the extra `harness`), under the name `hnet`.
 
     lm_eval --model hnet --model_args checkpoint=WORKDIR --tasks lambada_openai
 
-The harness finds the name among the plugins that are installed. A version without plugins (0.4.13
-has none) knows it once this module is imported: `python -m hnet.infer.lm_eval` takes the same
-arguments. In Python: `simple_evaluate(HarnessModel("WORKDIR"), tasks=[...])`.
+The harness finds the name among the installed plugins. For a version without plugins (such as
+0.4.13) importing this module registers the name: use `python -m hnet.infer.lm_eval`, which takes
+the same arguments. In Python: `simple_evaluate(HarnessModel("WORKDIR"), tasks=[...])`.
 """
 
 import os
@@ -25,7 +25,7 @@ from hnet.model import HNetLM
 
 @register_model("hnet")
 class HarnessModel(LM):
-    """Scores and continues bytes; what the harness calls a token is a byte here."""
+    """Scores and continues bytes; a token of the harness is a byte here."""
 
     def __init__(
         self,
@@ -37,15 +37,15 @@ class HarnessModel(LM):
         max_batch_size: int | None = None,
         device: str | None = None,
     ):
-        """checkpoint: a model in memory, or what `hnet.load` reads. batch_size: "auto" is 16.
-        max_bytes: of a continuation for which the task sets no limit. max_batch_size and device
-        are what the harness passes to every model: JAX chooses the device."""
+        """checkpoint: a model in memory, or a path for `hnet.load`. batch_size: "auto" is 16.
+        max_bytes: maximum length of a continuation if the task sets no limit. max_batch_size and
+        device are ignored: the harness passes them to every model, and JAX chooses the device."""
         super().__init__()
         del max_batch_size, device
         self.bos, self.max_bytes = bos, _count("max_bytes", max_bytes)
         self.batch_size = 16 if batch_size == "auto" else _count("batch_size", batch_size)
         self.model = checkpoint if isinstance(checkpoint, HNetLM) else load(checkpoint)
-        self.unscored = 0 if bos else 1  # without BOS nothing predicts the first byte
+        self.unscored = 0 if bos else 1  # without BOS the first byte is not predicted
 
     def _score(self, texts: Sequence[bytes]):
         return logprobs(self.model, texts, bos=self.bos, batch_size=self.batch_size)
@@ -53,7 +53,7 @@ class HarnessModel(LM):
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """For each request, the continuation's log-probability and whether it is greedy."""
+        """Log-probability of the continuation and whether it is greedy, for each request."""
         pairs = [tuple(encode(part) for part in request.args) for request in requests]
         scores = self._score([context + continuation for context, continuation in pairs])
         starts = [max(len(context), self.unscored) for context, _ in pairs]
@@ -65,12 +65,13 @@ class HarnessModel(LM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-probability of each whole text; there is no window, all of it is context."""
+        """Log-probability of each whole text, with the full text as context (no window)."""
         scores = self._score([encode(request.args[0]) for request in requests])
         return [score.total(self.unscored) for score in scores]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to the first of the strings `until`; equal settings run together."""
+        """Continuations up to the first string of `until`; requests with equal settings are
+        batched."""
         found: dict[int, str] = {}
         groups: dict[Sampling, list[int]] = {}
         for i, request in enumerate(requests):

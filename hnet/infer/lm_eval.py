@@ -1,4 +1,4 @@
-"""The command of lm-evaluation-harness, which knows our models by the name `hnet`.
+"""The command of lm-evaluation-harness with our models registered as `hnet`.
 
     python -m hnet.infer.lm_eval --model hnet --model_args checkpoint=WORKDIR --tasks NAME
 
@@ -13,7 +13,7 @@ def main() -> None:
     try:
         from lm_eval.__main__ import cli_evaluate
 
-        import hnet.infer.harness  # noqa: F401, which registers the name
+        import hnet.infer.harness  # noqa: F401, registers the name
     except ImportError as e:
         raise ConfigError(
             f"lm-evaluation-harness cannot be imported ({e}): pip install 'hnet-jax[harness]'"

@@ -1,4 +1,4 @@
-"""Texts as padded batches whose shapes repeat."""
+"""Texts as padded batches with few different shapes."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ MIN_LENGTH = 16
 
 
 def encode(text: str | bytes) -> bytes:
-    """The bytes of a prompt; lone surrogates U+DC80 to U+DCFF are the bytes they stand for."""
+    """The bytes of a prompt; lone surrogates U+DC80 to U+DCFF become the bytes 0x80 to 0xFF."""
     if isinstance(text, bytes):
         return text
     try:
@@ -20,7 +20,7 @@ def encode(text: str | bytes) -> bytes:
 
 
 def length_bucket(length: int) -> int:
-    """The next power of two, at least 16: few shapes, few compilations."""
+    """Round up to a power of two, at least 16, to limit the number of compilations."""
     return max(MIN_LENGTH, 1 << max(0, length - 1).bit_length())
 
 

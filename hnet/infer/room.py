@@ -1,4 +1,4 @@
-"""Whether a cache fits into memory, before anything is allocated."""
+"""Check that a cache fits into memory before allocating it."""
 
 from collections.abc import Callable
 
@@ -7,11 +7,11 @@ import jax
 from hnet.errors import ConfigError
 from hnet.infer.prompts import MIN_LENGTH, length_bucket
 
-MAX_POSITIONS = (1 << 31) - 64  # int32, less the null slots that stages add to a row
+MAX_POSITIONS = (1 << 31) - 64  # int32 limit minus the null slots that stages add to a row
 
 
 def free_memory() -> int | None:
-    """Bytes that can still be allocated on the default device; None where nobody says."""
+    """Free bytes on the default device; None if neither the device nor /proc reports it."""
     stats = jax.devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
@@ -24,10 +24,10 @@ def free_memory() -> int | None:
 
 
 def positions(prompt_len: int, max_bytes: int, rows: int, cache_bytes: Callable[[int], int]) -> int:
-    """Positions that a cache needs for prompts of up to `prompt_len` and what follows them.
+    """Number of cache positions for prompts of up to `prompt_len` bytes and their continuations.
 
-    cache_bytes: what a cache with room for so many takes; it is made in place. Raises ConfigError
-    if that is more than the free memory.
+    cache_bytes: function from a number of positions to the bytes of the cache; the cache is built
+    in place, so this is all it needs. Raises ConfigError if that exceeds the free memory.
     """
     room = min(length_bucket(prompt_len + max_bytes), MAX_POSITIONS)
     needed, free = cache_bytes(room), free_memory()

@@ -1,4 +1,4 @@
-"""From logits to the next byte of every row."""
+"""Sampling: from logits to the next byte of every row."""
 
 import math
 from dataclasses import dataclass
@@ -12,35 +12,36 @@ from hnet.errors import ConfigError
 from hnet.infer import utf8
 
 NUM_BYTES = 256
-_MOST = 1 << 30  # for numbers that become int32, and lengths that are rounded up
+_MOST = 1 << 30  # upper limit: values become int32, and lengths are rounded up
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a text is continued. Filters apply in the order of the fields."""
+    """Sampling parameters. Filters apply in the order of the fields."""
 
     max_bytes: int = 256
-    """longest continuation"""
+    """maximum number of bytes of the continuation"""
     repetition_penalty: float = 1.0
-    """divides the positive logits of recent bytes and multiplies the negative ones; 1 = off"""
+    """factor that divides positive logits of recent bytes and multiplies negative ones; 1 = off"""
     repetition_window: int = 64
-    """bytes, prompt included, that count as recent"""
+    """number of bytes, prompt included, that count as recent"""
     valid_utf8: bool = False
-    """only bytes that keep the text valid UTF-8 and end it within max_bytes on a whole character"""
+    """whether to allow only bytes that keep the text valid UTF-8 and let it end on a whole
+    character within max_bytes"""
     temperature: float = 1.0
-    """divides the logits; 0 = greedy"""
+    """divisor of the logits; 0 = greedy"""
     top_k: int = 0
-    """keep the k likeliest bytes; 0 = all"""
+    """number of most probable bytes to keep; 0 = all"""
     top_p: float = 1.0
-    """keep the likeliest bytes that together hold this probability"""
+    """total probability of the most probable bytes to keep"""
     min_p: float = 0.0
-    """keep bytes at least this probable, relative to the likeliest"""
+    """minimum probability of the bytes to keep, relative to the most probable byte"""
     stop: tuple[str, ...] = ()
-    """the text ends before the first of these"""
+    """strings that end the text; it ends before the first of them"""
     eos: bool = True
     """whether byte 255 ends the text; if not, it is never drawn"""
     seed: int = 0
-    """of the first row; row i has seed + i"""
+    """seed of the first row; row i has seed + i"""
 
     def __post_init__(self):
         for name, least in (("max_bytes", 1), ("repetition_window", 1), ("top_k", 0), ("seed", 0)):
@@ -66,7 +67,7 @@ DEFAULT = Sampling()
 
 
 class Controls(NamedTuple):
-    """The numbers of `Sampling` as traced scalars, so that no value of them compiles anew."""
+    """The numbers of `Sampling` as traced scalars, so that changing a value does not recompile."""
 
     max_bytes: jax.Array
     repetition_penalty: jax.Array
@@ -92,7 +93,7 @@ class Controls(NamedTuple):
 
 
 def penalise(logits_BV: jax.Array, recent_BW: jax.Array, penalty: jax.Array) -> jax.Array:
-    """Repetition penalty (arXiv 1909.05858, section 4.1); recent_BW holds bytes, -1 for none."""
+    """Repetition penalty (arXiv 1909.05858, section 4.1); recent_BW: bytes, -1 = empty entry."""
     index_BW = jnp.where(recent_BW < 0, logits_BV.shape[1], recent_BW)
     mark = jax.vmap(lambda seen_V, index_W: seen_V.at[index_W].set(True, mode="drop"))
     seen_BV = mark(jnp.zeros(logits_BV.shape, bool), index_BW)
@@ -103,17 +104,17 @@ def penalise(logits_BV: jax.Array, recent_BW: jax.Array, penalty: jax.Array) -> 
 def keep_likely(
     logits_BV: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array
 ) -> jax.Array:
-    """-inf for bytes outside the k likeliest, then outside the nucleus of mass top_p (arXiv
+    """Set logits to -inf outside the top k, then outside the nucleus of mass top_p (arXiv
     1904.09751), then below min_p times the highest probability (arXiv 2407.01082).
 
-    Bytes as likely as the last one that is kept are kept too.
+    Bytes that tie with the last byte kept are also kept.
     """
     V = logits_BV.shape[1]
     descending_BV = -jnp.sort(-logits_BV, axis=1)
     in_k_V = jnp.arange(V, dtype=jnp.int32) < top_k
     probs_BV = jax.nn.softmax(jnp.where(in_k_V[None], descending_BV, -jnp.inf), axis=1)
     mass_before_BV = jnp.cumsum(probs_BV, axis=1) - probs_BV
-    in_nucleus_BV = (mass_before_BV < top_p) | (top_p >= 1)  # the sum of all may reach 1 early
+    in_nucleus_BV = (mass_before_BV < top_p) | (top_p >= 1)  # rounding: the sum may reach 1 early
     kept_BV = in_k_V[None] & in_nucleus_BV
     lowest_B1 = jnp.min(jnp.where(kept_BV, descending_BV, jnp.inf), axis=1, keepdims=True)
     floor_B1 = jnp.maximum(lowest_B1, descending_BV[:, :1] + jnp.log(min_p))
@@ -121,9 +122,9 @@ def keep_likely(
 
 
 def inverse_cdf(probs_BV: jax.Array, u_B: jax.Array) -> jax.Array:
-    """The byte whose share of [0, 1) holds u: a draw, if u is uniform. One with p = 0 has none."""
+    """Sample bytes by inverting the CDF at u in [0, 1); bytes with p = 0 are never returned."""
     mass_BV = jnp.cumsum(probs_BV, axis=1)
-    total_B = mass_BV[:, -1]  # not quite 1
+    total_B = mass_BV[:, -1]  # 1 up to rounding
     target_B = jnp.minimum(u_B * total_B, jnp.nextafter(total_B, jnp.zeros_like(total_B)))
     return jnp.sum(mass_BV <= target_B[:, None], axis=1, dtype=jnp.int32)
 
@@ -136,9 +137,9 @@ def sample(
     recent_BW: jax.Array,
     utf8_state_B: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """(byte (B,), its log-probability under the model itself, before any filter).
+    """(byte (B,), its log-probability under the model, before any filter).
 
-    Byte `count_B` of a row depends on its seed and logits alone, not on its neighbours.
+    Byte `count_B` of a row depends on the seed and the logits of that row, not on other rows.
     """
     log_probs_BV = jax.nn.log_softmax(logits_BV, axis=1)[:, :NUM_BYTES]
     logits_BV = penalise(logits_BV[:, :NUM_BYTES], recent_BW, controls.repetition_penalty)
@@ -150,7 +151,7 @@ def sample(
     filters = (controls.top_k < NUM_BYTES) | (controls.top_p < 1) | (controls.min_p > 0)
 
     def draw(logits_BV):
-        logits_BV = jax.lax.cond(  # the filters sort
+        logits_BV = jax.lax.cond(  # skipped if no filter is on, because filters sort
             filters,
             lambda l_BV: keep_likely(l_BV, controls.top_k, controls.top_p, controls.min_p),
             lambda l_BV: l_BV,

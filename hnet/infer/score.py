@@ -1,4 +1,4 @@
-"""Log-probabilities of given texts, for multiple choice and for scoring."""
+"""Log-probabilities of given texts, for scoring and multiple choice."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,13 +22,13 @@ class Score:
 
     data: bytes
     logprobs: np.ndarray
-    """float32 (n,): natural logarithm of each byte's probability given those before it; NaN for a
-    first byte that nothing precedes (no BOS)"""
+    """natural logarithm of the probability of each byte given the bytes before it, float32 (n,);
+    NaN for the first byte without BOS"""
     is_greedy: np.ndarray
-    """bool (n,): whether the byte is the likeliest one there"""
+    """whether each byte is the most probable byte at its position, bool (n,)"""
 
     def total(self, start: int = 0, end: int | None = None) -> float:
-        """Log-probability of the bytes [start, end) given all before them."""
+        """Log-probability of the bytes [start, end) given all bytes before them."""
         return float(np.sum(self.logprobs[start:end], dtype=np.float64))
 
 
@@ -48,8 +48,8 @@ def logprobs(
 ) -> list[Score]:
     """Score every byte of every text.
 
-    bos: put byte 254 in front, as the official tokenizer and our training do. Texts of similar
-    length run together, `batch_size` at a time. Raises ConfigError for bad arguments.
+    bos: whether to prepend byte 254, as the official tokenizer and our training do. Texts of
+    similar length are batched, `batch_size` at a time. Raises ConfigError for bad arguments.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size}: use 1 or more")
@@ -74,7 +74,7 @@ def logprobs(
 
 
 def _own_bytes(fed: bytes, prefix: int, logprob_L: np.ndarray, is_greedy_L: np.ndarray) -> Score:
-    """The score of a text from predictions that are one position ahead of its bytes."""
+    """Score of a text; logprob_L[t] and is_greedy_L[t] belong to byte t + 1 of fed."""
     predicted = len(fed) - 1 if fed else 0
     unseen = 0 if prefix else min(1, len(fed))
     return Score(

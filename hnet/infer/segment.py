@@ -1,4 +1,4 @@
-"""Where a model cuts given texts."""
+"""Segmentation of given texts by a model."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,12 +14,12 @@ from hnet.data.scripts import SCRIPTS, route_table, script_ids_of_rows
 from hnet.inspect.segmentation import Segmentation
 from hnet.loss import next_byte_nll
 
-ROWS = 32  # texts cut in one go
-POSITIONS = ROWS * 1024  # of them, at most; bounds the memory of logits
+ROWS = 32  # maximum number of texts per batch
+POSITIONS = ROWS * 1024  # maximum number of positions per batch; bounds the memory of logits
 
 
 def route_texts(params: Any, input_ids_BL, segment_ids_BL, route_ids_BL, *, graph: nnx.GraphDef):
-    """(boundary mask, boundary probability) of each stage, outermost first; nats of each byte."""
+    """([(boundary mask, boundary probability) of each stage, outermost first], nats per byte)."""
     model = nnx.merge(graph, params)
     logits, records = model(input_ids_BL, segment_ids_BL, route_ids_BL=route_ids_BL)
     stages = [(r.boundary_mask_BL, r.boundary_prob_BL) for r in records]
@@ -29,10 +29,10 @@ def route_texts(params: Any, input_ids_BL, segment_ids_BL, route_ids_BL, *, grap
 def segmenter(
     graph: nnx.GraphDef, model: HNetConfig, out_shardings: Any = None
 ) -> Callable[..., list[Segmentation]]:
-    """A function (params, texts, names, gold) -> segmentations that compiles once a shape.
+    """Return a function (params, texts, names, gold) -> segmentations; compiles once per shape.
 
-    Each text stands alone behind a BOS. Routes are named for each byte: those of the model, or the
-    scripts if it tells none apart.
+    Each text is a row of its own after a BOS. Each byte gets the name of its route, or of its
+    script if the model has only one route.
     """
     run = jax.jit(partial(route_texts, graph=graph), out_shardings=out_shardings)
     route_of = route_table(model.route_groups, "model.route_groups")
@@ -78,32 +78,33 @@ def segmenter(
 def segment_all(
     segment: Callable[..., list[Segmentation]], params: Any, texts: Sequence[bytes]
 ) -> list[Segmentation]:
-    """Any number of texts by a `segmenter`; those of similar length run together."""
+    """Segment any number of texts with a `segmenter`; texts of similar length are batched."""
     waiting = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     found: dict[int, Segmentation] = {}
     while waiting:
         longest = _padded(len(texts[waiting[:ROWS][-1]]))
         most = min(ROWS, max(1, POSITIONS // longest), len(texts))
         rows, waiting = waiting[:most], waiting[most:]
-        spare = [b""] * (most - len(rows))  # so that no other shape is compiled
+        spare = [b""] * (most - len(rows))  # pads the batch, to avoid another shape
         found |= dict(zip(rows, segment(params, [*(texts[i] for i in rows), *spare])))
     return [found[i] for i in range(len(texts))]
 
 
 def _padded(most: int) -> int:
-    """Positions of a row for texts of up to `most` bytes: few lengths, so few are compiled."""
+    """Row length for texts of up to `most` bytes, a power of two to limit compilations."""
     return max(64, 1 << most.bit_length())
 
 
 def as_starts(
     model: HNetConfig, outputs: Sequence[tuple[np.ndarray, np.ndarray]]
 ) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
-    """(mask, probability) of each stage of one row as those of chunk starts, and a prefix.
+    """Convert (mask, probability) of each stage of one row to chunk starts; also return a prefix.
 
-    An end at a position is a start behind it. A null slot is a chunk like others if something is
-    before the text that it can hold: so each stage with alignment end puts one position in front,
-    which is a chunk of its own in every stage. The last chunk of such a stage may be unfinished;
-    then the stage inside has not seen it, and starts nothing there.
+    An end at position t is a start at t + 1. A null slot is treated as a normal chunk of one
+    position before the text: each stage with alignment "end" adds one such position, which is a
+    chunk of its own in every stage. The prefix is the number of added positions. The last chunk of
+    such a stage may be incomplete; the next inner stage then has no position for it and starts no
+    chunk there.
     """
     found, ends = [], [stage.chunking.has_null for stage in model.stages[:-1]]
     for s, (mask, prob) in enumerate(outputs):

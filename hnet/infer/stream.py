@@ -1,11 +1,11 @@
-"""Streaming: the same network one byte at a time, for a batch of rows that cut at different times.
+"""Streaming: the network one byte at a time, for a batch whose rows have different boundaries.
 
-`prefill` reads prompts in parallel form and leaves a cache; `step` feeds one byte to every row. A
-stage runs only on the rows that have a position for it, gathered into a batch of one of a few
-fixed sizes, so that the cost of a step follows the boundaries. `advance` may also let rows wait at
-a boundary until more of them have come to one: a main network costs little more for many rows than
-for one, as long as reading its weights takes most of its time. The cache is one pytree of arrays;
-donate it, and no step copies it.
+`prefill` runs the parallel form on prompts and returns a cache; `step` feeds one byte to every row.
+A stage runs only on the rows that have a position for it, gathered into a batch of one of a few
+fixed sizes, so that the cost of a step depends on the boundaries. `advance` can also let rows wait
+at a boundary until enough of them can run the main network as one batch: while reading the weights
+dominates its time, many rows cost little more than one. The cache is one pytree of arrays; donate
+it to avoid a copy per step.
 """
 
 from typing import NamedTuple
@@ -24,22 +24,22 @@ from hnet.stage import Pace, StageCache
 
 
 class ModelCache(NamedTuple):
-    """What the model remembers of B rows."""
+    """State of the model for B rows."""
 
     stage: StageCache
 
 
 class ByteBoundaries(NamedTuple):
-    """What each stage that chunks decided at one byte, outermost first."""
+    """Decisions of each chunking stage at one byte, outermost first."""
 
     mask_BS: jax.Array
     """whether there is a boundary"""
     prob_BS: jax.Array
-    """p; NaN where the byte gave the stage no position"""
+    """boundary probability p; NaN where the stage has no position at this byte"""
 
 
 def full_lens(config: HNetConfig, num_bytes: int) -> tuple[int, ...]:
-    """`max_lens` with room for any boundaries in texts of `num_bytes`."""
+    """`max_lens` for texts of `num_bytes` bytes: enough for every position to be a boundary."""
     lens = [num_bytes]
     for stage in config.stages[:-1]:
         slots = lens[-1] + stage.chunking.has_null
@@ -58,11 +58,11 @@ def prefill(
 ) -> tuple[jax.Array, list[Boundaries], ModelCache]:
     """Read prompts of different lengths, padded on the right; a length may be 0.
 
-    max_lens: positions of each stage that the cache has room for, the outermost in bytes; see
-    `full_lens`. A smaller one clips as a capacity of the forward pass does. route_ids_BL,
-    boundaries_BL: as in `HNetLM`. Returns the logits after each row's last byte (zeros, that is no
-    opinion, for an empty row), what the stages decided, and the cache. Raises ConfigError for a
-    predictor that cannot be continued.
+    max_lens: number of positions per stage in the cache, outermost (bytes) first; see `full_lens`.
+    Smaller values clip chunks like a capacity in the forward pass. route_ids_BL, boundaries_BL: as
+    in `HNetLM`. Returns the logits after the last byte of each row (zeros, i.e. uniform, for an
+    empty row), the boundaries of the stages, and the cache. Raises ConfigError for a predictor that
+    does not support streaming.
     """
     for stage in model.config.stages[:-1]:
         if problem := stage.chunking.predictor.streaming_problem():
@@ -90,9 +90,9 @@ def step(
 ) -> tuple[jax.Array, ByteBoundaries, ModelCache]:
     """Feed one byte to every row: (logits (B, V), boundaries, cache).
 
-    Rows that are not `active_B` stay as they are; their logits mean nothing. route_ids_B,
-    boundary_B: of this byte, as in `HNetLM`. fractions (static): the sizes, as shares of B, of the
-    batches that inner stages run on.
+    Rows that are not `active_B` do not change; their logits have no meaning. route_ids_B,
+    boundary_B: values for this byte, as in `HNetLM`. fractions (static): batch sizes of the inner
+    stages, as shares of B.
     """
     if active_B is None:
         active_B = jnp.ones(byte_B.shape, bool)
@@ -114,13 +114,13 @@ def advance(
     fractions: tuple[float, ...] = FRACTIONS,
     wait_share: float | jax.Array,
 ) -> tuple[jax.Array, ByteBoundaries, jax.Array, ModelCache]:
-    """`step` for rows that need not keep pace: (logits (B, V), boundaries, done_B, cache).
+    """`step` for rows that may wait: (logits (B, V), boundaries, done_B, cache).
 
-    A row at a boundary waits until a share `wait_share` of the rows that have not gone on
-    into the main network wait there too; with 0 none waits. The logits and boundaries are those of
-    rows that are done with their byte. The others must be given the same byte and route again
-    without being active, until they are done. What a row gets does not depend on when it gets it,
-    and whatever the share, some row gets on.
+    A row at a boundary waits until a share `wait_share` of the rows that have not yet entered the
+    main network also wait; with 0 no row waits. Logits and boundaries are valid for rows with
+    done_B, which have finished their byte. Call again for the other rows, with the same byte and
+    route and with active_B False, until they are done. The results of a row do not depend on how
+    long it waits. For every wait_share at least one row makes progress.
     """
     context = model.context(byte_B, jnp.ones_like(byte_B), route_ids_B, boundary_B)
     at_work_B = active_B
@@ -141,9 +141,10 @@ def advance(
 def boundaries_at_bytes(
     config: HNetConfig, masks: list[np.ndarray], shape: tuple[int, int]
 ) -> np.ndarray:
-    """Masks over each stage's own positions (B, L_s) -> whether each byte has a boundary of it.
+    """Convert masks over the positions of each stage (B, L_s) to boundaries at bytes.
 
-    shape: (B, L_0). Returns bool (B, L_0, stages that cut). A null slot lies at a row's first byte.
+    shape: (B, L_0). Returns bool (B, L_0, chunking stages): whether the stage has a boundary at the
+    byte. A null slot is at the first byte of its row.
     """
     out_BLS = np.zeros((*shape, len(masks)), bool)
     for row in range(shape[0]):

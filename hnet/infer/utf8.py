@@ -1,8 +1,8 @@
-"""Valid UTF-8 as a byte automaton: a mask of the bytes that may come next, and text for people.
+"""Valid UTF-8 as a byte automaton: a mask of the allowed next bytes, and decoding to text.
 
-The states say what is still owed to the current character (Unicode 16, table 3-7, "Well-formed
-UTF-8 byte sequences"): START, one to three continuation bytes, or one of the four second bytes
-whose range is narrower.
+A state says which bytes the current character still needs (Unicode 16, table 3-7, "Well-formed
+UTF-8 byte sequences"): none (START), one to three continuation bytes, or one of the four second
+bytes with a narrower range.
 """
 
 import codecs
@@ -26,19 +26,20 @@ def _transitions() -> np.ndarray:
     table[ONE, continuation] = START
     table[TWO, continuation] = ONE
     table[THREE, continuation] = TWO
-    table[AFTER_E0, 0xA0:0xC0] = ONE  # shorter forms exist below
-    table[AFTER_ED, 0x80:0xA0] = ONE  # surrogates lie above
-    table[AFTER_F0, 0x90:0xC0] = TWO  # shorter forms exist below
-    table[AFTER_F4, 0x80:0x90] = TWO  # U+10FFFF is the end
+    table[AFTER_E0, 0xA0:0xC0] = ONE  # lower bytes: overlong forms
+    table[AFTER_ED, 0x80:0xA0] = ONE  # higher bytes: surrogates
+    table[AFTER_F0, 0x90:0xC0] = TWO  # lower bytes: overlong forms
+    table[AFTER_F4, 0x80:0x90] = TWO  # higher bytes: above U+10FFFF
     return table
 
 
 NEXT = _transitions()
-OWED = np.array([0, 1, 2, 3, 2, 2, 3, 3, 1 << 30], np.int32)  # bytes that complete the character
+# Number of bytes that complete the character, for each state.
+OWED = np.array([0, 1, 2, 3, 2, 2, 3, 3, 1 << 30], np.int32)
 
 
 def advance(state_B: jax.Array, byte_B: jax.Array) -> jax.Array:
-    """State after one more byte; one that cannot follow begins a new character, or is skipped."""
+    """State after one more byte; an invalid byte starts a new character if it can, else START."""
     table, byte_B = jnp.asarray(NEXT), jnp.minimum(byte_B, 255)
     follows_B, begins_B = table[state_B, byte_B], table[START, byte_B]
     next_B = jnp.where(follows_B == INVALID, begins_B, follows_B)
@@ -46,9 +47,10 @@ def advance(state_B: jax.Array, byte_B: jax.Array) -> jax.Array:
 
 
 def allowed(state_B: jax.Array, remaining_B: jax.Array) -> jax.Array:
-    """Bytes (B, 256) that keep the text valid and let it end well within `remaining_B` bytes.
+    """Mask (B, 256) of the bytes that keep the text valid and end in time.
 
-    Where no end is near enough (a prompt that stops within a character), those that keep it valid.
+    In time: the character can be completed within `remaining_B` bytes. If that is impossible (a
+    prompt that ends within a character), all bytes that keep the text valid.
     """
     owed_BV = jnp.asarray(OWED)[jnp.asarray(NEXT)[state_B]]
     in_time_BV = owed_BV < remaining_B[:, None]
@@ -59,18 +61,18 @@ def allowed(state_B: jax.Array, remaining_B: jax.Array) -> jax.Array:
 def state_after(text: bytes) -> int:
     """State of the automaton after a prompt, which may be invalid or end within a character."""
     state = START
-    for byte in text[-4:]:  # no character is longer
+    for byte in text[-4:]:  # the longest character has 4 bytes
         state = NEXT[START, byte] if NEXT[state, byte] == INVALID else NEXT[state, byte]
         state = START if state == INVALID else state
     return int(state)
 
 
 class TextStream:
-    """Bytes in, text out: whole characters only, U+FFFD for what can never become one."""
+    """Incremental decoder: returns whole characters, and U+FFFD for invalid bytes."""
 
     def __init__(self):
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, data: bytes, *, final: bool = False) -> str:
-        """The text that `data` completes; with `final`, what is left over too."""
+        """The characters that `data` completes; with `final`, also an incomplete rest."""
         return self._decoder.decode(data, final)

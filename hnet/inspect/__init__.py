@@ -1,1 +1,1 @@
-"""What people look at: segmentations, their metrics, and every picture and log of them."""
+"""Segmentations, their metrics, plots and logs."""

@@ -1,7 +1,7 @@
-"""TensorBoard's event files, written in the caller's thread, so that a full disk is an error here.
+"""TensorBoard event files, written in the thread of the caller, so that a full disk raises here.
 
-What a dashboard shows is a list of `Summary.Value`; the functions below make them. Descriptions
-are Markdown that TensorBoard renders, so what comes from data must be escaped before.
+The functions below create `Summary.Value` objects, the content of events. Descriptions are Markdown
+that TensorBoard renders, so text from data must be escaped first.
 """
 
 import contextlib
@@ -32,14 +32,14 @@ Value = Summary.Value
 
 
 class EventFile:
-    """One new event file in a folder; each event is with the system when `add` returns.
+    """One new event file in a folder; `add` flushes each event to the operating system.
 
-    Raises OSError where it cannot be written.
+    Raises OSError if the file cannot be written.
     """
 
     def __init__(self, folder: str | os.PathLike):
         os.makedirs(folder, exist_ok=True)
-        now = time.time_ns()  # in the name, for one that restarts within the same second
+        now = time.time_ns()  # keeps the name unique for restarts within one second
         name = f"events.out.tfevents.{now // 10**9}.{socket.gethostname()}.{now}"
         with contextlib.ExitStack() as opened:
             self._records = RecordWriter(
@@ -49,11 +49,11 @@ class EventFile:
             opened.pop_all()
 
     def add(self, values: Sequence[Value], step: int) -> None:
-        """Write values of one step as one event."""
+        """Write the values of one step as one event."""
         self._write(Event(step=step, summary=Summary(value=values)))
 
     def purge(self, step: int) -> None:
-        """Take back all events from `step` on that were written before, in this file or others."""
+        """Invalidate all earlier events from `step` on, in this file and in others."""
         self._write(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
 
     def close(self) -> None:
@@ -73,7 +73,7 @@ def scalar(tag: str, description: str, value: float) -> Value:
 def histogram(
     tag: str, description: str, values: np.ndarray, bins: int | np.ndarray
 ) -> Value | None:
-    """The distribution of the finite values, of any shape; None if there are none."""
+    """Histogram of the finite values, an array of any shape; None if there are none."""
     values = np.asarray(values, np.float64).reshape(-1)
     values = values[np.isfinite(values)]
     if not values.size:
@@ -93,7 +93,7 @@ def histogram(
 
 
 def image(tag: str, description: str, pixels_HWC: np.ndarray) -> Value:
-    """An RGB image, uint8."""
+    """An RGB image, uint8 (height, width, 3)."""
     png = io.BytesIO()
     Image.fromarray(pixels_HWC, "RGB").save(png, "PNG")
     height, width, depth = pixels_HWC.shape
@@ -130,12 +130,12 @@ def charts(categories: Mapping[str, Mapping[str, Sequence[str]]]) -> Value:
 
 
 def hparams(values: Mapping[str, bool | int | float | str]) -> Sequence[Value]:
-    """What distinguishes a run, without a list of all that runs may have."""
+    """Hyperparameters of a run, without a fixed list of hyperparameters."""
     return hparams_pb(dict(values)).value
 
 
 def session_end() -> Value:
-    """The end of a run that has `hparams`."""
+    """The end of a run that logged `hparams`."""
     end = plugin_data_pb2.SessionEndInfo(status=api_pb2.STATUS_SUCCESS, end_time_secs=time.time())
     data = plugin_data_pb2.HParamsPluginData(session_end_info=end)
     metadata = hparams_plugin.create_summary_metadata(data)

@@ -1,8 +1,8 @@
-"""How equally a way to cut treats languages, on text that says the same in each of them.
+"""How equally a segmentation treats languages, measured on parallel text.
 
-Pure NumPy. The unit of a parallel text is a sentence (a line), and a language that needs more
-chunks for the same sentences pays more compute for them: equal treatment is an equal number of
-chunks a sentence (arXiv 2407.08818), the spread of which is measured here.
+Pure NumPy. The unit of a parallel text is a sentence (a line). A language that needs more chunks
+for the same sentences needs more compute. Equal treatment is an equal number of chunks per sentence
+(arXiv 2407.08818); this module measures its spread over languages.
 """
 
 import math
@@ -18,18 +18,18 @@ from hnet.inspect.segmentation import Segmentation, StageBoundaries
 
 @dataclass(frozen=True)
 class Spread:
-    """How far positive numbers, one a language, are from being equal."""
+    """Inequality of positive numbers, one per language."""
 
     max_over_min: float
-    """1 = equal"""
+    """ratio of maximum to minimum; 1 = equal"""
     cv: float
-    """standard deviation (of all, not of a sample) over mean; 0 = equal"""
+    """population standard deviation over mean; 0 = equal"""
     gini: float
     """mean absolute difference of all pairs over twice the mean; 0 = equal"""
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Spread of positive numbers. Raises ConfigError for none, or one that is not positive."""
+    """Spread of positive numbers. Raises ConfigError for no numbers or a non-positive one."""
     x = np.asarray(values, np.float64)
     if not x.size or not np.all(x > 0):
         raise ConfigError(f"a spread needs positive numbers, not {list(values)}: give more text")
@@ -40,22 +40,22 @@ def spread(values: Sequence[float]) -> Spread:
 
 @dataclass(frozen=True)
 class LanguageScore:
-    """What one way to cut did with the sentences of one language."""
+    """Results of one system on the sentences of one language."""
 
     sentences: int
     num_bytes: int
     chunks: tuple[int, ...]
-    """of each stage, outermost first"""
+    """number of chunks per stage, outermost first"""
     utf8_split_frac: tuple[float, ...]
-    """share of each stage's boundaries that lie inside a UTF-8 character"""
+    """share of the boundaries inside a UTF-8 character, per stage"""
     nats: float = math.nan
-    """-log probability of all scored bytes; NaN for what is no language model"""
+    """-log probability of all scored bytes; NaN if the system is no language model"""
     scored_bytes: int = 0
-    """bytes that something predicts"""
+    """number of bytes that are predicted"""
     words_f1: tuple[float, ...] = ()
-    """agreement of each stage's boundaries with gold words; empty = no gold words"""
+    """F1 of the boundaries with gold words, per stage; empty = no gold words"""
     words_f1_random: tuple[float, ...] = ()
-    """the same of as many boundaries at random"""
+    """expected F1 of as many random boundaries, per stage"""
 
     @property
     def bytes_per_sentence(self) -> float:
@@ -86,10 +86,10 @@ def score_language(
     scored_bytes: int = 0,
     gold: Sequence[Segmentation] = (),
 ) -> LanguageScore:
-    """Score the sentences of one language, all cut by the same stages.
+    """Score the sentences of one language, all with the same number of stages.
 
-    nats, scored_bytes: of the sentences, from a language model. gold: sentences, these or others,
-    with gold "words". Raises ConfigError without sentences.
+    nats, scored_bytes: results of a language model on the sentences. gold: sentences with gold
+    "words", the same or others. Raises ConfigError if there are no sentences.
     """
     if not segmentations:
         raise ConfigError("there is no sentence to score: give files with text")
@@ -108,17 +108,17 @@ def score_language(
 
 
 def chunk_spread(languages: Sequence[LanguageScore], stage: int = 0) -> Spread:
-    """Spread of the chunks a sentence of `stage` over languages."""
+    """Spread over languages of the chunks per sentence of `stage`."""
     return spread([language.chunks_per_sentence[stage] for language in languages])
 
 
 def mean_bpb(languages: Sequence[LanguageScore]) -> float:
-    """Mean over languages, each counting alike, of bits per byte."""
+    """Unweighted mean over languages of bits per byte."""
     return float(np.mean([language.bpb for language in languages]))
 
 
 def cut_at(data: bytes, starts: Iterable[int]) -> Segmentation:
-    """One text cut by something that is no model: chunks start at these offsets, and at 0."""
+    """Segmentation of a text by given offsets; chunks start at the offsets and at 0."""
     starts = sorted({0, *(int(s) for s in starts if 0 < s < len(data))} if data else [])
     probs = np.zeros(len(data))
     probs[starts] = 1.0

@@ -1,4 +1,4 @@
-"""The fairness of several systems as JSON, as tables and as a plot."""
+"""Fairness of several systems as JSON, tables and a plot."""
 
 import math
 import os
@@ -12,7 +12,7 @@ from hnet.errors import ConfigError
 from hnet.inspect.fairness import LanguageScore, chunk_spread, mean_bpb
 
 Scores = Mapping[str, Mapping[str, LanguageScore]]
-"""system -> language -> what it did"""
+"""system -> language -> results"""
 
 _DERIVED = (
     "bytes_per_sentence", "chunks_per_sentence", "bytes_per_chunk", "bpb", "nats_per_sentence"
@@ -20,7 +20,7 @@ _DERIVED = (
 
 
 def to_json(scores: Scores, unseen: Collection[str] = ()) -> dict[str, Any]:
-    """Everything, null where a number does not exist. No spread or mean counts `unseen`."""
+    """All results; null where a number does not exist. Spreads and means exclude `unseen`."""
     return {
         "unseen": sorted(unseen),
         "systems": [
@@ -40,7 +40,7 @@ def to_json(scores: Scores, unseen: Collection[str] = ()) -> dict[str, Any]:
 
 
 def summary_rows(scores: Scores, unseen: Collection[str] = ()) -> list[list[str]]:
-    """The head and a row for each stage of each system."""
+    """The header and one row per stage of each system."""
     rows = [[
         "system", "stage", "bytes a chunk", "chunks a sentence", "max/min", "CV", "Gini",
         "mean bpb", "cuts in characters", "word F1 (random)",
@@ -65,7 +65,7 @@ def summary_rows(scores: Scores, unseen: Collection[str] = ()) -> list[list[str]
 
 
 def language_rows(scores: Scores, unseen: Collection[str] = ()) -> list[list[str]]:
-    """The head and a row for each language; a column for each system."""
+    """The header and one row per language, with one column per system."""
     first = next(iter(scores.values()))
     rows = [["language", "bytes a sentence", *scores]]
     for language, score in first.items():
@@ -81,7 +81,7 @@ def language_rows(scores: Scores, unseen: Collection[str] = ()) -> list[list[str
 
 
 def to_markdown(scores: Scores, unseen: Collection[str] = ()) -> str:
-    """Both tables."""
+    """Both tables as Markdown."""
     note = "Chunks a sentence (bytes a chunk) of each stage, outermost first; bits per byte:"
     tables = summary_rows(scores, unseen), language_rows(scores, unseen)
     return f"{_markdown_table(tables[0])}\n{note}\n\n{_markdown_table(tables[1])}"
@@ -94,8 +94,9 @@ def _markdown_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def plot(file: str | os.PathLike | BinaryIO, scores: Scores, unseen: Collection[str] = ()) -> None:
-    """Draw chunks a sentence of each language over the mean of its system and stage: flat = fair.
+    """Plot the chunks per sentence of each language over the mean of its system and stage.
 
+    Equal heights mean equal treatment.
     Raises ConfigError without the plotting library (the extra `fairness`).
     """
     try:

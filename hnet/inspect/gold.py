@@ -1,10 +1,10 @@
-"""Where the units of a text really start: rules, and readers of annotated files.
+"""Gold boundaries of texts: rules, and readers of annotated files.
 
-Every function gives byte offsets strictly inside the text. Kinds of gold boundaries:
+All gold boundaries are byte offsets strictly inside the text. Kinds:
 
 * ``characters``: first bytes of UTF-8 characters.
-* ``words``: first bytes of words; ``word_ends``: the byte after a word's last. A model that cuts
-  before the space agrees with the second, one that cuts behind it with the first.
+* ``words``: first bytes of words; ``word_ends``: the byte after the last byte of a word. Boundaries
+  after a space agree with ``words``, boundaries before it with ``word_ends``.
 * ``whitespace``: first bytes of whitespace runs, the rule of most pre-tokenisers.
 * ``morphemes``: first bytes of words and of the morphemes inside them.
 * ``code_tokens``: first bytes of Python tokens.
@@ -32,7 +32,7 @@ _LAYOUT_TOKENS = {
 
 
 def character_starts(data: bytes) -> tuple[int, ...]:
-    """First byte of every character but the first; an invalid byte counts as one."""
+    """First byte of every character except the first; an invalid byte counts as a character."""
     return inside((start for start, _, _ in characters(data)), len(data))
 
 
@@ -52,10 +52,10 @@ def _space_runs(data: bytes) -> Iterator[tuple[int, bool]]:
 
 
 def code_tokens(data: bytes) -> tuple[int, ...]:
-    """First byte of every Python token, line ends and indentation left out.
+    """First byte of every Python token, without line ends and indentation.
 
-    What is a token follows the running interpreter (3.12 cuts f-strings open). Raises ConfigError
-    for text that is not UTF-8 or that the tokenizer refuses.
+    Tokens are those of the running interpreter (3.12 tokenizes the inside of f-strings). Raises
+    ConfigError for text that is not UTF-8 or that the tokenizer refuses.
     """
     offset = len(BOM) if data.startswith(BOM) else 0
     line_starts = []
@@ -63,7 +63,7 @@ def code_tokens(data: bytes) -> tuple[int, ...]:
         lines = io.StringIO(data[offset:].decode(), newline="").readlines()
         tokens = list(tokenize.generate_tokens(iter([*lines, ""]).__next__))
         if bad := [t.string for t in tokens if t.type == tokenize.ERRORTOKEN]:
-            raise tokenize.TokenError(f"unexpected {bad[0]!r}")  # as 3.12 says by itself
+            raise tokenize.TokenError(f"unexpected {bad[0]!r}")  # 3.12 raises this itself
     except (tokenize.TokenError, SyntaxError, UnicodeDecodeError) as e:
         raise ConfigError(f"text is not Python source ({e}): leave out code_tokens") from None
     for line in lines:
@@ -85,7 +85,7 @@ RULES: dict[str, Callable[[bytes], tuple[int, ...]]] = {
 
 
 def annotate(segmentation: Segmentation, *kinds: str) -> Segmentation:
-    """The same text with gold boundaries by rule added; kinds it already has are kept."""
+    """Add gold boundaries by rule to a text; kinds that it already has are kept."""
     for kind in kinds:
         if kind not in RULES:
             raise ConfigError(f"gold kind {kind!r} follows no rule: use one of {', '.join(RULES)}")
@@ -94,10 +94,11 @@ def annotate(segmentation: Segmentation, *kinds: str) -> Segmentation:
 
 
 def read_annotated(path: str | os.PathLike) -> Iterator[Segmentation]:
-    """Texts with their gold boundaries, in the form that the name and the first line tell.
+    """Read texts with gold boundaries; the name and the first line determine the form.
 
     ``*.words.tsv`` and ``*.sentences.tsv``: morphemes; ``*.py``: code; ``*.jsonl``: words, code or
-    segmentations if its lines have "spans", "path" or "stages". Raises ConfigError for others.
+    segmentations if the first line has "spans", "path" or "stages". Raises ConfigError for other
+    files.
     """
     name = Path(path).name.lower()
     readers = {
@@ -121,8 +122,8 @@ def read_annotated(path: str | os.PathLike) -> Iterator[Segmentation]:
 def read_ud(path: str | os.PathLike) -> Iterator[Segmentation]:
     """Sentences with gold ``words`` and ``word_ends``.
 
-    One JSON object a line: {"id", "text", "spans": [[start, end], ...]} with UTF-8 byte offsets of
-    each word of a Universal Dependencies treebank.
+    One JSON object per line: {"id", "text", "spans": [[start, end], ...]} with the UTF-8 byte
+    offsets of each word, from a Universal Dependencies treebank.
     """
     for number, row in _json_lines(path):
         try:
@@ -139,7 +140,7 @@ def read_ud(path: str | os.PathLike) -> Iterator[Segmentation]:
 
 
 def _check_spans(data: bytes, spans: Sequence[tuple[int, int]]) -> None:
-    """Raise ValueError for what cannot be words, such as offsets that count characters."""
+    """Raise ValueError for spans that cannot be words, such as offsets in characters."""
     for a, b in spans:
         if not 0 <= a < b <= len(data):
             raise ValueError(f"span {[a, b]} is not inside the text of {len(data)} bytes")
@@ -172,10 +173,10 @@ def read_code(path: str | os.PathLike) -> Iterator[Segmentation]:
 def read_morph_words(path: str | os.PathLike, *, exact_only: bool = True) -> Iterator[Segmentation]:
     """Words with gold ``morphemes``.
 
-    Tab-separated lines: word, canonical morphemes, byte offsets of the boundaries on the surface
-    (comma-separated, "-" or nothing for none), quality, then other columns. Quality ``exact``: the
-    morphemes joined are the word. ``aligned`` offsets are a guess (silver), read with
-    exact_only=False; ``none`` rows are never read.
+    Tab-separated lines: word, canonical morphemes, byte offsets of the boundaries in the word
+    (comma-separated, "-" or empty for none), quality, then other columns. Quality ``exact``: the
+    concatenated morphemes are the word. ``aligned`` offsets are estimates (silver) and are read
+    only with exact_only=False; ``none`` rows are never read.
     """
     for number, row in _tab_lines(path, 4):
         if row[3] != "exact" and (exact_only or row[3] != "aligned"):
@@ -191,11 +192,11 @@ def read_morph_words(path: str | os.PathLike, *, exact_only: bool = True) -> Ite
 
 
 def read_morph_sentences(path: str | os.PathLike) -> Iterator[Segmentation]:
-    """Sentences with gold ``words`` and ``morphemes``, as far as they are exact.
+    """Sentences with gold ``words`` and ``morphemes``, if they are exact.
 
-    Tab-separated lines: sentence, the same with its words cut into canonical morphemes (a leading
-    ``@@`` joins one to the morpheme before), then other columns. A sentence with a word whose
-    morphemes joined are not the word has no exact boundaries and is left out.
+    Tab-separated lines: sentence, the sentence with its words split into canonical morphemes (a
+    leading ``@@`` joins a morpheme to the one before), then other columns. A sentence with a word
+    that is not the concatenation of its morphemes has no exact boundaries and is skipped.
     """
     for number, row in _tab_lines(path, 2):
         words, morphemes = _word_starts(row[0]), _morpheme_starts(row[0], row[1])
@@ -206,13 +207,13 @@ def read_morph_sentences(path: str | os.PathLike) -> Iterator[Segmentation]:
 
 
 def _word_starts(sentence: str) -> list[int]:
-    """First byte of every word of a sentence that single spaces divide."""
+    """First byte of every word of a sentence with single spaces between words."""
     lengths = [len(word.encode()) + 1 for word in sentence.split(" ")]
     return [0, *itertools.accumulate(lengths[:-1])]
 
 
 def _morpheme_starts(sentence: str, segmented: str) -> list[int] | None:
-    """First byte of every morpheme, or None where they are not pieces of the sentence's words."""
+    """First byte of every morpheme, or None if they do not concatenate to the words."""
     pieces: list[list[str]] = []
     for piece in segmented.split(" "):
         if piece.startswith("@@") and pieces:
@@ -229,7 +230,10 @@ def _morpheme_starts(sentence: str, segmented: str) -> list[int] | None:
 
 
 def clip(segmentation: Segmentation, max_bytes: int) -> Segmentation:
-    """The beginning of a text without stages, up to the last whole character that fits."""
+    """The beginning of a text, at most `max_bytes` long, ending with a whole character.
+
+    A text that is shortened keeps only its name and its gold boundaries.
+    """
     if len(segmentation.data) <= max_bytes:
         return segmentation
     ends = [0, *character_starts(segmentation.data)]
@@ -239,13 +243,13 @@ def clip(segmentation: Segmentation, max_bytes: int) -> Segmentation:
 
 
 def thin(texts: Sequence[Any], most: int) -> list[Any]:
-    """At most so many of the texts, evenly spread over them; all if `most` is 0."""
+    """At most `most` of the texts, evenly spaced; all texts if `most` is 0."""
     count = min(most or len(texts), len(texts))
     return [texts[i * len(texts) // count] for i in range(count)]
 
 
 def inside_character(data: bytes, offsets: tuple[int, ...]) -> tuple[int, ...]:
-    """Those of the offsets that fall inside a UTF-8 character."""
+    """The offsets that are inside a UTF-8 character."""
     starts = [0, *character_starts(data), len(data)]
     return tuple(o for o in offsets if starts[bisect.bisect_left(starts, o)] != o)
 

@@ -1,6 +1,6 @@
-"""The reading side of the segmentations of a run on disk; `store` says what the files hold.
+"""Reader of the segmentations of a run on disk; see `store` for the file format.
 
-Damage is expected here: whatever a line holds, it is read or left out.
+Damage is expected: a line that cannot be read is skipped.
 """
 
 import base64
@@ -25,7 +25,7 @@ Place = tuple[int, int]
 
 @dataclass(frozen=True)
 class TextEntry:
-    """What the index says of a text."""
+    """Entry of a text in the index."""
 
     name: str
     bytes: int
@@ -36,7 +36,7 @@ class TextEntry:
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> "TextEntry":
-        """Raises ValueError for a damaged line."""
+        """Read the JSON form. Raises ValueError for a damaged line."""
         return cls(
             name=_string(entry.get("name")),
             bytes=_whole(entry.get("bytes")),
@@ -47,13 +47,13 @@ class TextEntry:
         )
 
     def facts(self) -> dict[str, Any]:
-        """What a list of texts shows of it."""
+        """Facts for a list of texts."""
         return {"name": self.name, "bytes": self.bytes,
                 "routes": list(self.routes), "gold": list(self.gold)}  # fmt: skip
 
 
 class SegmentationIndex:
-    """The reading side: follows the index of one run's ``boundaries`` folder as it grows."""
+    """Reader that follows the index in the ``boundaries`` folder of a run as it grows."""
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
@@ -62,14 +62,14 @@ class SegmentationIndex:
     def _forget(self) -> None:
         self.texts: dict[str, TextEntry] = {}
         self.damaged = 0
-        """Number of lines that say nothing, other than the unfinished ones of killed writers."""
+        """Number of damaged lines, without unfinished lines of killed writers."""
         self._is_torn = False
         self._rows: dict[int, dict[str, Place]] = {}
         self._parsed = 0
         self._head = b""
 
     def refresh(self) -> None:
-        """Take in the lines added since the last call: one file opened, none if nothing changed."""
+        """Read the lines added since the last call; opens one file, or none if nothing changed."""
         try:
             path = self.folder / INDEX
             size = os.path.getsize(path)
@@ -78,7 +78,7 @@ class SegmentationIndex:
             with open(path, "rb") as f:
                 head = f.readline()
                 if head != self._head or size < self._parsed:
-                    self._forget()  # another run replaced the one that was read
+                    self._forget()  # another run replaced the index
                     self._head = head
                 f.seek(self._parsed)
                 complete, newline, _ = f.read().rpartition(b"\n")
@@ -97,7 +97,7 @@ class SegmentationIndex:
             self.damaged += 1
             self._is_torn = True
             return
-        if kind == "resume" and self._is_torn:  # the writer before was killed in the line before
+        if kind == "resume" and self._is_torn:  # a killed writer left the previous line unfinished
             self.damaged -= 1
         self._is_torn = False
 
@@ -126,16 +126,16 @@ class SegmentationIndex:
         return sorted(self._rows)
 
     def keys(self, step: int) -> list[str]:
-        """Keys of the texts of a step, in the order they were written."""
+        """Keys of the texts of a step, in the order in which they were written."""
         return list(self._rows.get(step, ()))
 
     def read_texts(self, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
-        """What does not change of texts by key; damaged ones are missing."""
+        """The constant parts of texts, by key; damaged texts are missing."""
         places = {key: self.texts[key].at for key in keys if key in self.texts}
         return _read_lines(self.folder / TEXTS, places)
 
     def search(self, query: str) -> list[str]:
-        """Keys of the texts that contain the query, letter case aside."""
+        """Keys of the texts that contain the query, ignoring case."""
         wanted = query.lower()
         return [
             key
@@ -144,10 +144,10 @@ class SegmentationIndex:
         ]
 
     def read(self, step: int, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """JSON forms of texts at a step by key; opens two files whatever the number of keys.
+        """JSON forms of texts at a step, by key; opens two files for any number of keys.
 
         A key is missing from the result if the step has no such text or its lines are damaged, so
-        that each value is one that `Segmentation.from_json` reads.
+        `Segmentation.from_json` can read every value.
         """
         rows = self._rows.get(step, {})
         texts = self.read_texts(key for key in keys if key in rows)
@@ -162,7 +162,7 @@ class SegmentationIndex:
 
 
 def parse_object(line: bytes) -> dict[str, Any]:
-    """A JSON object; raises ValueError for anything else, whatever it is."""
+    """Parse a JSON object. Raises ValueError for anything else."""
     try:
         content = json.loads(line)
     except RecursionError:
@@ -173,7 +173,7 @@ def parse_object(line: bytes) -> dict[str, Any]:
 
 
 def _text(content: dict[str, Any]) -> str:
-    """The characters of a text in its JSON form, U+FFFD for bytes that belong to none."""
+    """The characters of a text in JSON form, with U+FFFD for invalid bytes."""
     try:
         if isinstance(text := content.get("text"), str):
             return text
@@ -195,7 +195,7 @@ def _strings(value: Any) -> tuple[str, ...]:
 
 
 def _whole(value: Any, least: int = 0) -> int:
-    """A number that every reader of JSON has exactly."""
+    """Check that a value is an integer from `least` to 2**53 - 1, exact in every JSON reader."""
     if type(value) is not int or not least <= value < 1 << 53:
         raise ValueError("no whole number")
     return value
@@ -208,7 +208,7 @@ def _place(value: Any) -> Place:
 
 
 def _read_lines(path: Path, places: Mapping[str, Place]) -> dict[str, dict[str, Any]]:
-    """The objects at (offset, length) places that say they are what is looked for, by key."""
+    """The objects at (offset, length) places, by key; skips objects with another "key"."""
     found = {}
     try:
         size = os.path.getsize(path) if places and path.is_file() else 0

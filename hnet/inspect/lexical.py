@@ -1,7 +1,7 @@
-"""What kind of pieces a segmentation emits: classes of chunks, and shares of real words.
+"""Classes of chunks, and shares of chunks that are words.
 
-Every figure is given twice: over *types* (distinct chunks, which is what a vocabulary has) and over
-*occurrences* (emitted chunks, which is what a reader of the text meets).
+Every figure has two values: over *types* (distinct chunks, as in a vocabulary) and over
+*occurrences* (all emitted chunks, as in the text).
 """
 
 import os
@@ -25,7 +25,7 @@ _CONTROL = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 
 @dataclass(frozen=True)
 class Tally:
-    """How many distinct chunks and how many emitted chunks."""
+    """Number of distinct chunks and number of emitted chunks."""
 
     types: int = 0
     occurrences: int = 0
@@ -51,18 +51,19 @@ class VocabularyReport:
 
     total: Tally
     classes: dict[str, Tally]
-    """every one of CLASSES"""
+    """tally of each class in CLASSES"""
     scripts: dict[str, Tally]
-    """chunks whose letters are all of one script, by script; and ``Mixed``"""
+    """tally of the chunks with letters of one script, by script; ``Mixed``: of several"""
 
 
 def chunk_class(chunk: bytes) -> str:
     """The class of a non-empty chunk, after the token classes of Qtok (nup-csai/Qtok).
 
-    ``char_*`` one character; ``spaced_*`` more, the first a space; ``inner_*`` more without one;
-    ``*_alpha`` when all the rest are letters or marks of a single script, ``*_other`` if not;
-    ``control`` like <eos> or [PAD]; ``unicode_flank`` text with part of a character at an end;
-    ``pure_byte`` nothing but parts of characters; ``error`` invalid UTF-8 in any other way.
+    ``char_*``: one character. ``spaced_*``: several characters, the first a space. ``inner_*``:
+    several characters, the first not a space. ``*_alpha``: all of them (without that space) are
+    letters or marks of one script; otherwise ``*_other``. ``control``: like <eos> or [PAD].
+    ``unicode_flank``: text with a part of a character at an end. ``pure_byte``: only parts of
+    characters. ``error``: other invalid UTF-8.
     """
     try:
         text = chunk.decode()
@@ -78,7 +79,7 @@ def chunk_class(chunk: bytes) -> str:
 
 def _undecodable_class(chunk: bytes) -> str:
     body = chunk.lstrip(bytes(range(0x80, 0xC0)))
-    # up to three bytes that begin a character may be missing their rest
+    # Up to three bytes at the end may be the beginning of an incomplete character.
     for cut in range(min(3, len(body)) + 1):
         tail = body[len(body) - cut :]
         if (not cut or _begins_character(tail)) and _decodes(body[: len(body) - cut]):
@@ -109,12 +110,12 @@ def _one_script(text: str) -> bool:
 
 
 def script_word(char: str) -> str:
-    """The script of a letter by the first word of its Unicode name, as Qtok does: "LATIN"."""
+    """The script of a letter: first word of its Unicode name, as in Qtok, e.g. "LATIN"."""
     return unicodedata.name(char, "UNKNOWN").split()[0].split("-")[0]
 
 
 def vocabulary_report(chunks: Iterable[bytes]) -> VocabularyReport:
-    """Classes and scripts of emitted chunks; pass all of them, repeats included."""
+    """Classes and scripts of emitted chunks; pass all chunks, including repeated ones."""
     counts = Counter(chunk for chunk in chunks if chunk)
     classes = {name: Tally() for name in CLASSES}
     scripts: dict[str, Tally] = {}
@@ -135,19 +136,20 @@ def _add(tallies: dict[str, Tally], name: str, n: int) -> None:
 
 @dataclass(frozen=True)
 class LexiconShares:
-    """%TR and %Pure as shares: which chunks are words, and which are roots or morphemes."""
+    """%TR and %Pure as shares: chunks that are words, and chunks that are roots or morphemes."""
 
     words: Share
-    """chunks that are a valid word of the language (the paper's %TR for Turkish)"""
+    """share of chunks that are a valid word of the language (%TR of the paper, for Turkish)"""
     pure: Share
-    """chunks that are a root or a valid morpheme (the paper's %Pure)"""
+    """share of chunks that are a root or a valid morpheme (%Pure of the paper)"""
 
 
 def read_lexicon(path: str | os.PathLike) -> tuple[set[str], set[str]]:
-    """(words, roots and morphemes) of a file with a word per line.
+    """Read (words, roots and morphemes) from a file with one word per line.
 
-    After a tab, if anything: the word's morphemes, divided by spaces; what is after another tab
-    is ignored, so `gold.read_morph_words` and this read the same files. Raises ConfigError.
+    An optional second column, after a tab, has the morphemes of the word, separated by spaces.
+    Further columns are ignored, so files of `gold.read_morph_words` can be read too. Raises
+    ConfigError if the file cannot be read.
     """
     words, morphemes = set(), set()
     try:
@@ -162,7 +164,7 @@ def read_lexicon(path: str | os.PathLike) -> tuple[set[str], set[str]]:
 
 
 def turkish_lower(text: str) -> str:
-    """Lower case with the Turkish pairs: I -> dotless, dotted capital -> i."""
+    """Lower case with the Turkish pairs: I -> dotless i, dotted capital I -> i."""
     return text.replace("İ", "i").replace("I", "ı").lower()
 
 
@@ -175,9 +177,9 @@ def lexicon_shares(
 ) -> LexiconShares:
     """Shares of emitted chunks found in a lexicon, over all types and all occurrences.
 
-    Chunks are compared without the whitespace around them, in lower case; a chunk of whitespace or
-    of broken UTF-8 counts in the whole and is never found. The lexicon stands for the morphological
-    analyser of the original, so figures compare only under one lexicon.
+    Chunks are compared in lower case, without surrounding whitespace. Chunks of only whitespace or
+    with invalid UTF-8 count in the total and are never found. The lexicon replaces the
+    morphological analyser of the paper, so figures are comparable only with the same lexicon.
     """
     counts = Counter(chunk for chunk in chunks if chunk)
     known_words, known_parts = ({lower(entry) for entry in found} for found in (words, morphemes))

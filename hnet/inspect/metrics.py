@@ -1,6 +1,7 @@
-"""How good the boundaries are: agreement with gold units, enrichment, chunk lengths, broken text.
+"""Metrics of boundaries: agreement with gold units, enrichment, chunk lengths, split characters.
 
-Pure NumPy on byte offsets. Offsets 0 and the length of a text are never counted: they are given.
+Pure NumPy on byte offsets. Offset 0 and the length of a text are always boundaries, so they are not
+counted.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,8 +21,8 @@ PERCENTILES = (5, 25, 50, 75, 95, 99)
 class Score:
     """Agreement of predicted with gold boundaries, pooled over texts (micro-average).
 
-    Counts are floats because hits of a control may be expected ones. A ratio with nothing below it
-    is 0.
+    Counts are floats because the hits of a control may be expected values. A ratio with denominator
+    0 is 0.
     """
 
     hits: float
@@ -44,23 +45,23 @@ class Score:
 
 @dataclass(frozen=True)
 class BoundaryScores:
-    """A model's score and what the same number of boundaries scores without any knowledge."""
+    """Score of a model and of two controls with the same number of boundaries per text."""
 
     learned: Score
     random: Score
-    """what the same number of boundaries in each text, drawn uniformly, is expected to hit"""
+    """expected score of boundaries drawn uniformly"""
     fixed_stride: Score
-    """the same number of boundaries in each text, evenly spaced"""
+    """score of evenly spaced boundaries"""
 
 
 def score_offsets(predicted: Iterable[int], gold: Iterable[int]) -> Score:
-    """Score of one text's boundaries; both are byte offsets strictly inside the text."""
+    """Score of the boundaries of one text; both are byte offsets strictly inside the text."""
     predicted, gold = set(map(int, predicted)), set(map(int, gold))
     return Score(len(predicted & gold), len(predicted), len(gold))
 
 
 def stride_boundaries(count: int, length: int) -> np.ndarray:
-    """`count` offsets that cut `length` bytes into chunks as equal as whole bytes allow."""
+    """`count` offsets that split `length` bytes into chunks of lengths as equal as possible."""
     return np.arange(1, count + 1) * length // (count + 1)
 
 
@@ -69,7 +70,7 @@ def boundary_scores(
 ) -> BoundaryScores:
     """Precision, recall and F1 of `stage` against gold `kind`, with rate-matched controls.
 
-    Texts without that kind of gold are left out. Raises ConfigError if none has it.
+    Texts without that kind of gold are skipped. Raises ConfigError if no text has it.
     """
     totals = np.zeros((3, 3))  # learned, random, fixed stride; hits, predicted, gold
     found = False
@@ -78,7 +79,7 @@ def boundary_scores(
             continue
         found = True
         gold, cuts, length = seg.gold[kind], seg.boundaries(stage), max(len(seg.data), 1)
-        # of `count` distinct offsets drawn from length - 1, a hypergeometric number is gold
+        # Mean of a hypergeometric: gold offsets among len(cuts) drawn from length - 1.
         expected = len(cuts) * len(gold) / max(length - 1, 1)
         stride = stride_boundaries(len(cuts), length)
         hits = [score_offsets(cuts, gold).hits, expected, score_offsets(stride, gold).hits]
@@ -91,7 +92,7 @@ def boundary_scores(
 def boundary_f1_between(
     a: Sequence[Segmentation], b: Sequence[Segmentation], stage: int = 0
 ) -> float:
-    """F1 between two models' boundaries on the same texts; 1 - F1 is their divergence."""
+    """F1 between the boundaries of two models on the same texts; 1 - F1 is their divergence."""
     if [s.data for s in a] != [s.data for s in b]:
         raise ConfigError("boundaries of two models compare only on the same texts in one order")
     scores = [score_offsets(x.boundaries(stage), y.boundaries(stage)) for x, y in zip(a, b)]
@@ -100,25 +101,26 @@ def boundary_f1_between(
 
 @dataclass(frozen=True)
 class Enrichment:
-    """Boundary enrichment: how much more surprising the byte behind a boundary is than the mean."""
+    """Boundary enrichment: mean surprisal of bytes after a boundary over the overall mean."""
 
     bq: float
-    """(sum_t b_t s_{t+1} / sum_t b_t) / mean s; 1 = boundaries know nothing of surprisal"""
+    """ratio (sum_t b_t s_{t+1} / sum_t b_t) / mean s; 1 = boundaries unrelated to surprisal"""
     null_mean: float
     null_std: float
     z: float
-    """(bq - null_mean) / null_std; NaN where every shift gives the same"""
+    """z score (bq - null_mean) / null_std; NaN if all shifts give the same value"""
 
 
 def boundary_enrichment(
     rows: Iterable[tuple[np.ndarray, np.ndarray]], *, draws: int = 1000, seed: int = 0
 ) -> Enrichment:
-    """B_q of arXiv 2601.22805, against circular shifts of the boundaries at their own rate.
+    """B_q of arXiv 2601.22805, compared with circular shifts of the same boundaries.
 
     rows: (boundary mask, surprisal) of each text, both (L,), where surprisal_t = -log P(x_t | x_<t)
-    in any one unit. The boundary at t is paired with the surprisal of byte t + 1, so masks go in
-    as the router gives them: START boundaries start a chunk at t, END boundaries end one there.
-    The null shifts each row by its own random amount, `draws` times. NaN without boundaries.
+    in the same unit for all texts. The boundary at t is paired with the surprisal of byte t + 1,
+    so pass masks as the router returns them: a START boundary starts a chunk at t, an END boundary
+    ends a chunk at t. The null distribution has `draws` samples; each shifts every row by its own
+    random amount. All results are NaN without boundaries.
     """
     rng = np.random.default_rng(seed)
     at_boundaries, boundaries, total, count = 0.0, 0, 0.0, 0
@@ -141,7 +143,7 @@ def boundary_enrichment(
         return Enrichment(*[float("nan")] * 4)
     scale = 1 / boundaries / (total / count)
     bq, mean, std = at_boundaries * scale, null.mean() * scale, null.std() * scale
-    # rounding in the transforms leaves a spread of this size where there is none
+    # Rounding errors of the FFT give a spread up to about this size if all shifts are equal.
     z = (bq - mean) / std if std > 1e-9 * abs(mean) else float("nan")
     return Enrichment(float(bq), float(mean), float(std), float(z))
 
@@ -152,10 +154,10 @@ def _circular_sums(b: np.ndarray, s: np.ndarray) -> np.ndarray:
 
 
 def chunk_length_stats(lengths: np.ndarray) -> dict[str, float]:
-    """Percentiles, mean, coefficient of variation and longest of chunk lengths (bytes).
+    """Percentiles, mean, coefficient of variation and maximum of chunk lengths (bytes).
 
     Keys ``mean``, ``p5`` ... ``p99``, ``cv`` (standard deviation over mean), ``longest``; the mean
-    is bytes a chunk over all chunks (micro-average). Empty for no chunks.
+    is bytes per chunk over all chunks (micro-average). Empty if there are no chunks.
     """
     lengths = np.asarray(lengths, np.float64)
     if not lengths.size:
@@ -178,7 +180,7 @@ def utf8_split_frac(segmentations: Iterable[Segmentation], stage: int = 0) -> fl
 
 
 def undecided_frac(segmentations: Iterable[Segmentation], stage: int = 0) -> float:
-    """Share of probabilities of `stage` from 0.4 to 0.6, the given first position left out."""
+    """Share of the probabilities of `stage` from 0.4 to 0.6, without the first position."""
     probs = np.concatenate([[], *(seg.stages[stage].probs[1:] for seg in segmentations)])
     low, high = UNDECIDED
     return float(((probs >= low) & (probs <= high)).mean()) if probs.size else 0.0
@@ -217,7 +219,7 @@ def summarize(segmentations: Sequence[Segmentation]) -> dict[str, float]:
 
 
 def _by_route(texts: Sequence[Segmentation], stage: int) -> dict[str, float]:
-    """Bytes a chunk by route; a chunk belongs to the route of its first byte."""
+    """Bytes per chunk by route; a chunk belongs to the route of its first byte."""
     lengths: dict[str, list[int]] = {}
     for seg in texts:
         if seg.routes:

@@ -1,4 +1,4 @@
-"""A copy of a growing log folder on a remote file system, kept up in the background."""
+"""Copy a growing log folder to a remote file system in the background."""
 
 import logging
 import os
@@ -13,8 +13,8 @@ _log = logging.getLogger(__name__)
 class Mirror:
     """Copies changed files of `source` to the URL `target` (gs://, s3://, ...) every `period` s.
 
-    Object stores cannot append, so a changed file is copied whole. A failed copy is logged and
-    tried again at the next turn: a network that is down never stops a training run.
+    Object stores cannot append, so the whole of a changed file is copied. A failed copy is logged
+    and tried again after the next period, so a network failure does not stop a training run.
     """
 
     def __init__(self, source: str | os.PathLike, target: str, *, period: float = 60.0):
@@ -32,7 +32,7 @@ class Mirror:
             self.copy()
 
     def copy(self) -> None:
-        """Copy what has changed, now."""
+        """Copy changed files now."""
         with self._lock:
             for path in sorted(p for p in self.source.rglob("*") if p.is_file()):
                 self._copy_file(path)
@@ -47,11 +47,11 @@ class Mirror:
             self.fs.makedirs(to.rpartition("/")[0], exist_ok=True)
             self.fs.put_file(os.fspath(path), to)
             self._copied[path] = version
-        except Exception as e:  # each file system raises its own; none may end the run
+        except Exception as e:  # file systems raise different errors; none may end the run
             _log.warning("log mirror: %s is not copied to %s yet: %s", path, self.target, e)
 
     def close(self) -> None:
-        """Stop, and copy what is left."""
+        """Stop the thread and copy the remaining changes."""
         self._stop.set()
         self._thread.join()
         self.copy()
@@ -59,7 +59,7 @@ class Mirror:
 
 def _open(url: str):
     try:
-        import fsspec  # only here: a run without a mirror does not need it
+        import fsspec  # imported here because only a run with a mirror needs it
 
         fs, path = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as e:

@@ -1,4 +1,4 @@
-"""Probabilities of a boundary over the bytes of several texts, as one image."""
+"""Boundary probabilities over the bytes of several texts, as one image."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,17 +10,17 @@ from hnet.printable import printable
 
 MOST_BYTES = 256
 MOST_TEXTS = 32
-_CELL = (12, 4)  # pixels of one probability: high, wide
+_CELL = (12, 4)  # height and width of one probability, in pixels
 _GAP = 2
 _BLUE = np.array([0, 114, 178], np.float64)  # Okabe-Ito
-_LABEL = 150  # pixels left of the rows
-_SCALE = 14  # pixels above them
-_TICK = 32  # bytes
+_LABEL = 150  # width of the labels left of the rows, in pixels
+_SCALE = 14  # height of the scale above the rows, in pixels
+_TICK = 32  # bytes per tick of the scale
 _INK = (40, 40, 40)
 
 
 def labelled_p_map(texts: Mapping[int, Segmentation], stage: int) -> np.ndarray:
-    """`p_map` with the number and name of each text, and a scale of bytes, uint8 (H, W, 3)."""
+    """`p_map` with the number and name of each text and a byte scale, uint8 (H, W, 3)."""
     pixels = p_map(list(texts.values()), stage)
     height, width, _ = pixels.shape
     image = Image.new("RGB", (_LABEL + width, _SCALE + height), "white")
@@ -37,12 +37,12 @@ def labelled_p_map(texts: Mapping[int, Segmentation], stage: int) -> np.ndarray:
 
 
 def _drawable(name: str) -> str:
-    """The built-in font has Latin letters only."""
+    """Replace characters that the built-in font lacks (above U+00FF) by "?"."""
     return "".join(c if c <= "\u00ff" else "?" for c in printable(name))
 
 
 def _fitting(label: str, font: ImageFont.FreeTypeFont) -> str:
-    """The label, with its middle left out if it is too long: ends of names tell most."""
+    """The label, shortened in the middle if it is too long: names differ most at their ends."""
     if font.getlength(label) <= _LABEL - 6:
         return label
     kept = len(label)
@@ -55,10 +55,10 @@ def _fitting(label: str, font: ImageFont.FreeTypeFont) -> str:
 
 
 def p_map(segmentations: Sequence[Segmentation], stage: int) -> np.ndarray:
-    """Probabilities of `stage` over the first bytes of each text, uint8 (height, width, 3).
+    """Boundary probabilities of `stage` over the first bytes of texts, uint8 (height, width, 3).
 
-    A row per text, from white (0) to blue (1), grey after its end. An inner stage decides once per
-    chunk of the stage outside it, and its p fills that chunk.
+    One row per text, from white (0) to blue (1), grey after the end of the text. An inner stage has
+    one position per chunk of the next outer stage; its p fills that chunk.
     """
     rows = [_p_of_bytes(seg, stage) for seg in segmentations[:MOST_TEXTS]]
     width = max(len(row) for row in rows)
@@ -72,7 +72,7 @@ def p_map(segmentations: Sequence[Segmentation], stage: int) -> np.ndarray:
 
 
 def _p_of_bytes(seg: Segmentation, stage: int) -> np.ndarray:
-    """p of the position each of the first bytes belongs to, (bytes,)."""
+    """p of the position that each of the first bytes belongs to, (bytes,)."""
     count = min(len(seg.data), MOST_BYTES)
     position = np.searchsorted(seg.positions(stage), np.arange(count), side="right") - 1
     return np.asarray(seg.stages[stage].probs)[position]

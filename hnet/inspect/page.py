@@ -1,4 +1,4 @@
-"""Segmentations as one self-contained page: the view of the TensorBoard tab, to mail around."""
+"""Segmentations as one self-contained HTML page: the view of the TensorBoard tab as a file."""
 
 import base64
 import hashlib
@@ -36,11 +36,11 @@ def to_html(
     title: str = "Chunk boundaries",
     step: int | None = None,
 ) -> str:
-    """One HTML page without any outside reference that shows the texts as the plugin does.
+    """One HTML page without external references that shows the texts like the plugin.
 
-    segmentations: texts of one model, or of several by name to compare. step: the training step
-    they are from, if it is known. Data enter as JSON in which no markup can begin, and are shown as
-    text only.
+    segmentations: texts of one model, or model name -> texts, to compare several models. step:
+    training step of the segmentations, if known. The data are JSON that cannot start markup, and
+    are shown only as text.
     """
     runs = segmentations if isinstance(segmentations, Mapping) else {"model": segmentations}
     data = {name: _run(texts, step) for name, texts in runs.items()}

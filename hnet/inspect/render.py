@@ -1,10 +1,11 @@
 """A segmentation as text: colours in a terminal, marks in a pipe, Markdown in a summary.
 
-Plain text marks the start of every chunk but the first: ``|`` for stage 0, ``‖`` where stage 1
-starts one too, ``⦀`` for stage 2 and deeper. It can be read back without loss: a backslash stands
-before a mark or backslash of the text itself, line ends are ``\\n`` and a real line end, tabs
-``\\t``, and what has no visible shape of its own is escaped: invalid bytes and the bytes of a
-character that a boundary cuts as ``\\xNN``, control and direction characters as ``\\u{NNNN}``.
+Plain text marks the start of every chunk except the first: ``|`` for stage 0, ``‖`` where stage 1
+also starts a chunk, ``⦀`` for stage 2 and deeper. It can be read back without loss. Marks and
+backslashes of the text itself are preceded by a backslash; a line end is ``\\n`` followed by a real
+line end; a tab is ``\\t``. Bytes and characters without a visible shape are escaped: invalid bytes
+and the bytes of a character with a boundary inside as ``\\xNN``, control and direction characters
+as ``\\u{NNNN}``.
 """
 
 import itertools
@@ -20,7 +21,7 @@ from hnet.inspect.metrics import chunk_length_stats
 from hnet.inspect.segmentation import Segmentation, characters, is_invalid
 
 MARKS = ("|", "‖", "⦀")
-_JOINERS = "\u200c\u200d"  # shape the letters beside them, so they are drawn, not escaped
+_JOINERS = "\u200c\u200d"  # they change the shape of adjacent letters, so they are not escaped
 _TINTS = ("black on #9ed2f0", "black on #f7cf86")  # Okabe-Ito sky blue and orange, lightened
 _MARK_STYLE = "bold white on #0072b2"
 _ESCAPE_STYLE = "bold #d55e00"
@@ -28,18 +29,18 @@ _WIDTH = 100
 
 
 class Piece(NamedTuple):
-    """One character, or one byte where that is all there is."""
+    """One character, or one byte of an invalid or split character."""
 
     start: int
     level: int
     """deepest stage that starts a chunk here; -1 = none"""
     text: str
-    """how it is shown"""
+    """displayed form"""
     escaped: bool
 
 
 def pieces(seg: Segmentation) -> Iterator[Piece]:
-    """The text in order, one piece a character, one a byte of characters that are cut."""
+    """Yield the text in order: one piece per character, or per byte of a split character."""
     level_at = dict.fromkeys(range(len(seg.data) + 1), -1)
     for level, stage in enumerate(seg.stages):
         level_at.update(dict.fromkeys(stage.starts[1:], level))
@@ -63,7 +64,7 @@ def _shown(char: str) -> str:
 
 
 def to_plain(seg: Segmentation) -> str:
-    """The text with its marks; see the module's docstring."""
+    """The text with its marks; see the docstring of the module."""
     return "".join(_mark(piece.level) + piece.text for piece in pieces(seg))
 
 
@@ -75,7 +76,7 @@ _TOKEN = re.compile(r"\\x(..)|\\u\{(\w+)\}|\\n\n|\\([tr])|\\(.)|(.)", re.DOTALL)
 
 
 def from_plain(text: str) -> tuple[bytes, tuple[tuple[int, ...], ...]]:
-    """Read `to_plain` back: the bytes, and the chunk starts of each stage that marks anything."""
+    """Inverse of `to_plain`: (bytes, chunk starts of each stage that has marks)."""
     data, levels = bytearray(), []
     for match in _TOKEN.finditer(text):
         byte, code, blank, literal, char = match.groups()
@@ -98,7 +99,7 @@ def from_plain(text: str) -> tuple[bytes, tuple[tuple[int, ...], ...]]:
 
 def to_rich(seg: Segmentation) -> Text:
     """Chunks of stage 0 in two tints, deeper boundaries as marks between them."""
-    # one span a style, since a letter apart from its neighbours loses its joined shape
+    # One span per run of a style: a letter in a span of its own loses its joined shape.
     return Text().join(
         Text("".join(text for _, text in group), style)
         for style, group in itertools.groupby(_styled(seg), key=lambda pair: pair[0])
@@ -132,7 +133,7 @@ def describe(seg: Segmentation) -> str:
 
 
 def print_segmentations(segmentations: Iterable[Segmentation], console: Console | None = None):
-    """Write texts to a console: in colours when it is a terminal that has them, else as marks."""
+    """Write texts to a console: with colours if it is a terminal with colours, else with marks."""
     console = console or Console(highlight=False, soft_wrap=True)
     coloured = console.is_terminal and not console.no_color
     for seg in segmentations:
@@ -145,8 +146,8 @@ def print_segmentations(segmentations: Iterable[Segmentation], console: Console 
 def to_markdown(seg: Segmentation) -> str:
     """A Markdown summary with marked boundaries: a title line and an indented code block.
 
-    Nothing of the text can leave the block, since every line of it is indented; the name is
-    escaped character by character.
+    Every line of the text is indented, so it cannot leave the block; the name is escaped character
+    by character.
     """
     name = re.sub(r"([^\w\s])", lambda m: f"&#{ord(m[1])};", "".join(map(_shown, seg.name)))
     lines = [

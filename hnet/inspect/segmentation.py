@@ -1,8 +1,9 @@
-"""One text and where each stage of a model cuts it: the structure that everything here reads.
+"""One text with the boundaries of each stage of a model; the data structure of this package.
 
-All offsets are byte offsets into the text. A chunk *starts at* an offset, for both alignments of
-routers: a START boundary at byte t starts a chunk at t; an END boundary at byte t ends a chunk with
-t, so the next one starts at t + 1 and p_t is shown there. The first chunk always starts at 0.
+All offsets are byte offsets into the text. A chunk *starts at* an offset, for both alignments: a
+START boundary at byte t starts a chunk at t; an END boundary at byte t ends a chunk after byte t,
+so the next chunk starts at t + 1 and p_t belongs to offset t + 1. The first chunk always starts at
+0.
 
 JSON form (`Segmentation.to_json`), the same in files, in pages and over HTTP::
 
@@ -13,8 +14,9 @@ JSON form (`Segmentation.to_json`), the same in files, in pages and over HTTP::
      "stages": [{"starts": [0, 4, 9], "probs": [1.0, 0.03, ...]}, ...],  # outermost first
      "bits": [6.25, 0.031, ...]}                   # surprisal of each byte, if it is known
 
-`probs` of a stage has one entry per position of that stage: a byte for stage 0, a chunk of the
-stage outside it for the others, that is one entry for each of its `starts`.
+`probs` of a stage has one entry per position of that stage. The positions of stage 0 are the bytes;
+the positions of stage s are the chunks of stage s - 1, so there is one entry per offset in `starts`
+of stage s - 1.
 """
 
 import base64
@@ -31,25 +33,25 @@ from hnet.errors import ConfigError
 
 VERSION = 1
 BITS_DIGITS = 3
-"""Decimals of a surprisal that are kept."""
+"""Number of decimals of a stored surprisal."""
 Alignment = Literal["start", "end"]
 
 
 @dataclass(frozen=True)
 class StageBoundaries:
-    """What one stage decided about one text."""
+    """Boundaries of one stage on one text."""
 
     starts: tuple[int, ...]
-    """byte offsets at which its chunks start, increasing, the first is 0"""
+    """byte offsets at which the chunks start, increasing from 0"""
     probs: tuple[float, ...]
-    """probability that a chunk starts at each position of this stage, float32 values"""
+    """probability that a chunk starts, for each position of this stage; float32 values"""
 
 
 @dataclass(frozen=True)
 class Segmentation:
     """One text, its gold boundaries and the chunks of every stage, outermost first.
 
-    Without stages it is a text with gold boundaries only. Raises ConfigError where the parts
+    Without stages it is a text with only gold boundaries. Raises ConfigError if the parts
     contradict each other.
     """
 
@@ -57,17 +59,17 @@ class Segmentation:
     name: str = ""
     stages: tuple[StageBoundaries, ...] = ()
     routes: tuple[tuple[int, str], ...] = ()
-    """runs of (first byte, name of the route or script); empty = not known"""
+    """runs of (first byte, name of the route or script); empty = unknown"""
     gold: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """kind -> offsets, strictly inside the text, at which its units start"""
+    """kind -> offsets, strictly inside the text, at which units of that kind start"""
     bits: tuple[float, ...] = ()
-    """-log2 p(byte | bytes before it) of each byte; empty = not known"""
+    """surprisal -log2 p(byte | bytes before it) of each byte; empty = unknown"""
 
     def __post_init__(self):
         _check(self)
 
     def positions(self, stage: int) -> tuple[int, ...]:
-        """Byte offset of every position of `stage`; `stages[stage].probs` runs along it."""
+        """Byte offset of every position of `stage`, parallel to `stages[stage].probs`."""
         return tuple(range(len(self.data))) if stage == 0 else self.stages[stage - 1].starts
 
     def boundaries(self, stage: int) -> np.ndarray:
@@ -75,20 +77,20 @@ class Segmentation:
         return np.asarray(self.stages[stage].starts[1:], np.int64)
 
     def chunk_lengths(self, stage: int) -> np.ndarray:
-        """Bytes of each chunk of `stage`, int64, summing to the length of the text."""
+        """Number of bytes per chunk of `stage`, int64; the sum is the length of the text."""
         return np.diff(np.asarray([*self.stages[stage].starts, len(self.data)], np.int64))
 
     def chunks(self, stage: int) -> list[bytes]:
-        """The chunks of `stage`; joined they are the text."""
+        """The chunks of `stage`; their concatenation is the text."""
         starts = self.stages[stage].starts
         return [self.data[a:b] for a, b in zip(starts, [*starts[1:], len(self.data)])]
 
     def route_names(self) -> tuple[str, ...]:
-        """The routes that occur, sorted."""
+        """Names of the routes that occur, sorted."""
         return tuple(sorted({name for _, name in self.routes}))
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON form described above; `from_json` gives back an equal object."""
+        """The JSON form described above; `from_json` returns an equal object."""
         return {**text_json(self), **step_json(self)}
 
     @classmethod
@@ -134,17 +136,17 @@ class Segmentation:
         gold: Mapping[str, Sequence[int]] | None = None,
         nats: np.ndarray | None = None,
     ) -> "Segmentation":
-        """The segmentation of one row from what its routers returned.
+        """Build the segmentation of one row from the outputs of the boundary predictors.
 
         outputs: (boundary mask, boundary probability) of each stage, outermost first, each 1-D
-        over that stage's positions; padding at the end is ignored. prefix: positions before the
-        first byte (1 for a BOS). routes: a name for each byte. nats: -ln p of each byte, left out
-        unless all are finite. END arrays of an inner stage may lack the last, incomplete chunk.
-        Raises ConfigError for arrays that do not fit the text.
+        over the positions of that stage; padding at the end is ignored. prefix: number of positions
+        before the first byte (1 for a BOS). routes: one name per byte. nats: -ln p of each byte;
+        ignored unless all are finite. END arrays of an inner stage may lack the last, incomplete
+        chunk. Raises ConfigError for arrays that do not fit the text.
         """
         if alignment not in ("start", "end"):
             raise ConfigError(f"alignment={alignment!r}: use 'start' or 'end'")
-        offsets = np.maximum(np.arange(-prefix, len(data)), 0)  # of each position of the stage
+        offsets = np.maximum(np.arange(-prefix, len(data)), 0)  # offset of each position
         stages = []
         for i, (mask, prob) in enumerate(outputs):
             starts, probs = _starts_and_probs(i, mask, prob, len(offsets), alignment)
@@ -183,7 +185,7 @@ def step_json(segmentation: Segmentation) -> dict[str, Any]:
 
 
 def read_segmentations(path: str | os.PathLike) -> list[Segmentation]:
-    """Read segmentations, a JSON object a line, as `experiments.segment --json` prints them."""
+    """Read JSON lines of segmentations, as `experiments.segment --json` prints them."""
     try:
         with open(path, "rb") as f:
             lines = lines_of(f.read())
@@ -196,12 +198,12 @@ def read_segmentations(path: str | os.PathLike) -> list[Segmentation]:
 
 
 def runs(names: Sequence[str]) -> tuple[tuple[int, str], ...]:
-    """A name for each byte -> runs of (first byte, name)."""
+    """Convert one name per byte to runs of (first byte, name)."""
     return tuple((i, str(n)) for i, n in enumerate(names) if i == 0 or names[i - 1] != n)
 
 
 def inside(offsets: Iterable[int], length: int) -> tuple[int, ...]:
-    """The distinct offsets strictly between 0 and `length`, sorted: the ones that cut a text."""
+    """The distinct offsets strictly between 0 and `length`, sorted."""
     return tuple(sorted({int(o) for o in offsets if 0 < o < length}))
 
 
@@ -216,14 +218,14 @@ def characters(data: bytes) -> list[tuple[int, int, str]]:
 
 
 def is_invalid(char: str) -> bool:
-    """Whether `characters` gave this for a byte that belongs to no character."""
+    """Whether `characters` returned this for an invalid byte."""
     return "\udc80" <= char <= "\udcff"
 
 
 def _starts_and_probs(
     stage: int, mask: np.ndarray, prob: np.ndarray, count: int, alignment: Alignment
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Positions at which chunks start and p of a start at each of `count` positions."""
+    """(positions at which chunks start, p of a start at each of `count` positions)."""
     mask = np.asarray(mask, bool).reshape(-1)
     prob = np.asarray(prob, np.float32).reshape(-1)
     if alignment == "end":  # an end at t is a start at t + 1
@@ -243,7 +245,10 @@ def _starts_and_probs(
 
 
 def _merge_equal(offsets: np.ndarray, starts: np.ndarray, probs: np.ndarray) -> StageBoundaries:
-    """The prefix falls on offset 0 too; of equal offsets the last position is the text's own."""
+    """Merge positions with equal offsets; the positions of the prefix also have offset 0.
+
+    The probability is that of the last of them, which belongs to the text.
+    """
     last = np.append(offsets[1:] != offsets[:-1], True)
     return StageBoundaries(tuple(np.unique(starts).tolist()), _short(probs[last]))
 
@@ -253,7 +258,7 @@ def _empty(count: int) -> tuple[StageBoundaries, ...]:
 
 
 def _short(probs: np.ndarray) -> tuple[float, ...]:
-    """The float nearest to the shortest decimal of each float32: small in JSON, nothing lost."""
+    """Float of the shortest decimal form of each float32: short in JSON and lossless."""
     return tuple(np.asarray(probs, np.float32).astype("U").astype(float).tolist())
 
 

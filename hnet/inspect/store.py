@@ -1,19 +1,20 @@
-"""Segmentations of a run on disk: written while it trains, read a view at a time.
+"""Segmentations of a run on disk: written during training, read one view at a time.
 
 A run keeps three append-only files of JSON lines in ``<logdir>/boundaries/``:
 
-* ``texts.jsonl``: a line per text, everything that does not change (`segmentation.text_json`).
-* ``steps.jsonl``: a line per text and step, ``{"step", "key"}`` and what changes
+* ``texts.jsonl``: one line per text with its constant part (`segmentation.text_json`).
+* ``steps.jsonl``: one line per text and step with ``{"step", "key"}`` and the part that changes
   (`segmentation.step_json`).
-* ``index.jsonl``: small lines that say where the others are, each written after what it names:
+* ``index.jsonl``: short lines with the places of the other lines, written after the lines they
+  name:
   ``{"resume": step or null, "session": ns}`` when a writer opens the folder or goes back,
   ``{"text": key, "digest", "at": [offset, length], "name", "bytes", "routes", "gold"}`` and
   ``{"step", "rows": {key: [offset, length]}}``.
 
-Later lines win: a step written again replaces the older one text by text, and ``resume`` takes back
-all steps after it, which a run that went back to a checkpoint has not reached yet. A line that a
-killed process left unfinished is ignored, and so is any other damaged one, which is counted. One
-process writes; any number may read meanwhile.
+Later lines override earlier ones: a step that is written again replaces the older one text by text,
+and ``resume`` invalidates all steps after it, which a run that went back to a checkpoint has not
+reached yet. A line that a killed process left unfinished is ignored. Other damaged lines are
+ignored and counted. One process writes; any number of processes may read at the same time.
 """
 
 import contextlib
@@ -30,16 +31,16 @@ from hnet.inspect.segmentation import Segmentation, step_json, text_json
 
 
 class SegmentationLog:
-    """The writing side; opens or creates ``<logdir>/boundaries``."""
+    """Writer; opens or creates ``<logdir>/boundaries``."""
 
     def __init__(self, logdir: str | os.PathLike, *, resume_step: int | None = None):
-        """resume_step: the step training goes on from; steps after it are taken back.
+        """resume_step: step from which training continues; steps after it are invalidated.
 
         Raises OSError for a folder that cannot be written.
         """
         self.folder = Path(logdir) / FOLDER
         self.notes: list[str] = []
-        """What was found damaged, a line each."""
+        """Damage found in the folder, one line per problem."""
         self._make_room()
         known = SegmentationIndex(self.folder)
         known.refresh()
@@ -59,7 +60,7 @@ class SegmentationLog:
             self._opened = opened.pop_all()
 
     def _make_room(self) -> None:
-        """Set aside what is no folder, or no file, where one must be."""
+        """Rename whatever is at the path of the folder or a file but is not a folder or file."""
         if os.path.lexists(self.folder) and not self.folder.is_dir():
             self._set_aside(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -76,17 +77,17 @@ class SegmentationLog:
         self.notes.append(f"{path} is not what it must be: it is now {aside.name}")
 
     def go_back(self, step: int | None) -> None:
-        """Take back all steps after `step`; None: none."""
+        """Invalidate all steps after `step`; None: no step."""
         self._append(INDEX, {"resume": step, "session": time.time_ns()})
         self.flush()
 
     def write(self, step: int, segmentations: Sequence[Segmentation]) -> None:
-        """Add the segmentations of a step; flushed to the system when this returns."""
+        """Add the segmentations of a step and flush them to the operating system."""
         new, rows = [], {}
         for seg in segmentations:
             static, key = text_json(seg), text_key(seg)
             digest = _digest(json.dumps(static))
-            if self._written.get(key) != digest:  # a new text, or other routes or gold than before
+            if self._written.get(key) != digest:  # a new text, or changed routes or gold
                 at = self._append(TEXTS, {"key": key, **static})
                 new.append({"text": key, "digest": digest, "at": at, **text_facts(seg)})
             row = {"step": int(step), "key": key, **step_json(seg)}
@@ -105,7 +106,7 @@ class SegmentationLog:
         self._opened.close()
 
     def _append(self, name: str, content: dict[str, Any]) -> list[int]:
-        """Write a line; its offset and length."""
+        """Write a line. Returns its offset and length."""
         file, line = self._files[name], json.dumps(content, separators=(",", ":")).encode()
         offset = file.tell()
         file.write(line + b"\n")
@@ -113,7 +114,7 @@ class SegmentationLog:
 
 
 def text_key(seg: Segmentation) -> str:
-    """Name of a text: the same in all runs, whatever routes or gold they know of it."""
+    """Key of a text: the same in all runs, independent of its routes and gold boundaries."""
     return _digest(json.dumps([seg.name, seg.data.hex()]))
 
 
@@ -122,7 +123,7 @@ def _digest(content: str) -> str:
 
 
 def text_facts(seg: Segmentation) -> dict[str, Any]:
-    """What a list of texts shows of one."""
+    """Facts of a text for a list of texts."""
     return {
         "name": seg.name,
         "bytes": len(seg.data),
@@ -132,7 +133,7 @@ def text_facts(seg: Segmentation) -> dict[str, Any]:
 
 
 def _open_for_append(path: Path):
-    """Open at the end, after a line end: what a killed writer left stays a line of its own."""
+    """Open for appending after a line end; an unfinished line of a killed writer gets one."""
     file = open(path, "a+b")
     end = file.seek(0, os.SEEK_END)
     if end:

@@ -1,8 +1,8 @@
-"""Where TensorBoard shows the numbers of metrics.jsonl, and what each one means.
+"""TensorBoard tags and descriptions of the fields of metrics.jsonl.
 
-TensorBoard groups tags by what stands before the first slash and sorts the groups. Here they are
+TensorBoard groups tags by the part before the first slash and sorts the groups. Here they are
 ``eval/`` (whose first card is bits per byte of held-out text), ``optim/``, ``probe/`` (texts whose
-boundaries are drawn), ``stage0/`` and so on, ``throughput/`` and ``train/``.
+boundaries are shown), ``stage0/`` and so on, ``throughput/`` and ``train/``.
 """
 
 import os
@@ -42,7 +42,7 @@ _MOVED = {
     r"input/stall_frac": (r"throughput/input_stall_frac", "Share of the time since the last logged "
                           "step spent waiting for data."),
 }
-"""Field of metrics.jsonl -> tag and description."""
+"""Pattern of a field of metrics.jsonl -> (tag, description)."""
 _KEPT = {
     r"train/bpb": f"{_BPB} (no BOS, EOS or padding) of this step's batch.",
     r"eval/bpb": f"{_BPB} of the held-out text.",
@@ -97,7 +97,7 @@ _KEPT = {
     r"probe/text_\d+": "A probe text: | where a chunk of stage 0 starts, ‖ one of stage 1 too.",
     r"configuration": "The configuration of this start.",
 }
-"""Tags that are named as the field, and their descriptions."""
+"""Pattern of a field whose tag has the name of the field -> description."""
 # fmt: on
 _OTHER = (r"train/\1", "A number that the code of this run logs itself.")
 _RULES = tuple(
@@ -111,7 +111,7 @@ _RULES = tuple(
 
 
 def tag_of(field: str) -> Tag:
-    """Where TensorBoard shows a field of metrics.jsonl; the first rule that matches counts."""
+    """Tag and description of a field of metrics.jsonl; the first matching rule applies."""
     for pattern, tag, description in _RULES:
         if found := pattern.fullmatch(field):
             return Tag(printable(found.expand(tag)), description)
@@ -119,7 +119,7 @@ def tag_of(field: str) -> Tag:
 
 
 def without_folders(names: Iterable[str]) -> dict[str, str]:
-    """Globs or files -> the shortest ends of their paths that tell them apart."""
+    """Map each glob or file to the shortest end of its path that is unique."""
     names = list(dict.fromkeys(names))
     parts = {name: name.split(os.sep) for name in names}
     labels: dict[str, str] = {}

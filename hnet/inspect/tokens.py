@@ -1,4 +1,4 @@
-"""Where tokenizers cut, in bytes (the extra `fairness` brings the library)."""
+"""Token boundaries of tokenizers, as byte offsets (the extra `fairness` installs the library)."""
 
 import os
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def _library():
 
 
 def train_bpe(texts: Sequence[bytes], vocab_size: int) -> "Tokenizer":
-    """Byte-level BPE (split first as GPT-2 does) learned from texts."""
+    """Train a byte-level BPE on texts, with the pre-tokenization of GPT-2."""
     lib = _library()
     if vocab_size < 256:
         raise ConfigError(f"bpe={vocab_size} cannot hold every byte: use 256 or more")
@@ -40,7 +40,7 @@ def train_bpe(texts: Sequence[bytes], vocab_size: int) -> "Tokenizer":
 
 
 def read_tokenizer(path: str | os.PathLike) -> "Tokenizer":
-    """A tokenizer.json. Raises ConfigError if it is none."""
+    """Read a tokenizer.json. Raises ConfigError if the file cannot be read as one."""
     try:
         return _library().Tokenizer.from_file(os.fspath(path))
     except ConfigError:
@@ -50,9 +50,9 @@ def read_tokenizer(path: str | os.PathLike) -> "Tokenizer":
 
 
 def token_starts(tokenizer: "Tokenizer", data: bytes) -> list[int]:
-    """Byte offsets at which the tokens of a text start, one for each token, increasing.
+    """Byte offsets at which the tokens of a text start, one per token, increasing.
 
-    Tokens that share one character (bytes of it) start one byte after the other. Raises
+    If several tokens share one character, each starts one byte after the one before. Raises
     ConfigError for text that is not UTF-8.
     """
     text = _text(data)
@@ -72,7 +72,7 @@ def token_starts(tokenizer: "Tokenizer", data: bytes) -> list[int]:
 
 
 def _byte_lengths(tokens: Sequence[str]) -> list[int] | None:
-    """Bytes of each token if it is written a character a byte, as byte-level tokenizers do."""
+    """Number of bytes per token, for tokenizers that write one character per byte; else None."""
     alphabet = set(_library().pre_tokenizers.ByteLevel.alphabet())
     return [len(t) for t in tokens] if alphabet.issuperset("".join(tokens)) else None
 

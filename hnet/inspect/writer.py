@@ -1,7 +1,7 @@
-"""What a run writes for TensorBoard: event files without TensorFlow, and its segmentations.
+"""TensorBoard output of a run: event files, written without TensorFlow, and segmentations.
 
-Numbers are named as in metrics.jsonl; `tags.tag_of` says where TensorBoard shows each. What
-`RunWriter.write_segmentations` measures on its texts stands under ``probe/``.
+Numbers have their names in metrics.jsonl; `tags.tag_of` gives the tag of each. The results that
+`RunWriter.write_segmentations` measures on its texts are under ``probe/``.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from hnet.printable import printable
 _log = logging.getLogger(__name__)
 _SEEN = "bytes_seen/"
 TEXT_SUMMARIES = 8
-"""texts of a step written as Markdown; TensorBoard itself keeps few steps of them"""
+"""maximum number of texts per step written as Markdown; TensorBoard keeps few steps of them"""
 
 DASHBOARDS = {
     "H-Net": {
@@ -54,10 +54,10 @@ DASHBOARDS = {
 
 
 class RunWriter:
-    """Writes one run's log folder. One process of a run should have one; close it, or use `with`.
+    """Writes the log folder of a run. Use one per run, in one process; close it, or use `with`.
 
-    A fault while writing, such as a full disk, is said once and ends the log, not the run. What was
-    written before stays readable.
+    An error while writing, such as a full disk, is reported once and ends the log, not the run.
+    What was written before stays readable.
     """
 
     def __init__(
@@ -69,9 +69,9 @@ class RunWriter:
         mirror_secs: float = 60.0,
         say: Callable[[str], None] = _log.warning,
     ):
-        """logdir: local folder. mirror: URL such as gs://bucket/run, where a copy is kept in the
-        background. resume_step: the step training goes on from; what an earlier process logged
-        after it no longer counts (it stays in the files). -1: nothing that was logged counts.
+        """logdir: local folder. mirror: URL such as gs://bucket/run, to which the folder is copied
+        in the background. resume_step: step from which training continues; entries that an earlier
+        process logged after it are invalidated (they stay in the files); -1: all entries are.
 
         Raises ConfigError for a folder that cannot be written.
         """
@@ -93,7 +93,7 @@ class RunWriter:
 
     @property
     def notes(self) -> list[str]:
-        """What was found damaged in the folder, a line each."""
+        """Damage found in the folder, one line per problem."""
         return self._log.notes
 
     def __enter__(self) -> "RunWriter":
@@ -104,7 +104,7 @@ class RunWriter:
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
-        """Ends the log at a fault of the file system."""
+        """End the log on an error of the file system."""
         try:
             yield
         except OSError as e:
@@ -121,14 +121,14 @@ class RunWriter:
                 self._events.add(values, step)
 
     def go_back(self, step: int) -> None:
-        """Take back what was logged after `step`, which the run does again; -1: everything."""
+        """Invalidate entries after `step`, because the run repeats these steps; -1: all entries."""
         if self._is_open:
             with self._guarded():
                 self._events.purge(step + 1)
                 self._log.go_back(step)
 
     def _described(self, field: str) -> Tag:
-        """Where a field is shown, with its description the first time only: that one counts."""
+        """Tag of a field, with its description only the first time; TensorBoard uses the first."""
         tag = tag_of(field)
         if tag.name in self._told:
             return Tag(tag.name, "")
@@ -136,7 +136,7 @@ class RunWriter:
         return tag
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Log numbers by their names in metrics.jsonl, all in one event."""
+        """Log numbers, by their names in metrics.jsonl, as one event."""
         sources = (field.removeprefix(_SEEN) for field in values if field.startswith(_SEEN))
         shown = {_SEEN + name: _SEEN + label for name, label in without_folders(sources).items()}
         self._add(
@@ -150,11 +150,11 @@ class RunWriter:
     def histogram(
         self, step: int, field: str, values: np.ndarray, bins: int | np.ndarray = 30
     ) -> None:
-        """Log the distribution of the finite values, of any shape; bins: a number, or the edges."""
+        """Log a histogram of the finite values, an array of any shape; bins: number or edges."""
         self._add(step, [events.histogram(*self._described(field), values, bins)])
 
     def text(self, step: int, field: str, markdown: str) -> None:
-        """Log Markdown, which TensorBoard renders: escape what comes from data."""
+        """Log Markdown, which TensorBoard renders; text from data must be escaped."""
         self._add(step, [events.text(*self._described(field), markdown)])
 
     def image(self, step: int, field: str, pixels_HWC: np.ndarray) -> None:
@@ -162,14 +162,14 @@ class RunWriter:
         self._add(step, [events.image(*self._described(field), pixels_HWC)])
 
     def configuration(self, step: int, content: Mapping[str, Any]) -> None:
-        """Log what a start was configured with as a text, its JSON form."""
+        """Log the configuration of a start as text, in JSON form."""
         lines = json.dumps(content, indent=2, ensure_ascii=False).splitlines()
         self.text(step, "configuration", "\n".join("    " + printable(line) for line in lines))
 
     def hparams(self, values: Mapping[str, bool | int | float | str]) -> None:
-        """Say what distinguishes this run; its scalars become the metrics of the HParams tab.
+        """Log the hyperparameters of this run; its scalars are the metrics of the HParams tab.
 
-        No list of hyperparameters is fixed, so runs with different ones all show in one table.
+        There is no fixed list of hyperparameters, so runs with different ones share one table.
         """
         self._add(0, events.hparams(values))
         self._has_hparams = True
@@ -179,9 +179,9 @@ class RunWriter:
     ) -> dict[str, float]:
         """Log the probe texts of a step: the data of the Boundaries tab.
 
-        With summaries, also what shows without the plugin: scalars (`metrics.summarize`),
-        distributions of p and chunk length, images of p over position, texts with marks. Returns
-        the scalars.
+        With summaries, also log data that TensorBoard shows without the plugin: scalars
+        (`metrics.summarize`), distributions of p and chunk length, images of p over position, texts
+        with marks. Returns the scalars.
         """
         if self._is_open:
             with self._guarded():
@@ -206,7 +206,7 @@ class RunWriter:
         return scalars
 
     def close(self) -> None:
-        """Finish the files; the last copy to the mirror is made before this returns."""
+        """Close the files and wait for the last copy to the mirror."""
         if self._has_hparams:
             self._add(0, [events.session_end()])
         for file in (self._events, self._log):

@@ -1,4 +1,4 @@
-"""Weights to and from other formats."""
+"""Conversion of weights to and from other formats."""
 
 from hnet.interop.convert import convert, verify
 from hnet.interop.load import load

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for command in (one, two):
         command.add_argument("--config", help="official JSON of a file that has none beside it")
     options = parser.parse_args(arguments)
-    jax.config.update("jax_platforms", "cpu")  # an accelerator may be busy with a run
+    jax.config.update("jax_platforms", "cpu")  # an accelerator may be in use by a run
     enable_compilation_cache()
     try:
         return _convert(options) if options.command == "convert" else _verify(options)

@@ -1,4 +1,4 @@
-"""Checkpoints from one format to another, in about the memory of one copy; comparison of two."""
+"""Convert checkpoints between formats, in about the memory of one copy, and compare two."""
 
 import json
 import os
@@ -43,11 +43,11 @@ def convert(
     dtype: DType | None = None,
     step: int | None = None,
 ) -> None:
-    """Write an official file from a work directory or another official file, or a work directory
-    from an official file. Arguments as in `load`; dtype None keeps every bit.
+    """Convert a work directory or an official file to an official file, or an official file to a
+    work directory. Arguments as in `load`; with dtype None every bit is kept.
 
-    The configuration is written beside the weights. Raises ConfigError if the target exists, or
-    for whatever `load` refuses.
+    The configuration is written to the same folder as the weights. Raises ConfigError if the target
+    exists, or for any input that `load` refuses.
     """
     source, target = Path(source), Path(target)
     new_file(target, "target")
@@ -70,7 +70,7 @@ def convert(
 
 
 def _caster(dtype: DType | None):
-    """(official name, array) -> the array in the dtype that `load` would give it."""
+    """Return a function (official name, array) -> array in the dtype that `load` would use."""
     if dtype is None:
         return lambda name, array: array
     dtype_of = dtypes(dtype)
@@ -92,7 +92,7 @@ def _from_workdir(source: Path, target: Path, dtype: DType | None, step: int | N
     config = read_config(source).model
     check_official(config)
     check_runs(config)
-    # Largest first: while a large one is held twice, few others have been read.
+    # Largest first: a parameter is held twice while it is converted, so convert large ones early.
     by_size = sorted(leaves(config), key=lambda leaf: -int(np.prod(leaf.shape)))
     cast = _caster(dtype)
     found = entries(config, _read_leaves(source, by_size, step))
@@ -102,7 +102,7 @@ def _from_workdir(source: Path, target: Path, dtype: DType | None, step: int | N
 def _read_leaves(
     workdir: Path, wanted: list[Leaf], step: int | None
 ) -> Iterator[tuple[Leaf, np.ndarray]]:
-    """The parameters of a checkpoint one by one, their checksums compared."""
+    """Yield the parameters of a checkpoint one by one, with verified checksums."""
     with Checkpointer(workdir, CheckpointConfig(asynchronous=False)) as checkpointer:
         manifest = checkpointer.manifest(step)
     folder = checkpoint_folder(workdir) / str(manifest.step)
@@ -117,7 +117,7 @@ def _read_leaves(
                 arrays = read_arrays(orbax, folder, manifest, {path: None})
             except mf.Damaged as e:
                 raise ConfigError(f"checkpoint {folder}: {e}") from None
-            yield leaf, arrays.pop(path)  # let go while the next one is read
+            yield leaf, arrays.pop(path)  # released before the next one is read
 
 
 def _write_official(target: Path, config: HNetConfig, tensors: dict[str, np.ndarray]) -> None:
@@ -127,7 +127,7 @@ def _write_official(target: Path, config: HNetConfig, tensors: dict[str, np.ndar
 
 
 def _write_workdir(target: Path, model: HNetLM) -> None:
-    """A work directory with the model as its checkpoint of step 0."""
+    """Write a work directory with the model as its checkpoint of step 0."""
     config = Config(model=model.config, workdir=str(target))
     claim_workdir(config)
     _, params = split(model)
@@ -137,16 +137,16 @@ def _write_workdir(target: Path, model: HNetLM) -> None:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How two models answer on the same bytes."""
+    """Difference of two models on the same bytes."""
 
     max_difference: float
-    """largest difference of two logits"""
+    """largest absolute difference of two logits"""
     max_logit: float
-    """largest logit, for scale"""
+    """largest absolute logit of the first model, for scale"""
     other_boundaries: int
-    """positions, over all stages, where one cuts and the other does not"""
+    """number of positions, over all stages, where only one of the models has a boundary"""
     positions: int
-    """bytes compared"""
+    """number of bytes compared"""
 
 
 def verify(
@@ -159,8 +159,8 @@ def verify(
 ) -> Comparison:
     """Compare the logits of two checkpoints, loaded one after the other, on the same bytes.
 
-    The bytes are half text-like (few values, spaces), half uniform. config: of official files that
-    have none beside them.
+    Half of the rows are text-like (few byte values, spaces), half uniform. config: configuration
+    for official files; default: the JSON in the same folder.
     """
     rng = np.random.default_rng(0)
     ids_BL = rng.integers(0, 256, (rows, length)).astype(np.int32)

@@ -1,4 +1,4 @@
-"""Models from files: our work directories and official checkpoints."""
+"""Load models from our work directories and official checkpoints."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -32,14 +32,15 @@ def load(
     dtype: DType | None = None,
     step: int | None = None,
 ) -> HNetLM:
-    """A trained model.
+    """Load a trained model.
 
-    path: a work directory of ours, or an official state dict (.pt, .safetensors, .npz). config: of
-    the latter, as an object or its official JSON; default is `NAME.json` or `NAME_config.json`
-    beside it. dtype: of the matmuls and their weights (default: as configured, float32 for
-    official files); what needs float32 keeps it. step: of a work directory, default the newest.
+    path: one of our work directories, or an official state dict (.pt, .safetensors, .npz). config:
+    configuration of a state dict, as an object or a path to its official JSON; default: `NAME.json`
+    or `NAME_config.json` in the same folder. dtype: dtype of the matmuls and their weights
+    (default: as configured; float32 for official files); parameters that need float32 keep it.
+    step: step of a work directory; default: the newest.
 
-    Raises ConfigError for a missing, damaged or hostile file, or one of another architecture.
+    Raises ConfigError for a missing, damaged or malicious file, or for another architecture.
     """
     if dtype not in (None, "float32", "bfloat16"):
         raise ConfigError(f"dtype={dtype!r}: use 'float32' or 'bfloat16'")
@@ -55,7 +56,7 @@ def load(
 
 
 def beside(path: Path) -> Path:
-    """The official JSON that belongs to a file of weights. Raises ConfigError if there is none."""
+    """The official JSON in the folder of a weights file. Raises ConfigError if there is none."""
     names = [f"{path.stem}.json", f"{path.stem.removesuffix('_params')}_config.json"]
     for name in names:
         if (found := path.with_name(name)).is_file():
@@ -66,7 +67,7 @@ def beside(path: Path) -> Path:
 
 
 def dtypes(dtype: DType | None) -> Callable[[tuple], jnp.dtype]:
-    """path -> dtype of a parameter: `dtype` for embeddings and the matmuls of the stacks."""
+    """Return path -> dtype: `dtype` for embeddings and the matmuls of stacks, else float32."""
 
     def dtype_of(path: tuple):
         in_float32 = {"routing_module", "residual_proj"} & {str(part) for part in path}
@@ -77,7 +78,7 @@ def dtypes(dtype: DType | None) -> Callable[[tuple], jnp.dtype]:
 
 
 def shown(what: str) -> Callable[[list], Iterable]:
-    """A progress bar on a terminal's stderr, nothing elsewhere."""
+    """A progress bar on stderr if it is a terminal; otherwise nothing is shown."""
     console = Console(stderr=True)
     return lambda items: track(
         items, what, console=console, transient=True, disable=not console.is_terminal

@@ -1,7 +1,8 @@
-"""Official checkpoints (goombalab/hnet): names and layouts, both ways, bit for bit.
+"""Official checkpoints (goombalab/hnet): names and layouts, in both directions, bit for bit.
 
-The official state dict has one entry a layer and stores linear weights as (out, in). Ours stacks
-the layers of a run and stores (in, out). Everything else is a renaming.
+The official state dict has one entry per layer and stores linear weights as (out, in). Ours stacks
+the layers of a run and stores (in, out). All other differences are names, and the layout of
+conv1d_weight.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,7 +29,7 @@ HEAD, EMBEDDING = "lm_head.weight", "embeddings.weight"
 
 
 class Mismatch(ConfigError):
-    """Weights that do not fit a configuration: `problems` has a line for each parameter."""
+    """Weights that do not fit a configuration; `problems` has one line per parameter."""
 
     def __init__(self, problems: list[str]):
         self.problems = problems
@@ -37,24 +38,24 @@ class Mismatch(ConfigError):
         )
 
     def first(self, count: int) -> list[str]:
-        """Some of the problems, and how many more there are."""
+        """The first `count` problems, and how many more there are."""
         more = len(self.problems) - count
         return self.problems[:count] + ([f"and {more} more"] if more > 0 else [])
 
 
 class Leaf(NamedTuple):
-    """One of our parameters and the official entries that it is made of."""
+    """One of our parameters and the names of its official entries."""
 
     path: tuple
     names: list[str]
-    """one a layer, if it is stacked"""
+    """official names, one per layer if the parameter is stacked"""
     is_stacked: bool
     shape: tuple[int, ...]
     dtype: np.dtype
 
 
 def check_official(config: HNetConfig) -> None:
-    """Raise ConfigError if the official code has no network like this one."""
+    """Raise ConfigError if the official code cannot express this network."""
     if problem := config.unofficial_layers():
         raise ConfigError(f"{problem}: keep this model in its work directory")
     for s, stage in enumerate(config.stages[: config.num_chunked]):
@@ -66,8 +67,8 @@ def check_official(config: HNetConfig) -> None:
 
 
 def check_runs(config: HNetConfig) -> None:
-    """Raise ConfigError for sizes that the kernels of the official code refuse: causal_conv1d takes
-    2 to 4 taps, flash-attn heads of at most 256 channels."""
+    """Raise ConfigError for sizes that the official kernels do not support: causal_conv1d takes 2
+    to 4 taps, flash-attn takes heads of at most 256 channels."""
     for s, stage in enumerate(config.stages):
         mixers = "".join(stage.arch_layout).lower()
         if "m" in mixers and not 2 <= config.ssm.d_conv <= 4:
@@ -84,7 +85,7 @@ def check_runs(config: HNetConfig) -> None:
 
 
 def leaves(config: HNetConfig) -> list[Leaf]:
-    """All parameters of a configuration, without making any of them."""
+    """All parameters of a configuration, without allocating them."""
     check_official(config)
     model = nnx.eval_shape(lambda: HNetLM(config, rngs=nnx.Rngs(0)))
     found = []
@@ -118,7 +119,7 @@ def to_theirs(path: tuple, array: np.ndarray) -> np.ndarray:
 
 
 def official_shapes(config: HNetConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every entry of the official state dict."""
+    """Names and shapes of all entries of the official state dict."""
     shapes = {}
     for leaf in leaves(config):
         shape = to_theirs(leaf.path, np.broadcast_to(0, leaf.shape[leaf.is_stacked :])).shape
@@ -129,7 +130,7 @@ def official_shapes(config: HNetConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_fit(config: HNetConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise Mismatch if a name is missing, left over, or has another shape than it should."""
+    """Raise Mismatch if a name is missing, left over, or has the wrong shape."""
     expected = official_shapes(config)
     optional = {HEAD} if config.tie_embeddings else set()
     problems = [f"missing {n}" for n in sorted(set(expected) - optional - set(shapes))]
@@ -155,9 +156,9 @@ def assemble(
     progress=lambda items: items,
     dtype_of=lambda path: jnp.float32,
 ) -> HNetLM:
-    """The model of official entries, each of which is read once and then let go.
+    """Build the model from official entries; each entry is read once and then released.
 
-    progress: wraps the list of leaves; dtype_of: path -> dtype that the parameter is given.
+    progress: wraps the list of leaves; dtype_of: path -> dtype of the parameter.
     """
     model = nnx.eval_shape(lambda: HNetLM(config, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(model)
@@ -179,10 +180,10 @@ def assemble(
 
 
 def from_official(config: Mapping[str, Any], params: Mapping[str, np.ndarray]) -> HNetLM:
-    """Build the model of an official configuration and state dict (arrays by official name).
+    """Build the model from an official configuration and state dict (official name -> array).
 
-    Raises ConfigError, listing the first offending names, if a name is missing, left over, or has
-    another shape than the configuration says.
+    Raises ConfigError, which lists the first such names, if a name is missing, left over, or has a
+    shape that does not fit the configuration.
     """
     model_config = HNetConfig.from_json(dict(config))
     check_fit(model_config, {name: np.shape(array) for name, array in params.items()})
@@ -192,20 +193,21 @@ def from_official(config: Mapping[str, Any], params: Mapping[str, np.ndarray]) -
 def entries(
     config: HNetConfig, arrays: Iterable[tuple[Leaf, np.ndarray]]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Official (name, array) pairs of our parameters. A tied head is stored twice, as theirs."""
+    """Official (name, array) pairs of our parameters. A tied head is stored twice, as in the
+    official code."""
     for leaf, array in arrays:
         layers = array if leaf.is_stacked else [array]
         for name, layer in zip(leaf.names, layers):
-            # a copy, contiguous, so that the parameter itself can be let go
+            # A contiguous copy, so that the parameter can be released.
             theirs = np.array(to_theirs(leaf.path, np.asarray(layer)), order="C")
             yield name, theirs
             if name == EMBEDDING and config.tie_embeddings:
                 yield HEAD, theirs
-        del array, layers, layer  # while the next parameter is read
+        del array, layers, layer  # release before the next parameter is read
 
 
 def to_official(model: HNetLM) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The official configuration and state dict of a model, inverse of `from_official`.
+    """The official configuration and state dict of a model; inverse of `from_official`.
 
     Raises ConfigError for a model that has no official form.
     """

@@ -1,7 +1,7 @@
 """Files of named tensors: .pt, .safetensors and .npz, read one tensor at a time.
 
-Nothing in them is trusted: pickles are never run (see `torch_file`; no object arrays), shapes are
-known before a tensor is read, and whatever a reader complains of becomes one line.
+Files are not trusted: pickles are never executed (see `torch_file`; object arrays are refused),
+shapes are known before a tensor is read, and any error of a reader becomes a one-line ConfigError.
 """
 
 import contextlib
@@ -22,14 +22,14 @@ from hnet.outputs import new_file, one_line
 
 FORMATS = (".pt", ".safetensors", ".npz")
 _NO_FLOAT = "not floating point"
-_MOST_HEADER = 1 << 14  # bytes of an array's header; numpy itself parses 10,000
+_MOST_HEADER = 1 << 14  # maximum bytes of an array header; numpy itself parses up to 10,000
 
 
 class TensorFile(Mapping[str, np.ndarray]):
-    """Tensors by name; each access reads that tensor from the file, as a numpy array.
+    """Mapping from names to tensors; each access reads one tensor from the file as a NumPy array.
 
-    Raises ConfigError, in one line, for a file that is missing, damaged, no such file at all, or
-    has something in it besides tensors of numbers.
+    Raises ConfigError, in one line, for a file that is missing, damaged, of another format, or
+    contains anything other than tensors of numbers.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -55,7 +55,7 @@ class TensorFile(Mapping[str, np.ndarray]):
             raise
         except ImportError as e:
             raise _missing(self.path, e) from None
-        except Exception as e:  # each library has its own errors for damaged and hostile files
+        except Exception as e:  # each library raises its own errors for damaged or malicious files
             raise ConfigError(
                 f"checkpoint {str(self.path)!r} cannot be read safely: {_reason(e)}"
             ) from None
@@ -139,7 +139,7 @@ def _open_npz(path: Path) -> Opened:
             }[version]
             shape, _, dtype = header(start)
             name = member.removesuffix(".npy")
-            if dtype.kind != "f":  # which numpy would read, whatever its size
+            if dtype.kind != "f":  # numpy would read it, whatever its size
                 raise ConfigError(f"checkpoint {str(path)!r}: {name} is {dtype}, {_NO_FLOAT}")
             shapes[name] = shape
 
@@ -151,9 +151,9 @@ def _open_npz(path: Path) -> Opened:
 
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Write a new file in the format of its suffix. Raises ConfigError if it exists.
+    """Write a new file in the format given by its suffix. Raises ConfigError if it exists.
 
-    The file appears under its name once it is whole.
+    The file gets its name only when it is complete.
     """
     if path.suffix not in FORMATS:
         raise ConfigError(f"{str(path)!r} is of no known format: use {', '.join(FORMATS)}")
@@ -165,14 +165,14 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
                 partial = Path(folder) / path.name
                 _write(partial, tensors)
                 try:
-                    os.link(partial, path)  # unlike a rename, it replaces nothing
+                    os.link(partial, path)  # unlike a rename, fails if the target exists
                 except PermissionError:  # a file system without links
                     partial.rename(path)
     except ConfigError:
         raise
     except ImportError as e:
         raise _missing(path, e) from None
-    except Exception as e:  # each library has its own errors for a full disk
+    except Exception as e:  # each library raises its own errors for a full disk
         raise ConfigError(f"target={str(path)!r} cannot be written: {_reason(e)}") from None
 
 

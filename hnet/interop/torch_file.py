@@ -1,9 +1,9 @@
-"""State dicts that `torch.save` wrote, read without torch and without running what they say.
+"""Read state dicts written by `torch.save`, without torch and without executing their pickle.
 
-A .pt file is a zip archive: `data.pkl` describes the tensors, each record `data/KEY` holds the raw
-numbers of one storage. The description is a pickle, a program for a stack machine. Here its few
-instructions are followed symbolically: the names that a state dict needs become plain records, any
-other name or instruction is an error, and nothing is imported or called.
+A .pt file is a zip archive: `data.pkl` describes the tensors, and each record `data/KEY` holds the
+raw numbers of one storage. The description is a pickle, a program for a stack machine. This module
+interprets its instructions symbolically: the names that a state dict needs become plain records,
+any other name or instruction is an error, and nothing is imported or called.
 """
 
 import math
@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-_MOST_DESCRIPTION = 1 << 22  # bytes; a tensor takes about 200
-_PART = 1 << 24  # bytes read in one go
+_MOST_DESCRIPTION = 1 << 22  # maximum bytes of data.pkl; a tensor takes about 200 bytes
+_PART = 1 << 24  # bytes per read
 _DTYPES = {
     "DoubleStorage": np.float64,
     "FloatStorage": np.float32,
@@ -45,12 +45,12 @@ class _Storage:
     key: str
     dtype: np.dtype
     size: int
-    """elements"""
+    """number of elements"""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where a tensor lies in its storage, in elements."""
+    """Offset, shape and strides of a tensor in its storage, in elements."""
 
     storage: _Storage
     offset: int
@@ -59,10 +59,10 @@ class Tensor:
 
 
 class TorchFile:
-    """What `data.pkl` describes (`content`), and the numbers of its tensors (`read`).
+    """The object described by `data.pkl` (`content`); `read` returns the numbers of a tensor.
 
-    Raises ValueError or an error of `zipfile` for a damaged file, or one with more in it than
-    dictionaries, lists, numbers, texts and tensors.
+    Raises ValueError or an error of `zipfile` for a damaged file, or for a file with other content
+    than dictionaries, lists, numbers, strings and tensors.
     """
 
     def __init__(self, path: Path):
@@ -85,7 +85,7 @@ class TorchFile:
         return f"{self._root}/data/{storage.key}"
 
     def _check(self, archive: zipfile.ZipFile, tensor: Tensor) -> None:
-        """Raise ValueError if the numbers of a tensor are not all there."""
+        """Raise ValueError unless the file contains all numbers of a tensor."""
         storage = tensor.storage
         info, size = archive.getinfo(self._record(storage)), storage.size * storage.dtype.itemsize
         if info.compress_type != zipfile.ZIP_STORED or info.file_size != size:
@@ -98,12 +98,12 @@ class TorchFile:
             raise ValueError(f"record {storage.key!r} has {storage.size:,} elements, too few")
 
     def read(self, tensor: Tensor) -> np.ndarray:
-        """The numbers of a tensor, read from the file."""
+        """Read the numbers of a tensor from the file."""
         flat = np.empty(tensor.storage.size, tensor.storage.dtype)
         left = memoryview(flat.view(np.uint8))
         with zipfile.ZipFile(self.path) as archive:
             with archive.open(self._record(tensor.storage)) as file:
-                while part := file.read(_PART):  # up to the end, where the checksum is compared
+                while part := file.read(_PART):  # zipfile verifies the checksum at the end
                     left[: len(part)] = part
                     left = left[len(part) :]
         strides = [step * flat.itemsize for step in tensor.strides]
@@ -118,7 +118,7 @@ def _content(archive: zipfile.ZipFile, name: str) -> bytes:
 
 
 def _describe(pickled: bytes) -> tuple[Any, list[Tensor]]:
-    """The object that a pickle describes, and all tensors in it."""
+    """(the object that a pickle describes, all tensors in it)."""
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
@@ -205,7 +205,7 @@ def _storage(reference: Any) -> _Storage:
 
 
 def _made(name: Any, arguments: Any) -> Any:
-    """What a call of a state dict's pickle makes."""
+    """The record for the result of a call in the pickle of a state dict."""
     match name, arguments:
         case _Name("collections", "OrderedDict"), ():
             return {}

@@ -1,9 +1,9 @@
-"""The "Boundaries" tab of TensorBoard: texts of every run cut into the chunks of every step.
+"""The "Boundaries" tab of TensorBoard: the chunks of the texts of every run at every step.
 
-Installed with the package (entry point ``tensorboard_plugins``); nothing to configure. It finds
-the runs below ``--logdir`` (or ``--logdir_spec``) that have a ``boundaries`` folder and reads no
-more of them than a view shows, so a hundred runs cost what one does. Local folders only. Damaged
-files are left out of an answer and counted in it.
+Installed with the package (entry point ``tensorboard_plugins``), without configuration. It finds
+the runs below ``--logdir`` (or ``--logdir_spec``) that have a ``boundaries`` folder. It reads only
+what a view shows, so the cost does not grow with the number of runs. Local folders only. A response
+skips damaged lines and gives their number.
 """
 
 import os
@@ -21,10 +21,10 @@ from hnet.inspect.plugin import assets
 from hnet.printable import printable
 
 MAX_KEYS = 64
-"""texts a request may ask for"""
+"""maximum number of texts per request"""
 _SCAN_SECS = 10.0
 _OPEN_RUNS = 32
-_SKIPPED = {FOLDER, "checkpoints", "__pycache__"}  # never hold runs, may hold very many files
+_SKIPPED = {FOLDER, "checkpoints", "__pycache__"}  # contain no runs, but possibly very many files
 
 
 class BoundariesPlugin(base_plugin.TBPlugin):
@@ -53,7 +53,7 @@ class BoundariesPlugin(base_plugin.TBPlugin):
         }
 
     def is_active(self) -> bool:
-        """Whether any run has segmentations: looks at folder names only, and rarely."""
+        """Whether any run has segmentations; scans only folder names, at most every 10 s."""
         return bool(self._runs())
 
     def frontend_metadata(self):
@@ -67,15 +67,15 @@ class BoundariesPlugin(base_plugin.TBPlugin):
             return self._folders
 
     def _read(self, run: str, read: Callable[[SegmentationIndex], dict]) -> dict | None:
-        """What `read` takes from a run's index, brought up to date; None for an unknown run.
+        """Apply `read` to the refreshed index of a run; None for an unknown run.
 
-        The run's name is only ever looked up among those found below the log folder, so a client
-        cannot name another path.
+        The name is looked up among the runs found below the log folder, so a client cannot access
+        any other path.
         """
         folder = self._runs().get(run)
         if folder is None:
             return None
-        with self._lock:  # TensorBoard serves from several threads
+        with self._lock:  # TensorBoard serves requests from several threads
             index = self._open.pop(run, None) or SegmentationIndex(folder)
             self._open[run] = index
             if len(self._open) > _OPEN_RUNS:
@@ -129,7 +129,7 @@ def _answer(request, content: dict | None):
 
 
 def _roots(context: base_plugin.TBContext) -> list[tuple[str, str]]:
-    """(group name, local path) of what TensorBoard was pointed at."""
+    """(group name, local path) of each log folder given to TensorBoard."""
     if context.logdir:
         return [("", os.path.expanduser(context.logdir))]
     roots = []
@@ -143,7 +143,7 @@ def _roots(context: base_plugin.TBContext) -> list[tuple[str, str]]:
 
 
 def _find_runs(roots: list[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """(name as TensorBoard gives it, boundaries folder) of each run below each root."""
+    """(name of the run in TensorBoard, boundaries folder) of each run below each root."""
     for group, root in roots:
         for folder in _walk(root):
             path = os.path.relpath(folder, root).replace(os.sep, "/")
@@ -152,7 +152,7 @@ def _find_runs(roots: list[tuple[str, str]]) -> Iterator[tuple[str, str]]:
 
 
 def _named(runs: list[tuple[str, str]]) -> dict[str, str]:
-    """Folders by the name that people see: without /tensorboard where that is one run only."""
+    """Displayed name -> folder; the suffix /tensorboard is removed if the name stays unique."""
     shown = [printable(name.removesuffix("/tensorboard")) for name, _ in runs]
     count = Counter(shown)
     found: dict[str, str] = {}
@@ -167,7 +167,7 @@ def _named(runs: list[tuple[str, str]]) -> dict[str, str]:
 
 
 def _walk(root: str) -> Iterator[str]:
-    """Folders that hold segmentations; links are followed once, so that a cycle ends."""
+    """Folders with segmentations; each real folder is visited once, so link cycles end."""
     seen, waiting = set(), [root]
     while waiting:
         folder = waiting.pop()
@@ -194,5 +194,5 @@ def _folders_in(folder: str) -> list[str]:
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads nowhere
+    except OSError:  # a broken link
         return False

@@ -1,4 +1,4 @@
-"""The view's script and style, as one file each: for TensorBoard and for self-contained pages."""
+"""Script and style sheet of the view, one file each, for TensorBoard and self-contained pages."""
 
 import re
 from functools import cache
@@ -18,7 +18,7 @@ def _read(name: str) -> str:
 
 @cache
 def script() -> str:
-    """One ES module of all parts, each after those it uses; it exports `render` only."""
+    """All parts as one ES module, each part after the parts it uses; exports only `render`."""
     parts = [_EXPORT.sub("", _IMPORT.sub("", _read(name))) for name in _PARTS]
     return "\n".join([*parts, "export { render };\n"])
 

@@ -4,11 +4,12 @@
     python -m experiments.benchmark --config default --compare reference --measure step
     python -m experiments.benchmark --measure pretrain decode [--decode.batches 1 32]
 
-All figures are medians of repeats that take turns, beside the rate of a large float32 matmul in the
-same process: machines differ, ratios less. `step` and `parts` cut at forced fractions of the
-positions (`benchmark_step`); `lengths` trains one row a device, with windowed outer layers around a
-main network with full attention; `pretrain` takes turns with its bare step (`benchmark_pretrain`);
-`decode` is `benchmark_decode`. On two CPU cores about 8 minutes, most of them compilation.
+All figures are medians over interleaved repeats. The rate of a large float32 matmul in the same
+process is printed for comparison: machines differ, ratios less. `step` and `parts` force boundaries
+at given fractions of the positions (`benchmark_step`); `lengths` trains one row per device, with
+windowed outer layers around a main network with full attention; `pretrain` alternates with its bare
+step (`benchmark_pretrain`); `decode` is `benchmark_decode`. About 8 minutes on two CPU cores, most
+of it compilation.
 """
 
 import json
@@ -43,26 +44,26 @@ class Benchmark:
     """What to measure and how often."""
 
     config: str = ""
-    """a named configuration or a JSON file; empty = ["m2", ["T4"], "m2"], d_model 128/256"""
+    """named configuration or JSON file; empty = ["m2", ["T4"], "m2"], d_model 128/256"""
     compare: str = ""
-    """another configuration, whose steps take turns with those of the first"""
+    """second configuration, whose steps alternate with those of the first"""
     measure: tuple[Measure, ...] = ("step", "parts", "lengths", "input")
-    """step and forward; its parts; long rows; pretrain with all its logging; the input alone;
-    decoding"""
+    """measurements: training step and forward pass; parts of the step; long rows; pretrain with all
+    its logging; the input pipeline by itself; decoding"""
     fractions: tuple[float, ...] = (1.0, 0.5, 0.25, 0.125)
-    """chunks a position; the parts are those of the second, or of the only one"""
+    """chunks per position; parts are measured at the second fraction, or at the only one"""
     lengths: tuple[int, ...] = (512, 2048, 8192, 32768)
-    """bytes a row of `lengths`"""
+    """bytes per row, for `lengths`"""
     batch_size: Count = 8
-    """rows of a step"""
+    """rows per step"""
     seq_len: Count = 512
-    """bytes a row"""
+    """bytes per row"""
     repeats: Count = 7
-    """measurements of everything but decoding, in turns"""
+    """number of interleaved measurements, of everything but decoding"""
     decode: DecodeBenchmark = DecodeBenchmark()
-    """what to decode, in a network of its own"""
+    """settings of the decoding benchmark, which has its own network"""
     json: str = ""
-    """file for all figures"""
+    """output file for all figures"""
 
     def __post_init__(self):
         if bad := [f for f in self.fractions if not 0 < f <= 1 or round(1 / f) != 1 / f]:
@@ -75,7 +76,7 @@ class Benchmark:
 
 
 def measured_config(name: str, batch_size: int, seq_len: int) -> Config:
-    """A named configuration with one shape of batch; the one of the README without a name."""
+    """A named configuration with this batch shape; without a name, the default network above."""
     base = base_config(name or "default")
     if not name:
         outer, main = base.model.stages
@@ -85,7 +86,7 @@ def measured_config(name: str, batch_size: int, seq_len: int) -> Config:
 
 
 def long_row(length: int) -> Config:
-    """A row a device: windowed attention beside Mamba-2 outside, full attention inside."""
+    """One row per device: windowed attention and Mamba-2 outside, full attention inside."""
     base = measured_config("", len(jax.devices()), length)
     outer, main = base.model.stages
     outer = replace(outer, arch_layout=("m1t1", "t1m1"), window_size=127)
@@ -93,14 +94,14 @@ def long_row(length: int) -> Config:
 
 
 def measure_input(config: Config, seconds: float = 2.0) -> dict[str, float]:
-    """Source bytes a second of the input pipeline alone."""
+    """Source bytes per second of the input pipeline by itself."""
     with train_batches(open_corpus(config.data), config.data, seed=0) as batches:
-        next(batches)  # starts what builds them
+        next(batches)  # starts the workers
         return {"bytes_per_sec": delivered(batches, seconds)}
 
 
 def measure_decode(config: DecodeBenchmark) -> dict[str, Any]:
-    """`benchmark_decode`; on CPUs in a process of its own, where one device has all cores."""
+    """`benchmark_decode`; on CPUs in a separate process, where one device has all cores."""
     if jax.default_backend() != "cpu":
         return benchmark_decode.measure(config)
     spawn = get_context("spawn")

@@ -1,14 +1,15 @@
-"""Decode throughput by batch size, beside a main network at every byte and beside one row.
+"""Decode throughput by batch size, against a main network at every byte and against one row.
 
     python -m experiments.benchmark_decode [--batches 1 8 32] [--bytes-per-chunk 4.5]
 
-A random network draws random bytes, and its router reads them, so each row cuts at its own times;
-the router's bias is set to the wanted rate. Everything runs as `generate` runs it, in turns: with
-rows that wait, with rows in step, and with a bias that cuts at every byte; each figure is the
-median over `repeats`. One row in step is the official algorithm: the main network at each boundary.
+A random network samples random bytes and its router reads them, so boundaries fall at different
+times in each row; the router's bias is set to give the wanted rate. Three variants run as in
+`generate`, interleaved: rows that wait, rows in step, and a bias that gives a boundary at every
+byte; each figure is the median over `repeats`. One row in step is the official algorithm: the main
+network runs at each boundary.
 
-The main network's weights (453 MB in float32) are more than caches hold, as those of all published
-sizes are: one row is bound by reading them, and many rows share the reading.
+The main network's weights (453 MB in float32) do not fit into caches, as at all published sizes:
+one row is bound by reading the weights, and many rows share one read.
 """
 
 import json
@@ -36,8 +37,8 @@ from hnet.infer.decode import WAIT_SHARE, Decoder
 from hnet.infer.sampling import Controls, Sampling
 from hnet.model import HNetLM, abstract, init_params
 
-TICKS = 64  # between two looks of the host
-MIN_ROWS = 8  # that a figure is of, so that chance does not decide how often they cut
+TICKS = 64  # decoding steps between two checks by the host
+MIN_ROWS = 8  # least rows per figure, so that chance does not decide the boundary rate
 
 
 @dataclass(frozen=True)
@@ -45,21 +46,21 @@ class DecodeBenchmark:
     """What to decode and how often."""
 
     batches: tuple[Count, ...] = (1, 8, 32)
-    """rows decoded together; 1 is always measured"""
+    """numbers of rows decoded together; 1 is always measured"""
     bytes_per_chunk: Annotated[float, Bounds(1)] = 4.5
-    """mean of the random chunk lengths"""
+    """mean chunk length"""
     outer_width: Count = 256
     """d_model of the encoder and decoder, one Mamba-2 layer each"""
     main_width: Count = 768
     """d_model of the main network"""
     main_layers: Count = 12
-    """attention layers with MLP in the main network"""
+    """number of attention layers with MLP in the main network"""
     wait_share: float = WAIT_SHARE
     """share of the rows that the main network waits for"""
     bytes: Count = 64
-    """decoded bytes a row on average, from an empty context"""
+    """decoded bytes per row on average, from an empty context"""
     repeats: Count = 3
-    """measurements of everything, in turns"""
+    """number of interleaved measurements"""
 
     def __post_init__(self):
         if not self.batches:
@@ -75,8 +76,8 @@ class Command(DecodeBenchmark):
 
 
 def network(config: DecodeBenchmark) -> HNetConfig:
-    """The network that is decoded; its router has a bias, which the cosine router has not, and as
-    many parameters as that."""
+    """The network to decode. Its router has a bias, unlike the cosine router, and as many
+    parameters as the cosine router."""
     chunking = ChunkingConfig(predictor=MLP.Config(width=2 * config.outer_width))
     outer = StageConfig(("m1", "m1"), config.outer_width, chunking=chunking)
     main = StageConfig(
@@ -87,14 +88,14 @@ def network(config: DecodeBenchmark) -> HNetConfig:
 
 
 def main_share(config: DecodeBenchmark) -> float:
-    """Share of the main network in the FLOPs that a byte costs without chunking."""
+    """Main network's share of the FLOPs per byte without chunking."""
     lengths = (config.bytes, config.bytes)
     parts = published_flops(network(config), lengths)
     return parts["stage1/main_network"] / sum(parts.values())
 
 
 def make_models(config: DecodeBenchmark) -> tuple[HNetLM, HNetLM]:
-    """(the network with its router at the wanted rate, the same with a cut at every byte)."""
+    """(network with its router at the wanted rate, the same with a boundary at every byte)."""
     graph, _ = abstract(network(config))
     params = init_params(network(config), jax.random.key(0))
     rng = np.random.default_rng(0)
@@ -120,11 +121,11 @@ class Decoding:
     ):
         self.decoder, self.batch, self.bytes = Decoder(model, wait_share), batch, config.bytes
         self.rounds = rounds
-        # twice the room, so that no row is at its end when all have `bytes` on average
+        # twice the length, so that no row is full when the average row has `bytes`
         self.sampling = Sampling(max_bytes=2 * config.bytes, eos=False)
 
     def measure(self) -> tuple[float, float]:
-        """(bytes a second of all rows, bytes a chunk)."""
+        """(bytes per second over all rows, bytes per chunk)."""
         seconds, num_bytes, num_boundaries = 0.0, 0, 0
         for i in range(self.rounds):
             state, _ = self.decoder.start([bytes([BOS_ID])] * self.batch, self.sampling)
@@ -142,7 +143,7 @@ class Decoding:
 
 
 def measure(config: DecodeBenchmark) -> dict[str, Any]:
-    """All figures of the benchmark, as plain JSON content; rates are bytes a second, all rows."""
+    """All figures as plain JSON content; rates are bytes per second over all rows."""
     cut, every_byte = make_models(config)
     batches = sorted({1, *config.batches})
     decodings = {}

@@ -1,9 +1,9 @@
-"""What the input pipeline of a run delivers alone, beside what the run consumed.
+"""What the input pipeline of a run delivers by itself, against what the run consumed.
 
     python -m experiments.benchmark_input --checkpoint WORKDIR [--seconds 5]
 
-Builds the batches of that run from its first one on and throws them away. On two CPU cores about
-half a minute for the default job.
+Builds the batches of that run, starting with the first, and discards them. About half a minute for
+the default job on two CPU cores.
 """
 
 import json
@@ -27,15 +27,15 @@ class InputBenchmark:
     checkpoint: str
     """work directory of a run"""
     seconds: Annotated[float, Bounds(above=0, most=86_400)] = 5.0
-    """of one measurement"""
+    """duration of one measurement"""
     repeats: Count = 5
-    """measurements, of which the median counts"""
+    """number of measurements; the median is reported"""
     json: bool = False
     """print one JSON object instead of lines"""
 
 
 def delivered(batches: BatchIterator, seconds: float) -> float:
-    """Source bytes a second that the pipeline hands out to a caller who does nothing else."""
+    """Source bytes per second that the pipeline delivers to a caller that does nothing else."""
     num_bytes, began = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - began) < seconds:
         num_bytes += int(next(batches)["loss_mask"].sum())
@@ -43,9 +43,10 @@ def delivered(batches: BatchIterator, seconds: float) -> float:
 
 
 def consumed(workdir: str) -> tuple[float, float]:
-    """(median bytes a second, share of the time spent waiting for input) of a run's log.
+    """(median bytes per second, share of the time spent waiting for input) from a run's log.
 
-    The first line is left out: it holds the start. Raises ConfigError if there is no other.
+    The first line is left out because it includes start-up. Raises ConfigError if it is the only
+    one.
     """
     file = Path(workdir) / "metrics.jsonl"
     try:
@@ -66,7 +67,7 @@ def measure(options: InputBenchmark) -> dict[str, float]:
     groups = config.model.route_groups
     corpus = open_corpus(config.data)
     with train_batches(corpus, config.data, seed=config.seed, route_groups=groups) as batches:
-        next(batches)  # starts what builds them
+        next(batches)  # starts the workers
         rates = [delivered(batches, options.seconds) for _ in range(options.repeats)]
     rate = statistics.median(rates)
     return {

@@ -1,14 +1,14 @@
-"""What logging costs: blocks of steps with it and without it take turns in one run.
+"""What logging costs: blocks of steps with and without it alternate in one run.
 
     python -m experiments.benchmark_logging [NAME] [--section.field VALUE ...]
 
-Takes the settings of `experiments.pretrain` and trains in a folder that is deleted afterwards. With
-logging means a row of scalars and histograms at every step, so that its cost stands out from what a
-machine's speed wavers; a run that logs at every tenth pays a tenth of it. Four blocks in a row are
-one sample: without, with, with, without, so that a machine that gets steadily faster or slower
-counts on both sides alike. Samples with a compilation or an evaluation are left out. What an
-evaluation draws and writes is timed apart, on fewer evaluations than the settings ask for, and
-spread over `eval.every` steps.
+Takes the settings of `experiments.pretrain` and trains in a folder that is deleted afterwards.
+"With logging" means a row of scalars and histograms at every step, so that the cost exceeds the
+noise of the machine; a run that logs every tenth step pays a tenth of it. Four consecutive blocks
+are one sample: without, with, with, without, so that a steady drift of the machine's speed affects
+both sides equally. Samples with a compilation or an evaluation are left out. What an evaluation
+draws and writes is timed separately, on fewer evaluations than the settings ask for, and divided by
+`eval.every` steps.
 """
 
 import tempfile
@@ -26,14 +26,14 @@ from hnet.train.distributed import StopRequest
 from hnet.train.loop import train
 from hnet.train.report import Report
 
-BLOCK = 5  # steps
-SAMPLE = 4  # blocks
+BLOCK = 5  # steps per block
+SAMPLE = 4  # blocks per sample
 SAMPLES_AN_EVALUATION = 5
-DRAWS = 10_000  # of the bootstrap
+DRAWS = 10_000  # bootstrap resamples
 
 
 class Alternating(Report):
-    """A report that is silent in half of the blocks of steps, and watches the clock."""
+    """A report that logs in half of the blocks of steps only, and times both."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -45,7 +45,7 @@ class Alternating(Report):
     def step(self, row):
         step = row["step"]
         self.began[step] = time.perf_counter()
-        if step // BLOCK % SAMPLE in (0, 1):  # of samples that begin with block 1, 5, ...
+        if step // BLOCK % SAMPLE in (0, 1):  # samples begin with block 1, 5, ...
             return []
         alarms = super().step(row)
         self.calls.append(time.perf_counter() - self.began[step])
@@ -61,7 +61,7 @@ class Alternating(Report):
         self.drawing.append(time.perf_counter() - began)
 
     def samples(self) -> np.ndarray:
-        """Seconds a step with and without, of each undisturbed sample, float64 (samples, 2)."""
+        """Seconds per step with and without, per undisturbed sample, float64 (samples, 2)."""
         found = []
         for first in range(1, max(self.began, default=0) // BLOCK, SAMPLE):
             edges = [self.began.get(b * BLOCK) for b in range(first, first + SAMPLE + 1)]
@@ -123,7 +123,7 @@ def _with_interval(values: Sequence[float]) -> str:
 
 
 def median_with_interval(values: np.ndarray) -> tuple[float, float, float]:
-    """The median and the range that holds 95% of the medians of resampled values."""
+    """The median and the interval that holds 95% of the medians of resampled values."""
     draws = np.random.default_rng(0).choice(values, (DRAWS, len(values)))
     low, high = np.quantile(np.median(draws, axis=1), (0.025, 0.975))
     return float(np.median(values)), float(low), float(high)

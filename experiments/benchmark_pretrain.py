@@ -1,4 +1,4 @@
-"""What input, metrics, log and files cost: `pretrain` in turns with its bare step."""
+"""What input, metrics, log and files cost: `pretrain` alternating with its bare step."""
 
 import statistics
 import tempfile
@@ -18,10 +18,10 @@ from hnet.train.report import Report, Start
 
 
 class PacedReport(Report):
-    """A report that times the steps of a run, and has bare steps take turns with them.
+    """A report that times the steps of a run, alternating with bare steps.
 
-    Once the slots have settled it stops the run after every `turn` steps for as many bare steps:
-    the same program on a state of its own, without input, metrics, log or files.
+    Once the number of slots is steady, it interrupts the run after every `turn` steps for as many
+    bare steps: the same program on a separate state, without input, metrics, log or files.
     """
 
     def __init__(self, config: Config, corpus: Corpus, start: Start, *, settled: int, turn: int):
@@ -36,7 +36,7 @@ class PacedReport(Report):
         self.steps.append(time.perf_counter())
         if row["step"] <= self.settled or capacities != self.capacities:
             self.capacities, self.steps = capacities, []
-        elif len(self.steps) > self.turn + 1:  # the first began before the run went on
+        elif len(self.steps) > self.turn + 1:  # the first began before the run resumed
             self.seconds["run"].append((self.steps[-1] - self.steps[1]) / (len(self.steps) - 2))
             self._take_turn()
             self.steps = []
@@ -61,7 +61,7 @@ class PacedReport(Report):
 def measure_pretrain(
     config: Config, turns: int, settled: int = 100, turn: int = 10
 ) -> dict[str, float]:
-    """Bytes a second of `pretrain` with input, logging and metrics, over those of the bare step."""
+    """Bytes per second of `pretrain` with input, logging and metrics, relative to the bare step."""
     reports = []
 
     def make_report(*args):

@@ -1,10 +1,10 @@
-"""What a router for each script costs beside one router for all.
+"""What one router per script costs, compared with a single router.
 
     python -m experiments.benchmark_routing [--routes 16] [--config mixed_scripts_single]
 
-Times the router of stage 0 alone, forward and backward, and the whole training step, with one route
-and with many, in turns, on all devices, a CPU being one for each core as in training; the route of
-a row changes every `run` bytes. About 2 minutes on two cores.
+Times the router of stage 0 by itself, forward and backward, and the whole training step, with one
+route and with many, interleaved, on all devices (on a CPU one per core, as in training). The route
+of a row changes every `run` bytes. About 2 minutes on two cores.
 """
 
 import statistics
@@ -36,7 +36,7 @@ from hnet.train.cpu import one_device_a_core
 from hnet.train.program import Program, build, on_mesh, put_batch
 from hnet.train.sharding import replicated
 
-BYTES_PER_CHUNK = 4  # of the chunk slots of a step
+BYTES_PER_CHUNK = 4  # sets the chunk slots of a step
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,15 @@ class RoutingBenchmark:
     """What to measure and how often."""
 
     config: str = "mixed_scripts_single"
-    """a named configuration or a JSON file, with one route"""
+    """named configuration or JSON file, with one route"""
     routes: Annotated[int, Bounds(2, 1000)] = 16
-    """routes to compare with"""
+    """number of routes to compare with"""
     run: Count = 32
-    """positions in a row of one route"""
+    """number of consecutive positions with the same route"""
     rows: Natural = 0
-    """rows of a batch; 0 = as configured"""
+    """rows per batch; 0 = as configured"""
     repeats: Count = 15
-    """measurements of everything, in turns"""
+    """number of interleaved measurements"""
 
 
 def main() -> None:
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def with_routes(base: Config, routes: int) -> Config:
-    """The configuration with that many routes in stage 0, a script each."""
+    """The configuration with that many routes in stage 0, one script each."""
     outer, *inner = base.model.stages
     outer = replace(outer, chunking=replace(outer.chunking, routes=routes))
     groups = tuple((name,) for name in SCRIPTS[2 : routes + 1]) if routes > 1 else ()
@@ -92,7 +92,7 @@ def with_routes(base: Config, routes: int) -> Config:
 
 
 def routed_batch(config: Config, routes: int, run: int) -> dict[str, np.ndarray]:
-    """Random bytes, with another route every `run` of them."""
+    """Random bytes whose route changes every `run` bytes."""
     rng, (rows, length) = np.random.default_rng(0), (config.data.batch_size, config.data.seq_len)
     runs = rng.integers(0, routes, (rows, -(-length // run))).astype(np.int32)
     return {**random_batch(config), "route_ids": np.repeat(runs, run, axis=1)[:, :length]}
@@ -101,7 +101,7 @@ def routed_batch(config: Config, routes: int, run: int) -> dict[str, np.ndarray]
 def router_call(
     stage: StageConfig, fed: dict[str, jax.Array], mesh: jax.sharding.Mesh, routes: int
 ) -> Callable:
-    """Value and gradients, of parameters and states, of the sum of a stage's probabilities."""
+    """Value of the sum of a stage's probabilities, and its gradients by parameters and states."""
     place = Place(0, stage.d_model, stage.d_model, stage.chunking)
     predictor = make_predictor(stage.chunking, place, rngs=nnx.Rngs(0))
     graph, params = nnx.split(predictor)
@@ -125,7 +125,7 @@ def router_call(
 
 
 def step_call(program: Program, config: Config, fed: dict[str, jax.Array]) -> Callable:
-    """An update after the other."""
+    """One update after the other."""
     state = program.init()
     slots = program.ladder.packed_rows * config.data.seq_len // BYTES_PER_CHUNK
 

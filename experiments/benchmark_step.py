@@ -1,8 +1,8 @@
-"""A training step with forced cuts, and each of its parts, as things to time in turns.
+"""A training step with forced boundaries, and each of its parts, as functions to time in turns.
 
-The router is kept, but where it cuts is forced to every 1/fraction-th position, with exactly as
-many chunk slots. A part runs alone, forward and backward, beside the time that its operations
-(`hnet.flops`) would take at the rate of a large float32 matmul in the same process.
+The router still runs, but a boundary is forced at every 1/fraction-th position, with exactly as
+many chunk slots. Each part runs by itself, forward and backward, and is compared with the time that
+its operations (`hnet.flops`) would take at the rate of a large float32 matmul in the same process.
 """
 
 import statistics
@@ -31,7 +31,7 @@ MAIN = "stage1/main_network"
 
 
 def forced(config: Config, fraction: float) -> Config:
-    """The configuration whose predictors cut at each 1/fraction-th position.
+    """The configuration whose predictors have a boundary at each 1/fraction-th position.
 
     Their probabilities keep their gradient and are moved to the right side of the threshold.
     """
@@ -72,7 +72,7 @@ def random_batch(config: Config) -> dict[str, np.ndarray]:
 
 
 class Step:
-    """A compiled training step of random bytes, and the forward pass alone."""
+    """A compiled training step on random bytes, and a compiled forward pass."""
 
     def __init__(self, config: Config, fraction: float, label: str):
         config = forced(config, fraction)
@@ -81,7 +81,7 @@ class Step:
         program = build(config)
         self.mesh, self.graph, self.state = program.mesh, program.graph, program.init()
         self.batch, self.hparams = put_batch(random_batch(config), program.mesh), program.hparams
-        packed_rows = program.ladder.packed_rows  # share the slots of a stage
+        packed_rows = program.ladder.packed_rows  # rows that share the slots of a stage
         how = {"capacities": tuple(packed_rows * n for n in self.lengths[1:])}
         began = time.perf_counter()
         self.step = program.step.lower(self.state, self.batch, self.hparams, **how).compile()
@@ -122,9 +122,9 @@ class Step:
 
 
 def part_functions(step: Step) -> dict[str, tuple[Callable, tuple]]:
-    """Each part of stage 0, the network inside it, and the loss, with inputs of the real shapes."""
+    """Each part of stage 0, the main network, and the loss, with inputs of the real shapes."""
     context = Context(step.batch["segment_ids"])
-    params = jax.tree.map(jnp.copy, step.state.params)  # a step gives its own away
+    params = jax.tree.map(jnp.copy, step.state.params)  # a step donates its own
     model = nnx.merge(step.graph, params)
     stage, slots = model.backbone, step.lengths[1:]
 
@@ -135,7 +135,7 @@ def part_functions(step: Step) -> dict[str, tuple[Callable, tuple]]:
     def cut(stage, h_BLD):
         return stage.boundaries(h_BLD, context, slots[0])
 
-    def rows_apart(arrays):  # as they lie in the step
+    def rows_apart(arrays):  # as they are laid out in the step
         return jax.device_put(arrays, batch_sharding(step.mesh))
 
     x_BLD = rows_apart(model.embeddings(step.batch["input_ids"]))
@@ -176,7 +176,7 @@ def part_functions(step: Step) -> dict[str, tuple[Callable, tuple]]:
 
 
 def compiled_parts(step: Step, only: tuple[str, ...] = ()) -> dict[str, Callable[[], Any]]:
-    """Each part forward and backward, as something to time; some of them if named."""
+    """Each part forward and backward, as a function to time; only those named in `only`, if any."""
 
     def timed(f, inputs):
         def both(*inputs):
@@ -191,14 +191,14 @@ def compiled_parts(step: Step, only: tuple[str, ...] = ()) -> dict[str, Callable
 
 
 def matmul_seconds(size: int = 2048) -> tuple[Callable[[], Any], float]:
-    """A large float32 matmul to time, and its operations."""
+    """A large float32 matmul to time, and its number of operations."""
     a = jnp.ones((size, size), jnp.float32)
     f = jax.jit(lambda a: a @ a)
     return lambda: jax.block_until_ready(f(a)), 2.0 * size**3
 
 
 def medians(functions: dict[Any, Callable[[], Any]], repeats: int) -> dict[Any, float]:
-    """Median seconds of each, taking turns; the first turn does not count."""
+    """Median seconds of each, interleaved; the first round does not count."""
     seconds: dict[Any, list[float]] = {name: [] for name in functions}
     for repeat in range(repeats + 1):
         for name, f in functions.items():
@@ -210,12 +210,12 @@ def medians(functions: dict[Any, Callable[[], Any]], repeats: int) -> dict[Any, 
 
 
 def measure_steps(steps: list[Step], repeats: int, parts_of: Step | None = None) -> dict[str, Any]:
-    """Figures of all steps, and of the parts of one, at the matmul rate of the same minutes."""
+    """Figures of all steps, and of the parts of one, with the matmul rate measured alongside."""
     matmul, operations = matmul_seconds()
     functions: dict[Any, Callable[[], Any]] = {"matmul": matmul}
     for i, step in enumerate(steps):
         functions |= {("step", i): step.run, ("forward", i): step.forward}
-    if parts_of:  # of one step all, of the others the one that has to follow the compression
+    if parts_of:  # all parts of this step; of the others the part that must scale with chunks
         functions |= {("part", name): f for name, f in compiled_parts(parts_of).items()}
         for i, step in enumerate(steps):
             functions[("main", i)] = (

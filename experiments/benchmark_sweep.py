@@ -1,12 +1,12 @@
-"""A sweep in one program beside the same runs one after the other.
+"""A sweep in one program, compared with the same runs one after the other.
 
     python -m experiments.benchmark_sweep [--rates 8] [--seeds 2] [--name tiny]
 
-Both sides are processes as people start them, start-up, compilation and evaluation included, each
-with a compilation cache that is empty at its beginning: `experiments.sweep` once, then
-`experiments.pretrain` for every learning rate and seed. Wall seconds and CPU seconds of both, and
-the differences of the held-out bits per byte (`experiments.sweep_rounding` says why they are not
-rounding alone). On two CPU cores about five minutes.
+Both sides are processes as users start them, with start-up, compilation and evaluation, and each
+begins with an empty compilation cache: `experiments.sweep` once, then `experiments.pretrain` for
+every learning rate and seed. Prints wall seconds and CPU seconds of both, and the differences in
+held-out bits per byte (`experiments.sweep_rounding` explains why they exceed rounding). About five
+minutes on two CPU cores.
 """
 
 import csv
@@ -30,14 +30,14 @@ from hnet.train.metrics_file import read_metrics
 
 @dataclass(frozen=True)
 class SweepBenchmark:
-    """What to sweep."""
+    """Which sweep to time."""
 
     rates: Count = 8
-    """learning rates"""
+    """number of learning rates"""
     seeds: Count = 2
-    """runs a learning rate"""
+    """number of runs per learning rate"""
     name: str = "tiny"
-    """configuration, as `pretrain` takes it"""
+    """named configuration, as in `pretrain`"""
 
 
 def main() -> int:
@@ -82,7 +82,7 @@ def learning_rates(count: int) -> list[float]:
 
 
 def _timed(commands: list[list[str]], cache: Path) -> tuple[dict[str, float], str]:
-    """Wall and CPU seconds of the processes together, and what the last one printed."""
+    """Wall and CPU seconds summed over the processes, and what the last one printed."""
     environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
     began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     for command in commands:

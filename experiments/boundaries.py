@@ -2,9 +2,9 @@
 
     python -m experiments.boundaries --checkpoint RUN --gold ud/tr.jsonl morph/eng.sentences.tsv
 
-For every file and stage: precision, recall and F1 against each kind of gold boundary, beside those
-of as many boundaries drawn at random and of as many evenly spaced; boundary enrichment Bq (arXiv
-2601.22805); chunk lengths; boundaries inside UTF-8 characters; classes of the chunks after Qtok;
+For every file and stage: precision, recall and F1 against each kind of gold boundary, and the same
+for equally many random and equally many evenly spaced boundaries; boundary enrichment Bq (arXiv
+2601.22805); chunk lengths; boundaries inside UTF-8 characters; classes of the chunks as in Qtok;
 with --lexicon the shares of chunks that are words (%TR) and roots or morphemes (%Pure).
 
 --gold takes .jsonl with "spans" of bytes (Universal Dependencies), *.words.tsv and *.sentences.tsv
@@ -41,22 +41,22 @@ from hnet.train.workdir import read_config
 
 @dataclass(frozen=True)
 class BoundariesConfig:
-    """What is cut, and what its boundaries are compared with."""
+    """Which model's boundaries to compare with which annotations."""
 
     checkpoint: str
     """work directory of a run, or an official checkpoint with its JSON"""
     gold: tuple[str, ...]
     """annotated files"""
     lexicon: str = ""
-    """a word a line; behind a tab its roots and morphemes, divided by spaces"""
+    """file with one word per line, then a tab and its roots and morphemes, separated by spaces"""
     case: Literal["plain", "turkish"] = "plain"
-    """how chunks and lexicon are brought to lower case; turkish tells dotted from dotless i"""
+    """lower-casing of chunks and lexicon; turkish distinguishes dotted from dotless i"""
     max_texts: Natural = 1000
-    """at most so many texts of a file, spread evenly over it; 0 = all"""
+    """maximum number of texts per file, spread evenly over it; 0 = all"""
     max_bytes: Count = 2048
-    """longer texts are cut off here"""
+    """length at which longer texts are truncated"""
     seed: Natural = 0
-    """of the shifts that boundary enrichment is compared with"""
+    """seed of the random shifts that boundary enrichment is compared with"""
     json: bool = False
     """print one JSON object instead of tables"""
 
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def _texts(path: str, config: BoundariesConfig) -> list[Segmentation]:
-    """Some texts of a file, with gold boundaries alone."""
+    """Texts of a file, up to `max_texts`, with gold boundaries and no stages."""
     texts = thin([seg for seg in read_annotated(path) if seg.data], config.max_texts)
     if not texts:
         raise ConfigError(f"gold={path!r} has no text that can be used: give another file")
@@ -101,7 +101,7 @@ def _texts(path: str, config: BoundariesConfig) -> list[Segmentation]:
 def _cut(
     model: HNetLM, texts: Sequence[Segmentation], bos: bool
 ) -> tuple[list[Segmentation], list[np.ndarray]]:
-    """The texts with the model's chunks, and -log2 probability of each of their bytes."""
+    """The texts with the model's chunks, and the -log2 probability of each byte."""
     graph, params = split(model)
     data = [seg.data for seg in texts]
     cut = segment_all(segmenter(graph, model.config), params, data)
@@ -117,7 +117,7 @@ def stage_report(
     config: BoundariesConfig,
     lexicon: tuple[set[str], set[str]] | None,
 ) -> dict[str, Any]:
-    """Everything that is said about the boundaries of one stage, as plain JSON content."""
+    """All figures about the boundaries of one stage, as plain JSON content."""
     kinds = sorted({kind for seg in found for kind, offsets in seg.gold.items() if offsets})
     scores = {kind: metrics.boundary_scores(found, kind, stage=stage) for kind in kinds}
     rows = [(_as_routed(seg, stage, alignment), s) for seg, s in zip(found, surprisal)]
@@ -150,7 +150,7 @@ def stage_report(
 
 
 def _as_routed(seg: Segmentation, stage: int, alignment: Alignment) -> np.ndarray:
-    """Boundaries of a stage at the bytes that decided them, bool (bytes,); the first is given."""
+    """Boundaries of a stage at the bytes that decided them, bool (bytes,); the first is forced."""
     mask = np.zeros(len(seg.data), bool)
     mask[seg.boundaries(stage) - (alignment == "end")] = True
     return mask

@@ -1,12 +1,13 @@
-"""Find the target ratio of each route that makes the number of chunks equal in all languages.
+"""Find the target ratio per route that makes the number of chunks equal in all languages.
 
     python -m experiments.calibrate --files eng=eng.txt rus=rus.txt --mean-ratio 6 --out routed.json
     python -m experiments.pretrain routed.json --data.files eng.txt rus.txt
 
-The files are aligned line by line; comparable text, which is not, counts as a whole (--aligned
-False). The mean ratio is all bytes over all chunks of the text. Prints the table and the settings;
---out writes them into a whole configuration, made from --base. Stage 0 gets the targets: its chunks
-are then equally many, so that the stages inside keep one target for all.
+The files are aligned line by line; for comparable text without aligned lines, use --aligned False:
+then only the totals per file are equal. The mean ratio is all bytes over all chunks of the text.
+Prints the table and the settings; --out writes a complete configuration, made from --base. Only
+stage 0 gets a target per route: its chunks are then equally many in all languages, so the inner
+stages keep a single target.
 """
 
 import json
@@ -31,49 +32,49 @@ from hnet.outputs import new_file, write_new
 from hnet.train.config import Config
 
 COMMON_TO_ALL = ("Common", "Unknown")
-LEAST_SHARE = 0.02  # of a language's bytes, for a script to get a route without being asked for
+LEAST_SHARE = 0.02  # least share of a language's bytes for a script to get a route by default
 
 
 @dataclass(frozen=True)
 class CalibrateConfig:
-    """Which text, and how coarse to cut it."""
+    """Which text to calibrate on, and for which mean ratio."""
 
     files: tuple[str, ...]
-    """LANGUAGE=FILE for each language, a text a line; or .jsonl with "text\""""
+    """LANGUAGE=FILE for each language, one text per line; or .jsonl with "text\""""
     mean_ratio: Annotated[float, Bounds(above=1)]
-    """bytes a chunk of the whole text, over all languages"""
+    """bytes per chunk of the whole text, over all languages"""
     groups: tuple[str, ...] = ()
     """scripts that share a route, such as Hiragana+Katakana; all others share the default route,
-    which gets the target of Latin where Latin has a route. Empty = each script of the text"""
+    which gets Latin's target if Latin has a route. Empty = one route per script of the text"""
     aligned: bool = True
-    """line i says the same in every file; False: only the whole of each file does"""
+    """whether line i says the same in every file; False: only the files as a whole do"""
     base: str = "default"
-    """named configuration or .json file that is given the routes"""
+    """named configuration or .json file to which the routes are added"""
     out: str = ""
-    """write the configuration to this file, which must not exist"""
+    """output file for the configuration; it must not exist"""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a parallel text says about targets."""
+    """Target ratios found for a parallel text."""
 
     route_groups: tuple[tuple[str, ...], ...]
     target_ratios: tuple[float, ...]
-    """of the default route, then of each group"""
+    """targets of the default route, then of each group"""
     bytes_LR: np.ndarray
-    """of each language on each route"""
+    """bytes of each language on each route"""
 
     @property
     def chunks_L(self) -> np.ndarray:
-        """Chunks that each language gets at these targets."""
+        """Number of chunks of each language at these targets."""
         return self.bytes_LR @ (1 / np.asarray(self.target_ratios))
 
 
 def calibrate(lines: Lines, mean_ratio: float, groups: Sequence[Sequence[str]] = ()) -> Calibration:
-    """Targets of the routes for a parallel text.
+    """Target ratio of each route for a parallel text.
 
-    Where Latin has a route, the default route is left without a script of this text; it then gets
-    Latin's target, for scripts that are not known to be cut as Latin is.
+    If Latin has a route, no script of this text is left for the default route. The default route
+    then gets Latin's target, for scripts that do not occur in this text.
     Raises ConfigError for a group that names no script, or a mean ratio too small for a language.
     """
     scripts_LX = np.stack([bytes_by_script(texts) for texts in lines.values()])
@@ -93,7 +94,7 @@ def calibrate(lines: Lines, mean_ratio: float, groups: Sequence[Sequence[str]] =
 
 
 def _own_routes(scripts_LX: np.ndarray) -> tuple[tuple[str, ...], ...]:
-    """Every script that a language writes a share of its text with."""
+    """Every script that makes up at least LEAST_SHARE of some language's bytes."""
     share_X = (scripts_LX / np.maximum(scripts_LX.sum(axis=1, keepdims=True), 1)).max(axis=0)
     names = [SCRIPTS[i] for i in np.flatnonzero(share_X >= LEAST_SHARE)]
     return tuple((name,) for name in names if name not in COMMON_TO_ALL)
@@ -102,7 +103,7 @@ def _own_routes(scripts_LX: np.ndarray) -> tuple[tuple[str, ...], ...]:
 def with_routes(base: Config, found: Calibration) -> Config:
     """`base` with these routes and targets in stage 0, and routes in the stages that had some.
 
-    A default route that is left without a script of the text is fitted in the end.
+    If no script of the text is left for the default route, it is fitted after training.
     """
     model = base.model
     if not model.num_chunked:

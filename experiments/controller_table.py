@@ -1,11 +1,11 @@
-"""The controller against a rate loss of fixed weight, at the rate which that one achieves.
+"""The controller against a rate loss of fixed weight, at the rate that the fixed weight achieves.
 
     python -m experiments.controller_table [NAME] [--section.field VALUE ...]
 
 Trains a configuration with one route (default: mixed_scripts_single) without `hold_rate`, in
-WORKDIR/fixed, and once more, on the same batches and from the same parameters, with `hold_rate` at
-the rates that the first run has on the held-out text, in WORKDIR/held. Prints what both achieve
-there. The same command again goes on where it was stopped. Two CPU cores, about 4 minutes.
+WORKDIR/fixed, and again, on the same batches and from the same parameters, with `hold_rate` at the
+rates that the first run has on the held-out text, in WORKDIR/held. Prints the results of both on
+the held-out text. The same command again resumes. About 4 minutes on two CPU cores.
 """
 
 from dataclasses import replace
@@ -44,7 +44,7 @@ def main() -> int:
 
 
 def with_targets(base: Config, name: str, targets: list[float]) -> Config:
-    """The run in WORKDIR/name, whose stages aim at these positions a chunk; "held" holds them."""
+    """The run in WORKDIR/name with these targets (positions per chunk); "held" uses hold_rate."""
     *outer, inner = base.model.stages
     stages = [
         replace(stage, chunking=replace(stage.chunking, target_ratio=N, hold_rate=name == "held"))
@@ -55,7 +55,7 @@ def with_targets(base: Config, name: str, targets: list[float]) -> Config:
 
 
 def ratios(evaluation: Evaluation) -> list[float]:
-    """Positions a chunk of each stage."""
+    """Positions per chunk of each stage."""
     sizes = [evaluation.bytes_per_chunk(s) for s in range(len(evaluation.chunks_by_stage))]
     return [round(size / outer, 4) for size, outer in zip(sizes, [1.0, *sizes])]
 

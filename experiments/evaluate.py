@@ -2,12 +2,12 @@
 
     python -m experiments.evaluate --checkpoint WORKDIR [--files GLOB ...] [--documents True]
 
-Prints bits per byte in total, of each file and, if asked, of each document, and the chunks of each
-stage. Only source bytes count: no BOS, EOS or padding.
+Prints bits per byte in total, per file and, with --documents, per document, and the bytes per chunk
+of each stage. Only source bytes count: no BOS, EOS or padding.
 
     python -m experiments.evaluate --checkpoint WORKDIR --suite perturb counting [--files GLOB ...]
 
-runs evaluations that papers quote (experiments/suites) instead.
+runs evaluations from papers (experiments/suites) instead.
 """
 
 import json
@@ -44,18 +44,18 @@ from hnet.train.workdir import read_config
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """What to score and how to print it."""
+    """What to score and how to print the result."""
 
     checkpoint: str
     """work directory of a run, or an official checkpoint with its JSON"""
     files: tuple[str, ...] = ()
-    """quoted globs of text to score; empty = the held-out text of the run"""
+    """globs of text to score, in quotes; empty = the held-out text of the run"""
     seq_len: Natural = 0
-    """positions of a row, hence the context a byte can have; 0 = as trained"""
+    """positions per row, which limit the context of a byte; 0 = as trained"""
     batch_size: Count = 8
-    """rows scored together"""
+    """number of rows scored together"""
     documents: bool = False
-    """a line for each document too"""
+    """also print one line per document"""
     json: bool = False
     """print one JSON object instead of a table"""
     suite: tuple[str, ...] = ()
@@ -134,7 +134,7 @@ def _part(config: EvaluateConfig) -> Part:
 
 
 def _data_config(config: EvaluateConfig) -> DataConfig:
-    """How the run read its text; an official checkpoint was trained without special tokens."""
+    """The run's data settings; an official checkpoint was trained without special tokens."""
     if (Path(config.checkpoint) / "config.json").exists():
         data = read_config(config.checkpoint).data
     elif config.files:
@@ -146,7 +146,7 @@ def _data_config(config: EvaluateConfig) -> DataConfig:
 
 
 def summary(result: Evaluation, part: Part) -> dict[str, Any]:
-    """Bits per byte in total, by file and by document, and each stage's bytes a chunk."""
+    """Bits per byte in total, by file and by document, and each stage's bytes per chunk."""
     nats, num_bytes = result.nats_by_document, result.bytes_by_document
     names = {d: part.document_name(d) for d in sorted(nats)}
     files, documents = defaultdict(list), {}

@@ -1,13 +1,14 @@
-"""How equally models and tokenizers cut languages, on text that says the same in each of them.
+"""How equally models and tokenizers split languages into chunks, on parallel text.
 
     python -m experiments.fairness --checkpoint runs/routed runs/single --bpe 4096 \\
         --bpe-files eng=train.eng.txt rus=train.rus.txt --files eng=test.eng.txt rus=test.rus.txt \\
         --out reports/fairness
 
-Files are aligned line by line. For every stage of every system: chunks a sentence in each language
-and their spread (max/min, coefficient of variation, Gini), bits per byte, nats a sentence, cuts
-inside UTF-8 characters, agreement with gold words. Beside the checkpoints stand single bytes, a BPE
-trained on --bpe-files, and any tokenizer.json. --out gets report.json, report.md and chunks.svg.
+Files are aligned line by line. For every stage of every system: chunks per sentence in each
+language and their spread (max/min, coefficient of variation, Gini), bits per byte, nats per
+sentence, boundaries inside UTF-8 characters, agreement with gold words. Checkpoints are compared
+with single bytes, a BPE trained on --bpe-files, and any tokenizer.json. --out gets report.json,
+report.md and chunks.svg.
 """
 
 import io
@@ -48,7 +49,7 @@ from hnet.model import split
 from hnet.outputs import new_files, write_new
 from hnet.train.workdir import read_config
 
-REPORT = ["report.md", "chunks.svg", "report.json"]  # the last one says that the others are whole
+REPORT = ["report.md", "chunks.svg", "report.json"]  # if the last exists, all are complete
 
 Cut = Callable[[Sequence[bytes]], tuple[list[Segmentation], float, int]]
 """texts -> (their segmentations, nats, scored bytes)"""
@@ -56,31 +57,31 @@ Cut = Callable[[Sequence[bytes]], tuple[list[Segmentation], float, int]]
 
 @dataclass(frozen=True)
 class FairnessConfig:
-    """What is compared, on which text."""
+    """Which systems to compare, on which text."""
 
     files: tuple[str, ...]
-    """LANGUAGE=FILE, a sentence a line, or .jsonl with "text"; line i says the same in all"""
+    """LANGUAGE=FILE, one sentence per line, or .jsonl with "text"; line i says the same in all"""
     out: str
-    """folder for the report, which must not have one"""
+    """folder for the report; it must not contain one yet"""
     checkpoint: tuple[str, ...] = ()
     """work directories of runs, or official checkpoints"""
     tokenizer: tuple[str, ...] = ()
     """tokenizer.json files"""
     bpe: Natural = 0
-    """size of the vocabulary of a byte-level BPE that is trained; 0 = none"""
+    """vocabulary size of a byte-level BPE to train; 0 = none"""
     bpe_files: tuple[str, ...] = ()
-    """LANGUAGE=FILE to train it on"""
+    """LANGUAGE=FILE to train the BPE on"""
     unseen: tuple[str, ...] = ()
-    """LANGUAGE=FILE aligned with the files, of languages that no spread or mean counts"""
+    """LANGUAGE=FILE aligned with the files, for languages left out of every spread and mean"""
     gold: tuple[str, ...] = ()
-    """LANGUAGE=FILE of sentences with gold words: .jsonl with "text" and "spans" of bytes"""
+    """LANGUAGE=FILE with gold words: .jsonl with "text" and "spans" of bytes"""
     max_lines: Natural = 1000
-    """at most so many sentences, spread evenly over the files; 0 = all"""
+    """maximum number of sentences, spread evenly over the files; 0 = all"""
 
 
 @dataclass(frozen=True)
 class System:
-    """One way to cut."""
+    """One way to split text into chunks."""
 
     name: str
     cut: Cut
@@ -115,7 +116,7 @@ def _pairs(entries: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def byte_system() -> System:
-    """Every byte a chunk, as a plain byte model has it."""
+    """Every byte is a chunk, as in a byte-level model without chunking."""
     return System("bytes", lambda texts: ([cut_at(t, range(len(t))) for t in texts], np.nan, 0))
 
 
@@ -127,14 +128,14 @@ def token_system(name: str, tokenizer: Any) -> System:
 
 
 def model_system(path: str) -> System:
-    """A trained model; each sentence stands alone, as `hnet.infer` reads texts."""
+    """A trained model; each sentence is a text of its own, as in `hnet.infer`."""
     model = load(path)
     graph, params = split(model)
     segment = segmenter(graph, model.config)
     is_ours = (Path(path) / "config.json").exists()
     bos = is_ours and read_config(path).data.bos_eos
 
-    known: dict[bytes, tuple[Segmentation, float, int]] = {}  # texts may come in several reports
+    known: dict[bytes, tuple[Segmentation, float, int]] = {}  # a text may occur in several reports
 
     def cut(texts):
         new = list({text: None for text in texts if text not in known})
@@ -149,7 +150,7 @@ def model_system(path: str) -> System:
 
 
 def measure(systems: Sequence[System], lines: Lines, gold: dict[str, list[Segmentation]]) -> Scores:
-    """Let every system cut every language."""
+    """Split every language with every system."""
     if len({system.name for system in systems}) < len(systems):
         names = ", ".join(system.name for system in systems)
         raise ConfigError(f"two systems have one name ({names}): rename a folder or file")
@@ -170,7 +171,7 @@ def measure(systems: Sequence[System], lines: Lines, gold: dict[str, list[Segmen
 
 
 def write_report(out: Path, scores: Scores, unseen: Collection[str]) -> None:
-    """report.json, report.md and chunks.svg in a folder, and the tables on the terminal."""
+    """Write report.json, report.md and chunks.svg to a folder and print the tables."""
     chart = io.BytesIO()
     plot(chart, scores, unseen)
     content = json.dumps(to_json(scores, unseen), indent=1) + "\n"

@@ -1,12 +1,11 @@
-"""Routing per script against one router and BPE, end to end: from aligned text to one table.
+"""Routing per script against a single router and BPE, end to end: from aligned text to one table.
 
     python -m experiments.fairness_table --train eng=a/eng.txt rus=a/rus.txt eng=b/eng.txt ...
 
-Holds lines of each text out, calibrates a target for each script on the others, trains a BPE,
-mixed_scripts_routed and its twin mixed_scripts_single on them, both on the same batches, and
-reports how equally all of them cut the lines held out, of all texts together and of each
-(`experiments.fairness`). Two CPU cores, about 25 minutes. The same command again goes on where it
-was stopped.
+Holds out lines of each text. On the other lines it calibrates a target per script and trains a BPE,
+mixed_scripts_routed and its baseline mixed_scripts_single, both on the same batches. Then it
+reports how equally each of them splits the held-out lines, over all texts together and per text
+(`experiments.fairness`). About 25 minutes on two CPU cores. The same command again resumes.
 """
 
 import json
@@ -43,15 +42,15 @@ from hnet.train.loop import Outcome
 from hnet.train.program import run_batches
 
 LINES_A_DOCUMENT = 8
-LAST = 100  # updates whose batches the rates are measured on
+LAST = 100  # number of last updates whose batches the rates are measured on
 
 
 @dataclass(frozen=True)
 class FairnessTableConfig:
-    """The text, and how much is made of it."""
+    """Which text to use, and how much of it."""
 
     train: tuple[str, ...]
-    """LANGUAGE=FILE, aligned line by line; languages named again give another text, aligned anew"""
+    """LANGUAGE=FILE, aligned line by line; naming the languages again adds a second aligned text"""
     unseen: tuple[str, ...] = ()
     """LANGUAGE=FILE aligned with the last text, of languages that are measured, not trained on"""
     groups: tuple[str, ...] = ()
@@ -59,17 +58,17 @@ class FairnessTableConfig:
     out: str = "runs/fairness"
     """folder for the text, both runs and the reports"""
     mean_ratio: Annotated[float, Bounds(above=1)] = 6.0
-    """bytes a chunk over all languages, of both models"""
+    """bytes per chunk over all languages, for both models"""
     steps: Natural = 0
-    """updates of each model; 0 = as configured"""
+    """number of updates per model; 0 = as configured"""
     seed: Annotated[int, Bounds(0, 2**32 - 1)] = 0
-    """of both runs"""
+    """seed of both runs"""
     bpe: Count = 4096
-    """size of the vocabulary of the BPE"""
+    """vocabulary size of the BPE"""
     max_lines: Count = 2000
-    """lines used of each text, spread evenly over it"""
+    """number of lines used per text, spread evenly over it"""
     heldout: Count = 100
-    """of these, held out of each text"""
+    """number of these lines held out per text"""
 
 
 def main() -> int:
@@ -99,10 +98,10 @@ def main() -> int:
 
 
 def print_rates(settings: Config, outcome: Outcome) -> None:
-    """Bytes a chunk of each route with the final parameters, and how far off its target.
+    """Print bytes per chunk of each route with the final parameters, and how far off its target.
 
-    On the batches of the last updates, and on the text held out, with which nothing was set; for a
-    default route that was fitted, on this text in made-up scripts.
+    Measured on the batches of the last updates and on the held-out text, which was used to set
+    nothing; for a fitted default route, on the held-out text in synthetic scripts.
     """
     data, groups, names = settings.data, settings.model.route_groups, settings.model.route_names
     start = max(0, settings.train.steps - LAST)
@@ -139,9 +138,9 @@ def print_rates(settings: Config, outcome: Outcome) -> None:
 
 
 def split_texts(config: FairnessTableConfig) -> tuple[Lines, dict[str, Lines]]:
-    """(lines to train on, lines to measure on: of all texts, and of each if there are several).
+    """(lines to train on, lines to measure on: of all texts together, and per text if several).
 
-    Raises ConfigError for texts of other languages than the first, or too short to hold lines out.
+    Raises ConfigError if a text has other languages than the first or too few lines to hold out.
     """
     texts: list[dict[str, str]] = []
     for entry in config.train:
@@ -169,7 +168,7 @@ def split_texts(config: FairnessTableConfig) -> tuple[Lines, dict[str, Lines]]:
 
 
 def hold_out(lines: Lines, config: FairnessTableConfig) -> tuple[Lines, Lines]:
-    """(training lines, lines held out). Raises ConfigError if nothing is left to train on."""
+    """(training lines, held-out lines). Raises ConfigError if no line is left to train on."""
     count = len(next(iter(lines.values())))
     if not 0 < config.heldout < count:
         raise ConfigError(f"heldout={config.heldout} of {count} lines: use 1 to {count - 1}")
@@ -185,9 +184,9 @@ def _file(out: Path, part: str, language: str) -> Path:
 
 
 def write_text(out: Path, parts: dict[str, Lines]) -> None:
-    """A file of documents, some lines each, for each part and language.
+    """Write one file per part and language; its documents have several lines each.
 
-    Raises ConfigError if there is one with other text.
+    Raises ConfigError if such a file exists with other text.
     """
     for part, lines in parts.items():
         for language, texts in lines.items():
@@ -205,7 +204,7 @@ def write_text(out: Path, parts: dict[str, Lines]) -> None:
 
 
 def run_configs(config: FairnessTableConfig, train_lines: Lines, out: Path) -> list[Config]:
-    """The routed run and its twin: the same text, batches, steps and mean rate."""
+    """The routed run and its single-router baseline: same text, batches, steps and mean rate."""
     routed, single = mixed_scripts_routed.config(), mixed_scripts_single.config()
     groups = [group.split("+") for group in config.groups]
     found = calibrate(train_lines, config.mean_ratio, groups)

@@ -4,9 +4,9 @@
     python -m experiments.generate --checkpoint WORKDIR             # asks, or reads lines of a pipe
     python -m experiments.generate --checkpoint WORKDIR --input prompts.jsonl --output texts.jsonl
 
-A checkpoint is a work directory or an official state dict with its JSON. Text is printed as it
-comes, whole characters only; --boundaries True prints it with its chunks, once it is whole.
-Input lines are objects with "prompt" and perhaps "seed"; output lines repeat the prompt and add
+A checkpoint is a work directory or an official state dict with its JSON. Text is printed as it is
+generated, in whole characters; --boundaries True prints it with its chunks once it is complete.
+Input lines are objects with "prompt" and optionally "seed"; output lines repeat the prompt and add
 "text", "finish_reason", "logprobs" (nats, one number per byte) and "starts" (byte offsets in prompt
 + text at which the chunks of each stage start). A text that is not valid UTF-8 comes as "base64".
 """
@@ -49,20 +49,20 @@ class GenerateConfig:
     checkpoint: str
     """work directory of a run, or an official checkpoint with its JSON"""
     prompt: str | None = None
-    """text to continue, possibly empty; without one, lines are read from the terminal or a pipe,
-    where blank ones are passed over"""
+    """text to continue, possibly empty; without it, lines are read from the terminal or a pipe, and
+    blank lines are skipped"""
     input: str = ""
     """JSONL file of prompts"""
     output: str = ""
-    """JSONL file of results; it must not exist, but see resume"""
+    """JSONL file of results; it must not exist, except with --resume"""
     resume: bool = False
     """continue an output file that was not finished"""
     batch_size: Count = 32
-    """prompts of the input file that run together"""
+    """number of prompts of the input file that run together"""
     bos: bool = True
-    """put byte 254 before the prompt, as in training; False for models trained without it"""
+    """put BOS (byte 254) before the prompt, as in training; False for models trained without it"""
     boundaries: bool = False
-    """print the text with its chunk boundaries, once it is whole"""
+    """print the text with its chunk boundaries, once it is complete"""
     dtype: str = ""
     """float32 or bfloat16; empty = as trained"""
     sampling: Sampling = Sampling()
@@ -86,14 +86,14 @@ def main() -> None:
 
 
 def _run_prompt(model: HNetLM, config: GenerateConfig, prompt: bytes) -> None:
-    """Print the continuation as it comes, or all of it with its chunks at the end."""
+    """Print the continuation as it is generated, or all of it with its chunks at the end."""
     pieces = stream_text(model, [prompt], config.sampling, bos=config.bos, block_len=8)
     if config.boundaries:
         *_, last = pieces
         print_segmentations([_segmentation(model, last.finished)])
         return
     show = partial(printable, keep="\n\t") if sys.stdout.isatty() else str
-    first = next(pieces)  # what is refused is refused before anything is printed
+    first = next(pieces)  # errors are raised before anything is printed
     print(show(prompt.decode(errors="replace")), end="")
     for piece in itertools.chain([first], pieces):
         print(show(piece.text), end="", flush=True)
@@ -112,7 +112,7 @@ def _segmentation(model: HNetLM, result: Generation) -> Segmentation:
 
 
 def _converse(model: HNetLM, config: GenerateConfig) -> None:
-    """Continue lines that are typed, or come through a pipe."""
+    """Continue lines that are typed or read from a pipe."""
     lines = _typed_lines() if sys.stdin.isatty() else _piped_lines()
     for seed, prompt in enumerate(lines, config.sampling.seed):
         sampling = dataclasses.replace(config.sampling, seed=seed)
@@ -128,7 +128,7 @@ def _typed_lines() -> Iterator[bytes]:
 
 
 def _piped_lines() -> Iterator[bytes]:
-    """Lines that are not blank, bytes as they are. Raises ConfigError if there is none."""
+    """Lines that are not blank, as raw bytes. Raises ConfigError if there are none."""
     lines = (line.rstrip(b"\r\n") for line in sys.stdin.buffer)
     lines = (line for line in lines if line.strip())
     if not (first := next(lines, b"")):
@@ -137,7 +137,7 @@ def _piped_lines() -> Iterator[bytes]:
 
 
 def _read_prompts(path: str) -> list[dict[str, Any]]:
-    """The objects of a JSONL file; blank lines are passed over."""
+    """The objects of a JSONL file; blank lines are skipped."""
     prompts = []
     for number, line in enumerate(read_file(path, "input").split(b"\n"), 1):
         if not line.strip():
@@ -162,7 +162,7 @@ def _read_prompts(path: str) -> list[dict[str, Any]]:
 
 
 def _already_done(config: GenerateConfig, prompts: list[dict[str, Any]]) -> int:
-    """Finished lines of the output file. The beginning of a further one, as a killed run leaves it,
+    """Number of finished lines of the output file. An incomplete last line, left by a killed run,
     is removed. Raises ConfigError for a file that this command did not write for these prompts."""
     where = f"output={config.output!r}"
     if not (config.resume and os.path.lexists(config.output)):
@@ -189,7 +189,7 @@ def _already_done(config: GenerateConfig, prompts: list[dict[str, Any]]) -> int:
 
 
 def _line_start(prompt: dict[str, Any]) -> bytes:
-    """How the output line of a prompt begins: with what is known of it beforehand."""
+    """The beginning of a prompt's output line, which is known before generating."""
     known = itertools.takewhile(lambda item: item[0] not in RESULTS, prompt.items())
     return json.dumps(dict(known))[:-1].encode()
 
@@ -202,7 +202,7 @@ def _is_result(line: bytes, start: bytes) -> bool:
 
 
 def _is_begun(line: bytes, start: bytes) -> bool:
-    """Whether this may be what was written of a result when the command was killed."""
+    """Whether this may be the incomplete line of a command that was killed while writing it."""
     try:
         json.loads(line)
     except (ValueError, RecursionError):
@@ -230,7 +230,7 @@ def _run_file(
                 continue
             waiting[first + piece.index] = piece.finished
             progress.advance(task)
-            while done in waiting:  # lines keep the order of the prompts
+            while done in waiting:  # write lines in the order of the prompts
                 file.write(_line(model, prompts[done], waiting.pop(done)) + "\n")
                 file.flush()
                 done += 1

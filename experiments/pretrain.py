@@ -21,7 +21,7 @@ def main() -> int:
         print(list_text())
         return 0
     config = run_config()
-    from hnet.train.command import pretrain  # here: bad arguments are refused before JAX is loaded
+    from hnet.train.command import pretrain  # here: bad arguments are reported before JAX is loaded
 
     return pretrain(config)
 

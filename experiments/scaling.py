@@ -1,17 +1,17 @@
-"""Do the models stay apart as they grow? A ladder of sizes at matched FLOPs a byte.
+"""Do the models stay apart as they grow? A ladder of sizes at matched FLOPs per byte.
 
     python -m experiments.scaling plan --out DIR --levels 256 512 1024 [--bpe 8192 | --tokenizer F]
                                        [--topology v5e:4x4] [NAME] [--section.field VALUE ...]
     python -m experiments.scaling run --out DIR [--only NAME ...]
     python -m experiments.scaling fit --out DIR
 
-`plan` writes what would run, before anything does: DIR/plan.json, a table, and a configuration for
-each model that `pretrain` takes (DIR/configs/NAME.json): a Transformer over BPE tokens, one over
-bytes, an H-Net of 1 and of 2 stages (`experiments/scaling_ladder.py` says by which rules). NAME and
-fields give what is not scaled: text, rows (published: --data.batch_size 256 --data.seq_len 8192),
-mesh. Memory is what the compiler of --topology says (`tpu.plan`), else an estimate. `run` trains
-the models on this machine one after the other, and goes on where it was. `fit` puts
-bpb = a + b C^-c through those that are done: a table, DIR/fit.json, DIR/scaling.png.
+`plan` runs nothing. It writes DIR/plan.json, a table, and a configuration for `pretrain` per model
+(DIR/configs/NAME.json): a Transformer over BPE tokens, one over bytes, and H-Nets of 1 and of 2
+stages (`experiments/scaling_ladder.py` has the rules). NAME and fields give what is not scaled:
+text, rows (published: --data.batch_size 256 --data.seq_len 8192), mesh. Memory is reported by the
+compiler for --topology (`tpu.plan`), else estimated. `run` trains the models on this machine one
+after the other, and resumes when started again. `fit` fits bpb = a + b C^-c to the finished models
+and writes a table, DIR/fit.json and DIR/scaling.png.
 
 Exit codes: 0 done, 2 bad input, 75 asked to stop and saved.
 """
@@ -48,7 +48,7 @@ from hnet.train.config import Config, config_from_json
 from hnet.train.distributed import REQUEUE_EXIT_CODE
 from hnet.train.metrics_file import read_metrics
 
-BPE_SAMPLE = 8 << 20  # bytes of the training text that the vocabulary is learned from
+BPE_SAMPLE = 8 << 20  # bytes of training text from which the vocabulary is learned
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -124,8 +124,8 @@ def _print_table(rows: list[list[str]]) -> None:
 
 
 def _tokenizer(options: argparse.Namespace, base: Config) -> tuple[str, dict[str, Any]]:
-    """The file of the vocabulary, which is learned from the training text if it is asked for, its
-    size and the bytes of a token on that text."""
+    """(vocabulary file, {its size and its bytes per token on the training text}). With --bpe the
+    vocabulary is learned from the training text."""
     corpus, out, sample = open_corpus(replace(base.data, tokenizer="")), Path(options.out), []
     for text in corpus.train.texts():
         sample.append(text)
@@ -175,14 +175,14 @@ def run_points(options: argparse.Namespace) -> int:
         if outcome == REQUEUE_EXIT_CODE:
             return outcome
         if outcome == FAILED:
-            failed.append(name)  # the others are trained all the same
+            failed.append(name)  # the others are still trained
     if failed:
         console.print(f"failed: {', '.join(failed)}; the same command tries them again")
     return FAILED if failed else 0
 
 
 def _result(out: Path, row: dict[str, Any]) -> float | None:
-    """Held-out bits per byte at the end of a run; None before it."""
+    """Held-out bits per byte of a finished run; None if it is not finished."""
     ends = [r for r in read_metrics(out / "runs" / row["name"]) if r["step"] == row["steps"]]
     return ends[-1].get("eval/bpb") if ends else None
 

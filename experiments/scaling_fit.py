@@ -1,4 +1,4 @@
-"""bpb = a + b C^-c through finished runs of a ladder, with intervals by bootstrap."""
+"""Fits bpb = a + b C^-c to the finished runs of a ladder, with bootstrap intervals."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +8,8 @@ import numpy as np
 
 from hnet.errors import ConfigError
 
-RESAMPLED = 400  # fits of the bootstrap
-EXPONENTS = (0.05, 0.15, 0.4)  # c that the search starts from
+RESAMPLED = 400  # bootstrap fits
+EXPONENTS = (0.05, 0.15, 0.4)  # values of c from which the search starts
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Curve:
     unit: float
     """geometric mean of C over the points, so that b is the reducible part there"""
     intervals: dict[str, tuple[float, float]]
-    """95% of a, b and c; empty with fewer than five points, which leave no residuals to draw"""
+    """95% intervals of a, b and c; empty with fewer than five points: too few residuals"""
 
     def __call__(self, C: np.ndarray) -> np.ndarray:
         return _curve((self.a, self.b, self.c), np.asarray(C) / self.unit)
@@ -34,8 +34,8 @@ def _curve(numbers, x):
 
 
 def fit(flops: np.ndarray, bpb: np.ndarray, *, seed: int = 0) -> Curve:
-    """Least squares over a, b, c >= 0. The bootstrap draws residuals, widened for the three numbers
-    that were fitted, and fits again. Raises ConfigError for fewer than three sizes."""
+    """Least squares over a, b, c >= 0. The bootstrap resamples residuals, scaled up for the three
+    fitted parameters, and refits. Raises ConfigError for fewer than three sizes."""
     flops, bpb = np.asarray(flops, float), np.asarray(bpb, float)
     if len(set(flops)) < 3:
         raise ConfigError(f"a curve of three numbers needs three sizes: {len(set(flops))} are done")
@@ -67,7 +67,7 @@ def _solve(x: np.ndarray, y: np.ndarray, c: float):
 
 
 def draw(points: dict[str, list[dict[str, Any]]], curves: dict[str, Curve], path: Path) -> bool:
-    """bpb over training FLOPs, a colour a family; False without matplotlib."""
+    """Plot bpb over training FLOPs, one colour per family; False without matplotlib."""
     try:
         import matplotlib
     except ImportError:

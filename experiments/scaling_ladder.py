@@ -1,10 +1,10 @@
-"""Sizes of four kinds of model at matched FLOPs a byte, with the published recipe scaled to them.
+"""Sizes of four kinds of model at matched FLOPs per byte, with the published recipe scaled to them.
 
-A level is the width of a Transformer over BPE tokens; its FLOPs a byte are what the other kinds of
-the level must cost. Widths, depths and kinds of layers follow the published models (arXiv
-2507.07955: L is level 1536, XL is 2048), the depth of each main network and the width of its MLPs
-are chosen to match. FLOPs are counted as published (`hnet.flops_published`), at the bytes per chunk
-that the published models reached.
+A level is the width of a Transformer over BPE tokens. The other kinds of the level must cost the
+same FLOPs per byte. Widths, depths and kinds of layers follow the published models (arXiv
+2507.07955: L is level 1536, XL is 2048); the depth of each main network and the width of its MLPs
+are chosen to match the FLOPs. FLOPs are counted as published (`hnet.flops_published`), at the bytes
+per chunk that the published models reached.
 """
 
 import math
@@ -20,61 +20,62 @@ from hnet.train.config import Config, OptimConfig
 
 Family = Literal["bpe", "bytes", "hnet1", "hnet2"]
 FAMILIES: tuple[Family, ...] = ("bpe", "bytes", "hnet1", "hnet2")
-BYTES_PER_TOKEN = 8192 / 1792  # of the GPT-2 tokenizer on FineWeb-Edu, as published
+BYTES_PER_TOKEN = 8192 / 1792  # GPT-2 tokenizer on FineWeb-Edu, as published
 GPT2_VOCABULARY = 50_257
 CHUNK_BYTES = {"hnet1": (4.8,), "hnet2": (7.0**0.5,) * 2}  # reached by the published models
 TARGETS = {"hnet1": (6.0,), "hnet2": (3.0, 3.0)}
-WINDOW = 1023  # previous bytes that outer attention sees
-MLP_SEARCH = 0.25  # share by which an MLP may be wider or narrower than 8/3 of its model
+WINDOW = 1023  # number of previous bytes that outer attention sees
+MLP_SEARCH = 0.25  # relative deviation allowed from an MLP width of 8/3 of the model's width
 
 
 @dataclass(frozen=True)
 class Point:
-    """One model of the ladder and its training run; sizes without what depends on the machine."""
+    """One model of the ladder and its training run, without what depends on the machine."""
 
     name: str
     family: Family
     level: int
     layers: int
-    """of the main network"""
+    """number of layers of the main network"""
     parameters: int
     flops_a_byte: float
-    """forward"""
+    """FLOPs per byte of the forward pass"""
     mismatch: float
-    """share by which flops_a_byte misses that of the level"""
+    """relative difference of flops_a_byte from that of the level"""
     train_bytes: int
     steps: int
     batch_size: int
     seq_len: int
     learning_rate: float
     train_flops: float
-    """forward and backward over all bytes"""
+    """FLOPs of the training run, forward and backward over all bytes"""
 
 
 def heads(width: int) -> dict[str, int]:
-    """At most 16 heads of at least 32 channels; half of each head is rotated."""
+    """At most 16 heads of at least 32 channels each; half of each head is rotated."""
     count = next(h for h in (16, 8, 4, 2, 1) if width % h == 0 and (width // h >= 32 or h == 1))
     return {"num_heads": count, "rotary_emb_dim": width // count // 4 * 2}
 
 
 def mlp_width(width: int) -> int:
-    """8/3 of the model's width, up to a multiple of 128."""
+    """8/3 of the model's width, rounded up to a multiple of 128."""
     return -(-8 * width // 3 // 128) * 128
 
 
 def depth(level: int) -> int:
-    """Layers of the Transformer over tokens: a layer for 64 channels, from 2 to 24."""
+    """Number of layers of the Transformer over tokens: one per 64 channels, from 2 to 24."""
     return min(24, max(2, round(level / 64)))
 
 
 def peak_learning_rate(level: int) -> float:
-    """The power of the width through the published 6.25e-4 at 1536 and 5e-4 at 2048."""
+    """Power law in the width through the published 6.25e-4 at 1536 and 5e-4 at 2048."""
     return 6.25e-4 * (level / 1536) ** (math.log(0.8) / math.log(2048 / 1536))
 
 
 def outer_widths(level: int) -> list[int]:
-    """Of the outermost stage, the usual one first: 2/3 of the level as in the published L, at most
-    1024. Narrower ones are for levels so small that it alone would cost more than the level."""
+    """Candidate widths of the outermost stage, the usual one first: 2/3 of the level as in the
+    published L, at most 1024. Narrower ones are for small levels, where the usual width would by
+    itself cost more than the level."""
     usual = max(32, min(1024, round(2 * level / 3 / 32) * 32))
     return list(range(usual, max(31, level // 4 - 1), -32))
 
@@ -83,7 +84,7 @@ def make_model(
     family: Family, level: int, outer: int, layers: int, d_mlp: int, vocab_size: int = 256
 ) -> HNetConfig:
     """The network of a family; layers and d_mlp are those of its main network."""
-    count = max(1, round(depth(level) / 6))  # Mamba-2 layers on each side
+    count = max(1, round(depth(level) / 6))  # number of Mamba-2 layers on each side
     main = StageConfig((f"T{layers}",), level, d_mlp, **heads(level))
     match family:
         case "bpe":
@@ -106,7 +107,7 @@ def make_model(
 
 
 def flops_a_byte(family: Family, model: HNetConfig, seq_len: int, bytes_per_token: float) -> float:
-    """Forward operations a byte over rows of `seq_len` bytes."""
+    """Forward FLOPs per byte over rows of `seq_len` bytes."""
     rates = tuple(1 / size for size in CHUNK_BYTES.get(family, ()))
     positions = seq_len / bytes_per_token if family == "bpe" else seq_len
     parts = published_flops(model, stage_lengths(model, positions, rates))
@@ -114,9 +115,9 @@ def flops_a_byte(family: Family, model: HNetConfig, seq_len: int, bytes_per_toke
 
 
 def match(make: Callable[[int, int], HNetConfig], width: int, cost, target: float):
-    """(layers, MLP width) whose cost, which grows with both, is nearest to the target.
+    """(layers, MLP width) whose cost is nearest to the target; the cost grows with both.
 
-    The MLP stays at 8/3 of `width`, the model's, where that is within a hundredth of the target.
+    The MLP width stays at 8/3 of the model's `width` if the cost is then within 1 % of the target.
     """
     usual = mlp_width(width)
     spread = max(1, int(MLP_SEARCH * usual / 128))
@@ -142,10 +143,11 @@ def make_points(
     bytes_per_token: float = BYTES_PER_TOKEN,
     vocab_size: int = GPT2_VOCABULARY,
 ) -> list[tuple[Point, HNetConfig]]:
-    """The ladder, level by level. base: rows, batch and everything that is not scaled.
+    """The ladder, level by level. base: rows, batch and all other settings that are not scaled.
 
-    Every model of a level sees the same bytes: `bytes_per_parameter` for each parameter of its
-    Transformer over tokens that is no embedding. Raises ConfigError for levels without a model.
+    Every model of a level sees the same number of bytes: `bytes_per_parameter` times the
+    non-embedding parameters of the level's Transformer over tokens. Raises ConfigError if no model
+    matches a level.
     """
     if bad := [level for level in levels if level < 64 or level % 32]:
         raise ConfigError(f"levels={bad}: use widths from 64 on, multiples of 32")
@@ -175,7 +177,7 @@ def make_points(
 
 
 def _matched(family: Family, level: int, cost, target: float) -> tuple[int, HNetConfig]:
-    """(layers of the main network, model) of a family at the cost of a level."""
+    """(number of layers of the main network, model) of a family at the cost of a level."""
     for outer in outer_widths(level):
         make = lambda n, d_mlp, outer=outer: make_model(family, level, outer, n, d_mlp)
         width = make(1, 128).stages[-1].d_model
@@ -186,8 +188,8 @@ def _matched(family: Family, level: int, cost, target: float) -> tuple[int, HNet
 
 
 def point_config(base: Config, point: Point, model: HNetConfig, tokenizer: str) -> Config:
-    """What `pretrain` takes. The published recipe: AdamW, warm-up, constant, decay over 10, 70 and
-    20% of the steps, multipliers by stage (of tokens: none)."""
+    """Configuration for `pretrain`. Published recipe: AdamW; warm-up, constant rate and decay over
+    10, 70 and 20 % of the steps; learning-rate multipliers by stage (none for token models)."""
     multipliers = "none" if point.family == "bpe" else "published"
     return replace(
         base,
@@ -203,8 +205,9 @@ def point_config(base: Config, point: Point, model: HNetConfig, tokenizer: str) 
 
 
 def estimated_bytes(config: Config) -> float:
-    """Memory a device, estimated: float32 parameters, two moments and gradients, cut over fsdp and
-    tensor; and what the backward pass keeps, about 16 states a layer (2 with remat "layer")."""
+    """Estimated memory per device: float32 parameters, two moments and gradients, sharded over fsdp
+    and tensor; and the activations kept for the backward pass, about 16 states per layer (2 with
+    remat "layer")."""
     mesh, model = config.mesh, config.model
     shards = max(1, mesh.fsdp) * max(1, mesh.tensor)
     state = 16 * sum(param_counts(model).values()) / shards

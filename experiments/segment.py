@@ -1,11 +1,11 @@
-"""Show where a trained model cuts a text.
+"""Show the chunks of a trained model in a text.
 
     python -m experiments.segment --checkpoint WORKDIR --text "some text" [more ...]
     python -m experiments.segment --checkpoint WORKDIR --file FILE [--html PAGE.html]
 
 Colours in a terminal, marks (| for stage 0, deeper ones for inner stages) when piped. --json gives
-byte offsets and probabilities, --html one self-contained page. Standard input is read if there is
-neither --text nor --file.
+byte offsets and probabilities, --html a self-contained page. Without --text and --file, standard
+input is read.
 """
 
 import json
@@ -31,20 +31,20 @@ GOLD = ("words", "whitespace", "characters")
 
 @dataclass(frozen=True)
 class SegmentConfig:
-    """What to cut and how to show it."""
+    """Which text to segment and how to show it."""
 
     checkpoint: str
     """work directory of a run, or an official checkpoint with its JSON"""
     text: tuple[str, ...] = ()
-    """texts to cut"""
+    """texts to segment"""
     file: str = ""
-    """a file whose lines are cut, each for itself; - = standard input"""
+    """file whose lines are segmented one by one; - = standard input"""
     json: bool = False
-    """print one JSON object a text instead"""
+    """print one JSON object per text instead"""
     html: str = ""
-    """write a page to this file, which must not exist"""
+    """output file for a page; it must not exist"""
     max_bytes: Count = 4096
-    """longer texts are cut off here"""
+    """length at which longer texts are truncated"""
 
 
 def main() -> None:
@@ -79,7 +79,7 @@ def _texts(config: SegmentConfig) -> list[bytes]:
 
 
 def _write_page(config: SegmentConfig, found: list[Segmentation]) -> None:
-    name = Path(config.checkpoint).name  # the page may be mailed: no folders of this machine
+    name = Path(config.checkpoint).name  # the page may be shared: show no folders of this machine
     page = to_html({name: found}, title=f"Chunk boundaries of {name}")
     write_new(config.html, page, "html")
     print(f"wrote {config.html}")

@@ -2,13 +2,13 @@
 
 sampler = "grid"          # grid, random or tpe (Optuna's Tree-structured Parzen Estimator)
 trials = 32               # random and tpe: points
-parallel = 4              # tpe: points that are asked for at once
-pruner = "none"           # none, median or halving: ends points by their bpb on the way
+parallel = 4              # tpe: points that are drawn at once
+pruner = "none"           # none, median or halving: stops points early by their bpb
 
 [space]
 optim.learning_rate = { low = 1e-4, high = 1e-2, log = true, num = 8 }   # num: for grid
 model.stages.0.chunking.target_ratio = [4, 6]
-seed = [0, 1]             # every point is trained with each; results are means over them
+seed = [0, 1]             # every point is trained with each seed; results are means over seeds
 """
 
 import difflib
@@ -34,16 +34,16 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class Range:
-    """All numbers from low to high: whole ones if both are."""
+    """All numbers from low to high; integers if both are."""
 
     low: float
     high: float
     log: bool = False
     num: int = 0
-    """numbers of a grid, the ends among them; 0 = none given"""
+    """number of grid values, including both ends; 0 = not given"""
 
     def grid(self) -> list[float]:
-        """`num` numbers at equal distances, or ratios."""
+        """`num` values at equal distances, or at equal ratios if log."""
         share = [i / max(self.num - 1, 1) for i in range(self.num)]
         if self.log:
             found = [self.low * (self.high / self.low) ** x for x in share]
@@ -63,7 +63,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Space:
-    """What a sweep varies and how its points are chosen."""
+    """Fields that a sweep varies and how its points are chosen."""
 
     choices: Mapping[str, Range | tuple]
     sampler: Literal["grid", "random", "tpe"] = "grid"
@@ -71,7 +71,7 @@ class Space:
     parallel: int = 4
     pruner: Literal["none", "median", "halving"] = "none"
     seeds: tuple[int, ...] = ()
-    """empty = that of the configuration"""
+    """seeds of every point; empty = the seed of the configuration"""
 
     def distributions(self) -> dict[str, optuna.distributions.BaseDistribution]:
         return {
@@ -82,7 +82,7 @@ class Space:
         }
 
     def values(self, params: Mapping[str, Any]) -> Values:
-        """What Optuna calls parameters, as JSON content of the fields."""
+        """Optuna's parameters as JSON content of the fields."""
         return {
             name: params[name]
             if isinstance(c, Range)
@@ -104,17 +104,17 @@ class Space:
 
 
 def _plain(value: Any) -> Any:
-    """What Optuna stores of a choice: numbers and text as they are, the rest as JSON."""
+    """A choice as Optuna stores it: numbers and text as they are, the rest as JSON."""
     return json.dumps(value) if isinstance(value, list | dict) else value
 
 
 def point_key(values: Values) -> str:
-    """The same text for the same point."""
+    """Text that identifies a point: equal points give equal text."""
     return json.dumps({name: _plain(value) for name, value in sorted(values.items())})
 
 
 def describe(values: Values) -> str:
-    """`learning_rate=0.001, target_ratio=6`: the last parts of the fields, numbers short."""
+    """`learning_rate=0.001, target_ratio=6`: last parts of the field names, short numbers."""
     last = [name.split(".")[-1] for name in values]
     names = [n if last.count(n) == 1 else name for n, name in zip(last, values)]
     shown = [f"{v:.4g}" if isinstance(v, float) else str(_plain(v)) for v in values.values()]
@@ -123,12 +123,12 @@ def describe(values: Values) -> str:
 
 @dataclass(frozen=True)
 class Point:
-    """One choice of values and its runs, one a seed."""
+    """One choice of values and its runs, one per seed."""
 
     values: Values
     runs: tuple[Config, ...]
     group: str = field(repr=False)
-    """equal for points whose runs share one program"""
+    """key that is equal for points whose runs share one program"""
 
     @property
     def key(self) -> str:
@@ -136,7 +136,7 @@ class Point:
 
 
 def make_point(base: Config, space: Space, values: Values) -> Point:
-    """Raises ConfigError, saying which point, for a configuration that cannot be."""
+    """The point of these values. Raises ConfigError, naming the point, if it is not valid."""
     seeds = space.seeds or (base.seed,)
     try:
         runs = tuple(with_fields(base, {**values, "seed": seed}) for seed in seeds)
@@ -149,7 +149,7 @@ def make_point(base: Config, space: Space, values: Values) -> Point:
 
 
 def list_points(base: Config, space: Space) -> list[Point] | None:
-    """All points, those of one program side by side; None if they are not known beforehand."""
+    """All points, grouped by program; None if they are not known beforehand."""
     listed = space.listed()
     if listed is None:
         return None
@@ -185,7 +185,7 @@ def read_space(path: str, base: Config) -> Space:
     space = Space(choices=choices, seeds=tuple(seeds), **content)
     _check(space)
     first = {n: c.low if isinstance(c, Range) else c[0] for n, c in choices.items()}
-    for name, value in first.items():  # names and types, before combinations are looked at
+    for name, value in first.items():  # names and types, before combinations are checked
         _check_field(base, name, value)
     return space
 
@@ -199,7 +199,7 @@ def _check_field(base: Config, name: str, value: Any) -> None:
 
 
 def _choices(table: Mapping[str, Any], path: str) -> Iterator[tuple[str, Range | tuple]]:
-    """(dotted field, its values) of nested tables."""
+    """(dotted field, its values) for the fields in nested tables."""
     for name, value in table.items():
         where = f"{path}.{name}" if path else name
         match value:

@@ -1,9 +1,9 @@
-"""The points of a sweep in an Optuna storage, where workers claim them: no point is done twice.
+"""The points of a sweep in an Optuna storage. Workers claim them, and no point is done twice.
 
-A trial is one attempt at a point. A point has one trial that counts, the oldest that is waiting,
-running or finished; whoever finds an older one beside its own drops its own. A worker that dies
-leaves running trials; others see that its heartbeat stands still, fail them, and queue the point
-anew.
+A trial is one attempt at a point. One trial of a point counts: the oldest that is waiting, running
+or finished. A worker that finds an older one than its own drops its own. A worker that dies leaves
+running trials; when its heartbeat stops, other workers fail these trials and queue their points
+again.
 """
 
 import contextlib
@@ -27,12 +27,12 @@ from hnet.train.lock import has_ended, process_name
 
 _LOCAL = ("workdir", "mesh", "distributed", "watchdog", "checkpoint", "profile")
 """sections in which the workers of one sweep may differ"""
-_MAX_DRAWS = 20  # of points that are there already, before a space counts as exhausted
+_MAX_DRAWS = 20  # draws of points that exist already, before a space counts as exhausted
 
 
 @dataclass
 class Claim:
-    """A point that this worker trains."""
+    """A point that this worker has claimed."""
 
     trial: Trial
     point: Point
@@ -40,12 +40,12 @@ class Claim:
 
 
 class Study(contextlib.AbstractContextManager):
-    """One worker's view of a sweep. While it is entered, its heart beats in the storage."""
+    """One worker's view of a sweep. As a context manager, it writes heartbeats to the storage."""
 
     def __init__(self, storage: str, name: str, base: Config, space: Space, timeout: float):
         """timeout: seconds without a heartbeat after which a worker counts as dead.
 
-        Raises ConfigError if the study there is that of another sweep.
+        Raises ConfigError if the study in the storage belongs to another sweep.
         """
         self.base, self.space, self.timeout = base, space, timeout
         self.worker = process_name()
@@ -71,7 +71,7 @@ class Study(contextlib.AbstractContextManager):
             self.study.set_user_attr("sweep", json.dumps(mine))
             return
         theirs = json.loads(found)
-        theirs["config"] = to_json(config_from_json(theirs["config"]))  # fields that came later
+        theirs["config"] = to_json(config_from_json(theirs["config"]))  # adds newer fields
         for content in (mine, theirs):
             for section in _LOCAL:
                 del content["config"][section]
@@ -92,7 +92,7 @@ class Study(contextlib.AbstractContextManager):
     def _beat(self) -> None:
         count = 0
         while True:
-            with contextlib.suppress(Exception):  # a storage that is away for a while
+            with contextlib.suppress(Exception):  # the storage may be unreachable for a while
                 self.study.set_user_attr(f"beat/{self.worker}", count)
             count += 1
             if self._ended.wait(self.timeout / 5):
@@ -105,11 +105,11 @@ class Study(contextlib.AbstractContextManager):
         return self._known[key]
 
     def trials(self) -> list[FrozenTrial]:
-        """All, oldest first."""
+        """All trials, oldest first."""
         return self.study.get_trials(deepcopy=False)
 
     def finished(self) -> list[FrozenTrial]:
-        """One trial for each point that is done, pruned or failed, oldest first."""
+        """One trial per point that is done, pruned or failed, oldest first."""
         return [t for t in self.trials() if _is_live(t) and t.state.is_finished()]
 
     @property
@@ -120,11 +120,11 @@ class Study(contextlib.AbstractContextManager):
         return len(self.finished())
 
     def is_pending(self) -> bool:
-        """Whether a worker has a point, or may take one."""
+        """Whether some point is claimed or can still be claimed."""
         return any(not t.state.is_finished() for t in self.trials())
 
     def claim(self, limit: int) -> list[Claim]:
-        """Up to `limit` points, of one program where points are listed; none if all are taken."""
+        """Up to `limit` points, of one program if points are listed; none if all are taken."""
         self._fail_dead()
         self._queue_lost()
         claims: list[Claim] = []
@@ -141,7 +141,7 @@ class Study(contextlib.AbstractContextManager):
                 values = self.space.values(trial.params)
                 try:
                     claims.append(Claim(trial, self.point(values)))
-                except ConfigError as e:  # known only now, since the sampler chose the values
+                except ConfigError as e:  # known only now: the sampler chose the values
                     self._fail(trial, str(e))
             else:
                 draws += 1
@@ -153,7 +153,7 @@ class Study(contextlib.AbstractContextManager):
         if self.points is None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                # a new one each time, so that what it draws depends on the study alone
+                # a new sampler each time, so that its draws depend only on the study
                 self.study.sampler = optuna.samplers.TPESampler(seed=count, constant_liar=True)
         trial = self.study.ask(self._distributions)
         trial.set_user_attr("worker", self.worker)
@@ -163,7 +163,7 @@ class Study(contextlib.AbstractContextManager):
         return self.point(self.space.values(_params(trial))).group
 
     def _counts(self, mine: Trial) -> bool:
-        """Whether a trial just claimed is the oldest of its point and within the number wanted."""
+        """Whether a claimed trial is the oldest of its point and within the number of trials."""
         older = [t for t in self.trials()[: mine.number] if _is_live(t)]
         if any(_params(t) == mine.params for t in older):
             return False
@@ -181,10 +181,10 @@ class Study(contextlib.AbstractContextManager):
                 self._tell(trial.number, state=TrialState.FAIL)
 
     def _silence(self, worker: str, beats: dict[str, Any]) -> float:
-        """Seconds for which this worker has seen no heartbeat of another, by its own clock.
+        """Seconds for which this worker has seen no heartbeat of another one, by its own clock.
 
-        The time between two looks counts a quarter of the timeout at most: whoever was frozen, or
-        busy, sees the others again before it gives them up.
+        The time between two checks counts at most a quarter of the timeout, so that a worker that
+        was suspended or busy sees the others again before it gives them up.
         """
         beat, now = beats.get(f"beat/{worker}", "none"), time.monotonic()
         before, silence, looked = self._seen.get(worker, (None, 0.0, now))
@@ -193,7 +193,7 @@ class Study(contextlib.AbstractContextManager):
         return silence
 
     def _queue_lost(self) -> None:
-        """Queue every point that was listed or begun and has no trial that counts."""
+        """Queue every point that was listed or started and has no trial that counts."""
         trials = self.trials()
         live = {self._key(t) for t in trials if _is_live(t)}
         lost = {p.key: p.values for p in self.points or ()}
@@ -209,7 +209,7 @@ class Study(contextlib.AbstractContextManager):
         return json.dumps(dict(sorted(_params(trial).items())))
 
     def report(self, claim: Claim, step: int, bpb: float) -> None:
-        """Bits per byte of a point on the way, the mean over its seeds."""
+        """Report the bits per byte of a point during training, as the mean over its seeds."""
         claim.trial.report(bpb, step)
 
     def should_prune(self, claim: Claim) -> bool:
@@ -218,7 +218,7 @@ class Study(contextlib.AbstractContextManager):
     def finish(self, claim: Claim, runs: Iterable[dict[str, Any]], bpb: float | None) -> bool:
         """Write the results of a point's runs; bpb: their mean, None if it was pruned.
 
-        False if another worker has taken the point meanwhile.
+        False if another worker has finished the point meanwhile.
         """
         with contextlib.suppress(*_TAKEN):
             claim.trial.set_user_attr("runs", list(runs))
@@ -226,7 +226,7 @@ class Study(contextlib.AbstractContextManager):
         return self._tell(claim.trial.number, values=bpb, state=state)
 
     def fail(self, claim: Claim, fault: str) -> None:
-        """Note a point that cannot be trained: it is not tried again."""
+        """Record a point that cannot be trained; it is not tried again."""
         self._fail(claim.trial, fault)
 
     def _fail(self, trial: Trial, fault: str) -> None:
@@ -235,7 +235,7 @@ class Study(contextlib.AbstractContextManager):
         self._tell(trial.number, state=TrialState.FAIL)
 
     def release(self, claims: Iterable[Claim]) -> None:
-        """Give points back; whoever claims next takes them up."""
+        """Return points, so that the next claim takes them."""
         for claim in claims:
             self._tell(claim.trial.number, state=TrialState.FAIL)
         self._queue_lost()
@@ -249,14 +249,14 @@ class Study(contextlib.AbstractContextManager):
 
 
 _TAKEN = (ValueError, optuna.exceptions.UpdateFinishedTrialError)
-"""what Optuna raises for a trial that somebody else has finished"""
+"""errors that Optuna raises for a trial that another worker has finished"""
 
 
 def _params(trial: FrozenTrial) -> dict[str, Any]:
-    """Of a trial that may be waiting still."""
+    """Parameters of a trial, which may still be waiting."""
     return {**trial.system_attrs.get("fixed_params", {}), **trial.params}
 
 
 def _is_live(trial: FrozenTrial) -> bool:
-    """Waiting, running or finished, a noted fault included: no other is needed for its point."""
+    """Whether a trial is waiting, running, finished or a recorded failure."""
     return trial.state != TrialState.FAIL or "fault" in trial.user_attrs

@@ -1,4 +1,4 @@
-"""Where the workers of a sweep meet: an Optuna storage, and which processes are at work."""
+"""The Optuna storage that the workers of a sweep share."""
 
 import os
 from pathlib import Path
@@ -13,8 +13,10 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 class _WholeLines(JournalFileSymlinkLock):
-    """Whoever holds it writes behind a whole line. A worker that is killed while it writes leaves
-    half a line, which readers skip; with another behind it, it would make the journal unreadable.
+    """A lock whose holder writes after a complete line.
+
+    A worker that is killed while writing leaves an incomplete line, which readers skip. A line
+    written after it would make the journal unreadable, so `acquire` removes it.
     """
 
     def __init__(self, journal: str):
@@ -31,11 +33,11 @@ class _WholeLines(JournalFileSymlinkLock):
         return acquired
 
 
-_FIRST = b'{"op_code":'  # how a journal begins
+_FIRST = b'{"op_code":'  # first bytes of a journal
 
 
 def _check_journal(where: str) -> None:
-    """Raise ConfigError for a file that is no journal, whose last line might be cut off."""
+    """Raise ConfigError for a file that is not a journal; its last line could otherwise be lost."""
     if not os.path.lexists(where):
         new_file(where, "storage")
         return
@@ -45,7 +47,7 @@ def _check_journal(where: str) -> None:
 
 
 def open_storage(where: str) -> optuna.storages.BaseStorage:
-    """A journal file, or a database by its URL. Raises ConfigError if it cannot be opened."""
+    """Open a journal file, or a database by its URL. Raises ConfigError if that fails."""
     try:
         if "://" in where:
             return optuna.storages.RDBStorage(where)
@@ -55,7 +57,7 @@ def open_storage(where: str) -> optuna.storages.BaseStorage:
         return optuna.storages.JournalStorage(journal)
     except ConfigError:
         raise
-    except Exception as e:  # whatever a database driver raises, or its absence
+    except Exception as e:  # anything a database driver, or its absence, raises
         reason = str(e).strip().splitlines() or [type(e).__name__]
         raise ConfigError(
             f"storage={where!r} cannot be opened ({reason[0]}): give a file, or a URL such as "

@@ -3,15 +3,15 @@
     python -m experiments.sweep [NAME] --space FILE [--out runs/sweep] [--section.field VALUE ...]
 
 NAME and fields are those of `experiments.pretrain`; FILE is TOML, see `experiments/space.py`. Runs
-that differ in traced numbers and seeds alone (learning rate, weight decay, multipliers, target
+that differ only in traced numbers and seeds (learning rate, weight decay, multipliers, target
 ratios, weights of rate losses, gain of the controller) are trained inside one program, up to
 --width of them, spread over the devices; all others one after the other. Points are claimed in an
-Optuna storage: start the same command on several machines with one --storage (a journal file they
-share, or the URL of a database) and they share the work. Started again it goes on: finished points
-stay, those in flight resume from their checkpoints.
+Optuna storage: start the same command on several machines with one --storage (a shared journal file
+or the URL of a database) and they share the work. The same command again resumes: finished points
+stay, interrupted ones continue from their checkpoints.
 
-OUT gets results.csv and .parquet, a plot a field, tensorboard/ (HParams), and best.json, which
-`pretrain` takes. Exit codes: 0 done, 2 bad input, 75 asked to stop and saved.
+OUT gets results.csv and .parquet, one plot per field, tensorboard/ (HParams), and best.json, a
+configuration for `pretrain`. Exit codes: 0 done, 2 bad input, 75 asked to stop and saved.
 """
 
 import sys
@@ -33,7 +33,7 @@ from hnet.train.compile_cache import CompilationLog, enable_compilation_cache
 from hnet.train.config import Config
 from hnet.train.distributed import REQUEUE_EXIT_CODE, StopRequest
 
-IDLE_SECONDS = 2.0  # between two looks for points that others may have left
+IDLE_SECONDS = 2.0  # between two checks for points that other workers may have left
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _show_plan(base: Config, space: Space, options: Options) -> None:
-    """The points of each program; of tpe, what they are drawn from."""
+    """Print the points of each program; for tpe, the ranges they are drawn from."""
     points = list_points(base, space)
     seeds = len(space.seeds) or 1
     if points is None:
@@ -104,7 +104,7 @@ def _programs(points: Sequence[Point], width: int) -> list[list[Point]]:
 
 
 def _work(study: Study, options: Options, stop: StopRequest) -> bool:
-    """Train points until none is left, also of workers that die; False if asked to stop."""
+    """Train points until none is left, including those of dead workers; False if asked to stop."""
     limit = max(1, options.width // (len(study.space.seeds) or 1))
     if study.points is None:
         limit = min(limit, study.space.parallel)

@@ -1,4 +1,4 @@
-"""What a sweep found: a table of its runs, a plot a field, HParams, and the best configuration."""
+"""Results of a sweep: table of runs, one plot per field, HParams, and the best configuration."""
 
 import contextlib
 import csv
@@ -31,7 +31,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 def result_rows(study: Study) -> list[dict[str, Any]]:
-    """A row a run, flat; of a failed point one row. Points stand in the order of their trials."""
+    """One flat row per run, one row per failed point; points in the order of their trials."""
     rows = []
     for trial in study.finished():
         values = study.space.values(trial.params)
@@ -55,7 +55,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def interval(values: list[float]) -> float:
-    """Half the width of the 95% confidence interval of a mean (Student's t); 0 for one value."""
+    """Half-width of the 95% confidence interval of a mean (Student's t); 0 for one value."""
     from scipy.stats import t
 
     n = len(values)
@@ -63,8 +63,8 @@ def interval(values: list[float]) -> float:
 
 
 def check_results(out: Path) -> None:
-    """Raise ConfigError if a folder holds files that `write_results` would replace and that no
-    sweep wrote."""
+    """Raise ConfigError if a folder contains files that `write_results` would replace but no sweep
+    wrote."""
     files = [out / name for name in RESULTS if os.path.lexists(out / name)]
     if not files:
         new_file(out / RESULTS[0], "out")
@@ -75,7 +75,7 @@ def check_results(out: Path) -> None:
 
 
 def write_results(study: Study, out: Path) -> None:
-    """Write all that is finished so far, the work of other workers included."""
+    """Write all results so far, including those of other workers."""
     rows = result_rows(study)
     if not rows:
         return
@@ -104,7 +104,7 @@ def write_results(study: Study, out: Path) -> None:
 
 
 def _show(study: Study, most: int = 10) -> None:
-    """The best points on the terminal."""
+    """Print the best points."""
     table = Table("point", "eval/bpb", "bytes/chunk")
     done = [t for t in study.finished() if t.state == TrialState.COMPLETE]
     for trial in sorted(done, key=lambda t: t.value)[:most]:
@@ -122,7 +122,7 @@ def _show(study: Study, most: int = 10) -> None:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """Write a file in one move: several workers may do so."""
+    """Replace a file atomically, since several workers may write it."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     temporary.write_bytes(content)
     temporary.replace(path)
@@ -136,7 +136,7 @@ def _write_parquet(rows: list[dict[str, Any]], path: Path) -> None:
         console.print("results.parquet is left out: it needs the extra parquet")
         return
     columns = {name: [row[name] for row in rows] for name in rows[0]}
-    for name, column in columns.items():  # a column has one type
+    for name, column in columns.items():  # each column has one type
         kinds = {type(v) for v in column if v is not None}
         if len(kinds) > 1:
             convert = float if kinds == {int, float} else str
@@ -147,9 +147,9 @@ def _write_parquet(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def _write_hparams(study: Study, folder: Path) -> None:
-    """A TensorBoard run a run, with its fields, its curve and its end; those there are kept.
+    """One TensorBoard run per run, with its fields, curve and result; existing ones are kept.
 
-    A run appears in one move, so that one that is there is whole.
+    A run is renamed into place, so that an existing run is always complete.
     """
     folder.mkdir(exist_ok=True)
     for trial, values, run in _runs(study):
@@ -180,7 +180,7 @@ def _runs(study: Study) -> Iterator[tuple]:
 
 
 def _plot(study: Study, rows: list[dict[str, Any]], path: Path) -> None:
-    """Bits per byte against each field: a mark a point, with its interval over seeds."""
+    """Plot bits per byte against each field: one mark per point, with its interval over seeds."""
     with contextlib.suppress(ImportError):
         import matplotlib
 

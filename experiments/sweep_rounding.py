@@ -1,15 +1,15 @@
-"""How far runs of one program are from the same runs alone, and why.
+"""How far runs of one program are from the same runs trained separately, and why.
 
     python -m experiments.sweep_rounding [--rates 8] [--seeds 2] [--name tiny]
 
-A step is compared twice. From one state: the gradient that one program finds for all runs beside
-that of a run alone, where both start from the state of the run alone. On its own: both sides go
-their own way from the first state on, and after each step the run's batch is cut with the
-parameters of both. The two programs add in another order, so gradients differ by rounding; Adam
-divides a gradient by its own size, so parameters whose gradient is hardly more than rounding move
-apart; in the end a boundary whose p is near 0.5 turns on one side. The control is the run alone
-once more, from parameters that are one unit in the last place larger: what rounding by itself does
-to a run. About two minutes on one CPU core.
+A step is compared in two ways. From the same state: the gradient of a run in the joint program
+against that of the separate run, both from the state of the separate run. From the same start: both
+sides train independently from the same initial state, and after each step the next batch is
+segmented with the parameters of both. The two programs sum in a different order, so gradients
+differ by rounding. Adam divides a gradient by its own size, so parameters whose gradient is hardly
+larger than rounding drift apart, until a boundary with p near 0.5 changes on one side. The control
+is the separate run repeated from parameters that are one unit in the last place larger: the effect
+of rounding by itself. About two minutes on one CPU core.
 """
 
 import json
@@ -33,18 +33,18 @@ from hnet.train.program import Program, build, put_batch, traced_numbers
 
 @dataclass
 class Way:
-    """How one run went in both programs, a number a step."""
+    """Differences of one run between both programs, one number per step."""
 
     gradient: list[float]
-    """norm of the difference over norm, from the same state"""
+    """relative norm of the gradient difference, from the same state"""
     loss: list[float]
-    """difference over the loss of the run alone, each on its own way"""
+    """relative difference of loss, from the same start"""
     turned: list[int]
-    """boundaries of the next batch that only one side has"""
+    """number of boundaries of the next batch that only one side has"""
     nearest: list[float]
-    """distance of p from 0.5 where a boundary turned, the largest; 0 if none did"""
+    """largest distance of p from 0.5 where a boundary changed; 0 if none did"""
     control: list[float]
-    """difference of loss between the run alone and the one that starts one last place from it"""
+    """difference of loss between the separate run and the control"""
 
 
 def main() -> int:
@@ -82,11 +82,11 @@ def _short(columns) -> float:
 
 
 def compare(configs: list[Config], devices: list | None = None, **build_options: Any) -> list[Way]:
-    """Train the runs in one program and alone, with all chunk slots."""
+    """Train the runs in one program and separately, with all chunk slots."""
     devices = jax.devices() if devices is None else devices
     together = population.build(configs, devices=devices, **build_options)
     by_seed = {c.seed: build(c, devices=devices, **build_options) for c in configs}
-    alone = by_seed[configs[0].seed]  # what differs in the others is traced
+    alone = by_seed[configs[0].seed]  # the others differ only in traced values
     hparams = [traced_numbers(config) for config in configs]
     cut = jax.jit(partial(_cut, graph=alone.graph))
     corpus, ways = open_corpus(configs[0].data), [Way([], [], [], [], []) for _ in configs]
@@ -124,7 +124,7 @@ def compare(configs: list[Config], devices: list | None = None, **build_options:
 
 
 def _cut(params: Any, input_ids_BL: jax.Array, segment_ids_BL: jax.Array, *, graph: nnx.GraphDef):
-    """p and boundaries of all stages, each in one row."""
+    """p and boundaries of all stages, each flattened into one row."""
     _, routes = nnx.merge(graph, params)(input_ids_BL, segment_ids_BL)
     flat = lambda arrays: jnp.concatenate([a.ravel() for a in arrays])
     return flat([r.boundary_prob_BL for r in routes]), flat([r.boundary_mask_BL for r in routes])
@@ -136,7 +136,7 @@ def _step(program: Program, state: Any, batch: list, hparams: Any):
 
 
 def _stacked(states: list, program: Program) -> Any:
-    """States of single runs as that of the program, the last repeated as there."""
+    """States of single runs as the state of the joint program, which repeats the last run."""
     states = [*states, *[states[-1]] * (-len(states) % program.mesh.shape["runs"])]
     return jax.tree.map(
         lambda sharding, *leaves: jax.device_put(jnp.stack(leaves), sharding),
@@ -145,8 +145,8 @@ def _stacked(states: list, program: Program) -> Any:
 
 
 def _moment(state: Any) -> np.ndarray:
-    """Adam's mean of gradients, flat, a row each where there are several runs. From states that
-    were equal these differ as the gradients do, times 1 - b1."""
+    """Adam's first moment, flattened; one row per run if there are several. After a step from equal
+    states these differ by the difference of the gradients times 1 - b1."""
     (mean,) = (part.mu for part in jax.tree.leaves(state.opt_state, is_leaf=_is_adam)
                if _is_adam(part))  # fmt: skip
     shape = (*state.step.shape, -1)

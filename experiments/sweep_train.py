@@ -1,4 +1,4 @@
-"""Train points of one program: together where there are several runs, else as a run of its own."""
+"""Train points of one program: several runs together, a single run by itself."""
 
 import hashlib
 import json
@@ -28,13 +28,13 @@ from hnet.train.metrics_file import MetricsFile, read_metrics
 from hnet.train.population import train_population
 from hnet.train.report import Report
 
-SAY_SECONDS = 10.0  # between two lines on where a group stands
+SAY_SECONDS = 10.0  # between two progress lines of a group
 console = Console(highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)
 class Options:
-    """How this worker takes part."""
+    """Options of this worker."""
 
     out: Path
     width: int
@@ -54,7 +54,7 @@ def train_points(study: Study, claims: list[Claim], options: Options, stop: Stop
         if len(runs) == 1:
             return _train_alone(study, claims[0], options, stop)
         return _train_together(study, claims, options, stop)
-    except Locked as e:  # a worker that counted as dead goes on: the points are its own
+    except Locked as e:  # a worker that counted as dead still trains these points
         study.release(claims)
         console.print(escape(str(e)))
         time.sleep(options.timeout / 4)
@@ -74,7 +74,7 @@ def train_points(study: Study, claims: list[Claim], options: Options, stop: Stop
 
 
 def _prune(study: Study, claims: list[Claim], step: int, bpb: list[float | None]) -> bool:
-    """Report the points' bits per byte at a step and ask whether they go on; True if none does."""
+    """Report the points' bits per byte at a step; True if all points are pruned."""
     for claim, value in zip(claims, bpb):
         if value is not None:
             study.report(claim, step, value)
@@ -87,7 +87,7 @@ def _prune(study: Study, claims: list[Claim], step: int, bpb: list[float | None]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """None if one is missing."""
+    """The mean; None if a value is missing."""
     return None if None in values else statistics.fmean(values)
 
 
@@ -154,7 +154,7 @@ def _train_alone(study: Study, claim: Claim, options: Options, stop: StopRequest
 
 @dataclass
 class _Ending:
-    """The stop request of one run: that of the worker, or because the run was pruned."""
+    """The stop request of one run: set if the worker has to stop or the run was pruned."""
 
     stop: StopRequest
     ended: bool = False
@@ -164,7 +164,7 @@ class _Ending:
 
 
 class _WatchedReport(Report):
-    """The report of a run, which shows its evaluations to `watch` too."""
+    """The report of a run, which also passes its evaluations to `watch`."""
 
     def __init__(self, *arguments, watch: Callable[[int, Evaluation], None]):
         super().__init__(*arguments)
@@ -182,7 +182,7 @@ def _result(
     curve: list[tuple[int, float | None]],
     step: int,
 ) -> dict[str, Any]:
-    """What the storage keeps of a run. bytes_per_chunk and overflow are by stage."""
+    """The record of a run in the storage. bytes_per_chunk and overflow are per stage."""
     stages = range(config.model.num_chunked) if evaluation else ()
     return {
         "seed": config.seed,
@@ -210,7 +210,7 @@ def _digest(content: Any) -> str:
 
 
 class _Progress:
-    """Writes metrics.jsonl of a group and says every ten seconds where it stands."""
+    """Writes metrics.jsonl of a group and prints its progress every ten seconds."""
 
     def __init__(self, folder: Path, steps: int):
         self.folder, self.steps, self.said = folder, steps, time.monotonic()

@@ -1,4 +1,4 @@
-"""How tests call the pieces of a stage one by one."""
+"""Helpers to call the parts of a stage one by one."""
 
 from typing import NamedTuple
 
@@ -66,7 +66,7 @@ def dechunked(y_BMD, chunks: Chunks, boundaries: Boundaries, how="ema"):
 
 
 def loss_of(part: type, boundaries, target_ratio_R, *, given=None, logits=None, **fields):
-    """A loss of boundaries, before its weight; alignment end with a null chunk, unless forced."""
+    """A boundary loss before weighting; alignment END with a null chunk, unless forced."""
     forced = fields.pop("forced", False)
     counts = rate_counts(boundaries, len(target_ratio_R))
     x = LossInputs(

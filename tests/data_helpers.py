@@ -23,7 +23,7 @@ def jsonl(texts):
 
 
 def make_documents(texts, gap=3):
-    """Documents that lie in a store with unrelated bytes between them."""
+    """Documents in a store, with unrelated bytes between them."""
     data, starts = bytearray(), []
     for text in texts:
         data += b"#" * gap

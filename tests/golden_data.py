@@ -1,4 +1,4 @@
-"""Reads tests/golden: numbers of the official model (where from: tests/golden/README.md)."""
+"""Reads tests/golden: numbers of the official model (see tests/golden/README.md)."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ FOLDER = Path(__file__).parent / "golden"
 
 
 def load(name: str) -> dict[str, np.ndarray]:
-    """All arrays of one file by name. float32 arrays are stored as four byte planes, which zip."""
+    """All arrays of one file by name. float32 arrays are stored as four byte planes."""
     with np.load(FOLDER / f"{name}.npz", allow_pickle=False) as file:
         return {key: _from_planes(file[key]) for key in file.files}
 
@@ -26,10 +26,10 @@ def _from_planes(array: np.ndarray) -> np.ndarray:
 
 
 def projections(gradient: np.ndarray, signs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What is stored of a gradient: all of it if small, else its signed sums over either end.
+    """The stored form of a gradient: the whole array if small, else signed sums over either axis.
 
-    Every entry enters two of the sums, and their squared error estimates that of the gradient
-    (the signs are random), so a wrong gradient shows at 1/100 of the space.
+    Every entry is in two of the sums, and their squared error estimates that of the gradient (the
+    signs are random), so a wrong gradient is detected with 1/100 of the space.
     """
     gradient = np.asarray(gradient, np.float64)
     if gradient.size <= 256:

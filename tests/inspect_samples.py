@@ -1,4 +1,4 @@
-"""Probe texts in many scripts, and segmentations that look as if a model learned to cut them."""
+"""Probe texts in many scripts, and synthetic segmentations that resemble those of a model."""
 
 import numpy as np
 

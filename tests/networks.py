@@ -1,4 +1,4 @@
-"""Small networks that several tests share, and how tests compile them."""
+"""Small networks shared by several tests, and how tests compile them."""
 
 from dataclasses import replace
 from functools import partial
@@ -11,14 +11,14 @@ from flax import nnx
 from hnet.config import ChunkingConfig, ComputeConfig, HNetConfig, SSMConfig, StageConfig
 from hnet.model import abstract
 
-# A fifth of the default's compile time. Where a result must be that of the program people run
-# (causality bit for bit, parity), tests use plain `jax.jit`.
+# A fifth of the default's compile time. Tests that need the result of the optimized program
+# (causality bit for bit, parity) use plain `jax.jit`.
 QUICK = {"xla_backend_optimization_level": 0}
 if jax.__version_info__ < (0, 11):
     QUICK["xla_cpu_use_fusion_emitters"] = False
 quick_jit = partial(jax.jit, compiler_options=QUICK)
 
-# blocks shorter than the rows of the tests, so that blocks meet and the last one is ragged
+# blocks shorter than the rows of the tests, so that there are several and the last one is ragged
 COMPUTE = ComputeConfig(ssd_block_len=8, attention_block_len=19)
 
 
@@ -42,7 +42,7 @@ def official_network(*parts, **fields):
 
 MLP_END = {"predictor": "mlp", "alignment": "end", "pool": "mean", "losses": ("binomial",)}
 
-# What tests/test_battery.py holds for every network: a new way to cut joins by one line.
+# Networks tested by tests/test_battery.py: one line adds a new way to chunk.
 NETWORKS = {
     "iso": network(stage("m1T2", 26, window=7)),
     "one_stage": network(stage("m2 m1T1", 26, window=5), stage("T2", 39)),
@@ -75,7 +75,7 @@ NETWORKS = {
 def random_params(config: HNetConfig, seed: int = 3) -> tuple[nnx.GraphDef, dict]:
     """(structure, parameters) with nothing left at an initial zero, one or identity.
 
-    With the default seed every learned router cuts about half of random bytes.
+    With the default seed every learned router has boundaries at about half of random bytes.
     """
     graph, shapes = abstract(config)
     return graph, drawn(shapes, seed)

@@ -1,4 +1,4 @@
-"""The equations as plain loops in float64: slow, and short enough to be checked by reading."""
+"""The equations as plain loops in float64: slow, but short enough to check by reading."""
 
 import numpy as np
 
@@ -22,7 +22,7 @@ def attention(
     q_BLHK, k_BLHK, v_BLHK, segment_ids_BL, window=-1, *, causal=True, bias_BL=None, sink_H=None,
     cap=0.0,
 ):  # fmt: skip
-    """Heads of keys and values may be fewer: each serves the next few heads of queries."""
+    """There may be fewer key/value heads: each serves a group of consecutive query heads."""
     (B, L, H, _), shared = q_BLHK.shape, q_BLHK.shape[2] // k_BLHK.shape[2]
     out = np.zeros((B, L, H, v_BLHK.shape[-1]))
     for b, t, h in np.ndindex(B, L, H):
@@ -38,7 +38,7 @@ def attention(
 
 
 def one_query(q_K, k_SK, v_SK, bias_S=0.0, sink=None, cap=0.0):
-    """Softmax over S keys that are seen; `sink`: a further logit without a value."""
+    """Softmax attention over the S visible keys; `sink`: an extra logit without a value."""
     scores = np.float64(k_SK) @ np.float64(q_K) / np.sqrt(len(q_K))
     if cap:
         scores = cap * np.tanh(scores / cap)
@@ -83,7 +83,7 @@ def causal_conv_silu(x_BLC, weight_WC, bias_C, segment_ids_BL):
 
 
 def rotary(x_BLHK, positions_BL, rotary_dim):
-    """Channels i and i + rotary_dim / 2 as the real and imaginary part of one number, turned."""
+    """Rotate channels i and i + rotary_dim / 2 as real and imaginary part of a complex number."""
     half = rotary_dim // 2
     number = x_BLHK[..., :half] + 1j * np.float64(x_BLHK[..., half:rotary_dim])
     angle = positions_BL[..., None] * 1e4 ** (-np.arange(half) / max(half, 1))
@@ -114,7 +114,7 @@ def chunk(x_BLD, boundary_mask_BL, boundary_prob_BL, segment_ids_BL, capacity):
 
 
 def dechunk(y_BMD, boundary_mask_BL, boundary_prob_BL, segment_ids_BL):
-    """Walks the row: a boundary takes in its chunk's output, other positions repeat the last."""
+    """Loop over the row: boundaries update the EMA; other positions repeat the last value."""
     out = np.zeros((*boundary_mask_BL.shape, y_BMD.shape[-1]))
     for b, mask_L in enumerate(boundary_mask_BL):
         slot, smoothed, segment = 0, 0.0, None

@@ -1,4 +1,4 @@
-"""Accumulation makes the update and the numbers of one batch, whatever its rows hold."""
+"""Accumulation gives the update and the metrics of one batch, for any content of its rows."""
 
 from functools import partial
 
@@ -70,7 +70,7 @@ def test_micro_batches_make_the_update_and_the_metrics_of_one_batch(name):
     assert metrics.keys() == expected.keys()
     assert all(expected[f"stage{s}/aux_loss"] > 0 for s in range(model.num_chunked))
     for key, value in expected.items():
-        if not key.endswith("max_slots"):  # of rows of slots, which are others
+        if not key.endswith("max_slots"):  # rows of slots differ
             np.testing.assert_allclose(metrics[key], value, rtol=2e-5, atol=1e-6, err_msg=key)
     moments, expected_moments = state.opt_state[1].mu, expected_state.opt_state[1].mu
     close = partial(np.testing.assert_allclose, rtol=1e-3, atol=2e-9)

@@ -1,4 +1,4 @@
-"""Bad command lines over all commands: exit code 2, one line, nothing written, before any work."""
+"""Bad command lines for all commands: exit code 2, one line, no work done, nothing written."""
 
 import importlib
 import json
@@ -28,7 +28,7 @@ OPTIONS = {
     "experiments.segment": "SegmentConfig",
     "hnet.data.__main__": "Prepare",
 }
-"""Commands that are told by a dataclass of their own."""
+"""Commands configured by their own dataclass."""
 GIVEN = {"checkpoint": "x", "files": ["x"], "gold": ["x"], "out": "x", "train": ["x"]}
 """Values of the fields that must be given."""
 MAY_BE_NEGATIVE = ("mesh.data", "mesh.fsdp", "mesh.tensor", "window_size")

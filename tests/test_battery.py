@@ -1,4 +1,4 @@
-"""What every network must satisfy, whatever cuts it: one list, `NETWORKS`, and tests over it.
+"""Properties of every network, for any way to chunk: one list, `NETWORKS`, and tests over it.
 
 T1 causality, T3 capacity, T4 packing, T6 degenerate boundaries, T7 the rate loss steers the rate,
 T8 rate accounting. (T2 streaming, T5 identity and T9 bits per byte have tests of their own.)
@@ -16,10 +16,10 @@ from networks import NETWORKS, quick_jit, random_params
 from hnet.chunking.losses.ratio import ratio_loss
 from hnet.chunking.rates import boundary_rates
 
-L = 37  # positions of a row; every test uses three rows, so that programs are shared
+L = 37  # positions per row; every test uses three rows, so that programs are shared
 DOCUMENTS = (17, 13, 7)  # lengths that fill a row
-SLOTS = 4  # what the tests of overflow give to rows that want many more
-AS_RUN = ("one_stage", "routed")  # compiled as people run them; the others quickly
+SLOTS = 4  # slots per row in the tests of overflow, in which rows want many more
+AS_RUN = ("one_stage", "routed")  # compiled with all optimizations; the others quickly
 
 ALL = pytest.mark.parametrize("name", NETWORKS)
 CHUNKED = pytest.mark.parametrize("name", [n for n, c in NETWORKS.items() if c.num_chunked])
@@ -49,7 +49,7 @@ def forward(name, ids_BL, segment_ids_BL, capacities=None):
 
 @partial(quick_jit, static_argnums=(0, 5, 6))
 def gradient(graph, params, ids_BL, segment_ids_BL, cotangent_BLV, capacities, embeddings_only):
-    """Gradient of sum(logits * cotangent), and the routers' outputs."""
+    """Gradient of sum(logits * cotangent), and the outputs of the routers."""
 
     def scalar(chosen):
         logits_BLV, routes = _forward(graph, params | chosen, ids_BL, segment_ids_BL, capacities)
@@ -81,17 +81,17 @@ def bits(array):
 
 
 def assert_close(ours, theirs):
-    """Documents of one row agree so far: the SSD takes differences of sums over blocks of it."""
+    """Tolerance for documents in one row: the SSD takes differences of sums over its blocks."""
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5)
 
 
-# --- T1: the past is blind ----------------------------------------------------------------------
+# --- T1: causality ------------------------------------------------------------------------------
 
 
 @ALL
 @pytest.mark.parametrize("change", ["one byte", "all later bytes"])
 def test_causality_bit_for_bit(name, change):
-    """logits at t, and the decision at t, depend on bytes up to t alone."""
+    """logits at t, and the decision at t, depend only on bytes up to t."""
     ids = random_bytes(1)
     before, routes_before = forward(name, ids, MIXED_ROWS)
     for times in [(5, 30, 18), (19, 1, 24)]:
@@ -110,14 +110,14 @@ def test_causality_bit_for_bit(name, change):
 
 @pytest.mark.parametrize("length", [1, 8, 20])
 def test_a_row_may_be_of_any_length(length):
-    """One byte, whole blocks, a ragged last block: always the start of what a longer row gives."""
+    """One byte, whole blocks, a ragged last block: the result is a prefix of a longer row's."""
     ids = random_bytes(13)
     whole, _ = forward("one_stage", ids, MIXED_ROWS)
     start, _ = forward("one_stage", ids[:, :length], MIXED_ROWS[:, :length], (None,))
     assert_close(start, whole[:, :length])
 
 
-# --- T4: a document does not notice its neighbours ----------------------------------------------
+# --- T4: documents are independent --------------------------------------------------------------
 
 
 @ALL
@@ -138,7 +138,7 @@ def test_packed_documents_equal_documents_alone(name):
 
 @ALL
 def test_only_where_ids_change_counts_and_padding_is_not_seen(name):
-    """A number may come again later in the row; padding may lie anywhere and hold any bytes."""
+    """A segment id may occur again later in the row; padding may be anywhere, with any bytes."""
     ids = random_bytes(12)
     logits, _ = forward(name, ids, PACKED_ROWS)
     again, _ = forward(name, ids, np.int32([7, 2, 7])[PACKED_ROWS - 1])
@@ -155,9 +155,9 @@ def test_only_where_ids_change_counts_and_padding_is_not_seen(name):
 @ALL
 @pytest.mark.parametrize("clip", [False, True])
 def test_gradient_between_documents_is_exactly_zero(name, clip):
-    """Document A uses bytes below 128, B those above; the scalar is made of B's logits above 128.
+    """Document A uses bytes below 128, B those above; the scalar depends on B's logits above 128.
 
-    So the embedding rows below 128 can get a gradient only through a leak (tied heads included).
+    So embedding rows below 128 get a gradient only through a leak (also with tied heads).
     """
     if clip and not NETWORKS[name].num_chunked:
         pytest.skip("has no slots")
@@ -176,7 +176,7 @@ def test_gradient_between_documents_is_exactly_zero(name, clip):
 
 
 def too_few(name):
-    """Capacities that give the first stage fewer slots than any document of 17 bytes asks for."""
+    """Capacities with fewer slots in the first stage than any document of 17 bytes wants."""
     return (SLOTS, *(None,) * (NETWORKS[name].num_chunked - 1))
 
 
@@ -204,7 +204,7 @@ def test_capacity_above_need_changes_nothing(name):
 
 @CHUNKED
 def test_overflow_is_clipped_and_counted(name):
-    """Too many boundaries: the first are kept, and nothing before the first clipped one moves."""
+    """Too many boundaries: the first are kept; nothing changes before the first clipped one."""
     ids = random_bytes(4)
     free, (free_route, *_) = forward(name, ids, MIXED_ROWS)
     clipped, (route, *_) = forward(name, ids, MIXED_ROWS, too_few(name))
@@ -222,7 +222,7 @@ def test_overflow_is_clipped_and_counted(name):
 
 @CHUNKED
 def test_position_clipped_with_its_segment_start_reads_no_other_document(name):
-    """Documents whose every slot was clipped stay blind to the one that used them all."""
+    """Documents whose slots were all clipped do not see the document that used the slots."""
     results = []
     for seed in (5, 6):
         ids = random_bytes(7)
@@ -237,7 +237,7 @@ def test_position_clipped_with_its_segment_start_reads_no_other_document(name):
 
 
 def force_boundaries(params, everywhere):
-    """Learned routers that, on one byte repeated, cut everywhere or nowhere."""
+    """Learned routers that have boundaries everywhere or nowhere on one repeated byte."""
     sign = -1.0 if everywhere else 1.0
 
     def change(path, leaf):
@@ -286,7 +286,7 @@ def test_degenerate_boundaries_have_finite_gradients(name, everywhere):
 
 
 def test_rate_loss_steers_the_rate():
-    """Descending the ratio loss alone moves the mean boundary probability towards 1 / target."""
+    """Descent on only the ratio loss moves the mean boundary probability towards 1 / target."""
     graph, params = build("one_stage")
     ids = random_bytes(10)
 

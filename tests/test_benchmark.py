@@ -1,4 +1,4 @@
-"""The benchmark on a tiny network: fields, forced cuts, and parts that are the step's."""
+"""The benchmark on a tiny network: fields, forced boundaries, and parts equal to the step's."""
 
 from dataclasses import replace
 
@@ -9,9 +9,11 @@ from flax import nnx
 
 from experiments import benchmark_step
 from experiments.benchmark import Benchmark
-from experiments.benchmark_step import Step, forced, measure_steps, slots
+from experiments.benchmark_step import Step, measure_steps, slots
 from hnet.errors import ConfigError
-from tests.training import build, tiny_run
+from hnet.fields import check
+from hnet.model import abstract
+from tests.training import TINY, build, tiny_run
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +43,15 @@ def test_cuts_are_forced_and_fill_the_slots_exactly(step):
     assert slots(step.config, 0.25) == (8,) == step.lengths[1:]
     model = nnx.merge(step.graph, step.state.params)
     ids = jnp.asarray(step.batch["input_ids"])
-    with forced(0.25):
-        _, (route,) = model(ids, capacities=(8,))
+    _, (route,) = model(ids, capacities=(8,))
     assert np.array_equal(route.boundary_mask_BL, np.tile([True] + [False] * 3, (8, 8)))
     assert np.array_equal(np.sum(route.boundary_mask_BL, axis=1), [8] * 8)
-    learned = model(ids, capacities=(None,))[1][0].boundary_mask_BL
+    plain = nnx.merge(abstract(TINY)[0], step.state.params)
+    learned = plain(ids, capacities=(None,))[1][0].boundary_mask_BL
     assert not np.array_equal(learned, route.boundary_mask_BL)
 
 
 def test_bad_settings_are_named():
     for changes, name in (({"fractions": (0.3,)}, "fractions"), ({"repeats": 0}, "repeats")):
         with pytest.raises(ConfigError, match=name):
-            replace(Benchmark(), **changes)
+            check(replace(Benchmark(), **changes))

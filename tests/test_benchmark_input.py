@@ -1,4 +1,4 @@
-"""The input pipeline measured beside what a run has logged."""
+"""The input pipeline measured against what a run has logged."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""`pretrain` in turns with its bare step: which steps are timed, and what of them is told."""
+"""`pretrain` alternating with its bare step: which steps are timed, and what is reported."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ def set_clock(monkeypatch, readings):
 
 @pytest.fixture
 def report(monkeypatch, tmp_path):
-    """One that shows and writes nothing."""
+    """A report that shows and writes nothing."""
 
     def keep_config(self, config, *_):
         self.config = config
@@ -35,7 +35,7 @@ def test_only_steps_between_two_turns_of_equal_slots_are_timed(monkeypatch, repo
     monkeypatch.setattr(report, "_take_turn", lambda: turns.append(step))
     for step, capacity in enumerate([8] * 6 + [5] * 8, start=1):
         assert report.step({"step": step, "stage0/capacity": capacity}) == ["an alarm"]
-    # 7 is the first of new slots, 8 began before it was read, 9 to 11 are on their own
+    # 7 is the first with new slots, 8 began before it was read, 9 to 11 are undisturbed
     assert turns == [11] and report.seconds["run"] == [(103 - 20) / 2]
 
 

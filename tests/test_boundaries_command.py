@@ -1,4 +1,4 @@
-"""The command on annotated files, against counts by plain loops."""
+"""`experiments.boundaries` on annotated files, against counts by plain loops."""
 
 import json
 import math
@@ -28,7 +28,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def cut(model):
-    """A text -> its segmentation."""
+    """A function from a text to its segmentation."""
     graph, params = split(model)
     with pytest.MonkeyPatch.context() as m:
         m.setattr(jax, "jit", quick_jit)

@@ -1,4 +1,4 @@
-"""The ladder of chunk slots, and the alarms of boundaries that go wrong."""
+"""The ladder of chunk slots, and the alarms for bad boundary rates."""
 
 import json
 from dataclasses import replace
@@ -34,7 +34,7 @@ def test_it_climbs_at_once_and_descends_with_patience():
     assert ladder.capacities[0] > 128
     before = ladder.capacities
     ladder = observed(ladder, *[60] * (PATIENCE - 1))
-    assert ladder.capacities == before  # 127 is still in sight
+    assert ladder.capacities == before  # 127 is still in the window
     assert observed(ladder, 60).capacities == (64,)
 
 
@@ -63,14 +63,14 @@ def test_steady_counts_never_overflow_and_fill_their_slots(seed, deviation):
         if step >= 2 * PATIENCE:
             used.append(count / ladder.capacities[0])
         ladder = ladder.observe((count,))
-    # four deviations, as 30 counts show them (up to 1.35 times too large); guard and rung; slots
-    # that are few enough already
+    # four standard deviations, as estimated from 30 counts (up to 1.35 times too large); guard and
+    # rung; slots that are already few enough
     assert np.mean(used) >= WORTH / (1 + 4 * 1.35 * deviation) / 1.06
 
 
 @given(st.lists(st.integers(1, 512), min_size=1, max_size=150))
 def test_slowly_moving_counts_never_overflow(targets):
-    """A count that grows by less than the guard a step always finds a slot."""
+    """A count that grows by less than the guard per step always gets a slot."""
     count, ladder = 100.0, Ladder((512,), (128,))
     for target in targets:
         count = min(max(target, count / 1.019), count * 1.019, 512)
@@ -106,7 +106,7 @@ def test_a_ladder_read_back_from_json_goes_on_alike():
 
 @given(st.data())
 def test_slots_that_held_every_row_hold_them_however_they_are_shared(data):
-    """Restored where other rows share slots: on other devices, or in other micro-batches."""
+    """Restored with other rows sharing slots: on other devices, or in other micro-batches."""
     rows, wanted = 48, data.draw(st.lists(st.integers(1, 64), min_size=48, max_size=48))
     divisors = st.sampled_from([1, 2, 3, 4, 6, 8, 12, 24])
 
@@ -144,7 +144,7 @@ def test_a_ladder_of_an_earlier_version_is_read_where_its_rows_are_known():
         ([0.4 + 0.01 * i for i in range(WINDOW)], {"drift"}),
         ([0.6] * (WINDOW - 1), set()),
         ([0.24 + 0.0001 * i for i in range(WINDOW)], set()),
-        ([0.25] * (WINDOW - 1) + [0.6], set()),  # a batch that cuts often
+        ([0.25] * (WINDOW - 1) + [0.6], set()),  # a batch with many boundaries
     ],
 )
 def test_alarms_are_named(rates, alarm):

@@ -1,4 +1,4 @@
-"""Which ways to cut exist by name, and which are refused."""
+"""Which ways to chunk exist by name, and which are refused."""
 
 from dataclasses import replace
 

@@ -98,7 +98,7 @@ def test_slots_and_positions_are_those_of_a_walk_along_the_row(capacity, rows):
 
 
 def test_a_chunk_at_every_position_gives_the_states_back():
-    """P = 1 is clipped to 1 - 1e-4, so that a trace of the state before remains."""
+    """P = 1 is clipped to 1 - 1e-4, so that a trace of the previous state remains."""
     x = np.float32(rng.normal(size=(B, L, D)))
     ones = np.ones((B, L), np.float32)
     _, _, out = there_and_back(x, x, ones, np.ones((B, L), np.int32), capacity=L)
@@ -132,7 +132,7 @@ def test_gradient_of_p_is_the_closed_form():
     slot = np.searchsorted(starts, np.arange(length), side="right") - 1
     per_slot = [g[slot == s].sum(0) for s in range(len(starts))]
     expected = np.array([-g[t] @ z[slot[t] + 1] for t in range(length)])
-    expected[0] = 0  # the first p is 1, whatever the router says
+    expected[0] = 0  # the first p is forced to 1
     for m, t in list(enumerate(starts))[1:]:
         expected[t] *= -1
         for s in range(m, len(starts)):
@@ -152,7 +152,7 @@ def test_confidence_is_one_with_the_gradient_of_c():
 
 M = EMA_BLOCK**2 + 79  # blocks of blocks of blocks
 Y = np.float32(rng.normal(size=(B, M, D)))
-# mostly so small that a state lives on through blocks
+# mostly so small that a state persists over blocks
 GATE = rng.choice([1e-4, 3e-3, 0.5, 1 - 1e-4], size=(B, M), p=[0.6, 0.37, 0.02, 0.01])
 GATE = GATE.astype(np.float32)
 CHUNK_SEGMENTS = np.stack([np.repeat([1, 2, 3], [5, 60, M - 65]), np.repeat([1, 0], [50, M - 50])])
@@ -167,7 +167,7 @@ def test_ema_is_the_recurrence(smooth, slots):
 
 
 def test_ema_of_small_gates_forgets_nothing_over_many_blocks():
-    """One state, then gates that let almost nothing in: (1 - 1e-4)^m must not drift."""
+    """One state, then gates that are almost closed: (1 - 1e-4)^m must not drift."""
     gate = np.full((1, 1000), 1e-4, np.float32)
     gate[0, 0] = 1 - 1e-4
     y = np.zeros((1, 1000, 1), np.float32)
@@ -216,7 +216,7 @@ def test_batch_sharded_chunking_moves_nothing_between_devices(packed_rows):
     ids = jax.ShapeDtypeStruct((16, 97), jnp.int32, sharding=rows)
     compiled = jax.jit(with_gradient, out_shardings=(rows, rows)).lower(shape, ids, shape).compile()
     text = compiled.as_text()
-    assert "f32[2,97,5]" in text  # two rows a device
+    assert "f32[2,97,5]" in text  # two rows per device
     for collective in (
         "all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter",
     ):  # fmt: skip

@@ -23,7 +23,7 @@ B, L, R = 3, 29, 4
 
 
 def test_binomial_values_and_derivatives():
-    """512 positions, prior 0.2: the table of the published loss, value and slope a position."""
+    """512 positions, prior 0.2: table of the published loss, value and slope per position."""
     k = np.asarray([0.0, 102.4, 256.0, 512.0], np.float32)
     loss = lambda k: binomial_nll(k, jnp.float32(512), jnp.float32(0.2)) / 512
     values, slopes = jax.vmap(jax.value_and_grad(loss))(k)
@@ -190,7 +190,7 @@ def test_a_shifted_probability_is_that_of_the_shifted_logit(p, offset):
 
 
 def test_held_rates_come_to_their_targets_and_stay():
-    """Probabilities far from their targets; one route is absent now and then, one always."""
+    """Probabilities far from their targets; one route is absent sometimes, one always."""
     targets = np.float32([6.0, 3.0, 4.0]), np.float32([2.0, 1.5])
     rng = np.random.default_rng(0)
     logits_SRN = np.asarray([[[1.5], [-2.0], [0.0]], [[0.0], [0.3], [0.0]]])
@@ -211,13 +211,13 @@ def test_held_rates_come_to_their_targets_and_stay():
     np.testing.assert_allclose(1 / rates()[:, :2], [t[:2] for t in targets], rtol=0.01)
     assert offsets()[0, 2] == 0
     assert np.all(params["backbone"]["main_network"]["q_proj_layer"] == 1)
-    for _ in range(20):  # a rate that does not follow winds up no further
+    for _ in range(20):  # no further wind-up if the rate does not follow
         params = update(params, *[np.ones((2, 3), np.float32)] * 2, targets, 1.0)
     assert np.all(offsets()[0] == -LIMIT)
 
 
 def test_held_rate_is_that_of_all_batches_together():
-    """Small batches of a route cut less often than large ones; the sum of both is held."""
+    """Small batches of a route have lower rates than large ones; the total rate is held."""
     targets, offset = np.asarray([[4.0, 4.0]], np.float32), jnp.zeros(2)
     logits_N = np.random.default_rng(1).normal(size=4000)
     update, chunks, positions = quick_jit(hold_rates), 0.0, 0.0
@@ -243,7 +243,7 @@ def test_the_target_of_a_batch_is_that_of_its_mix_of_routes():
 
 @pytest.mark.parametrize("scale", [1.0, 9.0])
 def test_exact_offsets_cut_one_position_in_target_ratio(scale):
-    """Routes far from their targets, with forced boundaries; the fourth is hardly there."""
+    """Routes far from their targets, with forced boundaries; the fourth is very rare."""
     rng = np.random.default_rng(0)
     targets = [6.0, 2.0, 11.0, 3.0]
     routes = rng.choice(4, 4001, p=[0.5, 0.3, 0.19, 0.01])

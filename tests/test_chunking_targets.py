@@ -23,7 +23,7 @@ def test_a_route_a_language_gets_its_share_of_bytes(sizes, mean_ratio):
 @given(st.data())
 @settings(max_examples=30)
 def test_mixed_languages_are_equal_where_that_is_possible(data):
-    """Every language has a route of its own beside ones that it shares with others."""
+    """Every language has its own route and routes that it shares with others."""
     L = data.draw(st.integers(2, 5))
     draw = lambda low, high: data.draw(st.lists(st.integers(low, high), min_size=L, max_size=L))
     bytes_LR = np.concatenate([np.diag(draw(400, 900)), np.array([draw(0, 300), draw(0, 3)]).T], 1)

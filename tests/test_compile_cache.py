@@ -1,4 +1,4 @@
-"""The persistent compilation cache: where it lies, what it reports."""
+"""The persistent compilation cache: where it is, what it reports."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def test_compilation_cache_reports_misses_then_hits(tmp_path, jax_cache_settings
     path = tmp_path / "xla"
 
     def compile_again():
-        """As a new process would: the same program under a new jit."""
+        """Compile the same program under a new jit, as a new process would."""
 
         def wave(x):
             return jnp.sin(x) * 3.0

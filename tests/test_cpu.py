@@ -1,4 +1,4 @@
-"""What a process does for CPUs before it computes; each in a process of its own."""
+"""What a process sets up for CPUs before it computes; each test uses its own process."""
 
 import math
 import os

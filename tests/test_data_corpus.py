@@ -1,4 +1,4 @@
-"""Opening text and dividing it into training and held-out parts."""
+"""Opening text and splitting it into training and held-out parts."""
 
 from collections import Counter
 from dataclasses import replace

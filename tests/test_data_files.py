@@ -1,4 +1,4 @@
-"""What counts as a document, and the one line for each thing that cannot be read."""
+"""What counts as a document, and the one-line error for everything that cannot be read."""
 
 import gzip
 

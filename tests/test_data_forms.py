@@ -1,4 +1,4 @@
-"""The form of a file follows its content and suffix; what is not text is refused."""
+"""The form of a file follows from content and suffix; files that are not text are refused."""
 
 import gzip
 import io

@@ -1,4 +1,4 @@
-"""A text is the same by its content, not by its name."""
+"""A text is identified by its content, not by its name."""
 
 import os
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Batches: every byte once an epoch, and the same run for any workers, processes and restarts."""
+"""Batches: every byte once per epoch; the same run for any workers, processes and restarts."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Shards: what is read back, and that no interruption loses or repeats a document."""
+"""Shards: reading them back, and that no interruption loses or repeats a document."""
 
 import json
 import os
@@ -69,7 +69,7 @@ class Killed(BaseException):
 
 
 def kill_after(monkeypatch, documents):
-    """Let the preparation die when it asks for one more document than given."""
+    """Make the preparation fail when it asks for more than this number of documents."""
     read, count = module.read_chunks, 0
 
     def reader(path):

@@ -16,7 +16,7 @@ def corpus():
 
 
 def paragraphs(texts):
-    """Paragraphs that are long enough to be known by heart, without the headings."""
+    """Paragraphs that are long enough to be memorized, without the headings."""
     for text in texts:
         for paragraph in text.decode().split("\n\n"):
             if len(paragraph) > 200:

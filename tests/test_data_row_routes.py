@@ -27,7 +27,7 @@ def short_windows(monkeypatch):
 
 
 def routes_of_tokens(data: bytes, bos_eos: bool) -> list[int]:
-    """Route of each token of a document, the definition."""
+    """Route of each token of a document, by the definition."""
     group = {name: i + 1 for i, names in enumerate(GROUPS) for name in names}
     routes = [group.get(SCRIPTS[i], 0) for i in slow_ids(data)]
     return [COMMON, *routes, routes[-1]] if bos_eos else routes
@@ -108,7 +108,7 @@ def test_batches_bring_route_ids_to_whoever_asks(files):
 
 
 def test_a_share_of_the_rows_is_put_into_unknown_scripts(files):
-    """Byte for byte of the same kind, in a script of its own for each row, on the default route."""
+    """Bytes keep their kind; each row has its own synthetic script and is on the default route."""
     config = DataConfig(files=files, eval_fraction=0, batch_size=4, seq_len=11)
     corpus, fields = open_corpus(config), ("input_ids", "segment_ids", "loss_mask", "route_ids")
 
@@ -123,7 +123,7 @@ def test_a_share_of_the_rows_is_put_into_unknown_scripts(files):
     changed = (was[0] != got[0]).any(axis=1)
     beyond_ascii = (was[0] >= 0x80) & (was[0] < 0xF5)
     possible = beyond_ascii.any(axis=1)
-    assert abs(changed[possible].mean() - 0.3) < 0.1  # of about 100 rows
+    assert abs(changed[possible].mean() - 0.3) < 0.1  # about 100 rows
     assert (changed.reshape(-1, 4).sum(axis=0) > 3).all()
     assert not got[3][changed].any() and was[3][changed].any()
     np.testing.assert_array_equal(got[3][possible & ~changed], was[3][possible & ~changed])

@@ -1,4 +1,4 @@
-"""Tokens of a byte-level BPE in the place of bytes: same text, same bytes to score."""
+"""Tokens of a byte-level BPE instead of bytes: same text, same bytes to score."""
 
 from dataclasses import replace
 
@@ -82,7 +82,7 @@ def test_bits_are_counted_per_byte_of_the_same_held_out_text(file):
             positions += int(batch["loss_mask"].sum())
         assert evaluation.num_bytes == heldout.num_bytes
         counts.append(positions)
-        assert evaluation.nats == positions  # one nat a position, whatever it stands for
+        assert evaluation.nats == positions  # one nat per position, for any token
     assert counts[1] < counts[0] == heldout.num_bytes
     with train_batches(open_corpus(tokens), tokens, seed=0) as batches:
         batch = next(batches)

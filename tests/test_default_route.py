@@ -1,4 +1,4 @@
-"""A default route without a script of the text: fitted on made-up scripts, one run or many."""
+"""A default route without a script of the text: fitted on synthetic scripts, one run or many."""
 
 from dataclasses import replace
 from itertools import islice
@@ -58,20 +58,20 @@ def alone(tmp_path_factory):
 
 
 def logits(program, params, batches):
-    """Of each row, without the offset."""
+    """Logits of each row, without the offset."""
     fed = [put_whole_batch(batch, program.mesh) for batch in batches]
     found = [program.evaluate(params, batch, capacities=(None,))["free_logits"] for batch in fed]
     return np.concatenate([np.asarray(stages[0][0]) for stages in found])
 
 
 def test_rows_come_to_the_target_each_and_nothing_else_changes(alone):
-    """Wherever the offset was, which had no text to hold."""
+    """For any previous offset, since no text was on this route."""
     config, program, corpus, start = alone
     start = map_offsets(lambda stage, offset_R: offset_R - 8.0, start)
     batches = made_up(corpus, config, 3)
     fitted = fit_default_route(program, start, 0, [3.0], batches * 15, 45)
 
-    def spread(params):  # of sizes of chunks, where all rows together are at the target
+    def spread(params):  # over rows, with all rows together at the target
         free_BL = logits(program, params, batches)
         return np.log((free_BL > np.quantile(free_BL, 2 / 3)).mean(axis=1)).std()
 
@@ -110,7 +110,7 @@ def test_each_device_packs_its_own_rows_by_route(alone, monkeypatch):
 
 
 def test_the_last_update_is_followed_by_a_fit_and_its_offset(alone, monkeypatch):
-    """The offset is exact for the router that was fitted, on text that nothing was set on."""
+    """The offset is exact for the fitted router, on text that was not used to set it."""
     monkeypatch.setattr(settling, "UNKNOWN_FRAC", 0.5)
     config, program, corpus, start = alone
     beats = []

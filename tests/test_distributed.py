@@ -1,4 +1,4 @@
-"""Start-up, stop requests, barriers: one process, and two that are emulated."""
+"""Start-up, stop requests, barriers: one process, and two emulated ones."""
 
 import os
 import signal
@@ -105,7 +105,7 @@ with StopRequest() as stop:
 
 @pytest.mark.parametrize("presses", [1, 2])
 def test_ctrl_c_is_answered_while_the_main_thread_runs_no_python(presses):
-    """One Ctrl-C is a request that the run follows when it can, a second one ends it."""
+    """The first Ctrl-C is a request that the run follows when it can, the second ends it."""
     command = [sys.executable, "-c", PAUSES]
     with subprocess.Popen(
         command, env=os.environ | ENV, stderr=subprocess.PIPE, stdin=subprocess.PIPE
@@ -248,7 +248,7 @@ def test_failed_host_keeps_its_code_and_is_named_in_a_slurm_step():
         "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
         "JAX_COORDINATOR_PORT": str(port), "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}",
     }  # fmt: skip
-    # Only what Slurm would say: the emulation's own variables are taken away.
+    # Only Slurm's variables: those of the emulation are removed.
     shell = (
         "export SLURM_PROCID=$JAX_PROCESS_ID SLURM_LOCALID=$JAX_PROCESS_ID; "
         'unset JAX_COORDINATOR_ADDRESS JAX_NUM_PROCESSES JAX_PROCESS_ID; exec "$@"'

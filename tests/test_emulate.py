@@ -1,4 +1,4 @@
-"""The launcher of emulated hosts: environment, output, signals, bounds, nothing left behind."""
+"""The launcher of emulated hosts: environment, output, signals, time limits, clean-up."""
 
 import io
 import signal
@@ -50,7 +50,7 @@ def test_first_failure_ends_the_others_and_their_children(tmp_path):
 
 
 def assert_gone(pid: int) -> None:
-    """Within a moment: the process is away, or dead and waits to be collected."""
+    """Soon the process is gone, or is a zombie that waits to be collected."""
     for _ in range(100):
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]

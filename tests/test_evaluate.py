@@ -50,7 +50,7 @@ def test_bits_per_byte_by_script_and_source(tmp_path, seq_len, batch_size, bos_e
         ):
             for t, (byte, document, scored) in enumerate(zip(*row)):
                 if t == 0 and document == last:
-                    continue  # the token that two rows share
+                    continue  # the token shared by two rows
                 last = document
                 if document < 0 or byte == BOS_ID or place[document] == len(expected[document]):
                     continue  # padding, BOS, EOS
@@ -68,7 +68,7 @@ def test_bits_per_byte_by_script_and_source(tmp_path, seq_len, batch_size, bos_e
 
 
 def test_scripts_of_several_batches(tmp_path):
-    """Only characters that two batches share may count elsewhere."""
+    """Only characters split over two batches may count for another script."""
     (tmp_path / "a.txt").write_text(" ".join(TEXTS.values()) * 3, encoding="utf-8")
     part, found = open_part((f"{tmp_path}/a.txt",)), []
     for batch_size in (200, 3, 1):

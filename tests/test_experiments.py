@@ -1,4 +1,4 @@
-"""Commands as people start them: names, bad input, kill, resume, requeue."""
+"""Commands as users start them: names, bad input, kill, resume, requeue."""
 
 import json
 import os
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def start(folder: Path, *settings: str) -> subprocess.Popen:
-    """The trainer as a process of its own, on one device, with the tiny run as a JSON file."""
+    """The trainer in a separate process, on one device, with the tiny run as a JSON file."""
     file = folder / "tiny.json"
     file.write_text(json.dumps(to_json(tiny_run(folder / "run"))))
     flags = "--xla_backend_optimization_level=0"
@@ -41,7 +41,7 @@ def test_bad_input_exits_with_2_and_one_line_on_stderr(tmp_path):
 
 @pytest.mark.parametrize("length", [1, 1_000_000])
 def test_output_that_nobody_reads_ends_without_a_word(length):
-    """Output that waits in the buffer to the end, and output that does not."""
+    """Output that stays in the buffer until the end, and output that does not."""
     code = f"from hnet.command_line import run; run(lambda: print({length} * 'x'))"
     how = {"cwd": ROOT, "text": True, "env": os.environ | {"PYTHONUNBUFFERED": ""}}
     how |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

@@ -1,4 +1,4 @@
-"""calibrate, fairness and fairness_table as people call them, from aligned files to reports."""
+"""calibrate, fairness and fairness_table as users call them, from aligned files to reports."""
 
 import json
 import re
@@ -132,9 +132,9 @@ def test_calibrated_default_route_is_fitted_where_something_fits_it(tmp_path, ch
 
 
 def check_rates(shown, config):
-    """The sizes of chunks that were printed are those of the saved model, counted anew.
+    """The printed chunk sizes are those of the saved model, counted again.
 
-    By another program, so that a boundary or two on the threshold may turn.
+    Another program counts them, so one or two boundaries near the threshold may differ.
     """
     model, corpus = load(config.workdir), open_corpus(config.data)
     names, groups = config.model.route_names, config.model.route_groups
@@ -173,7 +173,7 @@ def check_rates(shown, config):
 
 
 def test_fairness_table_from_text_to_reports(files, tmp_path, monkeypatch, capsys):
-    """Two texts of three languages, of mixed scripts; both models, and again without training."""
+    """Two texts of three languages, of mixed scripts; both models; a second call trains nothing."""
     single = held_run(tmp_path)
     monkeypatch.setattr(mixed_scripts_single, "config", lambda: single)
     monkeypatch.setattr(mixed_scripts_routed, "config", lambda: single)

@@ -1,4 +1,4 @@
-"""Configurations as JSON, as dotted fields and as words of a command line; parts by name."""
+"""Configurations as JSON, as dotted fields and as command-line words; parts by name."""
 
 import json
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""The FLOP counter against published figures, exact parameter counts and XLA's own count."""
+"""The FLOP counter against published figures and XLA's count; exact parameter counts."""
 
 import json
 from dataclasses import replace
@@ -16,7 +16,7 @@ from hnet.flops import forward_flops, param_counts, stage_lengths, total, traini
 from hnet.flops_published import published_flops
 from hnet.loss import next_byte_nll
 
-ROW = 8192  # bytes of a row in the paper
+ROW = 8192  # bytes per row in the paper
 
 
 def isotropic(layout, d_model, d_intermediate=0, **fields):
@@ -32,10 +32,10 @@ def spacebyte(core):
 CORE_L = StageConfig(("T28",), 1536, 4096, 16, 48)
 CORE_XL = StageConfig(("T31",), 2048, 5504, 16, 64)
 
-# Forward GFLOPs a byte (arXiv 2507.07955, tables of section 3): name, configuration, positions of
+# Forward GFLOPs per byte (arXiv 2507.07955, tables of section 3): name, configuration, positions of
 # the row at stage 0, boundary rate of each stage, published figure.
-#   A BPE row is 1792 tokens for the same 8192 bytes. The 1-stage rates are the achieved bytes a
-#   chunk; of the 2-stage models only the product is published, so it is split evenly.
+#   A BPE row is 1792 tokens for the same 8192 bytes. The 1-stage rates are from the achieved bytes
+#   per chunk; for the 2-stage models only the product is published, so it is split evenly.
 PAPER = [
     ("Transformer L", isotropic("T24", 1536, 4096, vocab_size=50257), 1792, (), 0.42),
     ("Transformer XL", isotropic("T24", 2048, 5504, vocab_size=50257), 1792, (), 0.69),
@@ -56,7 +56,7 @@ def test_published_gflops_a_byte(config, seq_len, rates, gflops):
     assert sum(parts.values()) / ROW / 1e9 == pytest.approx(gflops, rel=0.03)
 
 
-# Our own evaluation of the same formulas to three digits: tighter than a rounded publication.
+# Our own evaluation of the same formulas to three digits: tighter than the published rounding.
 @pytest.mark.parametrize(
     "row, gflops",
     list(enumerate([0.423, 0.699, 0.955, 0.414, 0.423, 0.700, 0.427, 0.709, 0.424, 0.698])),
@@ -156,7 +156,7 @@ def test_executed_agrees_with_xla():
 @pytest.mark.parametrize("layout", ["m2", "M2", "t2", "T2"])
 @pytest.mark.parametrize("seq_len, window", [(61, -1), (251, -1), (251, 53)])
 def test_executed_agrees_with_xla_for_every_layer(layout, seq_len, window):
-    # narrow, so that the element-wise operations are a sizeable share
+    # narrow, so that element-wise operations are a sizeable share
     width = 32 if layout in ("m2", "M2") else 64
     config = replace(SMALL, stages=(StageConfig((layout,), width, 2 * width, 4, 8, window),))
     counted = xla_flops(config, (seq_len,))
@@ -182,7 +182,7 @@ CUTS = {
 @pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
 @pytest.mark.parametrize("training", [False, True])
 def test_every_way_to_cut_agrees_with_xla(cut, training):
-    """The narrowest stacks, so that the cut is a sizeable share."""
+    """The narrowest stacks, so that chunking is a sizeable share."""
     outer = StageConfig(("t1", "t1"), 64, 0, 4, 8, 7, cut)
     config = replace(SMALL, stages=(outer, StageConfig(("t1",), 64, 0, 4, 8, 7)))
     count = training_flops if training else forward_flops
@@ -215,7 +215,7 @@ def test_parts_agree_with_the_tables(name):
     assert param_counts(config) == TABLES[name]["params"]
     parts = {part: cost.total for part, cost in forward_flops(config, lengths).items()}
     for part, flops in TABLES[name]["forward"].items():
-        # the tables left out what the smoothing does beside its matmuls
+        # the tables left out the operations of smoothing other than its matmuls
         rel = 0.05 if part.endswith("dechunk") else 0.004
         assert parts.pop(part) == pytest.approx(flops, rel=rel), part
     assert sum(parts.values()) < 1e-4 * sum(TABLES[name]["forward"].values())
@@ -254,7 +254,7 @@ def test_parts_of_a_two_stage_network():
     assert set(training) >= set(forward) | {"loss", "embeddings"}
     for part, cost in forward.items():
         if cost.matmul:
-            # forward and twice backward, but smoothing has no weights; something is made again
+            # forward and twice backward, but smoothing has no weights; some is recomputed
             least = 2 if part.endswith("dechunk") else 3
             assert least <= training[part].matmul / cost.matmul < least + 1, part
             assert (cost.exact > 0.9 * cost.matmul) == part.endswith(
@@ -299,7 +299,7 @@ def test_attention_counts_the_blocks_it_visits(length, block, window):
     size = min(block, length)
     visited = {(q // size, k // size) for q in range(length) for k in range(length) if sees(q, k)}
     weights = 8 * length * 512 * 512
-    product = 2 * 512 * size**2 * len(visited)  # of a query with a key, over all heads
+    product = 2 * 512 * size**2 * len(visited)  # query times key, over all heads
     forward, training = (
         count(config, (length,))["stage0/main_network"].matmul
         for count in (forward_flops, training_flops)

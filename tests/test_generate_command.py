@@ -1,4 +1,4 @@
-"""`experiments.generate` as people start it: a prompt, a pipe, a file of prompts, and errors."""
+"""`experiments.generate` as users start it: a prompt, a pipe, a file of prompts, and errors."""
 
 import base64
 import io
@@ -54,7 +54,7 @@ def run(model, monkeypatch, capsys):
 
 
 def continued(model, prompt, seed=0):
-    """The text as the command asks for it: in the same blocks, so that little is compiled."""
+    """The text as the command generates it: in the same blocks, so that little is compiled."""
     sampling = replace(SAMPLING, seed=seed)
     return "".join(piece.text for piece in stream_text(model, [prompt], sampling, block_len=8))
 
@@ -76,11 +76,11 @@ def test_every_line_of_a_pipe_is_continued(run, model):
     texts = [continued(model, prompt, seed) for seed, prompt in enumerate(["ab", "c é"])]
     both = f"ab{texts[0]}\nc é{texts[1]}\n"
     assert run(stdin="ab\nc é\n") == (0, both, "")
-    assert run(stdin="ab\nc é") == (0, both, "")  # cut off without a newline
-    assert run(stdin="\nab\n  \n\r\nc é\r\n\n") == (0, both, "")  # blank ones are none
+    assert run(stdin="ab\nc é") == (0, both, "")  # truncated, without a newline
+    assert run(stdin="\nab\n  \n\r\nc é\r\n\n") == (0, both, "")  # blank lines do not count
     refused(run(stdin=""), "nothing to continue")
     refused(run(stdin="\n\n"), "nothing to continue")
-    code, out, _ = run(stdin=b"\xff\n")  # bytes that are no text are continued as well
+    code, out, _ = run(stdin=b"\xff\n")  # bytes that are not text are continued too
     assert code == 0 and out.startswith("\ufffd")
 
 
@@ -89,7 +89,7 @@ def test_a_file_of_prompts_becomes_a_file_of_texts(run, model, tmp_path):
     prompts.write_text("".join(json.dumps(line) + "\n" for line in LINES), encoding="utf-8")
     files = ("--input", str(prompts), "--output", str(out), "--sampling.seed", "5")
     assert run(*files, "--batch_size", "2")[0] == 0
-    seeds = [2**32 - 1, 5 + 1, 0]  # one that is not given is the first and the line's number
+    seeds = [2**32 - 1, 5 + 1, 0]  # default: the first seed plus the line number
     prompted = [line["prompt"] for line in LINES]
     expected = generate(model, prompted, SAMPLING, seeds=seeds, batch_size=2)
     found = [json.loads(line) for line in out.read_text().splitlines()]
@@ -178,7 +178,7 @@ def test_outputs_that_cannot_be_are_named_before_any_work(run, tmp_path, monkeyp
 
 
 def test_prompts_are_lines_of_the_file_and_of_nothing_else(run, model, tmp_path):
-    """Characters that Python takes for line ends are text in JSON."""
+    """Characters that Python treats as line ends are text in JSON."""
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "texts.jsonl"
     text = "a\u2028b\x85c"
     prompts.write_text(f'{{"prompt": "{text}"}}\r\n\n', encoding="utf-8")
@@ -220,12 +220,12 @@ def test_what_is_refused_and_what_the_remedy_says(model, monkeypatch):
     monkeypatch.setattr(room, "free_memory", lambda: 10)
     with pytest.raises(ConfigError, match="use a shorter prompt"):
         decoder.start([b"abc"], Sampling(max_bytes=1))
-    monkeypatch.setattr(room, "free_memory", lambda: None)  # nobody says: try
+    monkeypatch.setattr(room, "free_memory", lambda: None)  # unknown: try
     decoder.start([b"abc", b"d"], Sampling(max_bytes=most))
 
 
 def test_a_cache_that_does_not_grow_streams_as_long_as_it_is_told():
-    """States and windows take the same room whatever the length."""
+    """States and windows take the same memory for any length."""
     model = nnx.merge(*random_params(network(stage("m1 m1", 26), stage("t1", 26, window=4))))
     pieces = stream_text(model, ["ab"], Sampling(max_bytes=1 << 30, eos=False), block_len=4)
     texts = [next(pieces) for _ in range(6)]

@@ -1,4 +1,4 @@
-"""Whole generations: rows alone and together, stops, streams, and what the model itself says."""
+"""Whole generations: single rows and batches, stops, streams, against the model's own forward."""
 
 import jax
 import numpy as np
@@ -127,7 +127,7 @@ STOPS = st.lists(st.text("abcé", min_size=1, max_size=3), max_size=3).map(tuple
 def test_a_text_ends_before_stop_strings_and_eos_however_it_comes(data, stops, longest, blocks):
     row = _Row(b"p", np.zeros((1, 2), bool), Sampling(max_bytes=longest, stop=stops))
     end, reason = len(data), None
-    for n in range(1, len(data) + 1):  # by hand: the first byte at which anything ends the text
+    for n in range(1, len(data) + 1):  # by hand: the first byte at which the text ends
         found = [s for s in stops if bytes(data[:n]).endswith(s.encode())]
         if data[n - 1] == EOS_ID or found or n == longest:
             end = n - (1 if data[n - 1] == EOS_ID else len(found[0].encode()) if found else 0)

@@ -59,7 +59,7 @@ def request(kind, *args):
 
 @pytest.fixture
 def local_task(tmp_path, monkeypatch):
-    """A folder with a task of the harness; nothing is looked for elsewhere."""
+    """A folder with a task of the harness; no other place is searched."""
     for name in ("HF_HOME", "HF_DATASETS_CACHE"):
         monkeypatch.setenv(name, str(tmp_path / name))
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
@@ -71,7 +71,7 @@ def local_task(tmp_path, monkeypatch):
 
 
 def test_the_command_of_the_harness_knows_our_models(local_task, monkeypatch, capsys):
-    """`lm_eval --model hnet`, as the README has it."""
+    """`lm_eval --model hnet`, as in the README."""
     config, weights = to_official(nnx.merge(*random_params(official_network((32, "t1")))))
     np.savez(local_task / "model.npz", **weights)
     (local_task / "model.json").write_text(json.dumps(config))
@@ -91,7 +91,7 @@ def test_the_command_of_the_harness_knows_our_models(local_task, monkeypatch, ca
 
 
 def test_an_installed_harness_finds_the_name_by_itself():
-    """What versions of the harness with plugins look for."""
+    """The entry point that versions of the harness with plugins look for."""
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
     value = project["project"]["entry-points"]["lm_eval.models"]["hnet"]
     assert EntryPoint("hnet", value, "lm_eval.models").load() is HarnessModel

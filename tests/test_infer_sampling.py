@@ -26,7 +26,7 @@ def logits_of(seed, rows=1, spread=3.0):
 
 
 def kept_by_hand(logits_V, top_k, top_p, min_p):
-    """The filters one after the other, each on the distribution that the one before left."""
+    """The filters in sequence, each on the distribution left by the previous one."""
     order = sorted(range(V), key=lambda v: -logits_V[v])
     left = order[:top_k]
     weights = np.exp(np.float64(logits_V[left]) - logits_V[order[0]])
@@ -90,7 +90,7 @@ def test_greedy_takes_the_likeliest_and_its_log_probability():
 
 
 def test_draws_follow_the_tempered_distribution():
-    """A chi-square test over the four bytes that top_k leaves."""
+    """A chi-square test over the four bytes that top_k keeps."""
     rows, logits = 4000, np.tile(logits_of(3), (4000, 1))
     byte, _ = draws(Sampling(temperature=1.6, top_k=4), logits, range(rows))
     best = np.argsort(-logits[0])[:4]

@@ -57,7 +57,7 @@ def test_starts_are_those_of_a_loop(data, alignments):
     starts, in_front = as_starts(model, outputs)
     found = Segmentation.from_router(b"x" * n, starts, prefix=in_front + 1)
     assert [s.starts for s in found.stages] == expected
-    for s in range(len(stages)):  # p stands at the start that it is of
+    for s in range(len(stages)):  # p is shown at the start it belongs to
         at = dict(zip(found.positions(s), found.stages[s].probs))
         assert all(p == 1 for start, p in at.items() if start in expected[s][1:])
         assert all(p == 0 for start, p in at.items() if start not in expected[s])
@@ -69,7 +69,7 @@ def routed():
         stage("t1 t1", 26, routes=2), stage("t1", 26), route_groups=(("Han", "Cyrillic"),)
     )
     graph, params = random_params(model)
-    # the default route never cuts by itself
+    # the default route has no boundaries of its own
     router = params["backbone"]["routing_module"]
     for name in ("q_proj_layer", "k_proj_layer"):
         router[name]["kernel"] = router[name]["kernel"].at[0].set(np.eye(26) * 1e-20)
@@ -109,7 +109,7 @@ def test_a_model_without_routes_names_scripts_and_cuts_in_batches_as_alone(monke
 
 
 def test_long_texts_run_in_smaller_batches():
-    """Rows times length stays bounded, and every text comes back in its place."""
+    """Rows times length is bounded, and results are in the order of the texts."""
     asked = []
 
     def segment(_, texts):

@@ -1,4 +1,4 @@
-"""Streaming equals the forward pass: every network, rows that start and cut at different times.
+"""Streaming equals the forward pass: every network, rows with different starts and boundaries.
 
 T2 of the battery. The reference is always one forward pass over the whole rows.
 """
@@ -28,11 +28,11 @@ from hnet.interop import from_official
 from hnet.nn import active_rows
 from hnet.nn import cache as nn_cache
 
-B, L = 64, 23  # rows and bytes a row
+B, L = 64, 23  # rows, bytes per row
 TEXT = np.frombuffer(b"aZ9  ..,\n\x80\xc3", np.uint8)  # letters and spacelike bytes, some invalid
 
 GIVEN = network(stage("t1 t1", 26, predictor="external", alignment="end"), stage("t1", 26))
-MIXED = network(  # START inside END, and rules of bytes and positions
+MIXED = network(  # START inside END, and rules on bytes and on positions
     stage("t1 t1", 26, predictor="whitespace", alignment="end", pool="mean"),
     stage("m1 t1", 26, predictor="fixed", dechunk="repeat"),
     stage("t1", 39),
@@ -40,7 +40,7 @@ MIXED = network(  # START inside END, and rules of bytes and positions
 
 
 def shrunk(config: HNetConfig) -> HNetConfig:
-    """The same layouts, cuts and windows at widths of 26, 39 and 52."""
+    """The same layouts, chunking and windows at widths of 26, 39 and 52."""
     widths = sorted({part.d_model for part in config.stages})
     stages = []
     for part in config.stages:
@@ -52,12 +52,12 @@ def shrunk(config: HNetConfig) -> HNetConfig:
     return replace(config, stages=tuple(stages), ssm=ssm, compute=COMPUTE)
 
 
-UNSEEN = ("target_ratio", "losses", "route_target_ratios")  # of a chunking: training only
+UNSEEN = ("target_ratio", "losses", "route_target_ratios")  # chunking fields used in training only
 
 
 def repository() -> dict[str, HNetConfig]:
-    """Every named configuration, shrunk. Of those that differ in what only training sees, or in
-    the depth of the main network, the deepest is there, under all their names."""
+    """Every named configuration, shrunk. Configurations that differ only in training settings or in
+    the depth of the main network are represented by the deepest one, under all their names."""
     named = PUBLISHED | {system.__name__: system() for system in SYSTEMS}
     for module in (default, reference, tiny, mixed_scripts_single, mixed_scripts_routed):
         named[module.__name__.split(".")[-1]] = module.config().model
@@ -82,7 +82,7 @@ ALL = {**NETWORKS, "given": GIVEN, "mixed": MIXED, **REPOSITORY}
 
 
 def scaled_by_depth(config: HNetConfig, params: dict) -> dict:
-    """What blocks add to the residual stream, shrunk as it is at initialisation.
+    """Parameters whose contributions to the residual stream are scaled down as at initialisation.
 
     Otherwise float32 is the limit: with gains of 1 in 38 layers (2stage_XL_code), steps and forward
     pass are each 5e-5 from the logits in float64, where the two agree.
@@ -103,7 +103,7 @@ def small_blocks(monkeypatch):
 
 
 def draw(config, seed=0):
-    """Bytes, and what the network needs besides."""
+    """Bytes, and the network's other inputs."""
     rng = np.random.default_rng(seed)
     rules = {s.chunking.predictor.name for s in config.stages[:-1]} & {"spacelike", "whitespace"}
     ids_BL = rng.choice(TEXT if rules else np.arange(256), (B, L)).astype(np.int32)
@@ -126,9 +126,9 @@ def forward(graph, params, ids_BL, extra, capacities=None):
 
 @cache
 def answers(name):
-    """Of the whole batch: expected logits and boundaries, and {wait_share: what streaming gave}."""
+    """Expected logits and boundaries of the whole batch, and {wait_share: results of streaming}."""
     config = ALL[name]
-    # a seed with which it does not cut nearly everywhere
+    # a seed without boundaries nearly everywhere
     graph, params = random_params(config, 4 if name == "mixed_scripts_single" else 3)
     if name in REPOSITORY:
         params = scaled_by_depth(config, params)
@@ -144,7 +144,7 @@ def streamed(graph, params, ids_BL, extra, lengths_B, max_lens, fractions=(), wa
     """Prefill each row with its own length, then feed the rest byte by byte.
 
     Returns, for each wait_share, logits (B, L, V) and boundaries (B, L, S), with NaN and -1 at
-    bytes before a row's last prompt byte, the logits behind the prompt, and the ticks that it took.
+    bytes before a row's last prompt byte, the logits after the prompt, and the number of ticks.
     """
     rows = np.arange(len(ids_BL))
 
@@ -177,7 +177,7 @@ def streamed(graph, params, ids_BL, extra, lengths_B, max_lens, fractions=(), wa
         logits_TBV, mask_TBS, position_TB = steps
         logits_BLV = np.full((*ids_BL.shape, prompt_logits.shape[-1]), np.nan, np.float32)
         mask_BLS = np.full((*ids_BL.shape, mask_TBS.shape[-1]), -1)
-        logits_BLV[rows, lengths_B - 1] = prompt_logits  # an empty row writes its last, overwritten
+        logits_BLV[rows, lengths_B - 1] = prompt_logits  # if empty, overwritten below
         for t, b in np.argwhere(position_TB < L):
             logits_BLV[b, position_TB[t, b]] = logits_TBV[t, b]
             mask_BLS[b, position_TB[t, b]] = mask_TBS[t, b]
@@ -200,10 +200,10 @@ def test_steps_equal_the_forward_pass(name):
         np.testing.assert_array_equal(prompt_logits[LENGTHS == 0], 0)
         np.testing.assert_array_equal(mask_BLS[fed], bytes_BLS[fed])
     ticks = {wait_share: answer[-1] for wait_share, answer in found.items()}
-    assert ticks[0] == L  # nobody waits
+    assert ticks[0] == L  # no row waits
     assert ticks[0.6] > L or not ALL[name].num_chunked
     routers = np.array([s.chunking.predictor.name for s in ALL[name].stages[:-1]], str)
-    if name != "mixed":  # rows cut at different times, or nothing was tested
+    if name != "mixed":  # the test needs boundaries at different times
         assert np.all(np.any(bytes_BLS != bytes_BLS[:1], axis=(0, 1)) | (routers == "fixed"))
 
 
@@ -216,7 +216,7 @@ def test_room_clips_as_a_capacity_does(name, slots):
     free, _ = forward(graph, params, ids_BL, extra)
     found = streamed(graph, params, ids_BL, extra, LENGTHS, (L, *slots))
     seen = np.arange(L) >= LENGTHS[:, None] - 1
-    assert np.abs(free - expected).max() > 1e-2  # something is clipped
+    assert np.abs(free - expected).max() > 1e-2  # some boundaries are clipped
     for logits, *_ in found.values():
         np.testing.assert_allclose(logits[seen], expected[seen], rtol=0, atol=1e-5)
 
@@ -230,13 +230,13 @@ def test_a_row_does_not_depend_on_its_neighbours():
         0
     ]
     for logits, *_ in together.values():
-        # one row is computed in other shapes than 64, which round otherwise
+        # one row has other shapes than 64 rows, with different rounding
         np.testing.assert_allclose(alone[0], logits[17], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("batch", [1, 7, 16])
 def test_only_active_rows_run_and_in_the_smallest_batch(batch):
-    """Every number of active rows against a plain loop; the function says how many it ran on."""
+    """Every number of active rows against a plain loop; the function returns how many it ran on."""
     rng = np.random.default_rng(0)
     sizes = active_rows.sizes(batch, active_rows.FRACTIONS)
     assert sizes[-1] == batch and sizes == sorted(set(sizes))
@@ -264,7 +264,7 @@ def test_only_active_rows_run_and_in_the_smallest_batch(batch):
 
 
 def test_a_step_copies_no_cache(monkeypatch):
-    """The compiled step moves rows, never a whole cache array, and reuses what it was given."""
+    """The compiled step moves rows, never a whole cache array, and reuses its donated input."""
     monkeypatch.setattr(nn_cache, "KV_BLOCK", 64)
     config = network(stage("t1 m1", 26, window=100), stage("T2", 39))
     graph, params = random_params(config)

@@ -47,7 +47,7 @@ def test_accepts_exactly_the_prefixes_of_valid_text(data):
 
 @given(st.text(max_size=4), st.integers(1, 6))
 def test_allowed_bytes_end_the_text_in_time(text, remaining):
-    """From within any character: an allowed byte leaves a way to a valid end, others none."""
+    """In any state, exactly the allowed bytes leave a way to a valid end."""
     data = text.encode()[: -remaining or None]
     state = utf8.state_after(data)
     allowed = allowed_after(np.array([state], np.int32), np.array([remaining]))[0]
@@ -59,7 +59,7 @@ def test_allowed_bytes_end_the_text_in_time(text, remaining):
 
 @given(BYTES)
 def test_the_state_after_bytes_is_that_of_the_stream(data):
-    """Broken text too: on the device byte by byte, on the host from the last bytes."""
+    """Also for invalid text: on the device byte by byte, on the host from the last bytes."""
     state = np.zeros(1, np.int32)
     for byte in data:
         state = advance(state, np.array([byte], np.int32))
@@ -73,7 +73,7 @@ def test_streamed_text_is_the_whole_text_in_whole_characters(data, cuts):
     shown = "".join(pieces)
     pieces.append(stream.feed(b"", final=True))
     assert "".join(pieces) == data.decode("utf-8", "replace")
-    # nothing that was shown before the end is taken back by what follows
+    # text that was already shown is not changed by later bytes
     assert data.decode("utf-8", "replace").startswith(shown)
 
 

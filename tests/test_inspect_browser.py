@@ -52,7 +52,7 @@ PLUGIN = "data/plugin_entry.html?name=boundaries"
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Log folder of two short runs on the texts of the samples, which are their probes too."""
+    """Log folder of two short runs on the sample texts, which are also their probe texts."""
     root = tmp_path_factory.mktemp("runs")
     (root / "text.txt").write_text(30 * "\n".join(text for _, text in TEXTS.values()))
     lines = [json.dumps(text.to_json()) + "\n" for text in probe_texts()]
@@ -80,7 +80,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stored(trained):
-    """(run, step, name) -> what the run wrote."""
+    """(run, step, name) -> segmentation that the run wrote."""
     found = {}
     for name in STEPS:
         index = SegmentationIndex(trained / name / "tensorboard" / FOLDER)
@@ -95,7 +95,7 @@ def stored(trained):
 
 @pytest.fixture(scope="module")
 def grow(trained, stored):
-    """Lets a third run write its next step; two are there."""
+    """Makes a third run write its next step; it has two."""
     log = SegmentationLog(trained / GROWING / "tensorboard")
 
     def write(step):
@@ -110,7 +110,7 @@ def grow(trained, stored):
 
 @pytest.fixture(scope="module")
 def address(trained, grow, tmp_path_factory):
-    """Address of a TensorBoard that found the plugin by itself."""
+    """Address of a TensorBoard that discovered the plugin by itself."""
     assert "boundaries" in entry_points(group="tensorboard_plugins").names, "run pip install -e ."
     log = tmp_path_factory.mktemp("log") / "tensorboard.log"
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(trained)]
@@ -145,9 +145,9 @@ def browser():
 
 @pytest.fixture(scope="module")
 def watched(browser):
-    """One page for all tests, and what went wrong in it: errors, dialogs, foreign requests."""
+    """One page for all tests, and its problems: errors, dialogs, foreign requests."""
     page, problems = browser.new_page(), []
-    page.set_default_timeout(30_000)  # for machines that are busy with other things
+    page.set_default_timeout(30_000)  # for busy machines
     sync_api.expect.set_options(timeout=30_000)
     page.on("pageerror", lambda e: problems.append(str(e)))
     page.on("dialog", lambda d: (problems.append(d.message), d.dismiss()))
@@ -164,7 +164,7 @@ def open_page(watched):
     def open_page(url, width=1280, dark=False):
         page.set_viewport_size({"width": width, "height": 900})
         page.emulate_media(color_scheme="dark" if dark else "light")
-        page.goto("about:blank")  # so that only the fragment never changes
+        page.goto("about:blank")  # so that a change is never of the fragment only
         page.goto(url)
         return page
 
@@ -193,7 +193,7 @@ def cut_text(page, name, column=0):
 
 
 def shown(seg, stage):
-    """What stands in each chunk: a character that is cut, then bytes of it; others by name."""
+    """Text shown in each chunk: split characters as character and bytes; invisible ones by name."""
     edges = [*seg.stages[stage].starts, len(seg.data)]
     return ["".join(_signs(seg.data, a, b, edges)) for a, b in itertools.pairwise(edges)]
 
@@ -341,7 +341,7 @@ def test_a_running_run_grows_and_the_view_follows(view, grow):
 
 @pytest.fixture
 def held(watched):
-    """Lets the answers about a run wait until they are let go: (run) -> function that does it."""
+    """Delays the responses about a run: (run) -> function that releases them."""
     page, _ = watched
     matching = []
 
@@ -485,7 +485,7 @@ def test_hostile_and_broken_text_is_shown_as_text(view):
     broken = card(view, "invalid bytes").locator(".byte").all_text_contents()
     assert r"\xFF\xFE" in "".join(broken)
     assert {"U+0000", "U+001B"} <= set(broken)
-    for step in range(len(STEPS[RUN])):  # whether a boundary cuts it or not
+    for step in range(len(STEPS[RUN])):  # whether a boundary splits it or not
         to_step(view, step)
         assert "U+202E" in card(view, "emoji").locator(".byte").all_text_contents()
         assert "\u202e" not in "".join(cut_text(view, "emoji"))
@@ -534,7 +534,7 @@ def test_nothing_overflows_or_is_hidden(open_page, address, stored, width, media
     boxes = page.locator(".card, .bar, .summary, .text, .facts, td, th, .legend, h2, main, .column")
     too_wide = "e => e.scrollWidth > e.clientWidth + 1 && e.clientWidth"
     assert boxes.evaluate_all(f"all => all.filter({too_wide}).map(e => e.outerHTML)") == []
-    # each text to its last chunk: nothing is cut off by a box that scrolls or is too low
+    # each text to its last chunk: nothing is hidden by a box that scrolls or is too low
     inside = """all => all.every(box => {
       const last = box.querySelector(".chunk:last-child");
       const [a, b] = [box.getBoundingClientRect(), last.getBoundingClientRect()];
@@ -687,7 +687,7 @@ def choose_everything(page):
 
 
 def chosen(page):
-    """What the controls say, and the chunks of the first texts."""
+    """State of the controls, and the chunks of the first texts."""
     labels = ("Run", "Compare with run", "Training step", "Gold boundaries", "Script or route",
               "Find a text", "Threshold")  # fmt: skip
     texts = [chunk.all_text_contents() for chunk in page.locator(".text").all()]
@@ -733,7 +733,7 @@ def test_the_address_says_what_is_shown(open_page, address):
     page.reload()
     page.locator(".legend", has_text="p > 0.30").wait_for()
     assert chosen(page) == before
-    page = open_page(link)  # sent to somebody
+    page = open_page(link)  # as if sent to another user
     page.locator(".legend", has_text="p > 0.30").wait_for()
     assert chosen(page) == before
     wait_for_address(page, SAID)
@@ -818,7 +818,7 @@ def test_arrow_keys_change_the_step_wherever_the_focus_is(view):
         at_step(view, 30)
     assert view.get_by_label("Run", exact=True).input_value() == RUN
     assert view.locator(".levels input:checked").get_attribute("value") == "0"
-    view.get_by_label("Find a text").fill("ab")  # here they move the caret
+    view.get_by_label("Find a text").fill("ab")  # here arrows move the caret
     view.keyboard.press("ArrowLeft")
     view.keyboard.type("c")
     assert view.get_by_label("Find a text").input_value() == "acb"
@@ -898,7 +898,7 @@ def test_words_are_found_in_texts_and_marked(view, stored):
     sync_api.expect(names).to_have_text([n for n in content if b"unbreakable fog" in content[n]])
     marked = "".join(card(view, "english").locator(".text mark").all_text_contents())
     assert marked == "unbreakable fog"
-    view.get_by_label("Find a text").fill("\ufffd")  # bytes that are no character
+    view.get_by_label("Find a text").fill("\ufffd")  # bytes that are not a character
     broken = [n for n in content if "\ufffd" in content[n].decode(errors="replace")]
     sync_api.expect(names).to_have_text(broken)
     assert {"invalid bytes", "random bytes"} <= set(broken)
@@ -1021,6 +1021,6 @@ def test_a_card_as_svg(open_page, tmp_path, view, stored, name):
             assert squeezed(chunk) in squeezed(drawn_text)
     assert {len(seg.data) for seg in (stored[RUN, NEWEST, name],)} and "stage 0" in drawn_text
     assert not re.search(rb"[\x00-\x08\x0b\x0c\x0e-\x1f]", content)
-    (tmp_path / "card.svg").write_bytes(content)  # shown alone it has the colours of the page
+    (tmp_path / "card.svg").write_bytes(content)  # shown by itself it has the page's colours
     page = open_page((tmp_path / "card.svg").as_uri())
     assert page.evaluate("document.documentElement.getBBox().width") > 500

@@ -1,4 +1,4 @@
-"""Fairness figures against numbers worked out by hand."""
+"""Fairness figures against values computed by hand."""
 
 import json
 import math
@@ -61,7 +61,7 @@ def test_language_score_by_hand():
     assert score.chunks_per_sentence == (2, 1) and score.bytes_per_chunk == (2, 4)
     assert score.bytes_per_sentence == 4 and score.nats_per_sentence == 4.5 * math.log(2)
     assert score.bpb == pytest.approx(1.5)
-    assert score.utf8_split_frac == (0.5, 0)  # of the cuts at 2, inside я, and 4
+    assert score.utf8_split_frac == (0.5, 0)  # boundaries at 2, inside я, and 4
     assert score.words_f1 == (pytest.approx(2 / 3), 1)
     _, *rows = summary_rows({"two": {"eng": score}})
     assert [row[:4] for row in rows] == [["two", "0", "2.00", "2.0"], ["two", "1", "4.00", "1.0"]]

@@ -120,7 +120,7 @@ def test_offsets_do_not_depend_on_byte_order_mark_and_line_ends(tmp_path):
 @pytest.mark.parametrize(
     ("text", "spans"),
     [
-        ("Größe zählt", [[0, 5], [6, 11]]),  # numbers of characters: the text is taken for bytes
+        ("Größe zählt", [[0, 5], [6, 11]]),  # offsets in characters, read as bytes
         ("слово и дело", [[0, 5], [6, 7], [8, 12]]),
         ("in Größe zählt", [[0, 2], [3, 8], [9, 14]]),
         ("ab", [[0, 3]]),

@@ -40,7 +40,7 @@ def test_scores_pool_counts_over_texts():
 
 
 def test_random_control_is_what_drawn_boundaries_hit():
-    """The mean over sets drawn without replacement from 1 ... L - 1, pooled over texts."""
+    """The mean over sets sampled without replacement from 1 ... L - 1, pooled over texts."""
     rng = np.random.default_rng(0)
     texts = [
         cut_at(11, range(1, 10, 2), {"words": (1, 2, 3, 5, 8)}),

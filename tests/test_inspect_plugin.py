@@ -147,13 +147,13 @@ def test_requests_without_sense_are_refused(tmp_path):
 
 
 def test_names_of_runs(tmp_path):
-    """As TensorBoard names them, without /tensorboard; links are followed once."""
+    """Names as in TensorBoard, without /tensorboard; links are followed once."""
     root = tmp_path / "all"
     write(root, [1])
     write(root / "b" / "tensorboard", [1])
     write(root / "b" / "checkpoints" / "x", [1])  # never looked into
     write(root / "c", [1])
-    write(root / "c" / "tensorboard", [1])  # c alone would be two runs
+    write(root / "c" / "tensorboard", [1])  # without it, c would be two runs
     write(root / "d\x1b[2J\u202e\n", [1])
     os.symlink(root, root / "b" / "cycle")
     os.symlink(root / "b" / "tensorboard", root / "linked")
@@ -173,7 +173,7 @@ def test_names_that_look_alike_are_told_apart(tmp_path):
 
 
 def test_runs_lie_as_deep_as_they_like(tmp_path):
-    """Deeper than Python may recurse."""
+    """Deeper than Python's recursion limit."""
     folder = str(tmp_path)
     for _ in range(1500):
         os.mkdir(folder := folder + "/d")

@@ -16,7 +16,7 @@ from hnet.inspect.segmentation import (
 
 @st.composite
 def routed(draw, alignment="start", prefix=0):
-    """A text and the outputs of up to three routers, padding behind them."""
+    """A text and the outputs of up to three routers, followed by padding."""
     data = draw(
         st.binary(min_size=1, max_size=23) | st.text(min_size=1, max_size=11).map(str.encode)
     )

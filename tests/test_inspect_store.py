@@ -48,7 +48,7 @@ def test_a_text_is_stored_once(tmp_path):
 
 
 def test_other_routes_or_gold_of_a_text_replace_the_old_ones(tmp_path):
-    """Runs with and without routes know the same text by the same key."""
+    """Runs with and without routes use the same key for the same text."""
     (text,) = texts_at(0.5, count=1)
     known = {"routes": ((0, "default"),), "gold": {"words": (1,)}}
     assert store.text_key(replace(text, **known)) == store.text_key(text)
@@ -87,7 +87,7 @@ def test_a_killed_writer_loses_its_last_line_at_most(tmp_path, name, cut):
     after = read_all(tmp_path)
     assert after[1][:2] == texts_at(0.1)[:2] and after[3][:2] == texts_at(0.3)[:2]
     assert name == reader.TEXTS or after[3] == texts_at(0.3)
-    if cut == 1:  # nothing but the line end was lost, so nothing is
+    if cut == 1:  # only the line end was lost, so no data is
         assert after == {1: texts_at(0.1), 2: texts_at(0.2), 3: texts_at(0.3)}
 
 
@@ -100,13 +100,13 @@ def test_a_line_that_is_being_written_is_read_once_it_is_whole(tmp_path):
         path.write_bytes(whole[:end])
         index.refresh()
     assert index.steps == [1, 2] and len(index.texts) == 3
-    path.write_bytes(whole[:-10])  # and taken back, if the file is
+    path.write_bytes(whole[:-10])  # and removed again if the file is
     index.refresh()
     assert index.steps == [1]
 
 
 def test_an_index_line_follows_what_it_names(tmp_path):
-    """A reader that comes at any moment finds whole views."""
+    """A reader finds complete views at any time."""
     log = store.SegmentationLog(tmp_path)
     index = reader.SegmentationIndex(tmp_path / reader.FOLDER)
     for step in range(3):
@@ -313,7 +313,7 @@ def test_going_back_while_a_run_goes_on(tmp_path):
 @settings(max_examples=150)
 @given(data=st.data())
 def test_whatever_is_damaged_the_rest_is_read(tmp_path_factory, data):
-    """Some bytes of a file change; what is read is whole, and a writer can go on."""
+    """Some bytes of a file change; everything read is complete, and a writer can continue."""
     folder = tmp_path_factory.mktemp("damaged")
     write(folder, {1: 0.1, 2: 0.2})
     name = data.draw(st.sampled_from([reader.INDEX, reader.STEPS, reader.TEXTS]))

@@ -1,4 +1,4 @@
-"""Where tokenizers cut, in bytes."""
+"""Token boundaries of tokenizers, in bytes."""
 
 import pytest
 

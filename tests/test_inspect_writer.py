@@ -120,7 +120,7 @@ def test_a_start_from_nothing_and_a_rollback_hide_what_came_before(tmp_path):
 
 @pytest.fixture
 def full_disk():
-    """Lets a file grow to so many bytes only, from now on."""
+    """Limits files to this many bytes from now on."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -185,7 +185,7 @@ def test_p_map_shows_each_probability_at_its_bytes():
 
 
 def test_rows_of_the_image_are_labelled():
-    """Every row has ink left of it, and a long or foreign name keeps its ends."""
+    """Every row has a label on its left, and a long or non-Latin name keeps both ends."""
     rng = np.random.default_rng(0)
     texts = [segment(t, 0.5, rng) for t in probe_texts()[:3]]
     names = [

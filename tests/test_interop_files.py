@@ -1,4 +1,4 @@
-"""Checkpoints in and out: every format, every bit, and files that mean harm."""
+"""Import and export of checkpoints: every format, every bit, and malicious files."""
 
 import importlib
 import json
@@ -149,11 +149,11 @@ def test_models_without_an_official_form_stay_in_their_work_directory():
         to_official(nnx.merge(*random_params(config)))
 
 
-# --- files that are damaged, or mean harm -----------------------------------------------------
+# --- damaged or malicious files ---------------------------------------------------------------
 
 
 class Attack:
-    """Code that runs when it is unpickled without care."""
+    """Code that runs on unsafe unpickling."""
 
     def __init__(self, marker):
         self.marker = marker
@@ -163,7 +163,7 @@ class Attack:
 
 
 def refused(path, match=None, **kwargs):
-    """load() and the command line both answer with one line."""
+    """load() and the command line both give a one-line error."""
     with pytest.raises(ConfigError, match=match) as e:
         load(path, **kwargs)
     assert "\n" not in str(e.value)
@@ -195,8 +195,8 @@ def test_pickled_code_is_never_run(tmp_path, kind, capsys):
     path.with_suffix(".json").write_text(json.dumps(CONFIG.to_json()))
     refused(path)
     assert not marker.exists()
-    assert capsys.readouterr().err.count("\n") == 2  # a line for each command
-    if kind in ("zip", "bare"):  # the bait does work
+    assert capsys.readouterr().err.count("\n") == 2  # one line per command
+    if kind in ("zip", "bare"):  # the attack works with unsafe loading
         import torch
 
         torch.load(path, weights_only=False) if kind == "zip" else pickle.loads(path.read_bytes())
@@ -269,7 +269,7 @@ def test_headers_that_promise_too_much_are_refused(tmp_path, weights):
     refused(path, "cannot be read safely")
     path = write(tmp_path, weights)
     members = dict(np.load(path))
-    with zipfile.ZipFile(path, "w") as archive:  # a terabyte by its header, of which none is there
+    with zipfile.ZipFile(path, "w") as archive:  # the header claims a terabyte that is not there
         for name in members:
             with archive.open(f"{name}.npy", "w") as file:
                 shape = (1 << 20, 1 << 18) if name == WEIGHT else members[name].shape

@@ -24,7 +24,7 @@ def model_of(config):
 
 
 def params_of(model):
-    """Our parameters one by one, as `entries` takes them."""
+    """Our parameters one by one, as input of `entries`."""
     flat = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     return ((leaf, np.asarray(flat[leaf.path][...])) for leaf in leaves(model.config))
 
@@ -88,7 +88,7 @@ def test_tied_head_is_stored_twice_and_optional():
 
 
 def test_loaded_model_is_the_model(official):
-    """Layer i of a run gets the weights of layer i, and not those of another."""
+    """Layer i of a stack gets the weights of layer i, not of another layer."""
     model = from_official(*official)
     run = model.backbone.main_network.encoder.layers[1]  # "t1m2": layers 1 and 2
     for i in range(2):
@@ -139,7 +139,7 @@ def test_what_the_official_kernels_cannot_run_is_not_exported(config, says, tmp_
     model = model_of(config)
     with pytest.raises(ConfigError, match=says):
         to_official(model)
-    path = tmp_path / "theirs.npz"  # as a hand could write it
+    path = tmp_path / "theirs.npz"  # as written by hand
     write_tensors(path, dict(entries(config, params_of(model))))
     path.with_suffix(".json").write_text(json.dumps(config.to_json()))
     convert(path, tmp_path / "run")  # which our own code runs

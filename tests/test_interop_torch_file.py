@@ -1,4 +1,4 @@
-"""The reader of .pt files: what torch wrote, bit for bit, and files that mean harm."""
+"""The reader of .pt files: files of torch, bit for bit, and malicious files."""
 
 import json
 import subprocess
@@ -77,7 +77,7 @@ def test_torch_is_not_needed(tmp_path):
     assert answer.stdout == "15.0\n", answer.stderr
 
 
-# Each instruction below would do something if a pickle were run, or is described wrongly.
+# Each instruction below would do something if the pickle were run, or gives a wrong description.
 PICKLED = {
     "short record": described((2, 4), (4, 1), size=8),
     "short record of a whole file": described((1 << 40,), (1,), size=1 << 40),

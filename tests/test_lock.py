@@ -1,4 +1,4 @@
-"""One writer per directory: who comes second is refused, and told of the first."""
+"""One writer per directory: a second one is refused, with an error that names the first."""
 
 import os
 import signal
@@ -32,7 +32,7 @@ def test_the_second_is_refused_until_the_first_has_ended(tmp_path):
         assert "\n" not in str(e.value) and sys.argv[0] in str(e.value)
         with DirectoryLock(tmp_path / "other"), pytest.raises(Locked, match="^out="):
             DirectoryLock(folder, "out").__enter__()
-    assert list(tmp_path.iterdir()) == []  # what it made and nobody used
+    assert list(tmp_path.iterdir()) == []  # it removed its unused files
     with DirectoryLock(folder):
         (folder / "file").touch()
     assert [p.name for p in folder.iterdir()] == ["file"]
@@ -113,12 +113,12 @@ def test_a_bucket_has_one_writer_and_a_lock_left_over_is_taken(bucket, monkeypat
             DirectoryLock("gs://bucket/run").__enter__()
         left_over = bucket[path]
     assert locks(bucket) == []
-    bucket[path] = left_over  # of this process, which is alive, but it stands still
+    bucket[path] = left_over  # the lock of this live process, without heartbeats
     with DirectoryLock("gs://bucket/run"):
         assert bucket[path] is not left_over
     bucket[path] = left_over
     monkeypatch.setattr(lock, "has_ended", lambda process: process == process_name())
-    monkeypatch.setattr(lock, "STALE_SECONDS", 60)  # it is not waited for one that has ended
+    monkeypatch.setattr(lock, "STALE_SECONDS", 60)  # no wait for a process that has ended
     with DirectoryLock("gs://bucket/run"):
         pass
     assert locks(bucket) == []

@@ -1,4 +1,4 @@
-"""Logs and configuration of a run whose work directory is a bucket."""
+"""Logs and configuration of a run whose work directory is in a bucket."""
 
 import json
 from dataclasses import replace

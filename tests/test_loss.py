@@ -1,4 +1,4 @@
-"""Cross-entropy, bits per byte, and what counts as a target."""
+"""Cross-entropy, bits per byte, and which bytes are targets."""
 
 import math
 
@@ -46,7 +46,7 @@ def test_an_eos_that_starts_a_row_is_no_target():
 
 
 def test_bits_per_byte_of_a_known_source_is_its_entropy():
-    """The chain's own predictions, fed as logits, score its entropy rate on the bytes alone."""
+    """The chain's own predictions, given as logits, score its entropy rate over the bytes only."""
     source, length = MarkovSource(), 4001
     data = np.frombuffer(source.sample(length, seed=0), np.uint8).astype(np.int32)
     table = np.maximum(source.log2_transitions() * math.log(2), -1e4)

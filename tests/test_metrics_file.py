@@ -1,4 +1,4 @@
-"""metrics.jsonl: what stays of it when a run goes on, is damaged, or finds no room."""
+"""metrics.jsonl: what is kept when a run resumes, the file is damaged, or the disk is full."""
 
 import errno
 import json
@@ -22,7 +22,7 @@ def file(tmp_path):
 
 def test_metrics_of_a_resumed_run_end_where_it_goes_on(file, tmp_path):
     with file.path.open("a") as f:
-        f.write('{"step": 2}')  # torn: its end is missing
+        f.write('{"step": 2}')  # incomplete: its end is missing
     assert read_metrics(tmp_path) == [*ROWS, {"step": 2}]
     file = MetricsFile(tmp_path, 2, pytest.fail)
     assert read_metrics(tmp_path) == ROWS[:2]
@@ -83,7 +83,7 @@ def test_rows_wait_while_the_disk_is_full(file, tmp_path, monkeypatch):
             file.write({"step": step})
         assert read_metrics(tmp_path) == ROWS
     with file.path.open("ab") as f:
-        f.write(b'{"st')  # as far as there was room
+        f.write(b'{"st')  # until the disk was full
     file.write({"step": 6})
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
     assert file.path.read_bytes().count(b"\n") == 6

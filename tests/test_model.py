@@ -1,4 +1,4 @@
-"""Initialisation against statistics of the official one, and the model's interface."""
+"""Initialisation against statistics of the official one; the model's interface."""
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,9 @@ MEASURED = HNetConfig(
     ),
     ssm=SSMConfig(d_state=16),
 )
-# Standard deviations over all official layers of a kind. What writes to the residual stream has
-# 0.02 / sqrt(n), n residual additions in this stage's encoder and decoder and the stages around:
-# 4 in stage 0, 12 in stage 1, 16 in the core.
+# Standard deviations over all official layers of a kind. Weights that write to the residual stream
+# have 0.02 / sqrt(n), with n residual additions in the encoder and decoder of this stage and of the
+# stages around it: 4 in stage 0, 12 in stage 1, 16 in the core.
 OFFICIAL_STD = {
     "embeddings/embedding": 0.9991,
     "lm_head/kernel": 0.01994,
@@ -43,7 +43,7 @@ OFFICIAL_STD = {
 
 @pytest.fixture(scope="module")
 def initial():
-    """Arrays by "stage/part/name"; those of a kind are together."""
+    """Arrays by "stage/part/name", with those of the same kind together."""
     params = quick_jit(init_params, static_argnums=0)(MEASURED, jax.random.key(0))
     by_kind = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -62,7 +62,7 @@ def flat(arrays):
 @pytest.mark.parametrize("kind", OFFICIAL_STD)
 def test_spread_of_the_initial_weights(initial, kind):
     values = flat(initial[kind])
-    # four standard errors of ours and of theirs
+    # four standard errors of our and of the official estimate
     tolerance = 4 * np.sqrt(2) / np.sqrt(2 * values.size)
     assert values.std() == pytest.approx(OFFICIAL_STD[kind], rel=tolerance)
     assert abs(values.mean()) < 4 * values.std() / np.sqrt(values.size)

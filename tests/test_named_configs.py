@@ -1,4 +1,4 @@
-"""Named configurations: what each is, how it is found; a broken file breaks only itself."""
+"""Named configurations: their content and lookup; a broken file affects only itself."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ from hnet.model import abstract
 
 NAMES = sorted(named_configs())
 UNTRAINED = {"dtp_unigram": "labels"}
-"""Names that are refused, and the field at which."""
+"""Names that are refused, and the field in the error."""
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - set(UNTRAINED)))
@@ -76,7 +76,7 @@ BROKEN = {
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A folder of named configurations, the good ones among them."""
+    """A folder of named configurations, including the valid ones."""
     for file in configs.FOLDER.glob("[a-z]*.py"):
         (tmp_path / file.name).write_text(file.read_text())
     monkeypatch.setattr(configs, "FOLDER", tmp_path)

@@ -45,7 +45,7 @@ def test_gradients_of_blocks_are_those_of_the_reference(window, block_len):
 
 
 def test_keys_before_every_window_of_a_block_are_never_read():
-    """A NaN in a key that is only masked would spread; the cost of a window is linear in L."""
+    """A NaN in a key that is only masked would spread. The cost of a window is linear in L."""
     poisoned_K, poisoned_V = KEYS.copy(), V.copy()
     poisoned_K[:, :5] = poisoned_V[:, :5] = np.nan
     segments = np.ones((B, L), np.int32)
@@ -56,7 +56,7 @@ def test_keys_before_every_window_of_a_block_are_never_read():
 
 
 def test_keys_of_other_segments_are_never_read():
-    """So the cost of packed rows follows their segments: here 1..9 and 10..23, blocks of 5."""
+    """The cost of packed rows depends on their segments: here 1..9 and 10..23, blocks of 5."""
     poisoned_K, poisoned_V = KEYS.copy(), V.copy()
     poisoned_K[:, :5] = poisoned_V[:, :5] = np.nan
     segments = np.repeat(SEGMENTS[:1], B, axis=0)
@@ -81,7 +81,7 @@ def test_program_does_not_grow_with_the_row():
 
 
 def test_copies_of_a_vmap_share_their_loops():
-    """Each with its own segments; loops that end apart would go on until any(...) ends."""
+    """Each copy has its own segments; loops with different ends would run until the last ends."""
     segments = np.stack([SEGMENTS, SEGMENTS[::-1]])
 
     def gradient(segments):
@@ -130,7 +130,7 @@ def test_options_are_those_of_the_loop_and_of_one_block(options, block_len):
 
 
 def test_memory_of_blocks_of_queries_is_linear_in_the_row():
-    """No array is as large as all scores, forwards or backwards."""
+    """No array is as large as all scores, forward or backward."""
     length = 64
     q, segments = jnp.zeros((1, length, 1, 2)), jnp.ones((1, length), jnp.int32)
 

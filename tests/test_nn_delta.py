@@ -22,7 +22,7 @@ INPUTS = {
     "q": unit(rng.normal(size=(B, L, H, K))),
     "k": unit(rng.normal(size=(B, L, H, K))),
     "v": np.float32(rng.normal(size=(B, L, H, V))),
-    # a head that forgets slowly, one that does quickly, one at once
+    # one head forgets slowly, one quickly, one at once
     "log_alpha": np.float32(-rng.uniform(0, 1, (B, L, H)) * [0.01, 1, 100]),
     "beta": np.float32(rng.uniform(0, 1, (B, L, H))),
 }
@@ -55,7 +55,7 @@ def test_gradients_are_those_of_the_recurrence(block_len):
 
     ours = gradients(lambda *inputs: gated_delta(*inputs, block_len=block_len)[0])
     for name, grad, reference in zip(INPUTS, ours, gradients(gated_delta_reference)):
-        # head by head, so that none hides
+        # head by head, so that a large head does not hide errors of another
         grad, reference = np.moveaxis(grad, 3, 0), np.moveaxis(reference, 3, 0)
         assert max(map(relative_error, grad, reference)) < 2e-5, name
 
@@ -84,7 +84,7 @@ def test_causality_bit_for_bit():
 
 
 def test_the_last_state_is_the_one_after_the_last_position():
-    """Of rows whose length is no multiple of the blocks, in the segment that the row ends in."""
+    """For rows whose length is not a multiple of the block, in the last segment of the row."""
     *inputs, ids = (a[:1] for a in (*INPUTS.values(), SEGMENTS))
     _, state = gated_delta(*inputs, ids, block_len=8)
     probe = [np.concatenate([a, a[:, :1]], axis=1) for a in inputs]
@@ -103,10 +103,10 @@ def test_bfloat16_operands_stay_near():
 
 @pytest.mark.parametrize("size", [1, 2, 13, 61])
 def test_inverse_of_unit_lower_triangular_matrices(size):
-    """All ones is the rule with equal keys that forgets nothing: powers of it reach 1e17."""
+    """All ones: the rule with equal keys and no forgetting; powers of this matrix reach 1e17."""
     lower = np.tril(rng.normal(size=(3, size, size)) / np.sqrt(size), -1)
     lower[0] = np.tril(np.ones((size, size)), -1)
-    above = np.float32(np.triu(rng.normal(size=(3, size, size))))  # is not read
+    above = np.float32(np.triu(rng.normal(size=(3, size, size))))  # this triangle is not read
     found = np.asarray(quick_jit(unit_lower_inverse)(np.float32(lower) + above))
     wanted = np.linalg.inv(np.eye(size) + np.float32(lower))
     assert np.all(np.abs(found - wanted) < 2e-6 * np.abs(wanted).max(axis=(1, 2), keepdims=True))

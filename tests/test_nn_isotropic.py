@@ -47,7 +47,7 @@ def test_how_it_is_computed_does_not_change_it(plain, fields):
 
 
 def test_scanned_layers_are_one_body():
-    """The program of four equal layers is as long as that of two."""
+    """The program for four equal layers is as long as that for two."""
 
     def lines(layout, **fields):
         config = with_compute(network(stage(layout, 26)), **fields)
@@ -88,7 +88,7 @@ def equations(jaxpr, scope=""):
 
 @pytest.mark.parametrize("name", [n for n, c in NETWORKS.items() if c.num_chunked])
 def test_bfloat16_stops_at_router_residual_dechunk_and_head(name):
-    """The program says so: in those scopes nothing is bfloat16, and elsewhere matmuls are."""
+    """In the traced program nothing in these scopes is bfloat16, and matmuls elsewhere are."""
     config = with_compute(NETWORKS[name], dtype="bfloat16")
     graph, params = random_params(config)
     ids = jnp.zeros((1, 8), jnp.int32)

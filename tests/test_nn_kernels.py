@@ -76,7 +76,7 @@ def rows_of(*lengths_of_segments):
     ],
 )  # fmt: skip
 def test_attention_kernels_are_the_reference(f, rows, window):
-    """Several blocks of prime rows of documents, and padding, in front of them too."""
+    """Several blocks, rows of prime length with documents, and padding, also in front."""
     L = 293 if rows == 1 else 37
     cuts = [(L - 140, 1, 128, 11)] if rows == 1 else [(0, L - 23, 11, 12), (5, 2, 1, L - 8)]
     segments = rows_of(*cuts)
@@ -91,7 +91,7 @@ def test_attention_kernels_are_the_reference(f, rows, window):
 
 
 def test_a_row_alone_skips_blocks_without_a_common_segment():
-    """A key of another document in a block that must not run is NaN, and nobody sees it."""
+    """A key of another document, in a block that must not run, is NaN and has no effect."""
     segments = rows_of((0, 128, 128, 41))
     q, k, v = (np.float32(rng.normal(size=(1, 297, H, K))) for _ in range(3))
     clean = SPLASH(q, k, v, segments)
@@ -113,7 +113,7 @@ SSDS = {"pallas": partial(ssd_pallas, interpret=True), "matmul": ssd_matmul}
     [("pallas", 3, 5, 8), ("pallas", 16, 16, 8), ("matmul", 3, 5, 8), ("matmul", 2, 5, 31)],
 )
 def test_ssd_kernels_are_the_recurrence(name, heads, channels, block_len):
-    """Blocks of 8 of 29 positions, documents that end in and between blocks, ids that return."""
+    """29 positions in blocks of 8; documents end in and between blocks; ids occur again."""
     B, L, N = 2, 29, 7
     segments = np.stack([np.repeat([3, 1, 3, 0], [8, 3, 12, 6]), np.ones(L)]).astype(np.int32)
     x, cotangent = (np.float32(rng.normal(size=(B, L, heads, channels))) for _ in range(2))
@@ -148,7 +148,7 @@ def test_ssd_kernels_in_bfloat16_stay_near_the_recurrence(name, dtype):
 
 @pytest.mark.parametrize("rows, heads, shape", [(4, 2, (1, 13, 1)), (3, 2, (3, 13, 1))])
 def test_each_device_gets_its_rows_and_heads(rows, heads, shape):
-    """What the axes of the mesh do not divide stays whole; a mesh is not needed."""
+    """Dimensions that the mesh axes do not divide are replicated; a mesh is not needed."""
     devices = np.array(jax.devices()[:8]).reshape(2, 2, 2)
     mesh = Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     seen = []
@@ -231,7 +231,7 @@ def test_every_kernel_is_a_value_of_its_field():
 
 @needs_libtpu
 def test_the_training_step_compiles_with_kernels_for_a_tpu():
-    """On data x fsdp = 2 x 2: no collective moves more than it does for the array code."""
+    """On data x fsdp = 2 x 2: no collective moves more than with the array code."""
     config = base_config("default")
     stage = StageConfig(("m1t1",), 64, num_heads=1, rotary_emb_dim=16, window_size=31)
     data = replace(config.data, batch_size=4, seq_len=256)

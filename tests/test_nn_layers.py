@@ -28,7 +28,7 @@ ROWS = st.lists(st.lists(st.integers(0, 2), min_size=11, max_size=11), min_size=
 
 def test_rms_norm():
     x, scale = rng.normal(size=(2, 3, 7)), rng.normal(size=7)
-    x[0] *= 3e-3  # where the epsilon counts
+    x[0] *= 3e-3  # so that the epsilon matters
     expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * scale[None, None]
     np.testing.assert_allclose(rms_norm(jnp.float32(x), jnp.float32(scale)), expected, rtol=2e-6)
 
@@ -58,12 +58,12 @@ def plain_norm(x, scale):
     [
         (rms_norm, plain_norm, [(2, 3, 7), (7,)]),
         (gated, lambda x, gate: x * gate * jax.nn.sigmoid(gate), [(2, 3, 7), (2, 3, 7)]),
-        (matmul, jnp.matmul, [(2, 3, 7), (7, 5)]),  # its weight's gradient either way round
+        (matmul, jnp.matmul, [(2, 3, 7), (7, 5)]),  # the weight's gradient in both layouts
         (matmul, jnp.matmul, [(2, 3, 5), (5, 7)]),
     ],
 )
 def test_derivatives_of_our_own(ours, plain, shapes):
-    """Are those that differentiation of the plain formula finds, in float64."""
+    """Custom derivatives equal those of the plain formula, in float64."""
     inputs = [np.float32(3 * rng.normal(size=s)) for s in shapes]
     out, pull = jax.vjp(ours, *inputs)
     cotangent = np.float32(rng.normal(size=out.shape))
@@ -124,4 +124,4 @@ def test_rows_lie_over_the_mesh_where_it_divides_them():
     other = jax.make_mesh((4, 2), ("points", "tensor"), axis_types=auto)
     assert laid_out(other, jnp.ones((8, 3))) == P()
     part = jax.shard_map(by_rows, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
-    assert part(jnp.ones((16, 3))).shape == (16, 3)  # one device's rows, which are not cut again
+    assert part(jnp.ones((16, 3))).shape == (16, 3)  # one device's rows are not sharded again

@@ -31,7 +31,7 @@ blockwise = quick_jit(ssd, static_argnames="block_len")
 
 
 def segment_rows(length):
-    """Two rows of ids, equal neighbours being one segment."""
+    """Two rows of ids; equal adjacent ids are one segment."""
     lengths = st.lists(st.integers(1, length), min_size=1, max_size=5)
     row = lengths.map(lambda n: np.repeat(np.arange(len(n)), n).astype(np.int32))
     full = row.map(lambda r: np.pad(r, (0, length))[:length])
@@ -52,7 +52,7 @@ def test_ssd_at_any_block_length(block_len):
 
 
 def test_what_was_forgotten_does_not_blur_what_is_remembered():
-    """Decays of nearly 1 behind many of e^-9, whose logarithms add up to hundreds."""
+    """Decays of nearly 1 after many of e^-9, whose logarithms add up to hundreds."""
     draw = np.random.default_rng(1)
     length = 64
     small = draw.uniform(0.005, 0.01, (1, length, 1))
@@ -75,7 +75,7 @@ def test_sequential_reference_is_the_recurrence():
 def test_gradients_are_those_of_the_recurrence(block_len):
     """Also for the head that forgets at once, where differences of long sums would cancel.
 
-    Of several cotangents together, since the gradient by A of one may be nearly zero by chance.
+    Several cotangents are used, since the gradient by A of one may be nearly zero by chance.
     """
     cotangents = np.float32(rng.normal(size=(7, B, L, H, P)))
 
@@ -88,7 +88,7 @@ def test_gradients_are_those_of_the_recurrence(block_len):
 
     ours = gradients(lambda *inputs: ssd(*inputs, block_len=block_len))
     for name, grad, reference in zip(INPUTS, ours, gradients(ssd_reference)):
-        if name in ("x", "dt", "A"):  # head by head: the forgetful one must not hide
+        if name in ("x", "dt", "A"):  # head by head, so that errors of the forgetting head show
             grad, reference = (
                 np.moveaxis(grad, -1 - (name == "x"), 0),
                 np.moveaxis(reference, -1 - (name == "x"), 0),
@@ -112,7 +112,7 @@ def test_no_gradient_crosses_a_segment(block_len):
 
 
 def test_passing_states_on_copies_none_of_the_others():
-    """Else a row costs the square of its blocks: no instruction of a loop copies all states."""
+    """No instruction in a loop copies all states; else the cost is quadratic in the blocks."""
     blocks, T, N = 7, 5, 3
     shapes = (1, blocks * T, 2, 11), (1, blocks * T, 2), (2,), *[(1, blocks * T, N)] * 2
     given = [jnp.ones(shape, jnp.float32) for shape in shapes]
@@ -153,7 +153,7 @@ def test_convolution_of_rows_shorter_than_its_taps(length):
 
 
 def test_gradients_of_the_convolution():
-    """Those of the same sum written with one matrix a tap, and in float64."""
+    """Equal those of the same sum written with one matrix per tap, in float64."""
     segment_ids = np.stack([np.repeat([1, 2, 0], [2, 5, 4]), np.repeat([3, 4, 5], [1, 9, 1])])
     rng = np.random.default_rng(0)
     shapes = (2, 11, 3), (4, 3), (3,), (2, 11, 3)

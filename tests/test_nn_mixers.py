@@ -1,6 +1,6 @@
 """Every mixer of the table, and every option of attention: the equation, the stream, the scope.
 
-A stack is `Isotropic` on its own; rows are packed, ragged and of prime length.
+A stack is an `Isotropic` by itself; rows are packed, ragged and of prime length.
 """
 
 from dataclasses import replace
@@ -41,15 +41,15 @@ SEGMENTS = np.stack(
     [np.ones(L), np.repeat([1, 2, 3], [9, 7, 13]), np.repeat([1, 2, 0], [11, 14, 4])]
 ).astype(np.int32)
 ONE = np.ones((B, L), np.int32)
-CHUNKS = np.stack(  # scopes that start anew, each row's own
+CHUNKS = np.stack(  # scopes that start again, different per row
     [np.repeat(np.arange(1, 6), [6, 1, 11, 4, 7]), np.repeat([1, 2], [3, 26]), np.ones(L)]
 ).astype(np.int32)
 BIAS = np.float32(rng.normal(size=(B, L)))
 POSITIONS = np.cumsum(rng.integers(1, 4, (B, L)), axis=1, dtype=np.int32)
-WIDTH = 16  # of memory
+WIDTH = 16  # channels of the memory
 MEMORY = Memory(
     np.float32(rng.normal(size=(B, 10, WIDTH))),
-    np.repeat(np.int32([[0, 1, 2, 3, 4]] * B), 2, axis=1),  # two vectors for each group
+    np.repeat(np.int32([[0, 1, 2, 3, 4]] * B), 2, axis=1),  # two vectors per group
     np.sort(rng.integers(0, 5, (B, L)), axis=1).astype(np.int32),
 )
 
@@ -62,7 +62,7 @@ def attention(**options):
     return {"attention": AttentionConfig(**options)}
 
 
-# name -> layout, fields of the stage, what is given beside the states
+# name -> layout, fields of the stage, inputs in addition to the states
 STACKS = {
     "mamba2": ("m1M1", {}, {}),
     "attention": ("t1T1", {"window_size": 7}, {}),
@@ -158,7 +158,7 @@ def test_causality_bit_for_bit(name):
 
 @EACH
 def test_a_segment_does_not_notice_its_neighbours(name):
-    """The second segment of row 1, in its row and as a row of its own."""
+    """The second segment of row 1, in its row and as a separate row."""
     whole = forward(name)
     cut = slice(9, 16)
     given = context(name, SEGMENTS)
@@ -209,7 +209,7 @@ prefill = quick_jit(_prefill, static_argnums=0)
 
 
 def streamed(name: str, scopes: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The outputs of prefill up to `lengths`, then step by step."""
+    """The outputs of prefill up to `lengths`, then of single steps."""
     graph, params = build(name)
     after = np.arange(L)[None] >= lengths[:, None]
     beside = context(name, np.where(after, 0, scopes))
@@ -244,7 +244,7 @@ def test_steps_are_the_forward_pass(name, monkeypatch):
 @EACH
 @pytest.mark.parametrize("lengths", [(0, 0, 0), (11, 4, 2), (18, 3, 11)])
 def test_steps_of_a_scope_that_starts_again_are_the_forward_pass(name, lengths, monkeypatch):
-    """Also where the prompt ends inside a scope, or with one."""
+    """Also if the prompt ends inside a scope, or with one."""
     monkeypatch.setattr(nn_cache, "KV_BLOCK", 4)
     out = streamed(name, CHUNKS, np.int32(lengths))
     np.testing.assert_allclose(out, forward(name, segments=CHUNKS), rtol=0, atol=1e-5)
@@ -262,7 +262,7 @@ def test_bfloat16_stays_near(name):
     "name", ["kv_heads", "key_bias", "sink_learned", "all_options", "delta", "cross_equal", "mixed"]
 )
 def test_a_mesh_changes_nothing(name):
-    """Parameters lie as their axes say, rows over two devices, heads over two."""
+    """Parameters are sharded by their axes, rows over two devices, heads over two."""
     graph, params = build(name)
     mesh = make_mesh(MeshConfig(1, 2, 2), jax.devices()[:4])
     shardings = state_shardings(params, describe(nnx.merge(graph, params)), mesh)
@@ -322,7 +322,7 @@ def test_options_of_attention_are_those_of_the_loop(name, causal):
 
 
 def test_no_kernel_is_chosen_that_would_leave_an_option_out(monkeypatch):
-    """A kernel that computes garbage is noticed by plain attention, by no other."""
+    """A kernel that computes garbage changes only plain attention."""
     broken = table.Kernel(lambda q, k, v, segments, *, window: 0 * q, "cpu")
     monkeypatch.setitem(table.KERNELS["attention_backend"], "cudnn", broken)
     for name, (layout, fields, _) in STACKS.items():
@@ -424,7 +424,7 @@ def test_cross_attention_without_memory_says_so():
 
 
 class Doubling(Mixer):
-    """A mixer of one's own."""
+    """A custom mixer."""
 
     def __init__(self, config, stage, *, out_std, causal, rngs):
         self.width = stage.d_model

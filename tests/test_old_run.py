@@ -1,4 +1,4 @@
-"""A work directory of the version before parts is read, resumed and told apart."""
+"""A work directory of the version before parts is read, resumed and recognized."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from hnet.train.workdir import read_config
 from tests.training import rows, run
 
 OLD_RUN = Path(__file__).parent / "golden" / "old_run"
-LOSSES = (5.249379634857178, 5.047784328460693)  # of updates 3 and 4 by that version
+LOSSES = (5.249379634857178, 5.047784328460693)  # losses of updates 3 and 4 in that version
 BPB = 7.009877986106028
 
 

@@ -1,4 +1,4 @@
-"""No command overwrites, cuts or replaces what a user made; what cannot be is said before work."""
+"""No command overwrites, truncates or replaces a user's files; errors come before any work."""
 
 import importlib
 import json
@@ -103,7 +103,7 @@ def test_what_could_not_be_written_whole_is_taken_away(tmp_path, monkeypatch):
     assert not (tmp_path / "b").exists()
 
 
-COMMANDS = [  # options, and a file that is there already
+COMMANDS = [  # (options, existing file)
     ("segment", "--checkpoint w --text a --html DIR/mine", "mine"),
     ("calibrate", "--files a=b --mean-ratio 5 --out DIR/mine", "mine"),
     ("fairness", "--files a=b --out DIR", "report.md"),
@@ -155,7 +155,7 @@ def test_a_journal_is_opened_again(tmp_path):
     for number in range(2):
         open_storage(str(path)).create_new_study([StudyDirection.MINIMIZE], f"study {number}")
     with open(path, "ab") as file:
-        file.write(b'{"op_c')  # of a worker that was killed
+        file.write(b'{"op_c')  # left by a killed worker
     assert len(open_storage(str(path)).get_all_studies()) == 2
 
 

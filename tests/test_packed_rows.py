@@ -1,4 +1,4 @@
-"""Rows whose chunks share a row of slots: nothing but the room changes."""
+"""Rows whose chunks share a row of slots: only the memory changes."""
 
 from functools import partial
 
@@ -36,7 +36,7 @@ def outputs_and_gradient(graph, params, ids_BL, cotangent_BLV, packed_rows, capa
 
 @pytest.mark.parametrize("name", ["one_stage", "two_stage", "pooled_ends", "routed"])
 def test_packed_rows_give_what_rows_alone_give(name):
-    """Outputs and gradients, in slots that hold what the packed rows want and no more."""
+    """Outputs and gradients, with exactly as many slots as the packed rows want."""
     graph, params = random_params(NETWORKS[name])
     cotangent_BLV = np.random.default_rng(8).normal(size=(B, L, 256)).astype(np.float32)
     (logits, routes), grads = outputs_and_gradient(graph, params, IDS, cotangent_BLV, 1)
@@ -56,7 +56,7 @@ def test_packed_rows_give_what_rows_alone_give(name):
 
 
 def test_a_row_does_not_notice_the_future_of_a_row_it_is_packed_with():
-    """Its own past stays as it was bit for bit, and rows before the changed one altogether."""
+    """Its own past is unchanged bit for bit, and so are the rows before the changed one."""
     graph, params = random_params(NETWORKS["one_stage"])
     cotangent_BLV = np.zeros((B, L, 256), np.float32)
     changed = IDS.copy()

@@ -1,4 +1,4 @@
-"""Against numbers of the official model (tests/golden): the whole network, then its pieces."""
+"""Comparison with the official model (tests/golden): the whole network, then its parts."""
 
 import json
 
@@ -92,7 +92,7 @@ def test_network(official, network, case):
 
 
 def test_network_agrees_with_official_decoding(official, network):
-    """Their step-by-step logits are our forward pass; their greedy bytes are our argmax."""
+    """The official step-by-step logits are our forward pass; its greedy bytes are our argmax."""
     _, params, evaluate = network
     prompt, tokens = official["greedy/prompt"][0], official["greedy/tokens"][0]
     ids = np.zeros((3, 64), np.int32)
@@ -128,7 +128,7 @@ def test_routing(pieces):
     piece, signs = golden_data.part(pieces, "routing"), golden_data.part(pieces, "signs")
     x_BLD = piece["in/hidden"]
     weights = [piece[f"param/{n}_proj_layer.weight"] for n in "qk"]
-    whole_rows = np.ones(x_BLD.shape[:2], np.int32)  # their scalar counts padding as well
+    whole_rows = np.ones(x_BLD.shape[:2], np.int32)  # the official scalar includes padding
 
     def scalar(x_BLD, Wq, Wk):
         q = jnp.einsum("bld,ed->ble", previous(x_BLD), Wq)
@@ -187,7 +187,7 @@ def test_dechunk(pieces):
     boundaries = piece["in/boundary_mask"].astype(np.float32)
 
     def scalar(y_BMD, p_BL):
-        # they smooth and upsample here, and multiply with the confidence elsewhere
+        # the official layer smooths and upsamples; the confidence is multiplied elsewhere
         route = decided(boundaries, segments, capacity)._replace(boundary_prob_BL=p_BL)
         chunks = chunked(y_BMD, route, capacity)
         constant = route._replace(boundary_prob_BL=jax.lax.stop_gradient(p_BL))

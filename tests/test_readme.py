@@ -1,4 +1,4 @@
-"""What README and the pages say is there, is there; their Python runs."""
+"""Links in the README and other pages exist, lines are short, and the README's Python runs."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Routers with parameters for each route: what is computed, what it costs, what moves."""
+"""Routers with parameters per route: results, cost, communication."""
 
 import re
 from dataclasses import replace
@@ -127,7 +127,7 @@ def test_one_route_is_the_plain_router(kind):
 
 
 def dot_flops(jaxpr) -> int:
-    """Operations of all matmuls, those in loops times their rounds."""
+    """Operations of all matmuls; those in loops count once per iteration."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -212,7 +212,7 @@ def test_a_chunk_has_the_route_of_the_position_on_which_it_fires(chunking):
         expected = []
         for t in range(23):
             if chunking and t in (0, 9):
-                expected.append(routes[b, t])  # of the null slot
+                expected.append(routes[b, t])  # for the null slot
             if outer.boundary_mask_BL[b, t]:
                 expected.append(routes[b, t])
         used = inner.segment_ids_BL[b] != 0

@@ -1,4 +1,4 @@
-"""The ladder against published models and its own promise; the fit against planted curves."""
+"""The ladder against published models and its stated match; the fit against known curves."""
 
 import json
 from dataclasses import replace
@@ -45,7 +45,7 @@ def test_every_model_of_a_level_costs_the_same_a_byte_and_sees_the_same_bytes(la
 
 
 def test_the_rules_lead_to_the_published_models(ladder):
-    """Large and XL: GFLOPs a byte .42 and .69; widths, encoders and depth of the main network."""
+    """L and XL: GFLOPs per byte .42 and .69; widths, encoders and depth of the main network."""
     assert ladder["bpe", 1536][0].flops_a_byte == pytest.approx(0.423e9, rel=2e-3)
     assert ladder["bpe", 2048][0].flops_a_byte == pytest.approx(0.699e9, rel=2e-3)
     for name, place in (("1stage_L", ("hnet1", 1536)), ("1stage_XL", ("hnet1", 2048)),

@@ -1,4 +1,4 @@
-"""The mesh, and where every array of a run lies on it."""
+"""The mesh, and the sharding of every array of a run."""
 
 import json
 from dataclasses import replace
@@ -78,7 +78,7 @@ def test_an_axis_that_the_table_does_not_have_is_refused():
     [("2stage_L", PUBLISHED["2stage_L"]), ("magnet", magnet()), ("hnet", hnet())],
 )
 def test_named_axes_give_the_golden_shardings(name, model):
-    """The file lists every parameter that is not whole on a mesh of 2 x 2 x 2, by its spec."""
+    """The file lists the spec of every parameter that is not replicated on a 2 x 2 x 2 mesh."""
     golden = json.loads((Path(__file__).parent / "golden" / "shardings.json").read_text())[name]
     expected = {path: spec for spec, paths in golden.items() for path in paths}
     graph, params = abstract(model)
@@ -129,4 +129,4 @@ def test_the_tensor_axis_sums_activations_and_moves_nothing_bigger_than_a_weight
             sums += size
         elif one.opcode in hlo.COLLECTIVES and one.opcode != "all-reduce":
             assert size <= weight, one
-    assert sums == 4 * activation  # of attention and of the MLP, forwards and backwards
+    assert sums == 4 * activation  # attention and MLP, forward and backward

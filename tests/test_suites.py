@@ -1,4 +1,4 @@
-"""Each suite against values by hand or by a slow loop, and with models whose score is known."""
+"""Each suite against values by hand or from a slow loop, and with models of known score."""
 
 import json
 import math
@@ -48,8 +48,8 @@ SETTINGS = Settings(items=23, shots=2, seed=5, max_bytes=64, texts=TEXTS)
 
 @dataclass
 class Oracle:
-    """Nothing surprises it where the text is one it knows, or starts one; elsewhere all bytes are
-    alike to it. It knows all texts until it is told some."""
+    """Predicts every byte with certainty in a text that it knows, or in a prefix of one; elsewhere
+    all bytes are equally likely. It knows all texts until some are given."""
 
     known: set[bytes] | None = None
     cut: object = lambda text: range(len(text))
@@ -95,7 +95,7 @@ def question(item):
 def test_an_answer_is_right_if_greedy_decoding_gives_it_and_its_end():
     items = [Item(b"1+1=", b"2", {"kind": k, "size": s}) for k, s in [("a", 1), ("b", 1), ("a", 2)]]
 
-    class Almost(Oracle):  # it does not see the end of the third
+    class Almost(Oracle):  # does not know the end of the third
         def _score(self, text):
             greedy = np.array([False] * 4 + [True, len(self.seen) < 4])
             return Score(text, np.log(np.array([1] * 4 + [0.5, 0.125], np.float32)), greedy)
@@ -456,7 +456,7 @@ def test_consistency_with_models_whose_preference_is_known():
         for row in rows:
             if score is not None:
                 assert [row[name] for name in names] == [score] * 3
-            else:  # all bytes are alike: only the length of a solution counts
+            else:  # equally likely bytes: only the length of a solution counts
                 assert row["by_mean"] == row["by_first_difference"] == 0.5
                 assert row["nll_right"] == pytest.approx(math.log(256))
 
@@ -507,7 +507,7 @@ def test_stability_counts_flips():
 
 
 def test_surprise_of_boundaries_before_what_surprises():
-    class Surprised(Oracle):  # by each q, and at nothing else
+    class Surprised(Oracle):  # at each q only
         def _score(self, text):
             nats = np.array([-8.0 if c == ord("q") else 0.0 for c in text], np.float32)
             return Score(text, nats, nats == 0)

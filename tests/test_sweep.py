@@ -46,7 +46,7 @@ def write(folder: Path, text: str) -> str:
         ("sampler = 'grids'\n[space]\nseed = [1]", "sampler='grids': use one of grid, random"),
         ("smapler = 'grid'\n[space]\nseed = [1]", "unknown setting 'smapler'.*mean sampler"),
         ("[space]\noptim.weight_deca = [1]", "field optim.weight_deca: did you mean optim.weight_"),
-        ("[space]\nmodel.stages.7.d_model = [1]", "unknown field model.stages.7: did you mean 0"),
+        ("[space]\nmodel.stages.7.d_model = [1]", "unknown field model.stages.7: known are 0, 1"),
         ("[space]\noptim.learning_rate = ['x']", "optim.learning_rate='x': expected float"),
         ("[space]\noptim.learning_rate = []", "space.optim.learning_rate=.*at least one value"),
         ("[space]\noptim.learning_rate = [1, 1]", "is there twice"),

@@ -1,4 +1,4 @@
-"""Every part that a chunking system is made of, against slow loops and the published facts."""
+"""Every part of a chunking system, against slow loops and published values."""
 
 from dataclasses import replace
 from functools import partial
@@ -121,10 +121,10 @@ def test_end_slots_are_those_of_a_walk_along_the_row(case):
 
 
 def reference_pooling(x_LD, b_L, null_D, main):
-    """DTP's pooling, main network and upsampling of one row, with its way to make them continuous.
+    """DTP's pooling, main network and upsampling of one row, with its continuous relaxation.
 
-    A position is a member of the group s that its index g(t) equals, with the weight 1 - (s - g(t))
-    there and 0 elsewhere; weights are divided by their sum (arXiv 2211.09761, section 2).
+    A position belongs to the group s that equals its index g(t), with weight 1 - (s - g(t)) there
+    and 0 elsewhere; weights are divided by their sum (arXiv 2211.09761, section 2).
     """
     slots_S = jnp.arange(L, dtype=jnp.float32)[:, None]
 
@@ -142,7 +142,7 @@ def reference_pooling(x_LD, b_L, null_D, main):
 
 
 def test_gradients_of_dynamic_token_pooling():
-    """Those of the reference's construction, and the facts that follow from them."""
+    """Equal those of the reference construction; and consequences of these."""
     rng = np.random.default_rng(3)
     x, a, null = (rng.normal(size=s).astype(np.float32) for s in ((L, D), (L, D), (D,)))
     mix = rng.normal(size=(D, D)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The template, copied elsewhere, works everywhere a named configuration does."""
+"""The template, copied elsewhere, works wherever a named configuration does."""
 
 import importlib
 import shutil

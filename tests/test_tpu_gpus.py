@@ -1,4 +1,4 @@
-"""Plans for GPUs that are not there: a small network's kernels and bytes stay under limits."""
+"""Plans for GPUs without having them: a small network's kernels and bytes stay below limits."""
 
 import importlib.util
 import json
@@ -35,7 +35,7 @@ def network(tmp_path):
 
 @needs_plugin
 def test_few_kernels_and_bytes(network):
-    """No loop of small kernels: limits are about a tenth above what was counted."""
+    """No loop of small kernels: limits are about 10 % above the counted values."""
     plan = compile_plan(run_config(network), open_slice("h100:1"), (512,), to_code=False)
     assert plan.fits and plan.compile_seconds is None
     assert kernels(plan) <= 900
@@ -44,7 +44,7 @@ def test_few_kernels_and_bytes(network):
 
 @needs_plugin
 def test_a_loop_of_small_kernels_is_seen(network):
-    """What `auto` must not take on a GPU: blocks of 128 queries, a loop over states."""
+    """Backends that `auto` must not take on a GPU: blocks of 128 queries, a loop over states."""
     words = [*network, "--model.compute.attention_backend", "xla", "--model.compute.ssd_backend"]
     words += ["xla", "--model.compute.attention_block_len", "128"]
     plan = compile_plan(run_config(words), open_slice("h100:1"), (512,), to_code=False)

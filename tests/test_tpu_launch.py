@@ -60,9 +60,9 @@ if os.path.exists(answer):
 
 
 def kill_group(file):
-    """End the group of a run's process if the file names one that lives.
+    """End the process group of a run if the file names a live one.
 
-    A damaged file may hold any number, and 1 would mean every process of this machine.
+    A damaged file may contain any number, and 1 would mean every process of this machine.
     """
     found = re.fullmatch("([1-9][0-9]+) ([0-9]+)\n", file.read_text())
     try:
@@ -128,7 +128,7 @@ else:
     sys.exit(f"unexpected {{words}}")
 """
 
-# uv: a "venv" whose python pretends to have jax
+# uv: creates a "venv" whose python pretends to have jax
 UV = """#!/usr/bin/env bash
 set -eu
 if [[ $1 == venv ]]; then
@@ -138,7 +138,7 @@ if [[ $1 == venv ]]; then
 fi
 """
 
-# The training: counts its starts in the shared folder, saves and ends when it is asked to.
+# The training: counts its starts in the shared folder, saves and ends when asked to.
 TRAIN = """
 trap 'echo saved; exit 75' TERM
 echo "$HNET_HOST_ID $HNET_CODE_HASH $HNET_RUN" >>"$SHARED/starts"
@@ -157,7 +157,7 @@ def executable(path, text):
 
 @pytest.fixture
 def cloud(tmp_path, monkeypatch):
-    """A working directory with stubs on PATH; `calls()` lists what they were called with."""
+    """A working directory with stubs on PATH; `calls()` lists their arguments."""
     tools = tmp_path / "bin"
     tools.mkdir()
     for name in TOOLS:
@@ -278,7 +278,7 @@ def test_create_asks_for_exactly_this(cloud):
 
 def test_create_setup_run_requeue_preempt_stop(cloud, capfd):
     assert main(["tpu-vm", "create", "run-1", "--spot", *SLICE]) == 0
-    assert main(["tpu-vm", "setup", "run-1", "--go"]) == 0  # the place is remembered
+    assert main(["tpu-vm", "setup", "run-1", "--go"]) == 0  # project and zone are remembered
     assert "ready" in capfd.readouterr().out
     assert (cloud.folder / "host1/hnet-launch/code/tpu/host.sh").exists()
 
@@ -311,7 +311,7 @@ def test_create_setup_run_requeue_preempt_stop(cloud, capfd):
 
 @pytest.fixture
 def slice_(cloud):
-    """Two hosts with the code on them."""
+    """Two hosts with the code installed."""
     assert main(["tpu-vm", "create", "run-1", *SLICE]) == 0
     assert main(["tpu-vm", "setup", "run-1", "--go"]) == 0
     return cloud
@@ -341,7 +341,7 @@ def test_stop_saves_and_is_not_restarted(slice_, capfd):
     assert main(["tpu-vm", "stop", "run-1", "--grace", "20", "--go"]) == 0
     watcher.join(30)
     assert result == [0] and len(slice_.starts()) == 2
-    assert (slice_.folder / "state").exists()  # billed until --delete, which is said
+    assert (slice_.folder / "state").exists()  # billed until --delete, and the output says so
     out = capfd.readouterr().out
     assert "still billed" in out and out.count("code=75") == 2
 
@@ -377,7 +377,7 @@ def test_preempted_without_recreate_asks_to_be_started_again(slice_, capfd):
 
 
 def test_silence_is_no_preemption(slice_, capfd, monkeypatch):
-    """A gcloud that fails for lack of network must not delete a slice that trains."""
+    """A gcloud that fails without network must not delete a slice that trains."""
     monkeypatch.setattr(tpu_vm, "MAX_SILENT_POLLS", 2)
     (slice_.folder / "state").rename(slice_.folder / "hidden")
     options = argparse.Namespace(
@@ -415,7 +415,7 @@ def test_hosts_with_other_code_or_a_left_over_process_refuse(slice_, capfd):
         assert main([*RUN, "--go", *slice_.command]) == 1
         assert f"pid {holder.pid} (sleep) holds the accelerator" in capfd.readouterr().out
         holder.kill()
-    (slice_.folder / "lock").touch()  # left behind by the killed one
+    (slice_.folder / "lock").touch()  # left by the killed process
     assert main([*RUN, "--go", *slice_.command]) == 0
     slice_.wait_for(lambda: len(slice_.starts()) == 2)
     assert not (slice_.folder / "lock").exists()
@@ -556,7 +556,7 @@ def gke_options(**fields):
 
 
 def as_kubernetes(text, environment=()):
-    """What a container gets: $$ becomes $, $(NAME) the variable, or stays if there is none."""
+    """Text as a container receives it: $$ becomes $; $(NAME) the variable, or stays if unset."""
     out, i = "", 0
     while i < len(text):
         if text.startswith("$$", i):
@@ -572,7 +572,7 @@ def as_kubernetes(text, environment=()):
 
 
 def container(**fields):
-    with mock.patch.object(bundle, "code_hash", lambda: "0"):  # slow, and no part of this
+    with mock.patch.object(bundle, "code_hash", lambda: "0"):  # slow, and not tested here
         job = yaml.safe_load(gke.manifest(gke_options(**fields)))
     pod = job["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     return pod["containers"][0]
@@ -714,7 +714,7 @@ def submit(cloud, ends, *, stop=False, restarts=0):
     )  # fmt: skip
     if stop:
         (folder / "stop").touch()
-    (folder / "host-7.exit").write_text("1 0.5")  # of an earlier start
+    (folder / "host-7.exit").write_text("1 0.5")  # left by an earlier start
     env = dict(os.environ, SLURM_JOB_ID="42", SLURM_RESTART_COUNT=str(restarts))
     done = subprocess.run(["bash", "-c", text], env=env)
     requeued = ["scontrol", "requeue", "42"] in cloud.calls()

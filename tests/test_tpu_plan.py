@@ -1,4 +1,4 @@
-"""Plans for slices that are not there: the compiler's text, the roofline, and four topologies."""
+"""Plans for slices without having them: the compiler's text, the roofline, four topologies."""
 
 import importlib.util
 import json
@@ -105,8 +105,8 @@ ENTRY %main (p0: f32[8,16,32], p1: bf16[64,32]) -> f32[16,32] {
 def test_loops_count_as_often_as_they_run_and_slices_as_slices():
     array = 16 * 32 * 4
     by = {(m.kind, m.part): m for m in hlo.moved(PROGRAM)}
-    # 8 times: read a weight and its number into on-chip memory; read two operands (one is there
-    # already) and write; all-reduce over the two devices of axis b
+    # 8 times: read a weight and its index into on-chip memory; read two operands (one is already
+    # there) and write; all-reduce over the two devices of axis b
     reads_and_writes = sum(
         m.num_bytes
         for m in hlo.moved(PROGRAM)
@@ -117,7 +117,7 @@ def test_loops_count_as_often_as_they_run_and_slices_as_slices():
     assert (reduce.num_bytes, reduce.count, reduce.group) == (8 * array, 8, 2)
     gather = by["all-gather", "lm_head"]
     assert (gather.num_bytes, gather.count, gather.group) == (3 * array, 1, 4)
-    # a prefetch without a name belongs to who uses it
+    # a prefetch without a name belongs to its user
     encoder = sum(m.num_bytes for m in hlo.moved(PROGRAM) if m.part == "stage0/encoder")
     assert encoder == 64 * 32 * 2 + array
 
@@ -244,7 +244,7 @@ def test_part_of(scopes, part):
 def test_capacities_are_those_of_the_ladder():
     config = run_config(["2stage_L", "--data.seq_len", "8192"])
     ladder = Ladder.start(config.model, 8192)
-    assert capacities(config) == ladder.capacities  # training starts so
+    assert capacities(config) == ladder.capacities  # training starts with these
     for _ in range(PATIENCE):
         ladder = ladder.observe((math.ceil(FULLEST * 8192 / 3), math.ceil(FULLEST * 8192 / 9)))
     assert capacities(config, 1.0) == ladder.capacities
@@ -262,7 +262,7 @@ def test_alternatives_keep_the_updates_as_long_as_they_can(tiny):
         axes = {"data": 16 // other.mesh.fsdp, "fsdp": other.mesh.fsdp}
         mesh = type("Mesh", (), {"shape": axes})
         check_batch(other.data.batch_size, other.train.accumulate, mesh)
-    assert options[0] == (0, 0, 1, 1)  # as fast as can be
+    assert options[0] == (0, 0, 1, 1)  # the fastest
     halvings = [one.halvings for one in options]
     assert halvings == sorted(halvings) and set(halvings) == {0, 1, 2}
 
@@ -305,11 +305,11 @@ def test_roofline_takes_the_slowest_resource(tiny):
 def test_rows_that_share_slots_attend_over_all_of_them(tiny):
     alone = roofline(made_up(run_config(tiny), capacities=(24,)))
     shared = roofline(made_up(run_config(tiny), capacities=(24,), packed_rows=4))
-    # 96 x 96 scores for four rows; two operations a channel, made three times and once again
+    # 96 x 96 scores for four rows; two operations per channel, three times plus one recomputation
     more = (96 * 96 / 4 - 24 * 24) * 2 * 64 * (4 + 3) * 16 / 197e12
     main = "stage1/main_network"
     assert shared[main].compute - alone[main].compute == pytest.approx(more)
-    # smoothing takes blocks of the shared slots; everything else is as it was
+    # smoothing runs over blocks of the shared slots; everything else is unchanged
     changed = {part for part in alone if shared[part] != alone[part]}
     assert shared.keys() == alone.keys() and changed == {main, "stage0/dechunk"}
 
@@ -324,7 +324,7 @@ def test_rows_that_share_slots_attend_over_all_of_them(tiny):
         ("v5p:4x4x4", 64, 4, 2),
         ("v5p:4x4x4", 64, 16, 4),
         ("v5p:4x4x4", 64, 64, 6),
-        ("v5p:2x2x4", 16, 16, 3),  # no whole cube: no rings
+        ("v5p:2x2x4", 16, 16, 3),  # not a multiple of a cube: no rings
         ("tpu7x:2x2x1", 8, 2, 0.5),  # two devices per chip share its links
         ("h100:8", 8, 8, 1),
         ("h100:4x8", 32, 8, 1),  # one host
@@ -361,7 +361,7 @@ def test_advice_and_report_of_what_does_not_fit(tiny):
 
 
 def faked(plan, tried, fits, seconds):
-    """`compile_plan` by rules: what fits, and how long a step takes at settled slots."""
+    """A `compile_plan` with given rules: what fits, and seconds per step at the expected slots."""
 
     def compiled(config, slice_, slots, *, to_code=False):
         assert not to_code
@@ -378,10 +378,10 @@ def test_search_finds_the_fastest_that_fits(tiny, monkeypatch, capsys):
     config = run_config(tiny)  # 64 rows on 4 devices
     plan = made_up(config, capacities=(128,), state_bytes=40 * GIB, fits=False)  # fsdp of 4 or more
     tried = []
-    # recomputing everything is slow here, and so are micro-batches
+    # recomputing everything and micro-batches are slow in this test
     seconds = lambda c: (
         {"none": 1, "dots": 1.1, "layer": 9}[c.model.compute.remat]
-        * (c.train.accumulate**0.5 + c.model.compute.ssd_block_len / 1e4)
+        * (c.train.accumulate**0.5 + (c.model.compute.ssd_block_len or 64) / 1e4)
     )
 
     def find(limit, fits):
@@ -393,15 +393,15 @@ def test_search_finds_the_fastest_that_fits(tiny, monkeypatch, capsys):
         assert all(c.mesh.fsdp == 4 for c in tried)
         return found and found.config
 
-    # as little as can be first; the best recomputes products only, though all fits too
+    # the least memory is tried first; the best recomputes only products, though the rest also fits
     found = find(12, lambda c: c.model.compute.remat != "none")
     assert (found.model.compute.remat, found.train.accumulate) == ("dots", 1)
     assert (tried[0].model.compute.remat, tried[0].train.accumulate) == ("layer", 16)
-    # settings that save more than some that fit, or less than some that do not, are not tried
+    # settings that save more than some that fit, or less than some that do not fit, are not tried
     assert [c.train.accumulate for c in tried if c.model.compute.remat == "dots"] == [1]
-    # one that fits by chance of the limit is better than none
+    # one that fits within the limit of tries is better than none
     assert find(1, lambda c: c.train.accumulate == 16).train.accumulate == 16
-    # nothing fits but half the batch: one try of the whole one is enough
+    # only half the batch fits: one try with the whole batch is enough
     found = find(12, lambda c: c.data.batch_size == 32)
     assert found.data.batch_size == 32 and [c.data.batch_size for c in tried].count(64) == 1
     assert find(12, lambda c: False) is None and len(tried) == 3
@@ -410,7 +410,7 @@ def test_search_finds_the_fastest_that_fits(tiny, monkeypatch, capsys):
 def test_search_goes_on_from_settings_that_fit_and_varies_blocks_of_array_code(tiny, monkeypatch):
     slice_ = Slice("h100:4", CHIPS["h100"], [None] * 4)
     plan = made_up(run_config(tiny), slice_=slice_, capacities=(128,))
-    seconds = lambda c: abs(c.model.compute.ssd_block_len - 256) + 1.0 + c.train.accumulate
+    seconds = lambda c: abs((c.model.compute.ssd_block_len or 64) - 256) + 1.0 + c.train.accumulate
     tried = []
     monkeypatch.setattr("tpu.plan.compile_plan", faked(plan, tried, lambda c: True, seconds))
     found = search(plan, 1.0, 30)
@@ -441,7 +441,7 @@ def test_the_published_table_takes_the_fastest_remat_with_the_fewest_micro_batch
     assert published.main([*words, "1stage_L"]) == 0
     assert tried == [
         ("none", 1, (8192,)),
-        ("none", 4, (8192,)),  # 64 times what there is room for, but no more rows per device
+        ("none", 4, (8192,)),  # 64 times what fits, but a device has only 4 rows
         ("dots", 1, (8192,)),
         ("dots", 4, (8192,)),
         ("layer", 1, (8192,)),
@@ -482,7 +482,7 @@ def test_gradients_are_reduced_once_and_the_state_is_counted(tiny):
     plan = compile_plan(config, open_slice("v5e:4x4"), (32,), to_code=False)
     params = sum(param_counts(config.model).values())
     assert plan.fits and len(plan.slice_.devices) == 16 and plan.compile_seconds is None
-    # parameters and two moments of AdamW, each whole on every device
+    # parameters and two moments of AdamW, each replicated on every device
     assert plan.state_bytes == pytest.approx(3 * 4 * params, rel=0.01)
     assert plan.state_bytes < plan.hbm_bytes < 64 * 2**20
     reduced = sum(m.num_bytes for m in plan.moved if m.kind == "all-reduce")
@@ -499,8 +499,8 @@ def test_fsdp_gathers_parameters_and_leaves_rows_where_they_are(tiny):
     plan = compile_plan(config, slice_, (32,), to_code=False)
     num_bytes = 4 * sum(param_counts(config.model).values())
     sent = [m for m in plan.moved if m.kind != "hbm"]
-    # a matrix forward, some again backward, its gradient once, scattered as it is summed; of the
-    # activations, which are as large and more, nothing
+    # a matrix forward, some again backward, its gradient once (reduce-scatter); no activations,
+    # which are at least as large
     share = {m.kind: 0.0 for m in sent}
     for m in sent:
         share[m.kind] += m.num_bytes / (0.75 * num_bytes)

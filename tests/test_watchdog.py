@@ -1,4 +1,4 @@
-"""Stacks are written for a silent host only, and not too often."""
+"""Stacks are written only for a host without heartbeats, and not too often."""
 
 import os
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ def test_watchdog_writes_stacks_of_a_silent_host_only(tmp_path, monkeypatch):
             watchdog._look()
             watchdog.beat(phase)
         assert not (tmp_path / "run").exists()
-        for clock.now in (2700.0, 2900.0, 3500.0, 4200.0):  # one dump each 1000 s at most
+        for clock.now in (2700.0, 2900.0, 3500.0, 4200.0):  # at most one dump per 1000 s
             watchdog._look()
         dumps = sorted((tmp_path / "run").iterdir())
         assert len(dumps) == 2 and not ended

@@ -1,4 +1,4 @@
-"""A work directory: what a start finds there, may change, and says; what it leaves if refused."""
+"""A work directory: what a start reads, may change and prints; what a refused start leaves."""
 
 import errno
 from dataclasses import replace
@@ -157,7 +157,7 @@ def test_several_runs_in_one_program_are_checked_as_one_is(tmp_path):
 
 
 def test_a_run_goes_back_to_a_checkpoint_of_before_the_fault(tmp_path, monkeypatch, said):
-    """Every step is saved, also those in the bad stretch, and skipped updates change nothing."""
+    """Every step is saved, also those in the bad range, and skipped updates change nothing."""
     config = tiny_run(
         tmp_path,
         train=TrainConfig(steps=6, log_every=1, max_skipped=3),
@@ -191,7 +191,7 @@ def test_a_disk_without_room_for_settings_is_one_line(tmp_path, monkeypatch):
 
 
 def test_what_host_0_does_for_all_is_told_to_all(monkeypatch):
-    """Host 1 of two: what it is told is what host 0 has answered."""
+    """Host 1 of two receives the answer of host 0."""
     answers = {
         "refused": '{"refused": "no"}',
         "failed": '{"failed": "oh"}',

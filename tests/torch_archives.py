@@ -1,4 +1,4 @@
-"""Files as `torch.save` writes them, instruction by instruction, so that they can be wrong."""
+"""Files as written by `torch.save`, one instruction at a time, so that tests can damage them."""
 
 import zipfile
 from collections.abc import Mapping

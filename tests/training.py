@@ -1,4 +1,4 @@
-"""A run small enough to train in a test, and how tests start one."""
+"""A run small enough to train in a test, and helpers to start it."""
 
 import json
 from dataclasses import replace
@@ -52,7 +52,7 @@ def run(config: Config, stop=None, devices=None) -> Outcome:
 
 
 def rows(config: Config) -> list[dict]:
-    """metrics.jsonl without what a clock or a folder decides."""
+    """metrics.jsonl without values that depend on time or folder."""
     lines = (Path(config.workdir) / "metrics.jsonl").read_text().splitlines()
     timed = ("bytes_per_sec", "input/stall_frac")
     return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]

@@ -1,4 +1,4 @@
-"""The training step compiled for a slice that is not there, on a CPU."""
+"""Compiles the training step on a CPU, for a slice that is not present."""
 
 import json
 import math
@@ -28,35 +28,35 @@ from tpu.chips import Slice, assumed_cudnn, open_slice
 
 @dataclass(frozen=True)
 class Plan:
-    """One configuration on one slice."""
+    """One configuration compiled for one slice."""
 
     config: Config
     slice_: Slice
     capacities: tuple[int, ...]
     compile_seconds: float | None
-    """None if the compiler was stopped before it wrote machine code"""
+    """compile time; None if the compiler was stopped before it wrote machine code"""
     state_bytes: float
-    """of parameters and optimizer on the fullest device"""
+    """bytes of parameters and optimizer state on the fullest device"""
     hbm_bytes: float
-    """that a device needs; at least, if the compiler gave up"""
+    """bytes of HBM that a device needs; a lower bound if the compiler gave up"""
     fits: bool
     moved: list[hlo.Moved]
     packed_rows: int = 1
-    """rows that share a row of slots"""
+    """number of rows that share a row of slots"""
 
     @property
     def hbm_a_device(self) -> float:
         return self.slice_.chip.hbm * self.slice_.chips_a_device
 
 
-FULLEST = 1.2  # what the fullest row of a batch holds, over the mean
+FULLEST = 1.2  # chunks of the fullest row of a batch, over the mean
 
 
 def capacities(config: Config, factor: float = math.inf) -> tuple[int, ...]:
-    """Slots of a row that training settles on at `factor` times the configured boundary rates.
+    """Expected slots per row in training at `factor` times the configured boundary rates.
 
-    The default is all slots, with which training starts. Each row has its own share here, also
-    where rows share slots (`train.packed_rows`): such a run needs no more.
+    The default is all slots, with which training starts. The slots are per row even if rows share
+    slots (`train.packed_rows`): such a run needs no more.
     """
     model, L = config.model, config.data.seq_len
     full = Ladder.start(model, L).full
@@ -69,10 +69,11 @@ def capacities(config: Config, factor: float = math.inf) -> tuple[int, ...]:
 def compile_plan(
     config: Config, slice_: Slice, slots: tuple[int, ...], *, to_code: bool = True
 ) -> Plan:
-    """Compile the training step. Raises ConfigError for what cannot work on these devices.
+    """Compile the training step. Raises ConfigError for settings that cannot work on these devices.
 
-    With `to_code` False the compiler is stopped when it has laid out memory, before it writes
-    machine code, which takes nearly all of the time and changes nothing that a plan says.
+    With `to_code` False the compiler is stopped after it has laid out memory and before it writes
+    machine code. Writing code takes nearly all of the time and does not change the other figures of
+    a plan.
     """
     with tempfile.TemporaryDirectory(prefix="hnet-plan-") as name:
         folder = Path(name)
@@ -89,14 +90,14 @@ def compile_plan(
                 raise
             return replace(plan, hbm_bytes=_refused_bytes(str(e), state))
         seconds = time.monotonic() - began if to_code else None
-        # The text comes from the compiler itself: jaxlib cannot read each program of a newer libtpu
+        # Use the compiler's own text: jaxlib cannot read every program of a newer libtpu.
         (text,) = folder.glob("*train_step*[._]after_optimizations.txt")
         moved, fits = hlo.moved(text.read_text()), size <= plan.hbm_a_device
     return replace(plan, compile_seconds=seconds, hbm_bytes=size, fits=fits, moved=moved)
 
 
 def _program(config: Config, slice_: Slice, folder: Path) -> Program:
-    """The run's program for these devices; the compiler will write what it does into `folder`."""
+    """The run's program for these devices; the compiler dumps its output to `folder`."""
     dump = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
     return build(config, devices=slice_.devices, compiler_options=dump)
 
@@ -116,22 +117,22 @@ def _lower(
 
 
 def _compiled(lowered: jax.stages.Lowered) -> float:
-    """Bytes of HBM that the compiled step needs on a device, its code included."""
+    """Bytes of HBM that the compiled step needs per device, including its code."""
     m = lowered.compile().memory_analysis()
     size = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
     return size + m.temp_size_in_bytes + m.generated_code_size_in_bytes
 
 
-# What the compiler writes last before machine code, which takes most of the time.
+# Last dump of the compiler before machine code, which takes most of the time.
 _LAID_OUT = {
     False: "*train_step*.after_optimizations_after_buffer_assignment.txt",
     True: "*train_step*memory-usage-report.txt",
-}  # by whether it is for GPUs
+}  # key: whether the target is a GPU
 _TOTAL = r"Memory Space: default .*\nTotal bytes: (\d+)\D"
 
 
 def _laid_out(config: Config, slice_: Slice, slots: tuple[int, ...], folder: Path) -> float:
-    """Bytes of HBM by the compiler's own report, from a process that ends when it is written."""
+    """Bytes of HBM by the compiler's own report; its process is ended once that is written."""
     last = _LAID_OUT[slice_.is_gpu]
     job = {"config": to_json(config), "topology": slice_.name, "slots": slots}
     (folder / "job.json").write_text(json.dumps(job))
@@ -152,16 +153,16 @@ def _laid_out(config: Config, slice_: Slice, slots: tuple[int, ...], folder: Pat
 
 
 def _is_written(folder: Path, pattern: str) -> bool:
-    """The compiler has written `pattern`, and its report of memory as far as it is read."""
+    """Whether the compiler has written `pattern` and the part of its memory report that is read."""
     reports = [f.read_text() for f in folder.glob("*train_step*memory-usage-report.txt")]
     return any(folder.glob(pattern)) and any(re.search(_TOTAL, text) for text in reports)
 
 
 def _main(folder: Path) -> None:
-    """Compile the job in `folder`, in a process of its own, which ends with the one it is for."""
+    """Compile the job in `folder`, in a separate process that ends with its parent."""
 
     def end_with_parent():
-        sys.stdin.read()  # returns when the other end of the pipe is gone
+        sys.stdin.read()  # returns when the other end of the pipe is closed
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
@@ -172,9 +173,9 @@ def _main(folder: Path) -> None:
 
 
 def _refused_bytes(message: str, state: float) -> float:
-    """Least bytes that a program needs which the compiler gave up; inf if it does not say.
+    """Lower bound on the bytes of a program that the compiler gave up; inf if it does not say.
 
-    It gives up early for the temporaries alone, or late for everything.
+    The compiler gives up early because of the temporaries, or late because of the total.
     """
     found = re.search(r"Used ([\d.]+)([KMGT]) of|temporaries \(([\d.]+)([KMGT])\)", message)
     if not found:

@@ -37,14 +37,14 @@ def code_hash(root: Path = ROOT) -> str:
 
 
 def config_hash(command: Sequence[str]) -> str:
-    """16 hex digits of the command and of the JSON files that it names."""
+    """16 hex digits that change with the command and the JSON files that it names."""
     files = [word for word in command if word.endswith(".json") and os.path.isfile(word)]
     contents = [Path(file).read_bytes().hex() for file in files]
     return hashlib.sha256(json.dumps([list(command), contents]).encode()).hexdigest()[:16]
 
 
 def write_bundle(path: Path, root: Path = ROOT) -> None:
-    """The shipped files and CODE_HASH as .tar.gz; the same content gives the same bytes."""
+    """Write the shipped files and CODE_HASH as .tar.gz; equal content gives equal bytes."""
     plain = io.BytesIO()
     with tarfile.open(fileobj=plain, mode="w", format=tarfile.PAX_FORMAT) as archive:
 

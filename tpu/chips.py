@@ -1,4 +1,4 @@
-"""Chips and slices that are compiled for without being there: TPUs by libtpu, GPUs by JAX's plugin.
+"""Chips and slices to compile for without having them: TPUs by libtpu, GPUs by JAX's plugin.
 
 `open_slice("v5p:4x4x4")` is 64 TPU chips, `open_slice("h100:8")` one host of 8 GPUs and
 `open_slice("h100:4x8")` four of them.
@@ -24,22 +24,22 @@ class Chip(NamedTuple):
     """Published figures of one TPU chip (docs.cloud.google.com/tpu/docs) or of one GPU."""
 
     hbm: float
-    """bytes"""
+    """bytes of HBM"""
     flops: float
     """bfloat16 operations per second, dense"""
     hbm_rate: float
-    """bytes per second"""
+    """bytes per second from and to HBM"""
     link_rate: float
-    """bytes per second in one direction. TPU: of one link, the published interconnect bandwidth of
-    both directions over twice the number of links. GPU: of all links to others on the host"""
+    """bytes per second in one direction. TPU: of one link, i.e. the published interconnect
+    bandwidth of both directions over twice the number of links. GPU: of all links in the host"""
     wraps_at: int = 1
-    """TPU: an axis of the slice that this divides is a ring, another a line"""
+    """TPU: number of chips; an axis of the slice divisible by it is a ring, any other a line"""
     float32_slowness: float = 6.0
-    """time of a matmul in full float32 over that of one in bfloat16 (a TPU makes six passes)"""
+    """ratio of the time of a full float32 matmul to a bfloat16 one (a TPU makes six passes)"""
     host_rate: float = 0.0
-    """GPU: bytes per second to other hosts, of the network adapter that each GPU has"""
+    """GPU: bytes per second to other hosts, through the GPU's own network adapter"""
     launch: float = 0.0
-    """seconds that a kernel takes at least, however small it is"""
+    """least seconds per kernel, however small it is"""
 
 
 CHIPS = {
@@ -52,19 +52,20 @@ CHIPS = {
 
 
 class Gpu(NamedTuple):
-    """What XLA's compiler asks a GPU for, and its data sheet (nvidia.com/data-center)."""
+    """Properties that XLA's compiler queries from a GPU, and its data sheet
+    (nvidia.com/data-center)."""
 
     name: str
     capability: tuple[int, int]
     cores: int
     memory: int
-    """bytes that the driver offers"""
+    """bytes of memory that the driver offers"""
     l2: int
     clock_ghz: float
     shared: tuple[int, int]
-    """bytes of shared memory: of a core, and at most of a block"""
+    """bytes of shared memory: per core, and at most per block"""
     threads: int
-    """at most of a core"""
+    """maximum number of threads per core"""
     flops: float
     float32_flops: float
     hbm_rate: float
@@ -72,7 +73,7 @@ class Gpu(NamedTuple):
     host_rate: float
 
 
-LAUNCH = 2e-6  # seconds; a queue of small kernels has taken 2 to 4 microseconds for each
+LAUNCH = 2e-6  # seconds; small kernels in a queue were measured at 2 to 4 microseconds each
 _HOPPER = ((9, 0), 132), (50 * 2**20, 1.98, (233472, 232448), 2048, 989.4e12, 66.9e12)
 GPUS = {
     "a100": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 85100068864, 40 * 2**20, 1.41,
@@ -96,7 +97,7 @@ CHIPS |= {
 
 @dataclass(frozen=True)
 class Slice:
-    """A topology and its devices, none of which is present."""
+    """A topology and its devices, which are not present."""
 
     name: str
     chip: Chip
@@ -116,19 +117,19 @@ class Slice:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Chips along each axis; of GPUs (hosts, GPUs per host), or only the latter."""
+        """Chips along each axis; for GPUs (hosts, GPUs per host), or only the latter."""
         return tuple(map(int, self.name.split(":")[1].split("x")))
 
     @property
     def chips_a_device(self) -> float:
-        return math.prod(self.shape) / len(self.devices)  # 1/2 where every core is a device
+        return math.prod(self.shape) / len(self.devices)  # 1/2 if every core is a device
 
     def network_rate(self, group: int, span: int = 0) -> float:
-        """Bytes a second that a device can send in a collective over `group` devices.
+        """Bytes per second that a device can send in a collective over `group` devices.
 
-        span: of the group, how far its numbers lie apart; default: they are neighbours. TPUs lie
-        along as few axes as hold the group, and all links along those work at once. GPUs on one
-        host use its links; a ring over several hosts is as slow as its slowest part.
+        span: range of the device numbers in the group; default: consecutive numbers. A group of
+        TPUs spans the fewest axes that can hold it, and all links along those axes work at once.
+        GPUs on one host use its links; a ring over several hosts is as slow as its slowest part.
         """
         if self.is_gpu:
             is_one_host = max(group, span) <= self.shape[-1]
@@ -148,7 +149,7 @@ TPU_KINDS = tuple(kind for kind in CHIPS if kind not in GPUS)
 
 
 def open_slice(name: str) -> Slice:
-    """Raises ConfigError for an unknown topology, or without the compiler for it."""
+    """The slice of this name. Raises ConfigError if it is unknown or its compiler is missing."""
     tpu = rf"({'|'.join(TPU_KINDS)}):\d+(x\d+){{1,2}}"
     gpu = rf"({'|'.join(GPUS)}):([1-9]\d{{0,3}}x)?[1-9]\d{{0,2}}"
     found = re.fullmatch(tpu, name) or re.fullmatch(gpu, name)
@@ -164,7 +165,7 @@ def open_slice(name: str) -> Slice:
                        "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TF_CPP_MIN_LOG_LEVEL": "3",
                        "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3"}.items():  # fmt: skip
         os.environ.setdefault(key, value)
-    jax.config.update("jax_platforms", "cpu")  # what runs here; no accelerator is looked for
+    jax.config.update("jax_platforms", "cpu")  # do not search for accelerators
     try:
         devices = _gpus(name) if is_gpu else topologies.get_topology_desc(name, "tpu").devices
     except (RuntimeError, ValueError, NotImplementedError, KeyError) as e:
@@ -190,7 +191,7 @@ def _gpus(name: str) -> list:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Without what libraries in C++ write as they are loaded: that no GPU was found."""
+    """Silence C++ libraries that write, as they are loaded, that no GPU was found."""
     with open(os.devnull, "w") as nowhere:
         kept = os.dup(2)
         os.dup2(nowhere.fileno(), 2)
@@ -226,7 +227,7 @@ def _target(gpu: Gpu) -> str:
 
 @contextlib.contextmanager
 def assumed_cudnn(slice_: Slice) -> Iterator[None]:
-    """Trace for the GPUs of `slice_`: JAX asks the cuDNN and the GPU that are present."""
+    """Trace for the GPUs of `slice_`: JAX would otherwise query the cuDNN and GPU present here."""
     if not slice_.is_gpu:
         yield
         return

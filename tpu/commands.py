@@ -1,4 +1,4 @@
-"""Commands as data: printed for people, run only when told to; and what hosts report back."""
+"""Commands as data, printed and run only with `go`; and the reports of hosts."""
 
 import re
 import shlex
@@ -15,7 +15,7 @@ from hnet.train.distributed import REQUEUE_EXIT_CODE
 
 
 class LaunchError(RuntimeError):
-    """A command failed, or a run did: one line that says which and what to do."""
+    """A command or a run failed; the message is one line that says which and what to do."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Step:
     why: str
     argv: tuple[str, ...]
     costs: bool = False
-    """starts, or may prolong, something that is billed"""
+    """whether it starts, or may prolong, something that is billed"""
     may_fail: bool = False
-    """its failure is an answer, not an error"""
+    """whether its failure is an answer and not an error"""
 
 
 class Runner:
@@ -37,7 +37,7 @@ class Runner:
         self.go, self.out = go, out or sys.stdout
 
     def say(self, text: str) -> None:
-        """Print lines; what could steer the terminal is written as its number."""
+        """Print lines; characters that could control the terminal are written as their number."""
         print(printable(text, keep="\n\t"), file=self.out, flush=True)
 
     def run(self, step: Step, *, capture: bool = False) -> str:
@@ -58,7 +58,7 @@ class Runner:
         return done.stdout or ""
 
     def write(self, path: Path, text: str, why: str) -> None:
-        """Write a generated file; another content that is there is kept beside it."""
+        """Write a generated file; an existing one with other content is kept beside it."""
         self.say(f"\n# {why}: {path}")
         if not self.go:
             self.say(text.rstrip("\n"))
@@ -73,12 +73,12 @@ class Runner:
 
 
 def shell_line(words: Sequence[str]) -> str:
-    """One line that bash reads as these words, with nothing in it that a terminal obeys."""
+    """One line that bash reads as these words, without terminal control characters."""
     return " ".join(shlex.quote(w) if w.isprintable() else _numbered(w) for w in words)
 
 
 def _numbered(word: str) -> str:
-    """A word in bash's form $'...', its bytes as numbers where they are no plain character."""
+    """A word in bash's form $'...'; bytes that are not plain characters are written as numbers."""
     plain = (c if " " <= c <= "~" and c not in "\\'" else _bytes(c) for c in word)
     return "$'" + "".join(plain) + "'"
 
@@ -88,7 +88,7 @@ def _bytes(char: str) -> str:
 
 
 def check_name(field: str, value: str) -> str:
-    """A name that Google Cloud, Kubernetes and a file system all take. Raises ConfigError."""
+    """A name valid in Google Cloud, Kubernetes and file systems. Raises ConfigError otherwise."""
     if not re.fullmatch(r"[a-z]([-a-z0-9]{0,37}[a-z0-9])?", value):
         raise ConfigError(
             f"{field}={value!r}: use 1 to 39 of a-z, 0-9 and '-', a letter first, no '-' last"
@@ -97,24 +97,24 @@ def check_name(field: str, value: str) -> str:
 
 
 def check_word(field: str, value: str) -> str:
-    """A word that no shell, YAML or #SBATCH line could misread. Raises ConfigError."""
+    """A word that no shell, YAML or #SBATCH line can misread. Raises ConfigError otherwise."""
     if not re.fullmatch(r"[A-Za-z0-9_./:@%+=,][A-Za-z0-9_./:@%+=,-]*", value):
         raise ConfigError(f"{field}={value!r}: use letters, digits and _./:@%+=,- only")
     return value
 
 
 class HostReport(NamedTuple):
-    """What one host says about the run, from a line of tpu/host.sh or from a pod."""
+    """One host's report about the run, from a line of tpu/host.sh or from a pod."""
 
     host: int
     name: str
     state: str
-    """running, ended or absent (this host knows nothing of the run)"""
+    """state of the run: running, ended or absent (unknown to this host)"""
     code: int | None = None
     at: float | None = None
-    """seconds since the epoch when it ended"""
+    """end of the run in seconds since the epoch"""
     stopped: bool = False
-    """somebody asked it to stop for good"""
+    """whether it was asked to stop permanently"""
 
     def __str__(self) -> str:
         end = "" if self.code is None else f", exit code {self.code}"
@@ -149,7 +149,7 @@ def parse_reports(text: str) -> list[HostReport]:
 
 
 def worst_first(reports: Sequence[HostReport]) -> list[HostReport]:
-    """Failed hosts first, the earliest of them on top, for it is the one to read."""
+    """Failed hosts first, the earliest failure on top, since it is the one to read."""
 
     def key(report: HostReport):
         failed = report.code not in (None, 0, REQUEUE_EXIT_CODE)
@@ -160,9 +160,9 @@ def worst_first(reports: Sequence[HostReport]) -> list[HostReport]:
 
 
 def verdict(reports: Sequence[HostReport]) -> str:
-    """``running``, ``done``, ``requeue``, ``failed`` or ``lost`` (a host forgot the run).
+    """``running``, ``done``, ``requeue``, ``failed`` or ``lost`` (a host does not know the run).
 
-    The host that ended first with something else than 0 decides: the others end because of it.
+    The first host that ended with an exit code other than 0 decides: the others end because of it.
     """
     bad = sorted((r for r in reports if r.code), key=lambda r: r.at or 0.0)
     if bad and bad[0].code != REQUEUE_EXIT_CODE:

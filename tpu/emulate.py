@@ -1,9 +1,9 @@
-"""N hosts with M devices each on one machine, to try the code path of a pod without one.
+"""Emulates N hosts with M devices each on one machine, to run the code path of a pod without one.
 
     python -m tpu.emulate --hosts 2 --devices 2 -- python -m experiments.pretrain --workdir DIR
 
-starts the command N times as the processes of one run (CPU, gloo, loopback), each line of output
-with its host in front. SIGTERM is passed on; whatever ends this program ends its children too. The
+starts the command N times as the processes of one run (CPU, gloo, loopback) and prefixes each line
+of output with its host. SIGTERM is passed on; when this program ends, its children end too. The
 exit code is that of the first host that failed, 124 after ``--timeout``.
 """
 
@@ -29,7 +29,7 @@ _DEVICE_FLAG = "--xla_force_host_platform_device_count"
 
 
 def host_environment(host: int, hosts: int, devices: int, port: int) -> dict[str, str]:
-    """The variables by which one emulated host finds its run; see ``hnet.train.distributed``."""
+    """Environment variables for one emulated host; see ``hnet.train.distributed``."""
     flags = re.sub(rf"{_DEVICE_FLAG}=\S+", "", os.environ.get("XLA_FLAGS", ""))
     return {
         "JAX_PLATFORMS": "cpu",
@@ -44,14 +44,14 @@ def host_environment(host: int, hosts: int, devices: int, port: int) -> dict[str
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on now."""
+    """A TCP port of the loopback interface that is free now."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
 
 class Emulation:
-    """The running hosts; leaving the context ends all of them with everything they started."""
+    """The running hosts; leaving the context ends all of them and everything they started."""
 
     def __init__(
         self,
@@ -65,8 +65,8 @@ class Emulation:
     ):
         """Start ``command`` on every host.
 
-        ``echo`` gets each line with its host in front, ``log_dir/host<i>.log`` (appended) each
-        line as it is. Raises OSError if the command cannot be started.
+        ``echo`` receives each line prefixed with its host; the unchanged lines are appended to
+        ``log_dir/host<i>.log``. Raises OSError if the command cannot be started.
         """
         port = free_port()
         self.lines: list[list[str]] = [[] for _ in range(hosts)]
@@ -93,7 +93,7 @@ class Emulation:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            start_new_session=True,  # so that its own children can be ended with it
+            start_new_session=True,  # so that its children can be ended with it
         )
         self.processes.append(process)
         reader = threading.Thread(target=self._read, args=(host, process.stdout), daemon=True)
@@ -118,7 +118,7 @@ class Emulation:
         self.kill()
 
     def wait_for(self, text: str, host: int, timeout: float = 60.0) -> str:
-        """The first line of ``host`` with ``text`` in it. Raises TimeoutError with its output."""
+        """The first line of ``host`` containing ``text``. Raises TimeoutError with the output."""
         deadline = time.monotonic() + timeout
         while True:
             with self._changed:
@@ -142,10 +142,11 @@ class Emulation:
                 process.send_signal(number)
 
     def wait(self, timeout: float, grace: float = 15.0) -> list[int]:
-        """Exit codes of all hosts, as a shell counts them (128 + n after signal n).
+        """Exit codes of all hosts, in the shell's convention (128 + n after signal n).
 
-        When one host fails the others get ``grace`` seconds to end, then SIGTERM, then SIGKILL.
-        Raises TimeoutError after ``timeout`` seconds; ``first_failure`` tells who was first.
+        When one host fails, the others get ``grace`` seconds to end, then SIGTERM, then SIGKILL.
+        Raises TimeoutError after ``timeout`` seconds; ``first_failure`` is the host that failed
+        first.
         """
         deadline = time.monotonic() + timeout
         failed_at = None
@@ -178,7 +179,7 @@ class Emulation:
         running = process.returncode is None
         code = process.poll()
         if running and code is not None:
-            _kill_group(process)  # now: once its number is free it may become another's
+            _kill_group(process)  # now: a freed process id may be reused
         return code
 
     def _end_others(self) -> None:
@@ -196,7 +197,7 @@ class Emulation:
         for process, reader in zip(self.processes, self._readers):
             process.wait()
             reader.join(5.0)
-            if not reader.is_alive():  # else somebody who left the group still holds the pipe
+            if not reader.is_alive():  # else a process that left the group holds the pipe
                 process.stdout.close()
         for log in self._logs:
             if log:
@@ -206,7 +207,7 @@ class Emulation:
 def _kill_group(process: subprocess.Popen) -> None:
     try:
         os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):  # nobody of it is left
+    except (ProcessLookupError, PermissionError):  # the group has ended
         pass
 
 

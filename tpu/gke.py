@@ -1,4 +1,4 @@
-"""Google Kubernetes Engine: a JobSet manifest of our own, or XPK."""
+"""Google Kubernetes Engine: our own JobSet manifest, or XPK."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ from tpu.tpu_vm import family
 
 JOBSET = "https://github.com/kubernetes-sigs/jobset/releases/download/v0.11.1/manifests.yaml"
 MOUNT = "/mnt/hnet"
-# accelerator label of the nodes, machine type with 4 chips (multi-host slices)
+# (accelerator label of the nodes, machine type with 4 chips), for multi-host slices
 MACHINES = {
     "v4": ("tpu-v4-podslice", "ct4p-hightpu-4t"),
     "v5litepod": ("tpu-v5-lite-podslice", "ct5lp-hightpu-4t"),
@@ -30,7 +30,7 @@ _CUBE = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x
 
 
 def topology(accelerator: str) -> tuple[str, int]:
-    """("4x4", 4 hosts) of "v5litepod-16". Raises ConfigError for a slice without an entry."""
+    """("4x4", 4 hosts) for "v5litepod-16". Raises ConfigError for a slice without an entry."""
     name, number = family(accelerator)
     shapes = _FLAT if name in ("v5litepod", "v6e") else _CUBE
     chips = number if shapes is _FLAT else number // 2
@@ -67,13 +67,13 @@ def _environment(options: argparse.Namespace) -> dict[str, str]:
 
 
 def yaml_string(text: str) -> str:
-    """A double-quoted YAML scalar; whatever is not plain ASCII is written as its number."""
+    """A double-quoted YAML scalar; characters outside plain ASCII are written as their number."""
     plain = (c if " " <= c <= "~" and c not in '"\\' else f"\\U{ord(c):08x}" for c in text)
     return '"' + "".join(plain) + '"'
 
 
 def unexpanded(text: str) -> str:
-    """`text` as it must be written in a command or an environment so that Kubernetes gives it back.
+    """`text` escaped so that a container receives it unchanged in its command or environment.
 
     Kubernetes replaces $(NAME) by a variable and $$ by one $.
     """
@@ -83,7 +83,7 @@ def unexpanded(text: str) -> str:
 def manifest(options: argparse.Namespace) -> str:
     """The JobSet of a run.
 
-    Disruption of a pod and the requeue code restart all pods; any other failure ends the JobSet.
+    A disrupted pod or the requeue exit code restarts all pods; any other failure ends the JobSet.
     """
     shape, hosts = topology(options.accelerator)
     label = MACHINES[family(options.accelerator)[0]][0]
@@ -196,7 +196,7 @@ def _credentials(options: argparse.Namespace, runner: Runner) -> None:
 
 
 def setup(options: argparse.Namespace, runner: Runner) -> None:
-    """Build the image from the shipped files alone and push it."""
+    """Build the image from the shipped files only and push it."""
     with tempfile.TemporaryDirectory(prefix="hnet-image-") as folder:
         context = Path(folder) / "code.tar.gz"
         if runner.go:
@@ -260,7 +260,7 @@ def status(options: argparse.Namespace, runner: Runner) -> None:
 
 
 def logs(options: argparse.Namespace, runner: Runner) -> None:
-    """The end of every pod's log, the pod that failed first on top."""
+    """Print the end of every pod's log, the pod that failed first on top."""
     pods = _pods(options, runner)
     if not runner.go:
         pods = {"POD": HostReport(0, "each, the first to fail on top", "running")}

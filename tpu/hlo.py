@@ -1,7 +1,7 @@
-"""What a compiled program moves: collectives and memory traffic, read from its HLO text.
+"""Collectives and memory traffic of a compiled program, read from its HLO text.
 
 XLA's own cost analysis counts the body of a loop once. Here every instruction counts as often as
-the loops around it run. On a GPU each instruction that moves something is a kernel.
+the loops around it run. On a GPU each instruction that moves data is a kernel.
 """
 
 import math
@@ -17,7 +17,7 @@ _NO_TRAFFIC = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
     "call", "after-all", "partition-id", "replica-id", "iota",
 }  # fmt: skip
-_BITS = {"pred": 8, "bf16": 16}  # others carry their number of bits in their name
+_BITS = {"pred": 8, "bf16": 16}  # other types have their number of bits in their name
 _SHAPE = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([\d,<=]*)\](\{[^}]*\})?")
 _PARTS = (
     "encoder",
@@ -58,19 +58,19 @@ class Moved:
     """Bytes that one device moves in one step."""
 
     kind: str
-    """``hbm``, or the kind of collective"""
+    """kind of traffic: ``hbm`` or the kind of collective"""
     part: str
-    """as in `hnet.cost`"""
+    """part of the network, as in `hnet.cost`"""
     num_bytes: float
     count: float
     group: int = 1
-    """devices that take part"""
+    """number of devices that take part"""
     span: int = 1
-    """from the lowest to the highest number of a device in such a group, both counted"""
+    """size of the range from the lowest to the highest device number in such a group, inclusive"""
 
 
 def shape_bytes(shape: str, *, hbm_only: bool = False) -> int:
-    """Bytes of an array or of all elements of a tuple; `hbm_only` leaves out on-chip buffers."""
+    """Bytes of an array or of all elements of a tuple; `hbm_only` excludes on-chip buffers."""
     total = 0
     for kind, dims, layout in _SHAPE.findall(shape):
         if hbm_only and re.search(r"S\([1-9]", layout):
@@ -82,7 +82,7 @@ def shape_bytes(shape: str, *, hbm_only: bool = False) -> int:
 
 
 def part_of(op_name: str) -> str:
-    """The part of the network that an operation belongs to, by the named scopes around it."""
+    """The part of the network that an operation belongs to, from its named scopes."""
     words = re.split(r"[/()]+", op_name)
     stage = next((w[5:] for w in reversed(words) if re.fullmatch(r"stage\d+", w)), "0")
     for word in reversed(words):
@@ -94,7 +94,7 @@ def part_of(op_name: str) -> str:
 
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
-    """Instructions of each computation, and the name of the entry."""
+    """(instructions of each computation, name of the entry computation)."""
     computations: dict[str, list[Instruction]] = {}
     current, entry = None, ""
     for line in text.splitlines():
@@ -124,7 +124,7 @@ def _closing(text: str) -> int:
 
 
 def moved(text: str) -> list[Moved]:
-    """Everything that a compiled step moves, on one device."""
+    """All traffic of a compiled step, on one device."""
     computations, entry = parse(text)
     found: list[Moved] = []
     spread: set[str] = set()
@@ -136,13 +136,13 @@ def moved(text: str) -> list[Moved]:
             kind, part = one.opcode.removesuffix("-start"), parts[one.name]
             if kind in COLLECTIVES:
                 if "async_collective_fusion_config" in one.attributes:
-                    # one collective, repeated in every fusion beside which it goes on
+                    # one collective, repeated in every fusion that it overlaps with
                     channel = re.search(r"channel_id=\d+", one.attributes)[0]
                     if channel in spread:
                         continue
                     spread.add(channel)
                 if kind == "all-reduce" and run.name.startswith("all-reduce-scatter"):
-                    kind = "reduce-scatter"  # each device slices its part, and is sent no more
+                    kind = "reduce-scatter"  # each device slices its part and receives no more
                 size = run.times * _collective_bytes(one, kind, shapes)
                 found.append(Moved(kind, part, size, run.times, *_group(one.attributes)))
             elif not (run.fused or _moves_nothing(one, computations)):
@@ -152,17 +152,17 @@ def moved(text: str) -> list[Moved]:
 
 
 def _moves_nothing(one: Instruction, computations: dict[str, list[Instruction]]) -> bool:
-    """It does no work, or work that is counted elsewhere."""
-    if one.opcode == "async-start":  # of a collective, which stands in what it calls
+    """Whether an instruction does no work, or work that is counted elsewhere."""
+    if one.opcode == "async-start":  # the collective is in the computation it calls
         inside = computations.get(one.called("calls"), [])
         return any(i.opcode in COLLECTIVES for i in inside)
     return one.opcode in _NO_TRAFFIC or one.opcode.endswith("-done")
 
 
 def _parts(instructions: list[Instruction], around: str) -> dict[str, str]:
-    """Part of each instruction; what the compiler added belongs to who uses or made its value.
+    """Part of each instruction; one that the compiler added gets the part of its user or operand.
 
-    around: part of the instruction that calls these, for those that show nothing else.
+    around: part of the instruction that calls these, for those without any other sign.
     """
     parts = {i.name: part_of(i.op_name) for i in instructions}
     for _ in range(3):  # through a start, its end, and a bitcast
@@ -178,15 +178,15 @@ def _parts(instructions: list[Instruction], around: str) -> dict[str, str]:
 
 
 class _Run(NamedTuple):
-    """A computation as the program runs it."""
+    """A computation in its place in the running program."""
 
     name: str
     times: float = 1.0
     fused: bool = False
-    """lies in a fusion, which moves only what goes into and out of it"""
+    """whether it is inside a fusion, which moves only its inputs and outputs"""
     part: str = "other"
     trips: float = 1.0
-    """of the innermost loop around"""
+    """trip count of the innermost enclosing loop"""
 
 
 def _runs(computations: dict[str, list[Instruction]], run: _Run) -> Iterator[_Run]:
@@ -197,7 +197,7 @@ def _runs(computations: dict[str, list[Instruction]], run: _Run) -> Iterator[_Ru
         part = parts[one.name]
         if one.opcode == "while":
             condition = computations[one.called("condition")]
-            # Of run-time length, in a loop over n blocks: over those before, in causal attention.
+            # Run-time length inside a loop over n blocks: causal attention over earlier blocks.
             trips = _trip_count(condition, one) or (run.trips + 1) / 2
             body, times = one.called("body"), run.times * trips
             yield from _runs(computations, _Run(body, times, run.fused, part, trips))
@@ -213,7 +213,7 @@ def _runs(computations: dict[str, list[Instruction]], run: _Run) -> Iterator[_Ru
 
 
 def _trip_count(condition: list[Instruction], loop: Instruction) -> int | None:
-    """Of a counted loop from 0; None if it is known at run time only."""
+    """Trip count of a loop that counts from 0; None if it is known at run time only."""
     known = re.search(r"known_trip_count[^\d]*(\d+)", loop.attributes)
     if known:
         return int(known[1])
@@ -226,7 +226,7 @@ def _trip_count(condition: list[Instruction], loop: Instruction) -> int | None:
 
 
 def _collective_bytes(one: Instruction, kind: str, shapes: dict[str, str]) -> float:
-    """Bytes that leave one device, for a ring over n devices."""
+    """Bytes that one device sends, in a ring over n devices."""
     n, _ = _group(one.attributes)
     size = sum(shape_bytes(shapes.get(o, "")) for o in one.operands) or shape_bytes(one.shape)
     share = (n - 1) / n
@@ -235,11 +235,11 @@ def _collective_bytes(one: Instruction, kind: str, shapes: dict[str, str]) -> fl
     return size * factors[kind]
 
 
-_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"  # numbers from 0 in this shape, its axes permuted
+_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"  # iota of this shape, with its axes permuted
 
 
 def _group(attributes: str) -> tuple[int, int]:
-    """Devices that take part in a collective together, and from the first to the last number."""
+    """(number of devices in each group of a collective, range of their numbers)."""
     if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes):
         return 2, 1 + abs(int(pairs[1]) - int(pairs[2]))
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
@@ -269,9 +269,9 @@ def _iota(shape: str, permutation: str | None) -> list[int]:
 
 
 def _traffic(one: Instruction, shapes: dict[str, str], computations: dict) -> float:
-    """HBM bytes of an instruction: what it reads and writes, of slices only the slice."""
+    """HBM bytes that an instruction reads and writes; for slices only the slice."""
     output = one.shape
-    if one.opcode.endswith("-start"):  # of a prefetch: read there, written here
+    if one.opcode.endswith("-start"):  # prefetch: reads there, writes here
         shown = [f[0] for f in _SHAPE.finditer(output)]
         result = shown[0] if one.opcode == "copy-start" else shown[-2]
         source = shown[1] if one.opcode == "copy-start" else shown[0]
@@ -293,7 +293,7 @@ def _traffic(one: Instruction, shapes: dict[str, str], computations: dict) -> fl
 
 
 def _sliced_parameters(inside: list[Instruction]) -> dict[int, int]:
-    """Bytes that a fusion needs of those parameters of which it reads or replaces a slice."""
+    """Bytes that a fusion reads or writes of the parameters of which it uses only a slice."""
     parameters = {i.name: int(i.arguments) for i in inside if i.opcode == "parameter"}
     needed: dict[int, int] = {}
     for name, index in parameters.items():

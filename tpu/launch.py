@@ -4,8 +4,8 @@
     python -m tpu.launch tpu-vm run NAME ... -- python -m experiments.pretrain --workdir DIR
 
 prints the commands; with --go it runs them. Nothing that is billed starts without --go, and such
-steps are marked [COSTS MONEY]. tpu/README.md walks through it. Exit codes: 0 done, 1 a command or
-the run failed, 2 bad input, 75 the run wants to be started again.
+steps are marked [COSTS MONEY]. See tpu/README.md for a walk-through. Exit codes: 0 done, 1 a
+command or the run failed, 2 bad input, 75 the run asks to be started again.
 """
 
 import argparse
@@ -53,7 +53,7 @@ REQUIRED = {"tpu-vm": ("project", "zone"), "gke": ("project", "zone", "cluster")
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raises ConfigError for options, given or recalled, that cannot work."""
+    """Raise ConfigError for given or recalled options that cannot work."""
     required = REQUIRED.get(options.platform, ())
     if options.platform == "gke" and options.action in ("setup", "run"):
         required += ("image",)

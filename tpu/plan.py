@@ -1,15 +1,15 @@
-"""Does a run fit on a TPU slice or on GPUs, and what bounds it? Compiles for them without any.
+"""Does a run fit on a TPU slice or on GPUs, and what bounds it? Compiles without the hardware.
 
     python -m tpu.plan NAME --topology v5p:4x4x4 [--search] [--section.field VALUE ...]
     python -m tpu.plan NAME --topology h100:8          (a100, h100, h200, b200, l4; h100:4x8: hosts)
 
 NAME and fields are those of `experiments.pretrain`, for example 1stage_L. It compiles the training
-step of that configuration, with libtpu or the CUDA plugin of JAX, and prints memory per device,
-FLOPs by part at several boundary rates, collectives, and by part kernels, HBM traffic and the least
-time, and the speed all this bounds: with all chunk slots, as training starts, and with those it
-settles on. `--search` compiles other settings too (what is recomputed, micro-batches, sharding,
-block lengths) and takes the fastest that fits. Writing machine code takes most of the time:
-`--no-code` stops before it, and says the same but for the compile time and the size of the code.
+step of that configuration, with libtpu or the CUDA plugin of JAX. It prints memory per device,
+FLOPs by part at several boundary rates, collectives, for each part its kernels, HBM traffic and
+least time, and the resulting bound on speed: with all chunk slots, with which training starts, and
+with the expected slots. `--search` also compiles other settings (rematerialization, micro-batches,
+sharding, block lengths) and takes the fastest that fits. Writing machine code takes most of the
+time: `--no-code` stops before it; only the compile time and the size of the code are then missing.
 Exit codes: 0 fits, 1 does not fit, 2 bad input.
 """
 
@@ -27,15 +27,15 @@ from tpu.aot import Plan, capacities, compile_plan
 from tpu.chips import open_slice
 from tpu.roofline import bytes_a_second, memory, report, size
 
-REMAT = ("none", "dots", "layer")  # each keeps less than the one before
+REMAT = ("none", "dots", "layer")  # each keeps fewer activations than the one before
 BLOCKS = {"ssd_block_len": (64, 128, 256), "attention_block_len": (128, 512, 2048)}
 
 
 class Alternative(NamedTuple):
-    """Settings that need less memory, each field the less the larger it is."""
+    """Settings that need less memory: the larger a field, the less."""
 
     halvings: int
-    """of the batch, which changes the updates; the others do not"""
+    """number of times the batch is halved; it changes the updates, the other fields do not"""
     remat: int
     accumulate: int
     fsdp: int
@@ -56,7 +56,7 @@ class Alternative(NamedTuple):
 
 
 def alternatives(config: Config, num_devices: int) -> list[Alternative]:
-    """All that divide batch and devices, those of the whole batch first, then the fastest."""
+    """All that divide batch and devices, ordered by whole batch first, then by speed."""
     rows = config.data.batch_size
     divisors = [d for d in range(1, num_devices + 1) if num_devices % d == 0]
     found = [
@@ -68,9 +68,9 @@ def alternatives(config: Config, num_devices: int) -> list[Alternative]:
 
 
 class Search:
-    """Compiles other settings of a run and keeps those whose bound is the highest.
+    """Compiles other settings of a run and keeps those with the highest bound on speed.
 
-    A try needs memory for all slots of `plan`; its speed is that with the slots of `rate` times the
+    A try must fit with all slots of `plan`; its speed is that with the slots at `rate` times the
     configured boundary rates.
     """
 
@@ -80,7 +80,7 @@ class Search:
         self.speed = 0.0
 
     def attempt(self, config: Config, words: list[str]) -> bool:
-        """Whether it fits."""
+        """Compile these settings and consider them; whether they fit."""
         self.left -= 1
         config = parse(Config, config, words)
         plan = compile_plan(config, self.plan.slice_, self.plan.capacities, to_code=False)
@@ -90,7 +90,7 @@ class Search:
         return plan.fits
 
     def consider(self, plan: Plan) -> float:
-        """Keep a plan that fits if it is the fastest so far; its speed."""
+        """Keep a plan that fits if it is the fastest so far; returns its speed."""
         slots = capacities(plan.config, self.rate)
         settled = compile_plan(plan.config, plan.slice_, slots, to_code=False)
         speed = bytes_a_second(settled) if settled.moved else 0.0
@@ -99,11 +99,12 @@ class Search:
         return speed
 
     def memory(self) -> None:
-        """What is recomputed, micro-batches and sharding, of the largest batch that fits.
+        """Search rematerialization, micro-batches and sharding for the largest batch that fits.
 
-        What a try rules out is not tried: a batch whose thriftiest settings are too much, settings
-        that need more in every way than some that were too much, and those that save more than some
-        that fit and recompute as much.
+        Tries that an earlier try rules out are skipped: a batch that does not fit with the settings
+        that need the least memory; settings that need at least as much memory in every respect as
+        some that did not fit; and settings that save more memory than some that fit with the same
+        rematerialization.
         """
         plan, fitting, failed = self.plan, [], []
         found = alternatives(plan.config, len(plan.slice_.devices))
@@ -123,7 +124,7 @@ class Search:
                 return
 
     def blocks(self) -> None:
-        """Lengths of blocks, of array code only."""
+        """Search block lengths, for array code only."""
         for field, lengths in BLOCKS.items():
             start = self.best.config
             compute = resolved(start.model.compute, self.plan.slice_.platform)
@@ -135,7 +136,7 @@ class Search:
 
 
 def search(plan: Plan, rate: float, limit: int) -> Plan | None:
-    """The fastest found that fits, with at most `limit` tries."""
+    """The fastest plan found that fits, with at most `limit` tries."""
     found = Search(plan, rate, limit)
     if plan.fits:
         found.consider(plan)

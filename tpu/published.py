@@ -1,12 +1,12 @@
-"""The published models on whole slices and GPU hosts, as a table.
+"""Plans of the published models on whole slices and GPU hosts, as a table.
 
     python -m tpu.published --topology v5p:4x4x4 v5e:8x8 h100:8 b200:8
 
 Each is trained as published, 256 rows of 8192 bytes per update, in bfloat16, with parameters and
 optimizer sharded over 16 devices (fewer if there are fewer), in the fewest micro-batches that fit
-with all chunk slots, and with the `remat` that is then the fastest. Speeds are bounds at the slots
-of the configured rates (`tpu.plan` says more about each). Rows are kept in --out as they are found:
-the same command again goes on after the last one.
+with all chunk slots, and with the `remat` that is then the fastest. Speeds are bounds with the
+slots at the configured rates (`tpu.plan` gives more detail). Rows are written to --out as they are
+found: the same command again continues after the last one.
 """
 
 import json
@@ -27,8 +27,8 @@ from tpu.plan import REMAT
 from tpu.roofline import bytes_a_second, hbm_per_byte, kernels, peak_share, step_bound
 
 ROWS, ROW = 256, 8192  # arXiv 2507.07955, section 3.1
-# Of the devices: enough for the largest state, and a group in which libtpu gathers parameters and
-# scatters gradients. Over all 64 of a slice it sums zeros instead, for twice the bytes.
+# fsdp devices: enough for the largest state, and a group in which libtpu gathers parameters and
+# scatters gradients. Over all 64 of a slice it sums zeros instead, which moves twice the bytes.
 FSDP = 16
 HEAD = (
     "| model | parameters | slice | remat | micro-batches | GiB per chip: all slots | settled "
@@ -45,7 +45,7 @@ def published_config(name: str, slice_: Slice, remat: str, accumulate: int) -> C
 
 
 def find(name: str, slice_: Slice) -> tuple[Plan, Plan]:
-    """Plans with all slots and with those of the configured rates, of the fastest that fits."""
+    """(plan with all slots, plan with those at the configured rates) of the fastest that fits."""
     found = [fewest_micro_batches(name, slice_, remat) for remat in REMAT]
     pairs = [(full, _settled(full)) for full in found if full.fits] or [
         (full, _settled(full)) for full in found[-1:]
@@ -59,7 +59,7 @@ def _settled(full: Plan) -> Plan:
 
 
 def fewest_micro_batches(name: str, slice_: Slice, remat: str) -> Plan:
-    """The plan with all slots that fits, or the one with as many micro-batches as there can be."""
+    """The plan with all slots that fits, else the one with the most micro-batches possible."""
     accumulate, most = 1, ROWS // len(slice_.devices)
     while True:
         config = published_config(name, slice_, remat, accumulate)
@@ -68,7 +68,7 @@ def fewest_micro_batches(name: str, slice_: Slice, remat: str) -> Plan:
             return full
         room = full.hbm_a_device - full.state_bytes
         needed = (full.hbm_bytes - full.state_bytes) / room if room > 0 else math.inf
-        while accumulate < most and needed > 1:  # what is not state is about proportional to rows
+        while accumulate < most and needed > 1:  # all but the state is about proportional to rows
             accumulate, needed = 2 * accumulate, needed / 2
 
 

@@ -1,4 +1,4 @@
-"""What bounds a compiled step, and the report about it."""
+"""Roofline of a compiled step: what bounds it, and the report about it."""
 
 from typing import NamedTuple
 
@@ -8,11 +8,11 @@ from hnet.train.config import Config
 from tpu import hlo
 from tpu.aot import Plan, capacities
 
-RATES = (0.5, 0.75, 1.0, 1.5, 2.0)  # of the configured boundary rate
+RATES = (0.5, 0.75, 1.0, 1.5, 2.0)  # multiples of the configured boundary rate
 
 
 class Bound(NamedTuple):
-    """Seconds a step that a part needs at least on each of four resources."""
+    """Least seconds per step that a part needs of each of four resources."""
 
     compute: float = 0.0
     hbm: float = 0.0
@@ -25,7 +25,7 @@ class Bound(NamedTuple):
 
 
 def roofline(plan: Plan) -> dict[str, Bound]:
-    """Least time of every part, forward and backward, with each resource alone and used fully."""
+    """Least time of every part, forward and backward, by resource, if that is used fully."""
     trained = _trained(plan)
     rows = plan.config.data.batch_size / len(plan.slice_.devices)
     chip, share = plan.slice_.chip, plan.slice_.chips_a_device
@@ -51,12 +51,12 @@ def _trained(plan: Plan, remat: str | None = None) -> dict[str, Cost]:
 
 
 def kernels(plan: Plan, part: str | None = None) -> float:
-    """Operations per step that read or write memory or send something: on a GPU, its kernels."""
+    """Operations per step that read or write memory or send data; on a GPU, its kernels."""
     return sum(m.count for m in plan.moved if part in (m.part, None))
 
 
 def hbm_bytes(plan: Plan, part: str | None = None) -> float:
-    """Bytes of HBM that one device reads and writes in a step."""
+    """Bytes of HBM that one device reads and writes per step."""
     return sum(m.num_bytes for m in plan.moved if m.kind == "hbm" and part in (m.part, None))
 
 
@@ -67,12 +67,12 @@ def hbm_per_byte(plan: Plan) -> float:
 
 
 def step_seconds(plan: Plan) -> float:
-    """Least time of a step if each part is bound by its slowest resource and none overlap."""
+    """Least seconds per step if each part is bound by its slowest resource and none overlap."""
     return sum(max(bound) for bound in roofline(plan).values())
 
 
 def step_bound(plan: Plan) -> str:
-    """The resource that bounds parts which together take most of the step."""
+    """The resource with the largest total time over the parts that it bounds."""
     seconds = dict.fromkeys(Bound._fields, 0.0)
     for bound in roofline(plan).values():
         seconds[bound.name] += max(bound)
@@ -80,7 +80,7 @@ def step_bound(plan: Plan) -> str:
 
 
 def peak_share(plan: Plan) -> float:
-    """Share of the slice's peak that a step of `step_seconds` is, without what remat repeats."""
+    """Share of the slice's peak FLOPs used in `step_seconds`, without recomputation by remat."""
     useful = total(_trained(plan, remat="none")) * plan.config.data.batch_size
     slice_ = plan.slice_
     peak = slice_.chip.flops * slice_.chips_a_device * len(slice_.devices)
@@ -88,7 +88,7 @@ def peak_share(plan: Plan) -> float:
 
 
 def bytes_a_second(plan: Plan) -> float:
-    """Bytes of text a second that the slice cannot exceed."""
+    """Upper bound on bytes of text per second on the slice."""
     return plan.config.data.batch_size * plan.config.data.seq_len / step_seconds(plan)
 
 
@@ -103,7 +103,7 @@ def size(num_bytes: float) -> str:
 def memory(plan: Plan) -> str:
     config, rest = plan.config, plan.hbm_bytes - plan.state_bytes
     code = "" if plan.compile_seconds is None else f", compiled in {plan.compile_seconds:.0f} s"
-    least = "" if plan.moved else "at least "  # nothing moves in a program that was given up
+    least = "" if plan.moved else "at least "  # a program that was given up has no traffic
     return (
         f"{plan.slice_.name}: {len(plan.slice_.devices)} devices, {config.data.batch_size} rows of "
         f"{config.data.seq_len} bytes, slots {plan.capacities}{code}\n"
@@ -114,7 +114,7 @@ def memory(plan: Plan) -> str:
 
 
 def report(plan: Plan) -> str:
-    """FLOPs, collectives and the bound of each part of what `memory` spoke of."""
+    """FLOPs, collectives and the bound of each part, for the plan reported by `memory`."""
     config = plan.config
     params = param_counts(config.model)
     lines = [

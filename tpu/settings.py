@@ -1,6 +1,6 @@
-"""Options that are given once for a NAME: kept in STATE/NAME/settings.json, checked both ways.
+"""Options given once per NAME, kept in STATE/NAME/settings.json and checked on write and read.
 
-They describe the hardware, so that a slice that is created again is the same, spot or not.
+They describe the hardware, so that a slice created again is the same, spot or not.
 """
 
 import argparse
@@ -29,7 +29,7 @@ REMEMBERED = {
     "image": _WORD,
     "home": _WORD,
 }
-"""Field -> what its value must be."""
+"""Check of the value per field."""
 DEFAULTS = {
     "accelerator": "v5litepod-16",
     "via": VIA[0],
@@ -43,7 +43,7 @@ def settings_file(options: argparse.Namespace) -> Path:
 
 
 def recall(options: argparse.Namespace) -> None:
-    """Fill in what was not given from earlier commands for the same name, else by default.
+    """Fill in missing options from earlier commands for the same name, else with the defaults.
 
     Raises ConfigError for a file that `keep` cannot have written.
     """
@@ -55,7 +55,7 @@ def recall(options: argparse.Namespace) -> None:
 
 
 def keep(options: argparse.Namespace) -> None:
-    """Write the options, which must have been checked; those of other platforms stay."""
+    """Write the options, which must have been checked; options of other platforms are kept."""
     file = settings_file(options)
     given = {f: getattr(options, f) for f in REMEMBERED if getattr(options, f, None)}
     content = json.dumps(_read(file) | given, indent=1) + "\n"

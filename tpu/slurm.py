@@ -18,10 +18,10 @@ def folder(options: argparse.Namespace) -> Path:
 
 
 def script(options: argparse.Namespace) -> str:
-    """The batch script: one process a GPU, requeued when the first host to end says so.
+    """The batch script: one process per GPU, requeued if the first host to end asks for it.
 
-    `srun` reports the highest exit code of the tasks, which after a kill is not the cause; each
-    task leaves its own code and time beside its log (tpu/host.sh).
+    `srun` reports the highest exit code of the tasks, which after a kill is not the cause. So each
+    task writes its own exit code and time next to its log (tpu/host.sh).
     """
     directives = {
         "job-name": options.name,
@@ -110,7 +110,7 @@ def status(options: argparse.Namespace, runner: Runner) -> None:
 
 
 def _host_logs(options: argparse.Namespace):
-    """(report, log file) of every task of the last start, the first to fail on top."""
+    """(report, log file) per task of the last start, the first to fail on top."""
     found = {}
     for log in folder(options).glob("host-*.log"):
         if number := re.fullmatch(r"host-(\d{1,6})", log.stem):
@@ -119,7 +119,7 @@ def _host_logs(options: argparse.Namespace):
 
 
 def _task(number: int, end: Path) -> HostReport:
-    """What the file that a task leaves at its end says; a damaged one is that of a killed task."""
+    """The report in the file that a task writes at its end; a damaged file means it was killed."""
     if not end.exists():
         return HostReport(number, "task", "running")
     code, _, at = end.read_text(errors="replace").strip().partition(" ")

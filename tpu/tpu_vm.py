@@ -29,12 +29,12 @@ RUNTIMES = {
     "v6e": "v2-alpha-tpuv6e",
 }
 LEAVING, GONE = ("SUSPENDING", "DELETING"), ("SUSPENDED", "FAILED")
-MAX_SILENT_POLLS = 5  # a network that fails for a moment is no preemption
+MAX_SILENT_POLLS = 5  # a short network failure is not a preemption
 SECONDS_TO_DIE = 60
 
 
 def family(accelerator: str) -> tuple[str, int]:
-    """("v5litepod", 16) of "v5litepod-16". Raises ConfigError for what this does not know."""
+    """("v5litepod", 16) for "v5litepod-16". Raises ConfigError for an unknown type."""
     found = re.fullmatch(r"(v4|v5litepod|v5p|v6e)-([1-9][0-9]*)", accelerator)
     if found is None:
         raise ConfigError(
@@ -45,7 +45,7 @@ def family(accelerator: str) -> tuple[str, int]:
 
 
 def num_hosts(accelerator: str) -> int:
-    """Hosts of a slice: 4 chips each; the number counts chips for v5e and v6e, else cores."""
+    """Number of hosts with 4 chips each; the size counts chips for v5e and v6e, else cores."""
     name, number = family(accelerator)
     if name in ("v5litepod", "v6e"):
         return 1 if number <= 8 else number // 4
@@ -95,7 +95,7 @@ def _state_step(options: argparse.Namespace, why: str) -> Step:
 
 
 def _wait_until_active(options: argparse.Namespace, runner: Runner) -> None:
-    """The queue may take hours or days; ending this program does not withdraw the request."""
+    """Wait for the slice, possibly for days. Ending this program does not withdraw the request."""
     seen, silent = None, 0
     while True:
         step = _state_step(options, f"every {options.poll:g} s, until it says ACTIVE")
@@ -115,7 +115,7 @@ def _wait_until_active(options: argparse.Namespace, runner: Runner) -> None:
 
 
 class _Quiet(Runner):
-    """Runs without printing, for what is asked again and again."""
+    """Runs without printing, for repeated queries."""
 
     def __init__(self, runner: Runner):
         super().__init__(runner.go, runner.out)
@@ -161,7 +161,7 @@ def run(options: argparse.Namespace, runner: Runner) -> int:
 
 
 def _shipped_hash(options: argparse.Namespace) -> str:
-    """Of the code that `setup` packed, which is what a restart must find on the hosts."""
+    """Hash of the code that `setup` packed; a restart must find the same code on the hosts."""
     if not _archive(options).exists():
         raise ConfigError(f"{_archive(options)} does not exist: --attach needs that of setup")
     return bundle.archived_hash(_archive(options))
@@ -184,7 +184,7 @@ def status(options: argparse.Namespace, runner: Runner) -> int:
 
 
 def logs(options: argparse.Namespace, runner: Runner) -> int:
-    """The end of every host's log, the host that failed first on top."""
+    """Print the end of every host's log, the host that failed first on top."""
     with tempfile.TemporaryDirectory(prefix="hnet-logs-") as folder:
         remote = host(options, "logs", str(options.lines))
         command = ssh(options, remote, f"--output-directory={folder}")
@@ -197,7 +197,7 @@ def logs(options: argparse.Namespace, runner: Runner) -> int:
 
 
 def _split_log(text: str) -> tuple[HostReport, list[str]] | None:
-    """The report of a host, which stands before its log, and all other lines."""
+    """(report of a host, which precedes its log, all other lines), or None without a report."""
     lines = text.splitlines()
     for i, line in enumerate(lines):
         if report := parse_report(line):
@@ -225,9 +225,9 @@ def _delete(options: argparse.Namespace, runner: Runner, why: str) -> None:
 
 
 def watch(options: argparse.Namespace, runner: Runner, env: dict[str, str]) -> int:
-    """Start the run again on the requeue code, and on a new slice after a preemption.
+    """Start the run again after the requeue exit code, and on a new slice after a preemption.
 
-    The code is that of the first start, whatever is edited here meanwhile.
+    The source code is that of the first start, even if files here are edited meanwhile.
     Returns the run's exit code: 0, or that of the host that failed first.
     """
     if not runner.go:
@@ -237,7 +237,7 @@ def watch(options: argparse.Namespace, runner: Runner, env: dict[str, str]) -> i
     while True:
         time.sleep(options.poll)
         happened, reports = _look(options, runner)
-        if happened == "failed":  # hosts of a slice that is being taken away fail one by one
+        if happened == "failed":  # hosts of a slice being preempted fail one by one
             time.sleep(options.poll)
             happened, reports = _look(options, runner)
         if any(r.stopped for r in reports):
@@ -263,7 +263,7 @@ def watch(options: argparse.Namespace, runner: Runner, env: dict[str, str]) -> i
 
 
 def _look(options: argparse.Namespace, runner: Runner) -> tuple[str, list[HostReport]]:
-    """What happened, and the reports of the hosts."""
+    """(what happened to the run or its slice, reports of the hosts)."""
     quiet = _Quiet(runner)
     state = quiet.run(_state_step(options, ""), capture=True).strip()
     if state in LEAVING + GONE:
@@ -276,7 +276,7 @@ def _look(options: argparse.Namespace, runner: Runner) -> tuple[str, list[HostRe
 
 
 def _end_the_rest(options: argparse.Namespace, runner: Runner, reports: list[HostReport]) -> None:
-    """Hosts that wait for a dead one would wait, and be billed, for ever."""
+    """Stop the other hosts: they would wait for the dead one, and be billed, forever."""
     if any(report.state == "running" for report in reports):
         remote = host(options, "stop", str(SECONDS_TO_DIE))
         runner.run(Step("a host failed: end the others", ssh(options, remote), may_fail=True))

@@ -1,9 +1,10 @@
 """Named configurations: `python -m experiments.pretrain NAME`.
 
-A file here names what its functions return, a run's `Config` or the network of one: `config` is
-called like the file, every other public function without arguments by its own name, without a
-leading `config_`. First docstring lines are what `pretrain --list` says. Names and lines are read
-from the source, so that a broken file breaks only itself, and no name costs an import.
+Every public function without arguments in a file here defines a named configuration: it returns a
+run's `Config` or an `HNetConfig`. `config` gets the name of its file, every other function its own
+name without a leading `config_`. `pretrain --list` prints the first docstring lines. Names and
+lines are read from the source without importing it, so that a broken file affects only its own
+names.
 """
 
 import ast
@@ -30,16 +31,16 @@ FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Named:
-    """A configuration that can be loaded by its name."""
+    """A configuration that is loaded by its name."""
 
     file: Path
     function: str
-    """"" where the file cannot be read"""
+    """function name; "" if the file cannot be read"""
     summary: str
-    """first line of its docstring, or what is wrong"""
+    """first line of the docstring, or what is wrong with the file"""
 
     def load(self) -> "Config":
-        """Raises ConfigError in one line that names the file, whatever happens in it."""
+        """The configuration. Any error in the file becomes a one-line ConfigError that names it."""
         if not self.function:
             raise ConfigError(f"{self.file}: {self.summary}")
         try:
@@ -59,7 +60,7 @@ def _where_and_what(error: Exception, file: Path) -> str:
 
 
 def as_run(found: Any) -> "Config":
-    """A network is trained as the default configuration is."""
+    """`found`, or, if it is a network, the default configuration with this network."""
     from hnet.config import HNetConfig  # here: names and words are checked before JAX is loaded
     from hnet.train.config import Config
 
@@ -71,7 +72,7 @@ def as_run(found: Any) -> "Config":
 
 
 def named_configs() -> dict[str, Named]:
-    """All names, in alphabetical order of the files and that of the functions in them."""
+    """All names: files in alphabetical order, functions in source order."""
     found: dict[str, Named] = {}
     for file in sorted(FOLDER.glob("*.py")):
         if file.name != "__init__.py":
@@ -104,7 +105,7 @@ def _named_in(file: Path) -> list[tuple[str, Named]]:
 
 
 def base_config(name: str) -> "Config":
-    """The configuration of a name, of a JSON file, or of "package.module:function"."""
+    """The configuration given by a name, a JSON file or "package.module:function"."""
     if name.endswith(".json"):
         return _from_file(Path(name))
     if ":" in name:
@@ -136,7 +137,7 @@ def _from_function(place: str) -> "Config":
 
 
 def _from_file(path: Path) -> "Config":
-    """A whole configuration, an official network, or what differs from the one called "base"."""
+    """A complete configuration, an official network, or the differences from "base"."""
     from hnet.config import HNetConfig
     from hnet.train.config import Config, config_from_json
 
@@ -159,7 +160,7 @@ def _from_file(path: Path) -> "Config":
 def run_config(argv: Sequence[str] | None = None, default: str = "default") -> "Config":
     """`[NAME] [--section.field VALUE ...]` -> the resolved configuration.
 
-    `--help [SECTION]` prints what can be set and ends.
+    `--help [SECTION]` prints what can be set and exits.
     """
     argv = sys.argv[1:] if argv is None else argv
     name = default
@@ -180,7 +181,7 @@ def run_config(argv: Sequence[str] | None = None, default: str = "default") -> "
 
 
 def help_text(content: Any, topic: str = "") -> str:
-    """What can be set in the run with this JSON content: all sections, or one dotted field."""
+    """The settings of the run with this JSON content: all sections, or those below `topic`."""
     from hnet.train.config import Config
 
     if topic:
@@ -190,6 +191,6 @@ def help_text(content: Any, topic: str = "") -> str:
 
 
 def list_text() -> str:
-    """Every name and what it is."""
+    """Every name with its summary."""
     rows = [(name, named.summary) for name, named in named_configs().items()]
     return f"NAME is one of\n{command_help.table(rows)}"

@@ -1,11 +1,12 @@
-"""A small H-Net for text in several scripts, with a router and a target for each of them.
+"""A small H-Net for text in several scripts, with one router and one target per script.
 
     python -m experiments.pretrain mixed_scripts_routed --data.files eng.txt rus.txt ...
 
-Two CPU cores, about 5 minutes. The default route has no script of its own: in the end it is fitted
-on text in made-up scripts, so that a script which was never trained on is cut like others. The
-targets give a sentence the same number of chunks in English, Russian, Chinese, Japanese and
-Malayalam at 6 bytes a chunk on average; `experiments.calibrate` finds those of other text.
+About 5 minutes on two CPU cores. The default route has no script of its own. After training it is
+fitted on text in synthetic scripts, so that a script that does not occur in training also gets its
+target ratio. With these targets a sentence has the same number of chunks in English, Russian,
+Chinese, Japanese and Malayalam, at 6 bytes per chunk on average; `experiments.calibrate` finds the
+targets for other text.
 """
 
 from dataclasses import replace
@@ -13,7 +14,7 @@ from dataclasses import replace
 from experiments.configs import mixed_scripts_single
 from hnet.train.config import Config
 
-TARGET_RATIOS = {  # bytes a chunk
+TARGET_RATIOS = {  # bytes per chunk
     (): 3.6,  # all others, as Latin
     ("Latin",): 3.6,
     ("Cyrillic",): 6.8,

@@ -1,10 +1,10 @@
-"""A small H-Net for text in several scripts, with one router for all: the twin to compare with.
+"""A small H-Net for text in several scripts, with one router for all: the baseline without routes.
 
     python -m experiments.pretrain mixed_scripts_single --data.files eng.txt rus.txt ...
 
-It differs from mixed_scripts_routed in nothing but the routes: same data, steps and mean rate of 6
-bytes a chunk, held by the controller. Two CPU cores, about 5 minutes. `experiments.fairness_table`
-trains both.
+It differs from mixed_scripts_routed only in the routes: same data, same steps and the same mean of
+6 bytes per chunk, held by the controller. About 5 minutes on two CPU cores.
+`experiments.fairness_table` trains both.
 """
 
 from dataclasses import replace

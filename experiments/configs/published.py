@@ -1,11 +1,11 @@
-"""The published H-Nets (arXiv 2507.07955) with the recipe that they were trained with.
+"""The published H-Nets (arXiv 2507.07955) with their published training recipe.
 
     python -m experiments.pretrain 1stage_L --data.files 'fineweb-edu/*.array_record'
     python -m tpu.plan 2stage_XL --topology v5p:4x4x4
 
 256 rows of 8192 bytes per update, AdamW with the published schedule and multipliers, 100 billion
-GPT-2 tokens (460 GB) of FineWeb-Edu. The paper does not say betas, weight decay and clipping. They
-need accelerators: `tpu.plan` says how many, and --mesh.fsdp shards parameters over them.
+GPT-2 tokens (460 GB) of FineWeb-Edu. The paper does not give betas, weight decay and clipping.
+These runs need accelerators: `tpu.plan` says how many, and --mesh.fsdp shards parameters over them.
 """
 
 from dataclasses import replace

@@ -3,8 +3,8 @@
     python -m experiments.pretrain reference --data.files 'books/*.txt' --data.eval_files book.txt
 
 750 updates of 8 x 512 bytes of English prose, AdamW at 1e-3, 10% warm-up and cosine decay, target
-4 bytes a chunk, no BOS or EOS. Two CPU cores, about 12 minutes. The official model on plain
-kernels reaches 2.23 bits per byte on a book it has not seen.
+4 bytes per chunk, no BOS or EOS. About 12 minutes on two CPU cores. The official model with plain
+kernels reaches 2.23 bits per byte on a book it was not trained on.
 """
 
 from dataclasses import replace

@@ -2,15 +2,17 @@
 
     python -m experiments.pretrain magnet --data.files eng.txt rus.txt hin.txt
 
-They are trained as the default configuration is, which takes about 5 minutes on two CPU cores. What
-is common, so that a comparison shows the cut alone: the network of the default job (`m2`
-around a wider `T4`), pre-norm blocks, rotary positions and dense causal attention, no dropout. So
-these are the systems' boundaries, pools, ways back, residuals and losses, not their blocks:
+They are trained like the default configuration, which takes about 5 minutes on two CPU cores. All
+share the network of the default job (`m2` around a wider `T4`), with pre-norm blocks, rotary
+positions, dense causal attention and no dropout, so that a comparison shows only the effect of
+chunking. They reproduce the systems' boundaries, pools, dechunking, residuals and losses, but not
+their blocks:
 
-* SpaceByte has attention blocks of a narrow window around the global ones, learned positions, and
-  pads with zeros in front where ours widens with a learned vector behind.
-* DTP, MAGNET and FlexiTokens have post-norm Transformer-XL blocks around and inside; their relative
-  attention is replaced by rotary, and the norm after their pooling by the one before each block.
+* SpaceByte has attention blocks with a narrow window around the global ones, learned positions, and
+  widens states with zeros in front; ours widens them with a learned vector at the end.
+* DTP, MAGNET and FlexiTokens have post-norm Transformer-XL blocks outside and inside; their
+  relative attention is replaced by rotary, and the norm after their pooling by the norm before each
+  block.
 
 Script names and targets: MAGNET's shipped priors are .2, .1 and .08 for Latin, Cyrillic and the
 Indic scripts; FlexiTokens scales English .333 by the bytes of parallel sentences.
@@ -41,12 +43,12 @@ def hnet() -> HNetConfig:
 
 
 def hnet_space() -> HNetConfig:
-    """H-Net(space): it differs from H-Net in the cut alone; p is 0 or 1, so nothing is smoothed."""
+    """H-Net(space): H-Net with boundaries at spaces; p is 0 or 1, so nothing is smoothed."""
     return with_chunking(hnet(), predictor="spacelike", dechunk="repeat", losses=())
 
 
 def hnet_pool() -> HNetConfig:
-    """H-Net(pool): a cut every 6 bytes."""
+    """H-Net(pool): a boundary every 6 bytes."""
     return with_chunking(hnet_space(), predictor="fixed")
 
 
@@ -86,19 +88,19 @@ def dtp_unigram() -> HNetConfig:
 
 
 def dtp_whitespace() -> HNetConfig:
-    """Dynamic token pooling with a cut behind every space."""
+    """Dynamic token pooling with a boundary after every space."""
     return with_chunking(dtp_gumbel(), predictor="whitespace", losses=())
 
 
 def dtp_fixed() -> HNetConfig:
-    """Dynamic token pooling with a cut every 4 bytes."""
+    """Dynamic token pooling with a boundary every 4 bytes."""
     return with_chunking(dtp_whitespace(), predictor="fixed", target_ratio=4.0)
 
 
 def magnet() -> HNetConfig:
-    """MAGNET (arXiv 2407.08818): DTP with a predictor and a prior for each script."""
+    """MAGNET (arXiv 2407.08818): DTP with one predictor and one prior per script."""
     base = replace(dtp_gumbel(), route_groups=(("Latin",), ("Cyrillic",), INDIC))
-    ratios = (5.0, 5.0, 10.0, 12.5)  # the first is of all other scripts
+    ratios = (5.0, 5.0, 10.0, 12.5)  # the first is for all other scripts
     return with_chunking(
         base, routes=4, route_target_ratios=ratios, losses=(Binomial.Config(average="routes"),)
     )

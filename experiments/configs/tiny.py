@@ -1,8 +1,8 @@
-"""The smallest 1-stage H-Net that shows something, for trying out commands and sweeps.
+"""The smallest useful 1-stage H-Net, for trying out commands and sweeps.
 
     python -m experiments.pretrain tiny
 
-Synthetic text, one CPU core, seconds after compilation.
+Synthetic text; on one CPU core a few seconds after compilation.
 """
 
 from dataclasses import replace

@@ -1,8 +1,8 @@
-"""Evaluations that papers quote, each a small file; any checkpoint, any `Scorer`.
+"""Evaluations from papers, each in a small file; they run on any checkpoint or `Scorer`.
 
     python -m experiments.evaluate --checkpoint WORKDIR --suite perturb counting
 
-To add one: a file with `run(scorer, settings) -> {table: rows}` and a line in SUITES.
+To add one: write a file with `run(scorer, settings) -> {table: rows}` and add a line to SUITES.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from experiments.suites.scorer import Scorer
 class Suite(NamedTuple):
     run: Callable[[Scorer, Settings], Report]
     reads: Literal["nothing", "texts", "parallel"] = "nothing"
-    """what it needs beside what code makes"""
+    """input that the suite needs in addition to generated items"""
 
 
 SUITES: dict[str, Suite] = {

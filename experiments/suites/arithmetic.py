@@ -1,7 +1,7 @@
-"""Addition with the digits grouped in different ways (arXiv 2402.14903), and where numbers are cut.
+"""Addition with digits grouped in different ways (arXiv 2402.14903), and boundaries in numbers.
 
-Groups of three are counted from the left (l2r) or from the right (r2l) and set apart by a comma or
-a space. All examples before a question have numbers as long as its own.
+Groups of three are counted from the left (l2r) or from the right (r2l) and separated by a comma or
+a space. The examples before a question have numbers of the same lengths as the question.
 """
 
 import random
@@ -11,7 +11,7 @@ from experiments.suites.items import Item, Report, Row, Settings, ask, by_tags, 
 from experiments.suites.scorer import Scorer
 
 LENGTHS = ((2, 2, 2), (3, 3, 3), (3, 3, 4), (5, 5, 5), (7, 7, 7), (7, 7, 8))
-"""digits of a, b and a + b"""
+"""numbers of digits of a, b and a + b"""
 FORMATS = {
     "nosep": ("", "r2l"),
     "comma_l2r": (",", "l2r"),
@@ -64,8 +64,8 @@ def run(scorer: Scorer, settings: Settings) -> Report:
 
 
 def errors(scorer: Scorer, items: Sequence[Item]) -> list[Row]:
-    """What greedy decoding writes: share of answers of the right length, and of those the share of
-    digits that are wrong, by place from the left (1 = first)."""
+    """Errors of greedy decoding: share of answers with the right length, and among these the share
+    of wrong digits by place from the left (1 = first)."""
     longest = max(len(item.answer) for item in items) + 2
     written = scorer.greedy([item.prompt for item in items], longest)
     rows = []
@@ -91,8 +91,8 @@ def _digits(text: bytes) -> str:
 
 
 def boundary_rates(scorer: Scorer, items: Sequence[Item]) -> list[Row]:
-    """Share of digits inside numbers without separators at which a chunk starts, by their index
-    from the right modulo 3: groups of three from the right start where it is 2."""
+    """Share of digits inside numbers without separators at which a chunk starts, by the digit's
+    index from the right modulo 3: groups of three from the right start at index 2."""
     plain = [item for item in items if item.tags["format"] == "nosep"]
     found = scorer.boundaries([item.prompt + item.answer for item in plain])
     rows = []
@@ -101,7 +101,7 @@ def boundary_rates(scorer: Scorer, items: Sequence[Item]) -> list[Row]:
         for seg in found:
             cut = set(seg.stages[stage].starts)
             for first, end in numbers(seg.data):
-                for i in range(first + 1, end):  # a number's own start says nothing of grouping
+                for i in range(first + 1, end):  # the start of a number says nothing about grouping
                     count[(end - 1 - i) % 3] += 1
                     starts[(end - 1 - i) % 3] += i in cut
         shares = {

@@ -1,7 +1,7 @@
-"""Questions about the characters of words: counting and finding, as CharBench asks, and spelling
-and editing, as CUTE does (arXiv 2409.15452).
+"""Questions about the characters of words: counting and finding as in CharBench, spelling and
+editing as in CUTE (arXiv 2409.15452).
 
-Words of 4 to 10 letters come from the text that is evaluated on, each length alike.
+Words of 4 to 10 letters come from the evaluated text, with equal numbers of each length.
 """
 
 import random
@@ -81,7 +81,7 @@ TASKS: dict[str, Task] = {
 
 
 def words_by_length(texts: Sequence[bytes]) -> dict[int, list[str]]:
-    """Distinct words of ASCII letters in the text, lower case, by length."""
+    """Distinct lower-case words of ASCII letters in the text, by length."""
     found: dict[int, set[str]] = defaultdict(set)
     for text in texts:
         for word in re.findall(r"(?<!\w)[A-Za-z]+(?!\w)", text.decode("utf-8", "replace")):
@@ -124,7 +124,7 @@ def run(scorer: Scorer, settings: Settings) -> Report:
 
 
 def tag_chunks(scorer: Scorer, items: Sequence[Item]) -> None:
-    """Tag index questions with the bytes of the stage 0 chunk that holds the letter asked for."""
+    """Tag index questions with the size of the stage 0 chunk that contains the requested letter."""
     asked = [item for item in items if "place" in item.tags]
     for item, seg in zip(asked, scorer.boundaries([item.prompt for item in asked])):
         at = len(item.prompt) + item.tags["place"]

@@ -1,4 +1,4 @@
-"""What `experiments.evaluate --suite` does: passages of text, progress, tables."""
+"""Implementation of `experiments.evaluate --suite`: passages of text, progress, tables."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,11 +17,11 @@ from hnet.data import Part
 from hnet.errors import ConfigError
 from hnet.model import HNetLM
 
-SHORTEST = 16  # bytes of a passage
+SHORTEST = 16  # least bytes per passage
 
 
 def check(names: Sequence[str], settings: Settings) -> None:
-    """Raise ConfigError for a suite that is unknown, or settings that none can use."""
+    """Raise ConfigError for an unknown suite or invalid settings."""
     if unknown := [name for name in names if name not in SUITES]:
         raise ConfigError(f"suite={unknown[0]!r} is unknown: use some of {', '.join(SUITES)}")
     for name, least in (("items", 1), ("shots", 0), ("max_bytes", SHORTEST)):
@@ -30,13 +30,13 @@ def check(names: Sequence[str], settings: Settings) -> None:
 
 
 def reads(names: Sequence[str], what: str) -> list[str]:
-    """The suites among `names` that need this."""
+    """The suites among `names` that need this input."""
     return [name for name in names if SUITES[name].reads == what]
 
 
 def passages(part: Part, settings: Settings) -> tuple[bytes, ...]:
-    """Up to `items` pieces of at most `max_bytes`, spread evenly over the text, each of one
-    document and of whole characters."""
+    """Up to `items` passages of at most `max_bytes`, spread evenly over the text. Each consists of
+    whole characters of one document."""
     ends = np.cumsum(np.concatenate([documents.length_D for documents in part.documents]))
     total = int(ends[-1])
     count = max(1, min(settings.items, total // settings.max_bytes))
@@ -52,7 +52,7 @@ def passages(part: Part, settings: Settings) -> tuple[bytes, ...]:
 
 
 def whole_characters(data: bytes) -> bytes:
-    """UTF-8 without the bytes of characters that lie in it in part; other bytes as they are."""
+    """UTF-8 without the bytes of incomplete characters at its ends; other bytes unchanged."""
     start = 0
     while start < min(3, len(data)) and data[start] & 0xC0 == 0x80:
         start += 1
@@ -68,7 +68,7 @@ def whole_characters(data: bytes) -> bytes:
 def run_suites(
     model: HNetLM, names: Sequence[str], settings: Settings, *, bos: bool, batch_size: int
 ) -> dict[str, Report]:
-    """The report of each suite; how far it is shows on the terminal, if stderr is one."""
+    """The report of each suite. Progress is shown if stderr is a terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(

@@ -1,7 +1,7 @@
-"""Right against wrong solutions of the same problem (arXiv 2603.11749): which is likelier?
+"""Right against wrong solutions of the same problem (arXiv 2603.11749): which is more likely?
 
-Wrong numbers are random, coherent (always one wrong rule) or contradictory (a rule drawn from ten
-for each problem): what is wrong by one rule compresses as well as what is right.
+Wrong numbers are random, coherent (always the same wrong rule) or contradictory (one of ten wrong
+rules, drawn per problem). Solutions with one wrong rule compress as well as right ones.
 """
 
 import math
@@ -23,7 +23,7 @@ ERRORS = ("random", "coherent", "contradictory")
 
 
 def chain(rng: random.Random) -> tuple[str, Callable[[Mistake], str]]:
-    """12 + 7 - 5: one step after the other, each from the result that was written."""
+    """12 + 7 - 5: step by step, each from the result written in the previous step."""
     terms = [rng.randint(20, 60), *(rng.choice((-1, 1)) * rng.randint(2, 19) for _ in range(3))]
     signed = lambda term: f" {'-' if term < 0 else '+'} {abs(term)}"
 
@@ -133,7 +133,7 @@ def run(scorer: Scorer, settings: Settings) -> Report:
 
 
 def preferred(right: float, wrong: float) -> float:
-    """1 if the right one is likelier, 1/2 if they are equally likely."""
+    """1 if the right solution is more likely, 1/2 if both are equally likely, else 0."""
     return 0.5 if math.isclose(right, wrong, rel_tol=1e-9) else float(right < wrong)
 
 

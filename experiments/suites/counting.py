@@ -1,7 +1,7 @@
 """Counting a letter in a string of random letters (arXiv 2410.19730).
 
-The letters stand together, or apart with spaces, commas or quotes, so that a chunker can make each
-a chunk of its own.
+The letters are adjacent, or separated by spaces, commas or quotes, so that each can become a chunk
+of its own.
 """
 
 import random

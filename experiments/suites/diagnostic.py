@@ -1,7 +1,7 @@
-"""Byte to byte tasks of MrT5 (arXiv 2410.20771): what may be deleted depends on the context.
+"""Byte-to-byte tasks of MrT5 (arXiv 2410.20771): which bytes may be deleted depends on the context.
 
-`#` marks the input. vowel removal: vowels go. contextual vowel removal: a vowel goes if a consonant
-in lower case is before it. sequence merge: each ABC becomes D.
+`#` marks the input. vowel removal: all vowels are removed. contextual vowel removal: a vowel is
+removed if a lower-case consonant precedes it. sequence merge: each ABC becomes D.
 """
 
 import random
@@ -36,8 +36,8 @@ TASKS = {
 
 
 def make(rng: random.Random, task: str) -> tuple[str, str, dict]:
-    """Random letters; of what the task is about some is inserted, as often as in the source for
-    its 128 letters: consonant and vowel N(25, 12.5) times, ABC N(5, 2.5) times."""
+    """Random letters with the task's patterns inserted, as often as in the source for its 128
+    letters: consonant and vowel N(25, 12.5) times, ABC N(5, 2.5) times."""
     pieces = [rng.choice(string.ascii_letters) for _ in range(LENGTH)]
     share = LENGTH / 128
     match task:

@@ -1,7 +1,7 @@
-"""Chunks per parallel sentence: how equally languages are cut (arXiv 2407.08818).
+"""Chunks per parallel sentence: how equal they are over languages (arXiv 2407.08818).
 
-cv is the standard deviation over the mean, gini the mean difference of all pairs over twice the
-mean, both over languages. `experiments.fairness` compares several systems at more length.
+cv is the standard deviation over the mean, gini the mean absolute difference of all pairs over
+twice the mean, both over languages. `experiments.fairness` compares several systems in more detail.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Questions with one right answer, made by code, after solved examples of the same kind."""
+"""Generated questions with one right answer, after solved examples of the same kind."""
 
 import random
 from collections import Counter
@@ -10,12 +10,12 @@ from experiments.suites.scorer import Scorer, bits_per_byte
 
 Row = dict[str, Any]
 Report = dict[str, list[Row]]
-"""tables by name, rows of equal keys: numbers, words, or None for what is not defined"""
+"""tables by name; rows with equal keys; values: numbers, words, or None if undefined"""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all suites can be told."""
+    """Settings common to all suites."""
 
     items: int = 200
     """number of questions per task, or of passages"""
@@ -33,12 +33,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Item:
-    """One question and its answer, which a newline ends."""
+    """One question and its answer, which ends with a newline."""
 
     prompt: bytes
     answer: bytes
     tags: Row = field(default_factory=dict)
-    """what to group by"""
+    """values to group results by"""
 
 
 Pair = tuple[str, str, Row]
@@ -48,10 +48,10 @@ Pair = tuple[str, str, Row]
 def with_shots(
     make: Callable[[random.Random], Pair], settings: Settings, key: str, count: int | None = None
 ) -> list[Item]:
-    """Items of one kind, each after solved examples that `make` draws anew.
+    """Items of one kind, each after solved examples that `make` draws for it.
 
-    key: name that tells this kind's random numbers from those of others. An example that is the
-    question itself is drawn again.
+    key: name that separates the random numbers of this kind from those of others. An example that
+    equals the question is drawn again.
     """
     rng = random.Random(f"{settings.seed} {key}")
     items = []
@@ -70,20 +70,20 @@ def with_shots(
 
 @dataclass(frozen=True)
 class Answer:
-    """How a model took one item."""
+    """A model's result on one item."""
 
     item: Item
     is_right: bool
     """whether greedy decoding gives exactly the answer and a newline"""
     byte_accuracy: float
-    """share of the answer's bytes and its newline that are likeliest after the right ones"""
+    """share of the answer's bytes, newline included, that are most likely after the right prefix"""
     bpb: float
-    """bits per byte of the answer and its newline"""
+    """bits per byte of the answer, newline included"""
 
 
 def ask(scorer: Scorer, items: Sequence[Item]) -> list[Answer]:
-    """Greedy decoding gives an answer exactly if each of its bytes is likeliest after the others,
-    so one forward pass over prompt and answer decides."""
+    """The result on each item. Greedy decoding gives the answer if and only if each of its bytes is
+    the most likely one after those before it, so a forward pass over prompt and answer suffices."""
     scores = scorer.score([item.prompt + item.answer + b"\n" for item in items])
     answers = []
     for item, score in zip(items, scores):
@@ -95,10 +95,10 @@ def ask(scorer: Scorer, items: Sequence[Item]) -> list[Answer]:
 
 
 def by_tags(answers: Sequence[Answer], *names: str) -> list[Row]:
-    """A row per combination of these tags: by the first as it first occurs, by the others sorted.
+    """One row per combination of these tags: the first tag in order of occurrence, others sorted.
 
-    Items without one of the tags are left out. `majority` is the accuracy of always giving the most
-    frequent answer of the group.
+    Items that lack one of the tags are left out. `majority` is the accuracy of always giving the
+    most frequent answer of the group.
     """
     groups: dict[tuple, list[Answer]] = {}
     for answer in answers:

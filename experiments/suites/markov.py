@@ -1,8 +1,8 @@
 """Chains of known entropy: x_t is x_{t-k}, or with probability p the other symbol.
 
-A model that sees the order has the entropy rate h(p), one that sees only frequencies 1 bit per
-symbol (arXiv 2404.08335). The second half of each chain is scored, after the model could see the
-first.
+A model that learns the dependence reaches the entropy rate h(p), one that uses only frequencies 1
+bit per symbol (arXiv 2404.08335). The second half of each chain is scored, with the first half as
+context.
 """
 
 import math
@@ -19,12 +19,12 @@ SYMBOLS = b"01"
 
 
 def entropy(p: float) -> float:
-    """Bits of a coin that shows heads with probability p."""
+    """Entropy in bits of a coin that shows heads with probability p."""
     return -sum(q * math.log2(q) for q in (p, 1 - p) if q)
 
 
 def chain(order: int, length: int, rng: random.Random, switch: float = SWITCH) -> bytes:
-    """A chain of 0 and 1 that depends on the symbol `order` back only."""
+    """A chain of 0 and 1 in which each symbol depends only on the one `order` positions before."""
     bits = [rng.randint(0, 1) for _ in range(order)]
     while len(bits) < length:
         bits.append(bits[-order] ^ (rng.random() < switch))

@@ -1,9 +1,9 @@
 """Perturbed text: bits per byte, next-byte accuracy, and the choice of a continuation.
 
 Perturbations as in arXiv 2507.07955 (table 3), from arXiv 2412.09871, and swaps of neighbours. The
-choice is made of the text itself, since no question set comes with the code: which of four pieces
-follows the context, three of them taken from other passages. The context is perturbed, the pieces
-are not. robustness = 100 (accuracy - 1/4) / (accuracy on clean text - 1/4) (appendix D.1).
+choice questions are made from the text itself, since the code comes with no question set: which of
+four pieces follows the context, where three come from other passages. Only the context is
+perturbed. robustness = 100 (accuracy - 1/4) / (accuracy on clean text - 1/4) (appendix D.1).
 """
 
 import random
@@ -18,7 +18,7 @@ from hnet.infer.score import Score
 
 Perturb = Callable[[str, random.Random], str]
 CHOICES = 4
-ENDING = 48  # bytes of a piece
+ENDING = 48  # bytes per piece
 
 
 def clean(text: str, rng: random.Random) -> str:
@@ -46,7 +46,7 @@ def upper_case(text: str, rng: random.Random) -> str:
 
 
 def swap(text: str, rng: random.Random) -> str:
-    """Each character changes places with the next one with probability 0.1; none moves twice."""
+    """Swap each character with the next one with probability 0.1; none moves twice."""
     chars, i = list(text), 0
     while i + 1 < len(chars):
         if rng.random() < 0.1:
@@ -96,18 +96,18 @@ def run(scorer: Scorer, settings: Settings) -> Report:
 
 
 def byte_accuracy(scores: list[Score]) -> float:
-    """Share of bytes that are the likeliest ones where they are."""
+    """Share of bytes that are the most likely ones at their position."""
     scored = sum(int(np.isfinite(s.logprobs).sum()) for s in scores)
     return sum(int(s.is_greedy.sum()) for s in scores) / max(scored, 1)
 
 
 def robustness(accuracy: float, clean: float, chance: float) -> float | None:
-    """Percent of the accuracy above chance that is left; None if there was none to lose."""
+    """Remaining percentage of the accuracy above chance; None if clean accuracy is at chance."""
     return 100 * (accuracy - chance) / (clean - chance) if clean > chance else None
 
 
 def make_questions(settings: Settings) -> list[tuple[bytes, list[bytes]]]:
-    """(context, pieces) of each passage that is long enough; the first piece is the right one."""
+    """(context, pieces) per passage that is long enough; the first piece is the right one."""
     halves = [(t[:-ENDING], t[-ENDING:]) for t in settings.texts if len(t) >= 2 * ENDING]
     endings = sorted({ending for _, ending in halves})
     if len(endings) < CHOICES:
@@ -125,7 +125,7 @@ def make_questions(settings: Settings) -> list[tuple[bytes, list[bytes]]]:
 def choice_accuracy(
     scorer: Scorer, questions: list[tuple[bytes, list[bytes]]], perturb: Perturb, seed: int
 ) -> float:
-    """Share of questions whose right piece is likeliest; of a tie the right one has its share."""
+    """Share of questions whose right piece is most likely; an n-way tie counts 1/n."""
     texts, starts = [], []
     for i, (context, pieces) in enumerate(questions):
         before = perturbed(context, perturb, f"{seed} {i}")

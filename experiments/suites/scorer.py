@@ -15,20 +15,20 @@ from hnet.infer.segment import segment_all, segmenter
 from hnet.inspect.segmentation import Alignment, Segmentation
 from hnet.model import HNetLM, abstract, split
 
-GROUP = 8  # batches between two reports of progress
+GROUP = 8  # number of batches between two progress reports
 
 
 class Scorer(Protocol):
-    """A byte-level language model as a suite sees it; all methods take any number of texts."""
+    """Interface of a byte-level language model for suites; methods take any number of texts."""
 
     alignments: tuple[Alignment, ...]
-    """whether a boundary starts or ends a chunk, per stage that cuts, outermost first"""
+    """alignment (whether a boundary starts or ends a chunk) per chunked stage, outermost first"""
 
     def score(self, texts: Sequence[bytes]) -> list[Score]:
-        """Log-probability of each byte given those before it, and whether it is the likeliest."""
+        """Log-probability of each byte given those before it, and whether it is the most likely."""
 
     def greedy(self, prompts: Sequence[bytes], num_bytes: int) -> list[bytes]:
-        """Likeliest continuation of each prompt: at most `num_bytes`, up to a newline."""
+        """Greedy continuation of each prompt: at most `num_bytes`, up to a newline."""
 
     def boundaries(self, texts: Sequence[bytes]) -> list[Segmentation]:
         """Chunks of each text in every stage."""
@@ -38,9 +38,9 @@ class Scorer(Protocol):
 
 
 class ModelScorer:
-    """A model of ours, `batch_size` texts at a time.
+    """Scores with an `HNetLM`, `batch_size` texts at a time.
 
-    progress: called with the number of texts (asked for, done) whenever either grows.
+    progress: called with the numbers of texts (requested, done) whenever either grows.
     """
 
     def __init__(
@@ -77,20 +77,20 @@ class ModelScorer:
         return ModelScorer(model, bos=self.bos, batch_size=self.batch_size, progress=self.progress)
 
     def _in_groups(self, run: Callable, texts: Sequence[bytes]) -> list:
-        """`run` on texts of similar length at a time, results in the order of `texts`."""
+        """Apply `run` to batches of texts of similar length; results in the order of `texts`."""
         self.progress(len(texts), 0)
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         found, size = {}, GROUP * self.batch_size
         for first in range(0, len(order), size):
             members = order[first : first + size]
-            spare = [b""] * (self.batch_size - len(members))  # so that no other shape is compiled
+            spare = [b""] * (self.batch_size - len(members))  # pads to one shape
             found |= dict(zip(members, run([*(texts[i] for i in members), *spare])))
             self.progress(0, len(members))
         return [found[i] for i in range(len(texts))]
 
 
 def bits_per_byte(scores: Sequence[Score]) -> float:
-    """Bits per byte over all bytes that something predicts; NaN without any."""
+    """Bits per byte over all bytes that are predicted; NaN if there are none."""
     nats = [float(np.nansum(s.logprobs, dtype=np.float64)) for s in scores]
     count = sum(int(np.isfinite(s.logprobs).sum()) for s in scores)
     return -math.fsum(nats) / count / math.log(2) if count else math.nan

@@ -1,7 +1,7 @@
-"""Boundaries that change when they should not: with the start of the window, and in bfloat16.
+"""Boundaries that should not change: with another start of the window, and in bfloat16.
 
-A text is cut whole, and again without its first bytes. Compared are the bytes that both windows
-hold, but the first of the shorter one, at which a chunk always starts.
+A text is segmented as a whole, and again without its first bytes. The comparison covers the bytes
+in both windows, except the first byte of the shorter window, at which a chunk always starts.
 """
 
 from collections.abc import Sequence
@@ -32,8 +32,8 @@ def run(scorer: Scorer, settings: Settings) -> Report:
 def compare(
     what: str, before: Sequence[Segmentation], after: Sequence[Segmentation], shift: int
 ) -> list[Row]:
-    """A row per stage. flipped: share of bytes at which one has a boundary and the other has none;
-    f1: agreement of the boundaries."""
+    """One row per stage. flipped: share of bytes at which only one of the two has a boundary; f1:
+    agreement of the boundaries."""
     rows = []
     for stage in range(len(before[0].stages)):
         scores, num_bytes = [], 0

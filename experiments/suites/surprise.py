@@ -1,7 +1,7 @@
 """Boundary enrichment (arXiv 2601.22805): whether boundaries lie before surprising bytes.
 
-bq is the mean surprisal of the byte after a boundary over that of all bytes, null the same for
-boundaries shifted along each text by a random amount, z the difference in standard deviations.
+bq is the mean surprisal of the byte after a boundary divided by that of all bytes. null is the same
+for boundaries shifted along each text by a random amount, z the difference in standard deviations.
 """
 
 import math

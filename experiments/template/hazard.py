@@ -1,4 +1,4 @@
-"""A boundary predictor of one's own: the longer a chunk has lasted, the likelier its end."""
+"""A custom boundary predictor: the longer a chunk has lasted, the more likely its end."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ class Hazard(BoundaryPredictor):
     class Config(PredictorConfig):
         """Linear in the encoder state, with a hazard that grows with the length of the chunk."""
 
-        traced = ("growth",)  # a sweep over it compiles once
+        traced = ("growth",)  # a sweep over growth compiles once
 
         growth: float = 1.0
         """weight of the logarithm of the number of positions since the last boundary"""

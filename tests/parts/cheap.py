@@ -1,4 +1,4 @@
-"""A mixer that compiles in no time, so that tests of parts are about the parts."""
+"""A mixer that compiles fast, for tests of other parts."""
 
 import jax
 import jax.numpy as jnp

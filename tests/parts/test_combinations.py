@@ -1,4 +1,4 @@
-"""Every legal (predictor, pool, dechunk) triple, with every meaning of a boundary."""
+"""Every legal (predictor, pool, dechunk) triple, with every boundary alignment."""
 
 import itertools
 

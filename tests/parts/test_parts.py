@@ -1,4 +1,4 @@
-"""Every part of the tables: whole rows are what its streaming form gives position by position."""
+"""Every part in the tables: results on whole rows equal its streaming form, step by step."""
 
 from functools import partial
 
@@ -89,7 +89,7 @@ def test_a_predictor_streams_what_it_predicts(name, routes):
     for segments in (SEGMENTS, ONE_DOCUMENT):
         whole, slow, after, state = jax.device_get(both(params, segments))
         valid = segments != 0
-        if alignment_of(settings.part) == "start":  # its first p is forced, whatever it says
+        if alignment_of(settings.part) == "start":  # the first p is forced
             valid = valid & (np.diff(segments, axis=1, prepend=-1) == 0)
         close(whole[valid], slow[valid])
         assert np.std(slow[valid]) > 0.01
@@ -130,14 +130,14 @@ def test_a_pool_streams_what_it_pools(name, has_null, capacity):
         assert used.sum() > 5
         close(whole[used], slow[used])
     for ours, theirs in zip(*map(jax.tree.leaves, states)):
-        close(ours[:2], theirs[:2])  # the third row is empty, and says nothing
+        close(ours[:2], theirs[:2])  # the third row is empty
 
 
 @pytest.mark.parametrize("name", DECHUNKS.names)
 @pytest.mark.parametrize("has_null", [False, True])
 @pytest.mark.parametrize("capacity", [4, 2 * L])
 def test_a_dechunk_streams_what_it_gives_back(name, has_null, capacity):
-    """Also where slots were clipped, with all slots of a document in the second row."""
+    """Also if slots were clipped, with all slots of a document in the second row."""
     settings = settings_of(name, DECHUNKS)
     place = Place(0, D, D, ChunkingConfig(3.0))
     graph, params = nnx.split(randomised(settings.part(settings, place, rngs=nnx.Rngs(0))))

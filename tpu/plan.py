@@ -124,11 +124,11 @@ class Search:
                 return
 
     def blocks(self) -> None:
-        """Search block lengths, for array code only."""
+        """Search block lengths of what computes in blocks."""
         for field, lengths in BLOCKS.items():
             start = self.best.config
             compute = resolved(start.model.compute, self.plan.slice_.platform)
-            if getattr(compute, field.replace("block_len", "backend")) != "xla":
+            if getattr(compute, field) is None:
                 continue
             for length in lengths:
                 if self.left and length != getattr(compute, field):

@@ -71,4 +71,7 @@ def pruner(name: str) -> optuna.pruners.BasePruner:
             return optuna.pruners.MedianPruner(n_startup_trials=4)
         case "halving":
             return optuna.pruners.SuccessiveHalvingPruner()
-    return optuna.pruners.NopPruner()
+        case "none":
+            return optuna.pruners.NopPruner()
+        case other:
+            raise ConfigError(f"pruner={other!r}: use none, median or halving")

@@ -40,6 +40,8 @@ def schedule(config: OptimConfig, step: jax.Array, num_steps: int) -> jax.Array:
             decay = max(round(config.decay_frac * num_steps), 1)
             x = jnp.clip((step + 1 - (num_steps - decay)) / (decay + 1), 0.0, 1.0)
             return warm * (1 - jnp.sqrt(x))
+        case other:
+            raise ValueError(f"schedule {other!r} is unknown")
 
 
 def optimizer(config: OptimConfig) -> optax.GradientTransformation:

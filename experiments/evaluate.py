@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 from rich.console import Console
@@ -32,7 +32,7 @@ from hnet.command_line import parse, run
 from hnet.data import DataConfig, Part, eval_batches, open_corpus, open_part
 from hnet.data.parallel import read_parallel
 from hnet.errors import ConfigError
-from hnet.fields import Count, Natural
+from hnet.fields import Bounds, Count, Natural
 from hnet.loss import bits_per_byte
 from hnet.model import split
 from hnet.train.compile_cache import enable_compilation_cache
@@ -61,13 +61,13 @@ class EvaluateConfig:
     suite: tuple[str, ...] = ()
     """evaluations to run instead: perturb, chars, markov, arithmetic, consistency, counting,
     diagnostic, stability, surprise, fairness"""
-    items: int = 200
+    items: Annotated[int, Bounds(1, 1_000_000)] = 200
     """suites: number of questions per task, or of passages"""
-    shots: int = 4
+    shots: Annotated[int, Bounds(0, 1000)] = 4
     """suites: number of solved examples before a question"""
-    max_bytes: int = 512
+    max_bytes: Annotated[int, Bounds(1, 2**31 - 1)] = 512
     """suites: longest passage of a text"""
-    seed: int = 0
+    seed: Annotated[int, Bounds(0, 2**32 - 1)] = 0
     """suites: seed of everything that is drawn"""
     parallel: tuple[str, ...] = ()
     """suite fairness: LANGUAGE=FILE, a sentence per line, line i saying the same in all"""

@@ -26,16 +26,16 @@ from rich.text import Text
 
 from hnet import load
 from hnet.command_line import parse, run
+from hnet.decode.score import logprobs
+from hnet.decode.segment import segment_all, segmenter
 from hnet.errors import ConfigError
 from hnet.fields import Count, Natural
-from hnet.infer.score import logprobs
-from hnet.infer.segment import segment_all, segmenter
 from hnet.inspect import metrics
 from hnet.inspect.gold import annotate, clip, read_annotated, thin
 from hnet.inspect.lexical import lexicon_shares, read_lexicon, turkish_lower, vocabulary_report
 from hnet.inspect.segmentation import Alignment, Segmentation
 from hnet.model import HNetLM, split
-from hnet.train.compile_cache import enable_compilation_cache
+from hnet.runtime.compile_cache import enable_compilation_cache
 from hnet.train.workdir import read_config
 
 

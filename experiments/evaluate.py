@@ -35,7 +35,7 @@ from hnet.errors import ConfigError
 from hnet.fields import Bounds, Count, Natural
 from hnet.loss import bits_per_byte
 from hnet.model import split
-from hnet.train.compile_cache import enable_compilation_cache
+from hnet.runtime.compile_cache import enable_compilation_cache
 from hnet.train.evaluate import Evaluation, evaluate
 from hnet.train.program import FED
 from hnet.train.step import eval_step

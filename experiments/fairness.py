@@ -29,10 +29,10 @@ from rich.text import Text
 from hnet import load
 from hnet.command_line import parse, run
 from hnet.data.parallel import Lines, read_parallel
+from hnet.decode.score import logprobs
+from hnet.decode.segment import ROWS, segment_all, segmenter
 from hnet.errors import ConfigError
 from hnet.fields import Natural
-from hnet.infer.score import logprobs
-from hnet.infer.segment import ROWS, segment_all, segmenter
 from hnet.inspect.fairness import LanguageScore, cut_at, score_language
 from hnet.inspect.fairness_report import (
     Scores,
@@ -128,7 +128,7 @@ def token_system(name: str, tokenizer: Any) -> System:
 
 
 def model_system(path: str) -> System:
-    """A trained model; each sentence is a text of its own, as in `hnet.infer`."""
+    """A trained model; each sentence is a text of its own, as in `hnet.decode`."""
     model = load(path)
     graph, params = split(model)
     segment = segmenter(graph, model.config)

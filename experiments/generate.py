@@ -26,18 +26,18 @@ from typing import Any
 from rich.progress import Progress
 
 from hnet.command_line import parse, run
+from hnet.decode.generate import Generation, chunk_starts, stream_text
+from hnet.decode.prompts import encode
+from hnet.decode.sampling import Sampling
 from hnet.errors import ConfigError
 from hnet.fields import Count
-from hnet.infer.generate import Generation, chunk_starts, stream_text
-from hnet.infer.prompts import encode
-from hnet.infer.sampling import Sampling
 from hnet.inspect.render import print_segmentations
 from hnet.inspect.segmentation import Segmentation, StageBoundaries
 from hnet.interop import load
 from hnet.model import HNetLM
 from hnet.outputs import new_file, one_line, read_file
 from hnet.printable import printable
-from hnet.train.compile_cache import enable_compilation_cache
+from hnet.runtime.compile_cache import enable_compilation_cache
 
 RESULTS = ("text", "base64", "finish_reason", "logprobs", "starts")
 

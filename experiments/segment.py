@@ -15,16 +15,16 @@ from pathlib import Path
 
 from hnet import load
 from hnet.command_line import parse, run
+from hnet.decode.segment import segment_all, segmenter
 from hnet.errors import ConfigError
 from hnet.fields import Count
-from hnet.infer.segment import segment_all, segmenter
 from hnet.inspect.gold import annotate
 from hnet.inspect.page import to_html
 from hnet.inspect.render import print_segmentations
 from hnet.inspect.segmentation import Segmentation
 from hnet.model import split
 from hnet.outputs import new_file, read_file, write_new
-from hnet.train.compile_cache import enable_compilation_cache
+from hnet.runtime.compile_cache import enable_compilation_cache
 
 GOLD = ("words", "whitespace", "characters")
 

@@ -2,7 +2,7 @@
 
     python -m experiments.sweep [NAME] --space FILE [--out runs/sweep] [--section.field VALUE ...]
 
-NAME and fields are those of `experiments.pretrain`; FILE is TOML, see `experiments/space.py`. Runs
+NAME and fields are those of `experiments.pretrain`; FILE is TOML, see `hnet/sweep/space.py`. Runs
 that differ only in traced numbers and seeds (learning rate, weight decay, multipliers, target
 ratios, weights of rate losses, gain of the controller) are trained inside one program, up to
 --width of them, spread over the devices; all others one after the other. Points are claimed in an
@@ -23,15 +23,15 @@ from rich.console import Console
 from rich.markup import escape
 
 from experiments.configs import run_config
-from experiments.space import Point, Space, describe, list_points, read_space
-from experiments.study import Claim, Study
-from experiments.sweep_results import check_results, write_results
-from experiments.sweep_train import Options, train_points
 from hnet.command_line import OneLineParser, run
 from hnet.errors import ConfigError
-from hnet.train.compile_cache import CompilationLog, enable_compilation_cache
+from hnet.runtime.compile_cache import CompilationLog, enable_compilation_cache
+from hnet.runtime.distributed import REQUEUE_EXIT_CODE, StopRequest
+from hnet.sweep.results import check_results, write_results
+from hnet.sweep.space import Point, Space, describe, list_points, read_space
+from hnet.sweep.study import Claim, Study
+from hnet.sweep.train import Options, train_points
 from hnet.train.config import Config
-from hnet.train.distributed import REQUEUE_EXIT_CODE, StopRequest
 
 IDLE_SECONDS = 2.0  # between two checks for points that other workers may have left
 console = Console(highlight=False, soft_wrap=True)

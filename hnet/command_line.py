@@ -18,7 +18,7 @@ from hnet import command_help, fields
 from hnet.errors import ConfigError, Failed
 from hnet.fields import FieldError, shown
 from hnet.printable import printable
-from hnet.train.cpu import keep_freed_memory
+from hnet.runtime.cpu import keep_freed_memory
 
 FAILED = 1
 BAD_INPUT = 2
@@ -33,7 +33,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     """
     keep_freed_memory()
     code, reason = exit_code(main)
-    if distributed := sys.modules.get("hnet.train.distributed"):
+    if distributed := sys.modules.get("hnet.runtime.distributed"):
         distributed.leave(code, reason)
     sys.exit(code)
 

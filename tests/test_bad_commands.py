@@ -14,16 +14,16 @@ from hnet.fields import options, plain, to_json, unwrap
 from hnet.train.config import Config
 
 OPTIONS = {
-    "experiments.benchmark": "Benchmark",
-    "experiments.benchmark_decode": "Command",
-    "experiments.benchmark_input": "InputBenchmark",
-    "experiments.benchmark_routing": "RoutingBenchmark",
-    "experiments.benchmark_sweep": "SweepBenchmark",
+    "experiments.benchmarks.__main__": "Benchmark",
+    "experiments.benchmarks.decode": "Command",
+    "experiments.benchmarks.input": "InputBenchmark",
+    "experiments.benchmarks.routing": "RoutingBenchmark",
+    "experiments.benchmarks.sweep": "SweepBenchmark",
     "experiments.boundaries": "BoundariesConfig",
     "experiments.calibrate": "CalibrateConfig",
     "experiments.evaluate": "EvaluateConfig",
     "experiments.fairness": "FairnessConfig",
-    "experiments.fairness_table": "FairnessTableConfig",
+    "experiments.scripts.__main__": "FairnessTableConfig",
     "experiments.generate": "GenerateConfig",
     "experiments.segment": "SegmentConfig",
     "hnet.data.__main__": "Prepare",

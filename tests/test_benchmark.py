@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import benchmark_step
-from experiments.benchmark import Benchmark
-from experiments.benchmark_step import Step, measure_steps, slots
+from experiments.benchmarks import step as benchmark_step
+from experiments.benchmarks.__main__ import Benchmark
+from experiments.benchmarks.step import Step, measure_steps, slots
 from hnet.errors import ConfigError
 from hnet.fields import check
 from hnet.model import abstract

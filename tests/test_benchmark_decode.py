@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments.benchmark import Benchmark, measure
-from experiments.benchmark_decode import DecodeBenchmark, main_share, make_models
+from experiments.benchmarks.__main__ import Benchmark, measure
+from experiments.benchmarks.decode import DecodeBenchmark, main_share, make_models
 from hnet.config import EOS_ID
 from hnet.errors import ConfigError
 from hnet.fields import check

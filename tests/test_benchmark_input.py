@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments.benchmark_input import InputBenchmark, consumed, delivered, measure
+from experiments.benchmarks.input import InputBenchmark, consumed, delivered, measure
 from hnet.errors import ConfigError
 from hnet.train.workdir import claim_workdir
 from tests.training import tiny_run

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments import benchmark_pretrain
-from experiments.benchmark_pretrain import PacedReport, measure_pretrain
+from experiments.benchmarks import pretrain as benchmark_pretrain
+from experiments.benchmarks.pretrain import PacedReport, measure_pretrain
 from hnet.train import loop
 from hnet.train.report import Report, Start
 from tests.training import build, tiny_run

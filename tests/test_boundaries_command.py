@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 
 from experiments import boundaries
+from hnet.decode import score
+from hnet.decode.segment import segment_all, segmenter
 from hnet.errors import ConfigError
-from hnet.infer import score
-from hnet.infer.segment import segment_all, segmenter
 from hnet.model import split
 from tests.networks import MLP_END, network, quick_jit, random_params, stage
 

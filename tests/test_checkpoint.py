@@ -19,12 +19,12 @@ from fsspec.implementations.memory import MemoryFileSystem
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from hnet.checkpoint import leaves as lv
+from hnet.checkpoint import manifest as mf
+from hnet.checkpoint import step_folders as sf
+from hnet.checkpoint.save import Checkpointer, CheckpointError, main
 from hnet.command_line import exit_code
 from hnet.errors import ConfigError
-from hnet.train import leaves as lv
-from hnet.train import manifest as mf
-from hnet.train import step_folders as sf
-from hnet.train.checkpoint import Checkpointer, CheckpointError, main
 from hnet.train.config import CheckpointConfig
 
 ROOT = Path(__file__).parents[1]
@@ -272,7 +272,7 @@ def test_verify_of_bad_input_is_one_line(tmp_path, capsys):
 
 
 def test_verify_reads_in_groups(two, monkeypatch, capsys):
-    monkeypatch.setattr("hnet.train.verify._GROUP_BYTES", 1)
+    monkeypatch.setattr("hnet.checkpoint.verify._GROUP_BYTES", 1)
     flip_bit(two / "checkpoints" / "2")
     assert main(["verify", str(two)]) == 0
     assert "1 of 1 arrays changed since the save (" in capsys.readouterr().out
@@ -390,8 +390,8 @@ KILLED = """
 import sys, time
 import jax, jax.numpy as jnp
 import orbax.checkpoint as ocp
-from hnet.train import manifest as mf
-from hnet.train.checkpoint import Checkpointer
+from hnet.checkpoint import manifest as mf
+from hnet.checkpoint.save import Checkpointer
 workdir, where = sys.argv[1:]
 state = {"w": jnp.arange(1031.0)}
 checkpoints = Checkpointer(workdir)

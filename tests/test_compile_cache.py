@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from hnet.train.compile_cache import default_cache_path, enable_compilation_cache
+from hnet.runtime.compile_cache import default_cache_path, enable_compilation_cache
 
 
 @pytest.fixture

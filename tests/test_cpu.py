@@ -9,12 +9,12 @@ import pytest
 
 DEVICES = """
 import jax
-from hnet.train.cpu import one_device_a_core
+from hnet.runtime.cpu import one_device_a_core
 print(one_device_a_core(6), len(jax.devices()))
 """
 FAULTS = """
 import ctypes, resource, sys
-from hnet.train.cpu import keep_freed_memory
+from hnet.runtime.cpu import keep_freed_memory
 if sys.argv[1] == "keep" and not keep_freed_memory():
     print("skip")
     sys.exit()

@@ -11,11 +11,11 @@ import jax
 import numpy as np
 import pytest
 
+from hnet.checkpoint.save import Checkpointer
 from hnet.errors import ConfigError
-from hnet.train import distributed
-from hnet.train.checkpoint import Checkpointer
+from hnet.runtime import distributed
+from hnet.runtime.distributed import StopRequest
 from hnet.train.config import DistributedConfig
-from hnet.train.distributed import StopRequest
 from tpu import emulate
 from tpu.emulate import Emulation
 
@@ -91,7 +91,7 @@ def test_stop_request_of_one_process():
 
 PAUSES = """
 import ctypes, signal, sys
-from hnet.train.distributed import StopRequest
+from hnet.runtime.distributed import StopRequest
 with StopRequest() as stop:
     signal.siginterrupt(signal.SIGINT, False)  # a read that is interrupted goes on
     print("compiling", file=sys.stderr, flush=True)
@@ -131,9 +131,9 @@ import sys, time
 from pathlib import Path
 import jax
 from hnet.errors import ConfigError
-from hnet.train import distributed
-from hnet.train.checkpoint import Checkpointer
-from hnet.train.distributed import StopRequest
+from hnet.runtime import distributed
+from hnet.checkpoint.save import Checkpointer
+from hnet.runtime.distributed import StopRequest
 from hnet.train.config import WatchdogConfig
 from hnet.train.watchdog import Watchdog
 distributed.initialize()
@@ -225,7 +225,7 @@ def test_two_hosts_agree_and_save_the_same_step(tmp_path):
 ODD = """
 import sys
 from hnet.errors import ConfigError
-from hnet.train import distributed
+from hnet.runtime import distributed
 distributed.initialize()
 print("joined", distributed.num_hosts(), flush=True)
 try:

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from etils import epath
 
+from hnet.checkpoint.step_folders import list_steps
 from hnet.fields import to_json
-from hnet.train.distributed import REQUEUE_EXIT_CODE
-from hnet.train.step_folders import list_steps
+from hnet.runtime.distributed import REQUEUE_EXIT_CODE
 from tests.training import rows, tiny_run
 
 ROOT = Path(__file__).parent.parent

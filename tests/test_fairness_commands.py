@@ -9,14 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import (
-    benchmark_routing,
-    calibrate,
-    controller_table,
-    fairness,
-    fairness_table,
-)
+from experiments import calibrate, fairness
+from experiments.benchmarks import routing as benchmark_routing
 from experiments.configs import base_config, mixed_scripts_routed, mixed_scripts_single
+from experiments.rate_control import __main__ as controller_table
+from experiments.scripts import __main__ as fairness_table
 from hnet import load
 from hnet.data import eval_batches, open_corpus, train_batches
 from hnet.data.row_routes import unknown_script

@@ -13,11 +13,11 @@ from networks import network, random_params, stage
 
 from experiments import generate as command
 from hnet import command_line
+from hnet.decode import room
+from hnet.decode.decoder import Decoder
+from hnet.decode.generate import chunk_starts, generate, stream_text
+from hnet.decode.sampling import Sampling
 from hnet.errors import ConfigError
-from hnet.infer import room
-from hnet.infer.decode import Decoder
-from hnet.infer.generate import chunk_starts, generate, stream_text
-from hnet.infer.sampling import Sampling
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -10,11 +10,11 @@ from networks import NETWORKS, network, random_params, stage
 
 from hnet.config import BOS_ID, EOS_ID
 from hnet.data.scripts import route_table, script_ids
+from hnet.decode import stream
+from hnet.decode.generate import _Row, chunk_starts, generate, stream_text
+from hnet.decode.sampling import Sampling
+from hnet.decode.score import logprobs
 from hnet.errors import ConfigError
-from hnet.infer import stream
-from hnet.infer.generate import _Row, chunk_starts, generate, stream_text
-from hnet.infer.sampling import Sampling
-from hnet.infer.score import logprobs
 from hnet.inspect.segmentation import Segmentation
 from hnet.model import HNetLM
 

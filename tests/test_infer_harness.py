@@ -12,11 +12,11 @@ from flax import nnx
 from networks import network, official_network, random_params, stage
 
 from hnet.command_line import exit_code
-from hnet.infer.generate import generate
-from hnet.infer.lm_eval import main as lm_eval_command
-from hnet.infer.sampling import Sampling
-from hnet.infer.score import logprobs
+from hnet.decode.generate import generate
+from hnet.decode.sampling import Sampling
+from hnet.decode.score import logprobs
 from hnet.interop import to_official
+from hnet.interop.lm_eval import main as lm_eval_command
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -25,7 +25,7 @@ with warnings.catch_warnings():
     from lm_eval.api.instance import Instance
     from lm_eval.tasks import TaskManager
 
-    from hnet.infer.harness import HarnessModel
+    from hnet.interop.harness import HarnessModel
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the harness's own
 

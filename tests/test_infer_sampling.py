@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hnet.config import EOS_ID
+from hnet.decode import utf8
+from hnet.decode.sampling import Controls, Sampling, keep_likely, penalise, sample
 from hnet.errors import ConfigError
-from hnet.infer import utf8
-from hnet.infer.sampling import Controls, Sampling, keep_likely, penalise, sample
 
 keep = jax.jit(keep_likely)
 run = jax.jit(sample)

@@ -7,8 +7,8 @@ from flax import nnx
 from networks import network, quick_jit, random_params, stage
 
 from hnet.config import BOS_ID
+from hnet.decode.score import logprobs
 from hnet.errors import ConfigError
-from hnet.infer.score import logprobs
 from hnet.model import HNetLM
 
 CONFIG = network(stage("t1 t1", 26), stage("t1", 26))

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hnet.config import BOS_ID
+from hnet.decode.segment import POSITIONS, as_starts, segment_all, segmenter
 from hnet.errors import ConfigError
-from hnet.infer.segment import POSITIONS, as_starts, segment_all, segmenter
 from hnet.inspect.segmentation import Segmentation
 from tests.networks import MLP_END, network, quick_jit, random_params, stage
 

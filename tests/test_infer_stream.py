@@ -21,9 +21,9 @@ from experiments.configs import default, mixed_scripts_routed, mixed_scripts_sin
 from experiments.configs.systems import SYSTEMS
 from hnet.chunking.predictors.mlp import MLP
 from hnet.config import PUBLISHED, HNetConfig, SSMConfig, layout_height
+from hnet.decode import stream
 from hnet.errors import ConfigError
 from hnet.fields import to_json
-from hnet.infer import stream
 from hnet.interop import from_official
 from hnet.nn import active_rows
 from hnet.nn import cache as nn_cache

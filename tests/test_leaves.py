@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hnet.train import leaves as lv
+from hnet.checkpoint import leaves as lv
 
 
 def slow_checksum(x) -> str:

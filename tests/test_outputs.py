@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from optuna.study import StudyDirection
 
-from experiments.study_storage import open_storage
-from experiments.sweep_results import RESULTS, check_results
 from hnet import command_line
 from hnet.errors import ConfigError
 from hnet.interop import tensors
 from hnet.outputs import new_file, new_files, read_file, write_new
+from hnet.sweep.results import RESULTS, check_results
+from hnet.sweep.storage import open_storage
 
 MINE = b"my own file, line 1\nand a line without an end"
 

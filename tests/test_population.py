@@ -7,15 +7,15 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.sweep_rounding import compare
+from experiments.benchmarks.rounding import compare
 from hnet.chunking.losses.ratio import Ratio
 from hnet.config import ChunkingConfig
 from hnet.data import open_corpus, train_batches
 from hnet.errors import ConfigError
+from hnet.runtime.compile_cache import CompilationLog
+from hnet.runtime.distributed import StopRequest
 from hnet.train import population
-from hnet.train.compile_cache import CompilationLog
 from hnet.train.config import CheckpointConfig, EvalConfig, MeshConfig, TrainConfig
-from hnet.train.distributed import StopRequest
 from hnet.train.population import build as build_population
 from hnet.train.program import put_batch, run_evaluation, untraced
 from hnet.train.settle import settle

@@ -6,15 +6,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from experiments import scaling
 from experiments.configs import run_config
-from experiments.scaling_fit import fit
-from experiments.scaling_ladder import FAMILIES, make_points, peak_learning_rate
+from experiments.scaling import __main__ as scaling
+from experiments.scaling.fit import fit
+from experiments.scaling.ladder import FAMILIES, make_points, peak_learning_rate
 from hnet.command_line import FAILED
 from hnet.config import PUBLISHED
 from hnet.data import DataConfig
 from hnet.errors import ConfigError
-from hnet.train.distributed import REQUEUE_EXIT_CODE
+from hnet.runtime.distributed import REQUEUE_EXIT_CODE
 from tests.training import tiny_run
 
 LEVELS = (128, 256, 512, 1024, 1536, 2048)

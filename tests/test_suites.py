@@ -31,10 +31,10 @@ from experiments.suites import (
 from experiments.suites.items import Item, Settings, ask, by_tags, with_shots
 from experiments.suites.scorer import ModelScorer, bits_per_byte
 from hnet.data import open_part
+from hnet.decode.generate import generate
+from hnet.decode.sampling import Sampling
+from hnet.decode.score import Score, logprobs
 from hnet.errors import ConfigError
-from hnet.infer.generate import generate
-from hnet.infer.sampling import Sampling
-from hnet.infer.score import Score, logprobs
 from hnet.inspect.fairness import cut_at
 from hnet.model import HNetLM
 

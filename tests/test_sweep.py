@@ -14,12 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from experiments import sweep, sweep_results, sweep_train
+from experiments import sweep
 from experiments.configs import run_config
-from experiments.space import list_points, read_space
-from experiments.study import Study
 from hnet.errors import ConfigError
 from hnet.fields import to_json
+from hnet.sweep import results as sweep_results
+from hnet.sweep import train as sweep_train
+from hnet.sweep.space import list_points, read_space
+from hnet.sweep.study import Study
 from hnet.train import loop, population
 from hnet.train.config import CheckpointConfig, EvalConfig, TrainConfig
 from hnet.train.lock import process_name

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from hnet.decode import stream
+from hnet.decode.generate import generate
+from hnet.decode.sampling import Sampling
 from hnet.errors import ConfigError
 from hnet.fields import with_fields
 from hnet.flops import forward_flops, param_counts, training_flops
-from hnet.infer import stream
-from hnet.infer.generate import generate
-from hnet.infer.sampling import Sampling
 from hnet.inspect.index import FOLDER, SegmentationIndex
 from hnet.model import HNetLM, split
 from hnet.train import population

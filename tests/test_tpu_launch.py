@@ -27,7 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hnet.errors import ConfigError
-from hnet.train.distributed import REQUEUE_EXIT_CODE
+from hnet.runtime.distributed import REQUEUE_EXIT_CODE
 from tpu import bundle, gke, slurm, tpu_vm
 from tpu.commands import (
     HostReport,

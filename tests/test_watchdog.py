@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from hnet.errors import ConfigError
-from hnet.train import distributed
+from hnet.runtime import distributed
 from hnet.train.config import WatchdogConfig
 from hnet.train.watchdog import Watchdog
 

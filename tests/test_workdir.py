@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from hnet.checkpoint.step_folders import work_folder
 from hnet.errors import ConfigError, Failed
-from hnet.train import distributed, loop, workdir
+from hnet.runtime import distributed
+from hnet.train import loop, workdir
 from hnet.train.config import CheckpointConfig, MeshConfig, ProfileConfig, TrainConfig
 from hnet.train.lock import DirectoryLock, Locked
 from hnet.train.population import train_population
 from hnet.train.report import Report
-from hnet.train.step_folders import work_folder
 from hnet.train.workdir import changes, claim_workdir, read_config
 from tests.training import rows, run, tiny_run
 

@@ -9,9 +9,9 @@ import pytest
 
 from hnet.config import ChunkingConfig, ComputeConfig, HNetConfig, SSMConfig, StageConfig
 from hnet.data import DataConfig
+from hnet.runtime.distributed import StopRequest
 from hnet.train import loop
 from hnet.train.config import CheckpointConfig, Config, EvalConfig, OptimConfig, TrainConfig
-from hnet.train.distributed import StopRequest
 from hnet.train.loop import Outcome
 from hnet.train.program import build as build_program
 from tests.networks import QUICK

@@ -11,7 +11,7 @@ from typing import IO, NamedTuple
 
 from hnet.errors import ConfigError
 from hnet.printable import printable
-from hnet.train.distributed import REQUEUE_EXIT_CODE
+from hnet.runtime.distributed import REQUEUE_EXIT_CODE
 
 
 class LaunchError(RuntimeError):

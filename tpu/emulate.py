@@ -29,7 +29,7 @@ _DEVICE_FLAG = "--xla_force_host_platform_device_count"
 
 
 def host_environment(host: int, hosts: int, devices: int, port: int) -> dict[str, str]:
-    """Environment variables for one emulated host; see ``hnet.train.distributed``."""
+    """Environment variables for one emulated host; see ``hnet.runtime.distributed``."""
     flags = re.sub(rf"{_DEVICE_FLAG}=\S+", "", os.environ.get("XLA_FLAGS", ""))
     return {
         "JAX_PLATFORMS": "cpu",

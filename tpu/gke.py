@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 
 from hnet.errors import ConfigError
-from hnet.train.distributed import REQUEUE_EXIT_CODE
+from hnet.runtime.distributed import REQUEUE_EXIT_CODE
 from tpu import bundle
 from tpu.commands import HostReport, LaunchError, Runner, Step, verdict, worst_first
 from tpu.tpu_vm import family

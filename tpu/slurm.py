@@ -5,7 +5,7 @@ import re
 import shlex
 from pathlib import Path
 
-from hnet.train.distributed import REQUEUE_EXIT_CODE
+from hnet.runtime.distributed import REQUEUE_EXIT_CODE
 from tpu import bundle
 from tpu.commands import HostReport, Runner, Step, check_word, parse_report, shell_line, worst_first
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from hnet.errors import ConfigError
-from hnet.train.distributed import REQUEUE_EXIT_CODE
+from hnet.runtime.distributed import REQUEUE_EXIT_CODE
 from tpu import bundle
 from tpu.commands import (
     HostReport,

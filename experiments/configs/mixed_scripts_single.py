@@ -4,7 +4,7 @@
 
 It differs from mixed_scripts_routed only in the routes: same data, same steps and the same mean of
 6 bytes per chunk, held by the controller. About 5 minutes on two CPU cores.
-`experiments.fairness_table` trains both.
+`experiments.scripts` trains both.
 """
 
 from dataclasses import replace

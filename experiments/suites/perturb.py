@@ -13,8 +13,8 @@ import numpy as np
 
 from experiments.suites.items import Report, Settings
 from experiments.suites.scorer import Scorer, bits_per_byte
+from hnet.decode.score import Score
 from hnet.errors import ConfigError
-from hnet.infer.score import Score
 
 Perturb = Callable[[str, random.Random], str]
 CHOICES = 4

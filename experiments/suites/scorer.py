@@ -8,10 +8,10 @@ from typing import Protocol
 import numpy as np
 from flax import nnx
 
-from hnet.infer.generate import generate
-from hnet.infer.sampling import Sampling
-from hnet.infer.score import Score, logprobs
-from hnet.infer.segment import segment_all, segmenter
+from hnet.decode.generate import generate
+from hnet.decode.sampling import Sampling
+from hnet.decode.score import Score, logprobs
+from hnet.decode.segment import segment_all, segmenter
 from hnet.inspect.segmentation import Alignment, Segmentation
 from hnet.model import HNetLM, abstract, split
 

@@ -18,7 +18,7 @@ from hnet.nn.parameters import ParameterInfo, map_parameters, set_per_script
 BLOCKS_PER_ROUTE = 4  # at most 5 R blocks in all, so at most a fifth of the places is unused
 MIN_BLOCK = 8
 # Below this many elements (inputs plus per-block parameter copies) use vmap, which is faster than a
-# scan on a CPU (`experiments.benchmark_routing`); above it a scan: vmap would copy too much.
+# scan on a CPU (`experiments.benchmarks.routing`); above it a scan: vmap would copy too much.
 SIDE_BY_SIDE = 2**23
 
 

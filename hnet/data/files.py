@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from hnet.data import json_lines
 from hnet.data.forms import BOM, form_of
-from hnet.errors import ConfigError
+from hnet.errors import ConfigError, first_line
 
 _CHUNK = 1 << 20
 _PARQUET_BYTES = 1 << 24  # approximate bytes of rows read together
@@ -142,7 +142,7 @@ def _parquet_chunks(path: str) -> Iterator[Chunk]:
                     done += 1
                     yield from _pieces(_parquet_text(path, done, value), size * done // rows)
     except pa.ArrowException as e:
-        raise ConfigError(f"data file {path!r} is not readable Parquet ({_first_line(e)})") from e
+        raise ConfigError(f"data file {path!r} is not readable Parquet ({first_line(e)})") from e
 
 
 def _parquet_values(table) -> Iterator:
@@ -180,7 +180,3 @@ def _one_line_errors(path: str):
         raise ConfigError(
             f"data file {path!r} cannot be read ({reason}): repair it or leave it out"
         ) from e
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

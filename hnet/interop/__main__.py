@@ -16,7 +16,7 @@ import jax
 from hnet.command_line import BAD_INPUT, OneLineParser, number, run
 from hnet.interop.convert import convert, verify
 from hnet.interop.official import Mismatch
-from hnet.train.compile_cache import enable_compilation_cache
+from hnet.runtime.compile_cache import enable_compilation_cache
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

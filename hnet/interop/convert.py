@@ -11,6 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from hnet.checkpoint import manifest as mf
+from hnet.checkpoint.save import Checkpointer
+from hnet.checkpoint.step_folders import checkpoint_folder
+from hnet.checkpoint.verify import read_arrays
 from hnet.config import HNetConfig
 from hnet.errors import ConfigError
 from hnet.fields import to_json
@@ -27,11 +31,7 @@ from hnet.interop.official import (
 from hnet.interop.tensors import FORMATS, TensorFile, write_tensors
 from hnet.model import HNetLM, split
 from hnet.outputs import new_file, write_new
-from hnet.train import manifest as mf
-from hnet.train.checkpoint import Checkpointer
 from hnet.train.config import CheckpointConfig, Config
-from hnet.train.step_folders import checkpoint_folder
-from hnet.train.verify import read_arrays
 from hnet.train.workdir import claim_workdir, read_config
 
 

@@ -12,13 +12,13 @@ from flax import nnx
 from rich.console import Console
 from rich.progress import track
 
+from hnet.checkpoint.save import Checkpointer
 from hnet.config import HNetConfig
 from hnet.errors import ConfigError
 from hnet.interop.official import assemble, check_fit
 from hnet.interop.tensors import TensorFile
 from hnet.model import HNetLM, abstract
 from hnet.nn.kernels.table import without
-from hnet.train.checkpoint import Checkpointer
 from hnet.train.config import CheckpointConfig
 from hnet.train.workdir import read_config
 

@@ -19,7 +19,7 @@ def run(config: "Config", change: "Change | None" = None) -> "Outcome":
     Raises ConfigError for settings that cannot work and `hnet.train.loop.StopRun` if training
     fails.
     """
-    from hnet.train.distributed import StopRequest  # loads JAX
+    from hnet.runtime.distributed import StopRequest  # loads JAX
     from hnet.train.loop import train
 
     with StopRequest() as stop:

@@ -7,13 +7,13 @@ import sys
 import time
 
 from hnet.command_line import FAILED
-from hnet.infer.segment import segmenter
+from hnet.decode.segment import segmenter
 from hnet.inspect.render import print_segmentations
 from hnet.inspect.segmentation import Segmentation
-from hnet.train.compile_cache import enable_compilation_cache
+from hnet.runtime.compile_cache import enable_compilation_cache
+from hnet.runtime.cpu import one_device_a_core
+from hnet.runtime.distributed import REQUEUE_EXIT_CODE, StopRequest, host_id, initialize, num_hosts
 from hnet.train.config import Config, MeshConfig
-from hnet.train.cpu import one_device_a_core
-from hnet.train.distributed import REQUEUE_EXIT_CODE, StopRequest, host_id, initialize, num_hosts
 from hnet.train.loop import Outcome, StopRun, train
 from hnet.train.sharding import replicated
 

@@ -22,10 +22,10 @@ from typing import Any
 
 from etils import epath
 
+from hnet.checkpoint.step_folders import work_folder
 from hnet.errors import ConfigError
 from hnet.fields import shown
 from hnet.printable import printable
-from hnet.train.step_folders import work_folder
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from etils import epath
 
+from hnet.checkpoint.step_folders import work_folder
 from hnet.inspect.mirror import Mirror
-from hnet.train.step_folders import work_folder
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 

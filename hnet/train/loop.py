@@ -9,14 +9,14 @@ from typing import Any
 
 import jax
 
+from hnet.checkpoint.save import Checkpointer
 from hnet.data import BatchIterator, Corpus, open_corpus, train_batches
 from hnet.data.fingerprint import fingerprint
+from hnet.decode.segment import segmenter
 from hnet.errors import Failed
 from hnet.fields import to_json
-from hnet.infer.segment import segmenter
-from hnet.train import distributed
+from hnet.runtime import distributed
 from hnet.train.capacity import Ladder
-from hnet.train.checkpoint import Checkpointer
 from hnet.train.config import Config
 from hnet.train.evaluate import Evaluation
 from hnet.train.program import Change, Program, build, put_batch, run_evaluation

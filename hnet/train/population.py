@@ -19,16 +19,16 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from hnet.checkpoint.save import Checkpointer
 from hnet.data import Corpus, open_corpus, train_batches
 from hnet.data.pipeline import Batch
 from hnet.errors import ConfigError
 from hnet.loss import bits_per_byte
 from hnet.model import abstract
 from hnet.nn.kernels.table import described, resolved, without
+from hnet.runtime.distributed import StopRequest
 from hnet.train.capacity import Ladder
-from hnet.train.checkpoint import Checkpointer
 from hnet.train.config import Config
-from hnet.train.distributed import StopRequest
 from hnet.train.evaluate import Evaluation, OfEachRun
 from hnet.train.lock import DirectoryLock
 from hnet.train.program import (

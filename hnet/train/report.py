@@ -18,7 +18,7 @@ from hnet.errors import ConfigError, Failed
 from hnet.fields import to_json
 from hnet.inspect.writer import RunWriter
 from hnet.loss import PROB_BINS, bits_per_byte
-from hnet.train import distributed
+from hnet.runtime import distributed
 from hnet.train.alarms import BoundaryAlarms
 from hnet.train.config import Config, ProfileConfig
 from hnet.train.evaluate import Evaluation

@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from hnet.checkpoint.settings import CheckpointConfig
 from hnet.data.config import DataConfig
 from hnet.errors import ConfigError
 from hnet.fields import Bounds, Count, Natural, NotNegative, Positive, Share, check
+from hnet.runtime.settings import DistributedConfig
 
 if TYPE_CHECKING:
     from hnet.config import HNetConfig
@@ -128,27 +130,6 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
-    """When checkpoints are saved and which are kept."""
-
-    every: Natural = 1000
-    """number of updates per checkpoint; 0 = only at the end and at a stop request"""
-    keep: Count = 3
-    """number of newest good checkpoints kept; older ones are deleted once a new one is durable"""
-    keep_every: Natural = 0
-    """divisor of the steps whose checkpoints are never deleted; 0 = none"""
-    asynchronous: bool = True
-    """whether to write in the background while training continues"""
-    cast_dtype: bool = False
-    """whether a restore may cast to other dtypes than the saved ones"""
-    timeout_seconds: Count = 1200
-    """longest time in seconds for a save, and for waiting for another host in it"""
-
-    def __post_init__(self):
-        check(self, "checkpoint")
-
-
-@dataclass(frozen=True)
 class MeshConfig:
     """Number of devices along each axis; -1 (on at most one axis) means all remaining devices."""
 
@@ -168,31 +149,6 @@ class MeshConfig:
             )
         if len(free := [k for k, v in sizes.items() if v == -1]) > 1:
             raise ConfigError(f"mesh.{' and mesh.'.join(free)} are all -1: leave at most one open")
-
-
-@dataclass(frozen=True)
-class DistributedConfig:
-    """How the processes of one run find each other; not needed on one machine."""
-
-    coordinator: str | None = None
-    """address HOST:PORT of process 0; default: $JAX_COORDINATOR_ADDRESS, else found by `auto`"""
-    num_processes: Count | None = None
-    """number of processes; default: $JAX_NUM_PROCESSES, else found by `auto`"""
-    process_id: Natural | None = None
-    """index of this process, from 0; default: $JAX_PROCESS_ID, else found by `auto`"""
-    auto: bool = True
-    """whether to detect the processes from the environment: TPU pods, GKE, Slurm, Open MPI"""
-    initialization_timeout: Count = 300
-    """seconds to wait for all processes at the start"""
-    heartbeat_timeout_seconds: Count = 100
-    """seconds of silence after which a process counts as dead"""
-    shutdown_timeout_seconds: Count = 60
-    """seconds that a finished process waits for the others"""
-    barrier_timeout_seconds: Positive = 600.0
-    """seconds that a process waits at a barrier before it names the missing ones"""
-
-    def __post_init__(self):
-        check(self, "distributed")
 
 
 @dataclass(frozen=True)

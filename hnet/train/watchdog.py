@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 
 from etils import epath
 
-from hnet.train import distributed
+from hnet.runtime import distributed
 from hnet.train.config import WatchdogConfig
 
 log = logging.getLogger(__name__)

@@ -6,12 +6,12 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from hnet.checkpoint.step_folders import work_folder
 from hnet.errors import ConfigError, Failed
 from hnet.fields import differences, shown, to_json
+from hnet.runtime.distributed import on_first_host
 from hnet.train.config import Config, config_from_json
-from hnet.train.distributed import on_first_host
 from hnet.train.lock import DirectoryLock
-from hnet.train.step_folders import work_folder
 
 
 def read_config(workdir: str | os.PathLike) -> Config:

@@ -11,8 +11,8 @@ from flax import nnx
 from hnet.chunking.config import ChunkingConfig
 from hnet.chunking.table import DECHUNKS, POOLS, PREDICTORS
 from hnet.config import HNetConfig, StageConfig
+from hnet.decode import stream
 from hnet.flops import param_counts
-from hnet.infer import stream
 from tests.networks import quick_jit, random_params
 
 B, L, V = 3, 19, 256

@@ -1,0 +1,1 @@
+"""Benchmarks of this machine: training, input, decoding, routing, sweeps, logging."""

@@ -1,0 +1,1 @@
+"""A held boundary rate against a rate loss of fixed weight."""

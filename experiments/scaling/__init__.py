@@ -1,0 +1,1 @@
+"""Bits per byte against compute over a ladder of sizes."""

@@ -1,0 +1,1 @@
+"""Routing per script against a single router and BPE."""

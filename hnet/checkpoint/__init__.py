@@ -1,0 +1,1 @@
+"""Checkpoints: saving, manifests, verification, folders of steps."""

@@ -1,0 +1,114 @@
+"""The step folders of a work directory: verify, delete and rename them, clear one for a save.
+
+Only process 0 changes anything here.
+"""
+
+import logging
+import os
+
+from etils import epath
+
+from hnet.checkpoint import manifest as mf
+from hnet.errors import ConfigError, first_line
+
+log = logging.getLogger(__name__)
+
+STATE = "state"
+"""name of Orbax's folder inside a step folder"""
+
+
+def work_folder(workdir: str | os.PathLike) -> epath.Path:
+    """Path of a work directory: a local folder or one in a bucket (``gs://...``).
+
+    Raises ConfigError if the bucket cannot be opened, e.g. without its package or credentials.
+    """
+    path = epath.Path(workdir)
+    if "://" not in os.fspath(workdir):
+        return path.expanduser().absolute()
+    try:
+        path.exists()
+    except Exception as e:  # each file system raises its own type
+        raise ConfigError(f"workdir {str(path)!r} cannot be opened: {first_line(e)}") from None
+    return path
+
+
+def checkpoint_folder(workdir: str | os.PathLike) -> epath.Path:
+    """``WORKDIR/checkpoints``. Raises ConfigError like `work_folder`."""
+    return work_folder(workdir) / "checkpoints"
+
+
+def list_steps(folder: epath.Path) -> list[int]:
+    """Steps with a folder, oldest first, whether good, damaged or unfinished."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal() and p.is_dir())
+
+
+def list_saved(folder: epath.Path) -> list[int]:
+    """Steps with a manifest, oldest first: all whose save finished, damaged ones included."""
+    return [s for s in list_steps(folder) if (folder / str(s) / mf.FILE_NAME).exists()]
+
+
+def why_not(folder: epath.Path) -> str:
+    """Reason why manifest or file sizes of a step do not verify; "" if they do."""
+    try:
+        mf.check_files(folder, mf.read(folder))
+    except (mf.Damaged, OSError) as e:
+        return str(e)
+    return ""
+
+
+def make_room(folder: epath.Path, leaves: dict[str, dict]) -> bool:
+    """Clear a step folder for a new save; False if it already holds exactly these leaves.
+
+    Remains of a killed save are deleted; a checkpoint with other bits is renamed.
+    """
+    if not folder.exists():
+        return True
+    if is_unfinished(folder):
+        folder.rmtree()
+        return True
+    if not why_not(folder) and mf.read(folder).leaves == leaves:
+        return False
+    set_aside(folder)
+    return True
+
+
+def tidy(newest: epath.Path, keep: int, keep_every: int) -> None:
+    """After ``newest`` is durable, delete the checkpoints that ``keep`` does not cover.
+
+    Later steps are from before the run went back; they are renamed, so that no start resumes from
+    them. Damaged ones newer than the oldest one kept stay for inspection.
+    """
+    num_good = 0
+    for step in reversed(list_steps(newest.parent)):
+        folder = newest.parent / str(step)
+        if folder != newest and is_unfinished(folder):
+            folder.rmtree()
+        elif step > int(newest.name):
+            set_aside(folder)
+        elif num_good < keep:
+            num_good += not why_not(folder)
+        elif not (keep_every and step % keep_every == 0) and (folder / mf.FILE_NAME).exists():
+            (folder / mf.FILE_NAME).replace(folder / mf.DELETING_NAME)  # never half a checkpoint
+            folder.rmtree()
+
+
+def is_unfinished(folder: epath.Path) -> bool:
+    """Whether a folder is the remains of a killed save or deletion, with nothing to restore."""
+    if not folder.is_dir():
+        return False
+    names = {p.name for p in folder.iterdir()}
+    if mf.DELETING_NAME in names:
+        return True
+    return all(name.startswith(f"{STATE}.orbax-checkpoint-tmp") for name in names)
+
+
+def set_aside(folder: epath.Path) -> epath.Path:
+    """Rename a folder to ``<step>.aside-<n>``; its content stays unchanged."""
+    n = 1
+    while (target := folder.parent / f"{folder.name}.aside-{n}").exists():
+        n += 1
+    folder.rename(target)
+    log.warning("%s is not of the run that goes on: renamed to %s", folder, target.name)
+    return target

@@ -1,0 +1,195 @@
+"""The jitted parts of generation: start from prompts, then run blocks of steps on the device."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from hnet.config import EOS_ID
+from hnet.data.scripts import route_table, script_ids, script_step
+from hnet.decode import room, stream, utf8
+from hnet.decode.prompts import pad
+from hnet.decode.sampling import Controls, Sampling, sample
+from hnet.errors import ConfigError
+from hnet.model import HNetLM, split
+
+WAIT_SHARE = 0.7  # rows at a boundary wait until 70 % are at one; fastest value measured on a CPU
+
+
+class Decoding(NamedTuple):
+    """State of a batch; a row is between two bytes, or waits at a boundary with a partial byte."""
+
+    cache: stream.ModelCache
+    logits_BV: jax.Array
+    recent_BW: jax.Array
+    """most recent bytes, for the repetition penalty; -1 before the start"""
+    utf8_state_B: jax.Array
+    script_state_B: jax.Array
+    """script state of `hnet.data.scripts`, which determines the route of a byte"""
+    byte_B: jax.Array
+    """byte that was drawn last; route_B and logprob_B are its route and log-probability"""
+    route_B: jax.Array
+    logprob_B: jax.Array
+    count_B: jax.Array
+    """number of bytes drawn so far"""
+    done_B: jax.Array
+    """whether the model has finished the last byte, so that another can be drawn"""
+    running_B: jax.Array
+    """whether the row still needs bytes"""
+
+
+class Outputs(NamedTuple):
+    """Outputs of T ticks; a row gets at most one byte per tick."""
+
+    byte_TB: jax.Array
+    logprob_TB: jax.Array
+    boundaries_TBS: jax.Array
+    given_TB: jax.Array
+    """whether the row got a byte"""
+
+
+@partial(jax.jit, static_argnames=("static", "max_lens"))
+def _prefill(params, input_ids_BL, lengths_B, route_ids_BL, *, static, max_lens):
+    logits_BV, records, cache = stream.prefill(
+        nnx.merge(static.graph, params),
+        input_ids_BL,
+        lengths_B,
+        max_lens,
+        route_ids_BL=route_ids_BL,
+    )
+    return logits_BV, [record.boundary_mask_BL for record in records], cache
+
+
+@partial(jax.jit, static_argnames=("static", "num_ticks"), donate_argnames="state")
+def _run(params, state, controls, seed_B, route_of, wait_share, *, static, num_ticks):
+    model = nnx.merge(static.graph, params)
+
+    def wants_B(state: Decoding):
+        return state.running_B & (state.count_B < controls.max_bytes)
+
+    def tick(state: Decoding) -> tuple[Decoding, Outputs]:
+        drawn_B = wants_B(state) & state.done_B
+        update = lambda on_B, new, old: jnp.where(
+            on_B.reshape(-1, *(1,) * (old.ndim - 1)), new, old
+        )
+        byte_B, logprob_B = sample(
+            state.logits_BV, controls, seed_B, state.count_B, state.recent_BW, state.utf8_state_B
+        )
+        byte_B = update(drawn_B, byte_B, state.byte_B)
+        logprob_B = update(drawn_B, logprob_B, state.logprob_B)
+        ends_B = drawn_B & (byte_B == EOS_ID)
+        active_B = drawn_B & ~ends_B
+        script_state_B, script_B = script_step(state.script_state_B, byte_B)
+        route_B = update(active_B, route_of[script_B], state.route_B)
+        logits_BV, boundaries, done_B, cache = stream.advance(
+            model, state.cache, byte_B, active_B, route_ids_B=route_B, wait_share=wait_share
+        )
+        recent_BW = jnp.concatenate([state.recent_BW[:, 1:], byte_B[:, None]], axis=1)
+        new = Decoding(
+            cache,
+            update(done_B, logits_BV, state.logits_BV),
+            update(active_B, recent_BW, state.recent_BW),
+            update(active_B, utf8.advance(state.utf8_state_B, byte_B), state.utf8_state_B),
+            update(active_B, script_state_B, state.script_state_B),
+            byte_B,
+            route_B,
+            logprob_B,
+            state.count_B + drawn_B.astype(jnp.int32),
+            update(active_B, done_B, state.done_B | done_B),
+            state.running_B & ~ends_B,
+        )
+        return new, Outputs(byte_B, logprob_B, boundaries.mask_BS, done_B | ends_B)
+
+    def goes_on(carry):
+        i, state, _ = carry
+        return (i < num_ticks) & jnp.any(wants_B(state) | ~state.done_B)
+
+    def collect(carry):
+        i, state, outputs = carry
+        state, new = tick(state)
+        return i + 1, state, jax.tree.map(lambda all_T, one: all_T.at[i].set(one), outputs, new)
+
+    shapes = jax.eval_shape(tick, state)[1]
+    nothing = jax.tree.map(lambda a: jnp.zeros((num_ticks, *a.shape), a.dtype), shapes)
+    return jax.lax.while_loop(goes_on, collect, (jnp.int32(0), state, nothing))[1:]
+
+
+class _Static:
+    """The graph of a model as a static argument that is hashed once instead of at every call."""
+
+    def __init__(self, graph: nnx.GraphDef):
+        self.graph, self._hash = graph, hash(graph)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or isinstance(other, _Static) and self.graph == other.graph
+
+
+class Decoder:
+    """A model and its compiled functions, one per shape of batch, prompt and cache."""
+
+    def __init__(self, model: HNetLM, wait_share: float = WAIT_SHARE):
+        """wait_share: see `hnet.decode.stream.advance`; with 0 no row waits. Raises ConfigError for
+        a model that cannot continue a text."""
+        self.config, self.wait_share = model.config, wait_share
+        chunkings = [stage.chunking for stage in model.config.stages[:-1]]
+        if chunkings and chunkings[0].predictor.name == "external":
+            raise ConfigError(
+                "model.stages.0.chunking.predictor='external' is told its boundaries, which are "
+                "not known for a text that is yet to come: use a model with another predictor"
+            )
+        graph, self.params = split(model)
+        self.static = _Static(graph)
+        self.route_of = route_table(model.config.route_groups, "model.route_groups")
+
+    def start(self, prompts: Sequence[bytes], sampling: Sampling) -> tuple[Decoding, np.ndarray]:
+        """(state after the prompts, boundaries bool (B, L, chunking stages)); one row per prompt.
+
+        Raises ConfigError if a cache for `sampling.max_bytes` does not fit into memory.
+        """
+        ids_BL, lengths_B = pad(prompts)
+        script_BL, script_state_B = np.zeros_like(ids_BL), np.zeros(len(prompts), np.uint32)
+        for row, prompt in enumerate(prompts):
+            script_BL[row, : len(prompt)], script_state_B[row] = script_ids(prompt)
+        inputs = (self.params, ids_BL, lengths_B, self.route_of[script_BL])
+
+        def room_for(num_bytes):
+            return {"static": self.static, "max_lens": stream.full_lens(self.config, num_bytes)}
+
+        def cache_bytes(num_bytes):
+            _, _, cache = _prefill.eval_shape(*inputs, **room_for(num_bytes))
+            return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+
+        longest = room.positions(ids_BL.shape[1], sampling.max_bytes, len(prompts), cache_bytes)
+        logits_BV, masks, cache = _prefill(*inputs, **room_for(longest))
+        W = sampling.repetition_window
+        recent_BW = np.full((len(prompts), W), -1, np.int32)
+        for row, prompt in enumerate(prompts):
+            recent_BW[row, max(0, W - len(prompt)) :] = list(prompt[-W:])
+        utf8_state_B = np.array([utf8.state_after(prompt) for prompt in prompts], np.int32)
+        B = len(prompts)
+        rest = (
+            recent_BW, utf8_state_B, script_state_B,
+            np.zeros(B, np.int32), np.zeros(B, self.route_of.dtype), np.zeros(B, np.float32),
+            np.zeros(B, np.int32), np.ones(B, bool), np.ones(B, bool),
+        )  # fmt: skip
+        state = Decoding(cache, logits_BV, *map(jnp.asarray, rest))
+        return state, stream.boundaries_at_bytes(self.config, jax.device_get(masks), ids_BL.shape)
+
+    def run(
+        self, state: Decoding, controls: Controls, seed_B: jax.Array, num_ticks: int
+    ) -> tuple[Decoding, Outputs]:
+        """Draw up to `num_ticks` more bytes for every row; donates `state`.
+
+        A row that waits at a boundary gets fewer bytes, see `hnet.decode.stream.advance`.
+        """
+        return _run(
+            self.params, state, controls, seed_B, jnp.asarray(self.route_of),
+            jnp.float32(self.wait_share), static=self.static, num_ticks=num_ticks,
+        )  # fmt: skip

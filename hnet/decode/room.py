@@ -1,0 +1,45 @@
+"""Check that a cache fits into memory before allocating it."""
+
+from collections.abc import Callable
+
+import jax
+
+from hnet.decode.prompts import MIN_LENGTH, length_bucket
+from hnet.errors import ConfigError
+
+MAX_POSITIONS = (1 << 31) - 64  # int32 limit minus the null slots that stages add to a row
+
+
+def free_memory() -> int | None:
+    """Free bytes on the default device; None if neither the device nor /proc reports it."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    try:
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":") for line in file)
+        return 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError):
+        return None
+
+
+def positions(prompt_len: int, max_bytes: int, rows: int, cache_bytes: Callable[[int], int]) -> int:
+    """Number of cache positions for prompts of up to `prompt_len` bytes and their continuations.
+
+    cache_bytes: function from a number of positions to the bytes of the cache; the cache is built
+    in place, so this is all it needs. Raises ConfigError if that exceeds the free memory.
+    """
+    room = min(length_bucket(prompt_len + max_bytes), MAX_POSITIONS)
+    needed, free = cache_bytes(room), free_memory()
+    if free is None or needed <= free:
+        return room
+    fits = room
+    while fits > MIN_LENGTH and cache_bytes(fits) > free:
+        fits = length_bucket(fits) // 2
+    most = fits - prompt_len
+    remedy = f"use {most} or less" if most > 0 else "use a shorter prompt"
+    raise ConfigError(
+        f"sampling.max_bytes={max_bytes}: a cache for {rows} x {room} bytes needs "
+        f"{needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free: {remedy}"
+        + (", or fewer rows together (batch_size)" if rows > 1 else "")
+    )

@@ -1,0 +1,1 @@
+"""The process and its machine: hosts, interrupts, compilation cache, CPU settings."""

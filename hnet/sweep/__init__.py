@@ -1,0 +1,1 @@
+"""Sweeps: points of a search space, their storage, training and results."""

@@ -30,6 +30,7 @@ from experiments.suites.items import Settings
 from hnet import load
 from hnet.command_line import parse, run
 from hnet.data import DataConfig, Part, eval_batches, open_corpus, open_part
+from hnet.data.identity import check_inputs, inputs, read_inputs
 from hnet.data.parallel import read_parallel
 from hnet.errors import ConfigError
 from hnet.fields import Bounds, Count, Natural
@@ -127,7 +128,15 @@ def _suites(config: EvaluateConfig) -> None:
 
 
 def _part(config: EvaluateConfig) -> Part:
-    part = open_part(config.files) if config.files else open_corpus(_data_config(config)).heldout
+    """The text to score. Raises ConfigError if an input of the run has changed since training."""
+    data = _data_config(config)
+    corpus = None if config.files else open_corpus(data)
+    now, before = inputs(data, corpus), read_inputs(config.checkpoint) or {}
+    check_inputs(
+        {name: before.get(name, now[name]) for name in now}, now,
+        f"the run in {config.checkpoint}", "give it the same content, or other text by --files",
+    )  # fmt: skip
+    part = corpus.heldout if corpus else open_part(config.files)
     if not part.num_bytes:
         raise ConfigError(f"checkpoint={config.checkpoint} has no held-out text: give --files")
     return part

@@ -24,6 +24,8 @@ from rich.markup import escape
 
 from experiments.configs import run_config
 from hnet.command_line import OneLineParser, run
+from hnet.data import open_corpus
+from hnet.data.identity import inputs
 from hnet.errors import ConfigError
 from hnet.runtime.compile_cache import CompilationLog, enable_compilation_cache
 from hnet.runtime.distributed import REQUEUE_EXIT_CODE, StopRequest
@@ -60,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     check_results(out)
     storage = options.storage or str(out / "journal.log")
-    study = Study(storage, options.study or out.resolve().name, base, space, worker.timeout)
+    read = inputs(base.data, open_corpus(base.data))
+    study = Study(storage, options.study or out.resolve().name, base, space, worker.timeout, read)
     enable_compilation_cache()
     compiled = CompilationLog()
     with StopRequest() as stop, study:

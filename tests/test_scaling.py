@@ -13,6 +13,7 @@ from experiments.scaling.ladder import FAMILIES, make_points, peak_learning_rate
 from hnet.command_line import FAILED
 from hnet.config import PUBLISHED
 from hnet.data import DataConfig
+from hnet.data.identity import write_inputs
 from hnet.errors import ConfigError
 from hnet.runtime.distributed import REQUEUE_EXIT_CODE
 from tests.training import tiny_run
@@ -117,6 +118,10 @@ def test_finished_models_are_fitted_and_drawn(tmp_path, capsys):
     found = json.loads((out / "fit.json").read_text())
     assert found["curves"]["bytes"]["a"] == pytest.approx(1, abs=0.01)
     assert found["curves"]["bytes"]["c"] == pytest.approx(0.3, abs=0.01)
+    for level, text in ((64, "aa"), (96, "aa"), (128, "bb")):
+        write_inputs(out / "runs" / f"bytes-{level}", {"data.files": text, "data.tokenizer": "cc"})
+    with pytest.raises(ConfigError, match="fingerprint bb, but model bytes-64 read aa: train all"):
+        scaling.main(["fit", "--out", str(out)])
     assert (out / "scaling.png").stat().st_size and "bytes-256" in capsys.readouterr().out
 
 
@@ -145,6 +150,10 @@ def test_models_are_trained_in_turn_past_one_that_fails_and_up_to_a_stop(tmp_pat
     assert scaling.main(["run", "--out", str(out)]) == FAILED
     assert trained[3:] == ["bytes-64", "bytes-128", "bytes-192"]
     ends.clear()
+    write_inputs(out / "runs" / "bytes-96", {"data.files": "aa"})
+    with pytest.raises(ConfigError, match="but model bytes-96 read aa: train all models on one"):
+        scaling.main(["run", "--out", str(out)])
+    (out / "runs" / "bytes-96" / "inputs.json").unlink()
     assert scaling.main(["run", "--out", str(out)]) == 0
     assert trained[6:] == ["bytes-64"]
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -97,6 +98,23 @@ def open_study(folder: Path, worker: str, text: str = RATES, timeout: float = 60
     )
     study.worker = worker
     return study
+
+
+def test_another_spelling_of_the_text_is_the_same_sweep_and_other_text_is_not(tmp_path):
+    base = tiny_run(tmp_path / "run")
+    space = read_space(write(tmp_path, RATES), base)
+
+    def study(base, read):
+        return Study(str(tmp_path / "journal"), "s", base, space, 60.0, read)
+
+    study(base, {"data.files": "aa"})
+    data = replace(base.data, files=("synthetic:latin:9",), num_workers=2)
+    study(replace(base, data=data), {"data.files": "aa"})
+    study(base, None)
+    with pytest.raises(ConfigError, match="sweep: inputs.data.files is 'aa' there, here 'b"):
+        study(base, {"data.files": "bb"})
+    with pytest.raises(ConfigError, match="another sweep: config.data.files.0 is 'synthetic:"):
+        study(replace(base, data=data), None)
 
 
 def finish(study: Study, claims, bpb: float = 1.0) -> None:

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from experiments.evaluate import EvaluateConfig, _part
 from hnet.checkpoint.step_folders import work_folder
+from hnet.data import open_corpus
+from hnet.data.identity import read_inputs
 from hnet.errors import ConfigError, Failed
 from hnet.runtime import distributed
 from hnet.train import loop, workdir
@@ -14,7 +17,7 @@ from hnet.train.config import CheckpointConfig, MeshConfig, ProfileConfig, Train
 from hnet.train.lock import DirectoryLock, Locked
 from hnet.train.population import train_population
 from hnet.train.report import Report
-from hnet.train.workdir import changes, claim_workdir, read_config
+from hnet.train.workdir import changes, claim_workdir, locked_workdir, read_config, run_inputs
 from tests.training import rows, run, tiny_run
 
 
@@ -45,6 +48,11 @@ def said(monkeypatch):
     lines = []
     monkeypatch.setattr(Report, "say", lambda self, text: lines.append(text))
     return lines
+
+
+def test_a_run_stores_what_it_read(ended):
+    config, outcome = ended
+    assert read_inputs(config.workdir) == {"data.files": outcome.corpus.fingerprint}
 
 
 def test_fewer_steps_than_were_done_are_refused_with_both_numbers(ended):
@@ -115,6 +123,82 @@ def test_a_second_start_is_refused_while_the_first_one_runs(ended, tmp_path):
             with pytest.raises(Locked, match="is in use by process"):
                 start(config)
         assert contents(tmp_path) == before
+
+
+@pytest.fixture
+def named(tmp_path):
+    """Files of a run by setting, with their contents."""
+    files = {"data.files": "a.txt", "eval.probe_files": "probe.jsonl"}
+    (tmp_path / "a.txt").write_text("text " * 200)
+    (tmp_path / "probe.jsonl").write_text('{"text": "a b", "spans": []}\n')
+    return {field: tmp_path / name for field, name in files.items()}
+
+
+def run_over(named, workdir):
+    config = tiny_run(workdir)
+    text, probes = map(str, named.values())
+    return replace(
+        config,
+        data=replace(config.data, files=(text,)),
+        eval=replace(config.eval, probe_files=(probes,)),
+    )
+
+
+@pytest.mark.parametrize("field", ["data.files", "eval.probe_files"])
+def test_other_content_of_the_same_name_is_refused_with_both_fingerprints(tmp_path, named, field):
+    config = run_over(named, tmp_path / "run")
+    read = run_inputs(config, open_corpus(config.data))
+    claim_workdir(config, read)
+    assert read_inputs(config.workdir) == read and read.keys() == named.keys()
+    before = contents(tmp_path / "run")
+    named[field].write_text(named[field].read_text().replace("e", "i"))
+    now = run_inputs(config, open_corpus(config.data))
+    starts = [run]
+    if field == "data.files":  # several runs in one program have no probes
+        starts.append(lambda c: train_population([c, c], c.workdir, StopAt(0)))
+        starts.append(lambda c: _part(EvaluateConfig(c.workdir)))
+    for start in starts:
+        with pytest.raises(ConfigError, match=f"^{field}: the content has fingerprint ") as e:
+            start(config)
+        assert f"{now[field]}, but the run" in str(e.value) and f"{read[field]}: " in str(e.value)
+        assert "\n" not in str(e.value) and contents(tmp_path / "run") == before
+
+
+def test_another_spelling_of_the_same_text_is_the_same_run(tmp_path, named, monkeypatch):
+    config = run_over(named, tmp_path / "run")
+    claim_workdir(config, run_inputs(config, open_corpus(config.data)))
+    monkeypatch.chdir(tmp_path)
+    data = replace(config.data, files=("run/../?.txt",), num_workers=2, prefetch_batches=9)
+    other = replace(config, data=data, eval=replace(config.eval, probe_files=()))
+    with locked_workdir(other, run_inputs(other, open_corpus(data))):
+        said = claim_workdir(other, run_inputs(other, open_corpus(data)), done=3)
+    assert [line.split("=")[0] for line in said] == [
+        "data.files.0", "data.num_workers", "data.prefetch_batches", "eval.probe_files"
+    ]  # fmt: skip
+    assert read_config(tmp_path / "run") == other
+    (tmp_path / "run" / "inputs.json").unlink()  # a run of an earlier version
+    with pytest.raises(ConfigError, match="data.files.0=.*use that value to resume it"):
+        changes(config, run_inputs(config, open_corpus(config.data)))
+    claim_workdir(other, run_inputs(other, open_corpus(data)))
+    assert read_inputs(tmp_path / "run").keys() == {"data.files"}
+    (tmp_path / "a.txt").write_text("others " * 200)
+    read = run_inputs(config, open_corpus(config.data))
+    with pytest.raises(ConfigError, match=f"data.files.0=.*fingerprint {read['data.files']}, the"):
+        changes(config, read)
+
+
+def test_hosts_compare_what_they_read(tmp_path, named, monkeypatch):
+    config, told = run_over(named, tmp_path / "run"), {}
+
+    def compare(values):
+        told.update(values)
+        raise ConfigError("hosts differ")
+
+    monkeypatch.setattr(distributed, "assert_same_on_all_hosts", compare)
+    with pytest.raises(ConfigError, match="hosts differ"):
+        run(config)
+    assert told.items() >= run_inputs(config, open_corpus(config.data)).items()
+    assert not (tmp_path / "run").exists()
 
 
 REFUSED = {

@@ -19,6 +19,7 @@ Exit codes: 0 done, 2 bad input, 75 asked to stop and saved.
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,10 @@ from experiments.scaling.ladder import (
 )
 from hnet.command_line import FAILED, OneLineParser, run
 from hnet.data import open_corpus
+from hnet.data.identity import Inputs, check_inputs, inputs, read_inputs
 from hnet.data.tokens import read_vocabulary
 from hnet.errors import ConfigError
-from hnet.fields import to_json
+from hnet.fields import read_json, to_json
 from hnet.inspect.tokens import train_bpe
 from hnet.outputs import new_files, write_new
 from hnet.runtime.compile_cache import enable_compilation_cache
@@ -159,6 +161,15 @@ def _planned(out: Path) -> list[dict[str, Any]]:
         raise ConfigError(f"{out / 'plan.json'}: {e.strerror}; make it with `plan`") from None
 
 
+def _check_same_text(out: Path, names: Iterable[str], now: Inputs | None = None) -> None:
+    """Raise ConfigError unless the models trained so far, and `now`, read one text."""
+    texts = {name: read_inputs(out / "runs" / name) for name in names} | {"this start": now}
+    known = {name: {"data.files": read["data.files"]} for name, read in texts.items() if read}
+    first = next(iter(known), "")
+    for read in known.values():
+        check_inputs(known[first], read, f"model {first}", "train all models on one text")
+
+
 def run_points(options: argparse.Namespace) -> int:
     out = Path(options.out)
     rows = {row["name"]: row for row in _planned(out) if row["runs"]}
@@ -171,7 +182,9 @@ def run_points(options: argparse.Namespace) -> int:
             continue
         console.print(f"training {name}: {rows[name]['steps']} steps")
         file = out / "configs" / f"{name}.json"
-        outcome = train_to_end(config_from_json(json.loads(file.read_text())))
+        config = config_from_json(read_json(file))
+        _check_same_text(out, rows, inputs(config.data, open_corpus(config.data)))
+        outcome = train_to_end(config)
         if outcome == REQUEUE_EXIT_CODE:
             return outcome
         if outcome == FAILED:
@@ -189,7 +202,9 @@ def _result(out: Path, row: dict[str, Any]) -> float | None:
 
 def fit_points(out: Path) -> int:
     points: dict[str, list[dict]] = {}
-    for row in _planned(out):
+    rows = [row for row in _planned(out) if row["runs"]]
+    _check_same_text(out, [row["name"] for row in rows if _result(out, row) is not None])
+    for row in rows:
         if (bpb := _result(out, row)) is not None:
             points.setdefault(row["family"], []).append({**row, "bpb": bpb})
     if not points:

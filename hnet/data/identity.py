@@ -5,7 +5,11 @@ text by name, possibly days apart. Hashes of what they read are stored with the 
 """
 
 import hashlib
-from collections.abc import Mapping
+import json
+import os
+from collections.abc import Iterable, Mapping
+
+from etils import epath
 
 from hnet.data.config import DataConfig
 from hnet.data.corpus import Corpus
@@ -15,23 +19,34 @@ NAMES = ("files", "eval_files", "eval_fraction", "eval_max_bytes", "tokenizer")
 """fields of `DataConfig` that the hashes cover: two spellings of a path are the same text"""
 SPEED = ("num_workers", "prefetch_batches")
 """fields that do not change the batches"""
+FILE_NAME = "inputs.json"
 
 Inputs = Mapping[str, str]
 """name of the input -> hash of its content"""
 
 
-def inputs(config: DataConfig, corpus: Corpus) -> dict[str, str]:
-    """Hashes of the inputs of a run, by name. Raises ConfigError for an unreadable tokenizer."""
-    found = {"data.files": corpus.fingerprint}
-    if config.tokenizer:
+def inputs(
+    config: DataConfig, corpus: Corpus | None, files: Mapping[str, Iterable[str]] = {}
+) -> dict[str, str]:
+    """Hashes of the inputs of a run, by name. The text is not read again (`Corpus.fingerprint`).
+
+    corpus: None if the text of the run is not read. files: other files of the run by setting.
+    Raises ConfigError for a file that cannot be read.
+    """
+    files = {"data.tokenizer": (config.tokenizer,) if config.tokenizer else (), **files}
+    hashed = {field: _hash(paths, field) for field, paths in files.items() if paths}
+    return ({"data.files": corpus.fingerprint} if corpus else {}) | hashed
+
+
+def _hash(paths: Iterable[str], field: str) -> str:
+    digests = b""
+    for path in paths:
         try:
-            with open(config.tokenizer, "rb") as f:
-                found["data.tokenizer"] = hashlib.file_digest(f, "blake2b").hexdigest()[:16]
+            with open(path, "rb") as f:
+                digests += hashlib.file_digest(f, "blake2b").digest()
         except OSError as e:
-            raise ConfigError(
-                f"data.tokenizer={config.tokenizer!r} cannot be read: {e.strerror}"
-            ) from None
-    return found
+            raise ConfigError(f"{field}={path!r} cannot be read: {e.strerror}") from None
+    return hashlib.blake2b(digests, digest_size=8).hexdigest()
 
 
 def check_inputs(before: Inputs | None, now: Inputs, reader: str, remedy: str) -> None:
@@ -43,3 +58,29 @@ def check_inputs(before: Inputs | None, now: Inputs, reader: str, remedy: str) -
             raise ConfigError(
                 f"{name}: the content has fingerprint {is_}, but {reader} read {was}: {remedy}"
             )
+
+
+def read_inputs(folder: str | os.PathLike) -> dict[str, str] | None:
+    """Hashes that a run stored in its folder; None for a run of a version that stored none.
+
+    Raises ConfigError for a damaged file.
+    """
+    file = epath.Path(folder) / FILE_NAME
+    try:
+        found = json.loads(file.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, RecursionError) as e:
+        reason = getattr(e, "strerror", None) or type(e).__name__
+        raise ConfigError(f"{file} cannot be read ({reason}): restore or remove it") from None
+    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+        raise ConfigError(f"{file} holds no fingerprints: restore or remove it")
+    return found
+
+
+def write_inputs(folder: str | os.PathLike, read: Inputs) -> None:
+    """Store the hashes of a run atomically. Raises OSError."""
+    file = epath.Path(folder) / FILE_NAME
+    temporary = epath.Path(folder) / f"{FILE_NAME}.tmp"
+    temporary.write_text(json.dumps(dict(read), indent=1) + "\n")
+    temporary.replace(file)

@@ -18,6 +18,8 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from hnet.data import identity
+from hnet.data.identity import Inputs
 from hnet.errors import ConfigError
 from hnet.fields import differences, to_json
 from hnet.sweep.space import Point, Space, Values, list_points, make_point, point_key
@@ -42,12 +44,16 @@ class Claim:
 class Study(contextlib.AbstractContextManager):
     """One worker's view of a sweep. As a context manager, it writes heartbeats to the storage."""
 
-    def __init__(self, storage: str, name: str, base: Config, space: Space, timeout: float):
-        """timeout: seconds without a heartbeat after which a worker counts as dead.
+    def __init__(
+        self, storage: str, name: str, base: Config, space: Space, timeout: float,
+        inputs: Inputs | None = None,
+    ):  # fmt: skip
+        """timeout: seconds without a heartbeat after which a worker counts as dead. inputs:
+        fingerprints of the text of `base`, None if unknown.
 
         Raises ConfigError if the study in the storage belongs to another sweep.
         """
-        self.base, self.space, self.timeout = base, space, timeout
+        self.base, self.space, self.timeout, self.inputs = base, space, timeout, inputs
         self.worker = process_name()
         self.points = list_points(base, space)
         self._known = {point.key: point for point in self.points or ()}
@@ -66,7 +72,7 @@ class Study(contextlib.AbstractContextManager):
         listed = None if self.points is None else [point.key for point in self.points]
         space = {"sampler": self.space.sampler, "trials": self.space.trials, "points": listed}
         mine = {"space": {**space, **choices, "seed": list(self.space.seeds)}}
-        mine["config"] = to_json(self.base)
+        mine |= {"config": to_json(self.base), "inputs": self.inputs}
         if (found := self.study.user_attrs.get("sweep")) is None:
             self.study.set_user_attr("sweep", json.dumps(mine))
             return
@@ -75,9 +81,15 @@ class Study(contextlib.AbstractContextManager):
         for content in (mine, theirs):
             for section in _LOCAL:
                 del content["config"][section]
+        there = f"study {name!r} in {storage}"
+        if self.inputs is None or theirs.get("inputs") is None:  # of an earlier version
+            mine["inputs"] = theirs["inputs"] = None
+        elif self.inputs == theirs["inputs"]:  # may be spelled in another way
+            _drop(identity.NAMES, mine, theirs)
+        _drop(identity.SPEED, mine, theirs)
         for field, new, old in differences(mine, theirs):
             raise ConfigError(
-                f"study {name!r} in {storage} is another sweep: {field} is {old!r} there, here "
+                f"{there} is another sweep: {field} is {old!r} there, here "
                 f"{new!r}: use that, or another --study or --out"
             )
 
@@ -246,6 +258,13 @@ class Study(contextlib.AbstractContextManager):
         except _TAKEN:
             return False
         return True
+
+
+def _drop(fields: Iterable[str], *sweeps: dict[str, Any]) -> None:
+    """Remove fields of `data` that two descriptions of a sweep need not share."""
+    for sweep in sweeps:
+        for field in fields:
+            sweep["config"]["data"].pop(field, None)
 
 
 _TAKEN = (ValueError, optuna.exceptions.UpdateFinishedTrialError)

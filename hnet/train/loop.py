@@ -25,7 +25,7 @@ from hnet.train.settle import settle
 from hnet.train.sharding import replicated
 from hnet.train.step import TrainState
 from hnet.train.watchdog import Watchdog
-from hnet.train.workdir import check_steps, claim_workdir, locked_workdir
+from hnet.train.workdir import check_steps, claim_workdir, locked_workdir, run_inputs
 
 log = logging.getLogger(__name__)
 MAX_ROLLBACKS = 3
@@ -114,12 +114,13 @@ def train(
     training fails.
     """
     corpus = open_corpus(config.data)
+    read = run_inputs(config, corpus)
     program = build(config, change=change) if change else build(config)
     own = replace(config.distributed, process_id=None)
     same = distributed.host_facts(to_json(replace(config, distributed=own)))
-    distributed.assert_same_on_all_hosts(same)
+    distributed.assert_same_on_all_hosts(same | read)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(locked_workdir(config))
+        stack.enter_context(locked_workdir(config, read))
         checkpoints = stack.enter_context(Checkpointer(config.workdir, config.checkpoint))
         state, position = _first_state(checkpoints, program)
         start = Start(int(state.step), position.bytes_seen, position.evaluated)
@@ -129,7 +130,9 @@ def train(
         report = make_report(config, corpus, start)
         lines = distributed.on_first_host(
             "claim",
-            lambda: claim_workdir(config, start.step, ended=start.is_end(config.train.steps)),
+            lambda: claim_workdir(
+                config, read, done=start.step, ended=start.is_end(config.train.steps)
+            ),
         )
         stack.enter_context(report)
         for line in (*lines, program.kernels):

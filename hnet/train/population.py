@@ -20,9 +20,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hnet.checkpoint.save import Checkpointer
-from hnet.data import Corpus, open_corpus, train_batches
+from hnet.checkpoint.step_folders import work_folder
+from hnet.data import Corpus, identity, open_corpus, train_batches
 from hnet.data.pipeline import Batch
-from hnet.errors import ConfigError
+from hnet.errors import ConfigError, Failed
 from hnet.loss import bits_per_byte
 from hnet.model import abstract
 from hnet.nn.kernels.table import described, resolved, without
@@ -171,8 +172,13 @@ def train_population(
     cannot work.
     """
     corpus, config = open_corpus(configs[0].data), configs[0]
+    read = identity.inputs(config.data, corpus)
     program = build(configs)
     with DirectoryLock(workdir), Checkpointer(workdir, config.checkpoint) as checkpoints:
+        before = identity.read_inputs(work_folder(workdir))
+        identity.check_inputs(
+            before, read, f"the runs in {workdir}", "give them the same content, or another folder"
+        )
         state, progress, done = program.init(), Progress(), 0
         progress.overflow = [[0.0] * config.model.num_chunked for _ in configs]
         if checkpoints.steps():
@@ -180,11 +186,20 @@ def train_population(
             state, done = restored.state, restored.step
             progress = Progress(**restored.extras["progress"])
         check_steps(config, workdir, done)
+        if before is None:
+            _write_inputs(workdir, read)
         for step, bpb in progress.curve:
             watch(step, bpb)
         with open_batches(configs, corpus, done) as batches:
             runs = _Runs(configs, corpus, program, checkpoints, stop, watch, show, batches)
             return runs.train(state, progress, done)
+
+
+def _write_inputs(workdir: str, read: identity.Inputs) -> None:
+    try:
+        identity.write_inputs(work_folder(workdir), read)
+    except OSError as e:
+        raise Failed(f"workdir={workdir} cannot be written to ({e.strerror})") from None
 
 
 @contextlib.contextmanager

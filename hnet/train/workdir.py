@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from hnet.checkpoint.step_folders import work_folder
+from hnet.data import Corpus, identity
+from hnet.data.identity import Inputs, check_inputs, read_inputs, write_inputs
 from hnet.errors import ConfigError, Failed
 from hnet.fields import differences, shown, to_json
 from hnet.runtime.distributed import on_first_host
@@ -38,18 +40,27 @@ def _stored(workdir: str | os.PathLike) -> Any:
 # Sections that may not change between two starts in the same work directory: the parameters and
 # the content of batch k depend on them.
 _FIXED = ("model", "data", "seed")
+_SPEED = {f"data.{name}" for name in identity.SPEED}
+_NAMES = {f"data.{name}" for name in identity.NAMES}
+_MAY_CHANGE = ("eval.probe_files",)
+"""settings that name files and may name others at a later start"""
+
+
+def run_inputs(config: Config, corpus: Corpus) -> dict[str, str]:
+    """Fingerprints of all inputs of a run. Raises ConfigError for a file that cannot be read."""
+    return identity.inputs(config.data, corpus, {"eval.probe_files": config.eval.probe_files})
 
 
 @contextlib.contextmanager
-def locked_workdir(config: Config) -> Iterator[None]:
-    """Lock the work directory and check its configuration; raises ConfigError like `changes`.
+def locked_workdir(config: Config, read: Inputs | None = None) -> Iterator[None]:
+    """Lock the work directory and check its run; raises ConfigError like `changes`.
 
     Host 0 does both for all hosts.
     """
 
     def enter() -> None:
         stack.enter_context(DirectoryLock(config.workdir))
-        changes(config)
+        changes(config, read)
 
     with contextlib.ExitStack() as stack:
         on_first_host("lock", enter)
@@ -69,10 +80,12 @@ Change = tuple[str, Any, Any]
 """(dotted field, value of the run in a work directory, value of this start)"""
 
 
-def changes(config: Config) -> list[Change] | None:
+def changes(config: Config, read: Inputs | None = None) -> list[Change] | None:
     """Settings in which the run in the work directory differs; None if there is no run yet.
 
-    Raises ConfigError if a field that may not change differs; the message names the innermost one.
+    read: fingerprints of the inputs of this start (`run_inputs`). If they are those of the run, the
+    inputs may be spelled in another way. Raises ConfigError if an input or a field that may not
+    change differs; the message names the innermost field.
     """
     folder = work_folder(config.workdir)
     if not (folder / "config.json").exists():
@@ -85,12 +98,29 @@ def changes(config: Config) -> list[Change] | None:
         )
     now = to_json(config) | {"workdir": before["workdir"]}  # may be moved or respelled
     found = list(differences(before, now))
+    named = {path for path, _, _ in found}
+    then = read_inputs(folder) if read is not None else None
+    now_read = dict(read or {})
+    for field in _MAY_CHANGE:
+        if then is not None and any(path.startswith(field) for path in named):
+            then.pop(field, None), now_read.pop(field, None)
     for path, old, new in found:
-        if path.split(".")[0] in _FIXED and not path.startswith("model.compute"):
-            raise ConfigError(
-                f"{path}={_told(new)}, but the run in workdir={config.workdir} has {_told(old)}: "
-                "use that value to resume it, or another workdir"
-            )
+        if path.split(".")[0] not in _FIXED or path.startswith("model.compute"):
+            continue
+        field = ".".join(path.split(".")[:2])
+        if field in _SPEED or (field in _NAMES and then == now_read):
+            continue
+        texts = ""
+        if then and field in _NAMES:
+            texts = f" (fingerprint {now_read.get('data.files')}, there {then.get('data.files')})"
+        raise ConfigError(
+            f"{path}={_told(new)}, but the run in workdir={config.workdir} has {_told(old)}"
+            f"{texts}: use that value to resume it, or another workdir"
+        )
+    check_inputs(
+        then, now_read, f"the run in workdir={config.workdir}",
+        "give it the same content to resume, or use another workdir",
+    )  # fmt: skip
     return found
 
 
@@ -101,16 +131,18 @@ def _told(value: Any) -> str:
     return shown(value)
 
 
-def claim_workdir(config: Config, done: int = 0, *, ended: bool = False) -> list[str]:
-    """Write config.json, or check that it belongs to this run; returns lines to print.
+def claim_workdir(
+    config: Config, read: Inputs | None = None, *, done: int = 0, ended: bool = False
+) -> list[str]:
+    """Write config.json and inputs.json, or check that they belong to this run; returns lines to
+    print.
 
     Raises ConfigError like `changes`. Other changed settings are allowed and reported, and the
     former file is kept as config-N.json. done: number of updates of the run so far. ended: the run
-    has nothing left to do, so changed settings have no effect and config.json stays as it is.
+    has nothing left to do, so changed settings have no effect and the files stay as they are.
     """
     folder = work_folder(config.workdir)
-    if (found := changes(config)) == []:
-        return []
+    found = changes(config, read)
     lines = [f"{path}={_told(new)} (it was {_told(old)})" for path, old, new in found or ()]
     if ended:
         return [
@@ -122,6 +154,10 @@ def claim_workdir(config: Config, done: int = 0, *, ended: bool = False) -> list
     temporary = folder / "config.json.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if read is not None and (found is None or read_inputs(folder) != dict(read)):
+            write_inputs(folder, read)
+        if found == []:
+            return []
         temporary.write_text(json.dumps(to_json(config), indent=1) + "\n")
         if found:
             n = 1
@@ -130,7 +166,9 @@ def claim_workdir(config: Config, done: int = 0, *, ended: bool = False) -> list
             file.copy(former)
         temporary.replace(file)
     except OSError as e:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        written = [temporary, folder / f"{identity.FILE_NAME}.tmp"]
+        for path in [*written, folder / identity.FILE_NAME] if found is None else written:
+            with contextlib.suppress(OSError):
+                path.unlink()
         raise Failed(f"workdir={config.workdir} cannot be written to ({e.strerror})") from None
     return [f"{line} from step {done} on; former settings: {former.name}" for line in lines]

@@ -20,6 +20,9 @@ import numpy as np
 from hnet.chunking.config import ChunkingConfig
 from hnet.errors import ConfigError
 from hnet.fields import Bounds, Count, Natural, check
+from hnet.nn.embeddings import EMBEDDINGS
+from hnet.nn.embeddings.bytes import Bytes
+from hnet.nn.embeddings.part import EmbeddingConfig
 from hnet.nn.mixers import OFFICIAL, check_further
 from hnet.nn.mixers import problem as mixer_problem
 from hnet.nn.mixers.settings import (
@@ -27,6 +30,7 @@ from hnet.nn.mixers.settings import (
     CrossAttentionConfig,
     GatedDeltaNetConfig,
 )
+from hnet.parts import settings_of
 
 BOS_ID = 254  # byte values that valid UTF-8 never contains, as in the official tokenizer
 EOS_ID = 255
@@ -133,6 +137,8 @@ class HNetConfig:
     ssm: SSMConfig = SSMConfig()
     tie_embeddings: bool = False
     """weight tying: the output head uses the embedding matrix"""
+    embedding: EmbeddingConfig = Bytes.Config()
+    """embedding: computes the vector of each byte from the bytes of its document up to it"""
     route_groups: tuple[tuple[str, ...], ...] = ()
     """names of Unicode scripts that share a route: group i is route i + 1, all others route 0"""
     mixers: tuple[tuple[str, str], ...] = ()
@@ -140,6 +146,7 @@ class HNetConfig:
     compute: ComputeConfig = ComputeConfig()
 
     def __post_init__(self):
+        object.__setattr__(self, "embedding", settings_of(self.embedding, EMBEDDINGS))
         _check(self)
 
     @property
@@ -228,6 +235,8 @@ class HNetConfig:
 
     def unofficial_layers(self) -> str | None:
         """One line on the first layer or option that the official H-Net does not have, or None."""
+        if (own := self.embedding.name) != (official := Bytes.Config().name):
+            return f"model.embedding={own!r} has no official form, which is {official!r}"
         for i, stage in enumerate(self.stages):
             kinds = {kind for part in stage.arch_layout for kind, _ in parse_layout(part)}
             if other := sorted(kind for kind in kinds if kind.lower() not in OFFICIAL):
@@ -259,6 +268,10 @@ def _check(config: HNetConfig) -> None:
             f"model.vocab_size={config.vocab_size} cannot hold every byte: use 256 or more"
         )
     check_further(config.mixers)
+    if problem := config.embedding.problem():
+        raise ConfigError(f"model.embedding.{problem}")
+    if problem := config.embedding.problem_in(config):
+        raise ConfigError(f"model.{problem}")
     for i, stage in enumerate(config.stages):
         _check_stage(config, i, stage)
     _check_size(config)
@@ -324,7 +337,8 @@ def _check_size(config: HNetConfig) -> None:
 
 def _approximate_parameters(config: HNetConfig) -> int:
     """Approximate number of parameters: all large matrices, without biases, norms and parts."""
-    total = 2 * config.vocab_size * config.stages[0].d_model
+    width = config.stages[0].d_model
+    total = config.vocab_size * width + config.embedding.num_parameters(config.vocab_size, width)
     for stage in config.stages:
         D, inner = stage.d_model, config.ssm.expand * stage.d_model
         mixed, heads = inner + 2 * config.ssm.d_state, inner // config.ssm.head_dim

@@ -8,7 +8,7 @@ from hnet.chunking.boundaries import Boundaries
 from hnet.config import HNetConfig
 from hnet.nn.context import Context
 from hnet.nn.layers import linear, segment_starts
-from hnet.nn.parameters import metadata, set_stage
+from hnet.nn.parameters import set_stage
 from hnet.stage import HNet, Numbers
 
 
@@ -18,10 +18,7 @@ class HNetLM(nnx.Module):
     def __init__(self, config: HNetConfig, *, rngs: nnx.Rngs):
         self.config = config
         width, vocab = config.stages[0].d_model, config.vocab_size
-        self.embeddings = nnx.Embed(
-            vocab, width, embedding_init=nnx.initializers.normal(1.0), rngs=rngs,
-            embedding_metadata=metadata("vocab embed"),
-        )  # fmt: skip
+        self.embeddings = config.embedding.part(config.embedding, vocab, width, rngs=rngs)
         self.backbone = HNet(config, rngs=rngs)
         head = linear(width, vocab, "embed vocab", dtype=config.compute.dtype, rngs=rngs)
         self.lm_head = None if config.tie_embeddings else head
@@ -67,14 +64,15 @@ class HNetLM(nnx.Module):
         segment_ids_BL = _number_runs(segment_ids_BL)
         context = self.context(input_ids_BL, segment_ids_BL, route_ids_BL, boundaries_BL)
         with jax.named_scope("embeddings"):
-            x_BLD = self.embeddings(input_ids_BL)
+            embedding_key = self._embedding_key(key)
+            x_BLD = self.embeddings(input_ids_BL, context, key=embedding_key)
         with jax.named_scope("stage0"):
             x_BLD, boundaries = self.backbone(
                 x_BLD, context, capacities,
                 rows_sharing_slots=rows_sharing_slots, key=key, numbers=numbers,
             )  # fmt: skip
         with jax.named_scope("lm_head"):
-            return self.logits(x_BLD), boundaries
+            return self.logits(x_BLD, context, key=embedding_key), boundaries
 
     def context(
         self,
@@ -103,10 +101,20 @@ class HNetLM(nnx.Module):
             external_boundary_BL=external_boundary,
         )  # fmt: skip
 
-    def logits(self, x_BLD: jax.Array) -> jax.Array:
-        """Logits for the next byte, float32 (B, L, V), from the output of the backbone."""
-        head = self.embeddings.attend if self.lm_head is None else self.lm_head
-        return head(x_BLD).astype(jnp.float32)
+    def _embedding_key(self, key: jax.Array | None) -> jax.Array | None:
+        """Key of the embedding's random numbers; stages fold their index into `key`."""
+        return None if key is None else jax.random.fold_in(key, self.config.num_chunked)
+
+    def logits(
+        self, x_BLD: jax.Array, context: Context | None = None, *, key: jax.Array | None = None
+    ) -> jax.Array:
+        """Logits for the next byte, float32 (B, L, V), from the output of the backbone.
+
+        context, key: those that the embedding was called with, for a head that is tied to it.
+        """
+        if self.lm_head is None:
+            return self.embeddings.attend(x_BLD, context, key=key).astype(jnp.float32)
+        return self.lm_head(x_BLD).astype(jnp.float32)
 
 
 def _number_runs(segment_ids_BL: jax.Array) -> jax.Array:

@@ -67,8 +67,9 @@ class Settings:
         """One line, "field=value: remedy", for a setting that cannot work; None if all can."""
         return None
 
-    def problem_in(self, chunking: Any) -> str | None:
-        """The same for a setting that does not fit the part's stage (`ChunkingConfig`)."""
+    def problem_in(self, owner: Any) -> str | None:
+        """The same for a setting that does not fit the configuration that the part belongs to: the
+        `ChunkingConfig` of its stage, or `HNetConfig` for an embedding."""
         return None
 
     def streaming_problem(self) -> str | None:
@@ -91,6 +92,17 @@ class Settings:
         """These settings with defaults in the traced fields: a compiled program's static part."""
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         return dataclasses.replace(self, **{name: defaults[name] for name in self.traced})
+
+
+def settings_of(part: Any, table: Table) -> Settings:
+    """Settings of a part that is given as its settings, its class or its name."""
+    if isinstance(part, Settings):
+        return part
+    if isinstance(part, str):
+        part = table.find(part)
+    if isinstance(part, type) and issubclass(part, Part):
+        return part.Config()
+    raise TypeError(f"{table.kind} {part!r}: give its settings, its class or its name")
 
 
 class Part:

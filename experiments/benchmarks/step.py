@@ -138,7 +138,7 @@ def part_functions(step: Step) -> dict[str, tuple[Callable, tuple]]:
     def rows_apart(arrays):  # as they are laid out in the step
         return jax.device_put(arrays, batch_sharding(step.mesh))
 
-    x_BLD = rows_apart(model.embeddings(step.batch["input_ids"]))
+    x_BLD = rows_apart(model.embeddings(step.batch["input_ids"], context))
     h_BLD = rows_apart(stage.encoder(x_BLD, context))
     decided = rows_apart(cut(stage, h_BLD))
     x_BMD, inner_context, opened = rows_apart(stage.chunk(h_BLD, context, decided, slots[0]))

@@ -11,7 +11,7 @@ from hnet.chunking.pools.select import Select
 from hnet.chunking.predictors.cosine import Cosine
 from hnet.chunking.table import DECHUNKS, LOSSES, POOLS, PREDICTORS
 from hnet.fields import Count
-from hnet.parts import Part, Settings, Table
+from hnet.parts import Settings, settings_of
 
 
 @dataclass(frozen=True)
@@ -212,17 +212,6 @@ class ChunkingConfig:
                 f"default: use {route_groups + 1}, or 1"
             )
         return None
-
-
-def settings_of(part: Any, table: Table) -> Settings:
-    """Settings of a part that is given as its settings, its class or its name."""
-    if isinstance(part, Settings):
-        return part
-    if isinstance(part, str):
-        part = table.find(part)
-    if isinstance(part, type) and issubclass(part, Part):
-        return part.Config()
-    raise TypeError(f"{table.kind} {part!r}: give its settings, its class or its name")
 
 
 def _plain(value: Any) -> Any:

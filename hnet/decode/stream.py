@@ -8,13 +8,14 @@ dominates its time, many rows cost little more than one. The cache is one pytree
 it to avoid a copy per step.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from hnet.chunking.boundaries import Boundaries
+from hnet.chunking.part import where_rows
 from hnet.config import HNetConfig
 from hnet.errors import ConfigError
 from hnet.model import HNetLM
@@ -27,6 +28,7 @@ class ModelCache(NamedTuple):
     """State of the model for B rows."""
 
     stage: StageCache
+    embedding: Any = ()
 
 
 class ByteBoundaries(NamedTuple):
@@ -71,11 +73,12 @@ def prefill(
     segment_ids_BL = (position_L[None, :] < lengths_B[:, None]).astype(jnp.int32)
     context = model.context(input_ids_BL, segment_ids_BL, route_ids_BL, boundaries_BL)
     x_BLD, boundaries, stage = model.backbone.prefill(
-        model.embeddings(input_ids_BL), context, lengths_B, max_lens
+        model.embeddings(input_ids_BL, context), context, lengths_B, max_lens
     )
+    cache = ModelCache(stage, model.embeddings.after(input_ids_BL, context))
     logits_B1V = model.logits(last_positions(x_BLD, lengths_B, 1))
     logits_BV = jnp.where((lengths_B > 0)[:, None], logits_B1V[:, 0], 0.0)
-    return logits_BV, boundaries, ModelCache(stage)
+    return logits_BV, boundaries, cache
 
 
 def step(
@@ -127,15 +130,17 @@ def advance(
     if (waiting := cache.stage.waiting) is not None:
         at_work_B = active_B | waiting.fresh_B | waiting.inside_B
     pace = Pace(fractions, wait_share, jnp.sum(at_work_B, dtype=jnp.int32))
+    embedding, x_BD = model.embeddings.step(cache.embedding, byte_B)
+    embedding = where_rows(active_B, embedding, cache.embedding)
     x_BD, done_B, boundaries, stage = model.backbone.step(
-        model.embeddings(byte_B), active_B, cache.stage, pace, context, is_outermost=True
+        x_BD, active_B, cache.stage, pace, context, is_outermost=True
     )
     none = (jnp.zeros((len(byte_B), 0), bool), jnp.zeros((len(byte_B), 0)))
     boundaries = ByteBoundaries(
         *(jnp.stack(a, 1) for a in zip(*boundaries)) if boundaries else none
     )
     logits_BV = model.logits(x_BD[:, None])[:, 0]
-    return logits_BV, boundaries, done_B, ModelCache(stage)
+    return logits_BV, boundaries, done_B, ModelCache(stage, embedding)
 
 
 def boundaries_at_bytes(

@@ -1,0 +1,5 @@
+"""The table of embeddings by name. A new embedding needs one file and one line here."""
+
+from hnet.parts import Table
+
+EMBEDDINGS = Table("embedding", {"bytes": "hnet.nn.embeddings.bytes:Bytes"})

@@ -76,8 +76,9 @@ class Settings:
         """The same for a setting that supports whole rows, but not streaming."""
         return None
 
-    def training_problem(self) -> str | None:
-        """The same for a setting that needs an input that a training run does not have."""
+    def training_problem(self, data: Any) -> str | None:
+        """The same for a setting that needs an input that a training run with these settings of its
+        data (`hnet.data.DataConfig`) does not have."""
         return None
 
     def numbers(self) -> dict[str, float]:

@@ -69,7 +69,6 @@ def test_named_systems_are_the_published_rows():
         "spacebyte": "spacelike start select at_boundaries add none",
         "dtp_gumbel": f"mlp {dtp} binomial",
         "dtp_entropy": f"mlp {dtp} bce",
-        "dtp_unigram": f"mlp {dtp} bce",
         "dtp_whitespace": f"whitespace {dtp} none",
         "dtp_fixed": f"fixed {dtp} none",
         "magnet": f"mlp {dtp} binomial",

@@ -5,12 +5,23 @@ run's `Config` or an `HNetConfig`. `config` gets the name of its file, every oth
 name without a leading `config_`. `pretrain --list` prints the first docstring lines. Names and
 lines are read from the source without importing it, so that a broken file affects only its own
 names.
+
+A function that reproduces a published system says so in its docstring, with one paragraph for each
+of `FACTS` that begins with its name and a colon:
+
+    Paper: arXiv 2407.08818
+    Fidelity: what is as in the paper's code, what differs and why
+    Test: tests/test_family.py, the numbers that it is compared with
+
+`python -m experiments.configs` prints SYSTEMS.md, the table of these facts beside the parts of each
+configuration; after a change: `python -m experiments.configs > experiments/configs/SYSTEMS.md`.
 """
 
 import ast
 import dataclasses
 import difflib
 import importlib
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -27,6 +38,8 @@ if TYPE_CHECKING:
     from hnet.train.config import Config
 
 FOLDER = Path(__file__).parent
+FACTS = ("Paper", "Fidelity", "Test")
+"""what the docstring of a published system says besides its first line"""
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,8 @@ class Named:
     """function name; "" if the file cannot be read"""
     summary: str
     """first line of the docstring, or what is wrong with the file"""
+    facts: dict[str, str] = dataclasses.field(default_factory=dict)
+    """the paragraphs of the docstring that begin with a name of `FACTS`"""
 
     def load(self) -> "Config":
         """The configuration. Any error in the file becomes a one-line ConfigError that names it."""
@@ -100,8 +115,16 @@ def _named_in(file: Path) -> list[tuple[str, Named]]:
                     is_file = node.name == "config"
                     name = file.stem if is_file else node.name.removeprefix("config_")
                     doc = ast.get_docstring(tree if is_file else node) or "(no docstring)"
-                    found.append((name, Named(file, node.name, doc.splitlines()[0])))
+                    named = Named(file, node.name, doc.splitlines()[0], facts_of(doc))
+                    found.append((name, named))
     return found
+
+
+def facts_of(doc: str) -> dict[str, str]:
+    """The facts in a docstring: name of `FACTS` -> text up to the next fact or an empty line."""
+    start = f"^({'|'.join(FACTS)}): "
+    found = re.findall(rf"{start}(.+?)(?=\n\n|{start}|\Z)", doc, re.MULTILINE | re.DOTALL)
+    return {name: " ".join(text.split()) for name, text, *_ in found}
 
 
 def base_config(name: str) -> "Config":

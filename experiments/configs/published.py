@@ -19,32 +19,68 @@ STEPS = round(100e9 * 4.6 / (ROWS * SEQ_LEN))
 
 
 def config_1stage_L() -> Config:
-    """H-Net with 1 stage, L: 680M parameters."""
+    """H-Net with 1 stage, L: 680M parameters.
+
+    Paper: arXiv 2507.07955
+    Fidelity: network, schedule and multipliers as published; betas, weight decay and clipping are
+    not published
+    Test: tests/test_interop_official.py, tests/test_parity.py
+    """
     return _published("1stage_L", 6.25e-4)
 
 
 def config_1stage_XL() -> Config:
-    """H-Net with 1 stage, XL: 1.3B parameters."""
+    """H-Net with 1 stage, XL: 1.3B parameters.
+
+    Paper: arXiv 2507.07955
+    Fidelity: network, schedule and multipliers as published; betas, weight decay and clipping are
+    not published
+    Test: tests/test_interop_official.py, tests/test_parity.py
+    """
     return _published("1stage_XL", 5e-4)
 
 
 def config_2stage_L() -> Config:
-    """H-Net with 2 stages, L: 870M parameters."""
+    """H-Net with 2 stages, L: 870M parameters.
+
+    Paper: arXiv 2507.07955
+    Fidelity: network, schedule and multipliers as published; betas, weight decay and clipping are
+    not published
+    Test: tests/test_interop_official.py, tests/test_parity.py
+    """
     return _published("2stage_L", 6.25e-4)
 
 
 def config_2stage_XL() -> Config:
-    """H-Net with 2 stages, XL: 1.6B parameters."""
+    """H-Net with 2 stages, XL: 1.6B parameters.
+
+    Paper: arXiv 2507.07955
+    Fidelity: network, schedule and multipliers as published; betas, weight decay and clipping are
+    not published
+    Test: tests/test_interop_official.py, tests/test_parity.py
+    """
     return _published("2stage_XL", 5e-4)
 
 
 def config_2stage_XL_chinese() -> Config:
-    """H-Net with 2 stages, XL, as trained on Chinese."""
+    """H-Net with 2 stages, XL, as trained on Chinese.
+
+    Paper: arXiv 2507.07955
+    Fidelity: network, schedule and multipliers as published; betas, weight decay and clipping are
+    not published
+    Test: tests/test_interop_official.py, tests/test_parity.py
+    """
     return _published("2stage_XL_chinese", 5e-4)
 
 
 def config_2stage_XL_code() -> Config:
-    """H-Net with 2 stages, XL, as trained on code."""
+    """H-Net with 2 stages, XL, as trained on code.
+
+    Paper: arXiv 2507.07955
+    Fidelity: network, schedule and multipliers as published; betas, weight decay and clipping are
+    not published
+    Test: tests/test_interop_official.py, tests/test_parity.py
+    """
     return _published("2stage_XL_code", 5e-4)
 
 

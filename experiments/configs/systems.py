@@ -26,6 +26,7 @@ from hnet.chunking.losses.binomial import Binomial
 from hnet.chunking.losses.hinge import Hinge
 from hnet.chunking.predictors.mlp import MLP
 from hnet.config import HNetConfig
+from hnet.train.config import Config
 
 INDIC = ("Devanagari", "Bengali", "Telugu")
 
@@ -38,27 +39,54 @@ def with_chunking(base: HNetConfig, **fields) -> HNetConfig:
 
 
 def hnet() -> HNetConfig:
-    """H-Net with one stage, target 6 (arXiv 2507.07955)."""
+    """H-Net with one stage, target 6.
+
+    Paper: arXiv 2507.07955
+    Fidelity: as in goombalab/hnet; the rate loss is averaged over valid bytes
+    Test: tests/test_parity.py: all outputs and gradients of the official model
+    """
     return with_chunking(default.config().model, target_ratio=6.0)
 
 
 def hnet_space() -> HNetConfig:
-    """H-Net(space): H-Net with boundaries at spaces; p is 0 or 1, so nothing is smoothed."""
+    """H-Net(space): H-Net with boundaries at spaces; p is 0 or 1, so nothing is smoothed.
+
+    Paper: arXiv 2507.07955
+    Fidelity: from the paper, which has no code for it: H-Net with another router
+    Test: tests/test_battery.py
+    """
     return with_chunking(hnet(), predictor="spacelike", dechunk="repeat", losses=())
 
 
 def hnet_pool() -> HNetConfig:
-    """H-Net(pool): a boundary every 6 bytes."""
+    """H-Net(pool): a boundary every 6 bytes.
+
+    Paper: arXiv 2507.07955
+    Fidelity: from the paper, which has no code for it: H-Net with another router
+    Test: tests/test_battery.py
+    """
     return with_chunking(hnet_space(), predictor="fixed")
 
 
 def spacebyte() -> HNetConfig:
-    """SpaceByte (arXiv 2404.14408): global states are added where a word begins, nowhere else."""
+    """SpaceByte: global states are added where a word begins, nowhere else.
+
+    Paper: arXiv 2404.14408
+    Fidelity: boundaries and insertion as in kjslag/spacebyte if BOS begins a document; a wider
+    stage is padded behind, not in front; rotary positions; losses behind an overflow are kept
+    Test: tests/test_family.py: boundaries, gather, insertion, overflow, gradients
+    """
     return with_chunking(hnet_space(), dechunk="at_boundaries", residual="add")
 
 
 def dtp_gumbel() -> HNetConfig:
-    """Dynamic token pooling with a relaxed Bernoulli and a binomial prior of .2 (2211.09761)."""
+    """Dynamic token pooling with a relaxed Bernoulli and a binomial prior of .2.
+
+    Paper: arXiv 2211.09761
+    Fidelity: chunking as in PiotrNawrot/dynamic-pooling; pre-norm blocks, no norm after the
+    pool
+    Test: tests/test_family.py: predictor, pool, upsampling, loss and their gradients
+    """
     return with_chunking(
         hnet(), target_ratio=5.0, predictor="mlp", alignment="end", pool="mean", dechunk="repeat",
         residual="add", losses=("binomial",),
@@ -68,7 +96,9 @@ def dtp_gumbel() -> HNetConfig:
 def dtp_entropy() -> HNetConfig:
     """Dynamic token pooling with a predictor of the model's own entropy spikes.
 
-    As in its code, the loss takes the sigmoid of p itself.
+    Paper: arXiv 2211.09761
+    Fidelity: chunking as in its code: the loss takes the sigmoid of p itself
+    Test: tests/test_family.py: predictor, spikes, pool, loss and their gradients
     """
     return with_chunking(
         dtp_gumbel(),
@@ -77,28 +107,50 @@ def dtp_entropy() -> HNetConfig:
     )
 
 
-def dtp_unigram() -> HNetConfig:
-    """Dynamic token pooling with a predictor of a tokenizer's cuts, which the batch brings.
+def dtp_unigram() -> Config:
+    """Dynamic token pooling with a predictor of the cuts of a unigram model of the text.
 
-    As in its code, the loss takes the sigmoid of p itself.
+    Paper: arXiv 2211.09761
+    Fidelity: chunking as in its code: the loss takes the sigmoid of p itself; the unigram model is
+    trained on the text of the run, and cuts in the first word of a row are not shifted
+    Test: tests/test_family.py: labels, predictor, pool, loss and their gradients
     """
-    return with_chunking(
-        dtp_entropy(), losses=(BCE.Config(labels="given", reference_double_sigmoid=True),)
+    base, loss = default.config(), BCE.Config(labels="given", reference_double_sigmoid=True)
+    return replace(
+        base,
+        model=with_chunking(dtp_entropy(), losses=(loss,)),
+        data=replace(base.data, labels="unigram:10000"),
     )
 
 
 def dtp_whitespace() -> HNetConfig:
-    """Dynamic token pooling with a boundary after every space."""
+    """Dynamic token pooling with a boundary after every space.
+
+    Paper: arXiv 2211.09761
+    Fidelity: chunking as in its code
+    Test: tests/test_family.py: boundaries, pool and gradients
+    """
     return with_chunking(dtp_gumbel(), predictor="whitespace", losses=())
 
 
 def dtp_fixed() -> HNetConfig:
-    """Dynamic token pooling with a boundary every 4 bytes."""
+    """Dynamic token pooling with a boundary every 4 bytes.
+
+    Paper: arXiv 2211.09761
+    Fidelity: chunking as in its code
+    Test: tests/test_family.py: boundaries, pool and gradients
+    """
     return with_chunking(dtp_whitespace(), predictor="fixed", target_ratio=4.0)
 
 
 def magnet() -> HNetConfig:
-    """MAGNET (arXiv 2407.08818): DTP with one predictor and one prior per script."""
+    """MAGNET: dynamic token pooling with one predictor and one prior per script.
+
+    Paper: arXiv 2407.08818
+    Fidelity: chunking as in pretraining by its code; a position has the script of its text so
+    far, there the first token of a row decides
+    Test: tests/test_family.py: predictors by script, pool, loss and their gradients
+    """
     base = replace(dtp_gumbel(), route_groups=(("Latin",), ("Cyrillic",), INDIC))
     ratios = (5.0, 5.0, 10.0, 12.5)  # the first is for all other scripts
     return with_chunking(
@@ -107,7 +159,12 @@ def magnet() -> HNetConfig:
 
 
 def flexitokens() -> HNetConfig:
-    """FlexiTokens (arXiv 2507.12720): one predictor, a hinge with an upper rate for each script."""
+    """FlexiTokens: one predictor, a hinge with a band of rates for each script.
+
+    Paper: arXiv 2507.12720
+    Fidelity: chunking as in owos/flexitokens, band 1/N - 3 sigma to 1/N of each script
+    Test: tests/test_family.py: boundaries, hinge and its gradients
+    """
     rates = (0.333, 0.333, 0.17, 0.127)  # of English, Russian and Ukrainian, Hindi and Telugu
     sigmas = (0.023, 0.023, 0.0115, 0.0085)  # of the shipped rates: the band is 3 sigma wide
     return with_chunking(
@@ -117,6 +174,6 @@ def flexitokens() -> HNetConfig:
 
 
 SYSTEMS = (
-    hnet, hnet_space, hnet_pool, spacebyte, dtp_gumbel, dtp_entropy, dtp_unigram, dtp_whitespace,
-    dtp_fixed, magnet, flexitokens,
+    hnet, hnet_space, hnet_pool, spacebyte, dtp_gumbel, dtp_entropy, dtp_whitespace, dtp_fixed,
+    magnet, flexitokens,
 )  # fmt: skip

@@ -37,6 +37,10 @@ class DataConfig:
     tokenizer: str = ""
     """tokenizer.json of a byte-level BPE: rows hold its tokens (`model.vocab_size` must be large
     enough), scores stay bits per byte; empty = bytes"""
+    labels: str = ""
+    """source of the boundary labels of bytes that a loss with labels="given" reads: a
+    tokenizer.json, or "unigram:N", a unigram model of N pieces trained on the first 2 MB of the
+    text; empty = no labels"""
     num_workers: int = 0
     """number of processes that build batches; 0 = a thread of the main process. They share the
     text, which stays on disk"""
@@ -61,6 +65,11 @@ class DataConfig:
             raise ConfigError(
                 f"data.weights={self.weights} has {len(self.weights)} numbers for "
                 f"{len(self.files)} globs in data.files: give one weight a glob"
+            )
+        if self.labels and self.tokenizer:
+            raise ConfigError(
+                f"data.labels={self.labels!r} with data.tokenizer={self.tokenizer!r}: labels are "
+                "for bytes; leave one of them out"
             )
         if bad := [w for w in self.weights if not (math.isfinite(w) and w > 0)]:
             raise ConfigError(

@@ -13,9 +13,10 @@ from etils import epath
 
 from hnet.data.config import DataConfig
 from hnet.data.corpus import Corpus
+from hnet.data.labels import unigram_size
 from hnet.errors import ConfigError
 
-NAMES = ("files", "eval_files", "eval_fraction", "eval_max_bytes", "tokenizer")
+NAMES = ("files", "eval_files", "eval_fraction", "eval_max_bytes", "tokenizer", "labels")
 """fields of `DataConfig` that the hashes cover: two spellings of a path are the same text"""
 SPEED = ("num_workers", "prefetch_batches")
 """fields that do not change the batches"""
@@ -33,9 +34,13 @@ def inputs(
     corpus: None if the text of the run is not read. files: other files of the run by setting.
     Raises ConfigError for a file that cannot be read.
     """
+    found = {"data.files": corpus.fingerprint} if corpus else {}
     files = {"data.tokenizer": (config.tokenizer,) if config.tokenizer else (), **files}
-    hashed = {field: _hash(paths, field) for field, paths in files.items() if paths}
-    return ({"data.files": corpus.fingerprint} if corpus else {}) | hashed
+    if config.labels and unigram_size(config.labels) is None:
+        files["data.labels"] = (config.labels,)
+    elif config.labels:
+        found["data.labels"] = config.labels
+    return found | {field: _hash(paths, field) for field, paths in files.items() if paths}
 
 
 def _hash(paths: Iterable[str], field: str) -> str:

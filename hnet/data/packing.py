@@ -6,6 +6,7 @@ in the first row and is context at t = 0 of the second. So every token except th
 stream is predicted exactly once, and no state is carried between rows.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -60,21 +61,35 @@ class Stream:
             loss_mask=np.zeros(L, bool),
             document_ids=np.full(L, -1, np.int32),
         )
-        if r >= self.num_rows:
-            return row
         start = r * (L - 1)
-        stop = min(start + L, self.num_tokens)
-        first = int(np.searchsorted(self._ends_D, start, side="right"))
-        last = int(np.searchsorted(self._starts_D, stop, side="left"))
-        for segment, d in enumerate(range(first, last), 1):
-            lo = max(start, int(self._starts_D[d]))
-            hi = min(stop, int(self._ends_D[d]))
+        for segment, (d, lo, hi) in enumerate(self._documents_of(r), 1):
             piece = slice(lo - start, hi - start)
             row.segment_ids[piece] = segment
             row.document_ids[piece] = d
             self._fill(row, d, start, lo, hi)
         row.loss_mask[0] = False
         return row
+
+    def byte_ranges(self, r: int) -> Iterator[tuple[int, int, int, int]]:
+        """The raw bytes of row r: (first position, document, first byte of it, byte after the last
+        one) for each document."""
+        start = r * (self._seq_len - 1)
+        for d, lo, hi in self._documents_of(r):
+            first_byte = int(self._starts_D[d]) + self._bos_eos
+            from_, to = max(lo, first_byte), min(hi, int(self._ends_D[d]) - self._bos_eos)
+            if from_ < to:
+                yield from_ - start, d, from_ - first_byte, to - first_byte
+
+    def _documents_of(self, r: int) -> Iterator[tuple[int, int, int]]:
+        """(document, its first token, token after its last one) for each document of row r."""
+        start = r * (self._seq_len - 1)
+        stop = min(start + self._seq_len, self.num_tokens)
+        if r >= self.num_rows:
+            return
+        first = int(np.searchsorted(self._ends_D, start, side="right"))
+        last = int(np.searchsorted(self._starts_D, stop, side="left"))
+        for d in range(first, last):
+            yield d, max(start, int(self._starts_D[d])), min(stop, int(self._ends_D[d]))
 
     def _fill(self, row: Row, d: int, start: int, lo: int, hi: int) -> None:
         """Write tokens [lo, hi) of the stream, all of document d."""

@@ -20,6 +20,7 @@ import numpy as np
 
 from hnet.data.config import DataConfig
 from hnet.data.corpus import Corpus, Part
+from hnet.data.labels import RowLabels, open_cuts
 from hnet.data.packing import Stream
 from hnet.data.row_routes import RowRoutes
 from hnet.data.stores import Shared
@@ -98,6 +99,9 @@ class _TrainBatches:
     def __init__(self, part: Part, config: DataConfig, groups: RouteGroups, seed: int, process):
         self._streams = _streams(part, config)
         self._routes = _row_routes(self._streams, groups, config)
+        self._labels = None
+        if config.labels:
+            self._labels = RowLabels(self._streams, open_cuts(config.labels, part))
         self._order = RowOrder([s.num_rows for s in self._streams], config.weights, seed)
         self._batch_size = config.batch_size
         self._rows = _rows_of_process(config, *process)
@@ -114,7 +118,10 @@ class _TrainBatches:
         slots = [k * self._batch_size + i for i in self._rows]
         places = [self._order(slot) for slot in slots]
         names = ("input_ids", "segment_ids", "loss_mask")
-        return _batch(self._streams, places, names, self._routes)
+        batch = _batch(self._streams, places, names, self._routes)
+        if self._labels is not None:
+            batch["labels"] = self._labels(places, batch["input_ids"].shape[1])
+        return batch
 
     def source_bytes(self, k: int) -> np.ndarray:
         """Number of scored bytes per stream in batch k over all processes, int64 (S,)."""
@@ -180,7 +187,8 @@ class BatchIterator:
 
     def __next__(self) -> Batch:
         """input_ids and segment_ids int32, loss_mask bool, each (rows of this process, L); with
-        route groups also route_ids, with a tokenizer also byte_lengths (bytes per token), int32."""
+        route groups also route_ids, with a tokenizer also byte_lengths (bytes per token), int32;
+        with data.labels also labels, bool."""
         began = time.perf_counter()
         # Copy: arrays from a worker are in shared memory, whose lifetime Grain controls.
         batch = {name: np.array(array) for name, array in next(self._open[0]).items()}

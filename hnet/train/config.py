@@ -61,10 +61,8 @@ class Config(Sections):
                 "their rates: set chunking.routes and hold_rate of one, or use False"
             )
         for i, cut in enumerate(cuts):
-            if problem := next(
-                (p for p in map(lambda part: part.training_problem(), cut.parts.values()) if p),
-                None,
-            ):
+            found = (part.training_problem(self.data) for part in cut.parts.values())
+            if problem := next(filter(None, found), None):
                 raise ConfigError(f"model.stages.{i}.chunking: {problem}")
             if i and self.train.packed_rows > 1 and cut.loss_by_row:
                 raise ConfigError(

@@ -78,7 +78,7 @@ class Program:
 
 
 # fields of a batch that are sent to the devices
-FED = ("input_ids", "segment_ids", "loss_mask", "route_ids", "byte_lengths")
+FED = ("input_ids", "segment_ids", "loss_mask", "route_ids", "byte_lengths", "labels")
 
 
 def build(

@@ -67,12 +67,12 @@ class BCE(Loss):
         reference_double_sigmoid: bool = False
         """second sigmoid, of p itself, as the dynamic-pooling code applies by mistake"""
 
-        def training_problem(self):
-            if self.labels == "entropy":
+        def training_problem(self, data):
+            if self.labels == "entropy" or data.labels:
                 return None
             return (
-                "losses: labels='given', but no input of a run brings boundaries: use "
-                "labels='entropy', or train with a step of your own"
+                "losses: labels='given', but data.labels='' brings none: use a tokenizer.json or "
+                "unigram:10000, or labels='entropy'"
             )
 
     def __call__(self, x):

@@ -120,7 +120,7 @@ class External(Rule):
     class Config(PredictorConfig):
         """Boundaries given with the bytes."""
 
-        def training_problem(self):
+        def training_problem(self, data):
             return (
                 "predictor='external', but no input of a run brings boundaries: use another "
                 "predictor, or train with a step of your own"

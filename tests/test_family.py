@@ -1,0 +1,1 @@
+"""Chunking systems against the numbers of their own code (tests/golden/family)."""

@@ -50,7 +50,7 @@ class Config(Sections):
                 f"model.route_groups=() names no scripts, but the stages tell "
                 f"{self.model.num_routes} routes apart: give {self.model.num_routes - 1} groups"
             )
-        if problem := self.model.embedding.training_problem():
+        if problem := self.model.embedding.training_problem(self.data):
             raise ConfigError(f"model.embedding.{problem}")
         cuts = [stage.chunking for stage in self.model.stages[:-1]]
         if self.controller.fit_default and not any(

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from networks import NETWORKS, quick_jit, random_params
 
 from hnet.chunking.losses.ratio import ratio_loss
 from hnet.chunking.rates import boundary_rates
+from tests.networks import NETWORKS, quick_jit, random_params
 
 L = 37  # positions per row; every test uses three rows, so that programs are shared
 DOCUMENTS = (17, 13, 7)  # lengths that fill a row

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from networks import NETWORKS, quick_jit, random_params
 
 from hnet.config import HNetConfig, SSMConfig, StageConfig
 from hnet.model import abstract, init_params
+from tests.networks import NETWORKS, quick_jit, random_params
 
 # The network whose official initialisation, init_weights(0.02), was measured
 MEASURED = HNetConfig(

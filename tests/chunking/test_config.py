@@ -1,0 +1,76 @@
+"""Which ways to chunk exist by name, and which are refused."""
+
+from dataclasses import replace
+
+import pytest
+
+from experiments.configs.systems import SYSTEMS
+from hnet.chunking.config import ChunkingConfig
+from hnet.chunking.predictors.mlp import MLP
+from hnet.errors import ConfigError
+from tests.networks import network, stage
+
+
+def two_stages(**chunking):
+    return network(
+        replace(stage("t1 t1", 26), chunking=ChunkingConfig(**chunking)), stage("t1", 26)
+    )
+
+
+@pytest.mark.parametrize(
+    "fields, named",
+    [
+        (dict(pool="mean"), "pool='mean' with alignment='start'"),
+        (dict(alignment="end"), "predictor='cosine' with alignment='end'"),
+        (dict(predictor="fixed", target_ratio=2.5), "target_ratio=2.5"),
+        (dict(predictor="fixed", losses=("bce",)), "losses='bce'"),
+        (dict(predictor="spacelike", hold_rate=True), "hold_rate=True with predictor='spacelike'"),
+        (dict(losses=("bce",), hold_rate=True), "hold_rate=True with predictor='cosine'"),
+        (dict(predictor=MLP.Config(temperature=0.0)), "predictor.temperature=0.0"),
+        (dict(routes=3, route_target_ratios=(2.0, 3.0)), "route_target_ratios=(2.0, 3.0)"),
+        (dict(routes=2, route_target_ratios=(2.0, 1.0)), "route_target_ratios=(2.0, 1.0)"),
+    ],
+)
+def test_impossible_chunking_is_refused_in_one_line(fields, named):
+    with pytest.raises(ConfigError) as error:
+        two_stages(**fields)
+    message = str(error.value)
+    assert message.startswith("model.stages.0.chunking.") and named in message
+    assert "\n" not in message
+
+
+def test_byte_rules_and_labels_are_refused_where_positions_are_chunks():
+    outer, middle, core = stage("t1 t1", 26), stage("t1 t1", 26), stage("t1", 26)
+    for fields in (dict(predictor="spacelike"), dict(losses=("bce",))):
+        cuts = replace(middle, chunking=ChunkingConfig(**fields))
+        with pytest.raises(ConfigError, match="stages.1.chunking.*stage 1"):
+            network(outer, cuts, core)
+
+
+def test_routes_must_fit_the_named_groups():
+    with pytest.raises(ConfigError, match="routes=2.*names 2 groups.*use 3, or 1"):
+        replace(two_stages(routes=2), route_groups=(("Latin",), ("Greek",)))
+
+
+def test_named_systems_are_the_published_rows():
+    """Predictor, alignment, pool, dechunk, residual and losses of every system."""
+    rows = {}
+    for system in SYSTEMS:
+        c = system().stages[0].chunking
+        rows[system.__name__] = (
+            f"{c.predictor.name} {c.alignment} {c.pool.name} {c.dechunk.name} {c.residual} "
+            + ("+".join(loss.name for loss in c.losses) or "none")
+        )
+    dtp = "end mean repeat add"
+    assert rows == {
+        "hnet": "cosine start select ema linear ratio",
+        "hnet_space": "spacelike start select repeat linear none",
+        "hnet_pool": "fixed start select repeat linear none",
+        "spacebyte": "spacelike start select at_boundaries add none",
+        "dtp_gumbel": f"mlp {dtp} binomial",
+        "dtp_entropy": f"mlp {dtp} bce",
+        "dtp_whitespace": f"whitespace {dtp} none",
+        "dtp_fixed": f"fixed {dtp} none",
+        "magnet": f"mlp {dtp} binomial",
+        "flexitokens": f"mlp {dtp} hinge",
+    }

@@ -1,0 +1,232 @@
+"""`experiments.generate` as users start it: a prompt, a pipe, a file of prompts, and errors."""
+
+import base64
+import io
+import json
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from experiments import generate as command
+from hnet import command_line
+from hnet.decode import room
+from hnet.decode.decoder import Decoder
+from hnet.decode.generate import chunk_starts, generate, stream_text
+from hnet.decode.sampling import Sampling
+from hnet.errors import ConfigError
+from tests.networks import network, random_params, stage
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+SAMPLING = Sampling(max_bytes=12, temperature=0.8)
+FLAGS = ["--sampling.max_bytes", "12", "--sampling.temperature", "0.8"]
+LINES = [
+    {"prompt": "Привет", "seed": 2**32 - 1},
+    {"prompt": "a", "id": 7},
+    {"prompt": "", "seed": 0},
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return nnx.merge(*random_params(network(stage("m1 m1", 26), stage("t1", 26))))
+
+
+@pytest.fixture
+def run(model, monkeypatch, capsys):
+    """(exit code, stdout, stderr) of the command with these options and this on its stdin."""
+    monkeypatch.setattr(command, "load", lambda path, dtype: model)
+    monkeypatch.setattr(command, "enable_compilation_cache", lambda: None)
+    monkeypatch.setattr(command_line, "keep_freed_memory", lambda: None)
+
+    def run(*options, stdin=""):
+        monkeypatch.setattr("sys.argv", ["generate", "--checkpoint", "x", *FLAGS, *options])
+        data = stdin if isinstance(stdin, bytes) else stdin.encode()
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+        with pytest.raises(SystemExit) as e:
+            command_line.run(command.main)
+        return e.value.code, *capsys.readouterr()
+
+    return run
+
+
+def continued(model, prompt, seed=0):
+    """The text as the command generates it: in the same blocks, so that little is compiled."""
+    sampling = replace(SAMPLING, seed=seed)
+    return "".join(piece.text for piece in stream_text(model, [prompt], sampling, block_len=8))
+
+
+def refused(answer, *says):
+    code, out, err = answer
+    assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
+    assert all(text in err for text in says), err
+
+
+def test_a_prompt_is_printed_with_its_continuation(run, model):
+    expected = continued(model, "Once")
+    assert run("--prompt", "Once") == (0, f"Once{expected}\n", "")
+    code, out, _ = run("--prompt", "Once", "--boundaries", "True")
+    assert code == 0 and out.replace("|", "").count("Once") == 1  # marks may lie between
+
+
+def test_every_line_of_a_pipe_is_continued(run, model):
+    texts = [continued(model, prompt, seed) for seed, prompt in enumerate(["ab", "c é"])]
+    both = f"ab{texts[0]}\nc é{texts[1]}\n"
+    assert run(stdin="ab\nc é\n") == (0, both, "")
+    assert run(stdin="ab\nc é") == (0, both, "")  # truncated, without a newline
+    assert run(stdin="\nab\n  \n\r\nc é\r\n\n") == (0, both, "")  # blank lines do not count
+    refused(run(stdin=""), "nothing to continue")
+    refused(run(stdin="\n\n"), "nothing to continue")
+    code, out, _ = run(stdin=b"\xff\n")  # bytes that are not text are continued too
+    assert code == 0 and out.startswith("\ufffd")
+
+
+def test_a_file_of_prompts_becomes_a_file_of_texts(run, model, tmp_path):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "texts.jsonl"
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in LINES), encoding="utf-8")
+    files = ("--input", str(prompts), "--output", str(out), "--sampling.seed", "5")
+    assert run(*files, "--batch_size", "2")[0] == 0
+    seeds = [2**32 - 1, 5 + 1, 0]  # default: the first seed plus the line number
+    prompted = [line["prompt"] for line in LINES]
+    expected = generate(model, prompted, SAMPLING, seeds=seeds, batch_size=2)
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    for line, got, result in zip(LINES, found, expected, strict=True):
+        assert got.items() >= line.items() and got["finish_reason"] == result.finish_reason
+        data = got["text"].encode() if "text" in got else base64.b64decode(got["base64"])
+        assert data == result.data
+        assert ("text" in got) == (data.decode("utf-8", "replace").encode() == data)
+        np.testing.assert_allclose(got["logprobs"], result.logprobs, rtol=0, atol=2e-5)
+        assert got["starts"] == chunk_starts(model.config, result.boundaries)
+
+    whole = out.read_bytes()
+    refused(run(*files), f"output='{out}' exists", "resume")
+    assert out.read_bytes() == whole
+    first, second, _ = whole.splitlines(keepends=True)
+    out.write_bytes(first + second[:20])  # killed while it wrote
+    assert run(*files, "--batch_size", "2", "--resume", "True")[0] == 0
+    again = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line.get("text", line.get("base64")) for line in again] == [
+        line.get("text", line.get("base64")) for line in found
+    ]
+    assert out.read_bytes().startswith(first)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"prompt": "a", "seed": 4294967296}', '{"prompt": "a", "seed": -1}', '{"prompt": 3}',
+     '{"prompt": "a", "seed": "x"}', '{"prompt": "a", "seed": null}', '{"seed": 1}', '"a"', "{",
+     '{"prompt": "a", "seed": Infinity}', '{"prompt": "a", "b": ' + 9000 * "[" + 9000 * "]" + "}"],
+)  # fmt: skip
+def test_lines_that_are_no_prompts_are_named(run, tmp_path, line):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "texts.jsonl"
+    prompts.write_text('{"prompt": "fine"}\n' + line + "\n")
+    refused(run("--input", str(prompts), "--output", str(out)), f"input='{prompts}'", "line 2")
+    assert not out.exists()
+
+
+RESULT = {"prompt": "a", "text": "b", "finish_reason": "eos", "logprobs": [], "starts": [[0]]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"one\ntwo\nthree without an end",
+        json.dumps({"prompt": "other"}).encode() + b"\n",
+        json.dumps(RESULT).encode() + b'\n{"prompt": "of another file',
+        json.dumps(RESULT | {"prompt": "c"}).encode() + b"\n",
+        json.dumps(RESULT).encode() + b"\n" + 9 * (json.dumps(RESULT).encode() + b"\n"),
+        json.dumps({"prompt": "a", "text": "mine"}).encode(),
+        b"\x00" * 100,
+    ],
+)
+def test_a_file_that_is_not_of_these_prompts_is_left_alone(run, tmp_path, content):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "mine"
+    prompts.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    out.write_bytes(content)
+    options = ("--input", str(prompts), "--output", str(out), "--resume", "True")
+    refused(run(*options), "output=", "no results of these prompts")
+    assert out.read_bytes() == content
+
+
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_the_input_is_not_taken_for_the_output(run, tmp_path, end):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a"}\n{"prompt": "b"}' + end)
+    before = prompts.read_bytes()
+    (tmp_path / "link").symlink_to(prompts)
+    for output in (prompts, tmp_path / "link"):
+        options = ("--input", str(prompts), "--output", str(output), "--resume", "True")
+        refused(run(*options), "no results of these prompts")
+    assert prompts.read_bytes() == before
+
+
+def test_outputs_that_cannot_be_are_named_before_any_work(run, tmp_path, monkeypatch):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a"}\n')
+    monkeypatch.setattr(command, "load", None)
+    long = str(tmp_path / ("x" * 300))
+    for output in (tmp_path, "/dev/null", prompts / "a", long, "gs://a/b", "a\0b"):
+        answer = run("--input", str(prompts), "--output", str(output))
+        refused(answer, "output=")
+        assert len(answer[2]) < 600
+    for source in (tmp_path, "/dev/zero", long, "http://a/b", "a\0b", ""):
+        refused(run("--input", str(source), "--output", str(tmp_path / "out")), "input")
+    assert [p.name for p in tmp_path.iterdir()] == ["prompts.jsonl"]
+
+
+def test_prompts_are_lines_of_the_file_and_of_nothing_else(run, model, tmp_path):
+    """Characters that Python treats as line ends are text in JSON."""
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "texts.jsonl"
+    text = "a\u2028b\x85c"
+    prompts.write_text(f'{{"prompt": "{text}"}}\r\n\n', encoding="utf-8")
+    assert run("--input", str(prompts), "--output", str(out))[0] == 0
+    assert json.loads(out.read_text())["prompt"] == text
+
+
+def test_files_that_are_missing_or_alone_are_named(run, tmp_path):
+    out = tmp_path / "texts.jsonl"
+    missing = tmp_path / "missing.jsonl"
+    refused(run("--input", str(missing)), "input and output belong together")
+    refused(run("--input", str(missing), "--output", str(out)), f"input='{missing}'", "not exist")
+    missing.write_bytes(b"\xff\n")
+    refused(run("--input", str(missing), "--output", str(out)), "UTF-8")
+    assert not out.exists()
+
+
+# --- how much is asked for ----------------------------------------------------------------------
+
+
+def test_a_length_that_no_memory_holds_is_refused(run):
+    refused(
+        run("--prompt", "a", "--sampling.max_bytes", "1000000000"),
+        "sampling.max_bytes=1000000000", "GB", "or less",
+    )  # fmt: skip
+
+
+def test_what_is_refused_and_what_the_remedy_says(model, monkeypatch):
+    monkeypatch.setattr(room, "free_memory", lambda: 3_000_000)
+    decoder = Decoder(model)
+    with pytest.raises(ConfigError, match="use [0-9]+ or less, or fewer rows together") as e:
+        decoder.start([b"abc", b"d"], Sampling(max_bytes=10**6))
+    most = int(str(e.value).split("use ")[1].split()[0])
+    assert most > 1000
+    state, _ = decoder.start([b"abc", b"d"], Sampling(max_bytes=most))
+    assert 1_500_000 < sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache)) <= 3_000_000
+    with pytest.raises(ConfigError, match=f"max_bytes={most + 1}:"):
+        decoder.start([b"abc", b"d"], Sampling(max_bytes=most + 1))
+    monkeypatch.setattr(room, "free_memory", lambda: 10)
+    with pytest.raises(ConfigError, match="use a shorter prompt"):
+        decoder.start([b"abc"], Sampling(max_bytes=1))
+    monkeypatch.setattr(room, "free_memory", lambda: None)  # unknown: try
+    decoder.start([b"abc", b"d"], Sampling(max_bytes=most))
+
+
+def test_a_cache_that_does_not_grow_streams_as_long_as_it_is_told():
+    """States and windows take the same memory for any length."""
+    model = nnx.merge(*random_params(network(stage("m1 m1", 26), stage("t1", 26, window=4))))
+    pieces = stream_text(model, ["ab"], Sampling(max_bytes=1 << 30, eos=False), block_len=4)
+    texts = [next(pieces) for _ in range(6)]
+    assert all(piece.finished is None for piece in texts) and "".join(p.text for p in texts)

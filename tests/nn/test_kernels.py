@@ -1,0 +1,250 @@
+"""Kernels in interpret mode against plain loops and array code; the table; compiling for a TPU."""
+
+import importlib.util
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+
+from experiments.configs import base_config
+from hnet.config import ComputeConfig, StageConfig
+from hnet.errors import ConfigError
+from hnet.nn.attention import attention_reference
+from hnet.nn.kernels.cudnn import attention_cudnn
+from hnet.nn.kernels.splash import attention_splash
+from hnet.nn.kernels.spread import on_each_device
+from hnet.nn.kernels.ssd import ssd_pallas
+from hnet.nn.kernels.ssd_matmul import ssd_matmul
+from hnet.nn.kernels.table import (
+    KERNELS,
+    array_block_len,
+    described,
+    kernel,
+    resolved,
+    without,
+)
+from hnet.nn.ssd import ssd_reference
+from hnet.train.config import MeshConfig
+from tests import oracles
+from tests.golden_data import relative_error
+from tests.networks import quick_jit
+from tpu import hlo
+from tpu.aot import compile_plan
+from tpu.chips import open_slice
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (the extra tpu)"
+)
+rng = np.random.default_rng(0)
+
+
+def value_and_gradients(f, cotangent, *arrays):
+    scalar = lambda *a: (jnp.sum(f(*a) * cotangent), f(*a))
+    run = jax.grad(scalar, tuple(range(len(arrays))), has_aux=True)
+    gradients, out = quick_jit(run)(*arrays)
+    return [out, *gradients]
+
+
+def assert_same(ours, expected, tolerance):
+    for a, b in zip(ours, expected, strict=True):
+        assert np.all(np.isfinite(a))
+        assert relative_error(a, b) < tolerance
+
+
+# --- attention ----------------------------------------------------------------------------------
+
+H, K = 2, 5
+SPLASH = partial(attention_splash, block_len=128, interpret=True)
+CUDNN = partial(attention_cudnn, block_len=11, library="xla")
+CUDNN_WHOLE = partial(attention_cudnn, library="xla")
+
+
+def rows_of(*lengths_of_segments):
+    return np.stack([np.repeat(np.arange(len(n), dtype=np.int32), n) for n in lengths_of_segments])
+
+
+@pytest.mark.parametrize(
+    "f, rows, window",
+    [
+        (SPLASH, 2, -1), (SPLASH, 2, 7), (SPLASH, 1, -1), (SPLASH, 1, 139),
+        (CUDNN, 2, -1), (CUDNN, 2, 7), (CUDNN, 2, 0), (CUDNN_WHOLE, 2, -1), (CUDNN_WHOLE, 2, 11),
+    ],
+)  # fmt: skip
+def test_attention_kernels_are_the_reference(f, rows, window):
+    """Several blocks, rows of prime length with documents, and padding, also in front."""
+    L = 293 if rows == 1 else 37
+    cuts = [(L - 140, 1, 128, 11)] if rows == 1 else [(0, L - 23, 11, 12), (5, 2, 1, L - 8)]
+    segments = rows_of(*cuts)
+    if rows == 1:  # the last document is padding
+        segments = np.where(segments == 3, 0, segments + 1).astype(np.int32)
+    q, k, v, cotangent = (np.float32(rng.normal(size=(rows, L, H, K))) for _ in range(4))
+    ours = lambda *a: f(*a, segments, window=window)
+    whole = lambda *a: attention_reference(*a, segments, window=window)
+    expected = value_and_gradients(whole, cotangent, q, k, v)
+    assert relative_error(expected[0], oracles.attention(q, k, v, segments, window)) < 2e-6
+    assert_same(value_and_gradients(ours, cotangent, q, k, v), expected, 2e-6)
+
+
+def test_a_row_alone_skips_blocks_without_a_common_segment():
+    """A key of another document, in a block that must not run, is NaN and has no effect."""
+    segments = rows_of((0, 128, 128, 41))
+    q, k, v = (np.float32(rng.normal(size=(1, 297, H, K))) for _ in range(3))
+    clean = SPLASH(q, k, v, segments)
+    k[:, :128] = v[:, :128] = np.nan
+    out = SPLASH(q, k, v, segments)
+    assert np.all(np.isnan(out[:, :128]))
+    assert np.array_equal(out[:, 128:], clean[:, 128:])
+
+
+# --- SSD ----------------------------------------------------------------------------------------
+
+
+SSDS = {"pallas": partial(ssd_pallas, interpret=True), "matmul": ssd_matmul}
+
+
+@pytest.mark.parametrize(
+    "name, heads, channels, block_len",
+    # one group of heads, two groups; a block longer than the row
+    [("pallas", 3, 5, 8), ("pallas", 16, 16, 8), ("matmul", 3, 5, 8), ("matmul", 2, 5, 31)],
+)
+def test_ssd_kernels_are_the_recurrence(name, heads, channels, block_len):
+    """29 positions in blocks of 8; documents end in and between blocks; ids occur again."""
+    B, L, N = 2, 29, 7
+    segments = np.stack([np.repeat([3, 1, 3, 0], [8, 3, 12, 6]), np.ones(L)]).astype(np.int32)
+    x, cotangent = (np.float32(rng.normal(size=(B, L, heads, channels))) for _ in range(2))
+    dt = np.float32(rng.uniform(0.01, 1, size=(B, L, heads)))
+    A = -np.float32(rng.uniform(0.05, 4, size=heads))
+    A[-1] = -40  # forgets within a position: differences of long sums would cancel
+    B_BLN, C_BLN = (np.float32(rng.normal(size=(B, L, N))) for _ in range(2))
+
+    def ours(x, dt, A, b, c):
+        log_a = dt * A[None, None]
+        return SSDS[name](x, dt, log_a, b, c, segments, block_len=block_len)
+
+    inputs = (x, dt, A, B_BLN, C_BLN)
+    loop = value_and_gradients(lambda *a: ssd_reference(*a, segments), cotangent, *inputs)
+    assert_same(value_and_gradients(ours, cotangent, *inputs), loop, 4e-6)
+
+
+@pytest.mark.parametrize("name, dtype", [("pallas", jnp.float32), ("matmul", jnp.bfloat16)])
+def test_ssd_kernels_in_bfloat16_stay_near_the_recurrence(name, dtype):
+    segments = np.ones((1, 16), np.int32)
+    x, b, c = (rng.normal(size=(1, 16, *s)).astype(jnp.bfloat16) for s in ((2, 4), (3,), (3,)))
+    dt = np.full((1, 16, 2), 0.1, np.float32)
+    y = SSDS[name](x, dt, -dt, b, c, segments, block_len=8)
+    wide = (np.float32(a) for a in (b, c))
+    exact = ssd_reference(np.float32(x), dt, np.full(2, -1, np.float32), *wide, segments)
+    assert y.dtype == dtype
+    assert relative_error(y, exact) < 2e-2
+
+
+# --- meshes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows, heads, shape", [(4, 2, (1, 13, 1)), (3, 2, (3, 13, 1))])
+def test_each_device_gets_its_rows_and_heads(rows, heads, shape):
+    """Dimensions that the mesh axes do not divide are replicated; a mesh is not needed."""
+    devices = np.array(jax.devices()[:8]).reshape(2, 2, 2)
+    mesh = Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    seen = []
+
+    def double(a_BLH, b_BL):
+        seen.append(a_BLH.shape)
+        return a_BLH * b_BL[..., None]
+
+    def run(a, b):
+        return on_each_device(double, ("BLH", "BL"), "BLH", a, b)
+
+    def run_on_mesh(a, b):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return run(a, b)
+
+    a, b = (np.float32(rng.normal(size=s)) for s in ((rows, 13, heads), (rows, 13)))
+    place = jax.sharding.NamedSharding(mesh, P())
+    on_mesh = value_and_gradients(run_on_mesh, a, *(jax.device_put(x, place) for x in (a, b)))
+    assert set(seen) == {shape}
+    assert_same(on_mesh, value_and_gradients(run, a, a, b), 1e-6)
+    assert seen[-1] == a.shape
+
+
+# --- the table ----------------------------------------------------------------------------------
+
+
+def test_auto_takes_kernels_where_they_were_seen_to_compile():
+    narrow = ComputeConfig("bfloat16")
+    found = {p: resolved(narrow, p) for p in ("cpu", "gpu", "tpu")}
+    assert found["cpu"] == without(resolved(narrow, "cpu"))
+    assert (found["tpu"].attention_backend, found["tpu"].ssd_backend) == ("splash", "pallas")
+    assert (found["gpu"].attention_backend, found["gpu"].ssd_backend) == ("cudnn", "matmul")
+    assert kernel("attention_backend", found["tpu"]) is attention_splash
+    assert kernel("ssd_backend", found["cpu"]) is kernel("ssd_backend", ComputeConfig()) is None
+    assert described(found["tpu"], "tpu") == "kernels on tpu: attention splash, ssd pallas"
+
+
+def test_blocks_suit_the_platform_unless_the_configuration_says_otherwise():
+    line = described(resolved(ComputeConfig(), "gpu"), "gpu")  # float32: no cuDNN
+    assert line == "kernels on gpu: attention xla in blocks of 1024, ssd matmul in blocks of 128"
+    line = described(resolved(ComputeConfig(), "cpu"), "cpu")
+    assert line == "kernels on cpu: attention xla in blocks of 128, ssd xla in blocks of 64"
+    named = resolved(ComputeConfig("bfloat16", ssd_block_len=32, attention_block_len=512), "gpu")
+    assert (named.ssd_block_len, named.attention_block_len) == (32, 512)
+    ssd = kernel("ssd_backend", named)
+    assert (ssd.func, ssd.keywords) == (ssd_matmul, {"block_len": 32})
+    assert array_block_len("ssd_backend", ComputeConfig()) == 64
+    assert array_block_len("attention_backend", named) == 512
+
+
+def test_more_channels_than_cudnn_takes_get_one_line():
+    q = jnp.zeros((1, 8, 1, 129))
+    with pytest.raises(ValueError, match="129 channels per head.*attention_backend xla") as e:
+        attention_cudnn(q, q, q, jnp.zeros((1, 8), jnp.int32))
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "fields, platform, message",
+    [
+        ({"attention_backend": "splash"}, "cpu", "attention_backend='splash' runs on a tpu"),
+        ({"ssd_backend": "pallas"}, "gpu", "ssd_backend='pallas' runs on a tpu"),
+        ({"attention_backend": "cudnn"}, "gpu", "--model.compute.dtype bfloat16"),
+    ],
+)
+def test_kernels_that_the_devices_lack_get_one_line(fields, platform, message):
+    with pytest.raises(ConfigError, match=message) as e:
+        resolved(ComputeConfig(**fields), platform)
+    assert "\n" not in str(e.value) and str(e.value).startswith("model.compute.")
+
+
+def test_every_kernel_is_a_value_of_its_field():
+    for field, kernels in KERNELS.items():
+        allowed = ComputeConfig.__annotations__[field].__args__
+        assert {*kernels, "auto", "xla"} == set(allowed)
+
+
+# --- compiled for a TPU -------------------------------------------------------------------------
+
+
+@needs_libtpu
+def test_the_training_step_compiles_with_kernels_for_a_tpu():
+    """On data x fsdp = 2 x 2: no collective moves more than with the array code."""
+    config = base_config("default")
+    stage = StageConfig(("m1t1",), 64, num_heads=1, rotary_emb_dim=16, window_size=31)
+    data = replace(config.data, batch_size=4, seq_len=256)
+    slice_ = open_slice("v5e:2x2")
+    sums = []
+    for compute in (ComputeConfig("bfloat16"), without(ComputeConfig("bfloat16"))):
+        model = replace(config.model, stages=(stage,), compute=compute)
+        made = replace(config, model=model, data=data, mesh=MeshConfig(2, 2))
+        plan = compile_plan(made, slice_, ())
+        assert plan.fits
+        sums.append(
+            {k: sum(m.num_bytes for m in plan.moved if m.kind == k) for k in hlo.COLLECTIVES}
+        )
+    kernels, arrays = sums
+    assert 0 < sum(kernels.values()) <= sum(arrays.values())
+    assert all(kernels[k] <= arrays[k] for k in hlo.COLLECTIVES)

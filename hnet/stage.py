@@ -67,6 +67,8 @@ class StageCache(NamedTuple):
     """states of the parts"""
     first_B: dict[str, jax.Array] | None = None
     """first position that a stack with scope "chunk" sees, per name of the stack"""
+    boundary_B: jax.Array | None = None
+    """last position with a boundary, -1 before any; None if the length of chunks has no limit"""
     waiting: Waiting | None = None
     inner: "StageCache | None" = None
 
@@ -210,7 +212,7 @@ class HNet(nnx.Module):
         found = decide(
             prediction, context, capacity, has_null=self.chunking.has_null,
             relaxed_prob_BL=self.routing_module.relax(prediction.logit, config, key),
-            rows_sharing_slots=rows_sharing_slots,
+            rows_sharing_slots=rows_sharing_slots, max_chunk_len=self.chunking.max_chunk_len,
         )  # fmt: skip
         if self.routing_module.passes_gradient(config):
             return found
@@ -347,6 +349,7 @@ class HNet(nnx.Module):
             pool=self.chunk_layer.after(rows._replace(config=chunking.pool), own),
             dechunk=self.dechunk_layer.after(y_BME, own, slots, chunking.dechunk),
             first_B=first_B or None,
+            boundary_B=self._last_boundary(own) if chunking.max_chunk_len else None,
             waiting=Waiting(
                 none_B, none_B, zeros_BE, jnp.zeros(lengths_B.shape), jnp.zeros_like(last(h_BLD))
             ),
@@ -359,6 +362,12 @@ class HNet(nnx.Module):
         index_L = jnp.arange(boundaries.boundary_mask_BL.shape[1], dtype=jnp.int32)[None]
         begins_L = index_L + (self.chunking.alignment == "end")
         return jnp.max(jnp.where(boundaries.boundary_mask_BL, begins_L, 0), axis=1)
+
+    def _last_boundary(self, boundaries: Boundaries) -> jax.Array:
+        """Last position with a boundary, before clipping; -1 if there is none."""
+        wanted_BL = boundaries.boundary_ste_BL > 0.5
+        index_L = jnp.arange(wanted_BL.shape[1], dtype=jnp.int32)[None]
+        return jnp.max(jnp.where(wanted_BL, index_L, -1), axis=1)
 
     # --- one position ---------------------------------------------------------------------------
 
@@ -420,16 +429,16 @@ class HNet(nnx.Module):
         chunking = self.chunking
 
         def encode(inputs_R, caches, rows):
-            x_RD, index_R, first_R, context_R, predictor, pool = inputs_R
+            x_RD, index_R, first_R, last_R, context_R, predictor, pool = inputs_R
             x = Position(x_RD, index_R, context_R, chunking.predictor)
             if scoped := chunking.encoder_scope == "chunk":
-                predictor, p_R, wanted_R = self._predict(predictor, x)
+                predictor, p_R, wanted_R = self._predict(predictor, x, last_R)
                 opens_R = wanted_R & (chunking.alignment == "start")
                 first_R = jnp.where(opens_R, index_R, first_R)
             h_RD, caches = self.encoder.step(x_RD, caches, rows, StepContext(index_R, first_R))
             x = x._replace(h_RD=h_RD)
             if not scoped:
-                predictor, p_R, wanted_R = self._predict(predictor, x)
+                predictor, p_R, wanted_R = self._predict(predictor, x, last_R)
             elif chunking.alignment == "end":
                 first_R = jnp.where(wanted_R, index_R + 1, first_R)
             pool, chunk_RE = self.chunk_layer.step(pool, x._replace(config=chunking.pool))
@@ -437,7 +446,9 @@ class HNet(nnx.Module):
             return (chunk_RE, p_R, residual_RD, wanted_R, first_R, predictor, pool), caches
 
         first_B = (cache.first_B or {}).get("encoder")
-        inputs = (x_BD, cache.position_B, first_B, context, cache.predictor, cache.pool)
+        inputs = (
+            x_BD, cache.position_B, first_B, cache.boundary_B, context, cache.predictor, cache.pool
+        )  # fmt: skip
         found, stack = run_on_active_rows(encode, active_B, inputs, cache.stacks["encoder"], sizes)
         chunk_BE, p_B, residual_BD, wanted_B, first_B, predictor, pool = found
         old = (*cache.waiting[2:], cache.predictor, cache.pool)
@@ -445,6 +456,9 @@ class HNet(nnx.Module):
         if first_B is not None:
             first_B = jnp.where(active_B, first_B, cache.first_B["encoder"])
             cache = cache._replace(first_B=cache.first_B | {"encoder": first_B})
+        if cache.boundary_B is not None:
+            last_B = jnp.where(active_B & wanted_B, cache.position_B, cache.boundary_B)
+            cache = cache._replace(boundary_B=last_B)
         return wanted_B, cache._replace(
             stacks=cache.stacks | {"encoder": stack},
             waiting=Waiting(*cache.waiting[:2], *new[:3]),
@@ -452,17 +466,21 @@ class HNet(nnx.Module):
             pool=new[4],
         )
 
-    def _predict(self, state: Any, x: Position) -> tuple[Any, jax.Array, jax.Array]:
+    def _predict(
+        self, state: Any, x: Position, last_R: jax.Array | None
+    ) -> tuple[Any, jax.Array, jax.Array]:
         """(state, p, whether a boundary is wanted) of one position, the same as in `boundaries`."""
         state, prediction = self.routing_module.step(state, x)
         prediction = prediction.shifted(self.offset(x.context.route_ids_BL))
         relaxed_R = self.routing_module.relax(prediction.logit, x.config, None)
         p_R = prediction.probability
         wanted_R = (p_R if relaxed_R is None else relaxed_R) > 0.5
-        if self.chunking.has_null:
-            return state, p_R, wanted_R
-        first_R = x.index_R == 0
-        return state, jnp.where(first_R, 1.0, p_R), wanted_R | first_R
+        forced_R = jnp.zeros_like(wanted_R)
+        if not self.chunking.has_null:
+            forced_R = x.index_R == 0
+        if last_R is not None:
+            forced_R |= ~wanted_R & (x.index_R - last_R == self.chunking.max_chunk_len)
+        return state, jnp.where(forced_R, 1.0, p_R), wanted_R | forced_R
 
     def _ask(
         self, active_B: jax.Array, wanted_B: jax.Array, cache: StageCache, pace: Pace,

@@ -76,11 +76,13 @@ def decide(
     has_null: bool = False,
     relaxed_prob_BL: jax.Array | None = None,
     rows_sharing_slots: int = 1,
+    max_chunk_len: int = 0,
 ) -> Boundaries:
     """Boundaries where p > 0.5 (strictly, as in the official code), clipped to the capacity.
 
     has_null: each segment begins with a null chunk; otherwise its first position is a boundary.
     relaxed_prob_BL: relaxed sample thresholded at 0.5 instead of p (training with noise).
+    max_chunk_len: distance of the last boundary at which one is forced; 0 = none.
     `rows_sharing_slots` rows share `capacity` slots, which go to boundaries in row order.
     Boundaries beyond the capacity are dropped, and their positions join the previous chunk. Only
     the clipped mask is used downstream; a row without any slot gets no main-network output.
@@ -96,6 +98,11 @@ def decide(
     p_BL = bounded(prediction.probability)
     compared_BL = p_BL if relaxed_prob_BL is None else bounded(relaxed_prob_BL)
     wanted_BL = compared_BL > 0.5
+    if max_chunk_len:
+        age_BL = since_boundary(wanted_BL, starts_BL, has_null=has_null)
+        forced_BL = (age_BL > 0) & (age_BL % max_chunk_len == 0) & (segment_ids_BL != 0)
+        wanted_BL |= forced_BL
+        p_BL, compared_BL = (jnp.where(forced_BL, 1.0, a) for a in (p_BL, compared_BL))
     opened_BL = wanted_BL.astype(jnp.int32)
     num_boundaries_B = jnp.sum(opened_BL, axis=1, dtype=jnp.int32)
     if has_null:
@@ -115,6 +122,22 @@ def decide(
         context.route_ids_BL,
         prediction.extra,
     )
+
+
+def since_boundary(
+    boundary_BL: jax.Array, starts_BL: jax.Array, *, has_null: bool = False
+) -> jax.Array:
+    """Number of positions since the last boundary of the segment, int32; 0 at boundaries.
+
+    has_null: a chunk begins at the start of a segment, so the boundary before it lies one position
+    earlier. Otherwise the start is a boundary.
+    """
+    index_BL = jnp.broadcast_to(
+        jnp.arange(boundary_BL.shape[1], dtype=jnp.int32), boundary_BL.shape
+    )
+    before_BL = jnp.where(starts_BL, index_BL - int(has_null), -1)
+    last_BL = jnp.maximum(before_BL, jnp.where(boundary_BL, index_BL, -1))
+    return index_BL - jax.lax.cummax(last_BL, axis=1)
 
 
 def side_by_side(a_BL: jax.Array, rows: int) -> jax.Array:

@@ -10,7 +10,7 @@ from hnet.chunking.part import DechunkConfig, LossConfig, PoolConfig, PredictorC
 from hnet.chunking.pools.select import Select
 from hnet.chunking.predictors.cosine import Cosine
 from hnet.chunking.table import DECHUNKS, LOSSES, POOLS, PREDICTORS
-from hnet.fields import Count
+from hnet.fields import Count, Natural
 from hnet.parts import Settings, settings_of
 
 
@@ -52,6 +52,9 @@ class ChunkingConfig:
     decoder_scope: Literal["document", "chunk"] = "document"
     """past that a decoder position sees: its document, or only positions that read the same
     chunk"""
+    max_chunk_len: Natural = 0
+    """maximum number of positions per chunk: a boundary is forced at this distance from the last
+    one; 0 = no limit"""
     losses: tuple[LossConfig, ...] = (Ratio.Config(),)
     """losses of this stage in addition to cross-entropy, each with its weight"""
     hold_rate: bool = False
@@ -87,8 +90,8 @@ class ChunkingConfig:
     @property
     def unofficial_fields(self) -> dict[str, tuple[Any, Any]]:
         """Fields that change the function: name -> (value here, value of the official model)."""
-        fields = ("predictor", "alignment", "pool", "dechunk", "residual", "encoder_scope",
-                  "decoder_scope", "num_predictors", "hold_rate")  # fmt: skip
+        fields = ("predictor", "alignment", "max_chunk_len", "pool", "dechunk", "residual",
+                  "encoder_scope", "decoder_scope", "num_predictors", "hold_rate")  # fmt: skip
         pairs = {f: (getattr(self, f), getattr(ChunkingConfig(), f)) for f in fields}
         return {f: (_plain(a), _plain(b)) for f, (a, b) in pairs.items() if a != b}
 

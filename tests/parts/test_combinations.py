@@ -21,10 +21,10 @@ DOCUMENTS = np.repeat(np.int32([1, 2, 3]), (8, 7, 4))
 TEXT = np.frombuffer(b"aZ9  ..,\n\x80\xc3", np.uint8)
 
 
-def config_of(predictor, alignment, null, pool, dechunk) -> HNetConfig:
+def config_of(predictor, alignment, null, pool, dechunk, **more) -> HNetConfig:
     chunking = ChunkingConfig(
         3.0, predictor, alignment, null, pool, dechunk, "add" if alignment == "end" else "linear",
-        losses=(),
+        losses=(), **more,
     )  # fmt: skip
     stages = (
         StageConfig(("p1", "p1"), 6, chunking=chunking),
@@ -45,7 +45,10 @@ def legal() -> dict[str, HNetConfig]:
     return found
 
 
-LEGAL = legal()
+LEGAL = legal() | {
+    "mlp, at most 2": config_of("mlp", "end", "learned", "mean", "repeat", max_chunk_len=2),
+    "cosine, at most 3": config_of("cosine", "start", "learned", "select", "ema", max_chunk_len=3),
+}
 
 
 def bits(a):

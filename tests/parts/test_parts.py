@@ -96,6 +96,28 @@ def test_a_predictor_streams_what_it_predicts(name, routes):
     close(after, state)
 
 
+@pytest.mark.parametrize("has_null", [False, True])
+@pytest.mark.parametrize("most", [1, 4])
+def test_a_chunk_has_at_most_its_maximal_length(has_null, most):
+    p_BL = np.random.default_rng(6).uniform(size=(B, L)).astype(np.float32) ** 3
+    found = decide(
+        Prediction(prob=p_BL), context_of(SEGMENTS), 2 * L, has_null=has_null, max_chunk_len=most
+    )
+    expected = np.zeros((B, L), bool)
+    for b in range(B):
+        for t, segment in enumerate(SEGMENTS[b]):
+            starts = t == 0 or SEGMENTS[b, t - 1] != segment
+            if starts:
+                last = t - has_null
+            expected[b, t] = segment != 0 and (
+                p_BL[b, t] > 0.5 or t - last == most or (starts and not has_null)
+            )
+            last = t if expected[b, t] else last
+    forced = expected & (p_BL <= 0.5)
+    assert forced.sum() > 5 and np.array_equal(found.boundary_mask_BL, expected)
+    assert np.all(np.asarray(found.boundary_prob_BL)[forced] == 1)
+
+
 def boundaries_of(segments, capacity, has_null, seed=5):
     p_BL = np.random.default_rng(seed).uniform(size=(B, L)).astype(np.float32)
     context = context_of(segments)

@@ -372,7 +372,8 @@ _OFFICIAL_ATTENTION = {"num_heads", "rotary_emb_dim", "window_size"}
 
 
 def _from_official(content: dict[str, Any]) -> HNetConfig:
-    ssm, attention = content.get("ssm_cfg", {}), content.get("attn_cfg")
+    ssm: Any = content.get("ssm_cfg", {})
+    attention: Any = content.get("attn_cfg")
     vocab_size, tied = content.get("vocab_size", 256), content.get("tie_embeddings", False)
     for name, keys, known in (
         ("configuration", content, _OFFICIAL_KEYS),
@@ -391,7 +392,7 @@ def _from_official(content: dict[str, Any]) -> HNetConfig:
             f"tie_embeddings={reprlib.repr(tied)}: give whole numbers, and true or false"
         )
     layouts = _flatten_layout(content.get("arch_layout"))
-    lists = {name: content.get(name) for name in ("d_model", "d_intermediate")}
+    lists: dict[str, Any] = {name: content.get(name) for name in ("d_model", "d_intermediate")}
     lists |= {name: attention.get(name) for name in sorted(_OFFICIAL_ATTENTION)}
     for name, values in lists.items():
         if not isinstance(values, list) or len(values) != len(layouts) or not _whole(values):

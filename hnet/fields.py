@@ -146,7 +146,7 @@ def type_text(hint: Any) -> str:
     if is_part(hint):
         return hint.table.kind
     names = {int: "int", float: "float", str: "text", bool: "True|False", type(None): "None"}
-    return names.get(hint) or getattr(hint, "__name__", str(hint))
+    return names.get(hint) or str(getattr(hint, "__name__", hint))
 
 
 # --- JSON -----------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ def from_json(hint: Any, content: Any, path: str = "") -> Any:
         return value
     if is_part(hint):
         return _part(hint, content, path)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _object(hint, content, path)
     if options(hint):
         for option in args:
@@ -281,7 +281,8 @@ def check(config: Any, path: str = "") -> None:
 
 def _check_value(hint: Any, value: Any, path: str) -> None:
     if dataclasses.is_dataclass(value):
-        for name, field_hint in hints(type(value)).items():
+        cls: Any = type(value)
+        for name, field_hint in hints(cls).items():
             _check_value(field_hint, getattr(value, name), join(path, name))
     elif isinstance(value, tuple):
         options = (plain(hint), *typing.get_args(plain(hint)))
@@ -308,7 +309,8 @@ def locate(cls: type, content: Any, path: str) -> tuple[Any, str | int, Any]:
     Raises FieldError, which names the known fields, if the field does not exist.
     """
     hint, node, name = cls, content, ""
-    parent, key = None, ""
+    parent: Any = None
+    key: Any = ""
     for step in path.split("."):
         parent, hint = node, plain(hint)
         if typing.get_origin(hint) is tuple and isinstance(node, list):
@@ -316,7 +318,8 @@ def locate(cls: type, content: Any, path: str) -> tuple[Any, str | int, Any]:
             kinds = kinds[:1] * len(node) if kinds[-1] is Ellipsis else kinds
             inner = {str(i): kind for i, kind in enumerate(kinds)}
         elif is_part(hint) and isinstance(node, dict):
-            inner = hints(part_class(hint, node["name"], name))
+            part: Any = part_class(hint, node["name"], name)
+            inner = hints(part)
         elif dataclasses.is_dataclass(hint) and isinstance(node, dict):
             inner = hints(hint)
         else:
@@ -358,7 +361,7 @@ def flatten(changes: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     An object with a name replaces a part; an object without a name changes fields of the current
     part.
     """
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in changes.items():
         where = join(path, name)
         if isinstance(value, dict) and "name" not in value:

@@ -20,7 +20,7 @@ class Table:
         """kind: its name in errors ("boundary predictor"). names: name -> "module:Class"."""
         self.kind, self.names = kind, names
 
-    def find(self, name: str) -> type:
+    def find(self, name: str) -> Any:
         """The class for a name or a "module:Class". Raises ConfigError if there is none."""
         place = self.names.get(name, name if ":" in name else None)
         if place is None:
@@ -30,16 +30,17 @@ class Table:
             )
         module, _, class_name = place.partition(":")
         try:
-            found = getattr(importlib.import_module(module), class_name, None)
+            found: Any = getattr(importlib.import_module(module), class_name, None)
         except ImportError as e:
             raise ConfigError(f"{self.kind} {name!r} cannot be imported: {e}") from None
-        if not (isinstance(found, type) and issubclass(getattr(found, "Config", object), Settings)):
+        settings = getattr(found, "Config", None)
+        if not (isinstance(settings, type) and issubclass(settings, Settings)):
             raise ConfigError(
                 f"{self.kind} {name!r} is no part: {module} needs a class {class_name!r} that "
                 "nests its settings as Config"
             )
-        if found.Config.table is not self:
-            raise ConfigError(f"{self.kind} {name!r} is a {found.Config.table.kind}")
+        if settings.table is not self:
+            raise ConfigError(f"{self.kind} {name!r} is a {settings.table.kind}")
         return found
 
     def name_of(self, part: type) -> str:
@@ -48,6 +49,7 @@ class Table:
         return next((name for name, known in self.names.items() if known == place), place)
 
 
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """Base of every part's `Config`, a frozen dataclass.
 

@@ -180,6 +180,13 @@ class HNetConfig:
             found.append({**parts, "losses": losses, "target_ratio_R": targets})
         return tuple(found)
 
+    def read_files(self) -> None:
+        """Read the files that initial parameters come from. Raises ConfigError."""
+        chunkings = [stage.chunking for stage in self.stages[:-1]]
+        parts = [part for chunking in chunkings for part in chunking.parts.values()]
+        for part in (self.embedding, *parts):
+            part.read_files()
+
     @property
     def arch_layout(self) -> list:
         """The nested official form, e.g. ``["m4", ["T22"], "m4"]``."""

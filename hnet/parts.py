@@ -83,6 +83,12 @@ class Settings:
         data (`hnet.data.DataConfig`) does not have."""
         return None
 
+    def read_files(self) -> None:
+        """Read the files that the part's initial parameters come from, before a new run begins.
+
+        Raises ConfigError. A checkpoint holds these parameters, so later nothing reads the files.
+        """
+
     def numbers(self) -> dict[str, float]:
         """The traced fields and their values."""
         return {name: getattr(self, name) for name in self.traced}

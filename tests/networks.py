@@ -10,6 +10,7 @@ from flax import nnx
 
 from hnet.config import ChunkingConfig, ComputeConfig, HNetConfig, SSMConfig, StageConfig
 from hnet.model import abstract
+from hnet.nn.embeddings.hash_ngrams import HashNgrams
 
 # A fifth of the default's compile time. Tests that need the result of the optimized program
 # (causality bit for bit, parity) use plain `jax.jit`.
@@ -67,7 +68,7 @@ NETWORKS = {
     ),
     "routed_offsets": network(  # one predictor, held at the rate of each route
         stage("t1 t1", 26, routes=2, routed_parameters=False, hold_rate=True, **MLP_END),
-        stage("t1", 26),
+        stage("t1", 26), embedding=HashNgrams.Config((2, 3), rows=53),
     ),
 }  # fmt: skip
 

@@ -94,12 +94,17 @@ def build(
     init = jit(jax.vmap(one.init))
     keys = jax.vmap(jax.random.key)(np.asarray([c.seed for c in configs], np.uint32))
     shapes = jax.eval_shape(init, keys)
+
+    def init_all():
+        config.model.read_files()
+        return init(keys)
+
     hparams = jax.tree.map(lambda *numbers: np.stack(numbers), *map(traced_numbers, configs))
     return Program(
         mesh=mesh,
         shardings=jax.tree.map(lambda _: by_run, shapes),
         hparams=jax.device_put(hparams, by_run),
-        init=lambda: init(keys),
+        init=init_all,
         step=jit(population_step, static_argnames=("capacities",), donate_argnums=0),
         evaluate=jit(population_eval, static_argnames=("capacities",)),
         abstract_state=jax.tree.map(

@@ -114,6 +114,11 @@ def build(
 
     jit = partial(jax.jit, compiler_options=compiler_options)
     init = jit(run.init, out_shardings=shardings)
+
+    def init_once():
+        config.model.read_files()
+        return init(seed_key)
+
     step = jit(
         on_mesh(run.step, mesh),
         static_argnames=("capacities",),
@@ -127,7 +132,7 @@ def build(
         hparams = jax.device_put(hparams, replicated(mesh))
     ladder = Ladder.start(config.model, config.data.seq_len, packed_rows, config.train.accumulate)
     return Program(
-        mesh, shardings, hparams, lambda: init(seed_key), step, evaluate, abstract_state,
+        mesh, shardings, hparams, init_once, step, evaluate, abstract_state,
         plain_graph, described(compute, platform), ladder,
     )  # fmt: skip
 

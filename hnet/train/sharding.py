@@ -27,6 +27,7 @@ AXES: dict[str, str | tuple[str, ...] | None] = {
     "inner": ("tensor", "fsdp"),
     "out": None,
     "vocab": None,
+    "tables": None,
     "channels": None,
     "taps": None,
     "script": None,

@@ -1,5 +1,7 @@
 """Every embedding of the table: streaming, packing and causality, and its own equations."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +13,15 @@ from hnet.errors import ConfigError
 from hnet.fields import from_json, to_json
 from hnet.nn.context import Context
 from hnet.nn.embeddings import EMBEDDINGS
+from hnet.nn.embeddings.glyphs import Glyphs, glyph_images, glyph_table
+from hnet.nn.embeddings.hash_ngrams import PRIMES, HashNgrams, ngram_hash
+from hnet.nn.embeddings.lexinvariant import Lexinvariant
 from hnet.nn.embeddings.part import Embedding
 from hnet.nn.parameters import describe
 from hnet.parts import settings_of
 from tests.networks import quick_jit
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "family"
 
 B, L, V, D = 3, 23, 256, 7
 SEGMENTS = np.stack(
@@ -85,3 +92,147 @@ class Ones(Embedding):
 
     def step(self, state, byte_R):
         return state, jnp.repeat(byte_R.astype(jnp.float32)[:, None], D, axis=1)
+
+
+# --- hashed n-grams -------------------------------------------------------------------------------
+
+
+def test_hashes_are_those_of_blt():
+    """ids of facebookresearch/blt for n = 2 to 8, three functions and three sizes of tables."""
+    golden = np.load(GOLDEN / "blt_patching_hash.npz")
+    tokens_BL = golden["hash/tokens_BL"]
+    names = [name for name in golden.files if name.startswith("hash/n")]
+    assert len(names) == 35
+
+    def windows(n):
+        return [np.pad(tokens_BL, ((0, 0), (back, 0)))[:, : tokens_BL.shape[1]] for back in
+                reversed(range(n))]  # fmt: skip
+
+    @quick_jit
+    def hashed():
+        found = {}
+        for name in names:
+            n, function, rows = (int(part[1:]) for part in name.removeprefix("hash/").split("_"))
+            found[name] = ngram_hash([*map(jnp.asarray, windows(n))], PRIMES[function], rows)
+        return found
+
+    for name, ids in jax.device_get(hashed()).items():
+        assert np.array_equal(ids, golden[name]), name
+
+
+@pytest.mark.parametrize("rows", [1, 2**21, 2**21 - 9])
+def test_hashes_wrap_around_at_64_bits(rows):
+    tokens = np.random.default_rng(rows).integers(0, 4096, (8, 101)).astype(np.int32)
+    tokens[:, 0] = 4095  # the largest sums
+    for prime in PRIMES:
+        found = ngram_hash([*jnp.asarray(tokens)], prime, rows)
+        for i, token in enumerate(tokens.T.tolist()):
+            wrapped = sum(t * prime**k for k, t in enumerate(token)) % 2**64
+            signed = wrapped - 2**64 * (wrapped >= 2**63)
+            assert found[i] == signed % rows
+
+
+def test_ngrams_of_a_document_begin_with_it():
+    config = HashNgrams.Config(sizes=(2, 5), functions=2, rows=97)
+    part = made(config)
+    x_BLD = part(jnp.asarray(IDS), Context(jnp.asarray(SEGMENTS)))
+    tables = np.asarray(part.hash_embeddings[...])
+    for t, start in ((8, 0), (9, 9), (12, 9), (22, 20)):  # row 1: documents of 9, 11 and 3 bytes
+        expected = np.asarray(part.embedding[...])[IDS[1, t]].copy()
+        for table, (n, prime) in zip(tables, config.tables, strict=True):
+            ids = [IDS[1, s] + 4 if s >= start else 0 for s in range(t - n + 1, t + 1)]
+            total = sum(int(token) * prime**i for i, token in enumerate(ids)) % 2**64
+            expected += table[(total - 2**64 * (total >= 2**63)) % 97]
+        np.testing.assert_allclose(x_BLD[1, t], expected, rtol=0, atol=2e-6)
+    assert config.num_parameters(V, D) == part.embedding.size + part.hash_embeddings.size
+
+
+# --- lexinvariant ---------------------------------------------------------------------------------
+
+
+def test_every_document_has_its_own_table_in_training():
+    part = made(Lexinvariant.Config())
+    segments = jnp.asarray(SEGMENTS)
+    cotangent = np.random.default_rng(1).normal(size=(B, L, V)).astype(np.float32)
+    cotangent[SEGMENTS == 0] = 0
+
+    @quick_jit
+    def run(key):
+        context = Context(segments)
+        x_BLD = part(jnp.asarray(IDS), context, key=key)
+
+        def scalar(x_BLD):
+            logits_BLV = part.attend(x_BLD, context, key=key)
+            return jnp.sum(logits_BLV * cotangent), logits_BLV
+
+        gradient, logits_BLV = jax.grad(scalar, has_aux=True)(x_BLD)
+        return x_BLD, logits_BLV, gradient
+
+    x, logits, gradient = jax.device_get(run(jax.random.key(1)))
+    tables = {}
+    for b in range(B):
+        row_key = jax.random.fold_in(jax.random.key(1), b)
+        for document in set(SEGMENTS[b]) - {0}:
+            key = jax.random.fold_in(row_key, document)
+            tables[b, document] = np.asarray(jax.random.normal(key, (V, D)))
+    assert len({table.tobytes() for table in tables.values()}) == 6
+    for b, t in np.argwhere(SEGMENTS != 0):
+        table = tables[b, SEGMENTS[b, t]]
+        assert np.array_equal(x[b, t], table[IDS[b, t]])
+        scale = D**-0.5
+        np.testing.assert_allclose(logits[b, t], scale * table @ x[b, t], rtol=0, atol=3e-6)
+        expected = scale * cotangent[b, t] @ table
+        np.testing.assert_allclose(gradient[b, t], expected, rtol=0, atol=2e-5)
+    again, other = run(jax.random.key(1)), run(jax.random.key(2))
+    assert np.array_equal(again[0], x) and not np.any(other[0][:, 0] == x[:, 0])
+
+
+# --- glyphs ---------------------------------------------------------------------------------------
+
+
+def test_glyphs_are_images_of_the_bytes_and_frozen(tmp_path):
+    config = Glyphs.Config()
+    images = glyph_images(config.font, config.size).reshape(256, -1)
+    table = np.asarray(made(config).embedding[...])
+    np.testing.assert_allclose(np.mean(table**2), 1, rtol=1e-5)
+    wide = glyph_table("", 16, 300)
+    assert not wide[:, 255:].any()
+    apart = np.linalg.norm(images[::7, None] - images[None, ::7], axis=-1)
+    ours = np.linalg.norm(wide[::7, None].astype(np.float64) - wide[None, ::7], axis=-1)
+    np.testing.assert_allclose(ours, apart * (ours[1, 9] / apart[1, 9]), rtol=0, atol=1e-3)
+
+    graph, params = nnx.split(made(config))
+    loss = lambda p: jnp.sum(nnx.merge(graph, p).attend(nnx.merge(graph, p).rows(IDS)))
+    gradients = jax.grad(loss)(params)
+    assert (
+        not np.any(jax.tree.leaves(gradients)[0]) and not describe(made(config))["embedding"].decay
+    )
+
+    (tmp_path / "no.ttf").write_text("no font")
+    for font, says in ((tmp_path / "no.ttf", "cannot be read"), (tmp_path / "x.ttf", "cannot be")):
+        model = HNetConfig((StageConfig(("m1",), 64),), embedding=Glyphs.Config(font=str(font)))
+        with pytest.raises(ConfigError, match=f"model.embedding.font=.*{says}"):
+            model.read_files()
+    nnx.eval_shape(lambda: made(model.embedding))  # a restored model does not need the font
+    with pytest.raises(ConfigError, match="draws byte .* like another at size=3"):
+        glyph_images("", 3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"embedding": "lexinvariant"}, "model.tie_embeddings=False with embedding='lexinvariant'"),
+        (
+            {"embedding": "glyphs", "vocab_size": 300},
+            "model.vocab_size=300 with embedding='glyphs'",
+        ),
+        ({"embedding": "hash_ngrams", "vocab_size": 5000}, "model.vocab_size=5000 with"),
+        ({"embedding": HashNgrams.Config(sizes=(3, 3))}, "model.embedding.sizes="),
+        ({"embedding": HashNgrams.Config(sizes=(9,))}, "model.embedding.sizes.0=9: use at most 8"),
+        ({"embedding": HashNgrams.Config(rows=2**22)}, "model.embedding.rows=.*: use at most"),
+    ],
+)
+def test_what_cannot_be_embedded_is_one_line(fields, says):
+    with pytest.raises(ConfigError, match=says) as error:
+        HNetConfig((StageConfig(("m1",), 64),), **fields)
+    assert "\n" not in str(error.value)

@@ -2,4 +2,12 @@
 
 from hnet.parts import Table
 
-EMBEDDINGS = Table("embedding", {"bytes": "hnet.nn.embeddings.bytes:Bytes"})
+EMBEDDINGS = Table(
+    "embedding",
+    {
+        "bytes": "hnet.nn.embeddings.bytes:Bytes",
+        "hash_ngrams": "hnet.nn.embeddings.hash_ngrams:HashNgrams",
+        "lexinvariant": "hnet.nn.embeddings.lexinvariant:Lexinvariant",
+        "glyphs": "hnet.nn.embeddings.glyphs:Glyphs",
+    },
+)

@@ -28,9 +28,13 @@ class Bytes(Embedding):
     def __call__(self, input_ids_BL, context, *, key=None):
         return self.rows(input_ids_BL)
 
+    @property
+    def table_VD(self) -> jax.Array:
+        return self.embedding[...].astype(jnp.float32)
+
     def rows(self, ids: jax.Array) -> jax.Array:
         """Rows of the table, (..., D)."""
-        return jnp.take(self.embedding[...], ids, axis=0).astype(jnp.float32)
+        return jnp.take(self.table_VD, ids, axis=0)
 
     def attend(self, x_BLD, context=None, *, key=None):
-        return jnp.dot(x_BLD, self.embedding[...].T.astype(jnp.float32))
+        return jnp.dot(x_BLD, self.table_VD.T)

@@ -4,7 +4,7 @@ Only the streaming form is required: the default `__call__` scans over `step`, w
 slow. Each document starts with the state that `init` returns, so documents are independent.
 """
 
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +30,6 @@ class Embedding(Part, nnx.Module):
     """Computes the vector of each byte from the bytes of its document up to it."""
 
     Config = EmbeddingConfig
-    has_fixed_rows: ClassVar[bool] = True
-    """Whether a byte value has the same vector in every document"""
 
     def __init__(self, config: Any, vocab_size: int, d_model: int, *, rngs: nnx.Rngs):
         self.config = config

@@ -16,7 +16,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -36,7 +35,6 @@ from hnet.inspect.lexical import lexicon_shares, read_lexicon, turkish_lower, vo
 from hnet.inspect.segmentation import Alignment, Segmentation
 from hnet.model import HNetLM, split
 from hnet.runtime.compile_cache import enable_compilation_cache
-from hnet.train.workdir import read_config
 
 
 @dataclass(frozen=True)
@@ -55,6 +53,8 @@ class BoundariesConfig:
     """maximum number of texts per file, spread evenly over it; 0 = all"""
     max_bytes: Count = 2048
     """length at which longer texts are truncated"""
+    bos: bool | None = None
+    """whether to put BOS (byte 254) before each text; None = as in training"""
     seed: Natural = 0
     """seed of the random shifts that boundary enrichment is compared with"""
     json: bool = False
@@ -66,14 +66,12 @@ def main() -> None:
     texts = {path: _texts(path, config) for path in config.gold}
     lexicon = read_lexicon(config.lexicon) if config.lexicon else None
     enable_compilation_cache()
-    model = load(config.checkpoint)
+    model = load(config.checkpoint, bos=config.bos)
     if not model.config.num_chunked:
         raise ConfigError(f"checkpoint={config.checkpoint} cuts nowhere: it has one stage")
-    is_ours = (Path(config.checkpoint) / "config.json").exists()
-    bos = is_ours and read_config(config.checkpoint).data.bos_eos
     reports = {}
     for path, own in texts.items():
-        found, surprisal = _cut(model, own, bos)
+        found, surprisal = _cut(model, own)
         reports[path] = {
             "texts": len(own),
             "bytes": sum(len(seg.data) for seg in own),
@@ -99,14 +97,14 @@ def _texts(path: str, config: BoundariesConfig) -> list[Segmentation]:
 
 
 def _cut(
-    model: HNetLM, texts: Sequence[Segmentation], bos: bool
+    model: HNetLM, texts: Sequence[Segmentation]
 ) -> tuple[list[Segmentation], list[np.ndarray]]:
     """The texts with the model's chunks, and the -log2 probability of each byte."""
     graph, params = split(model)
     data = [seg.data for seg in texts]
-    cut = segment_all(segmenter(graph, model.config), params, data)
+    cut = segment_all(segmenter(graph, model.config, bos=model.bos), params, data)
     found = [replace(seg, name=text.name, gold=text.gold) for seg, text in zip(cut, texts)]
-    return found, [-s.logprobs / math.log(2) for s in logprobs(model, data, bos=bos)]
+    return found, [-s.logprobs / math.log(2) for s in logprobs(model, data)]
 
 
 def stage_report(

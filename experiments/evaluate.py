@@ -55,6 +55,8 @@ class EvaluateConfig:
     """positions per row, which limit the context of a byte; 0 = as trained"""
     batch_size: Count = 8
     """number of rows scored together"""
+    bos: bool | None = None
+    """whether to put BOS (byte 254) before each text; None = as in training"""
     documents: bool = False
     """also print one line per document"""
     json: bool = False
@@ -79,9 +81,8 @@ def main() -> None:
     enable_compilation_cache()
     if config.suite:
         return _suites(config)
-    model = load(config.checkpoint)
-    data = _data_config(config)
-    part = _part(config)
+    model = load(config.checkpoint, bos=config.bos)
+    data, part = replace(_data_config(config), bos_eos=model.bos), _part(config)
     graph, params = split(model)
     step = jax.jit(partial(eval_step, graph=graph), static_argnames="capacities")
 
@@ -105,12 +106,9 @@ def _suites(config: EvaluateConfig) -> None:
     names = list(dict.fromkeys(config.suite))
     settings = Settings(config.items, config.shots, config.seed, config.max_bytes)
     command.check(names, settings)
-    bos = (Path(config.checkpoint) / "config.json").exists()
-    if bos:
-        data = read_config(config.checkpoint).data
-        bos = data.bos_eos
-        if data.tokenizer:
-            raise ConfigError(f"checkpoint={config.checkpoint} reads tokens: suites ask for bytes")
+    is_run = (Path(config.checkpoint) / "config.json").exists()
+    if is_run and read_config(config.checkpoint).data.tokenizer:
+        raise ConfigError(f"checkpoint={config.checkpoint} reads tokens: suites ask for bytes")
     if needing := command.reads(names, "parallel"):
         if not config.parallel:
             raise ConfigError(
@@ -119,8 +117,8 @@ def _suites(config: EvaluateConfig) -> None:
         settings = replace(settings, parallel=read_parallel(config.parallel, field="parallel"))
     if command.reads(names, "texts"):
         settings = replace(settings, texts=command.passages(_part(config), settings))
-    model = load(config.checkpoint)
-    reports = command.run_suites(model, names, settings, bos=bos, batch_size=config.batch_size)
+    model = load(config.checkpoint, bos=config.bos)
+    reports = command.run_suites(model, names, settings, batch_size=config.batch_size)
     if config.json:
         print(json.dumps({"checkpoint": config.checkpoint, "suites": reports}))
     else:
@@ -143,11 +141,11 @@ def _part(config: EvaluateConfig) -> Part:
 
 
 def _data_config(config: EvaluateConfig) -> DataConfig:
-    """The run's data settings; an official checkpoint was trained without special tokens."""
+    """The run's data settings, the defaults for an official checkpoint."""
     if (Path(config.checkpoint) / "config.json").exists():
         data = read_config(config.checkpoint).data
     elif config.files:
-        data = DataConfig(bos_eos=False)
+        data = DataConfig()
     else:
         raise ConfigError(f"checkpoint={config.checkpoint} is no work directory: give --files")
     seq_len = config.seq_len or data.seq_len

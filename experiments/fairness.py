@@ -47,7 +47,6 @@ from hnet.inspect.segmentation import Segmentation
 from hnet.inspect.tokens import read_tokenizer, token_starts, train_bpe
 from hnet.model import split
 from hnet.outputs import new_files, write_new
-from hnet.train.workdir import read_config
 
 REPORT = ["report.md", "chunks.svg", "report.json"]  # if the last exists, all are complete
 
@@ -131,15 +130,13 @@ def model_system(path: str) -> System:
     """A trained model; each sentence is a text of its own, as in `hnet.decode`."""
     model = load(path)
     graph, params = split(model)
-    segment = segmenter(graph, model.config)
-    is_ours = (Path(path) / "config.json").exists()
-    bos = is_ours and read_config(path).data.bos_eos
+    segment = segmenter(graph, model.config, bos=model.bos)
 
     known: dict[bytes, tuple[Segmentation, float, int]] = {}  # a text may occur in several reports
 
     def cut(texts):
         new = list({text: None for text in texts if text not in known})
-        scores = logprobs(model, new, bos=bos, batch_size=ROWS)
+        scores = logprobs(model, new, batch_size=ROWS)
         for text, found, score in zip(new, segment_all(segment, params, new), scores):
             nats = -float(np.nansum(score.logprobs, dtype=np.float64))
             known[text] = found, nats, int(np.isfinite(score.logprobs).sum())

@@ -59,8 +59,8 @@ class GenerateConfig:
     """continue an output file that was not finished"""
     batch_size: Count = 32
     """number of prompts of the input file that run together"""
-    bos: bool = True
-    """put BOS (byte 254) before the prompt, as in training; False for models trained without it"""
+    bos: bool | None = None
+    """whether to put BOS (byte 254) before the prompt; None = as in training"""
     boundaries: bool = False
     """print the text with its chunk boundaries, once it is complete"""
     dtype: str = ""

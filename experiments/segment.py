@@ -43,6 +43,8 @@ class SegmentConfig:
     """print one JSON object per text instead"""
     html: str = ""
     """output file for a page; it must not exist"""
+    bos: bool | None = None
+    """whether to put BOS (byte 254) before each text; None = as in training"""
     max_bytes: Count = 4096
     """length at which longer texts are truncated"""
 
@@ -53,9 +55,9 @@ def main() -> None:
         new_file(config.html, "html")
     texts = _texts(config)
     enable_compilation_cache()
-    model = load(config.checkpoint)
+    model = load(config.checkpoint, bos=config.bos)
     graph, params = split(model)
-    found = segment_all(segmenter(graph, model.config), params, texts)
+    found = segment_all(segmenter(graph, model.config, bos=model.bos), params, texts)
     found = [annotate(replace(seg, name=f"text {n}"), *GOLD) for n, seg in enumerate(found, 1)]
     if config.html:
         _write_page(config, found)

@@ -15,6 +15,10 @@ from hnet.stage import HNet, Numbers
 class HNetLM(nnx.Module):
     """An H-Net over bytes. `config.stages` defines its architecture."""
 
+    bos: bool = True
+    """Whether the model was trained on texts that begin with byte 254 (`data.bos_eos`). `load` sets
+    it; official weights do not say, and the official tokenizer puts the byte first."""
+
     def __init__(self, config: HNetConfig, *, rngs: nnx.Rngs):
         self.config = config
         width, vocab = config.stages[0].d_model, config.vocab_size

@@ -128,11 +128,8 @@ def _print_table(rows: list[list[str]]) -> None:
 def _tokenizer(options: argparse.Namespace, base: Config) -> tuple[str, dict[str, Any]]:
     """(vocabulary file, {its size and its bytes per token on the training text}). With --bpe the
     vocabulary is learned from the training text."""
-    corpus, out, sample = open_corpus(replace(base.data, tokenizer="")), Path(options.out), []
-    for text in corpus.train.texts():
-        sample.append(text)
-        if sum(map(len, sample)) > BPE_SAMPLE:
-            break
+    corpus, out = open_corpus(replace(base.data, tokenizer="")), Path(options.out)
+    sample = corpus.train.beginning(BPE_SAMPLE)
     file = options.tokenizer
     if not file:
         out.mkdir(parents=True, exist_ok=True)

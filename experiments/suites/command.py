@@ -66,7 +66,7 @@ def whole_characters(data: bytes) -> bytes:
 
 
 def run_suites(
-    model: HNetLM, names: Sequence[str], settings: Settings, *, bos: bool, batch_size: int
+    model: HNetLM, names: Sequence[str], settings: Settings, *, batch_size: int
 ) -> dict[str, Report]:
     """The report of each suite. Progress is shown if stderr is a terminal."""
     console = Console(stderr=True)
@@ -83,7 +83,7 @@ def run_suites(
                 done[0], done[1] = done[0] + asked, done[1] + finished
                 bar.update(task, total=done[0], completed=done[1])
 
-            scorer = ModelScorer(model, bos=bos, batch_size=batch_size, progress=progress)
+            scorer = ModelScorer(model, batch_size=batch_size, progress=progress)
             reports[name] = SUITES[name].run(scorer, settings)
     return reports
 

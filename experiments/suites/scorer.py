@@ -47,24 +47,24 @@ class ModelScorer:
         self,
         model: HNetLM,
         *,
-        bos: bool = True,
         batch_size: int = 16,
         progress: Callable[[int, int], None] = lambda asked, done: None,
     ):
-        self.model, self.bos, self.batch_size, self.progress = model, bos, batch_size, progress
+        self.model, self.batch_size, self.progress = model, batch_size, progress
         self.alignments = tuple(s.chunking.alignment for s in model.config.stages[:-1])
         graph, self._params = split(model)
-        self._segment = segmenter(graph, model.config)
+        self._segment = segmenter(graph, model.config, bos=model.bos)
 
     def score(self, texts: Sequence[bytes]) -> list[Score]:
         return self._in_groups(
-            lambda part: logprobs(self.model, part, bos=self.bos, batch_size=self.batch_size), texts
+            lambda part: logprobs(self.model, part, batch_size=self.batch_size), texts
         )
 
     def greedy(self, prompts: Sequence[bytes], num_bytes: int) -> list[bytes]:
         sampling = Sampling(max_bytes=num_bytes, temperature=0.0, stop=("\n",))
-        how = {"bos": self.bos, "batch_size": self.batch_size}
-        found = self._in_groups(lambda part: generate(self.model, part, sampling, **how), prompts)
+        found = self._in_groups(
+            lambda part: generate(self.model, part, sampling, batch_size=self.batch_size), prompts
+        )
         return [each.data for each in found]
 
     def boundaries(self, texts: Sequence[bytes]) -> list[Segmentation]:
@@ -74,7 +74,8 @@ class ModelScorer:
         config = self.model.config
         graph, _ = abstract(replace(config, compute=replace(config.compute, dtype="bfloat16")))
         model = nnx.merge(graph, self._params)
-        return ModelScorer(model, bos=self.bos, batch_size=self.batch_size, progress=self.progress)
+        model.bos = self.model.bos
+        return ModelScorer(model, batch_size=self.batch_size, progress=self.progress)
 
     def _in_groups(self, run: Callable, texts: Sequence[bytes]) -> list:
         """Apply `run` to batches of texts of similar length; results in the order of `texts`."""

@@ -1,5 +1,6 @@
 """A corpus: the text of a run, divided into a training and a held-out part."""
 
+import codecs
 import hashlib
 import os
 from collections.abc import Iterator
@@ -105,6 +106,22 @@ class Part:
         for documents in self.documents:
             for d, length in enumerate(documents.length_D):
                 yield documents.read(d, 0, int(length)).tobytes()
+
+    def beginning(self, most: int) -> list[bytes]:
+        """The first documents, at most `most` bytes in total; the last one may be truncated, at the
+        start of a character."""
+        found = []
+        for document in range(self.num_documents):
+            if most <= 0:
+                break
+            text = self.begin(document, most)
+            decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+            decoder.decode(text)
+            if unfinished := decoder.getstate()[0]:
+                text = text[: -len(unfinished)]
+            found.append(text)
+            most -= self.document_bytes(document)
+        return found
 
     def begin(self, document: int, most: int) -> bytes:
         """The first bytes of a document, at most `most`, by its number in this part."""

@@ -133,7 +133,7 @@ def generate(
     sampling: Sampling = DEFAULT,
     *,
     seeds: Sequence[int] | None = None,
-    bos: bool = True,
+    bos: bool | None = None,
     batch_size: int = 32,
 ) -> list[Generation]:
     """Continue every prompt; arguments as in `stream_text`."""
@@ -148,16 +148,16 @@ def stream_text(
     sampling: Sampling = DEFAULT,
     *,
     seeds: Sequence[int] | None = None,
-    bos: bool = True,
+    bos: bool | None = None,
     batch_size: int = 32,
     block_len: int = 16,
 ) -> Iterator[Piece]:
     """Continue every prompt and yield new text after every `block_len` ticks. A row gets one byte
     per tick, or none while it waits for other rows at a boundary.
 
-    seeds: one per prompt (default: sampling.seed + its index). bos: whether to prepend byte 254, as
-    the official tokenizer and our training do; without it the first byte of an empty prompt is
-    drawn uniformly. batch_size: number of prompts per batch; the result of a prompt does not depend
+    seeds: one per prompt (default: sampling.seed + its index). bos: whether to prepend byte
+    254 (default: as the model was trained); without it the first byte of an empty prompt is drawn
+    uniformly. batch_size: number of prompts per batch; the result of a prompt does not depend
     on the other prompts. Raises ConfigError for bad arguments.
     """
     if batch_size < 1 or block_len < 1:
@@ -167,7 +167,7 @@ def stream_text(
     if len(seeds) != len(prompts):
         raise ConfigError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one each")
     texts = [encode(p) for p in prompts]
-    decoder = Decoder(model)
+    decoder, bos = Decoder(model), model.bos if bos is None else bos
     size = max(1, min(batch_size, len(texts)))
     for first in range(0, len(texts), size):
         part = slice(first, first + size)

@@ -44,18 +44,18 @@ def _score(params, input_ids_BL, segment_ids_BL, route_ids_BL, *, graph):
 
 
 def logprobs(
-    model: HNetLM, texts: Sequence[str | bytes], *, bos: bool = True, batch_size: int = 16
+    model: HNetLM, texts: Sequence[str | bytes], *, bos: bool | None = None, batch_size: int = 16
 ) -> list[Score]:
     """Score every byte of every text.
 
-    bos: whether to prepend byte 254, as the official tokenizer and our training do. Texts of
-    similar length are batched, `batch_size` at a time. Raises ConfigError for bad arguments.
+    bos: whether to prepend byte 254; default: as the model was trained. Texts of similar length are
+    batched, `batch_size` at a time. Raises ConfigError for bad arguments.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size}: use 1 or more")
     graph, params = split(model)
     route_of = route_table(model.config.route_groups, "model.route_groups")
-    prefix = bytes([BOS_ID]) if bos else b""
+    prefix = bytes([BOS_ID]) if (model.bos if bos is None else bos) else b""
     fed = [prefix + encode(text) for text in texts]
     order = sorted(range(len(fed)), key=lambda i: len(fed[i]))
     scores: dict[int, Score] = {}

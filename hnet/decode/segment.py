@@ -27,12 +27,13 @@ def route_texts(params: Any, input_ids_BL, segment_ids_BL, route_ids_BL, *, grap
 
 
 def segmenter(
-    graph: nnx.GraphDef, model: HNetConfig, out_shardings: Any = None
+    graph: nnx.GraphDef, model: HNetConfig, out_shardings: Any = None, *, bos: bool
 ) -> Callable[..., list[Segmentation]]:
     """Return a function (params, texts, names, gold) -> segmentations; compiles once per shape.
 
-    Each text is a row of its own after a BOS. Each byte gets the name of its route, or of its
-    script if the model has only one route.
+    bos: whether each text is a row of its own after byte 254, as in training. Without it no byte
+    predicts the first one, and the segmentations have no surprisal. Each byte gets the name of
+    its route, or of its script if the model has only one route.
     """
     run = jax.jit(partial(route_texts, graph=graph), out_shardings=out_shardings)
     route_of = route_table(model.route_groups, "model.route_groups")
@@ -47,8 +48,9 @@ def segmenter(
         ids_BL = np.zeros((len(texts), length), np.int32)
         segment_ids_BL = np.zeros_like(ids_BL)
         for row, text in enumerate(texts):
-            ids_BL[row, : len(text) + 1] = [BOS_ID, *text]
-            segment_ids_BL[row, : len(text) + 1] = 1
+            fed = bytes([BOS_ID] * bos) + text
+            ids_BL[row, : len(fed)] = np.frombuffer(fed, np.uint8)
+            segment_ids_BL[row, : len(fed)] = 1
         script_ids_BL = script_ids_of_rows(ids_BL, segment_ids_BL)[0]
         route_ids_BL = route_of[script_ids_BL]
         named_BL, names_of = (
@@ -64,10 +66,10 @@ def segmenter(
                     text,
                     starts,
                     name=names[row] if names else "",
-                    prefix=in_front + 1,
-                    routes=[names_of[i] for i in named_BL[row, 1 : len(text) + 1]],
+                    prefix=in_front + bos,
+                    routes=[names_of[i] for i in named_BL[row, bos : len(text) + bos]],
                     gold=gold[row] if gold else None,
-                    nats=nats_BL[row, 1 : len(text) + 1],
+                    nats=nats_BL[row, 1 : len(text) + 1] if bos else None,
                 )
             )
         return found

@@ -16,6 +16,7 @@ from hnet.checkpoint.save import Checkpointer
 from hnet.checkpoint.step_folders import checkpoint_folder
 from hnet.checkpoint.verify import read_arrays
 from hnet.config import HNetConfig
+from hnet.data.config import DataConfig
 from hnet.errors import ConfigError
 from hnet.fields import to_json
 from hnet.interop.load import DType, beside, dtypes, load, shown
@@ -128,7 +129,8 @@ def _write_official(target: Path, config: HNetConfig, tensors: dict[str, np.ndar
 
 def _write_workdir(target: Path, model: HNetLM) -> None:
     """Write a work directory with the model as its checkpoint of step 0."""
-    config = Config(model=model.config, workdir=str(target))
+    data = DataConfig(bos_eos=model.bos)
+    config = Config(model=model.config, workdir=str(target), data=data)
     claim_workdir(config)
     _, params = split(model)
     with Checkpointer(target, CheckpointConfig(asynchronous=False)) as checkpointer:

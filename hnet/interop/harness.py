@@ -31,21 +31,23 @@ class HarnessModel(LM):
         self,
         checkpoint: HNetLM | str | os.PathLike,
         *,
-        bos: bool = True,
+        bos: bool | None = None,
         batch_size: int | str = 16,
         max_bytes: int = 256,
         max_batch_size: int | None = None,
         device: str | None = None,
     ):
         """checkpoint: a model in memory, or a path for `hnet.load`. batch_size: "auto" is 16.
-        max_bytes: maximum length of a continuation if the task sets no limit. max_batch_size and
-        device are ignored: the harness passes them to every model, and JAX chooses the device."""
+        bos: whether to prepend byte 254; default: as the model was trained. max_bytes: maximum
+        length of a continuation if the task sets no limit. max_batch_size and device are ignored:
+        the harness passes them to every model, and JAX chooses the device."""
         super().__init__()
         del max_batch_size, device
-        self.bos, self.max_bytes = bos, _count("max_bytes", max_bytes)
+        self.max_bytes = _count("max_bytes", max_bytes)
         self.batch_size = 16 if batch_size == "auto" else _count("batch_size", batch_size)
         self.model = checkpoint if isinstance(checkpoint, HNetLM) else load(checkpoint)
-        self.unscored = 0 if bos else 1  # without BOS the first byte is not predicted
+        self.bos = self.model.bos if bos is None else bos
+        self.unscored = 0 if self.bos else 1  # without BOS the first byte is not predicted
 
     def _score(self, texts: Sequence[bytes]):
         return logprobs(self.model, texts, bos=self.bos, batch_size=self.batch_size)

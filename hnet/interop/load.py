@@ -31,6 +31,7 @@ def load(
     config: str | os.PathLike | HNetConfig | None = None,
     dtype: DType | None = None,
     step: int | None = None,
+    bos: bool | None = None,
 ) -> HNetLM:
     """Load a trained model.
 
@@ -38,21 +39,26 @@ def load(
     configuration of a state dict, as an object or a path to its official JSON; default: `NAME.json`
     or `NAME_config.json` in the same folder. dtype: dtype of the matmuls and their weights
     (default: as configured; float32 for official files); parameters that need float32 keep it.
-    step: step of a work directory; default: the newest.
+    step: step of a work directory; default: the newest. bos: whether its texts begin with byte 254;
+    default: as the run was trained, True for official files, which do not say.
 
     Raises ConfigError for a missing, damaged or malicious file, or for another architecture.
     """
     if dtype not in (None, "float32", "bfloat16"):
         raise ConfigError(f"dtype={dtype!r}: use 'float32' or 'bfloat16'")
     if os.path.isdir(path) or "://" in os.fspath(path):
-        return _load_workdir(path, dtype, step)
+        model = _load_workdir(path, dtype, step)
+        model.bos = model.bos if bos is None else bos
+        return model
     file = TensorFile(path)
     if not isinstance(config, HNetConfig):
         config = HNetConfig.from_json(config or beside(file.path))
     check_fit(config, file.shapes)
     if dtype:
         config = replace(config, compute=replace(config.compute, dtype=dtype))
-    return assemble(config, file, progress=shown(str(path)), dtype_of=dtypes(dtype))
+    model = assemble(config, file, progress=shown(str(path)), dtype_of=dtypes(dtype))
+    model.bos = bos is not False
+    return model
 
 
 def beside(path: Path) -> Path:
@@ -86,8 +92,8 @@ def shown(what: str) -> Callable[[list], Iterable]:
 
 
 def _load_workdir(path: str | os.PathLike, dtype: DType | None, step: int | None) -> HNetLM:
-    config = read_config(path).model
-    config = replace(config, compute=without(config.compute))
+    trained = read_config(path)
+    config = replace(trained.model, compute=without(trained.model.compute))
     if dtype:
         config = replace(config, compute=replace(config.compute, dtype=dtype))
     graph, params = abstract(config)
@@ -95,4 +101,6 @@ def _load_workdir(path: str | os.PathLike, dtype: DType | None, step: int | None
         params = checkpointer.restore(params, step, only="params").state
     dtype_of = dtypes(dtype)
     cast = lambda keys, leaf: leaf.astype(dtype_of(tuple(key.key for key in keys)))
-    return nnx.merge(graph, jax.tree_util.tree_map_with_path(cast, params))
+    model = nnx.merge(graph, jax.tree_util.tree_map_with_path(cast, params))
+    model.bos = trained.data.bos_eos
+    return model

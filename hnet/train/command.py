@@ -17,6 +17,8 @@ from hnet.train.config import Config, MeshConfig
 from hnet.train.loop import Outcome, StopRun, train
 from hnet.train.sharding import replicated
 
+COMPRESSED_BYTES = 32 << 20  # held-out text up to this size is compressed for comparison
+PARAGRAPH_FROM = 1 << 20  # first bytes of held-out text, in which the longest paragraph is found
 PARAGRAPH_BYTES = 400  # bytes of the held-out paragraph printed with its boundaries
 
 
@@ -30,11 +32,10 @@ def pretrain(config: Config) -> int:
     outcome = train_to_end(config)
     if isinstance(outcome, int):
         return outcome
-    text = b"".join(outcome.corpus.heldout.texts())
-    if text:
-        paragraph = _cut_paragraph(config, outcome, text)  # on all hosts: it uses the mesh
+    if outcome.corpus.heldout.num_bytes:
+        paragraph = _cut_paragraph(config, outcome)  # on all hosts: it uses the mesh
         if host_id() == 0:
-            _conclude(outcome, text, time.monotonic() - began)
+            _conclude(outcome, time.monotonic() - began)
             print_segmentations(paragraph)
     return 0
 
@@ -56,24 +57,31 @@ def train_to_end(config: Config) -> Outcome | int:
     return outcome
 
 
-def _cut_paragraph(config: Config, outcome: Outcome, text: bytes) -> list[Segmentation]:
+def _cut_paragraph(config: Config, outcome: Outcome) -> list[Segmentation]:
     if not config.model.num_chunked:
         return []
+    text = b"".join(outcome.corpus.heldout.beginning(PARAGRAPH_FROM))
     paragraph = max(text.split(b"\n\n"), key=len)[:PARAGRAPH_BYTES]
-    segment = segmenter(outcome.program.graph, config.model, replicated(outcome.program.mesh))
+    segment = segmenter(
+        outcome.program.graph, config.model, replicated(outcome.program.mesh),
+        bos=config.data.bos_eos,
+    )  # fmt: skip
     return segment(outcome.state.params, [paragraph], ["held-out paragraph"])
 
 
-def _conclude(outcome: Outcome, text: bytes, seconds: float) -> None:
+def _conclude(outcome: Outcome, seconds: float) -> None:
     """Print held-out bits per byte and those of general-purpose compressors on the same bytes."""
-    print(f"\nheld-out text: {len(text):,} bytes; this start took {seconds:.0f} s")
-    sizes = {
-        "gzip -9": len(gzip.compress(text, 9)),
-        "bz2 -9": len(bz2.compress(text, 9)),
-        "xz -9": len(lzma.compress(text, preset=9)),
-    }
+    heldout = outcome.corpus.heldout
+    print(f"\nheld-out text: {heldout.num_bytes:,} bytes; this start took {seconds:.0f} s")
     rows = {"this model": outcome.evaluation.bpb}
-    rows |= {name: 8 * size / len(text) for name, size in sizes.items()}
+    if heldout.num_bytes <= COMPRESSED_BYTES:
+        text = b"".join(heldout.texts())
+        sizes = {
+            "gzip -9": len(gzip.compress(text, 9)),
+            "bz2 -9": len(bz2.compress(text, 9)),
+            "xz -9": len(lzma.compress(text, preset=9)),
+        }
+        rows |= {name: 8 * size / len(text) for name, size in sizes.items()}
     for name, bpb in rows.items():
         print(f"  {name:<12}{bpb:7.3f} bits per byte")
     print()

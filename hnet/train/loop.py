@@ -160,7 +160,9 @@ def _loop(
         if not ladder.has_unit_of(position.ladder):
             position.new_counts = ()
         ladder = ladder.with_json(position.ladder)
-    segment = segmenter(program.graph, config.model, replicated(program.mesh))
+    segment = segmenter(
+        program.graph, config.model, replicated(program.mesh), bos=config.data.bos_eos
+    )
     inflight: InFlight | None = None
     while True:
         row, evaluation, last = None, None, done == config.train.steps

@@ -173,3 +173,15 @@ def test_bad_corpora(tmp_path, monkeypatch, contents, settings, message):
 def test_bad_settings(settings):
     with pytest.raises(ConfigError, match=f"data.{next(iter(settings))}="):
         DataConfig(**settings)
+
+
+def test_the_first_documents_up_to_a_number_of_bytes(tmp_path):
+    texts = {"a": "abc", "b": "dé", "c": "xyz"}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    part = open_part((f"{tmp_path}/*",))
+    found = {most: b"".join(part.beginning(most)).decode() for most in range(10)}
+    whole = "abcdéxyz"
+    assert [found[m] for m in (0, 3, 4, 5, 6, 7, 9)] == [
+        "", "abc", "abcd", "abcd", "abcdé", "abcdéx", whole
+    ]  # fmt: skip

@@ -79,7 +79,7 @@ def routed():
 def test_each_byte_is_cut_by_the_router_of_its_script(routed, monkeypatch):
     monkeypatch.setattr(jax, "jit", quick_jit)
     model, graph, params = routed
-    found = segmenter(graph, model)(params, [MIXED.encode(), LATIN.encode()], ["a", "b"])
+    found = segmenter(graph, model, bos=True)(params, [MIXED.encode(), LATIN.encode()], ["a", "b"])
     text = MIXED.encode()
     zhe, latin_again = text.index("Ж".encode()) + 1, text.index(b"ok")
     assert found[0].routes == ((0, "default"), (zhe, "Han+Cyrillic"), (latin_again, "default"))
@@ -93,7 +93,7 @@ def test_a_model_without_routes_names_scripts_and_cuts_in_batches_as_alone(monke
     monkeypatch.setattr(jax, "jit", quick_jit)
     model = network(stage("t1 t1", 26), stage("t1", 26))
     graph, params = random_params(model)
-    segment = segmenter(graph, model)
+    segment = segmenter(graph, model, bos=True)
     texts = [MIXED.encode(), b"", *(LATIN.encode() * 2)[::3].split(b" "), LATIN.encode()] * 7
     found = segment_all(segment, params, texts)
     assert [seg.data for seg in found] == texts
@@ -126,4 +126,4 @@ def test_long_texts_run_in_smaller_batches():
 def test_routes_of_unknown_scripts_are_refused(routed):
     model, graph, _ = routed
     with pytest.raises(ConfigError, match="model.route_groups.0"):
-        segmenter(graph, replace(model, route_groups=(("Klingon",),)))
+        segmenter(graph, replace(model, route_groups=(("Klingon",),)), bos=True)

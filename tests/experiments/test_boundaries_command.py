@@ -32,7 +32,7 @@ def cut(model):
     graph, params = split(model)
     with pytest.MonkeyPatch.context() as m:
         m.setattr(jax, "jit", quick_jit)
-        segment = segmenter(graph, model.config)
+        segment = segmenter(graph, model.config, bos=True)
     return lambda text: segment_all(segment, params, [text])[0]
 
 
@@ -43,7 +43,7 @@ def report_of(model, monkeypatch, capsys, *argv):
     with monkeypatch.context() as m:
         m.setattr(jax, "jit", quick_jit)
         m.setattr(score, "_score", quick_score)
-        m.setattr(boundaries, "load", lambda path: model)
+        m.setattr(boundaries, "load", lambda path, **_: model)
         m.setattr(sys, "argv", ["boundaries", "--checkpoint", "none", *map(str, argv)])
         boundaries.main()
     return capsys.readouterr().out

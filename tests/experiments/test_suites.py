@@ -593,8 +593,8 @@ def test_every_report_is_tables_and_json(monkeypatch, capsys):
     monkeypatch.setattr(command, "ModelScorer", lambda model, **how: made.update(how) or UNIFORM)
     parallel = {"a": [b"one", b"two"], "b": [b"ein", b"zwei"]}
     settings = replace(SETTINGS, items=2, shots=1, parallel=parallel)
-    reports = command.run_suites(None, list(SUITES), settings, bos=True, batch_size=8)
-    assert list(reports) == list(SUITES) and made["bos"] and made["batch_size"] == 8
+    reports = command.run_suites(None, list(SUITES), settings, batch_size=8)
+    assert list(reports) == list(SUITES) and made["batch_size"] == 8
     assert json.loads(json.dumps(reports, allow_nan=False)) == reports
     command.print_reports(reports)
     printed = capsys.readouterr().out

@@ -14,6 +14,7 @@ from hnet.runtime.compile_cache import enable_compilation_cache
 from hnet.runtime.cpu import one_device_a_core
 from hnet.runtime.distributed import REQUEUE_EXIT_CODE, StopRequest, host_id, initialize, num_hosts
 from hnet.train.config import Config, MeshConfig
+from hnet.train.first_lines import last_lines
 from hnet.train.loop import Outcome, StopRun, train
 from hnet.train.sharding import replicated
 
@@ -37,6 +38,8 @@ def pretrain(config: Config) -> int:
         if host_id() == 0:
             _conclude(outcome, time.monotonic() - began)
             print_segmentations(paragraph)
+    if host_id() == 0:
+        print(*last_lines(config), sep="\n")
     return 0
 
 

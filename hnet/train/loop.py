@@ -19,6 +19,7 @@ from hnet.runtime import distributed
 from hnet.train.capacity import Ladder
 from hnet.train.config import Config
 from hnet.train.evaluate import Evaluation
+from hnet.train.first_lines import first_lines
 from hnet.train.program import Change, Program, build, put_batch, run_evaluation
 from hnet.train.report import Report, Start
 from hnet.train.settle import settle
@@ -135,7 +136,8 @@ def train(
             ),
         )
         stack.enter_context(report)
-        for line in (*lines, program.kernels):
+        opening = first_lines(config, corpus, program, start.step)
+        for line in (*lines, *opening):
             report.say(line)
         watchdog = stack.enter_context(Watchdog(config.workdir, config.watchdog))
         session = Session(config, corpus, program, checkpoints, report, watchdog, stop)

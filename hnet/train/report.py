@@ -19,6 +19,7 @@ from hnet.fields import to_json
 from hnet.inspect.writer import RunWriter
 from hnet.loss import PROB_BINS, bits_per_byte
 from hnet.runtime import distributed
+from hnet.runtime.compile_cache import CompilationLog
 from hnet.train.alarms import BoundaryAlarms
 from hnet.train.config import Config, ProfileConfig
 from hnet.train.evaluate import Evaluation
@@ -65,8 +66,6 @@ class Report:
             self.__exit__()
             raise
         self._start(self.start)
-        if self.start.step:
-            self.say(f"resuming at step {self.start.step}")
         return self
 
     def _open(self) -> None:
@@ -117,6 +116,7 @@ class Report:
         Returns its new boundary alarms, one line per alarm.
         """
         metrics = row.pop("metrics")
+        self.line.first_step(row["step"])
         step, is_logged = row["step"], row["step"] == 1 or "eval/bpb" in row
         alarms = self._watch_boundaries(step, metrics)
         if is_logged or step % self.config.train.log_every == 0:
@@ -249,8 +249,10 @@ class LiveLine:
 
     def __init__(self, total: int, start: int, *, enabled: bool = True, seconds: float = 10.0):
         self.console = Console(quiet=not enabled, highlight=False)
-        self.total, self.start, self.seconds = total, start, seconds
-        self.began = self.printed = time.monotonic()
+        self.total, self.seconds = total, seconds
+        self.printed, self.compilations = time.monotonic(), CompilationLog()
+        self.is_first = True
+        self._from(start)
         self.bar = None
         if enabled and self.console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
@@ -263,9 +265,16 @@ class LiveLine:
 
     def restart(self, step: int) -> None:
         """Measure the pace, and so the time left, from this step on."""
-        self.start, self.began = step, time.monotonic()
+        self._from(step)
         if self.bar:
             self.bar.update(self.task, completed=step)
+
+    def first_step(self, step: int) -> None:
+        """Note that a step has ended: the first one compiled, so the pace is that of the others."""
+        if self.is_first:
+            self.say(f"compiled in {time.monotonic() - self.began:.0f} s")
+            self.restart(step)
+            self.is_first = False
 
     def show(self, row: dict[str, Any]) -> None:
         chunks, s = [], 0
@@ -279,12 +288,26 @@ class LiveLine:
             self.bar.update(self.task, completed=row["step"], description=text)
         elif now - self.printed > self.seconds or row["step"] == self.total:
             self.printed = now
-            pace = (now - self.began) / max(row["step"] - self.start, 1)
-            self.say(f"{text}  {_duration(pace * (self.total - row['step']))} left")
+            self.say(text + self._left(row["step"], now))
 
     def close(self) -> None:
+        self.compilations.close()
         if self.bar:
             self.bar.stop()
+
+    def _from(self, step: int) -> None:
+        self.start, self.began, self.compiled = step, time.monotonic(), self._compiled()
+
+    def _compiled(self) -> float:
+        """Seconds of compilation so far; JAX compiles in several threads, so at most."""
+        return sum(entry.seconds for entry in self.compilations.entries)
+
+    def _left(self, step: int, now: float) -> str:
+        """Time left, from the steps since the first one and without compilation."""
+        if step == self.start:
+            return ""
+        spent = max(now - self.began - (self._compiled() - self.compiled), 0.0)
+        return f"  {_duration(spent / (step - self.start) * (self.total - step))} left"
 
 
 def _duration(seconds: float) -> str:

@@ -14,10 +14,13 @@ from hnet.data import open_corpus
 from hnet.errors import ConfigError
 from hnet.inspect.index import SegmentationIndex
 from hnet.inspect.segmentation import Segmentation
+from hnet.runtime.compile_cache import Compilation
 from hnet.train import report
 from hnet.train.config import ProfileConfig, TrainConfig
+from hnet.train.first_lines import first_lines, last_lines
 from hnet.train.metrics_file import read_metrics
-from hnet.train.report import Report, Start, Trace
+from hnet.train.program import build
+from hnet.train.report import LiveLine, Report, Start, Trace
 from tests.training import tiny_run
 
 
@@ -196,3 +199,40 @@ def test_a_profile_beside_an_idle_libtpu_is_refused(
 def test_other_windows_are_refused(steps):
     with pytest.raises(ConfigError, match="FIRST:LAST"):
         ProfileConfig(steps)
+
+
+def test_the_time_left_counts_neither_the_first_step_nor_compilation(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(report, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    line = LiveLine(10, 2, seconds=0.0)
+    row = {"train/bpb": 2.0, "bytes_per_sec": 1.0}
+
+    def step_at(seconds, step):
+        now[0] = seconds
+        line.first_step(step)
+        line.show(row | {"step": step})
+
+    step_at(150.0, 3)  # 50 s with compilation
+    step_at(154.0, 5)  # 2 s per step
+    line.compilations.entries.append(Compilation("evaluation", False, 30.0))
+    step_at(190.0, 8)  # 30 of 36 s are compilation
+    line.close()
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "compiled in 50 s" and said[1].startswith("step 3/10")
+    assert "left" not in said[1]
+    assert said[2].endswith("  0:10 left") and said[3].endswith("  0:04 left")
+    assert len(said) == 4
+
+
+def test_first_lines_say_what_the_run_is_and_last_ones_what_can_be_done(tmp_path):
+    config = tiny_run(str(tmp_path / "a b"), train=TrainConfig(steps=24))
+    program, corpus = build(config), open_corpus(config.data)
+    found = dict(line.split(maxsplit=1) for line in first_lines(config, corpus, program, 7)[:6])
+    leaves = jax.tree.leaves(program.init().params)
+    assert found["workdir"] == f"{tmp_path}/a b (resuming at step 7)"
+    assert found["model"].startswith(f"{sum(leaf.size for leaf in leaves):,} parameters, [")
+    assert found["devices"].startswith("8 x cpu (data 8)")
+    total = corpus.train.num_bytes, corpus.heldout.num_bytes
+    assert found["data"] == f"{total[0]:,} bytes in 1 file, {total[1]:,} bytes held out"
+    assert found["look"] == f"tensorboard --logdir {tmp_path}"
+    assert f"--checkpoint '{tmp_path}/a b'" in last_lines(config)[2]

@@ -1,11 +1,24 @@
-"""Strict numerics for every test: no silent promotion of rank or dtype, eight CPU devices."""
+"""Strict numerics for every test: no silent promotion of rank or dtype, eight CPU devices.
 
+All processes of a test session share one persistent compilation cache, so that both workers and the
+commands that tests start compile a program once. The process that pytest starts in makes its folder
+and removes it; the others inherit its path in their environment.
+"""
+
+import math
 import os
+import shutil
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+OWN_CACHE = None
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    OWN_CACHE = tempfile.mkdtemp(prefix="hnet-tests-xla-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = OWN_CACHE
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.03")
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
@@ -18,14 +31,44 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 hypothesis.settings.register_profile("hnet", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("hnet")
 
+CACHE_SETTINGS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+SESSION = {name: getattr(jax.config, name) for name in CACHE_SETTINGS}
+
+
+def pytest_unconfigure():
+    if OWN_CACHE:
+        shutil.rmtree(OWN_CACHE, ignore_errors=True)
+
 
 @pytest.fixture(autouse=True)
-def no_compilation_cache_of_another_test():
-    """Commands that a test calls turn the cache on; executables of other devices are in it."""
+def the_compilation_cache_of_the_session():
+    """Commands that a test calls may turn on another cache, and set what is kept in it."""
     yield
-    if jax.config.jax_compilation_cache_dir is not None:
-        jax.config.update("jax_compilation_cache_dir", None)
+    if any(getattr(jax.config, name) != value for name, value in SESSION.items()):
+        for name, value in SESSION.items():
+            jax.config.update(name, value)
         compilation_cache.reset_cache()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def runs_use_the_devices_they_name():
+    """A run uses as many devices as the axes of its mesh that are not -1 need: one by default.
+
+    A program for eight emulated devices takes twice as long to compile as one for one device. Tests
+    of sharding set the mesh, or pass `devices`.
+    """
+    from hnet.train import program
+    from hnet.train.sharding import make_mesh
+
+    def small_mesh(config, devices=None):
+        if devices is None:
+            axes = (config.data, config.fsdp, config.tensor)
+            devices = jax.devices()[: math.prod(n for n in axes if n != -1)]
+        return make_mesh(config, devices)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "make_mesh", small_mesh)
+        yield
 
 
 @pytest.fixture(scope="module")

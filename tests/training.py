@@ -2,21 +2,40 @@
 
 import json
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 
 from hnet.config import ChunkingConfig, ComputeConfig, HNetConfig, SSMConfig, StageConfig
 from hnet.data import DataConfig
+from hnet.decode.segment import segmenter
 from hnet.runtime.distributed import StopRequest
 from hnet.train import loop
 from hnet.train.config import CheckpointConfig, Config, EvalConfig, OptimConfig, TrainConfig
 from hnet.train.loop import Outcome
+from hnet.train.program import Program
 from hnet.train.program import build as build_program
 from tests.networks import QUICK
 
 build = partial(build_program, compiler_options=QUICK)
+_programs: dict[str, Program] = {}
+
+
+def build_once(config: Config, devices=None, change=None) -> Program:
+    """`build`, once per process for configurations that differ only in the work directory."""
+    if change:
+        return build(config, devices=devices, change=change)
+    key = f"{replace(config, workdir='')} {devices}"
+    if key not in _programs:
+        _programs[key] = build(config, devices=devices)
+    return _programs[key]
+
+
+@cache
+def segmenter_once(*args):
+    return segmenter(*args)
+
 
 TINY = HNetConfig(
     (
@@ -44,7 +63,8 @@ def tiny_run(workdir: Path, **changes) -> Config:
 
 def run(config: Config, stop=None, devices=None) -> Outcome:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "build", partial(build, devices=devices))
+        patch.setattr(loop, "build", partial(build_once, devices=devices))
+        patch.setattr(loop, "segmenter", segmenter_once)
         if stop:
             return loop.train(config, stop)
         with StopRequest() as stop:

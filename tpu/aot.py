@@ -1,5 +1,6 @@
 """Compiles the training step on a CPU, for a slice that is not present."""
 
+import contextlib
 import json
 import math
 import os
@@ -9,12 +10,14 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.compilation_cache import compilation_cache
 
 from hnet.fields import to_json
 from hnet.flops import stage_lengths
@@ -118,9 +121,26 @@ def _lower(
 
 def _compiled(lowered: jax.stages.Lowered) -> float:
     """Bytes of HBM that the compiled step needs per device, including its code."""
-    m = lowered.compile().memory_analysis()
+    with _without_cache():
+        m = lowered.compile().memory_analysis()
     size = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
     return size + m.temp_size_in_bytes + m.generated_code_size_in_bytes
+
+
+@contextlib.contextmanager
+def _without_cache() -> Iterator[None]:
+    """Turn the compilation cache off: JAX cannot load a program of a device that is not present."""
+    before = jax.config.jax_enable_compilation_cache
+    try:
+        _set_cache(False)
+        yield
+    finally:
+        _set_cache(before)
+
+
+def _set_cache(is_enabled: bool) -> None:
+    jax.config.update("jax_enable_compilation_cache", is_enabled)
+    compilation_cache.reset_cache()  # JAX reads the setting once
 
 
 # Last dump of the compiler before machine code, which takes most of the time.

@@ -75,9 +75,7 @@ def whole(configs, tmp_path_factory):
 
 def alone(config):
     """A plain loop over one run on one device."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", partial(lambda devices: devices, jax.devices()[:1]))
-        program = build(config)
+    program = build(config)
     corpus, state = open_corpus(config.data), program.init()
     with train_batches(corpus, config.data, seed=config.seed) as batches:
         for _ in range(STEPS):

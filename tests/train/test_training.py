@@ -271,9 +271,7 @@ def one_step(config, batch, capacities=(24,)):
 def single(tmp_path_factory):
     """Result of one step on one device."""
     config = tiny_run(tmp_path_factory.mktemp("single"), mesh=MeshConfig(data=1))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", partial(lambda devices: devices, jax.devices()[:1]))
-        return one_step(config, batch_of())
+    return one_step(config, batch_of())
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(8), MeshConfig(2, 4), MeshConfig(2, 2, 2)])

@@ -3,12 +3,10 @@
 import json
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
-import pytest
 
 from hnet.data import open_corpus
 from hnet.fields import to_json
@@ -18,13 +16,6 @@ from tpu.emulate import Emulation
 ROOT = Path(__file__).parents[2]
 QUICK_FLAGS = "--xla_backend_optimization_level=0"
 BOUND = 200  # seconds, far more than the emulated run takes on an idle machine
-
-
-def four_devices_run(config):
-    """Train in this process, on four of its devices."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", partial(lambda devices: devices, jax.devices()[:4]))
-        return run(config)
 
 
 def assert_same_run(table, expected):
@@ -42,7 +33,7 @@ def test_two_hosts_train_the_run_of_one_which_goes_on_with_it(tmp_path):
     config = tiny_run(tmp_path / "one")
     files = ("synthetic:latin", "synthetic:greek:3000")
     config = replace(config, data=replace(config.data, files=files, weights=(0.7, 0.3)))
-    four_devices_run(config)
+    run(config, devices=jax.devices()[:4])
     whole = rows(config)
 
     hosts_config = replace(config, workdir=str(tmp_path / "two"))
@@ -66,5 +57,5 @@ def test_two_hosts_train_the_run_of_one_which_goes_on_with_it(tmp_path):
 
     # Another number of processes resumes from the checkpoint of two at step 4.
     (tmp_path / "two" / "checkpoints" / "8" / "manifest.json").unlink()
-    four_devices_run(hosts_config)
+    run(hosts_config, devices=jax.devices()[:4])
     assert_same_run(rows(hosts_config), whole)

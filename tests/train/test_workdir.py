@@ -204,7 +204,7 @@ def test_hosts_compare_what_they_read(tmp_path, named, monkeypatch):
 REFUSED = {
     "accumulate": dict(train=TrainConfig(steps=4, accumulate=3)),
     "mesh": dict(mesh=MeshConfig(data=3)),
-    "rows": dict(data=replace(tiny_run(Path()).data, batch_size=5)),
+    "rows": dict(data=replace(tiny_run(Path()).data, batch_size=5), mesh=MeshConfig(data=8)),
     "probe_files": dict(eval=replace(tiny_run(Path()).eval, probe_files=("/nowhere/*.jsonl",))),
     "files": dict(data=replace(tiny_run(Path()).data, files=("/nowhere/*.txt",))),
     "share": dict(data=replace(tiny_run(Path()).data, files=("synthetic:latin", "synthetic:greek"),

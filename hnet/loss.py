@@ -31,6 +31,21 @@ def trained_targets(batch: Mapping[str, jax.Array]) -> jax.Array:
     return batch["loss_mask"] | (predicted_BL & (batch["input_ids"] == EOS_ID))
 
 
+def targets_kept(
+    config: HNetConfig, records: list[Boundaries], batch: Mapping[str, jax.Array]
+) -> jax.Array:
+    """`trained_targets`; with overflow="ignore" without those after a clipped boundary.
+
+    A clipped boundary at t is the first that a row lacks when it predicts the byte at t + 1.
+    """
+    targets_BL = trained_targets(batch)
+    if not records or config.stages[0].chunking.overflow == "train":
+        return targets_BL
+    clipped_BL = (records[0].boundary_ste_BL > 0.5) & ~records[0].boundary_mask_BL
+    before_BL = jnp.pad(clipped_BL[:, :-1], ((0, 0), (1, 0)))
+    return targets_BL & ~jax.lax.cummax(before_BL.astype(jnp.int8), axis=1).astype(bool)
+
+
 def scored_bytes(batch: Mapping[str, jax.Array]) -> jax.Array:
     """Number of source bytes under the loss mask: one per position, or those of its token."""
     bytes_BL = batch.get("byte_lengths", 1)
@@ -54,7 +69,7 @@ class Totals(NamedTuple):
 def totals_of(
     config: HNetConfig, records: list[Boundaries], batch: Mapping[str, jax.Array]
 ) -> Totals:
-    targets = jnp.sum(trained_targets(batch), dtype=jnp.float32)
+    targets = jnp.sum(targets_kept(config, records, batch), dtype=jnp.float32)
     routes = tuple(stage.chunking.routes for stage in config.stages[:-1])
     return Totals(targets, counts_by_stage(records, routes) if records else None)
 
@@ -104,7 +119,7 @@ def total_loss(
     whole = own if whole is None else whole
     states = init_loss_states(config) if states is None else states
     nll_BL = next_byte_nll(logits_BLV, batch["input_ids"])
-    nats = jnp.sum(jnp.where(trained_targets(batch), nll_BL, 0.0))
+    nats = jnp.sum(jnp.where(targets_kept(config, records, batch), nll_BL, 0.0))
     loss = ce = nats / jnp.maximum(whole.targets, 1.0)
     sums = {
         "loss/ce": ce,

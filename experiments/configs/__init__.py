@@ -11,7 +11,7 @@ of `FACTS` that begins with its name and a colon:
 
     Paper: arXiv 2407.08818
     Fidelity: what is as in the paper's code, what differs and why
-    Test: tests/test_family.py, the numbers that it is compared with
+    Test: tests/chunking/test_family.py, the numbers that it is compared with
 
 `python -m experiments.configs` prints SYSTEMS.md, the table of these facts beside the parts of each
 configuration; after a change: `python -m experiments.configs > experiments/configs/SYSTEMS.md`.

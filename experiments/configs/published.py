@@ -24,7 +24,7 @@ def config_1stage_L() -> Config:
     Paper: arXiv 2507.07955
     Fidelity: network, schedule and multipliers as published; betas, weight decay and clipping are
     not published
-    Test: tests/test_interop_official.py, tests/test_parity.py
+    Test: tests/interop/test_official.py, tests/interop/test_parity.py
     """
     return _published("1stage_L", 6.25e-4)
 
@@ -35,7 +35,7 @@ def config_1stage_XL() -> Config:
     Paper: arXiv 2507.07955
     Fidelity: network, schedule and multipliers as published; betas, weight decay and clipping are
     not published
-    Test: tests/test_interop_official.py, tests/test_parity.py
+    Test: tests/interop/test_official.py, tests/interop/test_parity.py
     """
     return _published("1stage_XL", 5e-4)
 
@@ -46,7 +46,7 @@ def config_2stage_L() -> Config:
     Paper: arXiv 2507.07955
     Fidelity: network, schedule and multipliers as published; betas, weight decay and clipping are
     not published
-    Test: tests/test_interop_official.py, tests/test_parity.py
+    Test: tests/interop/test_official.py, tests/interop/test_parity.py
     """
     return _published("2stage_L", 6.25e-4)
 
@@ -57,7 +57,7 @@ def config_2stage_XL() -> Config:
     Paper: arXiv 2507.07955
     Fidelity: network, schedule and multipliers as published; betas, weight decay and clipping are
     not published
-    Test: tests/test_interop_official.py, tests/test_parity.py
+    Test: tests/interop/test_official.py, tests/interop/test_parity.py
     """
     return _published("2stage_XL", 5e-4)
 
@@ -68,7 +68,7 @@ def config_2stage_XL_chinese() -> Config:
     Paper: arXiv 2507.07955
     Fidelity: network, schedule and multipliers as published; betas, weight decay and clipping are
     not published
-    Test: tests/test_interop_official.py, tests/test_parity.py
+    Test: tests/interop/test_official.py, tests/interop/test_parity.py
     """
     return _published("2stage_XL_chinese", 5e-4)
 
@@ -79,7 +79,7 @@ def config_2stage_XL_code() -> Config:
     Paper: arXiv 2507.07955
     Fidelity: network, schedule and multipliers as published; betas, weight decay and clipping are
     not published
-    Test: tests/test_interop_official.py, tests/test_parity.py
+    Test: tests/interop/test_official.py, tests/interop/test_parity.py
     """
     return _published("2stage_XL_code", 5e-4)
 

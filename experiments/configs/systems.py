@@ -43,7 +43,7 @@ def hnet() -> HNetConfig:
 
     Paper: arXiv 2507.07955
     Fidelity: as in goombalab/hnet; the rate loss is averaged over valid bytes
-    Test: tests/test_parity.py: all outputs and gradients of the official model
+    Test: tests/interop/test_parity.py: all outputs and gradients of the official model
     """
     return with_chunking(default.config().model, target_ratio=6.0)
 
@@ -73,10 +73,10 @@ def spacebyte() -> HNetConfig:
 
     Paper: arXiv 2404.14408
     Fidelity: boundaries and insertion as in kjslag/spacebyte if BOS begins a document; a wider
-    stage is padded behind, not in front; rotary positions; losses behind an overflow are kept
-    Test: tests/test_family.py: boundaries, gather, insertion, overflow, gradients
+    stage is padded behind, not in front; rotary positions
+    Test: tests/chunking/test_family.py: boundaries, gather, insertion, overflow, gradients
     """
-    return with_chunking(hnet_space(), dechunk="at_boundaries", residual="add")
+    return with_chunking(hnet_space(), dechunk="at_boundaries", residual="add", overflow="ignore")
 
 
 def dtp_gumbel() -> HNetConfig:
@@ -85,7 +85,7 @@ def dtp_gumbel() -> HNetConfig:
     Paper: arXiv 2211.09761
     Fidelity: chunking as in PiotrNawrot/dynamic-pooling; pre-norm blocks, no norm after the
     pool
-    Test: tests/test_family.py: predictor, pool, upsampling, loss and their gradients
+    Test: tests/chunking/test_family.py: predictor, pool, upsampling, loss and their gradients
     """
     return with_chunking(
         hnet(), target_ratio=5.0, predictor="mlp", alignment="end", pool="mean", dechunk="repeat",
@@ -98,7 +98,7 @@ def dtp_entropy() -> HNetConfig:
 
     Paper: arXiv 2211.09761
     Fidelity: chunking as in its code: the loss takes the sigmoid of p itself
-    Test: tests/test_family.py: predictor, spikes, pool, loss and their gradients
+    Test: tests/chunking/test_family.py: predictor, spikes, pool, loss and their gradients
     """
     return with_chunking(
         dtp_gumbel(),
@@ -113,7 +113,7 @@ def dtp_unigram() -> Config:
     Paper: arXiv 2211.09761
     Fidelity: chunking as in its code: the loss takes the sigmoid of p itself; the unigram model is
     trained on the text of the run, and cuts in the first word of a row are not shifted
-    Test: tests/test_family.py: labels, predictor, pool, loss and their gradients
+    Test: tests/chunking/test_family.py: labels, predictor, pool, loss and their gradients
     """
     base, loss = default.config(), BCE.Config(labels="given", reference_double_sigmoid=True)
     return replace(
@@ -128,7 +128,7 @@ def dtp_whitespace() -> HNetConfig:
 
     Paper: arXiv 2211.09761
     Fidelity: chunking as in its code
-    Test: tests/test_family.py: boundaries, pool and gradients
+    Test: tests/chunking/test_family.py: boundaries, pool and gradients
     """
     return with_chunking(dtp_gumbel(), predictor="whitespace", losses=())
 
@@ -138,7 +138,7 @@ def dtp_fixed() -> HNetConfig:
 
     Paper: arXiv 2211.09761
     Fidelity: chunking as in its code
-    Test: tests/test_family.py: boundaries, pool and gradients
+    Test: tests/chunking/test_family.py: boundaries, pool and gradients
     """
     return with_chunking(dtp_whitespace(), predictor="fixed", target_ratio=4.0)
 
@@ -149,7 +149,7 @@ def magnet() -> HNetConfig:
     Paper: arXiv 2407.08818
     Fidelity: chunking as in pretraining by its code; a position has the script of its text so
     far, there the first token of a row decides
-    Test: tests/test_family.py: predictors by script, pool, loss and their gradients
+    Test: tests/chunking/test_family.py: predictors by script, pool, loss and their gradients
     """
     base = replace(dtp_gumbel(), route_groups=(("Latin",), ("Cyrillic",), INDIC))
     ratios = (5.0, 5.0, 10.0, 12.5)  # the first is for all other scripts
@@ -163,7 +163,7 @@ def flexitokens() -> HNetConfig:
 
     Paper: arXiv 2507.12720
     Fidelity: chunking as in owos/flexitokens, band 1/N - 3 sigma to 1/N of each script
-    Test: tests/test_family.py: boundaries, hinge and its gradients
+    Test: tests/chunking/test_family.py: boundaries, hinge and its gradients
     """
     rates = (0.333, 0.333, 0.17, 0.127)  # of English, Russian and Ukrainian, Hindi and Telugu
     sigmas = (0.023, 0.023, 0.0115, 0.0085)  # of the shipped rates: the band is 3 sigma wide

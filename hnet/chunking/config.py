@@ -57,6 +57,9 @@ class ChunkingConfig:
     one; 0 = no limit"""
     losses: tuple[LossConfig, ...] = (Ratio.Config(),)
     """losses of this stage in addition to cross-entropy, each with its weight"""
+    overflow: Literal["train", "ignore"] = "train"
+    """cross-entropy of what follows the first boundary of a row that the capacity clipped: trained
+    like the rest, or left out (stage 0 only)"""
     hold_rate: bool = False
     """rate control in training: hold the boundary rate of each route at 1/N with an offset on the
     logit of p that is part of the model (`hnet.chunking.controller`)"""
@@ -191,6 +194,11 @@ class ChunkingConfig:
         if labels and stage_idx:
             return (
                 f"losses={labels!r} in stage {stage_idx}: labels are for bytes, use it in stage 0"
+            )
+        if self.overflow == "ignore" and stage_idx:
+            return (
+                f"overflow='ignore' in stage {stage_idx}: cross-entropy is of bytes, use it in "
+                "stage 0"
             )
         if self.hold_rate and (labels or not predictor.is_learned):
             return (

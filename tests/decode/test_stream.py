@@ -52,7 +52,12 @@ def shrunk(config: HNetConfig) -> HNetConfig:
     return replace(config, stages=tuple(stages), ssm=ssm, compute=COMPUTE)
 
 
-UNSEEN = ("target_ratio", "losses", "route_target_ratios")  # chunking fields used in training only
+UNSEEN = (
+    "target_ratio",
+    "losses",
+    "route_target_ratios",
+    "overflow",
+)  # chunking fields used in training only
 
 
 def repository() -> dict[str, HNetConfig]:

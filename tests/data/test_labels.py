@@ -5,14 +5,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from data_helpers import make_documents
-from golden_data import FOLDER
 
 from hnet.data import DataConfig, open_corpus, train_batches
 from hnet.data.identity import inputs
 from hnet.data.labels import Cuts, RowLabels, unigram
 from hnet.data.packing import Stream
 from hnet.errors import ConfigError
+from tests.data_helpers import make_documents
+from tests.golden_data import FOLDER
 
 
 class Pieces:

@@ -1,0 +1,477 @@
+"""Chunking systems against the numbers of their own code (tests/golden/family).
+
+Tolerances (tests/golden/README.md): values 2e-5, gradients 1e-4 of an array's largest
+value, masks exact. Networks are compared at the stage that chunks: encoder states and gradients
+that come from the decoder and the main network are given. States are stored time first (L, B, D).
+"""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from experiments.configs import base_config
+from hnet.chunking.config import ChunkingConfig
+from hnet.chunking.losses.bce import entropy_spikes
+from hnet.chunking.losses.hinge import hinge
+from hnet.chunking.part import LossInputs
+from hnet.chunking.predictors.mlp import MLP
+from hnet.chunking.rates import rate_counts
+from hnet.config import HNetConfig, StageConfig
+from hnet.loss import targets_kept
+from hnet.model import abstract
+from hnet.nn.context import Context
+from tests.golden_data import load, part, relative_error
+from tests.networks import drawn, quick_jit
+
+VALUE, GRADIENT = 2e-5, 1e-4
+
+
+def batch_first(array):
+    return np.ascontiguousarray(np.moveaxis(array, 0, 1))
+
+
+def agree(ours, theirs, tolerance=VALUE):
+    assert relative_error(ours, theirs) < tolerance
+
+
+def gradients_agree(ours, theirs):
+    agree(ours, theirs, GRADIENT)
+
+
+def chunking_of(name, **fields) -> ChunkingConfig:
+    return replace(base_config(name).model.stages[0].chunking, **fields)
+
+
+def config_of(chunking: ChunkingConfig, d_model: int) -> HNetConfig:
+    stages = (
+        StageConfig(("p1", "p1"), d_model, chunking=chunking),
+        StageConfig(("p1",), d_model),
+    )
+    return HNetConfig(stages, mixers=(("p", "tests.parts.cheap:Previous"),))
+
+
+def chunking_stage(chunking: ChunkingConfig, d_model: int):
+    """(structure, parameters) of a stage with these parts, around a network that is not used."""
+    graph, shapes = abstract(config_of(chunking, d_model))
+    return nnx.split(nnx.merge(graph, drawn(shapes, 0)).backbone)
+
+
+def predictor_params(found, prefix) -> dict:
+    """Parameters of our MLP from those of torch: layers 0 and 2 of a sequence."""
+    layer = lambda n: {
+        "kernel": jnp.asarray(found[f"{prefix}{n}.weight"].T),
+        "bias": jnp.asarray(found[f"{prefix}{n}.bias"]),
+    }
+    return {"fc1": layer(0), "fc2": layer(2)}
+
+
+def predictor_gradients_agree(grads, found, prefix):
+    for name, number in (("fc1", 0), ("fc2", 2)):
+        gradients_agree(grads[name]["kernel"].T, found[f"{prefix}{number}.weight"])
+        gradients_agree(grads[name]["bias"], found[f"{prefix}{number}.bias"])
+
+
+@pytest.fixture
+def noise(monkeypatch):
+    """Give the stored uniform numbers, (B, L), to the relaxed Bernoulli instead of drawn ones."""
+    told = SimpleNamespace(uniform=None)
+
+    def logistic(key, shape, dtype):
+        assert told.uniform.shape == shape
+        return jnp.log(told.uniform) - jnp.log1p(-told.uniform)
+
+    monkeypatch.setattr(jax.random, "logistic", logistic)
+    return told
+
+
+KEY = jax.random.key(0)
+
+
+def loss_sum(chunking, boundaries, logits=None, labels=None):
+    """Sum of the losses of a stage, each with its weight; the rows are the whole batch."""
+    counts = rate_counts(boundaries, chunking.routes)
+    ratios_R = np.float32(chunking.target_ratios)
+    return sum(
+        loss.weight
+        * loss.part()(
+            LossInputs(
+                boundaries, loss, ratios_R, chunking.has_null, counts, counts, None, logits, labels
+            )
+        )
+        for loss in chunking.losses
+    )  # fmt: skip
+
+
+# --- dynamic token pooling ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["gumbel", "threshold"])
+def test_dtp_predictor(kind, noise):
+    found = load(f"family/dtp_predictor_{kind}")
+    settings = MLP.Config(width=40, straight_through=kind == "gumbel")
+    noise.uniform = found.get("in/uniform_BL")
+    chunking = chunking_of("dtp_gumbel", predictor=settings)
+    graph, params = chunking_stage(chunking, 24)
+    predictor = predictor_params(found, "param/boundary_predictor.")
+    h_BLD = batch_first(found["in/hidden_LBD"])
+    context = Context(np.ones(h_BLD.shape[:2], np.int32))
+
+    @quick_jit
+    def run(predictor, h_BLD):
+        def scalar(predictor, h_BLD):
+            stage = nnx.merge(graph, params | {"routing_module": predictor})
+            own = stage.boundaries(h_BLD, context, 99, key=KEY)
+            soft_BL = stage.routing_module.relax(own.boundary_logit_BL, settings, KEY)
+            soft_BL = own.boundary_prob_BL if soft_BL is None else soft_BL
+            hard = jnp.sum(own.boundary_ste_BL * found.get("in/cot_hard_BL", 0.0))
+            return jnp.sum(soft_BL * found["in/cot_soft_BL"]) + hard, (own, soft_BL)
+
+        return jax.value_and_grad(scalar, (0, 1), has_aux=True)(predictor, h_BLD)
+
+    (_, (own, soft_BL)), (grads, grad_h_BLD) = run(predictor, h_BLD)
+    agree(own.boundary_logit_BL, found["out/logit_BL"])
+    agree(own.boundary_prob_BL, found["out/prob_BL"])
+    agree(soft_BL, found["out/soft_BL"])
+    assert np.array_equal(own.boundary_mask_BL, found["out/hard_BL"])
+    gradients_agree(grad_h_BLD, batch_first(found["grad/hidden_LBD"]))
+    predictor_gradients_agree(grads, found, "grad/param/boundary_predictor.")
+
+
+def test_dtp_pool():
+    """Values and gradients for random, no, all and mixed boundaries; also the upsampling."""
+    graph, params = chunking_stage(chunking_of("dtp_whitespace", predictor="external"), 10)
+    everything = load("family/dtp_pool")
+
+    @quick_jit
+    def run(null_D, h_BLD, b_BL, y_BSD, cot_BSD, cot_BLD):
+        context = Context(jnp.ones(b_BL.shape, jnp.int32), external_boundary_BL=b_BL > 0)
+        M = y_BSD.shape[1]
+        stage = nnx.merge(graph, params | {"null_group": null_D})
+        own = stage.boundaries(h_BLD, context, M)
+
+        def scalar(null_D, h_BLD, b_BL, y_BSD):
+            stage = nnx.merge(graph, params | {"null_group": null_D})
+            told = own._replace(boundary_ste_BL=b_BL)
+            chunks_BSD, _, slots = stage.chunk(h_BLD, context, told, M)
+            read_BLD = stage.dechunk_layer(y_BSD, told, slots, stage.chunking.dechunk)
+            value = jnp.sum(chunks_BSD * cot_BSD) + jnp.sum(read_BLD * cot_BLD)
+            return value, (own, chunks_BSD, read_BLD)
+
+        grad = jax.value_and_grad(scalar, (0, 1, 2, 3), has_aux=True)
+        return grad(null_D, h_BLD, b_BL, y_BSD)
+
+    for kind in ("random", "none", "all", "mixed"):
+        found = part(everything, kind)
+        cot_BSD = batch_first(found["cot_shortened_SBD"])
+        cot_BLD = batch_first(found.get("cot_upsampled_LBD", np.zeros((29, 4, 10), np.float32)))
+        y_BSD = batch_first(found["y_SBD"]) if "y_SBD" in found else np.zeros_like(cot_BSD)
+        h_BLD, b_BL = batch_first(found["hidden_LBD"]), found["boundary_BL"]
+        (_, (own, chunks_BSD, read_BLD)), grads = run(
+            found["null_D"], h_BLD, b_BL, y_BSD, cot_BSD, cot_BLD
+        )
+        assert np.array_equal(own.boundary_mask_BL, b_BL)
+        shortened_BSD = batch_first(found["shortened_SBD"])
+        used = 1 + own.num_boundaries_B.astype(int)
+        for b in range(len(used)):  # later slots are of unfinished groups, which are not read
+            agree(chunks_BSD[b, : used[b]], shortened_BSD[b, : used[b]])
+        gradients_agree(grads[0], found["grad_down_null_11D"][0, 0])
+        if "grad_down_hidden_LBD" not in found:
+            continue
+        agree(read_BLD, batch_first(found["upsampled_LBD"]))
+        gradients_agree(grads[1], batch_first(found["grad_down_hidden_LBD"]))
+        gradients_agree(grads[3], batch_first(found["grad_up_y_SBD"]))
+        # the upsampling's gradient by boundaries is rounding noise in the reference, 0 in ours
+        assert np.abs(found["grad_up_boundary_BL"]).max() < 1e-6
+        gradients_agree(grads[2], found["grad_down_boundary_BL"])
+
+
+KINDS = {"gumbel": "gumbel", "entropy": "entropy", "unigram": "unigram",
+         "whitespaces": "whitespace", "fixed": "fixed"}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dtp_network(kind, noise):
+    """Boundaries, pool, upsampling, boundary loss, and all gradients of the stage that chunks."""
+    found, torch = load(f"family/dtp_net_{kind}"), load("family/dtp_net_gumbel")
+    noise.uniform = found.get("in/uniform_BL")
+    chunking = chunking_of(f"dtp_{KINDS[kind]}")
+    if chunking.predictor.name == "mlp":
+        chunking = replace(chunking, predictor=replace(chunking.predictor, width=32))
+    graph, params = chunking_stage(chunking, 24)
+    prefix = "boundary_predictor.boundary_predictor."
+    own_params = {"null_group": torch["param/null_group"][0, 0]}
+    if chunking.predictor.part.is_learned:
+        own_params["routing_module"] = predictor_params(torch, f"param/{prefix}")
+    pooled_BSD = batch_first(found["inter/pooled_SBD"])
+    y_BSD, ids_BL = batch_first(found["inter/main_out_SBD"]), found["in/data_LB"].T
+    M, is_space_BL = y_BSD.shape[1], np.zeros_like(ids_BL)
+    labels_BL = found["in/boundaries_LB"].T if "in/boundaries_LB" in found else None
+    if kind == "whitespaces":  # its alphabet has no code for a space: take the given ones
+        is_space_BL = np.where(labels_BL, 0x20, 0x41).astype(np.int32)
+    if kind == "fixed":  # the run has a stride of its own
+        stride = int(np.flatnonzero(found["inter/hard_BL"][0])[1])
+        graph, params = chunking_stage(replace(chunking, target_ratio=float(stride)), 24)
+    context = Context(np.ones(ids_BL.shape, np.int32), bytes_BL=is_space_BL)
+    logits_BLV = None
+    if kind == "entropy":
+        logits_BLV = batch_first(found["out/logit_XV"].reshape(*found["in/data_LB"].shape, -1))
+    cot_BSD, cot_BLD = (
+        batch_first(found[f"intergrad/{name}"]) for name in ("pooled_SBD", "upsampled_LBD")
+    )
+
+    @quick_jit
+    def run(own_params, h_BLD, y_BSD):
+        def scalar(own_params, h_BLD, y_BSD):
+            stage = nnx.merge(graph, params | own_params)
+            own = stage.boundaries(h_BLD, context, M, key=KEY)
+            chunks_BSD, _, slots = stage.chunk(h_BLD, context, own, M)
+            read_BLD = stage.dechunk_layer(y_BSD, own, slots, chunking.dechunk)
+            aux = loss_sum(chunking, own, logits_BLV, labels_BL)
+            out_BLD = read_BLD + stage.residual(h_BLD)
+            value = jnp.sum(chunks_BSD * cot_BSD) + jnp.sum(out_BLD * cot_BLD) + aux
+            return value, (own, chunks_BSD, read_BLD, aux)
+
+        return jax.value_and_grad(scalar, (0, 1, 2), has_aux=True)(own_params, h_BLD, y_BSD)
+
+    h_BLD = batch_first(found["inter/hidden_LBD"])
+    (_, (own, chunks_BSD, read_BLD, aux)), grads = run(own_params, h_BLD, y_BSD)
+    assert np.array_equal(own.boundary_mask_BL, found["inter/hard_BL"])
+    for row, used in enumerate(1 + own.num_boundaries_B.astype(int)):
+        agree(chunks_BSD[row, :used], pooled_BSD[row, :used])
+    agree(read_BLD, batch_first(found["inter/upsampled_LBD"]))
+    agree(aux, found["out/loss_boundaries"])
+    gradients_agree(grads[0]["null_group"], found["grad/param/null_group"][0, 0])
+    gradients_agree(grads[1], batch_first(found["intergrad/hidden_LBD"]))
+    gradients_agree(grads[2], batch_first(found["intergrad/main_out_SBD"]))
+    if "routing_module" in own_params:
+        predictor_gradients_agree(grads[0]["routing_module"], found, f"grad/param/{prefix}")
+
+
+# --- losses -------------------------------------------------------------------------------------
+
+LOSSES = load("family/dtp_magnet_flexi_losses")
+
+
+def given_boundaries(b_BL, routes_BL=None):
+    """These boundaries, with a gradient."""
+    graph, params = chunking_stage(chunking_of("dtp_whitespace", predictor="external"), 1)
+    ids_BL = np.ones(b_BL.shape, np.int32)
+    context = Context(ids_BL, route_ids_BL=routes_BL, external_boundary_BL=b_BL > 0.5)
+    own = nnx.merge(graph, params).boundaries(jnp.zeros((*b_BL.shape, 1)), context, 999)
+    return own._replace(boundary_ste_BL=b_BL)
+
+
+def loss_and_gradient(loss, b_BL):
+    return quick_jit(jax.value_and_grad(loss))(b_BL)
+
+
+@pytest.mark.parametrize("alpha", ["0.2", "0.37", "0.08", "0.1"])
+def test_binomial(alpha):
+    found = part(LOSSES, f"binomial/{alpha}")
+    chunking = chunking_of("dtp_gumbel", target_ratio=1 / float(alpha))
+    loss, grad = loss_and_gradient(
+        lambda b_BL: loss_sum(chunking, given_boundaries(b_BL)), found["preds_BL"]
+    )
+    agree(loss, found["loss"])
+    gradients_agree(grad, found["grad_preds_BL"])
+
+
+def test_label_loss_of_the_named_configurations():
+    """As in its code, a sigmoid of the probability."""
+    found = part(LOSSES, "bce_double_sigmoid")
+    chunking = chunking_of("dtp_unigram")
+
+    def loss(p_BL):
+        own = given_boundaries(found["p_BL"])._replace(boundary_prob_BL=p_BL)
+        return loss_sum(chunking, own, labels=found["label_BL"])
+
+    value, grad = loss_and_gradient(loss, found["p_BL"])
+    agree(value, found["loss"])
+    gradients_agree(grad, found["grad_p_BL"])
+    assert chunking_of("dtp_entropy").losses[0] == replace(chunking.losses[0], labels="entropy")
+
+
+def test_entropy_spikes():
+    found = part(LOSSES, "spikes")
+    ids_BL = np.ones(found["label_LB"].T.shape, np.int32)
+    spikes_BL = quick_jit(entropy_spikes)(batch_first(found["logits_LBV"]), ids_BL)
+    assert np.array_equal(spikes_BL, found["label_LB"].T)
+
+
+@pytest.mark.parametrize("sigmas", [1, 3])
+def test_hinge(sigmas):
+    """A row has the band of its language; the loss is the mean over rows, whatever their length."""
+    found, bands = part(LOSSES, f"hinge/lambda{sigmas}_full"), part(LOSSES, "hinge")
+    upper_R, sigma_R = bands["upper_B"], bands["sigma_B"]
+    named = chunking_of("flexitokens")
+    band = replace(
+        named.losses[0], sigmas=tuple(map(float, sigma_R)), num_sigmas=float(sigmas),
+        average="routes",
+    )  # fmt: skip
+    ratios = tuple(float(1 / upper) for upper in upper_R)
+    chunking = replace(named, routes=len(ratios), route_target_ratios=ratios, losses=(band,))
+    routes_BL = np.repeat(np.arange(len(upper_R), dtype=np.int32)[:, None], 64, 1)
+    loss, grad = loss_and_gradient(
+        lambda b_BL: loss_sum(chunking, given_boundaries(b_BL, routes_BL=routes_BL)),
+        found["preds_BL"],
+    )
+    agree(loss, found["loss"])
+    gradients_agree(grad, found["grad_preds_BL"])
+
+
+@pytest.mark.parametrize("sigmas", [1, 3])
+def test_hinge_of_padded_rows_as_its_code_has_it(sigmas):
+    """With padding its code compares every row's rate with the bands of all rows (an array is
+    broadcast); ours compares it with the row's own band. Their function of one pair is the same."""
+    found, bands = part(LOSSES, f"hinge/lambda{sigmas}_padded"), part(LOSSES, "hinge")
+    upper_B, mask_BL = bands["upper_B"], bands["attention_mask_BL"].astype(np.float32)
+    lower_B = upper_B - np.float32(sigmas) * bands["sigma_B"]
+
+    def of_all_pairs(b_BL):
+        rate_B = jnp.sum(b_BL * mask_BL, axis=1) / jnp.sum(mask_BL, axis=1)
+        return jnp.mean(hinge(rate_B[:, None], upper_B[None], lower_B[None]))
+
+    loss, grad = loss_and_gradient(of_all_pairs, found["preds_BL"])
+    agree(loss, found["loss"])
+    gradients_agree(grad, found["grad_preds_BL"])
+
+
+# --- MAGNET and FlexiTokens ---------------------------------------------------------------------
+
+
+def test_magnet_network(noise):
+    """Boundaries, losses by script, and gradients of each script's predictor."""
+    found, scripts = load("family/magnet_net"), ("latin", "cyrl", "deva")
+    script_B = found["in/ids_B1L"][:, 0] - 257
+    noise.uniform = found["in/uniform_BL"]
+    chunking = chunking_of("magnet", predictor=MLP.Config(width=24))
+    graph, params = chunking_stage(chunking, 16)
+    made = [
+        predictor_params(found, f"param/script_to_bp_layers.{script}.boundary_predictor.")
+        for script in scripts
+    ]
+    # route 0 is for all other scripts; routes 1 to 3 are those of the configuration
+    stacked = jax.tree.map(lambda *leaves: jnp.stack([jnp.zeros_like(leaves[0]), *leaves]), *made)
+    B, L = script_B.size, 33
+
+    def together(kind, axis):  # the code groups rows by script
+        rows = np.zeros((B, L, *found[f"{kind}/latin/{axis}"].shape[2:]), np.float32)
+        for r, script in enumerate(scripts):
+            own = found[f"{kind}/{script}/{axis}"]
+            rows[script_B == r] = own if axis.endswith("_BL") else batch_first(own)
+        return rows
+
+    h_BLD, cot_BL = together("inter", "hidden_LBD"), together("intergrad", "hard_BL")
+    routes_BL = np.repeat(script_B[:, None] + 1, L, 1).astype(np.int32)
+    context = Context(np.ones((B, L), np.int32), route_ids_BL=routes_BL)
+    assert np.allclose([1 / N for N in chunking.target_ratios[1:]], (0.2, 0.1, 0.08))
+
+    @quick_jit
+    def run(predictor):
+        def scalar(predictor):
+            stage = nnx.merge(graph, params | {"routing_module": predictor})
+            own = stage.boundaries(h_BLD, context, 99, key=KEY)
+            return jnp.sum(own.boundary_ste_BL * cot_BL), (own, loss_sum(chunking, own))
+
+        return jax.value_and_grad(scalar, has_aux=True)(predictor)
+
+    (_, (own, aux)), grads = run(stacked)
+    assert np.array_equal(own.boundary_mask_BL, together("inter", "hard_BL"))
+    agree(aux, found["out/aux_mean"])
+    agree(found["out/aux_per_script"].mean(), found["out/aux_mean"])
+    for r, script in enumerate(scripts):
+        own_grads = jax.tree.map(lambda g, r=r: g[r + 1], grads)
+        prefix = f"grad/param/script_to_bp_layers.{script}.boundary_predictor."
+        predictor_gradients_agree(own_grads, found, prefix)
+
+
+def test_flexitokens_network(noise):
+    """Boundaries, the hinge with the bands of the rows, and the predictor's gradients."""
+    found = load("family/flexitokens_net")
+    upper_B, noise.uniform = found["in/upper_B"], found["in/uniform_BL"]
+    languages, routes_B = np.unique(upper_B, return_inverse=True)
+    sigmas = [float(found["in/sigma_B"][list(upper_B).index(u)]) for u in languages]
+    named = chunking_of("flexitokens")
+    chunking = replace(
+        named, predictor=MLP.Config(width=24), routes=len(languages),
+        route_target_ratios=tuple(float(1 / u) for u in languages),
+        losses=(replace(named.losses[0], sigmas=tuple(sigmas)),),
+    )  # fmt: skip
+    graph, params = chunking_stage(chunking, 16)
+    prefix = "script_to_bp_layers.en.boundary_predictor."
+    h_BLD = batch_first(found["inter/hidden_LBD"])
+    routes_BL = np.repeat(routes_B[:, None], h_BLD.shape[1], 1).astype(np.int32)
+    context = Context(np.ones(routes_BL.shape, np.int32), route_ids_BL=routes_BL)
+
+    @quick_jit
+    def run(predictor):
+        def scalar(predictor):
+            stage = nnx.merge(graph, params | {"routing_module": predictor})
+            own = stage.boundaries(h_BLD, context, 99, key=KEY)
+            cot_BL = found["intergrad/hard_BL"]
+            return jnp.sum(own.boundary_ste_BL * cot_BL), (own, loss_sum(chunking, own))
+
+        return jax.value_and_grad(scalar, has_aux=True)(predictor)
+
+    (_, (own, aux)), grads = run(predictor_params(found, f"param/{prefix}"))
+    assert np.array_equal(own.boundary_mask_BL, found["inter/hard_BL"])
+    agree(aux, found["out/aux"][0])
+    predictor_gradients_agree(grads, found, f"grad/param/{prefix}")
+
+
+# --- SpaceByte ----------------------------------------------------------------------------------
+
+SPACEBYTE = load("family/spacebyte_net")
+
+
+@pytest.mark.parametrize("kind", ["fits", "overflows", "periodic"])
+def test_spacebyte_network(kind):
+    """Boundaries, states of the global blocks, insertion, their gradients, and what is trained
+    after an overflow. Its BOS (255) begins a document in ours, so it is a boundary in both."""
+    found = part(SPACEBYTE, kind)
+    name = "hnet_pool" if kind == "periodic" else "spacebyte"
+    chunking = chunking_of(name, dechunk="at_boundaries", residual="add")
+    graph, params = chunking_stage(chunking, 16)
+    ids_BL, h_BLD = found["in/tokens_BL"], found["inter/h_BLD"]
+    segments_BL = 1 + np.cumsum(ids_BL == 255, axis=1, dtype=np.int32)
+    if kind == "periodic":
+        segments_BL = np.ones_like(segments_BL)
+    y_BMD = found["inter/global_out_BMD"][..., 16:]  # its narrow states are the last channels
+    M = y_BMD.shape[1]
+    cot_BMD = found["intergrad/global_in_BMD"][..., 16:]
+    context = Context(segments_BL, bytes_BL=ids_BL)
+
+    @quick_jit
+    def run(h_BLD, y_BMD):
+        def scalar(h_BLD, y_BMD):
+            stage = nnx.merge(graph, params)
+            own = stage.boundaries(h_BLD, context, M)
+            chunks_BMD, _, slots = stage.chunk(h_BLD, context, own, M)
+            read_BLD = stage.dechunk_layer(y_BMD, own, slots, chunking.dechunk)
+            out_BLD = read_BLD + stage.residual(h_BLD)
+            value = jnp.sum(out_BLD * found["intergrad/decoder_in_BLD"])
+            return value + jnp.sum(chunks_BMD * cot_BMD), (own, chunks_BMD, out_BLD)
+
+        return jax.value_and_grad(scalar, (0, 1), has_aux=True)(h_BLD, y_BMD)
+
+    (_, (own, chunks_BMD, out_BLD)), (grad_h_BLD, grad_y_BMD) = run(h_BLD, y_BMD)
+    assert np.array_equal(own.boundary_mask_BL, found["out/global_position_BL"])
+    padded_BMD = found["inter/global_in_BMD"]  # zeros in front, then positions are added
+    for row, used in enumerate(np.minimum(own.num_boundaries_B.astype(int), M)):
+        positions_MD = padded_BMD[row, :used, 16:] - chunks_BMD[row, :used]
+        agree(positions_MD, padded_BMD[0, :used, 16:] - chunks_BMD[0, :used])
+    agree(out_BLD, found["inter/decoder_in_BLD"])
+    gradients_agree(grad_h_BLD, found["intergrad/h_BLD"])
+    gradients_agree(grad_y_BMD, found["intergrad/global_out_BMD"][..., 16:])
+
+    batch = {"input_ids": ids_BL, "segment_ids": np.ones_like(ids_BL),
+             "loss_mask": np.arange(48)[None] > np.zeros((3, 1))}  # fmt: skip
+    kept_BL = targets_kept(config_of(chunking, 16), [own], batch)
+    assert np.array_equal(kept_BL[:, 1:], found["in/targets_after_BL"][:, :-1] >= 0)
+    if kind == "overflows":
+        assert 0.3 < 1 - kept_BL[:, 1:].mean() < 0.5

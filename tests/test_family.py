@@ -1,1 +1,0 @@
-"""Chunking systems against the numbers of their own code (tests/golden/family)."""

@@ -18,12 +18,13 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from hnet.chunking.config import ChunkingConfig
+from hnet.chunking.part import Place
 from hnet.errors import ConfigError
 from hnet.fields import Bounds, Count, Natural, check
 from hnet.nn.embeddings import EMBEDDINGS
 from hnet.nn.embeddings.bytes import Bytes
 from hnet.nn.embeddings.part import EmbeddingConfig
-from hnet.nn.mixers import OFFICIAL, check_further
+from hnet.nn.mixers import OFFICIAL, check_further, reads_memory
 from hnet.nn.mixers import problem as mixer_problem
 from hnet.nn.mixers.settings import (
     AttentionConfig,
@@ -316,9 +317,42 @@ def _check_stage(config: HNetConfig, i: int, stage: StageConfig) -> None:
             f"{where}.d_intermediate={stage.d_intermediate}, but {stage.arch_layout} has MLP "
             "layers (upper case): give their width, e.g. 4 * d_model"
         )
+    if problem := _memory_problem(config, i):
+        raise ConfigError(f"{where}.{problem}")
     groups = len(config.route_groups)
     if not inner and (problem := stage.chunking.problem(stage_idx=i, route_groups=groups)):
         raise ConfigError(f"{where}.chunking.{problem}")
+
+
+def _memory_problem(config: HNetConfig, i: int) -> str | None:
+    """One line on layers without the chunk vectors that they read, or vectors without a reader."""
+    stage = config.stages[i]
+    stack, *decoder = stage.arch_layout
+    if letter := reads_memory(stack, config.mixers):
+        return (
+            f"arch_layout={stage.arch_layout!r} has layers {letter!r} outside of a decoder, and "
+            "only a decoder has chunk vectors to read: use them there"
+        )
+    if not decoder:
+        return None
+    chunking, dechunk = stage.chunking, stage.chunking.dechunk
+    if not reads_memory(decoder[0], config.mixers):
+        if not dechunk.part.needs_memory:
+            return None
+        return (
+            f"chunking.dechunk={dechunk.name!r}, but the decoder {decoder[0]!r} has no layers that "
+            "read chunk vectors: use layers x or X in it, such as 'x1T1'"
+        )
+    place = Place(i, stage.d_model, config.stages[i + 1].d_model, chunking)
+    width = stage.cross_attention.memory_width or stage.d_model
+    total = dechunk.part.memory_width(dechunk, place)
+    if total % width:
+        return (
+            f"cross_attention.memory_width={stage.cross_attention.memory_width} does not divide "
+            f"the {total} channels per chunk that the dechunk gives: use a divisor, or 0 for "
+            "d_model"
+        )
+    return None
 
 
 _MOST_STAGES, _MOST_RUNS, _MOST_LAYERS, _MOST_PARAMETERS = 16, 128, 4096, 1 << 42

@@ -19,8 +19,9 @@ from hnet.chunking.slots import Slots, open_slots
 from hnet.config import HNetConfig, layout_height
 from hnet.nn.active_rows import run_on_active_rows
 from hnet.nn.cache import last_positions
-from hnet.nn.context import Context, StepContext
+from hnet.nn.context import Context, Memory, StepContext
 from hnet.nn.isotropic import Isotropic
+from hnet.nn.mixers import reads_memory
 from hnet.nn.parameters import metadata, parameter, set_stage
 
 Numbers = tuple[dict[str, Any], ...]
@@ -52,6 +53,39 @@ class Waiting(NamedTuple):
     residual_BD: jax.Array
 
 
+class ChunkMemory(NamedTuple):
+    """Chunk vectors that the decoder's cross-attention layers read in a stream: a ring buffer."""
+
+    x_BCND: jax.Array
+    """N vectors of the last C chunks; chunk m is at index m mod C"""
+    count_B: jax.Array
+    """number of chunks so far"""
+
+    @property
+    def now(self) -> Memory:
+        """The memory of the next position, which reads the last chunk."""
+        C, newest_B1 = self.x_BCND.shape[1], self.count_B[:, None] - 1
+        age_BC = (newest_B1 - jnp.arange(C, dtype=jnp.int32)[None]) % C
+        return Memory(self.x_BCND, newest_B1, newest_B1 - age_BC)
+
+    def append(self, x_BND: jax.Array, on_B: jax.Array) -> "ChunkMemory":
+        """The memory after one more chunk of the rows `on_B`."""
+        B, C = self.x_BCND.shape[:2]
+        row_B = jnp.where(on_B, jnp.arange(B, dtype=jnp.int32), B)
+        x_BCND = self.x_BCND.at[row_B, self.count_B % C].set(x_BND, mode="drop")
+        return ChunkMemory(x_BCND, self.count_B + on_B.astype(jnp.int32))
+
+    @classmethod
+    def after(cls, x_BMND: jax.Array, count_B: jax.Array, size: int) -> "ChunkMemory":
+        """The memory after rows with these chunks, of which `count_B` are used."""
+        index_C = jnp.arange(size, dtype=jnp.int32)[None]
+        newest_B1 = count_B[:, None] - 1
+        index_BC = newest_B1 - (newest_B1 - index_C) % size
+        index_BC = jnp.where(index_BC < 0, x_BMND.shape[1], index_BC)
+        take = jax.vmap(lambda x_MND, m_C: x_MND.at[m_C].get(mode="fill", fill_value=0))
+        return cls(take(x_BMND, index_BC), count_B)
+
+
 class StageCache(NamedTuple):
     """Streaming state of a stage for B rows."""
 
@@ -69,6 +103,8 @@ class StageCache(NamedTuple):
     """first position that a stack with scope "chunk" sees, per name of the stack"""
     boundary_B: jax.Array | None = None
     """last position with a boundary, -1 before any; None if the length of chunks has no limit"""
+    memory: ChunkMemory | None = None
+    """chunk vectors that the decoder's layers read; None if it has no such layers"""
     waiting: Waiting | None = None
     inner: "StageCache | None" = None
 
@@ -82,6 +118,7 @@ class Exchange(NamedTuple):
     """rows with a chunk that waits inside the main network"""
     answered_B: jax.Array
     """rows with an output of the main network in this step"""
+    memory: ChunkMemory | None = None
     boundaries: tuple[list, ...] = ()
     """decisions of the inner stages in each call"""
 
@@ -149,6 +186,10 @@ class HNet(nnx.Module):
         self.chunk_layer = chunking.pool.part(chunking.pool, place, rngs=rngs)
         self.dechunk_layer = chunking.dechunk.part(chunking.dechunk, place, rngs=rngs)
         self.d_read = chunking.dechunk.part.d_in(chunking.dechunk, place)
+        self.cross_attention = stage.cross_attention
+        self.memory_width = None
+        if reads_memory(stage.arch_layout[1], config.mixers):
+            self.memory_width = stage.cross_attention.memory_width or D
         set_stage(self, stage_idx)  # does not change the main network, which has its stage already
 
     # --- shared by all three forms --------------------------------------------------------------
@@ -185,6 +226,31 @@ class HNet(nnx.Module):
         if is_null is None:
             return chunks
         return jnp.where(is_null[..., None], self.null_group[...][None, None], chunks)
+
+    def chunk_vectors(self, y_BME: jax.Array) -> jax.Array | None:
+        """Vectors (B, M, N, D) that the decoder's cross-attention layers read; None without them.
+
+        y_BME: main network's output for chunks, k d_in channels each.
+        """
+        if self.memory_width is None:
+            return None
+        memory_BMX = self.dechunk_layer.memory(y_BME.astype(jnp.float32))
+        return memory_BMX.reshape(*y_BME.shape[:2], -1, self.memory_width)
+
+    def memory(
+        self, y_BME: jax.Array, shared: Boundaries, slots: Slots, length: int
+    ) -> Memory | None:
+        """Memory of the decoder for whole rows of `length` positions.
+
+        shared: boundaries; rows that share slots are one row of them.
+        """
+        if (x_GMND := self.chunk_vectors(y_BME)) is None:
+            return None
+        by_row = lambda a: a.reshape(-1, length)
+        return Memory(
+            x_GMND, by_row(slots.slot_BL), segment_ids_GM=slots.context.segment_ids_BL,
+            query_segment_ids_BL=by_row(shared.segment_ids_BL),
+        )  # fmt: skip
 
     def _settings(self, part: str, numbers: Numbers | None) -> Any:
         """Settings of a part, with arrays as the values of the traced fields."""
@@ -285,6 +351,7 @@ class HNet(nnx.Module):
             x_BLD = x_BLD.reshape(residual_BLD.shape) + residual_BLD
         if self.chunking.decoder_scope == "chunk":
             context = context._replace(segment_ids_BL=_decoder_chunks(context, slots))
+        context = context._replace(memory=self.memory(y_BME, shared, slots, x_BLD.shape[1]))
         with jax.named_scope("decoder"):
             return self.decoder(x_BLD, context), [own, *inner]
 
@@ -332,10 +399,10 @@ class HNet(nnx.Module):
         )
         y_BME = _together(y_BME[..., : self.d_read], k)
         read_BLD = self.dechunk_layer(y_BME, own, slots, chunking.dechunk)
-        decoder_context = context
+        decoder_context = context._replace(memory=self.memory(y_BME, own, slots, x_BLD.shape[1]))
         if chunking.decoder_scope == "chunk":
             ids_BL = _decoder_chunks(context, slots)
-            decoder_context = context._replace(segment_ids_BL=ids_BL)
+            decoder_context = decoder_context._replace(segment_ids_BL=ids_BL)
             same_BL = (ids_BL == last(ids_BL)[:, None]) & (ids_BL != 0)
             first_B["decoder"] = lengths_B - jnp.sum(same_BL, axis=1, dtype=jnp.int32)
         out_BLD = run("decoder", read_BLD + self.residual(h_BLD), decoder_context)
@@ -350,6 +417,7 @@ class HNet(nnx.Module):
             dechunk=self.dechunk_layer.after(y_BME, own, slots, chunking.dechunk),
             first_B=first_B or None,
             boundary_B=self._last_boundary(own) if chunking.max_chunk_len else None,
+            memory=self._memory_after(y_BME, num_slots_B // k, max_lens[1] // k),
             waiting=Waiting(
                 none_B, none_B, zeros_BE, jnp.zeros(lengths_B.shape), jnp.zeros_like(last(h_BLD))
             ),
@@ -362,6 +430,16 @@ class HNet(nnx.Module):
         index_L = jnp.arange(boundaries.boundary_mask_BL.shape[1], dtype=jnp.int32)[None]
         begins_L = index_L + (self.chunking.alignment == "end")
         return jnp.max(jnp.where(boundaries.boundary_mask_BL, begins_L, 0), axis=1)
+
+    def _memory_after(self, y_BME: jax.Array, count_B: jax.Array, most: int) -> ChunkMemory | None:
+        """Memory of a stream after these chunks; most: maximum number of chunks of a row."""
+        if (x_BMND := self.chunk_vectors(y_BME)) is None:
+            return None
+        window = self.cross_attention.window
+        if window < 0:
+            return ChunkMemory.after(x_BMND, count_B, most)
+        older = self.cross_attention.relation == "last_closed"
+        return ChunkMemory.after(x_BMND, count_B, min(window + older, most))
 
     def _last_boundary(self, boundaries: Boundaries) -> jax.Array:
         """Last position with a boundary, before clipping; -1 if there is none."""
@@ -413,10 +491,12 @@ class HNet(nnx.Module):
         """Run the last stack of a position (decoder or innermost main network) on some rows."""
 
         def stack_step(inputs_R, caches, rows):
-            x_RD, positions_R, first_R = inputs_R
-            return getattr(self, name).step(x_RD, caches, rows, StepContext(positions_R, first_R))
+            x_RD, positions_R, first_R, memory = inputs_R
+            now = StepContext(positions_R, first_R, memory=memory)
+            return getattr(self, name).step(x_RD, caches, rows, now)
 
-        inputs = (x_BD, cache.position_B, (cache.first_B or {}).get(name))
+        memory = None if cache.memory is None else cache.memory.now
+        inputs = (x_BD, cache.position_B, (cache.first_B or {}).get(name), memory)
         y_BD, stack = run_on_active_rows(stack_step, on_B, inputs, cache.stacks[name], sizes)
         position_B = cache.position_B + on_B.astype(jnp.int32)
         return y_BD, cache._replace(position_B=position_B, stacks=cache.stacks | {name: stack})
@@ -491,7 +571,7 @@ class HNet(nnx.Module):
         Returns (cache, rows with an output of the main network, (mask, p) of each inner stage).
         """
         waiting, none_B = cache.waiting, jnp.zeros_like(active_B)
-        exchange = Exchange(cache.inner, cache.dechunk, waiting.inside_B, none_B)
+        exchange = Exchange(cache.inner, cache.dechunk, waiting.inside_B, none_B, cache.memory)
 
         def has_room(inner):
             return inner.position_B + self.chunking.slots_per_chunk <= inner.max_len
@@ -516,6 +596,7 @@ class HNet(nnx.Module):
         cache = cache._replace(
             inner=exchange.inner,
             dechunk=exchange.dechunk,
+            memory=exchange.memory,
             pool=where_rows(opens_B, empty, cache.pool),
             waiting=waiting._replace(fresh_B=fresh_B & ~asks_B, inside_B=exchange.inside_B),
         )
@@ -534,12 +615,15 @@ class HNet(nnx.Module):
             outputs.append(y_BE[..., : self.d_read])
         y_BE = jnp.concatenate(outputs, axis=-1)
         written = self.dechunk_layer.write(exchange.dechunk, y_BE, prob_B, self.chunking.dechunk)
-        inside_B = exchange.inside_B
+        inside_B, memory = exchange.inside_B, exchange.memory
+        if memory is not None:
+            memory = memory.append(self.chunk_vectors(y_BE[:, None])[:, 0], found_B)
         return Exchange(
             inner,
             where_rows(found_B, written, exchange.dechunk),
             (inside_B | asks_B) & ~found_B,
             exchange.answered_B | found_B & (inside_B | (asks_B & own)),
+            memory,
             (*exchange.boundaries, boundaries),
         )
 

@@ -247,6 +247,9 @@ class Dechunk(Part, nnx.Module):
     """Computes each position's input from the main network's output for the chunks so far."""
 
     Config = DechunkConfig
+    needs_memory: ClassVar[bool] = False
+    """Whether positions read chunks only through `memory`, so that the decoder needs layers for
+    it"""
 
     def __init__(self, config: Any, place: Place, *, rngs: nnx.Rngs):
         self.config = config
@@ -255,6 +258,18 @@ class Dechunk(Part, nnx.Module):
     def d_in(cls, config: Any, place: Place) -> int:
         """Number of leading channels of the main network's output that it reads."""
         return place.d_model
+
+    @classmethod
+    def memory_width(cls, config: Any, place: Place) -> int:
+        """Number of channels of `memory` per chunk."""
+        return place.chunking.slots_per_chunk * cls.d_in(config, place)
+
+    def memory(self, y_BMD: jax.Array) -> jax.Array:
+        """Vectors of each chunk that cross-attention layers of the decoder read, concatenated.
+
+        y_BMD: main network's output, its `d_in` channels for each of the k slots of a chunk.
+        """
+        return y_BMD
 
     def init(self, rows: int, d_in: int) -> Any:
         """State of a stream before the first chunk; positions there read 0."""

@@ -23,6 +23,7 @@ POOLS = Table(
 DECHUNKS = Table(
     "dechunk",
     {
+        "cross_attention": "hnet.chunking.dechunks.cross_attention:CrossAttention",
         "ema": "hnet.chunking.dechunks.ema:EMA",
         "repeat": "hnet.chunking.dechunks.repeat:Repeat",
         "at_boundaries": "hnet.chunking.dechunks.repeat:AtBoundaries",

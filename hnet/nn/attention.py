@@ -104,37 +104,54 @@ def attention_by_queries(
 
 
 def grouped_attention(
-    q_BQHK: jax.Array,
-    k_BKHK: jax.Array,
-    v_BKHK: jax.Array,
-    q_group_BQ: jax.Array,
-    k_group_BK: jax.Array,
-    segment_ids_BQ: jax.Array | None = None,
-    segment_ids_BK: jax.Array | None = None,
+    q_GQHK: jax.Array,
+    k_GMNHK: jax.Array,
+    v_GMNHK: jax.Array,
+    q_group_GQ: jax.Array,
+    group_GM: jax.Array | None = None,
+    segment_ids_GQ: jax.Array | None = None,
+    segment_ids_GM: jax.Array | None = None,
     *,
     relation: str,
     window: int = 1,
 ) -> jax.Array:
-    """Attention of queries to keys in groups (chunks); group numbers increase along a row.
+    """Attention of queries to M groups (chunks) of N keys; group numbers increase along a row.
 
     The newest group that a query sees is its own (relation "equal") or the one before it
     ("last_closed"). It sees the last `window` groups (-1: all) up to the newest, in its own
-    segment. Keys with a negative group are invisible. A query that sees no key has output 0.
+    segment. Groups with a negative number are invisible. A query that sees no key has output 0.
+    group_GM: None: group m is at index m; then each query gathers the keys of its window, at a
+    cost linear in Q.
     """
     match relation:
         case "equal":
-            newest_BQ = q_group_BQ
+            newest_GQ = q_group_GQ
         case "last_closed":
-            newest_BQ = q_group_BQ - 1
+            newest_GQ = q_group_GQ - 1
         case _:
             raise ValueError(f"relation={relation!r}: use 'equal' or 'last_closed'")
-    age_BQK = newest_BQ[:, :, None] - k_group_BK[:, None, :]
-    visible_BQK = (age_BQK >= 0) & (k_group_BK >= 0)[:, None, :]
+    (G, Q, H, _), (_, M, N, *_) = q_GQHK.shape, k_GMNHK.shape
+    if group_GM is None and 0 <= window < M:
+        index_GQW = newest_GQ[..., None] - jnp.arange(window, dtype=jnp.int32)[None, None]
+        take = jax.vmap(lambda a_M, index: a_M.at[index].get(mode="clip"))
+        visible_GQW = (index_GQW >= 0) & (index_GQW < M)
+        if segment_ids_GM is not None:
+            visible_GQW &= segment_ids_GQ[..., None] == take(segment_ids_GM, index_GQW)
+        by_query = lambda a: take(a, index_GQW).reshape(G * Q, window * N, H, -1)
+        visible_X1K = jnp.repeat(visible_GQW, N, axis=-1).reshape(G * Q, 1, window * N)
+        q_X1HK = q_GQHK.reshape(G * Q, 1, H, -1)
+        out = masked_attention(q_X1HK, by_query(k_GMNHK), by_query(v_GMNHK), visible_X1K)
+        return out.reshape(G, Q, H, -1)
+    if group_GM is None:
+        group_GM = jnp.broadcast_to(jnp.arange(M, dtype=jnp.int32), (G, M))
+    age_GQM = newest_GQ[:, :, None] - group_GM[:, None, :]
+    visible_GQM = (age_GQM >= 0) & (group_GM >= 0)[:, None, :]
     if window >= 0:
-        visible_BQK &= age_BQK < window
-    if segment_ids_BK is not None:
-        visible_BQK &= segment_ids_BQ[:, :, None] == segment_ids_BK[:, None, :]
-    return masked_attention(q_BQHK, k_BKHK, v_BKHK, visible_BQK)
+        visible_GQM &= age_GQM < window
+    if segment_ids_GM is not None:
+        visible_GQM &= segment_ids_GQ[:, :, None] == segment_ids_GM[:, None, :]
+    k, v = (a.reshape(G, M * N, H, -1) for a in (k_GMNHK, v_GMNHK))
+    return masked_attention(q_GQHK, k, v, jnp.repeat(visible_GQM, N, axis=-1))
 
 
 def attention(

@@ -7,18 +7,21 @@ import jax.numpy as jnp
 
 
 class Memory(NamedTuple):
-    """Vectors that cross-attention layers read, and the groups that decide which are visible.
+    """Vectors of groups that cross-attention layers read; group numbers increase along a row.
 
-    Groups are chunks; their numbers increase along a row.
+    Groups are chunks. G: rows of memory, each shared by B / G neighbouring rows of states.
     """
 
-    x_BKD: jax.Array
-    group_BK: jax.Array
-    """group of each vector, int32; a vector with a negative group is invisible"""
+    x_GMND: jax.Array
+    """N vectors of each of M groups"""
     query_group_BL: jax.Array
     """group of each position, int32; (R, 1) in a step"""
-    segment_ids_BK: jax.Array | None = None
-    """document of each vector, like `Context.segment_ids_BL`; None: one document per row"""
+    group_GM: jax.Array | None = None
+    """numbers of the groups, int32; a negative one is invisible; None: 0, 1, ..., M - 1"""
+    segment_ids_GM: jax.Array | None = None
+    """document of each group, like `Context.segment_ids_BL`; None: one document per row"""
+    query_segment_ids_BL: jax.Array | None = None
+    """document of each position; None: `Context.segment_ids_BL`"""
 
 
 class Context(NamedTuple):

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from hnet.config import HNetConfig, StageConfig
+from hnet.config import ChunkingConfig, HNetConfig, StageConfig
 from hnet.errors import ConfigError
 from hnet.nn import cache as nn_cache
 from hnet.nn.cache import Rows
@@ -48,10 +48,10 @@ BIAS = np.float32(rng.normal(size=(B, L)))
 POSITIONS = np.cumsum(rng.integers(1, 4, (B, L)), axis=1, dtype=np.int32)
 WIDTH = 16  # channels of the memory
 MEMORY = Memory(
-    np.float32(rng.normal(size=(B, 10, WIDTH))),
-    np.repeat(np.int32([[0, 1, 2, 3, 4]] * B), 2, axis=1),  # two vectors per group
+    np.float32(rng.normal(size=(B, 5, 2, WIDTH))),  # two vectors per group
     np.sort(rng.integers(0, 5, (B, L)), axis=1).astype(np.int32),
 )
+NUMBERED = MEMORY._replace(group_GM=np.int32([[3, 0, 1, 4, -1]] * B))  # a ring of groups
 
 
 def grouped(**options):
@@ -83,16 +83,17 @@ STACKS = {
     "delta_sizes": (
         "g1", {"delta": GatedDeltaNetConfig(num_heads=3, head_dim=5, expand_v=1, d_conv=2)}, {},
     ),
-    "cross_last": ("x1t1", grouped(), {"memory": MEMORY}),
-    "cross_equal": ("X1", grouped(relation="equal", window=2), {"memory": MEMORY}),
-    "cross_all": ("x1", grouped(window=-1), {"memory": MEMORY}),
+    "cross_last": ("x1t1", grouped(relation="last_closed"), {"memory": MEMORY}),
+    "cross_equal": ("X1", grouped(window=2), {"memory": MEMORY}),
+    "cross_ring": ("x1", grouped(window=2), {"memory": NUMBERED}),
+    "cross_all": ("x1", grouped(window=-1), {"memory": NUMBERED}),
     "mixed": ("m1g1T1", {"window_size": 5}, {}),
 }  # fmt: skip
 EACH = pytest.mark.parametrize("name", STACKS)
 
 
 def configured(layout, fields, **compute) -> HNetConfig:
-    one = replace(stage(layout, D), **fields)
+    one = replace(stage("t1", D), **fields)  # only a decoder has layers x
     compute = replace(COMPUTE, delta_block_len=8, **compute)
     return replace(network(one), compute=compute)
 
@@ -118,7 +119,7 @@ def context(name: str, segments) -> Context:
     memory = given.get("memory")
     return Context(
         jnp.asarray(segments), given.get("positions"), given.get("key_bias"),
-        memory=memory and memory._replace(x_BKD=jnp.asarray(memory.x_BKD)),
+        memory=memory and memory._replace(x_GMND=jnp.asarray(memory.x_GMND)),
     )  # fmt: skip
 
 
@@ -166,8 +167,9 @@ def test_a_segment_does_not_notice_its_neighbours(name):
         None if a is None else a[1:2, cut] for a in (given.positions_BL, given.key_bias_BL)
     )
     memory = given.memory and Memory(
-        given.memory.x_BKD[1:2], given.memory.group_BK[1:2], given.memory.query_group_BL[1:2, cut]
-    )
+        given.memory.x_GMND[1:2], given.memory.query_group_BL[1:2, cut],
+        None if given.memory.group_GM is None else given.memory.group_GM[1:2],
+    )  # fmt: skip
     alone = Context(jnp.ones((1, 7), jnp.int32), positions, bias, memory=memory)
     out = run(*build(name), X[1:2, cut], alone)
     np.testing.assert_allclose(out, whole[1:2, cut], rtol=0, atol=2e-5)
@@ -386,32 +388,61 @@ def test_gated_deltanet_is_the_loop():
 # --- cross-attention ----------------------------------------------------------------------------
 
 
-def test_cross_attention_is_the_loop():
-    params = jax.tree.map(np.float64, build("cross_all")[1])
+@pytest.mark.parametrize(
+    ("name", "relation", "window"),
+    [("cross_last", "last_closed", 1), ("cross_ring", "equal", 2), ("cross_all", "equal", -1)],
+)
+def test_cross_attention_is_the_loop(name, relation, window):
+    """Gathered by position, and masked over a ring of groups."""
+    params = jax.tree.map(np.float64, build(name)[1])
+    memory = STACKS[name][2]["memory"]
+    groups = np.arange(5)[None].repeat(B, 0) if memory.group_GM is None else memory.group_GM
+    groups = np.where(groups < 0, -9, groups).repeat(2, axis=1)
     layer = jax.tree.map(lambda a: a[0], params["layers"][0])
     mixer, heads = layer["mixer"], D // 13
     q = numpy_norm(X, layer["norm1"]["scale"]) @ mixer["Wq"]["kernel"]
-    kv = numpy_norm(MEMORY.x_BKD, mixer["memory_norm"]["scale"]) @ mixer["Wkv"]["kernel"]
+    kv = numpy_norm(memory.x_GMND, mixer["memory_norm"]["scale"]) @ mixer["Wkv"]["kernel"]
     q, k, v = (a.reshape(B, -1, heads, 13) for a in (q, *np.split(kv, 2, axis=-1)))
     out = oracles.grouped_attention(
-        q, k, v, MEMORY.query_group_BL, MEMORY.group_BK, np.ones((B, L, 10), bool),
-        "last_closed", -1,
+        q, k, v, memory.query_group_BL, groups, np.ones((B, L, 10), bool), relation, window,
     )  # fmt: skip
     x = X + out.reshape(B, L, D) @ mixer["out_proj"]["kernel"]
-    assert relative_error(forward("cross_all"), numpy_norm(x, params["rmsnorm"]["scale"])) < 3e-6
+    first = run_first(name)
+    assert relative_error(first, x) < 3e-6
 
 
-def test_memory_of_other_documents_is_not_read():
-    graph, params = build("cross_all")
-    documents = np.repeat(np.int32([[1, 1, 2, 2, 2]] * B), 2, axis=1)
+def run_first(name):
+    """Output of the first layer."""
+    graph, params = build(name)
+    block = nnx.merge(graph, params).layers[0]
+    block = nnx.merge(*(lambda g, p: (g, jax.tree.map(lambda a: a[0], p)))(*nnx.split(block)))
+    return block(X, context(name, SEGMENTS))
+
+
+@pytest.mark.parametrize("name", ["cross_equal", "cross_all"])
+def test_memory_of_other_documents_is_not_read(name):
+    """Documents of positions are those of the context, or those that the memory says."""
+    graph, params = build(name)
+    documents = np.int32([[1, 1, 2, 2, 2]] * B)
     segments = np.where(MEMORY.query_group_BL > 1, 2, 1).astype(np.int32)
-    beside = Context(segments, memory=MEMORY._replace(segment_ids_BK=documents))
-    before = run(graph, params, X, beside)
-    changed = beside._replace(
-        memory=beside.memory._replace(x_BKD=np.where(documents[..., None] == 1, 9, MEMORY.x_BKD))
-    )
+    memory = MEMORY._replace(segment_ids_GM=documents)
+    before = run(graph, params, X, Context(segments, memory=memory))
+    chunks = Context(CHUNKS + 5, memory=memory._replace(query_segment_ids_BL=segments))
+    assert np.array_equal(before, run(graph, params, X, chunks))
+    beside = Context(segments, memory=memory)
+    x_GMND = np.where(documents[..., None, None] == 1, np.float32(9), MEMORY.x_GMND)
+    changed = beside._replace(memory=memory._replace(x_GMND=x_GMND))
     same = np.all(np.asarray(before) == run(graph, params, X, changed), axis=-1)
     assert np.all(same[segments == 2]) and not np.all(same)
+
+
+def test_rows_may_share_a_memory():
+    graph, params = build("cross_equal")
+    alone = run(graph, params, X[:2], Context(ONE[:2], memory=MEMORY._replace(
+        x_GMND=MEMORY.x_GMND[:1].repeat(2, 0), query_group_BL=MEMORY.query_group_BL[:2]
+    )))  # fmt: skip
+    one = Context(ONE[:2], memory=Memory(MEMORY.x_GMND[:1], MEMORY.query_group_BL[:2]))
+    np.testing.assert_allclose(run(graph, params, X[:2], one), alone, rtol=0, atol=1e-6)
 
 
 def test_cross_attention_without_memory_says_so():
@@ -470,6 +501,7 @@ REFUSED = [
     ("t1", attention(num_kv_heads=3), "attention.num_kv_heads=3 does not divide num_heads=16: use"),
     ("t1", attention(num_kv_heads=-1), "attention.num_kv_heads=-1: use 0 or more"),
     ("T1", attention(logit_soft_cap=-1.0), "attention.logit_soft_cap=-1.0: use 0 or more"),
+    ("x1", {"num_heads": 16}, "arch_layout=.* has layers 'x' outside of a decoder"),
     ("x1", {"num_heads": 5}, "d_model=64 is not divided by num_heads=5: choose"),
     ("x1", grouped(window=0), "cross_attention.window=0: use 1 or more, or -1"),
     (
@@ -490,13 +522,32 @@ def test_settings_that_cannot_work_are_one_line(layout, fields, says):
     assert "\n" not in str(error.value)
 
 
+DECODERS = [
+    ("m1", {"dechunk": "cross_attention"}, 0, "dechunk='cross_attention', but the decoder 'm1'"),
+    ("x1", {}, 48, "cross_attention.memory_width=48 does not divide the 64 channels per chunk"),
+]
+
+
+@pytest.mark.parametrize("decoder, chunking, width, says", DECODERS)
+def test_chunk_vectors_without_a_reader_or_of_another_width_are_one_line(
+    decoder, chunking, width, says
+):
+    outer = StageConfig(
+        ("m1", decoder), 64, rotary_emb_dim=4, chunking=ChunkingConfig(**chunking),
+        cross_attention=CrossAttentionConfig(memory_width=width),
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=f"model.stages.0.*{says}") as error:
+        HNetConfig((outer, StageConfig(("m1",), 64)))
+    assert "\n" not in str(error.value)
+
+
 def test_checks_are_those_of_the_classes():
     assert {letter: find(letter).problem for letter in MIXERS} == PROBLEMS
 
 
 UNOFFICIAL = [
     ("g1", {}, r"model.stages.0.arch_layout=\('g1',\) has layers 'g'"),
-    ("m1X1", {}, "has layers 'X'"),
+    ("m1G1", {}, "has layers 'G'"),
     ("t1", attention(num_kv_heads=2), "model.stages.0.attention.num_kv_heads=2 has no official"),
     ("t1", attention(qk_norm=True), "attention.qk_norm=True has no official form"),
     ("t1", attention(sink="one"), "attention.sink='one' has no official form"),

@@ -9,10 +9,12 @@ import pytest
 from flax import nnx
 
 from hnet.chunking.config import ChunkingConfig
+from hnet.chunking.dechunks.cross_attention import CrossAttention
 from hnet.chunking.table import DECHUNKS, POOLS, PREDICTORS
-from hnet.config import HNetConfig, StageConfig
+from hnet.config import CrossAttentionConfig, HNetConfig, StageConfig
 from hnet.decode import stream
 from hnet.flops import param_counts
+from hnet.parts import settings_of
 from tests.networks import quick_jit, random_params
 
 B, L, V = 3, 19, 256
@@ -21,13 +23,23 @@ DOCUMENTS = np.repeat(np.int32([1, 2, 3]), (8, 7, 4))
 TEXT = np.frombuffer(b"aZ9  ..,\n\x80\xc3", np.uint8)
 
 
-def config_of(predictor, alignment, null, pool, dechunk, **more) -> HNetConfig:
+def config_of(predictor, alignment, null, pool, dechunk, memory=None, **more) -> HNetConfig:
+    """memory: window of the decoder's cross-attention, if it has one without need."""
+    needs_memory = settings_of(dechunk, DECHUNKS).part.needs_memory
+    decoder = "x1p1" if memory or needs_memory else "p1"
     chunking = ChunkingConfig(
         3.0, predictor, alignment, null, pool, dechunk, "add" if alignment == "end" else "linear",
         losses=(), **more,
     )  # fmt: skip
     stages = (
-        StageConfig(("p1", "p1"), 6, chunking=chunking),
+        StageConfig(
+            ("p1", decoder),
+            6,
+            num_heads=2,
+            rotary_emb_dim=2,
+            chunking=chunking,
+            cross_attention=CrossAttentionConfig(window=memory or 1),
+        ),
         StageConfig(("p1",), 7 + (alignment == "end")),
     )
     return HNetConfig(stages, mixers=(("p", "tests.parts.cheap:Previous"),))
@@ -48,6 +60,10 @@ def legal() -> dict[str, HNetConfig]:
 LEGAL = legal() | {
     "mlp, at most 2": config_of("mlp", "end", "learned", "mean", "repeat", max_chunk_len=2),
     "cosine, at most 3": config_of("cosine", "start", "learned", "select", "ema", max_chunk_len=3),
+    "memory of 3 chunks": config_of(
+        "mlp", "end", "learned", "mean", CrossAttention.Config(2), 3, decoder_scope="chunk"
+    ),
+    "memory of all chunks": config_of("spacelike", "end", "first", "mean", "repeat", -1),
 }
 
 

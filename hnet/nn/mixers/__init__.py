@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hnet.config import HNetConfig, StageConfig
 
 OFFICIAL = "mt"  # letters of the official H-Net
+MEMORY = "x"  # letters of this table that read `Context.memory`
 MIXERS: dict[str, str] = {
     "g": "hnet.nn.mixers.gated_deltanet:GatedDeltaNet",
     "m": "hnet.nn.mixers.mamba2:Mamba2",
@@ -49,6 +50,16 @@ def problem(config: "HNetConfig", stage: "StageConfig", letter: str) -> str | No
     _place(letter, config.mixers)
     check = PROBLEMS.get(letter.lower()) or find(letter, config.mixers).problem
     return check(config, stage)
+
+
+def reads_memory(layout: str, further: Further = ()) -> str | None:
+    """First letter of a layout whose mixer reads `Context.memory`; None if there is none."""
+    own = dict(further)  # looking up a class of our table would load JAX
+    for letter in filter(str.isalpha, layout):
+        name = letter.lower()
+        if name in MEMORY or (name in own and find(name, further).reads_memory):
+            return letter
+    return None
 
 
 def check_further(further: Further) -> None:

@@ -15,6 +15,9 @@ class Mixer(nnx.Module):
     can_look_ahead: ClassVar[bool] = False
     """whether it supports ``causal=False``, with which every position sees its whole segment"""
 
+    reads_memory: ClassVar[bool] = False
+    """whether it reads `context.memory`, which only decoders have"""
+
     def __init__(
         self, config: HNetConfig, stage: StageConfig, *, out_std: float, causal: bool,
         rngs: nnx.Rngs,

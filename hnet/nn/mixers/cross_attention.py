@@ -14,10 +14,12 @@ from hnet.nn.mixers.settings import cross_attention_problem
 class CrossAttention(Mixer):
     """Queries from positions, keys and values from normed memory; no rotary positions, no biases.
 
-    As in BLT (arXiv 2412.09871, section 3.3), a position sees vectors of its own chunk or of the
-    last closed chunk. There is no cache: a step computes the keys of the memory in its context.
+    As in BLT (arXiv 2412.09871, section 3.3). In a decoder the group of a position is the chunk
+    that it reads, i.e. the last one with an output of the main network. There is no cache: a step
+    computes the keys of the memory in its context.
     """
 
+    reads_memory = True
     can_look_ahead = True  # visibility depends only on the groups of the memory
     problem = staticmethod(cross_attention_problem)
 
@@ -37,14 +39,21 @@ class CrossAttention(Mixer):
         if memory is None:
             raise ValueError("layers x and X read a memory: give context.memory")
         D, H = x_BLD.shape[-1], self.num_heads
+        G, M, N, width = memory.x_GMND.shape
         (q,) = fused_linear(self.Wq, x_BLD, (D,), heads=H)
-        k, v = fused_linear(self.Wkv, self.memory_norm(memory.x_BKD), (D, D), heads=H)
-        q, k, v = (a.reshape(*a.shape[:2], H, -1) for a in (q, k, v))
-        out_BLHK = grouped_attention(
-            q, k, v, memory.query_group_BL, memory.group_BK, segment_ids_BL, memory.segment_ids_BK,
+        x_GXD = self.memory_norm(memory.x_GMND.reshape(G, M * N, width))
+        k, v = (a.reshape(G, M, N, H, -1) for a in fused_linear(self.Wkv, x_GXD, (D, D), heads=H))
+        if memory.query_segment_ids_BL is not None:
+            segment_ids_BL = memory.query_segment_ids_BL
+        if memory.segment_ids_GM is None:
+            segment_ids_BL = None
+        shared = lambda a: None if a is None else a.reshape(G, -1, *a.shape[2:])
+        out_GQHK = grouped_attention(
+            shared(q.reshape(*q.shape[:2], H, -1)), k, v, shared(memory.query_group_BL),
+            memory.group_GM, shared(segment_ids_BL), memory.segment_ids_GM,
             relation=self.options.relation, window=self.options.window,
         )  # fmt: skip
-        return self.out_proj(out_BLHK.reshape(x_BLD.shape))
+        return self.out_proj(out_GQHK.reshape(x_BLD.shape))
 
     def __call__(self, x_BLD: jax.Array, context: Context) -> jax.Array:
         return self.attend(x_BLD, context.segment_ids_BL, context.memory)
@@ -57,5 +66,4 @@ class CrossAttention(Mixer):
     def step(
         self, x_R1D: jax.Array, cache: tuple, at: tuple, context: StepContext
     ) -> tuple[jax.Array, tuple]:
-        memory = context.memory and context.memory._replace(segment_ids_BK=None)
-        return self.attend(x_R1D, None, memory), cache
+        return self.attend(x_R1D, None, context.memory), cache

@@ -32,10 +32,11 @@ class AttentionConfig:
 class CrossAttentionConfig:
     """Attention to vectors of chunks (layers x and X); heads and width are those of the stage."""
 
-    relation: Literal["equal", "last_closed"] = "last_closed"
-    """newest group (chunk) that a position sees: its own, or the one before"""
+    relation: Literal["equal", "last_closed"] = "equal"
+    """newest chunk that a position sees: the one that it reads, i.e. the last with an output of the
+    main network, or the one before that"""
     window: Annotated[int, Bounds(-1)] = 1
-    """number of groups that a position sees; -1 = all up to the newest"""
+    """number of chunks that a position sees; -1 = all up to the newest"""
     memory_width: Natural = 0
     """width of the memory vectors; 0 = d_model"""
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import boundaries, evaluate, fairness, segment
-from experiments.suites.scorer import ModelScorer
+from experiments import boundaries, fairness
 from hnet import load
+from hnet.commands import evaluate, segment
 from hnet.config import BOS_ID, EOS_ID
 from hnet.decode.generate import generate
 from hnet.decode.sampling import Sampling
@@ -19,6 +19,7 @@ from hnet.decode.score import logprobs
 from hnet.decode.segment import segmenter
 from hnet.interop.convert import _write_workdir
 from hnet.model import split
+from hnet.suites.scorer import ModelScorer
 from hnet.train import loop
 from tests.networks import MLP_END, network, random_params, stage
 from tests.training import run, tiny_run

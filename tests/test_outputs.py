@@ -185,7 +185,7 @@ def test_weights_that_appear_meanwhile_are_not_replaced(tmp_path, suffix, monkey
 
 
 def test_a_page_names_no_folder_of_the_sender(tmp_path, monkeypatch):
-    from experiments.segment import SegmentConfig, _write_page
+    from hnet.commands.segment import SegmentConfig, _write_page
 
     config = SegmentConfig(str(tmp_path / "secret" / "run"), html=str(tmp_path / "page.html"))
     _write_page(config, [])

@@ -3,7 +3,7 @@
     WORKDIR/checkpoints/<step>/state/          written by Orbax (v0 API), in parallel, in one move
     WORKDIR/checkpoints/<step>/manifest.json   written last by process 0; see ``manifest``
 
-``python -m hnet.checkpoint.save verify WORKDIR`` reads every checkpoint back and prints a line
+``python -m hnet.checkpoint verify WORKDIR`` reads every checkpoint back and prints a line
 for each; exit code 1 if none is good, 2 for bad input.
 """
 
@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -23,11 +22,9 @@ from hnet.checkpoint import manifest as mf
 from hnet.checkpoint import step_folders as sf
 from hnet.checkpoint.manifest import Damaged, Manifest
 from hnet.checkpoint.settings import CheckpointConfig
-from hnet.checkpoint.verify import read_arrays, verify_workdir
-from hnet.command_line import OneLineParser, run
+from hnet.checkpoint.verify import read_arrays
 from hnet.errors import ConfigError, Failed, first_line
 from hnet.runtime import distributed
-from hnet.runtime.compile_cache import enable_compilation_cache
 
 log = logging.getLogger(__name__)
 
@@ -283,19 +280,3 @@ class Checkpointer(contextlib.AbstractContextManager):
 def _failure(step: int, error: BaseException) -> str:
     host = f" on host {distributed.host_id()}" if distributed.num_hosts() > 1 else ""
     return f"checkpoint of step {step} could not be saved{host}: {first_line(error)}"
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    parser = OneLineParser(prog="python -m hnet.checkpoint.save", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    verify = commands.add_parser("verify", help="read every checkpoint back, one line each")
-    verify.add_argument("workdir", metavar="WORKDIR", help="local folder or gs://bucket/folder")
-    options = parser.parse_args(arguments)
-    jax.config.update("jax_platforms", "cpu")  # the run itself may occupy the accelerator
-    enable_compilation_cache()
-    return verify_workdir(options.workdir)
-
-
-if __name__ == "__main__":
-    run(main)

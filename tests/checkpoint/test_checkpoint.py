@@ -22,7 +22,8 @@ from jax.sharding import PartitionSpec as P
 from hnet.checkpoint import leaves as lv
 from hnet.checkpoint import manifest as mf
 from hnet.checkpoint import step_folders as sf
-from hnet.checkpoint.save import Checkpointer, CheckpointError, main
+from hnet.checkpoint.__main__ import main
+from hnet.checkpoint.save import Checkpointer, CheckpointError
 from hnet.command_line import exit_code
 from hnet.errors import ConfigError
 from hnet.train.config import CheckpointConfig

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from experiments.evaluate import summary
+from hnet.commands.evaluate import summary
 from hnet.data import DataConfig, open_corpus, open_part
 from hnet.data.identity import check_inputs, inputs
 from hnet.errors import ConfigError

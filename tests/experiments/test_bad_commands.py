@@ -21,11 +21,11 @@ OPTIONS = {
     "experiments.benchmarks.sweep": "SweepBenchmark",
     "experiments.boundaries": "BoundariesConfig",
     "experiments.calibrate": "CalibrateConfig",
-    "experiments.evaluate": "EvaluateConfig",
+    "hnet.commands.evaluate": "EvaluateConfig",
     "experiments.fairness": "FairnessConfig",
     "experiments.scripts.__main__": "FairnessTableConfig",
-    "experiments.generate": "GenerateConfig",
-    "experiments.segment": "SegmentConfig",
+    "hnet.commands.generate": "GenerateConfig",
+    "hnet.commands.segment": "SegmentConfig",
     "hnet.data.__main__": "Prepare",
 }
 """Commands configured by their own dataclass."""

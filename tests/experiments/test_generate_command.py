@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import generate as command
 from hnet import command_line
+from hnet.commands import generate as command
 from hnet.decode import room
 from hnet.decode.decoder import Decoder
 from hnet.decode.generate import chunk_starts, generate, stream_text

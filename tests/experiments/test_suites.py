@@ -13,7 +13,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments.suites import (
+from hnet.data import open_part
+from hnet.decode.generate import generate
+from hnet.decode.sampling import Sampling
+from hnet.decode.score import Score, logprobs
+from hnet.errors import ConfigError
+from hnet.inspect.fairness import cut_at
+from hnet.model import HNetLM
+from hnet.suites import (
     SUITES,
     arithmetic,
     chars,
@@ -27,15 +34,8 @@ from experiments.suites import (
     stability,
     surprise,
 )
-from experiments.suites.items import Item, Settings, ask, by_tags, with_shots
-from experiments.suites.scorer import ModelScorer, bits_per_byte
-from hnet.data import open_part
-from hnet.decode.generate import generate
-from hnet.decode.sampling import Sampling
-from hnet.decode.score import Score, logprobs
-from hnet.errors import ConfigError
-from hnet.inspect.fairness import cut_at
-from hnet.model import HNetLM
+from hnet.suites.items import Item, Settings, ask, by_tags, with_shots
+from hnet.suites.scorer import ModelScorer, bits_per_byte
 from tests.networks import MLP_END, network, random_params, stage
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

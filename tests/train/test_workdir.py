@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.evaluate import EvaluateConfig, _part
 from hnet.checkpoint.step_folders import work_folder
+from hnet.commands.evaluate import EvaluateConfig, _part
 from hnet.data import open_corpus
 from hnet.data.identity import read_inputs
 from hnet.errors import ConfigError, Failed

@@ -10,12 +10,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from experiments.suites import SUITES
-from experiments.suites.items import Report, Settings
-from experiments.suites.scorer import ModelScorer
 from hnet.data import Part
 from hnet.errors import ConfigError
 from hnet.model import HNetLM
+from hnet.suites import SUITES
+from hnet.suites.items import Report, Settings
+from hnet.suites.scorer import ModelScorer
 
 SHORTEST = 16  # least bytes per passage
 

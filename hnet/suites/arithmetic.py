@@ -7,8 +7,8 @@ a space. The examples before a question have numbers of the same lengths as the 
 import random
 from collections.abc import Sequence
 
-from experiments.suites.items import Item, Report, Row, Settings, ask, by_tags, with_shots
-from experiments.suites.scorer import Scorer
+from hnet.suites.items import Item, Report, Row, Settings, ask, by_tags, with_shots
+from hnet.suites.scorer import Scorer
 
 LENGTHS = ((2, 2, 2), (3, 3, 3), (3, 3, 4), (5, 5, 5), (7, 7, 7), (7, 7, 8))
 """numbers of digits of a, b and a + b"""

@@ -8,8 +8,8 @@ import random
 import re
 import string
 
-from experiments.suites.items import Item, Report, Settings, ask, by_tags, with_shots
-from experiments.suites.scorer import Scorer
+from hnet.suites.items import Item, Report, Settings, ask, by_tags, with_shots
+from hnet.suites.scorer import Scorer
 
 LENGTH = 64
 VOWELS = "aeiouAEIOU"

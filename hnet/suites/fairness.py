@@ -9,10 +9,10 @@ from dataclasses import asdict
 
 import numpy as np
 
-from experiments.suites.items import Report, Settings
-from experiments.suites.scorer import Scorer
 from hnet.errors import ConfigError
 from hnet.inspect.fairness import chunk_spread, score_language
+from hnet.suites.items import Report, Settings
+from hnet.suites.scorer import Scorer
 
 
 def run(scorer: Scorer, settings: Settings) -> Report:

@@ -6,11 +6,11 @@ in both windows, except the first byte of the shorter window, at which a chunk a
 
 from collections.abc import Sequence
 
-from experiments.suites.items import Report, Row, Settings
-from experiments.suites.scorer import Scorer
 from hnet.errors import ConfigError
 from hnet.inspect.metrics import Score, score_offsets
 from hnet.inspect.segmentation import Segmentation
+from hnet.suites.items import Report, Row, Settings
+from hnet.suites.scorer import Scorer
 
 SHIFTS = (1, 7, 64)
 

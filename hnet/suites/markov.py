@@ -10,8 +10,8 @@ import random
 
 import numpy as np
 
-from experiments.suites.items import Report, Settings
-from experiments.suites.scorer import Scorer
+from hnet.suites.items import Report, Settings
+from hnet.suites.scorer import Scorer
 
 ORDERS = (1, 2, 3, 4)
 SWITCH = 0.8

@@ -10,9 +10,9 @@ import string
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-from experiments.suites.items import Item, Report, Row, Settings, ask, by_tags, with_shots
-from experiments.suites.scorer import Scorer
 from hnet.errors import ConfigError
+from hnet.suites.items import Item, Report, Row, Settings, ask, by_tags, with_shots
+from hnet.suites.scorer import Scorer
 
 LENGTHS = range(4, 11)
 Task = Callable[[str, random.Random], tuple[str, str, dict]]

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.suites.items import Report, Row, Settings
-from experiments.suites.scorer import Scorer
+from hnet.suites.items import Report, Row, Settings
+from hnet.suites.scorer import Scorer
 
 Mistake = Callable[[int], int]
 RULES: tuple[Mistake, ...] = (

@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from experiments.suites.items import Report, Settings
-from experiments.suites.scorer import Scorer, bits_per_byte
 from hnet.decode.score import Score
 from hnet.errors import ConfigError
+from hnet.suites.items import Report, Settings
+from hnet.suites.scorer import Scorer, bits_per_byte
 
 Perturb = Callable[[str, random.Random], str]
 CHOICES = 4

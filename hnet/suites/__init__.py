@@ -8,7 +8,7 @@ To add one: write a file with `run(scorer, settings) -> {table: rows}` and add a
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
-from experiments.suites import (
+from hnet.suites import (
     arithmetic,
     chars,
     consistency,
@@ -20,8 +20,8 @@ from experiments.suites import (
     stability,
     surprise,
 )
-from experiments.suites.items import Report, Settings
-from experiments.suites.scorer import Scorer
+from hnet.suites.items import Report, Settings
+from hnet.suites.scorer import Scorer
 
 
 class Suite(NamedTuple):

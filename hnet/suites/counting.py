@@ -6,8 +6,8 @@ of its own.
 
 import random
 
-from experiments.suites.items import Item, Report, Settings, ask, by_tags, with_shots
-from experiments.suites.scorer import Scorer
+from hnet.suites.items import Item, Report, Settings, ask, by_tags, with_shots
+from hnet.suites.scorer import Scorer
 
 JOINED = {
     "raw": "".join,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from experiments.suites.scorer import Scorer, bits_per_byte
+from hnet.suites.scorer import Scorer, bits_per_byte
 
 Row = dict[str, Any]
 Report = dict[str, list[Row]]

@@ -1,0 +1,48 @@
+"""The command `hnet`, also started as `python -m hnet.commands`."""
+
+import importlib
+import sys
+
+from hnet import command_line
+from hnet.errors import ConfigError
+
+COMMANDS = {
+    "segment": "hnet.commands.segment",
+    "generate": "hnet.commands.generate",
+    "evaluate": "hnet.commands.evaluate",
+    "convert": "hnet.interop.__main__",
+    "verify": "hnet.interop.__main__",
+    "checkpoint": "hnet.checkpoint.__main__",
+}
+
+
+def dispatch() -> int | None:
+    """Run the command that the first word names, with the other words as its arguments."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in ("", "-h", "--help"):
+        print(usage())
+        return None
+    if name not in COMMANDS:
+        raise ConfigError(f"command {name!r} is unknown: use {', '.join(COMMANDS)}")
+    module = COMMANDS[name]
+    if module != "hnet.interop.__main__":  # which reads its command's name itself
+        sys.argv = [f"hnet {name}", *sys.argv[2:]]
+    return importlib.import_module(module).main()
+
+
+def usage() -> str:
+    """One line per command: the first line of its module's docstring."""
+    lines = ["usage: hnet COMMAND ...; hnet COMMAND --help describes its options", ""]
+    for name, module in COMMANDS.items():
+        doc = importlib.import_module(module).__doc__ or ""
+        lines.append(f"  {name:<11}{doc.splitlines()[0]}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    command_line.run(dispatch)
+
+
+if __name__ == "__main__":
+    main()

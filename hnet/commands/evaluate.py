@@ -1,0 +1,193 @@
+"""Bits per byte of a trained model, on its held-out text or on given files.
+
+    python -m experiments.evaluate --checkpoint WORKDIR [--files GLOB ...] [--documents True]
+
+Prints bits per byte in total, per file and, with --documents, per document, and the bytes per chunk
+of each stage. Only source bytes count: no BOS, EOS or padding.
+
+    python -m experiments.evaluate --checkpoint WORKDIR --suite perturb counting [--files GLOB ...]
+
+runs evaluations from papers (hnet/suites) instead.
+"""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from hnet import load
+from hnet.command_line import parse
+from hnet.data import DataConfig, Part, eval_batches, open_corpus, open_part
+from hnet.data.identity import check_inputs, inputs, read_inputs
+from hnet.data.parallel import read_parallel
+from hnet.errors import ConfigError
+from hnet.fields import Bounds, Count, Natural
+from hnet.loss import bits_per_byte
+from hnet.model import split
+from hnet.runtime.compile_cache import enable_compilation_cache
+from hnet.suites import command
+from hnet.suites.items import Settings
+from hnet.train.evaluate import Evaluation, evaluate
+from hnet.train.program import FED
+from hnet.train.step import eval_step
+from hnet.train.workdir import read_config
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What to score and how to print the result."""
+
+    checkpoint: str
+    """work directory of a run, or an official checkpoint with its JSON"""
+    files: tuple[str, ...] = ()
+    """globs of text to score, in quotes; empty = the held-out text of the run"""
+    seq_len: Natural = 0
+    """positions per row, which limit the context of a byte; 0 = as trained"""
+    batch_size: Count = 8
+    """number of rows scored together"""
+    bos: bool | None = None
+    """whether to put BOS (byte 254) before each text; None = as in training"""
+    documents: bool = False
+    """also print one line per document"""
+    json: bool = False
+    """print one JSON object instead of a table"""
+    suite: tuple[str, ...] = ()
+    """evaluations to run instead: perturb, chars, markov, arithmetic, consistency, counting,
+    diagnostic, stability, surprise, fairness"""
+    items: Annotated[int, Bounds(1, 1_000_000)] = 200
+    """suites: number of questions per task, or of passages"""
+    shots: Annotated[int, Bounds(0, 1000)] = 4
+    """suites: number of solved examples before a question"""
+    max_bytes: Annotated[int, Bounds(1, 2**31 - 1)] = 512
+    """suites: longest passage of a text"""
+    seed: Annotated[int, Bounds(0, 2**32 - 1)] = 0
+    """suites: seed of everything that is drawn"""
+    parallel: tuple[str, ...] = ()
+    """suite fairness: LANGUAGE=FILE, a sentence per line, line i saying the same in all"""
+
+
+def main() -> None:
+    config = parse(EvaluateConfig)
+    enable_compilation_cache()
+    if config.suite:
+        return _suites(config)
+    model = load(config.checkpoint, bos=config.bos)
+    data, part = replace(_data_config(config), bos_eos=model.bos), _part(config)
+    graph, params = split(model)
+    step = jax.jit(partial(eval_step, graph=graph), static_argnames="capacities")
+
+    def run_batch(batch, capacities):
+        fed = {name: batch[name] for name in FED if name in batch}
+        return step(params, fed, capacities=capacities)
+
+    batches = eval_batches(part, data, route_groups=model.config.route_groups)
+    result = evaluate(
+        batches, run_batch, (None,) * model.config.num_chunked,
+        route_names=model.config.route_names,
+    )  # fmt: skip
+    report = summary(result, part)
+    if config.json:
+        print(json.dumps(report))
+    else:
+        _print(report, config.documents)
+
+
+def _suites(config: EvaluateConfig) -> None:
+    names = list(dict.fromkeys(config.suite))
+    settings = Settings(config.items, config.shots, config.seed, config.max_bytes)
+    command.check(names, settings)
+    is_run = (Path(config.checkpoint) / "config.json").exists()
+    if is_run and read_config(config.checkpoint).data.tokenizer:
+        raise ConfigError(f"checkpoint={config.checkpoint} reads tokens: suites ask for bytes")
+    if needing := command.reads(names, "parallel"):
+        if not config.parallel:
+            raise ConfigError(
+                f"suite {needing[0]}: give --parallel LANGUAGE=FILE for each language"
+            )
+        settings = replace(settings, parallel=read_parallel(config.parallel, field="parallel"))
+    if command.reads(names, "texts"):
+        settings = replace(settings, texts=command.passages(_part(config), settings))
+    model = load(config.checkpoint, bos=config.bos)
+    reports = command.run_suites(model, names, settings, batch_size=config.batch_size)
+    if config.json:
+        print(json.dumps({"checkpoint": config.checkpoint, "suites": reports}))
+    else:
+        command.print_reports(reports)
+
+
+def _part(config: EvaluateConfig) -> Part:
+    """The text to score. Raises ConfigError if an input of the run has changed since training."""
+    data = _data_config(config)
+    corpus = None if config.files else open_corpus(data)
+    now, before = inputs(data, corpus), read_inputs(config.checkpoint) or {}
+    check_inputs(
+        {name: before.get(name, now[name]) for name in now}, now,
+        f"the run in {config.checkpoint}", "give it the same content, or other text by --files",
+    )  # fmt: skip
+    part = corpus.heldout if corpus else open_part(config.files)
+    if not part.num_bytes:
+        raise ConfigError(f"checkpoint={config.checkpoint} has no held-out text: give --files")
+    return part
+
+
+def _data_config(config: EvaluateConfig) -> DataConfig:
+    """The run's data settings, the defaults for an official checkpoint."""
+    if (Path(config.checkpoint) / "config.json").exists():
+        data = read_config(config.checkpoint).data
+    elif config.files:
+        data = DataConfig()
+    else:
+        raise ConfigError(f"checkpoint={config.checkpoint} is no work directory: give --files")
+    seq_len = config.seq_len or data.seq_len
+    return replace(data, seq_len=seq_len, batch_size=config.batch_size)
+
+
+def summary(result: Evaluation, part: Part) -> dict[str, Any]:
+    """Bits per byte in total, by file and by document, and each stage's bytes per chunk."""
+    nats, num_bytes = result.nats_by_document, result.bytes_by_document
+    names = {d: part.document_name(d) for d in sorted(nats)}
+    files, documents = defaultdict(list), {}
+    for document, name in names.items():
+        files[part.file_of(document)].append(document)
+        documents[f"{name} ({document})" if name in documents else name] = document
+
+    def score(documents: Iterable[int]) -> dict[str, float]:
+        count = sum(num_bytes[d] for d in documents)
+        return {"bpb": bits_per_byte(math.fsum(nats[d] for d in documents), count), "bytes": count}
+
+    return {
+        **score(names),
+        "unscored_bytes": part.num_bytes - result.num_bytes,
+        "bytes_per_chunk": [result.bytes_per_chunk(s) for s in range(len(result.chunks_by_stage))],
+        "positions_per_chunk": [
+            result.positions_per_chunk(s) for s in range(len(result.chunks_by_stage))
+        ],
+        "files": {name: score(own) for name, own in files.items()},
+        "documents": {name: score([document]) for name, document in documents.items()},
+    }
+
+
+def _print(report: dict[str, Any], with_documents: bool) -> None:
+    table = Table("text", "bytes", "bits per byte", box=None)
+    rows = [("all", report), *report["files"].items()]
+    rows += report["documents"].items() if with_documents else []
+    for name, score in rows:
+        table.add_row(Text(name), f"{score['bytes']:,}", f"{score['bpb']:.4f}")
+    console = Console(highlight=False)
+    console.print(table)
+    if report["unscored_bytes"]:
+        console.print(f"{report['unscored_bytes']:,} bytes that nothing predicts were not scored")
+    for s, size in enumerate(report["bytes_per_chunk"]):
+        console.print(f"stage {s}: {size:.3f} bytes a chunk")
+        for name, own in report["positions_per_chunk"][s].items():
+            console.print(f"  route {escape(name)}: {own:.3f} positions a chunk")

@@ -108,16 +108,16 @@ COMMANDS = [  # (options, existing file)
     ("calibrate", "--files a=b --mean-ratio 5 --out DIR/mine", "mine"),
     ("fairness", "--files a=b --out DIR", "report.md"),
     ("fairness", "--files a=b --out DIR", "chunks.svg"),
-    ("benchmark", "--json DIR/mine", "mine"),
+    ("benchmarks.__main__", "--json DIR/mine", "mine"),
     ("generate", "--checkpoint w --input DIR/prompts.jsonl --output DIR/mine", "mine"),
     ("sweep", "--space DIR/space.toml --out DIR", "results.csv"),
     ("sweep", "--space DIR/space.toml --out DIR", "best.json"),
     ("sweep", "--space DIR/space.toml --out DIR", "journal.log"),
     ("sweep", "--space DIR/space.toml --out DIR/new --storage DIR/mine", "mine"),
-    ("scaling", "plan --out DIR", "plan.json"),
-    ("scaling", "plan --out DIR", "fit.json"),
-    ("scaling", "plan --out DIR", "configs/a.json"),
-    ("scaling", "plan --out DIR", "tokenizer.json"),
+    ("scaling.__main__", "plan --out DIR", "plan.json"),
+    ("scaling.__main__", "plan --out DIR", "fit.json"),
+    ("scaling.__main__", "plan --out DIR", "configs/a.json"),
+    ("scaling.__main__", "plan --out DIR", "tokenizer.json"),
 ]
 
 

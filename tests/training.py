@@ -33,8 +33,8 @@ def build_once(config: Config, devices=None, change=None) -> Program:
 
 
 @cache
-def segmenter_once(*args):
-    return segmenter(*args)
+def segmenter_once(*args, **options):
+    return segmenter(*args, **options)
 
 
 TINY = HNetConfig(

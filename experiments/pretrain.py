@@ -6,8 +6,9 @@
 
 NAME is a name, a .json file (ours, or an official H-Net one; with "base": NAME it holds only what
 differs), or package.module:function. The same command again resumes. Parts go by name:
---model.stages.0.chunking.dechunk repeat. Exit codes: 0 done, 1 failed, 2 bad input, 75 asked to
-stop and saved (start again).
+--model.stages.0.chunking.dechunk repeat. --init.from CHECKPOINT starts from its weights, without
+NAME in its architecture. Exit codes: 0 done, 1 failed, 2 bad input, 75 asked to stop and saved
+(start again).
 """
 
 import sys

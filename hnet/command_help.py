@@ -34,7 +34,7 @@ def docs(cls: type) -> dict[str, str]:
                     ast.AnnAssign(target=ast.Name(id=name)),
                     ast.Expr(value=ast.Constant(value=str(text))),
                 ):
-                    found[name] = " ".join(text.split())
+                    found[fields.public(name)] = " ".join(text.split())
     return found
 
 
@@ -48,9 +48,9 @@ def defaults(cls: type) -> dict[str, Any]:
     content = {}
     for field in dataclasses.fields(cls):
         if field.default is not dataclasses.MISSING:
-            content[field.name] = fields.to_json(field.default)
+            content[fields.public(field.name)] = fields.to_json(field.default)
         elif field.default_factory is not dataclasses.MISSING:
-            content[field.name] = fields.to_json(field.default_factory())
+            content[fields.public(field.name)] = fields.to_json(field.default_factory())
     return content
 
 

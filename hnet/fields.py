@@ -87,11 +87,25 @@ def unknown(name: str, known: Sequence[str], path: str = "") -> str:
     return f"known are {', '.join(known)}" if known else "it has no fields"
 
 
+def public(name: str) -> str:
+    """Name of a dataclass field in JSON and on the command line: `from` for `from_`.
+
+    `from` is a word of Python and cannot name a field.
+    """
+    return name.removesuffix("_")
+
+
+@functools.cache
+def attributes(cls: type) -> dict[str, str]:
+    """Public name -> attribute of each field of a dataclass."""
+    return {public(field.name): field.name for field in dataclasses.fields(cls)}
+
+
 @functools.cache
 def hints(cls: type) -> dict[str, Any]:
     """Name -> type of each field of a dataclass, with `Annotated` bounds."""
     types_of = typing.get_type_hints(cls, include_extras=True)
-    return {field.name: types_of[field.name] for field in dataclasses.fields(cls)}
+    return {name: types_of[attribute] for name, attribute in attributes(cls).items()}
 
 
 def is_part(hint: Any) -> bool:
@@ -155,7 +169,8 @@ def type_text(hint: Any) -> str:
 def to_json(value: Any) -> Any:
     """A configuration, or a value in one, as JSON content."""
     if dataclasses.is_dataclass(value):
-        content = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        cls: Any = type(value)
+        content = {n: to_json(getattr(value, own)) for n, own in attributes(cls).items()}
         return {"name": value.name, **content} if isinstance(value, Settings) else content
     return [to_json(v) for v in value] if isinstance(value, tuple | list) else value
 
@@ -239,9 +254,9 @@ def _object(cls: type, content: Any, path: str) -> Any:
             raise FieldError(f"unknown field {where}: {unknown(str(name), list(types_of), path)}")
     values = {name: from_json(types_of[name], v, join(path, name)) for name, v in content.items()}
     for field in dataclasses.fields(cls):
-        if field.name not in values and not has_default(field):
-            raise FieldError(f"{join(path, field.name)} is missing: give it")
-    return cls(**values)
+        if public(field.name) not in values and not has_default(field):
+            raise FieldError(f"{join(path, public(field.name))} is missing: give it")
+    return cls(**{attributes(cls)[name]: value for name, value in values.items()})
 
 
 def has_default(field: dataclasses.Field) -> bool:
@@ -283,7 +298,7 @@ def _check_value(hint: Any, value: Any, path: str) -> None:
     if dataclasses.is_dataclass(value):
         cls: Any = type(value)
         for name, field_hint in hints(cls).items():
-            _check_value(field_hint, getattr(value, name), join(path, name))
+            _check_value(field_hint, getattr(value, attributes(cls)[name]), join(path, name))
     elif isinstance(value, tuple):
         options = (plain(hint), *typing.get_args(plain(hint)))
         kinds = next((typing.get_args(o) for o in options if typing.get_origin(o) is tuple), ())

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hnet import command_help, fields
-from hnet.command_line import check_words, help_topic, with_words
+from hnet.command_line import check_words, help_topic, split_words, with_words
 from hnet.errors import ConfigError
 from hnet.train.sections import Sections
 
@@ -186,8 +186,8 @@ def run_config(argv: Sequence[str] | None = None, default: str = "default") -> "
     `--help [SECTION]` prints what can be set and exits.
     """
     argv = sys.argv[1:] if argv is None else argv
-    name = default
-    if argv and not argv[0].startswith("-"):
+    name, is_named = default, bool(argv) and not argv[0].startswith("-")
+    if is_named:
         name, argv = argv[0], argv[1:]
     topic = help_topic(argv)
     if topic is None:
@@ -196,11 +196,39 @@ def run_config(argv: Sequence[str] | None = None, default: str = "default") -> "
         _named(name)
     from hnet.train.config import Config
 
-    content = fields.to_json(base_config(name))
+    base = base_config(name)
+    if topic is None and not is_named:
+        base = _like_weights(base, argv)
+    content = fields.to_json(base)
     if topic is not None:
         print(help_text(content, topic))
         raise SystemExit(0)
     return with_words(Config, content, argv)
+
+
+def _like_weights(base: "Config", argv: Sequence[str]) -> "Config":
+    """`base` with the architecture of the weights in `--init.from`, and their special tokens.
+
+    A run that has begun needs the weights no longer: its own configuration has all this.
+    """
+    from hnet.interop.weights import described
+    from hnet.train.workdir import read_config
+
+    words = split_words(argv)
+    given = words.get("init.from")
+    if not given or len(given) != 1 or not given[0]:
+        return base
+    workdir = (words.get("workdir") or [base.workdir])[0]
+    try:
+        run = read_config(workdir)
+    except ConfigError:
+        run = None
+    if run and run.init.from_ == given[0]:
+        model, data = run.model, run.data
+    else:
+        model, data = described(given[0])
+    data = dataclasses.replace(base.data, bos_eos=data.bos_eos, tokenizer=data.tokenizer)
+    return dataclasses.replace(base, model=model, data=data)
 
 
 def help_text(content: Any, topic: str = "") -> str:

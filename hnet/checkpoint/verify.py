@@ -66,14 +66,14 @@ def check_values(orbax: "ocp.Checkpointer", folder: epath.Path) -> Manifest:
     manifest = mf.read(folder)
     mf.check_files(folder, manifest)
     console = Console(stderr=True)
-    groups = track(
-        _groups(manifest),
+    parts = track(
+        groups(manifest.leaves),
         f"step {manifest.step}",
         console=console,
         transient=True,
         disable=not console.is_terminal,
     )
-    for group in groups:
+    for group in parts:
         try:
             read_arrays(orbax, folder, manifest, dict.fromkeys(group))
         except Damaged:
@@ -83,18 +83,20 @@ def check_values(orbax: "ocp.Checkpointer", folder: epath.Path) -> Manifest:
     return manifest
 
 
-def _groups(manifest: Manifest) -> list[list[str]]:
-    """The paths in order, in groups of up to _GROUP_BYTES; a larger array is its own group."""
-    groups: list[list[str]] = []
+def groups(leaves: dict[str, dict]) -> list[list[str]]:
+    """The paths of a manifest's leaves in order, in groups of up to _GROUP_BYTES.
+
+    A larger array is its own group."""
+    found: list[list[str]] = []
     room = 0
-    for path, leaf in manifest.leaves.items():
+    for path, leaf in leaves.items():
         size = math.prod(leaf["shape"]) * jnp.dtype(leaf["dtype"]).itemsize
-        if size > room or not groups:
-            groups.append([])
+        if size > room or not found:
+            found.append([])
             room = _GROUP_BYTES
-        groups[-1].append(path)
+        found[-1].append(path)
         room -= size
-    return groups
+    return found
 
 
 def verify_workdir(workdir: str) -> int:

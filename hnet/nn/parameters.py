@@ -4,6 +4,7 @@ One table maps axis names to mesh axes (`hnet.train.sharding.AXES`); the optimiz
 `stage`. No code infers any of this from a parameter's name.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +26,8 @@ class ParameterInfo:
     """whether a leading axis holds one copy per script group"""
     stage: int | None = None
     """index of the stage that owns it, 0 = outermost; None outside of a network"""
+    frozen: bool = False
+    """whether training leaves it as it is: no gradient, no update, no optimizer state"""
 
 
 def metadata(axes: str, *, decay: bool = True) -> dict[str, Any]:
@@ -56,6 +59,23 @@ def set_per_script(module: nnx.Module) -> None:
         variable.set_metadata(**{_KEY: info})
 
 
+def set_frozen(module: nnx.Module, is_frozen: Callable[[str], bool]) -> None:
+    """Set `frozen` on all parameters with `is_frozen(path)`; a path is like "embeddings/kernel"."""
+    for path, variable in _parameters(module):
+        if is_frozen("/".join(map(str, path))):
+            variable.set_metadata(**{_KEY: replace(_info(path, variable), frozen=True)})
+
+
+def trained(infos: Any, params: Any) -> Any:
+    """`params` with None for each frozen parameter."""
+    return jax.tree.map(lambda info, p: None if info.frozen else p, infos, params)
+
+
+def with_frozen(own: Any, params: Any) -> Any:
+    """`own`, the result of `trained`, with the parameters of `params` for each None."""
+    return jax.tree.map(lambda p, o: p if o is None else o, params, own)
+
+
 def describe(model: nnx.Module) -> dict:
     """A ParameterInfo for every parameter, in nested dicts like those of `hnet.model.split`.
 
@@ -68,16 +88,20 @@ def map_parameters(function, infos: Any, tree: Any, *rest: Any, other=lambda lea
     """Map `function(info, leaf, *leaves of rest)` over all subtrees that look like the parameters.
 
     tree, rest: trees of equal structure that contain parameters, e.g. a train state, an optimizer
-    state or the parameters themselves. `other(leaf, *leaves of rest)` maps all remaining leaves.
+    state or the parameters themselves; None for a parameter stays None.
+    `other(leaf, *leaves of rest)` maps all remaining leaves.
     """
     structure = jax.tree.structure(infos)
 
     def is_parameters(node):
-        return jax.tree.structure(node) == structure
+        return jax.tree.structure(node, is_leaf=lambda leaf: leaf is None) == structure
+
+    def own(info, leaf, *leaves):
+        return None if leaf is None else function(info, leaf, *leaves)
 
     def one(node, *nodes):
         if is_parameters(node):
-            return jax.tree.map(function, infos, node, *nodes)
+            return jax.tree.map(own, infos, node, *nodes)
         return other(node, *nodes)
 
     return jax.tree.map(one, tree, *rest, is_leaf=is_parameters)

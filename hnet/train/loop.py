@@ -20,6 +20,7 @@ from hnet.train.capacity import Ladder
 from hnet.train.config import Config
 from hnet.train.evaluate import Evaluation
 from hnet.train.first_lines import first_lines
+from hnet.train.initial import open_start, replaced, table
 from hnet.train.program import Change, Program, build, put_batch, run_evaluation
 from hnet.train.report import Report, Start
 from hnet.train.settle import settle
@@ -123,7 +124,7 @@ def train(
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked_workdir(config, read))
         checkpoints = stack.enter_context(Checkpointer(config.workdir, config.checkpoint))
-        state, position = _first_state(checkpoints, program)
+        state, position, origin = _first_state(config, checkpoints, program)
         start = Start(int(state.step), position.bytes_seen, position.evaluated)
         check_steps(config, config.workdir, start.step)
         batches = _open_batches(config, corpus, position.data)
@@ -137,7 +138,7 @@ def train(
         )
         stack.enter_context(report)
         opening = first_lines(config, corpus, program, start.step)
-        for line in (*lines, *opening):
+        for line in (*lines, *origin, *opening):
             report.say(line)
         watchdog = stack.enter_context(Watchdog(config.workdir, config.watchdog))
         session = Session(config, corpus, program, checkpoints, report, watchdog, stop)
@@ -156,7 +157,9 @@ def _loop(
 ) -> Outcome:
     """Train until the last step or a stop request. Raises NonFinite, StopRun, ConfigError."""
     config, program, report = session.config, session.program, session.report
-    start = done = int(state.step)
+    done = int(state.step)
+    # A start from other weights is saved: it then depends on them no longer.
+    saved = -1 if config.init.from_ and not session.checkpoints.steps() else done
     ladder = program.ladder
     if position.ladder:
         if not ladder.has_unit_of(position.ladder):
@@ -181,17 +184,18 @@ def _loop(
                 report.evaluated(done, evaluation, row, segment, state.params, is_new=is_new)
                 position.evaluated = done
         stopping = session.stop.stop_requested(done)
-        saves = stopping or last or _due(done, config.checkpoint.every)
+        saves = stopping or last or saved < 0 or _due(done, config.checkpoint.every)
         if saves and inflight:
             row, inflight = _read(session, inflight, position, batches), None
         if row:
             _report_step(session, row)
-        if saves and done > start:
+        if saves and done > saved:
             session.watchdog.beat("save")
             report.save()
             position.ladder, position.data = ladder.to_json(), batches.position
             extras = {"position": asdict(position), "config": to_json(config)}
             session.checkpoints.save(done, state, extras)
+            saved = done
         if last or stopping:
             session.checkpoints.wait()
             return Outcome(state, evaluation if last else None, program, session.corpus)
@@ -288,10 +292,22 @@ def _open_batches(config: Config, corpus: Corpus, start: int) -> BatchIterator:
     )  # fmt: skip
 
 
-def _first_state(checkpoints: Checkpointer, program: Program) -> tuple[TrainState, Position]:
-    if not checkpoints.steps():
-        return program.init(), Position()
-    return _restored(checkpoints, program)
+def _first_state(
+    config: Config, checkpoints: Checkpointer, program: Program
+) -> tuple[TrainState, Position, list[str]]:
+    """State and position of the start, and lines that say what its parameters are."""
+    start = None
+    if checkpoints.steps():
+        state, position = _restored(checkpoints, program)
+    else:
+        if config.init.from_:
+            start = open_start(config.init, program.graph, program.abstract_state.params)
+        state, position = program.init(), Position()
+        if start:
+            state = state._replace(params=replaced(state.params, start))
+    if not (start or config.init.freeze):
+        return state, position, []
+    return state, position, table(program.graph, state.params, start)
 
 
 def _restored(

@@ -74,10 +74,12 @@ def apply_update(
     """p - lr (direction + weight_decay p), lr = learning_rate * factor * the stage's multiplier.
 
     infos: `hnet.nn.parameters.describe` of the model; weight_decay is 0 for parameters whose
-    `decay` is False.
+    `decay` is False. A parameter whose direction is None stays as it is.
     """
 
     def update(info: ParameterInfo, p, d):
+        if d is None:
+            return p
         rate = hparams.learning_rate * factor * hparams.multiplier_S[info.stage]
         return p - rate * (d + hparams.weight_decay * p if info.decay else d)
 

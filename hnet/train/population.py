@@ -31,6 +31,7 @@ from hnet.runtime.distributed import StopRequest
 from hnet.train.capacity import Ladder
 from hnet.train.config import Config
 from hnet.train.evaluate import Evaluation, OfEachRun
+from hnet.train.initial import frozen_graph, open_start, replaced
 from hnet.train.lock import DirectoryLock
 from hnet.train.program import (
     FED,
@@ -71,8 +72,10 @@ def build(
 
     config, platform = configs[0], mesh.devices.flat[0].platform
     compute = resolved(config.model.compute, platform)
-    graph, _ = abstract(replace(config.model, compute=compute))
+    graph, params = abstract(replace(config.model, compute=compute))
     plain_graph, _ = abstract(replace(config.model, compute=without(compute)))
+    graph = frozen_graph(config.init, graph, params)
+    plain_graph = frozen_graph(config.init, plain_graph, params)
     packed_rows = rows_packed(config, shards=1)
     one = experiment(config, graph, packed_rows)
 
@@ -184,7 +187,13 @@ def train_population(
         identity.check_inputs(
             before, read, f"the runs in {workdir}", "give them the same content, or another folder"
         )
+        start = None
+        if config.init.from_ and not checkpoints.steps():
+            graph, params = program.graph, program.abstract_state.params
+            start = open_start(config.init, graph, params, runs=True)
         state, progress, done = program.init(), Progress(), 0
+        if start:
+            state = state._replace(params=replaced(state.params, start))
         progress.overflow = [[0.0] * config.model.num_chunked for _ in configs]
         if checkpoints.steps():
             restored = checkpoints.restore(program.abstract_state)

@@ -22,6 +22,7 @@ from hnet.stage import Numbers
 from hnet.train.capacity import Ladder
 from hnet.train.config import Config
 from hnet.train.evaluate import Evaluation, evaluate
+from hnet.train.initial import frozen_graph
 from hnet.train.optim import Hyperparams
 from hnet.train.sharding import (
     batch_sharding,
@@ -100,6 +101,8 @@ def build(
     compute = resolved(config.model.compute, platform)
     graph, params = abstract(replace(config.model, compute=compute))
     plain_graph, _ = abstract(replace(config.model, compute=without(compute)))
+    graph = frozen_graph(config.init, graph, params)
+    plain_graph = frozen_graph(config.init, plain_graph, params)
     packed_rows = rows_packed(config, shards)
 
     run = experiment(config, graph, packed_rows)
@@ -156,7 +159,8 @@ def experiment(config: Config, graph: Any, packed_rows: int) -> Experiment:
     def make_state(key: jax.Array) -> TrainState:
         init_key, noise_key = jax.random.split(key)
         params = init_params(config.model, init_key)
-        return init_state(params, noise_key, config.model, config.optim)
+        infos = describe(nnx.merge(graph, params))
+        return init_state(params, noise_key, config.model, config.optim, infos)
 
     hold_from = config.controller.hold_from(config.train.steps)
     step = partial(

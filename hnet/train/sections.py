@@ -6,11 +6,40 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from hnet.checkpoint.settings import CheckpointConfig
 from hnet.data.config import DataConfig
 from hnet.errors import ConfigError
-from hnet.fields import Bounds, Count, Natural, NotNegative, Positive, Share, check
+from hnet.fields import Bounds, Count, Natural, NotNegative, Positive, Share, check, shown
 from hnet.runtime.settings import DistributedConfig
 
 if TYPE_CHECKING:
     from hnet.config import HNetConfig
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """Weights that a new run starts from (`hnet.train.initial`), and which of them stay frozen.
+
+    Modules are named as in official checkpoints, the word "backbone" may be left out: `embeddings`,
+    `encoder`, `routing_module`, `main_network.encoder`, `lm_head`. A pattern is such a name, for
+    all parameters below it, and may contain * and ?.
+    """
+
+    from_: str = ""
+    """work directory of a run (its newest checkpoint, or that of a step: WORKDIR@STEP or
+    WORKDIR/checkpoints/STEP), or official weights (.pt, .safetensors, .npz) with their JSON beside
+    them; empty = random. The architecture is theirs unless NAME or model fields are given"""
+    map: tuple[str, ...] = ()
+    """pairs NEW=OLD: parameters below NEW are copied from those below OLD, to each route if NEW has
+    several; =OLD leaves OLD out. Without a pair a parameter is copied from its own name"""
+    new: tuple[str, ...] = ()
+    """patterns of parameters that keep their random initialisation"""
+    freeze: tuple[str, ...] = ()
+    """patterns of parameters that training leaves as they are, without optimizer state"""
+
+    def __post_init__(self):
+        check(self, "init")
+        if bad := [pair for pair in self.map if pair.count("=") != 1 or pair.endswith("=")]:
+            raise ConfigError(f"init.map={shown(bad[0])}: write NEW=OLD, or =OLD to leave OLD out")
+        if not self.from_ and (given := [n for n in ("map", "new") if getattr(self, n)]):
+            raise ConfigError(f"init.{given[0]} is given without init.from: say where weights are")
 
 
 @dataclass(frozen=True)
@@ -195,6 +224,7 @@ class Sections:
     seed: Annotated[int, Bounds(0, 2**32 - 1)] = 0
     """seed of the initialisation, the noise and the order of the data"""
     data: DataConfig = DataConfig()
+    init: InitConfig = InitConfig()
     optim: OptimConfig = OptimConfig()
     controller: ControllerConfig = ControllerConfig()
     train: TrainConfig = TrainConfig()

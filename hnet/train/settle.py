@@ -12,11 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from hnet.chunking.controller import exact_offsets, map_offsets
 from hnet.data import Corpus, train_batches
 from hnet.data.pipeline import Batch
 from hnet.data.row_routes import in_unknown_scripts
+from hnet.nn.parameters import describe, trained, with_frozen
 from hnet.train.config import Config
 from hnet.train.default_route import fit_default_route
 from hnet.train.evaluate import OfEachRun
@@ -60,6 +62,7 @@ def settle(
     beat: called once per batch, as a heartbeat, because this can take long.
     """
     config, model = configs[0], configs[0].model
+    before, infos = params, describe(nnx.merge(program.graph, params))
     positions = config.data.batch_size * config.data.seq_len
     num_batches = min(-(-config.controller.settle_bytes // positions), config.train.steps)
     fits = config.controller.fit_default
@@ -84,6 +87,7 @@ def settle(
         run_batches(program, params, text(SEED, fits * UNKNOWN_FRAC), capacities, into=into)
         exact = [logits.exact_offsets(config) for logits, config in zip(found, configs)]
         params = map_offsets(partial(_set, s, exact), params)
+        params = with_frozen(trained(infos, params), before)
     return params
 
 

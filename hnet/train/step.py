@@ -23,7 +23,7 @@ from hnet.loss import (
     total_loss,
     totals_of,
 )
-from hnet.nn.parameters import describe
+from hnet.nn.parameters import describe, trained, with_frozen
 from hnet.stage import Numbers
 from hnet.train.config import OptimConfig
 from hnet.train.optim import Hyperparams, apply_update, direction, optimizer, schedule
@@ -47,10 +47,15 @@ class TrainState(NamedTuple):
     """states that the losses of each stage carry between updates"""
 
 
-def init_state(params: Any, key: jax.Array, model: HNetConfig, optim: OptimConfig) -> TrainState:
+def init_state(
+    params: Any, key: jax.Array, model: HNetConfig, optim: OptimConfig, infos: Any
+) -> TrainState:
+    """State before the first update. infos: metadata of the parameters; frozen ones have no
+    optimizer state."""
     zero = jnp.zeros((), jnp.int32)
     states = init_loss_states(model)
-    return TrainState(zero, params, optimizer(optim).init(params), key, zero, states)
+    opt_state = optimizer(optim).init(trained(infos, params))
+    return TrainState(zero, params, opt_state, key, zero, states)
 
 
 def train_step(
@@ -69,6 +74,7 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One update from one batch of rows. From update `hold_from` on the controller acts.
 
+    Frozen parameters (`ParameterInfo.frozen`) get no gradient and keep their bits.
     If loss or gradient is not finite, parameters, optimizer and loss states stay unchanged and the
     skip is counted. With `accumulate` > 1 the batch is divided into that many micro-batches. Update
     and metrics are the same, except for `max_slots`, the noise of relaxed predictors, and which
@@ -76,27 +82,29 @@ def train_step(
     """
     update_numbers, numbers = hparams
     key = jax.random.fold_in(state.key, state.step)
+    infos = describe(nnx.merge(graph, state.params))
+    own = trained(infos, state.params)
 
-    def forward(params, rows, key):
-        return nnx.merge(graph, params)(
+    def forward(own, rows, key):
+        return nnx.merge(graph, with_frozen(own, state.params))(
             rows["input_ids"], rows["segment_ids"], capacities=capacities,
             rows_sharing_slots=packed_rows, route_ids_BL=rows.get("route_ids"),
             boundaries_BL=rows.get("boundaries"), key=key, numbers=numbers,
         )  # fmt: skip
 
-    def totals(params, rows, key):
-        return totals_of(model, forward(params, rows, key)[1], rows)
+    def totals(own, rows, key):
+        return totals_of(model, forward(own, rows, key)[1], rows)
 
-    def loss_fn(params, rows, key, whole=None):
-        logits_BLV, records = forward(params, rows, key)
+    def loss_fn(own, rows, key, whole=None):
+        logits_BLV, records = forward(own, rows, key)
         with jax.named_scope("loss"):
             return total_loss(model, logits_BLV, records, rows, numbers, whole, state.loss_states)
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     if accumulate == 1:
-        (_, sums), grads = grad_fn(state.params, batch, key)
+        (_, sums), grads = grad_fn(own, batch, key)
     else:
-        grads, sums = _accumulated(totals, grad_fn, state.params, batch, key, accumulate)
+        grads, sums = _accumulated(totals, grad_fn, own, batch, key, accumulate)
 
     metrics = batch_metrics(model, sums, numbers)
     counts = sums.get("chunks_SR"), sums.get("positions_SR")
@@ -105,12 +113,12 @@ def train_step(
         finite = jnp.isfinite(metrics["loss/total"]) & jnp.isfinite(grad_norm)
         directions, opt_state = direction(optim, grads, state.opt_state)
         factor = schedule(optim, state.step, num_steps)
-        infos = describe(nnx.merge(graph, state.params))
         params = apply_update(state.params, directions, infos, update_numbers, factor)
         if any(stage.chunking.hold_rate for stage in model.stages[:-1]):
             gain = update_numbers.controller_gain * jnp.sqrt(factor)
             gain = jnp.where(state.step < hold_from, 0.0, gain)
-            params = hold_rates(params, *counts, [own["target_ratio_R"] for own in numbers], gain)
+            params = hold_rates(params, *counts, [n["target_ratio_R"] for n in numbers], gain)
+            params = with_frozen(trained(infos, params), state.params)
         new, old = (params, opt_state), (state.params, state.opt_state)
         if model.num_routes > 1:
             new = keep_absent(new, old, infos, counts[1])

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,8 +39,8 @@ def _stored(workdir: str | os.PathLike) -> Any:
 
 
 # Sections that may not change between two starts in the same work directory: the parameters and
-# the content of batch k depend on them.
-_FIXED = ("model", "data", "seed")
+# the content of batch k depend on them. A new run from its weights may change them all.
+_FIXED = ("model", "data", "seed", "init")
 _SPEED = {f"data.{name}" for name in identity.SPEED}
 _NAMES = {f"data.{name}" for name in identity.NAMES}
 _MAY_CHANGE = ("eval.probe_files",)
@@ -98,6 +99,8 @@ def changes(config: Config, read: Inputs | None = None) -> list[Change] | None:
         )
     now = to_json(config) | {"workdir": before["workdir"]}  # may be moved or respelled
     found = list(differences(before, now))
+    workdir = shlex.quote(config.workdir)
+    remedy = f"start from its weights in another workdir: --init.from {workdir} --workdir NEW"
     named = {path for path, _, _ in found}
     then = read_inputs(folder) if read is not None else None
     now_read = dict(read or {})
@@ -115,11 +118,11 @@ def changes(config: Config, read: Inputs | None = None) -> list[Change] | None:
             texts = f" (fingerprint {now_read.get('data.files')}, there {then.get('data.files')})"
         raise ConfigError(
             f"{path}={_told(new)}, but the run in workdir={config.workdir} has {_told(old)}"
-            f"{texts}: use that value to resume it, or another workdir"
+            f"{texts}: use that value to resume it, or {remedy}"
         )
     check_inputs(
         then, now_read, f"the run in workdir={config.workdir}",
-        "give it the same content to resume, or use another workdir",
+        f"give it the same content to resume, or {remedy}",
     )  # fmt: skip
     return found
 

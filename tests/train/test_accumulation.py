@@ -5,10 +5,12 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from hnet.chunking.losses.ratio import Ratio
 from hnet.chunking.predictors.mlp import MLP
 from hnet.config import EOS_ID, HNetConfig
+from hnet.nn.parameters import describe
 from hnet.stage import Numbers
 from hnet.train.config import OptimConfig
 from hnet.train.optim import Hyperparams
@@ -58,7 +60,8 @@ def numbers(model: HNetConfig) -> tuple[Hyperparams, Numbers]:
 def test_micro_batches_make_the_update_and_the_metrics_of_one_batch(name):
     model, optim = NETWORKS[name], OptimConfig(clip_norm=1e-3)
     graph, params = random_params(model)
-    state = init_state(params, jax.random.key(0), model, optim)
+    infos = describe(nnx.merge(graph, params))
+    state = init_state(params, jax.random.key(0), model, optim, infos)
     found = {}
     for accumulate in (1, PARTS):
         step = quick_jit(partial(

@@ -1,0 +1,162 @@
+"""Weights that a run can start from, read parameter by parameter: of a run, or official ones."""
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from hnet.checkpoint import manifest as mf
+from hnet.checkpoint import step_folders as sf
+from hnet.checkpoint.save import Checkpointer
+from hnet.checkpoint.settings import CheckpointConfig
+from hnet.checkpoint.verify import groups, read_arrays
+from hnet.config import HNetConfig
+from hnet.data import DataConfig
+from hnet.errors import ConfigError
+from hnet.interop.load import beside
+from hnet.interop.official import EMBEDDING, HEAD, check_fit, leaves, to_ours
+from hnet.interop.tensors import FORMATS, TensorFile
+from hnet.train.workdir import read_config
+
+Shapes = dict[str, tuple[int, ...]]
+"""shape of each parameter by its path, such as "backbone/encoder/rmsnorm/scale\""""
+
+
+class Weights(Protocol):
+    """Parameters of a checkpoint. A file is not read before `read` is called."""
+
+    name: str
+    """the checkpoint in words, with its step"""
+    shapes: Shapes
+
+    def read(
+        self, shardings: Mapping[str, jax.sharding.Sharding]
+    ) -> Iterable[tuple[str, jax.Array]]:
+        """Yield (path, array) of these parameters in some order; the bits are verified if the
+        checkpoint has checksums. Raises ConfigError for damaged files."""
+
+
+class Place(NamedTuple):
+    """Where weights are."""
+
+    path: str
+    """a work directory, or a file"""
+    step: int | None = None
+    """step of the work directory; None = the newest good one"""
+
+    @property
+    def is_file(self) -> bool:
+        return Path(self.path).suffix in FORMATS
+
+
+def place(given: str) -> Place:
+    """A place from `WORKDIR`, `WORKDIR@STEP`, `WORKDIR/checkpoints/STEP` or an official file.
+
+    Raises ConfigError if there is nothing of that kind.
+    """
+    if given.startswith("hf://"):
+        raise ConfigError(f"init.from={given!r}: download it, then give the path of its file")
+    if found := re.fullmatch(r"(.+)/checkpoints/(\d{1,10})/?", given):
+        at = Place(found[1], int(found[2]))
+    elif (found := re.fullmatch(r"(.+)@(\d{1,10})", given)) and not os.path.exists(given):
+        at = Place(found[1], int(found[2]))
+    else:
+        at = Place(given)
+    if at.is_file and at.step is None:
+        return at
+    if not (folder := sf.work_folder(at.path)).is_dir():
+        raise ConfigError(
+            f"init.from={given!r} does not exist: give a work directory, WORKDIR@STEP, or a file "
+            f"that ends in {', '.join(FORMATS)}"
+        )
+    if not (folder / "config.json").exists():
+        raise ConfigError(f"init.from={given!r} has no config.json: it is no work directory")
+    return at
+
+
+def described(given: str) -> tuple[HNetConfig, DataConfig]:
+    """Architecture of weights, and the data settings of their run.
+
+    Official weights were trained on bytes without special tokens. Raises ConfigError.
+    """
+    at = place(given)
+    if at.is_file:
+        file = TensorFile(at.path)
+        return HNetConfig.from_json(beside(file.path)), DataConfig(bos_eos=False)
+    config = read_config(at.path)
+    return config.model, config.data
+
+
+def open_weights(given: str) -> Weights:
+    """The weights at a place. Raises ConfigError if they are missing or damaged.
+
+    All processes of a run make the same calls.
+    """
+    at = place(given)
+    return _File(Path(at.path)) if at.is_file else _Run(given, at)
+
+
+class _Run:
+    """Parameters of a checkpoint of a run."""
+
+    def __init__(self, given: str, at: Place):
+        self.folder, step = sf.checkpoint_folder(at.path), at.step
+        steps = sf.list_saved(self.folder)
+        if step is not None and step not in steps:
+            raise ConfigError(
+                f"init.from={given!r}: there is no checkpoint of step {step}: {steps}"
+            )
+        with Checkpointer(at.path, CheckpointConfig(asynchronous=False)) as checkpointer:
+            self.manifest = checkpointer.manifest(step)
+        self.folder /= str(self.manifest.step)
+        if why := sf.why_not(self.folder):
+            raise ConfigError(f"init.from={given!r}: {why}")
+        self.name = f"{at.path}, step {self.manifest.step}"
+        below = "params/"
+        self.shapes = {
+            path.removeprefix(below): tuple(leaf["shape"])
+            for path, leaf in self.manifest.leaves.items()
+            if path.startswith(below)
+        }
+
+    def read(self, shardings):
+        import orbax.checkpoint as ocp
+
+        wanted = {f"params/{path}": sharding for path, sharding in shardings.items()}
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+            for group in groups({path: self.manifest.leaves[path] for path in wanted}):
+                own = {path: wanted[path] for path in group}
+                try:
+                    arrays = read_arrays(orbax, self.folder, self.manifest, own)
+                except mf.Damaged as e:
+                    raise ConfigError(f"checkpoint {self.folder}: {e}") from None
+                except Exception as e:  # Orbax raises many types for damaged files
+                    why = f"it cannot be read ({mf.first_line(e)})"
+                    raise ConfigError(f"checkpoint {self.folder}: {why}") from None
+                for path in group:
+                    yield path.removeprefix("params/"), arrays.pop(path)
+
+
+class _File:
+    """Parameters of an official file."""
+
+    def __init__(self, path: Path):
+        self.name, self.file = str(path), TensorFile(path)
+        config = HNetConfig.from_json(beside(path))
+        check_fit(config, self.file.shapes)
+        if config.tie_embeddings and HEAD in self.file.shapes:
+            if not np.array_equal(self.file[HEAD], self.file[EMBEDDING]):
+                raise ConfigError(f"{path}: {HEAD} differs from {EMBEDDING}, to which it is tied")
+        self.leaves = {"/".join(map(str, leaf.path)): leaf for leaf in leaves(config)}
+        self.shapes = {path: leaf.shape for path, leaf in self.leaves.items()}
+
+    def read(self, shardings):
+        for path, sharding in shardings.items():
+            leaf = self.leaves[path]
+            layers = [to_ours(leaf.path, self.file[name]) for name in leaf.names]
+            array = np.stack(layers) if leaf.is_stacked else np.ascontiguousarray(layers[0])
+            yield path, jax.make_array_from_callback(array.shape, sharding, array.__getitem__)

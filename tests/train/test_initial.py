@@ -15,6 +15,7 @@ from flax import nnx
 
 from experiments import evaluate
 from experiments.configs import run_config
+from experiments.finetune import __main__ as finetune
 from hnet.checkpoint import leaves as lv
 from hnet.config import ChunkingConfig, HNetConfig
 from hnet.errors import ConfigError
@@ -27,13 +28,14 @@ from hnet.runtime.distributed import StopRequest
 from hnet.train import loop
 from hnet.train.config import EvalConfig, InitConfig, MeshConfig, OptimConfig, TrainConfig
 from hnet.train.initial import collapsed, matches, module_of, open_start, plan, replaced
+from hnet.train.metrics_file import read_metrics
 from hnet.train.population import build as build_population
 from hnet.train.report import Report
 from hnet.train.workdir import changes
 from tests.checkpoint.test_checkpoint import biggest_file
 from tests.networks import QUICK, official_network, quick_jit
 from tests.train.test_workdir import StopAt, contents
-from tests.training import TINY, build, rows, run, tiny_run
+from tests.training import TINY, build, build_once, rows, run, tiny_run
 
 STEPS = 4
 FLAT = HNetConfig(
@@ -362,3 +364,26 @@ def test_spellings_of_a_step(old):
     run_at = old[0].workdir
     assert place(run_at) == (run_at, None)
     assert place(f"{run_at}@4") == place(f"{run_at}/checkpoints/4") == (run_at, 4)
+
+
+def test_the_study_prints_a_row_for_each_text_and_trains_a_run_once(
+    old, tmp_path, monkeypatch, capsys
+):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(f"{name} tale of cats and other animals. " * 20)
+    words = ["--init.from", old[0].workdir, "--seeds", "1", "--rows", "inner-frozen"]
+    words += ["--text", f"Tale={tmp_path}/a.txt:{tmp_path}/b.txt", "--workdir", str(tmp_path / "w")]
+    words += ["--train.steps", "1", "--data.seq_len", "32", "--eval.every", "0"]
+    monkeypatch.setattr(loop, "build", build_once)
+    monkeypatch.setattr(sys, "argv", ["finetune", *words])
+    assert finetune.main() == 0
+    (row,) = read_metrics(tmp_path / "w" / "Tale" / "0" / "inner-frozen")
+    said = capsys.readouterr().out
+    assert "11,592  frozen   main_network.main_network" in said
+    assert said.splitlines()[-1].split() == ["Tale", f"{row['eval/bpb']:.4f}"]
+    monkeypatch.setattr(finetune, "train_to_end", lambda config: pytest.fail("trained again"))
+    assert finetune.main() == 0
+    assert capsys.readouterr().out.splitlines()[-1].split()[0] == "Tale"
+    monkeypatch.setattr(sys, "argv", ["finetune", *words, "--text", "Tale"])
+    with pytest.raises(ConfigError, match="text='Tale': write NAME=TRAIN:HELDOUT"):
+        finetune.main()

@@ -1,0 +1,1 @@
+"""Fine-tuning against training from scratch."""

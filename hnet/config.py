@@ -40,8 +40,11 @@ _RUN = re.compile(r"([a-zA-Z])([1-9][0-9]{0,3})")
 
 
 def parse_layout(layout: str) -> tuple[tuple[str, int], ...]:
-    """``"T1m4"`` -> ``(("T", 1), ("m", 4))``; equal neighbours are merged into one run."""
-    if not layout or not re.fullmatch(rf"({_RUN.pattern})+", layout):
+    """``"T1m4"`` -> ``(("T", 1), ("m", 4))``; equal neighbours are merged into one run.
+
+    The empty layout is a stack without layers.
+    """
+    if not re.fullmatch(rf"({_RUN.pattern})*", layout):
         raise ConfigError(
             f"layout {reprlib.repr(layout)} is not a sequence of runs such as 'm4' or 'T1m4': "
             "use letters of mixers, each followed by a count from 1 to 9999"
@@ -247,6 +250,8 @@ class HNetConfig:
             return f"model.embedding={own!r} has no official form, which is {official!r}"
         for i, stage in enumerate(self.stages):
             kinds = {kind for part in stage.arch_layout for kind, _ in parse_layout(part)}
+            if "" in stage.arch_layout:
+                return f"model.stages.{i}.arch_layout={stage.arch_layout!r} has an empty stack"
             if other := sorted(kind for kind in kinds if kind.lower() not in OFFICIAL):
                 letters = ", ".join(OFFICIAL)
                 return (
@@ -298,6 +303,10 @@ def _check_stage(config: HNetConfig, i: int, stage: StageConfig) -> None:
         kinds = {k for part in stage.arch_layout for k, _ in parse_layout(part)}
     except ConfigError as e:
         raise ConfigError(f"{where}.arch_layout: {e}") from None
+    if inner and not stage.arch_layout[0]:
+        raise ConfigError(
+            f"{where}.arch_layout=('',): the innermost stage needs layers, such as 'T4'"
+        )
     if i and stage.d_model < config.stages[i - 1].d_model:
         raise ConfigError(
             f"{where}.d_model={stage.d_model} is narrower than the stage around it "
@@ -320,8 +329,14 @@ def _check_stage(config: HNetConfig, i: int, stage: StageConfig) -> None:
     if problem := _memory_problem(config, i):
         raise ConfigError(f"{where}.{problem}")
     groups = len(config.route_groups)
-    if not inner and (problem := stage.chunking.problem(stage_idx=i, route_groups=groups)):
+    if inner:
+        return
+    problem = stage.chunking.problem(stage_idx=i, route_groups=groups)
+    if problem := problem or _levels_problem(config, i, stage.chunking.predictor):
         raise ConfigError(f"{where}.chunking.{problem}")
+    for at, part in stage.chunking.parts.items():
+        if problem := part.problem_at_width(stage.d_model):
+            raise ConfigError(f"{where}.chunking.{at}.{problem}")
 
 
 def _memory_problem(config: HNetConfig, i: int) -> str | None:
@@ -351,6 +366,23 @@ def _memory_problem(config: HNetConfig, i: int) -> str | None:
             f"cross_attention.memory_width={stage.cross_attention.memory_width} does not divide "
             f"the {total} channels per chunk that the dechunk gives: use a divisor, or 0 for "
             "d_model"
+        )
+    return None
+
+
+def _levels_problem(config: HNetConfig, i: int, predictor: Any) -> str | None:
+    outermost: Any = config.stages[0].chunking.predictor
+    if not predictor.part.reads_levels:
+        return None
+    if not outermost.part.gives_levels:
+        return (
+            f"predictor={predictor.name!r} needs levels, which predictor={outermost.name!r} of "
+            "stage 0 does not give: use predictor='words' there"
+        )
+    if outermost.num_levels <= i:
+        return (
+            f"predictor={predictor.name!r} in stage {i}, but predictor={outermost.name!r} of "
+            f"stage 0 gives {outermost.num_levels} levels: give it {i + 1} or more"
         )
     return None
 

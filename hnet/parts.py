@@ -74,6 +74,10 @@ class Settings:
         `ChunkingConfig` of its stage, or `HNetConfig` for an embedding."""
         return None
 
+    def problem_at_width(self, d_model: int) -> str | None:
+        """The same for a setting that does not fit the width of the part's stage."""
+        return None
+
     def streaming_problem(self) -> str | None:
         """The same for a setting that supports whole rows, but not streaming."""
         return None

@@ -51,6 +51,8 @@ class Waiting(NamedTuple):
     chunk_BE: jax.Array
     prob_B: jax.Array
     residual_BD: jax.Array
+    level_B: jax.Array | None = None
+    """level of the position, from a predictor that gives levels"""
 
 
 class ChunkMemory(NamedTuple):
@@ -157,7 +159,8 @@ class HNet(nnx.Module):
             self.main_network = stack(stage.arch_layout[0])
             set_stage(self, stage_idx)
             return
-        place = Place(stage_idx, D, config.stages[stage_idx + 1].d_model, chunking)
+        d_inner, dtype = config.stages[stage_idx + 1].d_model, config.compute.dtype
+        place = Place(stage_idx, D, d_inner, chunking, dtype)
         self.encoder = stack(stage.arch_layout[0])
         self.decoder = stack(stage.arch_layout[1])
         self.routing_module = make_predictor(chunking, place, rngs=rngs)
@@ -293,6 +296,8 @@ class HNet(nnx.Module):
         numbers: Numbers | None = None,
     ) -> tuple[jax.Array, Context, Slots]:
         """(inputs of the main network, their context, slots)."""
+        if boundaries.levels_BL is not None:
+            context = context._replace(levels_BL=boundaries.levels_BL)
         slots = open_slots(boundaries, context, capacity, has_null=self.chunking.has_null)
         rows = Positions(h_BLD, context, self._settings("pool", numbers))
         x_BME = self.with_null(self.chunk_layer(rows, boundaries, slots), slots.is_null_BM)
@@ -419,7 +424,8 @@ class HNet(nnx.Module):
             boundary_B=self._last_boundary(own) if chunking.max_chunk_len else None,
             memory=self._memory_after(y_BME, num_slots_B // k, max_lens[1] // k),
             waiting=Waiting(
-                none_B, none_B, zeros_BE, jnp.zeros(lengths_B.shape), jnp.zeros_like(last(h_BLD))
+                none_B, none_B, zeros_BE, jnp.zeros(lengths_B.shape), jnp.zeros_like(last(h_BLD)),
+                None if own.levels_BL is None else jnp.zeros_like(lengths_B),
             ),
             inner=inner,
         )  # fmt: skip
@@ -471,6 +477,8 @@ class HNet(nnx.Module):
             return y_BD, active_B, [], cache
 
         wanted_B, cache = self._encode(x_BD, active_B, cache, sizes, context)
+        if (level_B := cache.waiting.level_B) is not None:
+            context = context._replace(levels_BL=level_B)
         cache, answered_B, inner = self._ask(active_B, wanted_B, cache, pace, context)
         waiting = cache.waiting
         done_B = (active_B | answered_B) & ~(waiting.fresh_B | waiting.inside_B)
@@ -512,27 +520,28 @@ class HNet(nnx.Module):
             x_RD, index_R, first_R, last_R, context_R, predictor, pool = inputs_R
             x = Position(x_RD, index_R, context_R, chunking.predictor)
             if scoped := chunking.encoder_scope == "chunk":
-                predictor, p_R, wanted_R = self._predict(predictor, x, last_R)
+                predictor, p_R, wanted_R, level_R = self._predict(predictor, x, last_R)
                 opens_R = wanted_R & (chunking.alignment == "start")
                 first_R = jnp.where(opens_R, index_R, first_R)
             h_RD, caches = self.encoder.step(x_RD, caches, rows, StepContext(index_R, first_R))
             x = x._replace(h_RD=h_RD)
             if not scoped:
-                predictor, p_R, wanted_R = self._predict(predictor, x, last_R)
+                predictor, p_R, wanted_R, level_R = self._predict(predictor, x, last_R)
             elif chunking.alignment == "end":
                 first_R = jnp.where(wanted_R, index_R + 1, first_R)
             pool, chunk_RE = self.chunk_layer.step(pool, x._replace(config=chunking.pool))
             residual_RD = self.residual(h_RD[:, None])[:, 0]
-            return (chunk_RE, p_R, residual_RD, wanted_R, first_R, predictor, pool), caches
+            waiting = (chunk_RE, p_R, residual_RD, level_R)
+            return (waiting, wanted_R, first_R, predictor, pool), caches
 
         first_B = (cache.first_B or {}).get("encoder")
         inputs = (
             x_BD, cache.position_B, first_B, cache.boundary_B, context, cache.predictor, cache.pool
         )  # fmt: skip
         found, stack = run_on_active_rows(encode, active_B, inputs, cache.stacks["encoder"], sizes)
-        chunk_BE, p_B, residual_BD, wanted_B, first_B, predictor, pool = found
-        old = (*cache.waiting[2:], cache.predictor, cache.pool)
-        new = where_rows(active_B, (chunk_BE, p_B, residual_BD, predictor, pool), old)
+        waiting, wanted_B, first_B, predictor, pool = found
+        old = (tuple(cache.waiting[2:]), cache.predictor, cache.pool)
+        waiting, predictor, pool = where_rows(active_B, (waiting, predictor, pool), old)
         if first_B is not None:
             first_B = jnp.where(active_B, first_B, cache.first_B["encoder"])
             cache = cache._replace(first_B=cache.first_B | {"encoder": first_B})
@@ -541,15 +550,15 @@ class HNet(nnx.Module):
             cache = cache._replace(boundary_B=last_B)
         return wanted_B, cache._replace(
             stacks=cache.stacks | {"encoder": stack},
-            waiting=Waiting(*cache.waiting[:2], *new[:3]),
-            predictor=new[3],
-            pool=new[4],
+            waiting=Waiting(*cache.waiting[:2], *waiting),
+            predictor=predictor,
+            pool=pool,
         )
 
     def _predict(
         self, state: Any, x: Position, last_R: jax.Array | None
-    ) -> tuple[Any, jax.Array, jax.Array]:
-        """(state, p, whether a boundary is wanted) of one position, the same as in `boundaries`."""
+    ) -> tuple[Any, jax.Array, jax.Array, Any]:
+        """(state, p, whether a boundary is wanted, level) of one position, as in `boundaries`."""
         state, prediction = self.routing_module.step(state, x)
         prediction = prediction.shifted(self.offset(x.context.route_ids_BL))
         relaxed_R = self.routing_module.relax(prediction.logit, x.config, None)
@@ -560,7 +569,7 @@ class HNet(nnx.Module):
             forced_R = x.index_R == 0
         if last_R is not None:
             forced_R |= ~wanted_R & (x.index_R - last_R == self.chunking.max_chunk_len)
-        return state, jnp.where(forced_R, 1.0, p_R), wanted_R | forced_R
+        return state, jnp.where(forced_R, 1.0, p_R), wanted_R | forced_R, prediction.levels
 
     def _ask(
         self, active_B: jax.Array, wanted_B: jax.Array, cache: StageCache, pace: Pace,
@@ -592,12 +601,12 @@ class HNet(nnx.Module):
         needed = pace.wait_share * to_come.astype(jnp.float32)
         asks_B = fresh_B & (jnp.sum(fresh_B, dtype=jnp.float32) >= needed)
         exchange = self._call(exchange, waiting.chunk_BE, waiting.prob_B, asks_B, pace, context)
-        empty = self.chunk_layer.init(len(active_B), waiting.residual_BD.shape[-1])
+        begun = self.chunk_layer.restart(cache.pool, len(active_B), waiting.residual_BD.shape[-1])
         cache = cache._replace(
             inner=exchange.inner,
             dechunk=exchange.dechunk,
             memory=exchange.memory,
-            pool=where_rows(opens_B, empty, cache.pool),
+            pool=where_rows(opens_B, begun, cache.pool),
             waiting=waiting._replace(fresh_B=fresh_B & ~asks_B, inside_B=exchange.inside_B),
         )
         return cache, exchange.answered_B, [*map(_latest, zip(*exchange.boundaries))]

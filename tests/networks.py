@@ -8,6 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from hnet.chunking.dechunks.indexed import Indexed
+from hnet.chunking.pools.concat import Concat
+from hnet.chunking.pools.prefix import Prefix
 from hnet.config import ChunkingConfig, ComputeConfig, HNetConfig, SSMConfig, StageConfig
 from hnet.model import abstract
 from hnet.nn.embeddings.hash_ngrams import HashNgrams
@@ -42,6 +45,14 @@ def official_network(*parts, **fields):
 
 
 MLP_END = {"predictor": "mlp", "alignment": "end", "pool": "mean", "losses": ("binomial",)}
+LEVELS = {
+    "alignment": "end", "null": "first", "pool": "linear", "dechunk": "indexed", "residual": "add"
+}  # fmt: skip
+PATCHES = {
+    "predictor": "fixed", "alignment": "end", "null": "first", "pool": Concat.Config(3),
+    "dechunk": Indexed.Config(3, shared=False, bias=True), "residual": "add",
+    "decoder_scope": "chunk",
+}  # fmt: skip
 
 # Networks tested by tests/test_battery.py: one line adds a new way to chunk.
 NETWORKS = {
@@ -65,6 +76,26 @@ NETWORKS = {
     "routed": network(
         stage("t1 t1", 26, routes=2, hold_rate=True), stage("t1 t1", 26, routes=2, **MLP_END),
         stage("t1", 26),
+    ),
+    "levels": network(
+        stage("t1 t1", 26, **LEVELS, predictor="words"),
+        stage("t1 t1", 39, **LEVELS, predictor="levels"), stage("t1", 52),
+    ),
+    "patches": network(
+        stage("t1 t1", 26, **PATCHES),
+        replace(stage("t1", 39, **PATCHES), arch_layout=("", "t1")), stage("t1", 52),
+    ),
+    "prefix": network(
+        stage("t1 t1", 26, predictor="whitespace", alignment="end", null="first", residual="add",
+              pool=Prefix.Config(2, 3), dechunk=Indexed.Config(4, at_boundaries=True),
+              decoder_scope="chunk", max_chunk_len=5),
+        stage("t1", 39),
+    ),
+    "hat_words": network(
+        stage("t1 t1", 26, predictor="hat_words", residual="add", decoder_scope="chunk",
+              pool=Prefix.Config(1, 4, d_intermediate=30), max_chunk_len=5,
+              dechunk=Indexed.Config(at_boundaries=True)),
+        stage("t1", 39),
     ),
     "routed_offsets": network(  # one predictor, held at the rate of each route
         stage("t1 t1", 26, routes=2, routed_parameters=False, hold_rate=True, **MLP_END),

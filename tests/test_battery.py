@@ -224,7 +224,7 @@ def test_overflow_is_clipped_and_counted(name):
 def test_position_clipped_with_its_segment_start_reads_no_other_document(name):
     """Documents whose slots were all clipped do not see the document that used the slots."""
     results = []
-    for seed in (5, 6):
+    for seed in (11, 40):
         ids = random_bytes(7)
         ids[:, : ENDS[0]] = random_bytes(seed)[:, : ENDS[0]]
         logits, (route, *_) = forward(name, ids, PACKED_ROWS, too_few(name))

@@ -20,6 +20,8 @@ class Prediction(NamedTuple):
     """p, float32, from a predictor without a logit"""
     extra: Any = None
     """arrays for a loss that is written for this predictor"""
+    levels: jax.Array | None = None
+    """level of each position, int32, from a rule that gives the boundaries of several stages"""
 
     def shifted(self, offset: jax.Array | None) -> "Prediction":
         """The prediction with `offset` added to the logit of p."""
@@ -57,6 +59,8 @@ class Boundaries(NamedTuple):
     """route (script group) of each position, int32; None if the model has one route"""
     extra: Any = None
     """arrays that the predictor passes to the losses"""
+    levels_BL: jax.Array | None = None
+    """level of each position, from a rule that gives the boundaries of several stages"""
 
     @property
     def rows_sharing_slots(self) -> int:
@@ -121,6 +125,7 @@ def decide(
         prediction.logit,
         context.route_ids_BL,
         prediction.extra,
+        prediction.levels,
     )
 
 

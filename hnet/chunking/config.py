@@ -121,7 +121,7 @@ class ChunkingConfig:
     @property
     def slots_per_chunk(self) -> int:
         """k: positions of the main network per chunk."""
-        return self.pool.part.slots_per_chunk
+        return self.pool.part.num_slots(self.pool)
 
     @property
     def loss_by_row(self) -> str | None:
@@ -179,6 +179,16 @@ class ChunkingConfig:
             return (
                 f"predictor={self.predictor.name!r} in stage {stage_idx}, whose positions are "
                 "chunks, not bytes: use it in stage 0, or predictor='fixed' here"
+            )
+        if self.slots_per_chunk > 1 and not self.dechunk.part.reads_all_vectors:
+            return (
+                f"dechunk={self.dechunk.name!r} reads one vector per chunk, and pool="
+                f"{self.pool.name!r} gives {self.slots_per_chunk}: use dechunk='indexed'"
+            )
+        if predictor.reads_levels and not stage_idx:
+            return (
+                f"predictor={self.predictor.name!r} in stage 0, which has no stage around it that "
+                "gives levels: use it in an inner stage, or predictor='words' here"
             )
         if self.encoder_scope == "chunk" and predictor.reads_states:
             return (

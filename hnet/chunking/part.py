@@ -36,6 +36,8 @@ class Place(NamedTuple):
     """width of the next inner stage"""
     chunking: Any
     """`ChunkingConfig` of the stage that the part belongs to"""
+    dtype: Any = "float32"
+    """dtype of large matmuls; small ones that decide something use float32"""
 
 
 class Positions(NamedTuple):
@@ -127,6 +129,10 @@ class BoundaryPredictor(Part, nnx.Module):
     """Whether it is a rule of bytes or gets its boundaries as input; possible in stage 0 only"""
     reads_states: ClassVar[bool] = True
     """Whether it reads the encoder's states; False: it gets the encoder's inputs"""
+    gives_levels: ClassVar[bool] = False
+    """Whether its predictions have levels, for the boundaries of inner stages"""
+    reads_levels: ClassVar[bool] = False
+    """Whether it needs the levels of a predictor in stage 0; not possible in stage 0"""
     is_learned: ClassVar[bool] = True
     """Whether a loss or a threshold offset can change its rate"""
     alignments: ClassVar[tuple[str, ...]] = ("start", "end")
@@ -193,7 +199,8 @@ class Pool(Part, nnx.Module):
 
     Config = PoolConfig
     alignments: ClassVar[tuple[str, ...]] = ("end",)
-    """Alignments that it supports: a pool over a whole chunk needs boundaries at chunk ends"""
+    """Alignments that it supports: a pool over a whole chunk needs boundaries at chunk ends, or
+    gives with alignment start the vectors of the chunk before"""
     slots_per_chunk: ClassVar[int] = 1
     """k: positions of the main network per chunk"""
 
@@ -205,16 +212,25 @@ class Pool(Part, nnx.Module):
         """Width of a chunk's vector; a wider inner stage pads it as the official model does."""
         return place.d_model
 
+    @classmethod
+    def num_slots(cls, config: Any) -> int:
+        """k for these settings."""
+        return cls.slots_per_chunk
+
     def init(self, rows: int, d_model: int) -> Any:
         """State of a stream for a chunk without positions."""
         return ()
 
     def step(self, state: Any, x: Position) -> tuple[Any, jax.Array]:
-        """(state, vectors of the chunk if it ended here (R, k E)).
+        """(state, vectors of the chunk if there is a boundary here (R, k E)).
 
-        The stage resets the state to `init` after a boundary.
+        After a boundary the stage replaces the state by `restart`.
         """
         raise TypeError(f"{type(self).__name__} needs step(state, x)")
+
+    def restart(self, state: Any, rows: int, d_model: int) -> Any:
+        """State after a boundary, from the state after its position."""
+        return self.init(rows, d_model)
 
     def __call__(self, rows: Positions, boundaries: Boundaries, slots: Slots) -> jax.Array:
         """Vectors of all chunks, float32 (B, M, k E). Null and unused slots may hold any value."""
@@ -232,7 +248,8 @@ class Pool(Part, nnx.Module):
             return self.init(num_rows, rows.h_BLD.shape[-1])
 
         def after(state, boundary_R):
-            return where_rows(boundary_R, init(boundary_R.shape[0]), state)
+            begun = self.restart(state, boundary_R.shape[0], rows.h_BLD.shape[-1])
+            return where_rows(boundary_R, begun, state)
 
         return step_through(init, self.step, rows, after, boundaries.boundary_mask_BL)
 
@@ -250,6 +267,8 @@ class Dechunk(Part, nnx.Module):
     needs_memory: ClassVar[bool] = False
     """Whether positions read chunks only through `memory`, so that the decoder needs layers for
     it"""
+    reads_all_vectors: ClassVar[bool] = False
+    """Whether it supports pools with k > 1 vectors per chunk"""
 
     def __init__(self, config: Any, place: Place, *, rngs: nnx.Rngs):
         self.config = config

@@ -9,6 +9,10 @@ PREDICTORS = Table(
         "mlp": "hnet.chunking.predictors.mlp:MLP",
         "spacelike": "hnet.chunking.predictors.rules:Spacelike",
         "whitespace": "hnet.chunking.predictors.rules:Whitespace",
+        "unicode_whitespace": "hnet.chunking.predictors.words:UnicodeWhitespace",
+        "words": "hnet.chunking.predictors.words:Words",
+        "hat_words": "hnet.chunking.predictors.hat_words:HatWords",
+        "levels": "hnet.chunking.predictors.words:Levels",
         "fixed": "hnet.chunking.predictors.rules:Fixed",
         "external": "hnet.chunking.predictors.rules:External",
     },
@@ -18,6 +22,9 @@ POOLS = Table(
     {
         "select": "hnet.chunking.pools.select:Select",
         "mean": "hnet.chunking.pools.mean:Mean",
+        "linear": "hnet.chunking.pools.linear:Linear",
+        "concat": "hnet.chunking.pools.concat:Concat",
+        "prefix": "hnet.chunking.pools.prefix:Prefix",
     },
 )
 DECHUNKS = Table(
@@ -27,6 +34,7 @@ DECHUNKS = Table(
         "ema": "hnet.chunking.dechunks.ema:EMA",
         "repeat": "hnet.chunking.dechunks.repeat:Repeat",
         "at_boundaries": "hnet.chunking.dechunks.repeat:AtBoundaries",
+        "indexed": "hnet.chunking.dechunks.indexed:Indexed",
     },
 )
 LOSSES = Table(

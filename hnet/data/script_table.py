@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from hnet import code_points
+
 TABLE_FILE = Path(__file__).with_name("script_table.txt")
 COMMON, UNKNOWN = 0, 1  # script ids
 
@@ -28,13 +30,7 @@ _HEADER = """\
 
 def read_table(text: str) -> tuple[tuple[str, ...], np.ndarray]:
     """Names by id, and the id of every code point, uint8 (0x110000,)."""
-    rows = [line.split() for line in text.splitlines() if not line.startswith("#")]
-    script_of = np.full(0x110000, UNKNOWN, np.uint8)
-    for script_id, (_, *ranges) in enumerate(rows):
-        for bounds in ranges:
-            first, _, last = bounds.partition("-")
-            script_of[int(first, 16) : int(last or first, 16) + 1] = script_id
-    return tuple(name for name, *_ in rows), script_of
+    return code_points.read_table(text, UNKNOWN)
 
 
 def unicode_version(text: str) -> str:

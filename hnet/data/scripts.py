@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hnet.code_points import completed, look_up, pages
 from hnet.data.script_table import COMMON, TABLE_FILE, read_table
 from hnet.errors import ConfigError
 
@@ -35,22 +36,13 @@ if TYPE_CHECKING:
 
 START_STATE = 0
 
-_PAGE_BITS = 7
 _BLOCK_LEN = 1 << 15  # bytes per pass: small enough that temporaries reuse memory
-
-
-def _pages(script_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(page number of each block of 128 code points, the distinct pages concatenated)."""
-    numbers: dict[bytes, int] = {}
-    rows = script_of.reshape(-1, 1 << _PAGE_BITS)
-    page_of = [numbers.setdefault(row.tobytes(), len(numbers)) for row in rows]
-    return np.array(page_of, np.uint32), np.frombuffer(b"".join(numbers), np.uint8)
 
 
 SCRIPTS, _SCRIPT_OF = read_table(TABLE_FILE.read_text(encoding="utf-8"))
 """Names of the scripts by id: ``SCRIPTS[0]`` is ``Common`` (no script so far), ``SCRIPTS[1]`` is
 ``Unknown``."""
-_PAGE_OF, _PAGES = _pages(_SCRIPT_OF)
+_PAGED = pages(_SCRIPT_OF)
 _ASCII = bytes(_SCRIPT_OF[:128]) + bytes(128)  # for bytes.translate: 0 for every other byte
 
 
@@ -60,30 +52,7 @@ def _completed(window, xp):
     window: uint32, the last four bytes, the latest in the lowest 8 bits; xp: numpy or jax.numpy.
     Returns uint8.
     """
-    # The low 6 bits of the four bytes, concatenated, contain the code point of every form.
-    bits = (
-        (window & 0x3F)
-        | ((window >> 2) & 0xFC0)
-        | ((window >> 4) & 0x3F000)
-        | ((window >> 6) & 0x1C0000)
-    )
-    two = ((window & 0xE0C0) == 0xC080) & ((bits & 0x7FF) >= 0x80)  # lower bounds: no overlongs
-    three = ((window & 0xF0C0C0) == 0xE08080) & ((bits & 0xFFFF) >= 0x800)
-    three = three & ((bits & 0xF800) != 0xD800)  # no surrogates
-    mask, form = np.uint32(0xF8C0C0C0), np.uint32(0xF0808080)  # too large for JAX's Python ints
-    four = ((window & mask) == form) & (bits >= 0x10000) & (bits < 0x110000)
-    code_point = sum(
-        value * is_form.astype(np.uint32)  # at most one form matches; faster than nested where
-        for value, is_form in (
-            (window & 0x7F, (window & 0x80) == 0),
-            (bits & 0x7FF, two),
-            (bits & 0xFFFF, three),
-            (bits, four),
-        )
-    )
-    page = xp.asarray(_PAGE_OF)[code_point >> _PAGE_BITS]
-    offset = code_point & ((1 << _PAGE_BITS) - 1)
-    return xp.asarray(_PAGES)[(page << _PAGE_BITS) | offset]
+    return look_up(completed(window, xp), _PAGED, xp)
 
 
 def script_step(
@@ -100,8 +69,8 @@ def script_step(
     xp = jax.numpy if any(isinstance(x, jax.Array) for x in (state, byte)) else np
     byte = xp.where((byte >= 0) & (byte <= 0xFF), byte, 0xFF).astype(np.uint32)
     window = (state << 8) | byte  # the shift drops the script id
-    completed = _completed(window, xp)
-    script_id = xp.where(completed != COMMON, completed, (state >> 24).astype(np.uint8))
+    found = _completed(window, xp)
+    script_id = xp.where(found != COMMON, found, (state >> 24).astype(np.uint8))
     return (script_id.astype(np.uint32) << 24) | (window & 0xFFFFFF), script_id
 
 

@@ -82,7 +82,7 @@ class Isotropic(nnx.Module):
         ConfigError for a mixer that does not support this.
         """
         self.runs, self.compute, self.causal = parse_layout(layout), config.compute, causal
-        out_std = INIT_STD / math.sqrt(num_residuals)
+        out_std = INIT_STD / math.sqrt(max(num_residuals, 1))
 
         def make_run(kind, count):
             @nnx.split_rngs(splits=count)

@@ -6,7 +6,10 @@ import pytest
 
 from experiments.configs.systems import SYSTEMS
 from hnet.chunking.config import ChunkingConfig
+from hnet.chunking.pools.linear import Linear
+from hnet.chunking.pools.prefix import Prefix
 from hnet.chunking.predictors.mlp import MLP
+from hnet.chunking.predictors.words import Words
 from hnet.errors import ConfigError
 from tests.networks import network, stage
 
@@ -29,6 +32,15 @@ def two_stages(**chunking):
         (dict(predictor=MLP.Config(temperature=0.0)), "predictor.temperature=0.0"),
         (dict(routes=3, route_target_ratios=(2.0, 3.0)), "route_target_ratios=(2.0, 3.0)"),
         (dict(routes=2, route_target_ratios=(2.0, 1.0)), "route_target_ratios=(2.0, 1.0)"),
+        (dict(predictor="levels"), "predictor='levels' in stage 0"),
+        (dict(predictor=Words.Config(every=(5, 7)), alignment="end"), "predictor.every=(5, 7)"),
+        (
+            dict(predictor="hat_words", alignment="end"),
+            "predictor='hat_words' with alignment='end'",
+        ),
+        (dict(pool=Linear.Config("chunk")), "pool.over='chunk' with alignment='start'"),
+        (dict(pool=Prefix.Config(tokens=2)), "dechunk='ema' reads one vector per chunk"),
+        (dict(pool=Prefix.Config(num_heads=3)), "pool.num_heads=3 does not divide d_model=26"),
     ],
 )
 def test_impossible_chunking_is_refused_in_one_line(fields, named):
@@ -45,6 +57,17 @@ def test_byte_rules_and_labels_are_refused_where_positions_are_chunks():
         cuts = replace(middle, chunking=ChunkingConfig(**fields))
         with pytest.raises(ConfigError, match="stages.1.chunking.*stage 1"):
             network(outer, cuts, core)
+
+
+def test_levels_need_a_rule_that_gives_as_many():
+    inner = ChunkingConfig(predictor="levels", alignment="end")
+    for outer, says in (
+        (ChunkingConfig(), "predictor='cosine' of stage 0 does not give: use predictor='words'"),
+        (ChunkingConfig(predictor=Words.Config(every=(1,)), alignment="end"), "gives 1 levels"),
+    ):
+        stages = (replace(stage("t1 t1", 26), chunking=c) for c in (outer, inner))
+        with pytest.raises(ConfigError, match=f"stages.1.chunking.predictor='levels'.*{says}"):
+            network(*stages, stage("t1", 26))
 
 
 def test_routes_must_fit_the_named_groups():

@@ -52,6 +52,7 @@ def shrunk(config: HNetConfig) -> HNetConfig:
     return replace(config, stages=tuple(stages), ssm=ssm, compute=COMPUTE)
 
 
+RULES_OF_TEXT = {"spacelike", "whitespace", "words"}
 UNSEEN = (
     "target_ratio",
     "losses",
@@ -110,7 +111,7 @@ def small_blocks(monkeypatch):
 def draw(config, seed=0):
     """Bytes, and the network's other inputs."""
     rng = np.random.default_rng(seed)
-    rules = {s.chunking.predictor.name for s in config.stages[:-1]} & {"spacelike", "whitespace"}
+    rules = {s.chunking.predictor.name for s in config.stages[:-1]} & RULES_OF_TEXT
     ids_BL = rng.choice(TEXT if rules else np.arange(256), (B, L)).astype(np.int32)
     extra = {}
     if config.num_routes > 1:

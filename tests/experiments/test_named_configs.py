@@ -47,6 +47,8 @@ def test_names_are_those_of_the_issue():
     published = {"1stage_L", "1stage_XL", "2stage_L", "2stage_XL"}
     systems = {"hnet", "hnet_space", "hnet_pool", "spacebyte", "magnet", "flexitokens"}
     systems |= {f"dtp_{kind}" for kind in ("gumbel", "entropy", "unigram", "whitespace", "fixed")}
+    systems |= {"au_net_2", "au_net_3", "megabyte_2", "megabyte_3", "hat_whitespace", "hat_words"}
+    systems |= {"tfree_hat", "learn_your_tokens", "byte2word"}
     assert published | systems | {"default", "tiny", "reference"} <= set(NAMES)
 
 

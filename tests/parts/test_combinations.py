@@ -1,4 +1,4 @@
-"""Every legal (predictor, pool, dechunk) triple, with every boundary alignment."""
+"""Combinations of predictor, meaning of a boundary, pool and dechunk that cover all pairs."""
 
 import itertools
 
@@ -46,15 +46,28 @@ def config_of(predictor, alignment, null, pool, dechunk, memory=None, **more) ->
 
 
 def legal() -> dict[str, HNetConfig]:
-    found = {}
+    """Few combinations with every legal pair of parts that work on the same arrays.
+
+    These are all pairs but that of a predictor with a pool or a dechunk, which meet only in the
+    boundaries. Greedy: the combination with the most pairs that are not in another one.
+    """
+    choices = {}
     names = itertools.product(PREDICTORS.names, MEANINGS, POOLS.names, DECHUNKS.names)
     for predictor, (alignment, null), pool, dechunk in names:
         parts = PREDICTORS.find(predictor), POOLS.find(pool)
-        if all(alignment in part.alignments for part in parts):
+        if all(alignment in part.alignments for part in parts) and not parts[0].reads_levels:
             meaning = alignment if alignment == "start" else f"end-{null}"
-            name = f"{predictor} {meaning} {pool} {dechunk}"
-            found[name] = config_of(predictor, alignment, null, pool, dechunk)
-    return found
+            choice = (predictor, alignment, null, pool, dechunk)
+            pairs = {(predictor, meaning), (meaning, pool), (meaning, dechunk), (pool, dechunk)}
+            choices[f"{predictor} {meaning} {pool} {dechunk}"] = choice, pairs
+    found, seen = {}, set()
+    while True:
+        name = max(choices, key=lambda name: len(choices[name][1] - seen))
+        choice, pairs = choices[name]
+        if not pairs - seen:
+            return found
+        seen |= pairs
+        found[name] = config_of(*choice)
 
 
 LEGAL = legal() | {

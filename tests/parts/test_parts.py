@@ -130,7 +130,8 @@ def boundaries_of(segments, capacity, has_null, seed=5):
 @pytest.mark.parametrize("capacity", [4, 2 * L])
 def test_a_pool_streams_what_it_pools(name, has_null, capacity):
     settings = settings_of(name, POOLS)
-    place = Place(0, D, D, ChunkingConfig(3.0))
+    alignment = "end" if has_null else alignment_of(settings.part)
+    place = Place(0, D, D, ChunkingConfig(3.0, alignment=alignment))
     graph, params = nnx.split(randomised(settings.part(settings, place, rngs=nnx.Rngs(0))))
 
     @quick_jit

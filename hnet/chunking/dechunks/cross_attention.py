@@ -19,6 +19,7 @@ class CrossAttention(Dechunk):
     """
 
     needs_memory = True
+    reads_all_vectors = True
 
     @dataclass(frozen=True)
     class Config(DechunkConfig):

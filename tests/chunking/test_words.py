@@ -1,0 +1,261 @@
+"""Rules of words and their parts, against the numbers of the reference implementations.
+
+tests/golden/family/words.npz; sources and what is odd in them: tests/golden/README.md.
+"""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from hnet.chunking.boundaries import Prediction, decide
+from hnet.chunking.config import ChunkingConfig
+from hnet.chunking.dechunks.indexed import Indexed
+from hnet.chunking.part import Place, Positions
+from hnet.chunking.pools.concat import Concat
+from hnet.chunking.pools.linear import Linear
+from hnet.chunking.predictors.hat_words import hat_words
+from hnet.chunking.predictors.words import white_space, words
+from hnet.chunking.slots import open_slots
+from hnet.nn.context import Context
+from tests import golden_data
+from tests.networks import quick_jit
+
+
+@cache
+def golden():
+    return golden_data.load("family/words")
+
+
+@cache
+def texts():
+    """Bytes (cases, L) and segment ids, and a function that splits values of all bytes by case."""
+    text = golden_data.part(golden(), "text")
+    lengths = text["lengths"]
+    ids = np.zeros((len(lengths), lengths.max()), np.int32)
+    valid = np.arange(ids.shape[1]) < lengths[:, None]
+    ids[valid] = text["bytes"]
+
+    def rows(values):
+        out = np.zeros(ids.shape, values.dtype)
+        out[valid] = values
+        return out
+
+    return ids, valid.astype(np.int32), rows
+
+
+# Case and byte of the white space at which the reference gives the level of a later newline.
+LEAKS = 6
+
+
+@pytest.mark.parametrize("every", [(1,), (1, 2), (1, 2, 4)])
+def test_levels_of_words_are_those_of_au_net_except_for_its_leak(every):
+    ids, segments, rows = texts()
+    expected = rows(golden()["text/" + "+".join(f"word{n}" for n in every)])
+    found = np.where(segments, quick_jit(words(every))(ids, segments), 0)
+    assert sorted(set(expected.ravel())) == list(range(len(every) + 1))
+    different = np.flatnonzero((found != expected).any(1))
+    assert len(different) == LEAKS
+    for row in different:
+        *earlier, last = np.flatnonzero(found[row] != expected[row])
+        assert (expected[row, last], found[row, last]) == (0, len(every))
+        assert ids[row, last] in b"\r\n" and ids[row, last - 1] in b" "
+        assert all(expected[row, t] > found[row, t] for t in earlier)
+
+
+def test_levels_of_words_by_hand():
+    text = b"\xfeone two  three, 1234\n \nfour\xc3\xa9 \xff\xfesix \x80"
+    levels = b"00001000200000031300330000000010000010"
+    segments = np.ones((1, len(text)), np.int32)
+    found = quick_jit(words((1, 2, 3)))(
+        np.frombuffer(text, np.uint8).astype(np.int32)[None], segments
+    )
+    assert "".join(map(str, found[0])) == levels.decode()
+
+
+def loaded(prefix, D, E):
+    """Pool and dechunk with the reference's parameters."""
+    found = {k.removeprefix(prefix): a for k, a in golden().items() if k.startswith(prefix)}
+    place = Place(0, D, E, ChunkingConfig())
+    pool = Linear(Linear.Config(), place, rngs=nnx.Rngs(0))
+    dechunk = Indexed(Indexed.Config(), place, rngs=nnx.Rngs(0))
+    pool.norm.scale[...] = found["down_norm.weight"]
+    pool.proj.kernel[...] = found["trans_down.weight"].T
+    dechunk.norm.scale[...] = found["up_norm.weight"]
+    dechunk.proj.kernel[...] = found["trans_up.weight"].T
+    dechunk.maps[...] = found["indexed_linear.weight"].transpose(0, 2, 1)
+    return pool, dechunk
+
+
+def boundaries_of(mask_BL, segments_BL, capacity, has_null=False):
+    context = Context(jnp.asarray(segments_BL, jnp.int32))
+    prediction = Prediction(prob=jnp.asarray(mask_BL, jnp.float32))
+    found = decide(prediction, context, capacity + has_null, has_null=has_null)
+    return context, found, open_slots(found, context, capacity)
+
+
+def test_pool_and_dechunk_by_linear_maps_have_the_values_and_gradients_of_au_net():
+    z = golden_data.part(golden(), "transition")
+    hidden, y = z["hidden_BLD"], z["y_BME"]
+    B, M, E = y.shape
+    segments = np.ones(hidden.shape[:2])
+    graph, params = nnx.split(loaded("transition/param/", hidden.shape[-1], E))
+
+    @quick_jit
+    def run(params, hidden, y):
+        context, found, slots = boundaries_of(z["mask_BL"], segments, M)
+        used = slots.context.segment_ids_BL != 0
+
+        def outputs(params, hidden, y):
+            pool, dechunk = nnx.merge(graph, params)
+            down = pool(Positions(hidden, context, pool.config), found, slots)
+            return jnp.where(used[..., None], down, 0), dechunk(y, found, slots, dechunk.config)
+
+        (down, up), pull = jax.vjp(outputs, params, hidden, y)
+        cot = jnp.where(used[..., None], z["down/cot_BME"], 0), z["up/cot_BLD"]
+        return down, up, used, found.boundary_mask_BL, pull(cot)
+
+    down, up, used, mask, (grads, grad_hidden, grad_y) = jax.device_get(run(params, hidden, y))
+    clipped = z["mask_BL"].cumsum(1) > M
+    assert np.array_equal(mask, z["mask_BL"] & ~clipped) and not used.all()
+    close = lambda ours, theirs, tol=2e-5: golden_data.relative_error(ours, theirs) < tol
+    assert close(down[used], z["down/out_BME"][used])
+    assert close(up, z["up/out_BLD"])
+    assert close(grad_y[used], z["up/grad_y_BME"][used], 1e-4)
+    dechunk = grads[1]
+    for ours, name in (
+        (dechunk["norm"]["scale"], "up_norm"),
+        (dechunk["proj"]["kernel"].T, "trans_up"),
+        (dechunk["maps"].transpose(0, 2, 1), "indexed_linear"),
+    ):
+        assert close(ours, z[f"up/grad_param/{name}.weight"], 1e-4), name
+    full = used.all(1)  # the reference also pools positions that are no boundary into unused slots
+    assert full.any() and close(grad_hidden[full], z["down/grad_hidden_BLD"][full], 1e-4)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_stages_of_au_net(stage):
+    """Masks of both stages from the levels, and the ways down and up between its own states."""
+    z = golden_data.part(golden(), "net")
+    level_BL = z["in/level_BL"].copy()
+    level_BL[:, 0] = level_BL.max()  # the first position is a boundary of all stages
+    segments_BL = np.ones_like(level_BL)
+    for outer in range(stage):
+        M = z[f"inter/{outer}/index_BM"].shape[1]
+        _, _, slots = boundaries_of(level_BL > outer, segments_BL, M)
+        segments_BL = np.asarray(slots.context.segment_ids_BL)
+        level_BL = np.asarray(slots.gather(jnp.asarray(level_BL)))
+    h, y = z[f"inter/{stage}/enc_BLD"], z[f"inter/{stage}/inner_out_BME"]
+    pool, dechunk = loaded(f"net/param/transitions.{stage}.", h.shape[-1], y.shape[-1])
+    context, found, slots = boundaries_of(level_BL > stage, segments_BL, y.shape[1])
+    used, valid = np.asarray(slots.context.segment_ids_BL) != 0, segments_BL != 0
+    assert used.sum() == z[f"out/pool_mask{stage}_BL"].sum()
+    assert np.array_equal(np.asarray(slots.opened_at_BM)[used], z[f"inter/{stage}/index_BM"][used])
+    down = pool(Positions(jnp.asarray(h), context, pool.config), found, slots)
+    up = dechunk(jnp.asarray(y), found, slots, dechunk.config)
+    for ours, theirs in (
+        (np.asarray(down)[used], z[f"inter/{stage}/down_BME"][used]),
+        (np.asarray(up)[valid], z[f"inter/{stage}/up_BLD"][valid]),
+    ):
+        assert golden_data.relative_error(ours, theirs) < 2e-5
+
+
+def test_words_of_hat():
+    """Each word but the first is known at the last byte of its first character."""
+    ids, segments, rows = texts()
+    found = np.where(segments, quick_jit(hat_words())(ids, segments), 0)
+    ends = rows(golden()["text/hat_ends"])
+    starts = np.pad(ends[:, :-1], ((0, 0), (1, 0))) & (segments != 0)
+    expected = np.zeros_like(found)
+    for row, byte in np.argwhere(starts):
+        while byte + 1 < ids.shape[1] and 0x80 <= ids[row, byte + 1] < 0xC0:
+            byte += 1
+        expected[row, byte] = 1
+    (different,) = np.flatnonzero((found != expected).any(1))
+    first = np.flatnonzero(found[different] != expected[different])[0]
+    assert bytes(ids[different, first : first + 4].tolist()) == "\tె".encode()  # space and a mark
+    assert expected.sum() > 1000
+
+
+def test_words_of_hat_by_hand():
+    for text, words_of_text in (
+        ("Hello, world!", ["Hello,", " world!"]),
+        ("howAreYou", ["how", "Are", "You"]),
+        ("how_are_you", ["how_", "are_", "you"]),
+        ("can't 3.14  x\r\ny", ["can'", "t", " 3.", "14", "  ", "x", "\r\n", "y"]),
+        ("ne\u0301B 1\u20442 1\u2044a", ["ne\u0301B", " 1\u20442", " 1\u2044", "a"]),
+    ):
+        ids = np.frombuffer(text.encode(), np.uint8).astype(np.int32)[None]
+        found = np.asarray(quick_jit(hat_words())(ids, np.ones_like(ids)))[0]
+        last_bytes = np.cumsum([len(c.encode()) for c in text]) - 1
+        starts = np.cumsum([len(word) for word in words_of_text])[:-1]
+        assert np.flatnonzero(found).tolist() == last_bytes[starts].tolist(), text
+
+
+def test_white_space_by_unicode():
+    text = "a b\u00a0c\u3000d\u200be\x1cf\x85\n\xff".encode()
+    ids = np.frombuffer(text, np.uint8).astype(np.int32)[None]
+    found = np.asarray(quick_jit(white_space())(ids, np.ones_like(ids)))[0]
+    assert [text[: t + 1].decode()[-1] for t in np.flatnonzero(found)] == list(" \xa0\u3000\x85\n")
+
+
+class Same(nnx.Module):
+    """Ours is the last norm of the main network there."""
+
+    def __call__(self, y):
+        return y
+
+
+def test_patches_of_megabyte():
+    """Patch vectors from bytes, and what the main network's states add to bytes; gradients."""
+    z = golden_data.part(golden(), "megabyte")
+    ids, y, P = z["in/ids_BL"], jnp.asarray(z["inter/0/out"][:, :-1]), 4
+    (B, L), (E, width) = ids.shape, z["param/token_embs.1.3.weight"].shape
+    place = Place(0, width // P, E, ChunkingConfig())
+    pool = Concat(Concat.Config(P), place, rngs=nnx.Rngs(0))
+    dechunk = Indexed(Indexed.Config(P, shared=False, bias=True), place, rngs=nnx.Rngs(0))
+    patch, added = "param/token_embs.1.", "param/to_next_transformer_projections.0.1."
+    pool.norm.rms.scale[...], pool.norm.bias[...] = z[patch + "2.weight"], z[patch + "2.bias"]
+    pool.proj.kernel[...], pool.bias[...] = z[patch + "3.weight"].T, z[patch + "3.bias"]
+    pool.out_norm.rms.scale[...] = z[patch + "4.weight"]
+    pool.out_norm.bias[...] = z[patch + "4.bias"]
+    dechunk.norm = Same()
+    dechunk.maps[...] = z[added + "weight"].reshape(P, -1, E).transpose(0, 2, 1)
+    dechunk.bias[...] = z[added + "bias"].reshape(P, -1)
+    graph, params = nnx.split((pool, dechunk))
+    index, segments = np.arange(L)[None].repeat(B, 0), np.ones((B, L))
+    of_bytes = lambda local: local.reshape(B, L // P, P + 1, -1)[:, :, 1:].reshape(B, L, -1)
+
+    @quick_jit
+    def run(params, table):
+        ends = boundaries_of(index % P == P - 1, segments, L // P, has_null=True)
+        context, found, slots = ends
+        slots = slots._replace(opened_at_BM=jnp.asarray(index[:, P - 1 :: P], jnp.int32))
+        _, starts, read = boundaries_of(index % P == 0, segments, L // P)
+
+        def outputs(params, table):
+            pool, dechunk = nnx.merge(graph, params)
+            down = pool(Positions(table[ids], context, pool.config), found, slots)
+            return down, dechunk(y, starts, read, dechunk.config)
+
+        out, pull = jax.vjp(outputs, params, table)
+        cot = jnp.asarray(z["intergrad/0/in"][:, 1:]), jnp.asarray(of_bytes(z["intergrad/1/in"]))
+        return out, pull(cot)[0]
+
+    out, grads = jax.device_get(run(params, jnp.asarray(z[patch + "0.weight"])))
+    pooled, read = grads[0], grads[1]
+    local = of_bytes(z["inter/1/in"]) - z["param/token_embs.0.weight"][ids]
+    for ours, theirs in zip(out, (z["inter/0/in"][:, 1:], local)):
+        assert golden_data.relative_error(ours, theirs) < 2e-5
+    for ours, name in (
+        (pooled["norm"]["rms"]["scale"], patch + "2.weight"),
+        (pooled["norm"]["bias"], patch + "2.bias"),
+        (pooled["proj"]["kernel"].T, patch + "3.weight"),
+        (pooled["out_norm"]["bias"], patch + "4.bias"),
+        (read["maps"].transpose(0, 2, 1).reshape(-1, E), added + "weight"),
+        (read["bias"].ravel(), added + "bias"),
+    ):
+        assert golden_data.relative_error(ours, z["grad/" + name]) < 1e-4, name

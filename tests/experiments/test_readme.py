@@ -1,5 +1,6 @@
 """Links in the README and other pages exist, lines are short, and the README's Python runs."""
 
+import json
 import re
 from pathlib import Path
 
@@ -38,3 +39,16 @@ def test_python_of_readme_runs(monkeypatch):
     assert len(blocks) == 2
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_the_tour_runs(tmp_path, monkeypatch, quick_compilation):
+    cells = json.loads((ROOT / "experiments" / "tour.ipynb").read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert len(code) == 4 and "steps=60" in code[0]
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "tour"}
+    for source in (code[0].replace("steps=60", "steps=3"), *code[1:]):
+        exec(compile(source, "tour.ipynb", "exec"), names)
+    assert len(names["continued"].text) > 0
+    assert names["other"].evaluation.bpb != names["outcome"].evaluation.bpb
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["tour", "tour-mlp"]

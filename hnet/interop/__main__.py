@@ -29,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one.add_argument("--dtype", choices=("float32", "bfloat16"), help="of matmul weights")
     step = number(int, 0, 2**31)
     one.add_argument("--step", type=step, help="of a work directory (default: newest)")
+    one.add_argument(
+        "--ema", action="store_true", help="the average of a run's parameters (optim.ema_decay)"
+    )
     two = commands.add_parser("verify", help="compare the logits of two checkpoints")
     two.add_argument("first")
     two.add_argument("second")
@@ -52,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _convert(options: argparse.Namespace) -> int:
     convert(
         options.source, options.target,
-        config=options.config, dtype=options.dtype, step=options.step,
+        config=options.config, dtype=options.dtype, step=options.step, ema=options.ema,
     )  # fmt: skip
     print(f"wrote {options.target}")
     return 0

@@ -43,6 +43,7 @@ def convert(
     config: str | os.PathLike | None = None,
     dtype: DType | None = None,
     step: int | None = None,
+    ema: bool = False,
 ) -> None:
     """Convert a work directory or an official file to an official file, or an official file to a
     work directory. Arguments as in `load`; with dtype None every bit is kept.
@@ -55,8 +56,10 @@ def convert(
     if target.suffix in FORMATS:
         new_file(target.with_suffix(".json"), "target")
     if source.is_dir():
-        _from_workdir(source, target, dtype, step)
+        _from_workdir(source, target, dtype, step, ema)
         return
+    if ema:
+        raise ConfigError(f"ema=True: {str(source)!r} is no work directory, which may hold one")
     file = TensorFile(source)
     model_config = HNetConfig.from_json(config or beside(source))
     check_fit(model_config, file.shapes)
@@ -84,24 +87,28 @@ def _caster(dtype: DType | None):
     return cast
 
 
-def _from_workdir(source: Path, target: Path, dtype: DType | None, step: int | None) -> None:
+def _from_workdir(
+    source: Path, target: Path, dtype: DType | None, step: int | None, ema: bool
+) -> None:
     if target.suffix not in FORMATS:
         raise ConfigError(
             f"{str(target)!r} and {str(source)!r} are both work directories: "
             f"give a target that ends in {', '.join(FORMATS)}"
         )
-    config = read_config(source).model
+    run = read_config(source)
+    check_average(run, source, ema)
+    config = run.model
     check_official(config)
     check_runs(config)
     # Largest first: a parameter is held twice while it is converted, so convert large ones early.
     by_size = sorted(leaves(config), key=lambda leaf: -int(np.prod(leaf.shape)))
     cast = _caster(dtype)
-    found = entries(config, _read_leaves(source, by_size, step))
+    found = entries(config, _read_leaves(source, by_size, step, "ema" if ema else "params"))
     _write_official(target, config, {name: cast(name, array) for name, array in found})
 
 
 def _read_leaves(
-    workdir: Path, wanted: list[Leaf], step: int | None
+    workdir: Path, wanted: list[Leaf], step: int | None, tree: str
 ) -> Iterator[tuple[Leaf, np.ndarray]]:
     """Yield the parameters of a checkpoint one by one, with verified checksums."""
     with Checkpointer(workdir, CheckpointConfig(asynchronous=False)) as checkpointer:
@@ -111,7 +118,7 @@ def _read_leaves(
 
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
         for leaf in shown(f"reading {folder}")(wanted):
-            path = "/".join(["params", *map(str, leaf.path)])
+            path = "/".join([tree, *map(str, leaf.path)])
             if tuple(manifest.leaves.get(path, {}).get("shape", ())) != leaf.shape:
                 raise ConfigError(f"checkpoint {folder} has no {path} of shape {leaf.shape}")
             try:

@@ -19,7 +19,7 @@ from hnet.interop.official import assemble, check_fit
 from hnet.interop.tensors import TensorFile
 from hnet.model import HNetLM, abstract
 from hnet.nn.kernels.table import without
-from hnet.train.config import CheckpointConfig
+from hnet.train.config import CheckpointConfig, Config
 from hnet.train.workdir import read_config
 
 DType = Literal["float32", "bfloat16"]
@@ -32,6 +32,7 @@ def load(
     dtype: DType | None = None,
     step: int | None = None,
     bos: bool | None = None,
+    ema: bool = False,
 ) -> HNetLM:
     """Load a trained model.
 
@@ -40,16 +41,19 @@ def load(
     or `NAME_config.json` in the same folder. dtype: dtype of the matmuls and their weights
     (default: as configured; float32 for official files); parameters that need float32 keep it.
     step: step of a work directory; default: the newest. bos: whether its texts begin with byte 254;
-    default: as the run was trained, True for official files, which do not say.
+    default: as the run was trained, True for official files, which do not say. ema: load the moving
+    average of a run's parameters instead of the parameters.
 
     Raises ConfigError for a missing, damaged or malicious file, or for another architecture.
     """
     if dtype not in (None, "float32", "bfloat16"):
         raise ConfigError(f"dtype={dtype!r}: use 'float32' or 'bfloat16'")
     if os.path.isdir(path) or "://" in os.fspath(path):
-        model = _load_workdir(path, dtype, step)
+        model = _load_workdir(path, dtype, step, ema)
         model.bos = model.bos if bos is None else bos
         return model
+    if ema:
+        raise ConfigError(f"ema=True: {os.fspath(path)!r} is no work directory, which may hold one")
     file = TensorFile(path)
     if not isinstance(config, HNetConfig):
         config = HNetConfig.from_json(config or beside(file.path))
@@ -59,6 +63,14 @@ def load(
     model = assemble(config, file, progress=shown(str(path)), dtype_of=dtypes(dtype))
     model.bos = bos is not False
     return model
+
+
+def check_average(config: Config, workdir: str | os.PathLike, ema: bool) -> None:
+    """Raise ConfigError if the average of the parameters is wanted of a run that has none."""
+    if ema and not config.optim.ema_decay:
+        raise ConfigError(
+            f"ema=True: the run in {os.fspath(workdir)!r} kept no average (optim.ema_decay=0.0)"
+        )
 
 
 def beside(path: Path) -> Path:
@@ -91,14 +103,17 @@ def shown(what: str) -> Callable[[list], Iterable]:
     )
 
 
-def _load_workdir(path: str | os.PathLike, dtype: DType | None, step: int | None) -> HNetLM:
+def _load_workdir(
+    path: str | os.PathLike, dtype: DType | None, step: int | None, ema: bool
+) -> HNetLM:
     trained = read_config(path)
+    check_average(trained, path, ema)
     config = replace(trained.model, compute=without(trained.model.compute))
     if dtype:
         config = replace(config, compute=replace(config.compute, dtype=dtype))
     graph, params = abstract(config)
     with Checkpointer(path, CheckpointConfig(asynchronous=False)) as checkpointer:
-        params = checkpointer.restore(params, step, only="params").state
+        params = checkpointer.restore(params, step, only="ema" if ema else "params").state
     dtype_of = dtypes(dtype)
     cast = lambda keys, leaf: leaf.astype(dtype_of(tuple(key.key for key in keys)))
     model = nnx.merge(graph, jax.tree_util.tree_map_with_path(cast, params))

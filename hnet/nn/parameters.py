@@ -29,6 +29,11 @@ class ParameterInfo:
     frozen: bool = False
     """whether training leaves it as it is: no gradient, no update, no optimizer state"""
 
+    @property
+    def is_matrix(self) -> bool:
+        """Whether its last two axes are input and output of a linear layer."""
+        return len(self.axes) == 2 and self.axes[-1] == "out"
+
 
 def metadata(axes: str, *, decay: bool = True) -> dict[str, Any]:
     """Metadata of an NNX variable with these axes, e.g. ``nnx.Param(x, **metadata("embed out"))``.

@@ -15,7 +15,7 @@ from hnet.runtime.cpu import one_device_a_core
 from hnet.runtime.distributed import REQUEUE_EXIT_CODE, StopRequest, host_id, initialize, num_hosts
 from hnet.train.config import Config, MeshConfig
 from hnet.train.first_lines import last_lines
-from hnet.train.loop import Outcome, StopRun, train
+from hnet.train.loop import Outcome, StopRun, evaluated_params, train
 from hnet.train.sharding import replicated
 
 COMPRESSED_BYTES = 32 << 20  # held-out text up to this size is compressed for comparison
@@ -69,7 +69,8 @@ def _cut_paragraph(config: Config, outcome: Outcome) -> list[Segmentation]:
         outcome.program.graph, config.model, replicated(outcome.program.mesh),
         bos=config.data.bos_eos,
     )  # fmt: skip
-    return segment(outcome.state.params, [paragraph], ["held-out paragraph"])
+    params = evaluated_params(config, outcome.state)
+    return segment(params, [paragraph], ["held-out paragraph"])
 
 
 def _conclude(outcome: Outcome, seconds: float) -> None:

@@ -52,6 +52,14 @@ class Config(Sections):
                 f"model.route_groups=() names no scripts, but the stages tell "
                 f"{self.model.num_routes} routes apart: give {self.model.num_routes - 1} groups"
             )
+        if self.eval.ema and not self.optim.ema_decay:
+            raise ConfigError("eval.ema=True, but optim.ema_decay=0.0 keeps no average: set it")
+        ratios, chunked = self.controller.start_ratios, self.model.num_chunked
+        if ratios and len(ratios) != chunked:
+            raise ConfigError(
+                f"controller.start_ratios={ratios} has {len(ratios)} numbers for {chunked} stages "
+                "that chunk: give one each"
+            )
         if problem := self.model.embedding.training_problem(self.data):
             raise ConfigError(f"model.embedding.{problem}")
         cuts = [stage.chunking for stage in self.model.stages[:-1]]

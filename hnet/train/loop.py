@@ -25,7 +25,7 @@ from hnet.train.program import Change, Program, build, put_batch, run_evaluation
 from hnet.train.report import Report, Start
 from hnet.train.settle import settle
 from hnet.train.sharding import replicated
-from hnet.train.step import TrainState
+from hnet.train.step import TrainState, with_params
 from hnet.train.watchdog import Watchdog
 from hnet.train.workdir import check_steps, claim_workdir, locked_workdir, run_inputs
 
@@ -181,7 +181,8 @@ def _loop(
                 position.settled = done
             evaluation = _evaluate(session, state, done, ladder, whole=last)
             if evaluation:
-                report.evaluated(done, evaluation, row, segment, state.params, is_new=is_new)
+                shown = evaluated_params(config, state)
+                report.evaluated(done, evaluation, row, segment, shown, is_new=is_new)
                 position.evaluated = done
         stopping = session.stop.stop_requested(done)
         saves = stopping or last or saved < 0 or _due(done, config.checkpoint.every)
@@ -218,12 +219,21 @@ def _loop(
         session.checkpoints.check()
 
 
+def evaluated_params(config: Config, state: TrainState) -> Any:
+    """Parameters that evaluations read: those of the last update, or their moving average."""
+    return state.ema if config.eval.ema else state.params
+
+
 def _settled(session: Session, state: TrainState, ladder: Ladder) -> TrainState:
-    params = settle(
-        session.program, state.params, session.corpus, [session.config], ladder.capacities,
-        beat=partial(session.watchdog.beat, "settle"),
-    )  # fmt: skip
-    return state._replace(params=params)
+    def settled(params):
+        return settle(
+            session.program, params, session.corpus, [session.config], ladder.capacities,
+            beat=partial(session.watchdog.beat, "settle"),
+        )  # fmt: skip
+
+    return state._replace(
+        params=settled(state.params), ema=settled(state.ema) if state.ema else state.ema
+    )
 
 
 def _evaluate(
@@ -233,7 +243,7 @@ def _evaluate(
     session.watchdog.beat("eval")
     config = session.config
     return run_evaluation(
-        session.program, state.params, session.corpus.heldout, config,
+        session.program, evaluated_params(config, state), session.corpus.heldout, config,
         ladder.capacities,
         max_bytes=None if whole else config.eval.max_bytes,
         should_stop=lambda: session.stop.stop_requested(done),
@@ -304,7 +314,7 @@ def _first_state(
             start = open_start(config.init, program.graph, program.abstract_state.params)
         state, position = program.init(), Position()
         if start:
-            state = state._replace(params=replaced(state.params, start))
+            state = with_params(state, replaced(state.params, start))
     if not (start or config.init.freeze):
         return state, position, []
     return state, position, table(program.graph, state.params, start)

@@ -1,4 +1,4 @@
-"""AdamW with a learning rate per stage, as pure functions of arrays."""
+"""AdamW or Muon with a learning rate per stage, as pure functions of arrays."""
 
 from typing import Any, NamedTuple
 
@@ -19,6 +19,12 @@ class Hyperparams(NamedTuple):
     """learning-rate multiplier of each stage, the innermost included"""
     controller_gain: jax.Array
     """gain of the offsets that hold boundary rates"""
+    ema_decay: jax.Array | float = 0.0
+    """decay rate of the moving average of the parameters"""
+    start_ratio_S: jax.Array | float = 1.0
+    """target ratio of each chunking stage at the first update, if targets move"""
+    ramp_frac: jax.Array | float = 1.0
+    """fraction of the updates in which targets move"""
 
 
 def schedule(config: OptimConfig, step: jax.Array, num_steps: int) -> jax.Array:
@@ -44,12 +50,61 @@ def schedule(config: OptimConfig, step: jax.Array, num_steps: int) -> jax.Array:
             raise ValueError(f"schedule {other!r} is unknown")
 
 
-def optimizer(config: OptimConfig) -> optax.GradientTransformation:
-    """Adam on clipped gradients; `direction` and `apply_update` complete the update."""
+def optimizer(config: OptimConfig, infos: Any) -> optax.GradientTransformation:
+    """Adam or Muon on clipped gradients; `direction` and `apply_update` complete the update.
+
+    infos: `hnet.nn.parameters.describe` of the model. Muon (Jordan 2024): the mean of gradients of
+    a matrix with Nesterov momentum, made nearly orthogonal by 5 Newton-Schulz iterations, times
+    0.2 sqrt(max(rows, columns)), which gives it the root mean square of Adam's direction
+    (arXiv 2502.16982). Each matrix of a stack of layers is made orthogonal by itself.
+    """
+    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+    match config.name:
+        case "adamw":
+            scale = adam
+        case "muon":
+            scale = _by_matrix(infos, _muon(config.momentum), adam)
+        case other:
+            raise ValueError(f"optimizer {other!r} is unknown")
+    return optax.chain(_clip_by_global_norm(config.clip_norm), scale)
+
+
+def _muon(momentum: float) -> optax.GradientTransformation:
+    def dimensions(tree):
+        return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(-2, -1), tree)
+
+    def scaled(updates, params):
+        del params
+        return jax.tree.map(lambda u: 0.2 * max(u.shape[-2:]) ** 0.5 * u, updates)
+
     return optax.chain(
-        _clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        optax.contrib.scale_by_muon(beta=momentum, weight_dimension_numbers=dimensions),
+        optax.stateless(scaled),
     )
+
+
+def _by_matrix(infos: Any, matrix: Any, other: Any) -> optax.GradientTransformation:
+    """`matrix` for the matrices among the parameters, `other` for all others."""
+
+    def split(tree):
+        return (
+            jax.tree.map(lambda info, x: x if info.is_matrix else None, infos, tree),
+            jax.tree.map(lambda info, x: None if info.is_matrix else x, infos, tree),
+        )
+
+    def init(params):
+        matrices, others = split(params)
+        return matrix.init(matrices), other.init(others)
+
+    def update(grads, state, params=None):
+        del params
+        matrices, others = split(grads)
+        matrices, first = matrix.update(matrices, state[0])
+        others, second = other.update(others, state[1])
+        one = jax.tree.map(lambda info, m, o: m if info.is_matrix else o, infos, matrices, others)
+        return one, (first, second)
+
+    return optax.GradientTransformation(init, update)
 
 
 def _clip_by_global_norm(norm: float) -> optax.GradientTransformation:
@@ -62,10 +117,37 @@ def _clip_by_global_norm(norm: float) -> optax.GradientTransformation:
     return optax.stateless(clip)
 
 
-def direction(config: OptimConfig, grads: Any, opt_state: optax.OptState) -> tuple[Any, Any]:
-    """(Adam direction of the clipped gradients, next optimizer state)."""
+def direction(
+    config: OptimConfig, infos: Any, grads: Any, opt_state: optax.OptState
+) -> tuple[Any, Any]:
+    """(Adam's or Muon's direction of the clipped gradients, next optimizer state)."""
     with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer power
-        return optimizer(config).update(grads, opt_state)
+        return optimizer(config, infos).update(grads, opt_state)
+
+
+def average(ema: Any, params: Any, decay: jax.Array, step: jax.Array) -> Any:
+    """Moving average of the parameters after update `step` (0 is the first).
+
+    Its decay is min(decay, (1 + step) / (10 + step)), so that it soon forgets the initialisation.
+    """
+    step = step.astype(jnp.float32)
+    share = 1 - jnp.minimum(decay, (1 + step) / (10 + step))
+    return jax.tree.map(lambda e, p: e + share.astype(p.dtype) * (p - e), ema, params)
+
+
+def targets_at(hparams: Hyperparams, numbers: Any, step: jax.Array, num_steps: int) -> Any:
+    """`numbers` of the stages (`HNetConfig.numbers`) with the target ratios of update `step`.
+
+    N moves linearly from its start to the configured one in `ramp_frac` of the updates.
+    """
+    last = jnp.maximum(hparams.ramp_frac * num_steps - 1, 1.0)
+    x = jnp.minimum(step.astype(jnp.float32) / last, 1.0)
+
+    def at(s, own):
+        start = hparams.start_ratio_S[s]
+        return own | {"target_ratio_R": start + x * (own["target_ratio_R"] - start)}
+
+    return tuple(at(s, own) for s, own in enumerate(numbers))
 
 
 def apply_update(

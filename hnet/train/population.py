@@ -44,6 +44,7 @@ from hnet.train.program import (
     untraced,
 )
 from hnet.train.settle import settle
+from hnet.train.step import with_params
 from hnet.train.workdir import check_steps
 
 AXES = ("runs", "data", "fsdp", "tensor")  # each run is on one device, so the last three are 1
@@ -193,7 +194,7 @@ def train_population(
             start = open_start(config.init, graph, params, runs=True)
         state, progress, done = program.init(), Progress(), 0
         if start:
-            state = state._replace(params=replaced(state.params, start))
+            state = with_params(state, replaced(state.params, start))
         progress.overflow = [[0.0] * config.model.num_chunked for _ in configs]
         if checkpoints.steps():
             restored = checkpoints.restore(program.abstract_state)
@@ -259,11 +260,16 @@ class _Runs:
         while True:
             last, ends, evaluations = done == config.train.steps, False, None
             if last and progress.settled != done:
-                params, slots = state.params, ladder.capacities
-                params = settle(self.program, params, self.corpus, self.configs, slots)
-                state, progress.settled = state._replace(params=params), done
+                settled = partial(
+                    settle, self.program, corpus=self.corpus, configs=self.configs,
+                    capacities=ladder.capacities,
+                )  # fmt: skip
+                ema = settled(state.ema) if state.ema else state.ema
+                state = state._replace(params=settled(state.params), ema=ema)
+                progress.settled = done
             if last or (_due(done, config.eval.every) and done not in dict(progress.curve)):
-                evaluations = self._evaluate(state.params, ladder.capacities, done, whole=last)
+                shown = state.ema if self.configs[0].eval.ema else state.params
+                evaluations = self._evaluate(shown, ladder.capacities, done, whole=last)
             if evaluations and not last:
                 bpb = [e.bpb if math.isfinite(e.bpb) else None for e in evaluations]
                 progress.curve.append((done, bpb))

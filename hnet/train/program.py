@@ -166,6 +166,7 @@ def experiment(config: Config, graph: Any, packed_rows: int) -> Experiment:
     step = partial(
         train_step, hold_from=hold_from, graph=graph, model=config.model, optim=config.optim,
         num_steps=config.train.steps, accumulate=config.train.accumulate, packed_rows=packed_rows,
+        targets_move=bool(config.controller.start_ratios),
     )  # fmt: skip
     evaluate = partial(eval_step, graph=graph, packed_rows=packed_rows)
     return Experiment(make_state, step, evaluate, traced_numbers(config), graph)
@@ -179,6 +180,9 @@ def traced_numbers(config: Config) -> tuple[Hyperparams, Numbers]:
             weight_decay=np.float32(config.optim.weight_decay),
             multiplier_S=np.asarray(config.optim.multipliers(config.model), np.float32),
             controller_gain=np.float32(config.controller.gain),
+            ema_decay=np.float32(config.optim.ema_decay),
+            start_ratio_S=np.asarray(config.controller.start_ratios, np.float32),
+            ramp_frac=np.float32(config.controller.ramp_frac),
         ),
         config.model.numbers(),
     )
@@ -193,13 +197,15 @@ def untraced(config: Config) -> Config:
     """
     stages = [replace(s, chunking=s.chunking.without_numbers()) for s in config.model.stages[:-1]]
     zero = {"learning_rate": 1.0, "weight_decay": 0.0, "lr_multipliers": "none"}
+    zero["ema_decay"] = 0.5 if config.optim.ema_decay else 0.0
+    ratios = (1.0,) * len(config.controller.start_ratios)
     return replace(
         config,
         workdir="",
         seed=0,
         model=replace(config.model, stages=(*stages, config.model.stages[-1])),
         optim=replace(config.optim, **zero),
-        controller=replace(config.controller, gain=0.0),
+        controller=replace(config.controller, gain=0.0, start_ratios=ratios, ramp_frac=1.0),
     )
 
 

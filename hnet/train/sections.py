@@ -44,8 +44,11 @@ class InitConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its learning-rate schedule."""
+    """Optimizer and its learning-rate schedule."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """update of matrices (the weights of linear layers, without embeddings and head): AdamW, or
+    Muon with the size of an AdamW update; all other parameters have AdamW"""
     learning_rate: Positive = 1e-3
     """peak learning rate, before the multiplier of each stage"""
     schedule: Literal["wsd", "cosine", "constant"] = "wsd"
@@ -66,6 +69,11 @@ class OptimConfig:
     """decoupled weight decay; not on norms, biases, A_log, dt_bias and D"""
     clip_norm: Positive = 1.0
     """global gradient norm above which gradients are scaled down"""
+    momentum: Annotated[float, Bounds(0, below=1)] = 0.95
+    """decay rate of Muon's mean of gradients"""
+    ema_decay: Annotated[float, Bounds(0, below=1)] = 0.0
+    """decay rate per update of a moving average of the parameters, saved beside them; it rises to
+    this value over the first updates; 0 = no average"""
 
     def __post_init__(self):
         check(self, "optim")
@@ -106,6 +114,11 @@ class ControllerConfig:
     """whether to fit the default route's predictor, then its offset, on settle_bytes positions of
     training text rewritten in synthetic scripts (`hnet.train.default_route`), so that unseen
     scripts are chunked at this route's target; for training text with no script of this route"""
+    start_ratios: tuple[Annotated[float, Bounds(1)], ...] = ()
+    """target ratio of each stage at the first update; from there the target moves linearly to the
+    stage's own; empty = it is constant"""
+    ramp_frac: Share = 1.0
+    """fraction of the updates, at the start, in which targets move"""
 
     def __post_init__(self):
         check(self, "controller")
@@ -153,6 +166,8 @@ class EvalConfig:
     """number of texts drawn from the held-out text and from each of probe_files, evenly spaced"""
     probe_files: tuple[str, ...] = ()
     """files of texts with gold boundaries, as `experiments.boundaries` reads them"""
+    ema: bool = False
+    """whether to evaluate the moving average of the parameters (optim.ema_decay)"""
 
     def __post_init__(self):
         check(self, "eval")

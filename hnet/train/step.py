@@ -26,7 +26,15 @@ from hnet.loss import (
 from hnet.nn.parameters import describe, trained, with_frozen
 from hnet.stage import Numbers
 from hnet.train.config import OptimConfig
-from hnet.train.optim import Hyperparams, apply_update, direction, optimizer, schedule
+from hnet.train.optim import (
+    Hyperparams,
+    apply_update,
+    average,
+    direction,
+    optimizer,
+    schedule,
+    targets_at,
+)
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -45,6 +53,8 @@ class TrainState(NamedTuple):
     """number of updates in a row skipped because loss or gradient was not finite, int32"""
     loss_states: tuple = ()
     """states that the losses of each stage carry between updates"""
+    ema: Any = ()
+    """moving average of the parameters; () without `optim.ema_decay`"""
 
 
 def init_state(
@@ -54,8 +64,15 @@ def init_state(
     optimizer state."""
     zero = jnp.zeros((), jnp.int32)
     states = init_loss_states(model)
-    opt_state = optimizer(optim).init(trained(infos, params))
-    return TrainState(zero, params, opt_state, key, zero, states)
+    opt_state = optimizer(optim, infos).init(trained(infos, params))
+    ema = jax.tree.map(jnp.copy, params) if optim.ema_decay else ()
+    return TrainState(zero, params, opt_state, key, zero, states, ema)
+
+
+def with_params(state: TrainState, params: Any) -> TrainState:
+    """The first state with these parameters."""
+    ema = jax.tree.map(jnp.copy, params) if state.ema else state.ema
+    return state._replace(params=params, ema=ema)
 
 
 def train_step(
@@ -71,6 +88,7 @@ def train_step(
     hold_from: int,
     packed_rows: int = 1,
     accumulate: int = 1,
+    targets_move: bool = False,
 ) -> tuple[TrainState, Metrics]:
     """One update from one batch of rows. From update `hold_from` on the controller acts.
 
@@ -81,6 +99,8 @@ def train_step(
     rows share slots.
     """
     update_numbers, numbers = hparams
+    if targets_move:
+        numbers = targets_at(update_numbers, numbers, state.step, num_steps)
     key = jax.random.fold_in(state.key, state.step)
     infos = describe(nnx.merge(graph, state.params))
     own = trained(infos, state.params)
@@ -111,7 +131,7 @@ def train_step(
     with jax.named_scope("optimizer"):
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss/total"]) & jnp.isfinite(grad_norm)
-        directions, opt_state = direction(optim, grads, state.opt_state)
+        directions, opt_state = direction(optim, infos, grads, state.opt_state)
         factor = schedule(optim, state.step, num_steps)
         params = apply_update(state.params, directions, infos, update_numbers, factor)
         if any(stage.chunking.hold_rate for stage in model.stages[:-1]):
@@ -123,11 +143,13 @@ def train_step(
         if model.num_routes > 1:
             new = keep_absent(new, old, infos, counts[1])
         rates = RateCounts(*counts, jnp.zeros_like(counts[0])) if counts[0] is not None else None
-        new += (next_loss_states(model, state.loss_states, rates, numbers),)
-        old += (state.loss_states,)
-        params, opt_state, loss_states = jax.tree.map(
-            lambda n, o: jnp.where(finite, n, o), new, old
-        )
+        ema = state.ema
+        if optim.ema_decay:
+            ema = average(ema, new[0], update_numbers.ema_decay, state.step)
+        new += (next_loss_states(model, state.loss_states, rates, numbers), ema)
+        old += (state.loss_states, state.ema)
+        kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        params, opt_state, loss_states, ema = kept
         skipped = jnp.where(finite, 0, state.skipped + 1)
     metrics |= {
         "batch_hash": jnp.stack(batch_hash(batch)),
@@ -135,8 +157,8 @@ def train_step(
         "learning_rate": update_numbers.learning_rate * factor,
         "skipped_in_a_row": skipped,
     }
-    new_state = TrainState(state.step + 1, params, opt_state, state.key, skipped, loss_states)
-    return new_state, metrics
+    done = state.step + 1
+    return TrainState(done, params, opt_state, state.key, skipped, loss_states, ema), metrics
 
 
 def _accumulated(totals: Callable, grad_fn: Callable, params: Any, batch: Batch, key, count: int):

@@ -55,6 +55,8 @@ class EvaluateConfig:
     """positions per row, which limit the context of a byte; 0 = as trained"""
     batch_size: Count = 8
     """number of rows scored together"""
+    ema: bool = False
+    """whether to take the moving average of the run's parameters (optim.ema_decay)"""
     bos: bool | None = None
     """whether to put BOS (byte 254) before each text; None = as in training"""
     documents: bool = False
@@ -81,7 +83,7 @@ def main() -> None:
     enable_compilation_cache()
     if config.suite:
         return _suites(config)
-    model = load(config.checkpoint, bos=config.bos)
+    model = load(config.checkpoint, bos=config.bos, ema=config.ema)
     data, part = replace(_data_config(config), bos_eos=model.bos), _part(config)
     graph, params = split(model)
     step = jax.jit(partial(eval_step, graph=graph), static_argnames="capacities")
@@ -117,7 +119,7 @@ def _suites(config: EvaluateConfig) -> None:
         settings = replace(settings, parallel=read_parallel(config.parallel, field="parallel"))
     if command.reads(names, "texts"):
         settings = replace(settings, texts=command.passages(_part(config), settings))
-    model = load(config.checkpoint, bos=config.bos)
+    model = load(config.checkpoint, bos=config.bos, ema=config.ema)
     reports = command.run_suites(model, names, settings, batch_size=config.batch_size)
     if config.json:
         print(json.dumps({"checkpoint": config.checkpoint, "suites": reports}))

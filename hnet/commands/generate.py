@@ -59,6 +59,8 @@ class GenerateConfig:
     """continue an output file that was not finished"""
     batch_size: Count = 32
     """number of prompts of the input file that run together"""
+    ema: bool = False
+    """whether to take the moving average of the run's parameters (optim.ema_decay)"""
     bos: bool | None = None
     """whether to put BOS (byte 254) before the prompt; None = as in training"""
     boundaries: bool = False
@@ -76,7 +78,7 @@ def main() -> None:
         prompts = _read_prompts(config.input)
         done = _already_done(config, prompts)
     enable_compilation_cache()
-    model = load(config.checkpoint, dtype=config.dtype or None)
+    model = load(config.checkpoint, dtype=config.dtype or None, ema=config.ema)
     if config.input:
         _run_file(model, config, prompts, done)
     elif config.prompt is not None:

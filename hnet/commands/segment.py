@@ -43,6 +43,8 @@ class SegmentConfig:
     """print one JSON object per text instead"""
     html: str = ""
     """output file for a page; it must not exist"""
+    ema: bool = False
+    """whether to take the moving average of the run's parameters (optim.ema_decay)"""
     bos: bool | None = None
     """whether to put BOS (byte 254) before each text; None = as in training"""
     max_bytes: Count = 4096
@@ -55,7 +57,7 @@ def main() -> None:
         new_file(config.html, "html")
     texts = _texts(config)
     enable_compilation_cache()
-    model = load(config.checkpoint, bos=config.bos)
+    model = load(config.checkpoint, bos=config.bos, ema=config.ema)
     graph, params = split(model)
     found = segment_all(segmenter(graph, model.config, bos=model.bos), params, texts)
     found = [annotate(replace(seg, name=f"text {n}"), *GOLD) for n, seg in enumerate(found, 1)]

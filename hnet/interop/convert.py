@@ -19,7 +19,7 @@ from hnet.config import HNetConfig
 from hnet.data.config import DataConfig
 from hnet.errors import ConfigError
 from hnet.fields import to_json
-from hnet.interop.load import DType, beside, dtypes, load, shown
+from hnet.interop.load import DType, beside, check_average, dtypes, load, shown
 from hnet.interop.official import (
     Leaf,
     assemble,

@@ -38,7 +38,7 @@ def model():
 @pytest.fixture
 def run(model, monkeypatch, capsys):
     """(exit code, stdout, stderr) of the command with these options and this on its stdin."""
-    monkeypatch.setattr(command, "load", lambda path, dtype: model)
+    monkeypatch.setattr(command, "load", lambda path, dtype, ema: model)
     monkeypatch.setattr(command, "enable_compilation_cache", lambda: None)
     monkeypatch.setattr(command_line, "keep_freed_memory", lambda: None)
 

@@ -1,4 +1,7 @@
-"""AdamW, schedules and which parameter gets which learning rate."""
+"""AdamW, Muon, averages, schedules and which parameter gets which learning rate."""
+
+import types
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -8,18 +11,26 @@ import pytest
 from flax import nnx
 
 from hnet.config import PUBLISHED
+from hnet.data import eval_batches
 from hnet.errors import ConfigError
-from hnet.model import abstract
+from hnet.interop import load
+from hnet.interop.convert import convert
+from hnet.model import abstract, split
 from hnet.nn.parameters import ParameterInfo, describe
-from hnet.train.config import OptimConfig
+from hnet.train.config import ControllerConfig, MeshConfig, OptimConfig
+from hnet.train.evaluate import evaluate
 from hnet.train.optim import (
     Hyperparams,
     apply_update,
+    average,
     direction,
     optimizer,
     schedule,
+    targets_at,
 )
-from tests.training import TINY
+from hnet.train.program import FED
+from hnet.train.step import eval_step
+from tests.training import TINY, rows, run, tiny_run
 
 
 def test_wsd_warms_up_stays_and_decays_as_one_minus_sqrt():
@@ -72,10 +83,10 @@ def test_update_equals_optax_adamw_when_all_stages_are_alike():
     )
     hparams = Hyperparams(jnp.float32(2e-3), jnp.float32(0.13), jnp.ones(1), 0.0)
     ours, theirs = params, params
-    state, reference_state = optimizer(config).init(params), reference.init(params)
+    state, reference_state = optimizer(config, infos).init(params), reference.init(params)
     for _ in range(3):
         grads = jax.tree.map(draw, names, is_leaf=is_shape)
-        directions, state = direction(config, grads, state)
+        directions, state = direction(config, infos, grads, state)
         ours = apply_update(ours, directions, infos, hparams, jnp.float32(1.0))
         with jax.numpy_dtype_promotion("standard"):
             updates, reference_state = reference.update(grads, reference_state, theirs)
@@ -103,3 +114,147 @@ def test_multipliers_by_formula_none_and_explicit():
         OptimConfig(lr_multipliers=(1.0, 1.0, 1.0)).multipliers(TINY)
     with pytest.raises(ConfigError, match="optim.learning_rate=0"):
         OptimConfig(learning_rate=0.0)
+
+
+def slow_muon(grads: list[np.ndarray], momentum: float) -> list[np.ndarray]:
+    """Directions of one matrix, in float64 and one product after the other."""
+    mean, found = np.zeros_like(grads[0]), []
+    for t, grad in enumerate(grads, 1):
+        mean = momentum * mean + (1 - momentum) * grad
+        ahead = momentum * mean / (1 - momentum ** (t + 1)) + (1 - momentum) * grad / (
+            1 - momentum**t
+        )
+        x = ahead / (np.linalg.norm(ahead) + 1e-8)
+        x = x.T if x.shape[0] > x.shape[1] else x
+        for _ in range(5):
+            a = x @ x.T
+            x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        x = x.T if ahead.shape[0] > ahead.shape[1] else x
+        found.append(0.2 * np.sqrt(max(x.shape)) * x)
+    return found
+
+
+def test_muon_equals_a_plain_loop_on_matrices_and_adam_elsewhere():
+    """A stack of two wide matrices, a tall one, a vector, an embedding, and a frozen matrix."""
+    shapes = {
+        "stack": (2, 5, 7),
+        "tall": (11, 3),
+        "scale": (5,),
+        "table": (13, 5),
+        "frozen": (3, 3),
+    }
+    axes = {"stack": "embed out", "tall": "mlp out", "scale": "out", "table": "vocab embed"}
+    infos = {name: ParameterInfo(tuple(text.split()), stage=0) for name, text in axes.items()}
+    infos["frozen"] = ParameterInfo(("embed", "out"), stage=0, frozen=True)
+    rng = np.random.default_rng(3)
+    draws = [{n: rng.normal(size=s) / 50 for n, s in shapes.items()} for _ in range(3)]
+    config, plain = (
+        OptimConfig(name="muon", momentum=0.9, clip_norm=1e3),
+        OptimConfig(clip_norm=1e3),
+    )
+    as_tree = lambda draw: {n: None if n == "frozen" else jnp.float32(x) for n, x in draw.items()}
+    state = optimizer(config, infos).init(as_tree(draws[0]))
+    adam_state = optimizer(plain, infos).init(as_tree(draws[0]))
+    wanted = {
+        "tall": slow_muon([d["tall"] for d in draws], 0.9),
+        **{i: slow_muon([d["stack"][i] for d in draws], 0.9) for i in range(2)},
+    }
+    for t, draw in enumerate(draws):
+        ours, state = direction(config, infos, as_tree(draw), state)
+        adam, adam_state = direction(plain, infos, as_tree(draw), adam_state)
+        assert ours["frozen"] is None
+        np.testing.assert_allclose(ours["tall"], wanted["tall"][t], rtol=0, atol=2e-5)
+        for i in range(2):
+            np.testing.assert_allclose(ours["stack"][i], wanted[i][t], rtol=0, atol=2e-5)
+        for name in ("scale", "table"):
+            assert np.array_equal(ours[name], adam[name])
+    assert len(jax.tree.leaves(state)) < len(jax.tree.leaves(adam_state)) + 4  # one moment each
+
+
+def test_average_soon_forgets_the_initialisation_and_then_has_its_decay():
+    ema, slow = {"w": jnp.float32([3.0, -1.0])}, np.array([3.0, -1.0])
+    for t in range(20):
+        params = np.array([t, 1.0])
+        ema = average(ema, {"w": jnp.float32(params)}, jnp.float32(0.6), jnp.int32(t))
+        decay = min(0.6, (1 + t) / (10 + t))
+        slow = decay * slow + (1 - decay) * params
+    np.testing.assert_allclose(ema["w"], slow, rtol=1e-6)
+
+
+def test_targets_move_linearly_and_stay():
+    hparams = Hyperparams(0.0, 0.0, 0.0, 0.0, 0.0, jnp.float32([2.0, 9.0]), jnp.float32(0.5))
+    numbers = ({"target_ratio_R": jnp.float32([6.0, 4.0])}, {"target_ratio_R": jnp.float32([3.0])})
+    for step, x in ((0, 0.0), (1, 0.25), (3, 0.75), (4, 1.0), (9, 1.0)):
+        first, second = targets_at(hparams, numbers, jnp.int32(step), 10)
+        np.testing.assert_allclose(first["target_ratio_R"], [2 + 4 * x, 2 + 2 * x], rtol=1e-6)
+        np.testing.assert_allclose(second["target_ratio_R"], [9 - 6 * x], rtol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def all_options(tmp_path_factory):
+    """A run with Muon, an average that evaluations use, and a target that moves."""
+    config = tiny_run(
+        tmp_path_factory.mktemp("run"),
+        optim=OptimConfig(name="muon", learning_rate=3e-3, ema_decay=0.7),
+        controller=ControllerConfig(start_ratios=(2.0,), ramp_frac=0.5),
+    )
+    config = replace(config, eval=replace(config.eval, ema=True))
+    return config, run(config)
+
+
+def leaves(tree):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def test_everything_of_the_optimizer_is_resumed_bit_for_bit(all_options, tmp_path):
+    config, whole = all_options
+    config = replace(config, workdir=str(tmp_path))
+    run(config, stop=types.SimpleNamespace(stop_requested=lambda step: step >= 4))
+    again = run(config)
+    assert rows(config) == rows(all_options[0])
+    for name in ("params", "opt_state", "ema"):
+        ours, theirs = getattr(again.state, name), getattr(whole.state, name)
+        assert all(map(np.array_equal, leaves(ours), leaves(theirs)))
+    assert [row["stage0/target_rate"] for row in rows(config)] == pytest.approx(
+        [1 / (2 + x) for x in (0, 1 / 3, 2 / 3, 1, 1, 1, 1, 1)]
+    )
+
+
+def test_the_average_is_evaluated_loaded_and_exported(all_options, tmp_path):
+    config, outcome = all_options
+    model = load(config.workdir, ema=True)
+    assert all(map(np.array_equal, leaves(split(model)[1]), leaves(outcome.state.ema)))
+    batches = eval_batches(outcome.corpus.heldout, config.data)
+    step = lambda batch, capacities: eval_step(
+        outcome.state.ema, {n: batch[n] for n in FED if n in batch},
+        graph=outcome.program.graph, capacities=capacities,
+    )  # fmt: skip
+    assert evaluate(batches, step, (None,)).bpb == pytest.approx(outcome.evaluation.bpb, rel=1e-6)
+    convert(config.workdir, tmp_path / "ema.npz", ema=True)
+    found = dict(np.load(tmp_path / "ema.npz"))
+    np.testing.assert_array_equal(
+        found["embeddings.weight"], outcome.state.ema["embeddings"]["embedding"]
+    )
+    for what in (lambda: load(tmp_path, ema=True), lambda: load(tmp_path / "ema.npz", ema=True)):
+        with pytest.raises(ConfigError):
+            what()
+
+
+def test_muon_is_the_same_on_a_mesh(all_options, tmp_path):
+    config, whole = all_options
+    config = replace(config, workdir=str(tmp_path), mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    meshed = run(config)
+    for ours, theirs in zip(leaves(meshed.state.params), leaves(whole.state.params)):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("section", "changes", "told"), [
+    ("eval", {"ema": True}, "eval.ema=True, but optim.ema_decay=0.0 keeps no average"),
+    ("controller", {"start_ratios": (2.0, 3.0)}, "start_ratios.* has 2 numbers for 1 stages"),
+    ("optim", {"ema_decay": 1.0}, "optim.ema_decay=1.0"),
+    ("controller", {"start_ratios": (0.5,)}, "controller.start_ratios"),
+])  # fmt: skip
+def test_options_that_cannot_work_are_named(tmp_path, section, changes, told):
+    config = tiny_run(tmp_path)
+    with pytest.raises(ConfigError, match=told):
+        replace(config, **{section: replace(getattr(config, section), **changes)})

@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
-from hnet.config import PUBLISHED
+from hnet.config import PUBLISHED, SSMConfig
 from hnet.data import eval_batches
 from hnet.errors import ConfigError
 from hnet.interop import load
@@ -193,8 +193,11 @@ def test_targets_move_linearly_and_stay():
 @pytest.fixture(scope="module")
 def all_options(tmp_path_factory):
     """A run with Muon, an average that evaluations use, and a target that moves."""
+    outer, main = TINY.stages
+    exportable = (replace(outer, arch_layout=("t1", "t1")), main)
     config = tiny_run(
         tmp_path_factory.mktemp("run"),
+        model=replace(TINY, stages=exportable, ssm=SSMConfig()),
         optim=OptimConfig(name="muon", learning_rate=3e-3, ema_decay=0.7),
         controller=ControllerConfig(start_ratios=(2.0,), ramp_frac=0.5),
     )

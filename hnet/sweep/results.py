@@ -4,7 +4,6 @@ import contextlib
 import csv
 import io
 import json
-import math
 import os
 import re
 import statistics
@@ -22,6 +21,7 @@ from hnet.errors import ConfigError
 from hnet.fields import to_json, with_fields
 from hnet.inspect.writer import RunWriter
 from hnet.outputs import new_file, read_file
+from hnet.sweep.interval import interval
 from hnet.sweep.space import Range, describe
 from hnet.sweep.study import Study
 
@@ -52,14 +52,6 @@ def result_rows(study: Study) -> list[dict[str, Any]]:
 
 def _is_plain(value: Any) -> bool:
     return isinstance(value, bool | int | float | str)
-
-
-def interval(values: list[float]) -> float:
-    """Half-width of the 95% confidence interval of a mean (Student's t); 0 for one value."""
-    from scipy.stats import t
-
-    n = len(values)
-    return float(t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n) if n > 1 else 0.0
 
 
 def check_results(out: Path) -> None:

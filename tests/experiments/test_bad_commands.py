@@ -21,6 +21,7 @@ OPTIONS = {
     "experiments.benchmarks.sweep": "SweepBenchmark",
     "experiments.boundaries": "BoundariesConfig",
     "experiments.calibrate": "CalibrateConfig",
+    "experiments.compare.settings": "Compare",
     "hnet.commands.evaluate": "EvaluateConfig",
     "experiments.fairness": "FairnessConfig",
     "experiments.scripts.__main__": "FairnessTableConfig",

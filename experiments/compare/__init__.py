@@ -1,0 +1,1 @@
+"""Every way to chunk at the same cost on the same bytes: `python -m experiments.compare`."""

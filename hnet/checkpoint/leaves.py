@@ -74,6 +74,11 @@ def check_schema(
     where: str, saved: dict[str, dict], wanted: dict[str, dict], *, cast_dtype: bool = False
 ) -> None:
     """Compare two schemas (``describe``). Raises ConfigError with the differences in one line."""
+    if "step" in wanted and all(path.startswith("params/") for path in saved):
+        raise ConfigError(
+            f"checkpoint {where} holds parameters, but no run that can go on: start one from them "
+            f"in another workdir: --init.from {where} --workdir NEW"
+        )
     both = [path for path in wanted if path in saved]
 
     def changed(key: str) -> list[str]:

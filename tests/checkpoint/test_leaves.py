@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hnet.checkpoint import leaves as lv
+from hnet.errors import ConfigError
 
 
 def slow_checksum(x) -> str:
@@ -67,3 +68,10 @@ def test_checksum_sees_a_flipped_bit_and_a_swap(where, bit, i, j):
     sums = lv.checksums({"x": jnp.asarray(x), "f": jnp.asarray(flipped), "s": jnp.asarray(swapped)})
     assert sums["f"][:8] != sums["x"][:8] and sums["f"][8:] != sums["x"][8:]
     assert (sums["s"] == sums["x"]) == (i == j)
+
+
+def test_parameters_without_a_run_say_how_to_start_from_them():
+    saved, step = ({name: {"shape": [2], "dtype": "int8"}} for name in ("params/w", "step"))
+    with pytest.raises(ConfigError, match="w1/checkpoints/0 holds parameters, .* --init.from w1/"):
+        lv.check_schema("w1/checkpoints/0", saved, saved | step)
+    lv.check_schema("w1/checkpoints/0", saved, saved)

@@ -1,10 +1,12 @@
 """Convert checkpoints between formats, in about the memory of one copy, and compare two."""
 
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,17 +21,11 @@ from hnet.config import HNetConfig
 from hnet.data.config import DataConfig
 from hnet.errors import ConfigError
 from hnet.fields import to_json
-from hnet.interop.load import DType, beside, check_average, dtypes, load, shown
-from hnet.interop.official import (
-    Leaf,
-    assemble,
-    check_fit,
-    check_official,
-    check_runs,
-    entries,
-    leaves,
-)
-from hnet.interop.tensors import FORMATS, TensorFile, write_tensors
+from hnet.interop.load import DType, Weights, check_average, dtypes, load, shown
+from hnet.interop.official import Leaf, check_official, check_runs, entries, leaves
+from hnet.interop.own import own_json, own_leaves
+from hnet.interop.sources import Source, resolve
+from hnet.interop.tensors import FORMATS, write_tensors
 from hnet.model import HNetLM, split
 from hnet.outputs import new_file, write_new
 from hnet.train.config import CheckpointConfig, Config
@@ -51,26 +47,91 @@ def convert(
     The configuration is written to the same folder as the weights. Raises ConfigError if the target
     exists, or for any input that `load` refuses.
     """
-    source, target = Path(source), Path(target)
+    target = Path(target)
     new_file(target, "target")
-    if target.suffix in FORMATS:
+    is_file = target.suffix in FORMATS
+    if is_file:
         new_file(target.with_suffix(".json"), "target")
-    if source.is_dir():
-        _from_workdir(source, target, dtype, step, ema)
+    found = resolve(source, step)
+    if found.is_run and not is_file:
+        raise ConfigError(
+            f"{str(target)!r} and {str(source)!r} are both work directories: "
+            f"give a target that ends in {', '.join(FORMATS)}"
+        )
+    if not is_file:
+        if ema:
+            raise ConfigError(f"ema=True: {str(source)!r} is no work directory, which may hold one")
+        _write_workdir(target, Weights.open(found.path, config).model(dtype))
         return
+    exported = export(found, config=config, dtype=dtype, ema=ema)
+    write_tensors(target, exported.tensors)
+    content = json.dumps(exported.content, indent=1) + "\n"
+    write_new(target.with_suffix(".json"), content, "target")
+
+
+class Exported(NamedTuple):
+    """Weights as a file holds them."""
+
+    tensors: dict[str, np.ndarray]
+    content: dict[str, Any]
+    """of the JSON beside them"""
+    config: HNetConfig
+    step: int | None
+    """of the run that they are from"""
+
+
+def export(
+    source: Source,
+    *,
+    config: str | os.PathLike | None = None,
+    dtype: DType | None = None,
+    ema: bool = False,
+    own_form: bool = False,
+) -> Exported:
+    """Read all weights of a source, in the official form.
+
+    own_form: a model without an official form comes in ours. Raises ConfigError for one without an
+    official form otherwise, and for whatever `load` refuses.
+    """
+    cast = _caster(dtype)
+    if source.is_run:
+        if config is not None:
+            raise ConfigError(f"config: {source.path!r} is a work directory and has its own")
+        return _export_run(source, cast, own_form, ema)
     if ema:
-        raise ConfigError(f"ema=True: {str(source)!r} is no work directory, which may hold one")
-    file = TensorFile(source)
-    model_config = HNetConfig.from_json(config or beside(source))
-    check_fit(model_config, file.shapes)
-    if target.suffix in FORMATS:
-        check_runs(model_config)
-        names = shown(f"reading {source}")(list(file))
-        cast = _caster(dtype)
-        _write_official(target, model_config, {name: cast(name, file[name]) for name in names})
+        raise ConfigError(f"ema=True: {source.path!r} is no work directory, which may hold one")
+    weights = Weights.open(source.path, config)
+    if weights.is_official:
+        content = weights.config.to_json()
+        check_runs(weights.config)
     else:
-        bar = shown(f"reading {source}")
-        _write_workdir(target, assemble(model_config, file, progress=bar, dtype_of=dtypes(dtype)))
+        content = own_json(weights.config)
+    names = shown(f"reading {source.path}")(list(weights.file))
+    tensors = {name: cast(name, weights.file[name]) for name in names}
+    return Exported(tensors, content, weights.config, None)
+
+
+def _export_run(source: Source, cast: Callable, own_form: bool, ema: bool) -> Exported:
+    run = read_config(source.path)
+    check_average(run, source.path, ema)
+    model = run.model
+    try:
+        check_official(model)
+        content, wanted = model.to_json(), leaves(model)
+        check_runs(model)
+    except ConfigError:
+        if not own_form:
+            raise
+        content, wanted = own_json(model), own_leaves(model)
+    with Checkpointer(source.path, CheckpointConfig(asynchronous=False)) as checkpointer:
+        manifest = checkpointer.manifest(source.step)
+    # Largest first: while a large one is held twice, few others have been read.
+    wanted = sorted(wanted, key=lambda leaf: -math.prod(leaf.shape))
+    arrays = _read_leaves(source.path, manifest, wanted, "ema" if ema else "params")
+    is_official = "arch_layout" in content
+    named = entries(model, arrays) if is_official else ((leaf.names[0], a) for leaf, a in arrays)
+    tensors = {name: cast(name, array) for name, array in named}
+    return Exported(tensors, content, model, manifest.step)
 
 
 def _caster(dtype: DType | None):
@@ -87,32 +148,10 @@ def _caster(dtype: DType | None):
     return cast
 
 
-def _from_workdir(
-    source: Path, target: Path, dtype: DType | None, step: int | None, ema: bool
-) -> None:
-    if target.suffix not in FORMATS:
-        raise ConfigError(
-            f"{str(target)!r} and {str(source)!r} are both work directories: "
-            f"give a target that ends in {', '.join(FORMATS)}"
-        )
-    run = read_config(source)
-    check_average(run, source, ema)
-    config = run.model
-    check_official(config)
-    check_runs(config)
-    # Largest first: a parameter is held twice while it is converted, so convert large ones early.
-    by_size = sorted(leaves(config), key=lambda leaf: -int(np.prod(leaf.shape)))
-    cast = _caster(dtype)
-    found = entries(config, _read_leaves(source, by_size, step, "ema" if ema else "params"))
-    _write_official(target, config, {name: cast(name, array) for name, array in found})
-
-
 def _read_leaves(
-    workdir: Path, wanted: list[Leaf], step: int | None, tree: str
+    workdir: str, manifest: mf.Manifest, wanted: list[Leaf], tree: str
 ) -> Iterator[tuple[Leaf, np.ndarray]]:
-    """Yield the parameters of a checkpoint one by one, with verified checksums."""
-    with Checkpointer(workdir, CheckpointConfig(asynchronous=False)) as checkpointer:
-        manifest = checkpointer.manifest(step)
+    """The parameters of a checkpoint one by one, their checksums compared."""
     folder = checkpoint_folder(workdir) / str(manifest.step)
     import orbax.checkpoint as ocp
 
@@ -126,12 +165,6 @@ def _read_leaves(
             except mf.Damaged as e:
                 raise ConfigError(f"checkpoint {folder}: {e}") from None
             yield leaf, arrays.pop(path)  # released before the next one is read
-
-
-def _write_official(target: Path, config: HNetConfig, tensors: dict[str, np.ndarray]) -> None:
-    write_tensors(target, tensors)
-    content = json.dumps(config.to_json(), indent=1) + "\n"
-    write_new(target.with_suffix(".json"), content, "target")
 
 
 def _write_workdir(target: Path, model: HNetLM) -> None:
@@ -176,8 +209,8 @@ def verify(
     ids_BL[::2] = rng.choice(np.frombuffer(b"  aeiounrst,.\n", np.uint8), ids_BL[::2].shape)
     answers = []
     for path in (first, second):
-        is_file = not os.path.isdir(path)
-        answers.append(_answer(load(path, config=config if is_file else None), ids_BL))
+        own = None if resolve(path).is_run else config
+        answers.append(_answer(load(path, config=own), ids_BL))
     (a, masks_a), (b, masks_b) = answers
     if a.shape != b.shape or len(masks_a) != len(masks_b):
         raise ConfigError(

@@ -3,8 +3,7 @@
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,10 @@ from rich.progress import track
 from hnet.checkpoint.save import Checkpointer
 from hnet.config import HNetConfig
 from hnet.errors import ConfigError
+from hnet.fields import read_json
 from hnet.interop.official import assemble, check_fit
+from hnet.interop.own import assemble_own, check_own, config_of_own, is_own
+from hnet.interop.sources import beside, resolve
 from hnet.interop.tensors import TensorFile
 from hnet.model import HNetLM, abstract
 from hnet.nn.kernels.table import without
@@ -36,31 +38,33 @@ def load(
 ) -> HNetLM:
     """Load a trained model.
 
-    path: one of our work directories, or an official state dict (.pt, .safetensors, .npz). config:
-    configuration of a state dict, as an object or a path to its official JSON; default: `NAME.json`
-    or `NAME_config.json` in the same folder. dtype: dtype of the matmuls and their weights
-    (default: as configured; float32 for official files); parameters that need float32 keep it.
-    step: step of a work directory; default: the newest. bos: whether its texts begin with byte 254;
-    default: as the run was trained, True for official files, which do not say. ema: load the moving
-    average of a run's parameters instead of the parameters.
+    path: a work directory of ours or `checkpoints/<step>` in it, a file of weights (.pt,
+    .safetensors, .npz), a folder with one, or `hf://owner/name[@revision]`. config: of weights in a
+    file, as an object or its JSON; default is `NAME.json`, `NAME_config.json` or `config.json`
+    in the same folder. dtype: dtype of the matmuls and their weights (default: as configured;
+    float32 for files); parameters that need float32 keep it. step: step of a work directory;
+    default: the newest. bos: whether its texts begin with byte 254; default: as the run was
+    trained, True for files, which do not say. ema: load the moving average of a run's parameters
+    instead of the parameters.
 
     Raises ConfigError for a missing, damaged or malicious file, or for another architecture.
     """
     if dtype not in (None, "float32", "bfloat16"):
         raise ConfigError(f"dtype={dtype!r}: use 'float32' or 'bfloat16'")
-    if os.path.isdir(path) or "://" in os.fspath(path):
-        model = _load_workdir(path, dtype, step, ema)
+    source = resolve(path, step)
+    if source.is_run:
+        if config is not None:
+            raise ConfigError(f"config: {source.path!r} is a work directory and has its own")
+        model = _load_workdir(source.path, dtype, source.step, ema)
         model.bos = model.bos if bos is None else bos
         return model
     if ema:
-        raise ConfigError(f"ema=True: {os.fspath(path)!r} is no work directory, which may hold one")
-    file = TensorFile(path)
-    if not isinstance(config, HNetConfig):
-        config = HNetConfig.from_json(config or beside(file.path))
-    check_fit(config, file.shapes)
+        raise ConfigError(f"ema=True: {source.path!r} is no work directory, which may hold one")
+    weights = Weights.open(source.path, config)
     if dtype:
-        config = replace(config, compute=replace(config.compute, dtype=dtype))
-    model = assemble(config, file, progress=shown(str(path)), dtype_of=dtypes(dtype))
+        compute = replace(weights.config.compute, dtype=dtype)
+        weights = weights._replace(config=replace(weights.config, compute=compute))
+    model = weights.model(dtype)
     model.bos = bos is not False
     return model
 
@@ -73,15 +77,34 @@ def check_average(config: Config, workdir: str | os.PathLike, ema: bool) -> None
         )
 
 
-def beside(path: Path) -> Path:
-    """The official JSON in the folder of a weights file. Raises ConfigError if there is none."""
-    names = [f"{path.stem}.json", f"{path.stem.removesuffix('_params')}_config.json"]
-    for name in names:
-        if (found := path.with_name(name)).is_file():
-            return found
-    raise ConfigError(
-        f"checkpoint {str(path)!r} has no {' or '.join(names)} beside it: give its configuration"
-    )
+class Weights(NamedTuple):
+    """A file of weights and the network that it fits."""
+
+    file: TensorFile
+    config: HNetConfig
+    is_official: bool
+    """whether names and layouts are the official ones, or ours"""
+
+    @classmethod
+    def open(cls, path: str, config: str | os.PathLike | HNetConfig | None = None) -> "Weights":
+        """Open a file without reading its tensors. Raises ConfigError if it does not fit."""
+        file = TensorFile(path)
+        config = beside(file.path) if config is None else config
+        content = None if isinstance(config, HNetConfig) else read_json(config, "configuration")
+        if is_own(content):
+            model = config_of_own(content)
+            check_own(model, file.shapes)
+            return cls(file, model, False)
+        if content is not None:
+            config = HNetConfig.from_json(config)
+        check_fit(config, file.shapes)
+        return cls(file, config, True)
+
+    def model(self, dtype: DType | None = None) -> HNetLM:
+        """The model, whose tensors are read one by one."""
+        make = assemble if self.is_official else assemble_own
+        bar = shown(f"reading {self.file.path}")
+        return make(self.config, self.file, progress=bar, dtype_of=dtypes(dtype))
 
 
 def dtypes(dtype: DType | None) -> Callable[[tuple], jnp.dtype]:

@@ -17,9 +17,12 @@ from hnet.checkpoint.verify import groups, read_arrays
 from hnet.config import HNetConfig
 from hnet.data import DataConfig
 from hnet.errors import ConfigError
-from hnet.interop.load import beside
-from hnet.interop.official import EMBEDDING, HEAD, check_fit, leaves, to_ours
-from hnet.interop.tensors import FORMATS, TensorFile
+from hnet.interop import hub
+from hnet.interop import load as files
+from hnet.interop.official import EMBEDDING, HEAD, leaves, to_ours
+from hnet.interop.own import own_leaves
+from hnet.interop.sources import resolve
+from hnet.interop.tensors import FORMATS
 from hnet.train.workdir import read_config
 
 Shapes = dict[str, tuple[int, ...]]
@@ -54,12 +57,13 @@ class Place(NamedTuple):
 
 
 def place(given: str) -> Place:
-    """A place from `WORKDIR`, `WORKDIR@STEP`, `WORKDIR/checkpoints/STEP` or an official file.
+    """A place from `WORKDIR`, `WORKDIR@STEP`, `WORKDIR/checkpoints/STEP`, a file of weights, or
+    `hf://owner/name[@revision]`, which is downloaded.
 
     Raises ConfigError if there is nothing of that kind.
     """
-    if given.startswith("hf://"):
-        raise ConfigError(f"init.from={given!r}: download it, then give the path of its file")
+    if hub.is_address(given):
+        return Place(resolve(given).path)
     if found := re.fullmatch(r"(.+)/checkpoints/(\d{1,10})/?", given):
         at = Place(found[1], int(found[2]))
     elif (found := re.fullmatch(r"(.+)@(\d{1,10})", given)) and not os.path.exists(given):
@@ -85,8 +89,7 @@ def described(given: str) -> tuple[HNetConfig, DataConfig]:
     """
     at = place(given)
     if at.is_file:
-        file = TensorFile(at.path)
-        return HNetConfig.from_json(beside(file.path)), DataConfig(bos_eos=False)
+        return files.Weights.open(at.path).config, DataConfig(bos_eos=False)
     config = read_config(at.path)
     return config.model, config.data
 
@@ -142,21 +145,24 @@ class _Run:
 
 
 class _File:
-    """Parameters of an official file."""
+    """Parameters of an official file, or of one in our own form."""
 
     def __init__(self, path: Path):
-        self.name, self.file = str(path), TensorFile(path)
-        config = HNetConfig.from_json(beside(path))
-        check_fit(config, self.file.shapes)
-        if config.tie_embeddings and HEAD in self.file.shapes:
+        opened = files.Weights.open(str(path))
+        self.name, self.file, config = str(path), opened.file, opened.config
+        self.is_official = opened.is_official
+        if self.is_official and config.tie_embeddings and HEAD in self.file.shapes:
             if not np.array_equal(self.file[HEAD], self.file[EMBEDDING]):
                 raise ConfigError(f"{path}: {HEAD} differs from {EMBEDDING}, to which it is tied")
-        self.leaves = {"/".join(map(str, leaf.path)): leaf for leaf in leaves(config)}
+        found = leaves(config) if self.is_official else own_leaves(config)
+        self.leaves = {"/".join(map(str, leaf.path)): leaf for leaf in found}
         self.shapes = {path: leaf.shape for path, leaf in self.leaves.items()}
 
     def read(self, shardings):
         for path, sharding in shardings.items():
             leaf = self.leaves[path]
-            layers = [to_ours(leaf.path, self.file[name]) for name in leaf.names]
+            layers = [self.file[name] for name in leaf.names]
+            if self.is_official:
+                layers = [to_ours(leaf.path, layer) for layer in layers]
             array = np.stack(layers) if leaf.is_stacked else np.ascontiguousarray(layers[0])
             yield path, jax.make_array_from_callback(array.shape, sharding, array.__getitem__)

@@ -253,8 +253,9 @@ def test_other_kinds_of_numbers_and_files_are_refused(tmp_path, weights):
         load(tmp_path / "nothing.pt")
     with pytest.raises(ConfigError, match="no known format"):
         load(write(tmp_path, weights, name="again").rename(tmp_path / "model.ckpt"))
+    (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="config.json does not exist"):
-        load(tmp_path)
+        load(tmp_path / "empty")
     stray = tmp_path / "stray.npz"
     with zipfile.ZipFile(stray, "w") as archive:
         archive.writestr("note.txt", "hello")

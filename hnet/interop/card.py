@@ -46,7 +46,7 @@ def make_card(
         "([H-Net](https://arxiv.org/abs/2507.07955)).\n",
         *table,
         "\n```python\nfrom hnet import load\n",
-        f'model = load("hf://{name}")\n```',
+        f'model = load("hf://{printable(name)}")\n```',
     ]
     return "\n".join(lines) + "\n"
 

@@ -54,9 +54,11 @@ def fetch(address: str) -> Path:
         found = api.model_info(repository, revision=revision, timeout=SECONDS)
         names = [file.rfilename for file in found.siblings or ()]
         weights = weights_among(names, address)
-        for name in [n for n in [*json_names(weights), "README.md"] if n in names]:
-            _download(api, repository, name, found.sha)
-        return Path(_download(api, repository, weights, found.sha))
+        wanted = [n for n in [*json_names(weights), "README.md"] if n in names] + [weights]
+        paths = [Path(_download(api, repository, name, revision)) for name in wanted]
+        if len({path.parent for path in paths}) > 1:
+            raise ConfigError(f"{address!r} was changed while it was downloaded: try again")
+        return paths[-1]
 
 
 def upload(address: str, folder: Path, *, private: bool, replace_card: bool) -> str:
@@ -83,7 +85,7 @@ def upload(address: str, folder: Path, *, private: bool, replace_card: bool) -> 
         return str(commit.commit_url)
 
 
-def _download(api: Any, repository: str, name: str, revision: str) -> str:
+def _download(api: Any, repository: str, name: str, revision: str | None) -> str:
     return api.hf_hub_download(
         repository, name, revision=revision, cache_dir=_cache(), etag_timeout=SECONDS
     )

@@ -18,7 +18,7 @@ from hnet.config import HNetConfig
 from hnet.data import DataConfig
 from hnet.errors import ConfigError
 from hnet.interop import hub
-from hnet.interop import load as files
+from hnet.interop.load import Weights as FileWeights
 from hnet.interop.official import EMBEDDING, HEAD, leaves, to_ours
 from hnet.interop.own import own_leaves
 from hnet.interop.sources import resolve
@@ -89,7 +89,7 @@ def described(given: str) -> tuple[HNetConfig, DataConfig]:
     """
     at = place(given)
     if at.is_file:
-        return files.Weights.open(at.path).config, DataConfig(bos_eos=False)
+        return FileWeights.open(at.path).config, DataConfig(bos_eos=False)
     config = read_config(at.path)
     return config.model, config.data
 
@@ -148,7 +148,7 @@ class _File:
     """Parameters of an official file, or of one in our own form."""
 
     def __init__(self, path: Path):
-        opened = files.Weights.open(str(path))
+        opened = FileWeights.open(str(path))
         self.name, self.file, config = str(path), opened.file, opened.config
         self.is_official = opened.is_official
         if self.is_official and config.tie_embeddings and HEAD in self.file.shapes:

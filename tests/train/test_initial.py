@@ -323,12 +323,19 @@ REFUSED = {
     "no run": ("{tmp}", "has no config.json: it is no work directory"),
     "no step": ("{old}@7", "there is no checkpoint of step 7: \\[0, 4\\]|step 7: \\[4\\]"),
     "no file": ("{none}.pt", "none.pt' does not exist"),
-    "hub": ("hf://owner/name", "download it, then give the path of its file"),
+    "hub": (
+        "hf://owner/name",
+        "'hf://owner/name'(: the Hub cannot be used| needs huggingface_hub)",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_places_without_weights_are_one_line_and_nothing_is_written(old, tmp_path, name):
+def test_places_without_weights_are_one_line_and_nothing_is_written(
+    old, tmp_path, name, monkeypatch
+):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path.parent / "cache"))
     given, message = REFUSED[name]
     given = given.format(none=tmp_path / "none", tmp=tmp_path, old=old[0].workdir)
     config = tuned_config(old, tmp_path / "new", init=InitConfig(given))

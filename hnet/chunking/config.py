@@ -183,7 +183,8 @@ class ChunkingConfig:
         if self.slots_per_chunk > 1 and not self.dechunk.part.reads_all_vectors:
             return (
                 f"dechunk={self.dechunk.name!r} reads one vector per chunk, and pool="
-                f"{self.pool.name!r} gives {self.slots_per_chunk}: use dechunk='indexed'"
+                f"{self.pool.name!r} gives {self.slots_per_chunk}: use 'indexed' or "
+                "'cross_attention'"
             )
         if predictor.reads_levels and not stage_idx:
             return (

@@ -40,7 +40,7 @@ def two_stages(**chunking):
         ),
         (dict(pool=Linear.Config("chunk")), "pool.over='chunk' with alignment='start'"),
         (dict(pool=Prefix.Config(tokens=2)), "dechunk='ema' reads one vector per chunk"),
-        (dict(pool=Prefix.Config(num_heads=3)), "pool.num_heads=3 does not divide d_model=26"),
+        (dict(pool=Prefix.Config(num_heads=3)), "pool.num_heads=3: use a divisor of d_model=26"),
     ],
 )
 def test_impossible_chunking_is_refused_in_one_line(fields, named):

@@ -10,6 +10,7 @@ from flax import nnx
 
 from hnet.chunking.config import ChunkingConfig
 from hnet.chunking.dechunks.cross_attention import CrossAttention
+from hnet.chunking.pools.prefix import Prefix
 from hnet.chunking.table import DECHUNKS, POOLS, PREDICTORS
 from hnet.config import CrossAttentionConfig, HNetConfig, StageConfig
 from hnet.decode import stream
@@ -75,6 +76,14 @@ LEGAL = legal() | {
     "cosine, at most 3": config_of("cosine", "start", "learned", "select", "ema", max_chunk_len=3),
     "memory of 3 chunks": config_of(
         "mlp", "end", "learned", "mean", CrossAttention.Config(2), 3, decoder_scope="chunk"
+    ),
+    "several tokens per chunk": config_of(
+        "whitespace",
+        "end",
+        "first",
+        Prefix.Config(2, 3),
+        CrossAttention.Config(2),
+        decoder_scope="chunk",
     ),
     "memory of all chunks": config_of("spacelike", "end", "first", "mean", "repeat", -1),
 }

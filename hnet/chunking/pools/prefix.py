@@ -44,7 +44,7 @@ class Prefix(Pool):
 
         def problem_at_width(self, d_model):
             if d_model % self.num_heads:
-                return f"num_heads={self.num_heads} does not divide d_model={d_model}: choose"
+                return f"num_heads={self.num_heads}: use a divisor of d_model={d_model}"
             return None
 
     def __init__(self, config, place, *, rngs):

@@ -34,6 +34,7 @@ from hnet.inspect.gold import annotate, clip, read_annotated, thin
 from hnet.inspect.lexical import lexicon_shares, read_lexicon, turkish_lower, vocabulary_report
 from hnet.inspect.segmentation import Alignment, Segmentation
 from hnet.model import HNetLM, split
+from hnet.printable import printable
 from hnet.runtime.compile_cache import enable_compilation_cache
 
 
@@ -161,7 +162,7 @@ def _finite(values: dict[str, float]) -> dict[str, float | None]:
 def _print(path: str, report: dict[str, Any]) -> None:
     console = Console(highlight=False)
     title = f"{path}: {report['texts']} texts, {report['bytes']:,} bytes"
-    console.print(Text(title, "bold"), soft_wrap=True)
+    console.print(Text(printable(title), "bold"), soft_wrap=True)
     gold = Table("stage", "gold", "precision", "recall", "F1", "random", "fixed stride", box=None)
     lengths = Table("stage", "bytes a chunk", "5 / 50 / 95 / longest", "inside characters",
                     "p 0.4-0.6", "Bq", "Z", box=None)  # fmt: skip

@@ -29,6 +29,7 @@ from hnet.data.scripts import SCRIPTS, route_table
 from hnet.errors import ConfigError
 from hnet.fields import Bounds, to_json
 from hnet.outputs import new_file, write_new
+from hnet.printable import printable
 from hnet.train.config import Config
 
 COMMON_TO_ALL = ("Common", "Unknown")
@@ -145,7 +146,7 @@ def _print(found: Calibration, lines: Lines) -> None:
     for language, chunks, num_bytes in zip(lines, found.chunks_L, found.bytes_LR.sum(axis=1)):
         count = len(lines[language])
         figures = f"{count:,}", f"{num_bytes / count:.1f}", f"{chunks / count:.2f}"
-        languages.add_row(Text(language), *figures)
+        languages.add_row(Text(printable(language)), *figures)
     routes = Table("route", "share of the text", "bytes a chunk", box=None)
     names = ("default", *("+".join(group) for group in found.route_groups))
     share_R = found.bytes_LR.sum(axis=0) / found.bytes_LR.sum()

@@ -47,6 +47,7 @@ from hnet.inspect.segmentation import Segmentation
 from hnet.inspect.tokens import read_tokenizer, token_starts, train_bpe
 from hnet.model import split
 from hnet.outputs import new_files, write_new
+from hnet.printable import printable
 
 REPORT = ["report.md", "chunks.svg", "report.json"]  # if the last exists, all are complete
 
@@ -176,9 +177,9 @@ def write_report(out: Path, scores: Scores, unseen: Collection[str]) -> None:
         write_new(out / name, text, "out")
     console = Console(highlight=False)
     for head, *rows in (summary_rows(scores, unseen), language_rows(scores, unseen)):
-        table = Table(*map(escape, head), box=None)
+        table = Table(*map(escape, map(printable, head)), box=None)
         for row in rows:
-            table.add_row(*map(Text, row))
+            table.add_row(*map(Text, map(printable, row)))
         console.print(table, "")
     print(f"wrote {out}/report.json, report.md, chunks.svg")
 

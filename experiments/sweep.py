@@ -27,6 +27,7 @@ from hnet.command_line import OneLineParser, run
 from hnet.data import open_corpus
 from hnet.data.identity import inputs
 from hnet.errors import ConfigError
+from hnet.printable import printable
 from hnet.runtime.compile_cache import CompilationLog, enable_compilation_cache
 from hnet.runtime.distributed import REQUEUE_EXIT_CODE, StopRequest
 from hnet.sweep.results import check_results, write_results
@@ -84,7 +85,7 @@ def _show_plan(base: Config, space: Space, options: Options) -> None:
     if points is None:
         console.print(f"{space.trials} points x {seeds} seeds, chosen by tpe on the way, from")
         for name, distribution in space.distributions().items():
-            console.print(escape(f"  {name}: {distribution}"))
+            console.print(escape(printable(f"  {name}: {distribution}")))
         return
     width = max(1, options.width // seeds)
     programs = _programs(points, width)

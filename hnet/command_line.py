@@ -5,7 +5,6 @@ Arguments are read before large packages are imported, so this module does not n
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import sys
@@ -23,6 +22,7 @@ from hnet.runtime.cpu import keep_freed_memory
 FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
+_LINE = 900
 OUTPUT_CLOSED = 141  # exit code that a shell reports for a program killed by SIGPIPE
 
 
@@ -65,8 +65,10 @@ def exit_code(main: Callable[[], int | None]) -> tuple[int, str]:
 
 
 def one_line(error: Exception) -> str:
-    """The message in one line, with line breaks and control characters escaped."""
-    return printable(" ".join(str(error).split()))
+    """The message in one line of at most `_LINE` characters, with line breaks and control
+    characters escaped."""
+    text = printable(" ".join(str(error).split()))
+    return text if len(text) <= _LINE else f"{text[: _LINE - 305]} ... {text[-300:]}"
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -212,6 +214,6 @@ def _scalar(hint: Any, word: str) -> Any:
 
 def _from_json_text(text: str, path: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as e:
+        return fields.parse_json(text)
+    except ValueError as e:
         raise FieldError(f"{path}={shown(text)} is not JSON: {one_line(e)}") from None

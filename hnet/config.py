@@ -7,7 +7,6 @@ Mamba-2, ``t`` = causal attention, upper case = the same followed by a SwiGLU ML
 `hnet.nn.mixers.MIXERS` has more letters.
 """
 
-import json
 import math
 import os
 import re
@@ -20,7 +19,7 @@ import numpy as np
 from hnet.chunking.config import ChunkingConfig
 from hnet.chunking.part import Place
 from hnet.errors import ConfigError
-from hnet.fields import Bounds, Count, Natural, check
+from hnet.fields import Bounds, Count, Natural, check, parse_json, read_bytes
 from hnet.nn.embeddings import EMBEDDINGS
 from hnet.nn.embeddings.bytes import Bytes
 from hnet.nn.embeddings.part import EmbeddingConfig
@@ -393,7 +392,7 @@ _MOST_STAGES, _MOST_RUNS, _MOST_LAYERS, _MOST_PARAMETERS = 16, 128, 4096, 1 << 4
 def _check_size(config: HNetConfig) -> None:
     """Raise ConfigError for a network so large that building it takes minutes or overflows."""
     runs = [run for s in config.stages for part in s.arch_layout for run in parse_layout(part)]
-    layers, parameters = sum(count for _, count in runs), _approximate_parameters(config)
+    layers, parameters = sum(count for _, count in runs), approximate_parameters(config)
     for what, count, most in (
         ("stages", len(config.stages), _MOST_STAGES),
         ("runs of equal layers", len(runs), _MOST_RUNS),
@@ -408,7 +407,7 @@ def _check_size(config: HNetConfig) -> None:
             )
 
 
-def _approximate_parameters(config: HNetConfig) -> int:
+def approximate_parameters(config: HNetConfig) -> int:
     """Approximate number of parameters: all large matrices, without biases, norms and parts."""
     width = config.stages[0].d_model
     total = config.vocab_size * width + config.embedding.num_parameters(config.vocab_size, width)
@@ -425,11 +424,10 @@ def _approximate_parameters(config: HNetConfig) -> int:
 
 def _read_json(path: str | os.PathLike) -> dict[str, Any]:
     try:
-        with open(path, encoding="utf-8") as f:
-            content = json.load(f)
+        content = parse_json(read_bytes(path))
     except OSError as e:
         raise ConfigError(f"configuration file {os.fspath(path)!r}: {e.strerror}") from None
-    except (ValueError, RecursionError) as e:
+    except ValueError as e:
         raise ConfigError(f"configuration file {os.fspath(path)!r} is not JSON: {e}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"configuration file {os.fspath(path)!r} holds no JSON object")

@@ -10,11 +10,13 @@ remedy.
 
 import dataclasses
 import difflib
+import errno
 import functools
 import json
 import math
 import os
 import reprlib
+import stat
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -175,14 +177,32 @@ def to_json(value: Any) -> Any:
     return [to_json(v) for v in value] if isinstance(value, tuple | list) else value
 
 
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads` for text from outside: every fault is a ValueError, also deep nesting."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def read_bytes(path: str | os.PathLike) -> bytes:
+    """Content of a file or pipe. Raises OSError also for what cannot be a path, and for a device,
+    which may have no end."""
+    try:
+        mode = os.stat(path).st_mode
+    except ValueError:
+        raise OSError(errno.EINVAL, "it cannot be a path") from None
+    if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        raise OSError(errno.EINVAL, "it is a device: give a file")
+    return Path(path).read_bytes()
+
+
 def read_json(path: str | os.PathLike, what: str = "file") -> Any:
     """Content of a JSON file. Raises a one-line ConfigError that calls the file `what`."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return parse_json(read_bytes(path))
     except OSError as e:
         raise ConfigError(f"{what} {os.fspath(path)!r}: {e.strerror}") from None
-    except RecursionError:
-        raise ConfigError(f"{what} {os.fspath(path)!r} is nested too deep") from None
     except ValueError as e:
         raise ConfigError(f"{what} {os.fspath(path)!r} is not JSON: {e}") from None
 

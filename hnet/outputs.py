@@ -6,21 +6,17 @@ remedy.
 
 import contextlib
 import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from hnet.errors import ConfigError
-from hnet.fields import shown
+from hnet.fields import read_bytes, shown
 
 
 def read_file(path: str | os.PathLike, field: str) -> bytes:
     """Content of the file or pipe at `path`, given by the setting `field`. Raises ConfigError."""
     with one_line(path, field):
-        mode = os.stat(path).st_mode
-        if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
-            raise ConfigError(f"{field}={_named(path)} is a device: give a file")
-        return Path(path).read_bytes()
+        return read_bytes(path)
 
 
 def new_file(path: str | os.PathLike, field: str) -> Path:

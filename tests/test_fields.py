@@ -1,14 +1,16 @@
 """Configurations as JSON, as dotted fields and as command-line words; parts by name."""
 
 import json
+import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hnet import command_help
+from hnet import command_help, fields
 from hnet.command_line import parse, split_words
 from hnet.errors import ConfigError
 from hnet.fields import (
@@ -342,3 +344,23 @@ def test_help_lists_fields_with_type_value_and_docstring(capsys):
     assert "--courses.1.size" in command_help.of_topic(Menu, content, "courses")
     with pytest.raises(FieldError, match="unknown field course: did you mean courses"):
         command_help.of_topic(Menu, content, "course")
+
+
+def test_json_nested_too_deep_is_an_error_like_any_other(tmp_path):
+    with pytest.raises(ValueError, match="nested too deep"):
+        fields.parse_json("[" * 100_000)
+    assert fields.parse_json(b'{"a": [1]}') == {"a": [1]}
+    with pytest.raises(ValueError, match="Expecting value"):
+        fields.parse_json("x")
+
+
+def test_json_from_outside_is_read_by_one_function():
+    """`json.loads` raises RecursionError for deep nesting, which no reader expects."""
+    own = {  # what this program has just written, and the reader that keeps every byte
+        "hnet/fields.py", "hnet/runtime/distributed.py", "hnet/sweep/study.py", "tpu/aot.py",
+        "hnet/checkpoint/manifest.py", "hnet/data/json_lines.py",
+    }  # fmt: skip
+    root = Path(fields.__file__).parents[1]
+    paths = [p for folder in ("hnet", "experiments", "tpu") for p in (root / folder).rglob("*.py")]
+    found = {str(p.relative_to(root)) for p in paths if re.search(r"json\.loads?\(", p.read_text())}
+    assert len(paths) > 100 and found == own

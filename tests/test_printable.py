@@ -4,7 +4,11 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hnet.commands import evaluate
 from hnet.printable import JOINERS, printable
+from hnet.suites import command
+from hnet.sweep.space import describe
+from hnet.train.report import LiveLine
 
 
 def test_what_steers_a_terminal_or_turns_text_is_written_as_its_number():
@@ -34,3 +38,19 @@ def test_one_line_without_control_characters(text):
     assert len(shown.splitlines()) <= 1
     assert not re.search(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069]", shown)
     shown.encode()
+
+
+RAW = "a\x1b[31m\u202e\nb"
+
+
+def test_names_from_outside_are_escaped_in_lines_and_tables(capsys):
+    score = {"bpb": 1.0, "bytes": 3}
+    report = score | {"unscored_bytes": 0, "bytes_per_chunk": [2.0], "files": {RAW: score}}
+    report |= {"positions_per_chunk": [{RAW: 2.0}], "documents": {RAW: score}}
+    evaluate._print(report, with_documents=True)
+    command.print_reports({"suite": {RAW: [{RAW: RAW}]}})
+    LiveLine(1, 0).say(RAW)
+    print(describe({"data.files": RAW}))
+    told = capsys.readouterr().out
+    assert not set(RAW[1:]) & set(told) - set("[31mb\n")
+    assert told.count("a\\u{001b}[31m\\u{202e}\\nb") == 8

@@ -1,7 +1,6 @@
 """Google Kubernetes Engine: our own JobSet manifest, or XPK."""
 
 import argparse
-import json
 import math
 import re
 import shlex
@@ -10,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 from hnet.errors import ConfigError
+from hnet.fields import parse_json
 from hnet.runtime.distributed import REQUEUE_EXIT_CODE
 from tpu import bundle
 from tpu.commands import HostReport, LaunchError, Runner, Step, verdict, worst_first
@@ -230,9 +230,9 @@ def _pods(options: argparse.Namespace, runner: Runner) -> dict[str, HostReport]:
     words = ("kubectl", "get", "pods", f"--selector={chosen}", "--output=json")
     text = runner.run(Step("pods of the run", words), capture=True)
     try:
-        pods = json.loads(text)["items"] if text.strip() else []
+        pods = parse_json(text)["items"] if text.strip() else []
         return {pod["metadata"]["name"]: _report(pod) for pod in pods}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise LaunchError(f"kubectl gave no list of pods ({type(e).__name__}: {e})") from None
 
 

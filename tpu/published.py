@@ -18,6 +18,8 @@ from pathlib import Path
 from experiments.configs import run_config
 from hnet.command_line import OneLineParser, run
 from hnet.config import PUBLISHED
+from hnet.errors import ConfigError
+from hnet.fields import parse_json
 from hnet.flops import param_counts
 from hnet.train.config import Config
 from tpu.aot import Plan, capacities, compile_plan
@@ -100,8 +102,11 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(sys.argv[1:] if argv is None else argv)
     code, known = code_hash(), {}
     if options.out.exists():
-        rows = [json.loads(line) for line in options.out.read_text().splitlines()]
-        known = {(r["model"], r["topology"]): r["row"] for r in rows if r["code"] == code}
+        try:
+            rows = [parse_json(line) for line in options.out.read_text().splitlines()]
+            known = {(r["model"], r["topology"]): r["row"] for r in rows if r["code"] == code}
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise ConfigError(f"out={str(options.out)!r} holds no rows of this command: {e}") from e
     options.out.parent.mkdir(parents=True, exist_ok=True)
     print(HEAD, flush=True)
     for topology in options.topology:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hnet.errors import ConfigError
+from hnet.fields import parse_json
 
 VIA = ("jobset", "xpk")
 _WORD, _SWITCH, _WORDS = "a string", "true or false", "a list of strings"
@@ -70,12 +71,12 @@ def keep(options: argparse.Namespace) -> None:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except OSError as e:
         raise ConfigError(f"{file} cannot be read ({e.strerror})") from None
-    except (ValueError, RecursionError) as e:
+    except ValueError as e:
         why = f"{file} is not JSON ({e})"
         raise ConfigError(f"{why}: delete it and give all options") from None
     if not isinstance(content, dict):

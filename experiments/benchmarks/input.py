@@ -16,7 +16,7 @@ from typing import Annotated
 from hnet.command_line import parse, run
 from hnet.data import BatchIterator, open_corpus, train_batches
 from hnet.errors import ConfigError
-from hnet.fields import Bounds, Count
+from hnet.fields import Bounds, Count, parse_json
 from hnet.train.workdir import read_config
 
 
@@ -50,7 +50,7 @@ def consumed(workdir: str) -> tuple[float, float]:
     """
     file = Path(workdir) / "metrics.jsonl"
     try:
-        rows = [json.loads(line) for line in file.read_text().splitlines()][1:]
+        rows = [parse_json(line) for line in file.read_text().splitlines()][1:]
     except (OSError, ValueError) as e:
         raise ConfigError(f"{str(file)!r} cannot be read ({e}): train first") from None
     if not rows:

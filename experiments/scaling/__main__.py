@@ -41,7 +41,7 @@ from hnet.data import open_corpus
 from hnet.data.identity import Inputs, check_inputs, inputs, read_inputs
 from hnet.data.tokens import read_vocabulary
 from hnet.errors import ConfigError
-from hnet.fields import read_json, to_json
+from hnet.fields import parse_json, read_json, to_json
 from hnet.inspect.tokens import train_bpe
 from hnet.outputs import new_files, write_new
 from hnet.runtime.compile_cache import enable_compilation_cache
@@ -50,6 +50,7 @@ from hnet.train.command import train_to_end
 from hnet.train.config import Config, config_from_json
 from hnet.train.metrics_file import read_metrics
 
+PLANNED = {"name", "runs", "steps", "family", "train_flops"}
 BPE_SAMPLE = 8 << 20  # bytes of training text from which the vocabulary is learned
 console = Console(highlight=False, soft_wrap=True)
 
@@ -152,10 +153,16 @@ def _memory(config: Config, topology: str | None) -> tuple[float, str]:
 
 
 def _planned(out: Path) -> list[dict[str, Any]]:
+    """The rows of a plan. Raises ConfigError for a file that `plan` did not write."""
     try:
-        return json.loads((out / "plan.json").read_text())
+        rows = parse_json((out / "plan.json").read_text())
+        if all(PLANNED <= row.keys() for row in rows):
+            return rows
     except OSError as e:
         raise ConfigError(f"{out / 'plan.json'}: {e.strerror}; make it with `plan`") from None
+    except (ValueError, TypeError, AttributeError):
+        pass
+    raise ConfigError(f"{out / 'plan.json'} is no plan: make it with `plan`")
 
 
 def _check_same_text(out: Path, names: Iterable[str], now: Inputs | None = None) -> None:

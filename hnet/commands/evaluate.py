@@ -34,6 +34,7 @@ from hnet.errors import ConfigError
 from hnet.fields import Bounds, Count, Natural
 from hnet.loss import bits_per_byte
 from hnet.model import split
+from hnet.printable import printable
 from hnet.runtime.compile_cache import enable_compilation_cache
 from hnet.suites import command
 from hnet.suites.items import Settings
@@ -184,7 +185,7 @@ def _print(report: dict[str, Any], with_documents: bool) -> None:
     rows = [("all", report), *report["files"].items()]
     rows += report["documents"].items() if with_documents else []
     for name, score in rows:
-        table.add_row(Text(name), f"{score['bytes']:,}", f"{score['bpb']:.4f}")
+        table.add_row(Text(printable(name)), f"{score['bytes']:,}", f"{score['bpb']:.4f}")
     console = Console(highlight=False)
     console.print(table)
     if report["unscored_bytes"]:
@@ -192,4 +193,4 @@ def _print(report: dict[str, Any], with_documents: bool) -> None:
     for s, size in enumerate(report["bytes_per_chunk"]):
         console.print(f"stage {s}: {size:.3f} bytes a chunk")
         for name, own in report["positions_per_chunk"][s].items():
-            console.print(f"  route {escape(name)}: {own:.3f} positions a chunk")
+            console.print(f"  route {escape(printable(name))}: {own:.3f} positions a chunk")

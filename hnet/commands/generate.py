@@ -30,7 +30,7 @@ from hnet.decode.generate import Generation, chunk_starts, stream_text
 from hnet.decode.prompts import encode
 from hnet.decode.sampling import Sampling
 from hnet.errors import ConfigError
-from hnet.fields import Count
+from hnet.fields import Count, parse_json
 from hnet.inspect.render import print_segmentations
 from hnet.inspect.segmentation import Segmentation, StageBoundaries
 from hnet.interop import load
@@ -145,12 +145,12 @@ def _read_prompts(path: str) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            item = json.loads(line.decode("utf-8"))
+            item = parse_json(line.decode("utf-8"))
             valid = isinstance(item["prompt"], str) and 0 <= int(item.get("seed", 0)) < 1 << 32
             json.dumps(item)
         except UnicodeDecodeError:
             raise ConfigError(f"input={path!r}: line {number} is not UTF-8") from None
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             valid = False
         if not valid:
             raise ConfigError(
@@ -198,16 +198,16 @@ def _line_start(prompt: dict[str, Any]) -> bytes:
 
 def _is_result(line: bytes, start: bytes) -> bool:
     try:
-        return line.startswith(start) and {*RESULTS[2:]} <= json.loads(line).keys()
-    except (ValueError, AttributeError, RecursionError):
+        return line.startswith(start) and {*RESULTS[2:]} <= parse_json(line).keys()
+    except (ValueError, AttributeError):
         return False
 
 
 def _is_begun(line: bytes, start: bytes) -> bool:
     """Whether this may be the incomplete line of a command that was killed while writing it."""
     try:
-        json.loads(line)
-    except (ValueError, RecursionError):
+        parse_json(line)
+    except ValueError:
         return line.startswith(start) or start.startswith(line)
     return _is_result(line, start)
 

@@ -15,6 +15,7 @@ from hnet.data.config import DataConfig
 from hnet.data.corpus import Corpus
 from hnet.data.labels import unigram_size
 from hnet.errors import ConfigError
+from hnet.fields import parse_json, read_bytes, shown
 
 NAMES = ("files", "eval_files", "eval_fraction", "eval_max_bytes", "tokenizer", "labels")
 """fields of `DataConfig` that the hashes cover: two spellings of a path are the same text"""
@@ -47,10 +48,10 @@ def _hash(paths: Iterable[str], field: str) -> str:
     digests = b""
     for path in paths:
         try:
-            with open(path, "rb") as f:
-                digests += hashlib.file_digest(f, "blake2b").digest()
-        except OSError as e:
-            raise ConfigError(f"{field}={path!r} cannot be read: {e.strerror}") from None
+            digests += hashlib.blake2b(read_bytes(path)).digest()
+        except (OSError, ValueError) as e:
+            reason = getattr(e, "strerror", None) or e
+            raise ConfigError(f"{field}={shown(path)} cannot be read: {reason}") from None
     return hashlib.blake2b(digests, digest_size=8).hexdigest()
 
 
@@ -72,10 +73,10 @@ def read_inputs(folder: str | os.PathLike) -> dict[str, str] | None:
     """
     file = epath.Path(folder) / FILE_NAME
     try:
-        found = json.loads(file.read_text())
+        found = parse_json(file.read_text())
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, RecursionError) as e:
+    except (OSError, ValueError) as e:
         reason = getattr(e, "strerror", None) or type(e).__name__
         raise ConfigError(f"{file} cannot be read ({reason}): restore or remove it") from None
     if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):

@@ -5,7 +5,6 @@ token model differs from a byte model only in its vocabulary. Every id stands fo
 bytes, so scores are reported in bits per byte of the text, never per token.
 """
 
-import os
 import re
 from array import array
 from collections.abc import Iterator
@@ -16,8 +15,10 @@ import numpy as np
 
 from hnet.data.stores import Spool
 from hnet.errors import ConfigError
+from hnet.fields import read_bytes
 
 BYTES = 256
+_MOST_TOKENS = 1 << 24
 _PART = 1 << 20  # bytes of a document encoded at a time
 
 
@@ -28,7 +29,7 @@ class Vocabulary:
         try:
             from tokenizers import Tokenizer
 
-            self._tokenizer = Tokenizer.from_file(os.fspath(path))
+            self._tokenizer = Tokenizer.from_buffer(read_bytes(path))
         except ImportError:
             raise ConfigError(
                 f"data.tokenizer={path!r}: the library tokenizers is not installed: "
@@ -39,7 +40,10 @@ class Vocabulary:
         self.path = path
         byte_of = _byte_alphabet()
         tokens = self._tokenizer.get_vocab()
-        size = max(tokens.values()) + 1
+        size = max(tokens.values(), default=-1) + 1
+        if not 0 < size <= _MOST_TOKENS:
+            has = f"an id of {size - 1}, use ids below {_MOST_TOKENS}" if size else "no tokens"
+            raise ConfigError(f"data.tokenizer={path!r} has {has}")
         # Our id of each tokenizer token; -1: a token that is not made of bytes, such as <unk>.
         self._id_T = np.full(size, -1, np.int32)
         lengths = [1] * BYTES

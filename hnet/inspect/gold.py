@@ -23,6 +23,7 @@ from typing import Any
 from hnet.data.forms import BOM, lines_of
 from hnet.data.json_lines import encode, parse
 from hnet.errors import ConfigError
+from hnet.fields import read_bytes
 from hnet.inspect.segmentation import Segmentation, characters, inside, read_segmentations
 
 _LAYOUT_TOKENS = {
@@ -256,7 +257,7 @@ def inside_character(data: bytes, offsets: tuple[int, ...]) -> tuple[int, ...]:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_bytes(path)
     except OSError as e:
         raise ConfigError(f"annotated file {os.fspath(path)!r}: {e.strerror}") from None
 

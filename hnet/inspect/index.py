@@ -5,7 +5,6 @@ Damage is expected: a line that cannot be read is skipped.
 
 import base64
 import contextlib
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hnet.errors import ConfigError
+from hnet.fields import parse_json
 from hnet.inspect.segmentation import Segmentation
 
 FOLDER = "boundaries"
@@ -163,10 +163,7 @@ class SegmentationIndex:
 
 def parse_object(line: bytes) -> dict[str, Any]:
     """Parse a JSON object. Raises ValueError for anything else."""
-    try:
-        content = json.loads(line)
-    except RecursionError:
-        raise ValueError("nested too deep") from None
+    content = parse_json(line)
     if not isinstance(content, dict):
         raise ValueError("no object")
     return content

@@ -10,10 +10,10 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from hnet.data.forms import lines_of
 from hnet.errors import ConfigError
+from hnet.fields import read_bytes
 
 CLASSES = (
     "char_alpha", "char_other", "spaced_alpha", "spaced_other", "inner_alpha", "inner_other",
@@ -153,7 +153,7 @@ def read_lexicon(path: str | os.PathLike) -> tuple[set[str], set[str]]:
     """
     words, morphemes = set(), set()
     try:
-        lines = [line.decode() for line in lines_of(Path(path).read_bytes())]
+        lines = [line.decode() for line in lines_of(read_bytes(path))]
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"lexicon={os.fspath(path)!r} cannot be read: {e}") from None
     for line in filter(str.strip, lines):

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from hnet.inspect.metrics import chunk_length_stats
 from hnet.inspect.segmentation import Segmentation, characters, is_invalid
+from hnet.printable import printable
 
 MARKS = ("|", "‖", "⦀")
 _JOINERS = "\u200c\u200d"  # they change the shape of adjacent letters, so they are not escaped
@@ -138,7 +139,7 @@ def print_segmentations(segmentations: Iterable[Segmentation], console: Console 
     coloured = console.is_terminal and not console.no_color
     for seg in segmentations:
         title = "".join(_shown(c) for c in seg.name)
-        console.print(Text(f"{title}  ({describe(seg)})", "bold"), soft_wrap=True)
+        console.print(Text(f"{printable(title)}  ({describe(seg)})", "bold"), soft_wrap=True)
         console.print(to_rich(seg) if coloured else Text(to_plain(seg)), soft_wrap=True)
         console.print()
 

@@ -20,7 +20,6 @@ of stage s - 1.
 """
 
 import base64
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ import numpy as np
 
 from hnet.data.forms import lines_of
 from hnet.errors import ConfigError
+from hnet.fields import parse_json, read_bytes
 
 VERSION = 1
 BITS_DIGITS = 3
@@ -187,12 +187,11 @@ def step_json(segmentation: Segmentation) -> dict[str, Any]:
 def read_segmentations(path: str | os.PathLike) -> list[Segmentation]:
     """Read JSON lines of segmentations, as `experiments.segment --json` prints them."""
     try:
-        with open(path, "rb") as f:
-            lines = lines_of(f.read())
-        content = [json.loads(line.decode()) for line in lines if line.strip()]
+        lines = lines_of(read_bytes(path))
+        content = [parse_json(line.decode()) for line in lines if line.strip()]
     except OSError as e:
         raise ConfigError(f"segmentation file {os.fspath(path)!r}: {e.strerror}") from None
-    except (ValueError, RecursionError) as e:
+    except ValueError as e:
         raise ConfigError(f"segmentation file {os.fspath(path)!r} is not JSON: {e}") from None
     return [Segmentation.from_json(item) for item in content]
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hnet.errors import ConfigError
+from hnet.fields import read_bytes
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -42,11 +43,14 @@ def train_bpe(texts: Sequence[bytes], vocab_size: int) -> "Tokenizer":
 def read_tokenizer(path: str | os.PathLike) -> "Tokenizer":
     """Read a tokenizer.json. Raises ConfigError if the file cannot be read as one."""
     try:
-        return _library().Tokenizer.from_file(os.fspath(path))
+        found = _library().Tokenizer.from_buffer(read_bytes(path))
     except ConfigError:
         raise
     except Exception as e:  # the library raises nothing more specific
         raise ConfigError(f"tokenizer={os.fspath(path)!r} cannot be read: {e}") from None
+    if not found.get_vocab_size():
+        raise ConfigError(f"tokenizer={os.fspath(path)!r} has no tokens")
+    return found
 
 
 def token_starts(tokenizer: "Tokenizer", data: bytes) -> list[int]:

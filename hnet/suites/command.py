@@ -13,6 +13,7 @@ from rich.text import Text
 from hnet.data import Part
 from hnet.errors import ConfigError
 from hnet.model import HNetLM
+from hnet.printable import printable
 from hnet.suites import SUITES
 from hnet.suites.items import Report, Settings
 from hnet.suites.scorer import ModelScorer
@@ -96,9 +97,11 @@ def print_reports(reports: dict[str, Report]) -> None:
         for title, rows in report.items():
             if rows:
                 names = list(dict.fromkeys(name for row in rows for name in row))
-                table = Table(*map(escape, names), title=escape(title), box=None)
+                table = Table(
+                    *map(escape, map(printable, names)), title=escape(printable(title)), box=None
+                )
                 for row in rows:
-                    table.add_row(*(Text(_cell(row.get(name))) for name in names))
+                    table.add_row(*(Text(printable(_cell(row.get(name)))) for name in names))
                 console.print(table, "")
 
 

@@ -18,16 +18,19 @@ import math
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal
 
 import optuna
 
 from hnet.errors import ConfigError
 from hnet.fields import to_json, with_fields
+from hnet.outputs import read_file
+from hnet.printable import printable
 from hnet.train.config import Config
 from hnet.train.program import untraced
 
+MOST_RUNS = 100_000
+"""largest number of runs of a sweep"""
 Values = dict[str, Any]
 """field -> value, as JSON content"""
 
@@ -118,7 +121,8 @@ def describe(values: Values) -> str:
     last = [name.split(".")[-1] for name in values]
     names = [n if last.count(n) == 1 else name for n, name in zip(last, values)]
     shown = [f"{v:.4g}" if isinstance(v, float) else str(_plain(v)) for v in values.values()]
-    return ", ".join(f"{name}={value}" for name, value in zip(names, shown)) or "as configured"
+    pairs = (f"{name}={value}" for name, value in zip(names, shown))
+    return printable(", ".join(pairs)) or "as configured"
 
 
 @dataclass(frozen=True)
@@ -162,11 +166,10 @@ def list_points(base: Config, space: Space) -> list[Point] | None:
 
 def read_space(path: str, base: Config) -> Space:
     """Read a file and check it against the configuration that it varies. Raises ConfigError."""
+    text = read_file(path, "space")
     try:
-        content = tomllib.loads(Path(path).read_text())
-    except OSError as e:
-        raise ConfigError(f"space={path!r}: {e.strerror}") from None
-    except ValueError as e:
+        content = tomllib.loads(text.decode())
+    except (ValueError, RecursionError) as e:
         raise ConfigError(f"space={path!r} is not TOML: {e}") from None
     settings = {f.name for f in fields(Space)} - {"choices", "seeds"}
     for name in content.keys() - settings - {"space"}:
@@ -251,6 +254,13 @@ def _check(space: Space) -> None:
             raise ConfigError(
                 f"{name}={value!r}: sampler={space.sampler!r} needs a whole number, {least} or more"
             )
+    if space.sampler == "grid":
+        sizes = [c.num if isinstance(c, Range) else len(c) for c in space.choices.values()]
+        count, what = math.prod(sizes), f"the grid has {' x '.join(map(str, sizes))} points"
+    else:
+        count, what = space.trials, f"trials={space.trials}"
+    if count * max(1, len(space.seeds)) > MOST_RUNS:
+        raise ConfigError(f"{what}: use at most {MOST_RUNS:,} runs, seeds included")
     for name, c in space.choices.items():
         if space.sampler == "grid" and isinstance(c, Range) and not c.num:
             raise ConfigError(f"space.{name}: a grid needs num = how many, or a list of values")

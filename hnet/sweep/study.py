@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from hnet.data import identity
 from hnet.data.identity import Inputs
 from hnet.errors import ConfigError
-from hnet.fields import differences, to_json
+from hnet.fields import differences, parse_json, to_json
 from hnet.sweep.space import Point, Space, Values, list_points, make_point, point_key
 from hnet.sweep.storage import open_storage, pruner
 from hnet.train.config import Config, config_from_json
@@ -76,7 +76,7 @@ class Study(contextlib.AbstractContextManager):
         if (found := self.study.user_attrs.get("sweep")) is None:
             self.study.set_user_attr("sweep", json.dumps(mine))
             return
-        theirs = json.loads(found)
+        theirs = parse_json(found)
         theirs["config"] = to_json(config_from_json(theirs["config"]))  # adds newer fields
         for content in (mine, theirs):
             for section in _LOCAL:

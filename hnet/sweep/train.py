@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from hnet.errors import ConfigError
+from hnet.printable import printable
 from hnet.runtime.distributed import StopRequest
 from hnet.sweep.space import describe
 from hnet.sweep.study import Claim, Study
@@ -56,13 +57,13 @@ def train_points(study: Study, claims: list[Claim], options: Options, stop: Stop
         return _train_together(study, claims, options, stop)
     except Locked as e:  # a worker that counted as dead still trains these points
         study.release(claims)
-        console.print(escape(str(e)))
+        console.print(escape(printable(e)))
         time.sleep(options.timeout / 4)
         return True
     except (StopRun, ConfigError) as e:
         for claim in claims:
             study.fail(claim, str(e))
-            console.print(escape(f"failed: {describe(claim.point.values)}: {e}"))
+            console.print(escape(f"failed: {describe(claim.point.values)}: {printable(e)}"))
         return True
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
@@ -110,7 +111,7 @@ def _train_together(study: Study, claims: list[Claim], options: Options, stop: S
         faults = [f for r, f in outcome.progress.faults.items() if part.start <= int(r) < part.stop]
         if faults:
             study.fail(claim, faults[0])
-            console.print(escape(f"failed: {describe(claim.point.values)}: {faults[0]}"))
+            console.print(escape(f"failed: {describe(claim.point.values)}: {printable(faults[0])}"))
             continue
         runs = [
             _result(

@@ -24,7 +24,7 @@ from etils import epath
 
 from hnet.checkpoint.step_folders import work_folder
 from hnet.errors import ConfigError
-from hnet.fields import shown
+from hnet.fields import parse_json, shown
 from hnet.printable import printable
 
 log = logging.getLogger(__name__)
@@ -124,10 +124,10 @@ def _lock_file(path: Path, where: str, stack: contextlib.ExitStack) -> bool:
                 return False
             with contextlib.suppress(FileNotFoundError):  # the former holder has just removed it
                 if os.path.samestat(os.fstat(file), os.stat(path)):
-                    os.ftruncate(file, 0)
-                    os.write(file, json.dumps(_holder()).encode())
                     stack.push(opened.pop_all())
                     stack.callback(path.unlink, missing_ok=True)
+                    os.ftruncate(file, 0)
+                    os.write(file, json.dumps(_holder()).encode())
                     return True
 
 
@@ -141,8 +141,8 @@ def _holder() -> dict[str, Any]:
 
 def _parsed(content: bytes) -> dict[str, Any]:
     try:
-        found = json.loads(content)
-    except (ValueError, RecursionError):
+        found = parse_json(content)
+    except ValueError:
         found = {}
     return found if isinstance(found, dict) else {}
 

@@ -12,6 +12,7 @@ from typing import Any
 from etils import epath
 
 from hnet.errors import Failed
+from hnet.fields import parse_json
 from hnet.train.log_folder import METRICS
 
 Row = dict[str, Any]
@@ -29,8 +30,8 @@ def read_metrics(workdir: str | os.PathLike) -> list[Row]:
 def _parsed(line: bytes) -> Row | None:
     """The row of a line, NaN of earlier versions replaced by None; None if the line is damaged."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
+        row = parse_json(line)
+    except ValueError:  # UnicodeDecodeError is a ValueError
         return None
     is_row = isinstance(row, dict) and type(row.get("step")) is int
     return _finite(row) if is_row else None

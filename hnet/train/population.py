@@ -33,6 +33,7 @@ from hnet.train.config import Config
 from hnet.train.evaluate import Evaluation, OfEachRun
 from hnet.train.initial import frozen_graph, open_start, replaced
 from hnet.train.lock import DirectoryLock
+from hnet.train.memory import check_memory
 from hnet.train.program import (
     FED,
     Program,
@@ -70,6 +71,7 @@ def build(
     mesh = Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
     by_run = NamedSharding(mesh, P("runs"))
     check(configs[0], mesh)
+    check_memory(configs[0], mesh, runs=len(configs))
 
     config, platform = configs[0], mesh.devices.flat[0].platform
     compute = resolved(config.model.compute, platform)

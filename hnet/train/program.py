@@ -23,6 +23,7 @@ from hnet.train.capacity import Ladder
 from hnet.train.config import Config
 from hnet.train.evaluate import Evaluation, evaluate
 from hnet.train.initial import frozen_graph
+from hnet.train.memory import check_memory
 from hnet.train.optim import Hyperparams
 from hnet.train.sharding import (
     batch_sharding,
@@ -144,6 +145,7 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     """Raise ConfigError if a run, single or one of several, does not fit this mesh."""
     check_batch(config.data.batch_size, config.train.accumulate, mesh)
     check_vocabulary(config)
+    check_memory(config, mesh)
 
 
 def check_vocabulary(config: Config) -> None:

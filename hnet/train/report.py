@@ -18,6 +18,7 @@ from hnet.errors import ConfigError, Failed
 from hnet.fields import to_json
 from hnet.inspect.writer import RunWriter
 from hnet.loss import PROB_BINS, bits_per_byte
+from hnet.printable import printable
 from hnet.runtime import distributed
 from hnet.runtime.compile_cache import CompilationLog
 from hnet.train.alarms import BoundaryAlarms
@@ -261,7 +262,7 @@ class LiveLine:
             self.task = self.bar.add_task("compiling", total=total, completed=start)
 
     def say(self, text: str) -> None:
-        self.console.print(escape(text), soft_wrap=True)
+        self.console.print(escape(printable(text)), soft_wrap=True)
 
     def restart(self, step: int) -> None:
         """Measure the pace, and so the time left, from this step on."""

@@ -11,7 +11,7 @@ from hnet.checkpoint.step_folders import work_folder
 from hnet.data import Corpus, identity
 from hnet.data.identity import Inputs, check_inputs, read_inputs, write_inputs
 from hnet.errors import ConfigError, Failed
-from hnet.fields import differences, shown, to_json
+from hnet.fields import differences, parse_json, shown, to_json
 from hnet.runtime.distributed import on_first_host
 from hnet.train.config import Config, config_from_json
 from hnet.train.lock import DirectoryLock
@@ -31,10 +31,10 @@ def read_config(workdir: str | os.PathLike) -> Config:
 def _stored(workdir: str | os.PathLike) -> Any:
     file = work_folder(workdir) / "config.json"
     try:
-        return json.loads(file.read_text())
+        return parse_json(file.read_text())
     except FileNotFoundError:
         raise ConfigError(f"{file} does not exist: give the work directory of a run") from None
-    except (OSError, ValueError, RecursionError) as e:
+    except (OSError, ValueError) as e:
         raise ConfigError(f"{file} cannot be read: {e}") from None
 
 

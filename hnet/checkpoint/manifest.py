@@ -15,10 +15,13 @@ from typing import Any
 from etils import epath
 
 from hnet.errors import first_line
+from hnet.fields import parse_json
 
 FORMAT = 1
 FILE_NAME = "manifest.json"
 DELETING_NAME = "manifest.deleting"
+PENDING_NAME = FILE_NAME + ".pending"
+"""empty file in a step folder from before its save begins until its manifest is written"""
 PACKAGES = ("hnet-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -94,7 +97,7 @@ def write(folder: epath.Path, manifest: Manifest) -> None:
 def read(folder: epath.Path) -> Manifest:
     """Read the manifest of a step folder and check its digest. Raises Damaged."""
     try:
-        content = json.loads((folder / FILE_NAME).read_text())
+        content = parse_json((folder / FILE_NAME).read_text())
     except FileNotFoundError:
         raise Damaged(f"{FILE_NAME} is missing, so its save never finished") from None
     except (OSError, ValueError) as e:

@@ -21,6 +21,7 @@ from hnet.checkpoint import leaves as lv
 from hnet.checkpoint import manifest as mf
 from hnet.checkpoint import step_folders as sf
 from hnet.checkpoint.manifest import Damaged, Manifest
+from hnet.checkpoint.quiet import quiet_orbax
 from hnet.checkpoint.settings import CheckpointConfig
 from hnet.checkpoint.verify import read_arrays
 from hnet.errors import ConfigError, Failed, first_line
@@ -78,9 +79,12 @@ class Checkpointer(contextlib.AbstractContextManager):
             ocp.PyTreeCheckpointHandler(save_device_host_concurrent_gb=most_copied_gb),
             async_options=ocp.AsyncOptions(timeout_secs=config.timeout_seconds),
         )
+        self._quiet = contextlib.ExitStack()
+        self._quiet.enter_context(quiet_orbax())
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future | None = None
         self._saving_step = -1
+        self._has_failed = False  # whether the last finished save did
 
     def __exit__(self, *exc_info) -> None:
         self.close()
@@ -144,6 +148,7 @@ class Checkpointer(contextlib.AbstractContextManager):
             )
             self._orbax.save(self.folder / str(step) / sf.STATE, args=arguments)
         except Exception as e:
+            self._has_failed = True
             raise CheckpointError(_failure(step, e)) from e
         blocking = time.monotonic() - start
         self._saving_step = step
@@ -160,6 +165,7 @@ class Checkpointer(contextlib.AbstractContextManager):
             folder = self.folder / str(manifest.step)
             manifest = replace(manifest, files=mf.list_files(folder))
             mf.write(folder, manifest)
+            (folder / mf.PENDING_NAME).unlink()
             mf.check_files(folder, mf.read(folder))  # read back before old ones are deleted
             num_bytes = manifest.num_bytes
             try:
@@ -184,6 +190,7 @@ class Checkpointer(contextlib.AbstractContextManager):
             return ""
         saving, self._saving = self._saving, None
         error = saving.exception()
+        self._has_failed = error is not None
         return _failure(self._saving_step, error) if error else ""
 
     def check(self) -> None:
@@ -198,8 +205,20 @@ class Checkpointer(contextlib.AbstractContextManager):
 
     def close(self) -> None:
         """Wait for the last save and end the threads. Raises CheckpointError if it failed."""
-        with contextlib.closing(self._orbax), self._pool:
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._close_orbax)
+            stack.enter_context(self._pool)
             self.wait()
+
+    def _close_orbax(self) -> None:
+        """Orbax raises once more, as another type, what failed in the last save."""
+        try:
+            self._orbax.close()
+        except Exception as e:
+            if not self._has_failed:
+                raise CheckpointError(_failure(self._saving_step, e)) from None
+        if not self._has_failed:  # else writes of the failed save may still end, and be told
+            self._quiet.close()
 
     def set_aside_after(self, step: int) -> None:
         """Rename the checkpoints of later steps, because the run continues from this one."""

@@ -63,14 +63,14 @@ def make_room(folder: epath.Path, leaves: dict[str, dict]) -> bool:
 
     Remains of a killed save are deleted; a checkpoint with other bits is renamed.
     """
-    if not folder.exists():
-        return True
     if is_unfinished(folder):
         folder.rmtree()
-        return True
-    if not why_not(folder) and mf.read(folder).leaves == leaves:
-        return False
-    set_aside(folder)
+    elif folder.exists():
+        if not why_not(folder) and mf.read(folder).leaves == leaves:
+            return False
+        set_aside(folder)
+    folder.mkdir(parents=True)
+    (folder / mf.PENDING_NAME).write_text("")
     return True
 
 
@@ -101,6 +101,8 @@ def is_unfinished(folder: epath.Path) -> bool:
     names = {p.name for p in folder.iterdir()}
     if mf.DELETING_NAME in names:
         return True
+    if mf.PENDING_NAME in names:
+        return mf.FILE_NAME not in names
     return all(name.startswith(f"{STATE}.orbax-checkpoint-tmp") for name in names)
 
 

@@ -15,6 +15,7 @@ from hnet.checkpoint import manifest as mf
 from hnet.checkpoint.manifest import Damaged, Manifest
 from hnet.checkpoint.step_folders import STATE, checkpoint_folder, list_steps
 from hnet.errors import ConfigError, first_line
+from hnet.printable import printable
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
@@ -115,7 +116,7 @@ def verify_workdir(workdir: str) -> int:
             try:
                 manifest = check_values(orbax, folder / str(step))
             except Damaged as e:
-                print(f"step {step}: BAD: {e}", flush=True)
+                print(f"step {step}: BAD: {printable(e)}", flush=True)
                 continue
             good += 1
             size = f"{len(manifest.leaves)} arrays, {manifest.num_bytes / 1e6:.1f} MB"

@@ -1,7 +1,9 @@
 """Checkpoints: restore on any mesh, find and name damage, lose no checkpoint."""
 
 import dataclasses
+import errno
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -23,6 +25,7 @@ from hnet.checkpoint import leaves as lv
 from hnet.checkpoint import manifest as mf
 from hnet.checkpoint import step_folders as sf
 from hnet.checkpoint.__main__ import main
+from hnet.checkpoint.quiet import quiet_orbax
 from hnet.checkpoint.save import Checkpointer, CheckpointError
 from hnet.command_line import exit_code
 from hnet.errors import ConfigError
@@ -432,8 +435,8 @@ def test_kill_during_a_save_leaves_the_older_one(tmp_path):
             checkpoints.save(2, state, {})
             checkpoints.wait()
             assert checkpoints.latest_good_step() == 2
-        # Complete arrays without a manifest are kept; a half-written folder is deleted.
-        assert (folder / "2.aside-1").exists() == (where == "manifest")
+            assert not (folder / "2" / mf.PENDING_NAME).exists()
+        assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]  # no remains
 
 
 def test_first_save_killed_is_a_new_run(tmp_path):
@@ -491,7 +494,8 @@ def test_step_folders_of_a_bucket(monkeypatch):
     (folder / "3" / "state" / "d").write_text("1234")
     assert sf.why_not(folder / "3") == "state/d has 4 bytes, its manifest says 5 bytes"
     assert not sf.make_room(folder / "2", leaves)
-    assert sf.make_room(folder / "3", leaves) and sf.list_steps(folder) == [2]
+    assert sf.make_room(folder / "3", leaves) and sf.list_saved(folder) == [2]
+    assert sf.is_unfinished(folder / "3")
 
 
 def test_bucket_that_cannot_be_opened_is_one_line(monkeypatch):
@@ -501,3 +505,40 @@ def test_bucket_that_cannot_be_opened_is_one_line(monkeypatch):
     monkeypatch.setattr(type(fsspec_backend), "_get_filesystem", absent)
     with pytest.raises(ConfigError, match="'gs://bucket/run' cannot be opened: ImportError: ins"):
         sf.checkpoint_folder("gs://bucket/run")
+
+
+# --- a save that fails
+
+
+def test_a_failed_save_is_one_error_even_if_orbax_raises_again(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(mf, "write", full)
+    checkpoints = Checkpointer(tmp_path)
+    close = checkpoints._orbax.close
+    monkeypatch.setattr(checkpoints._orbax, "close", lambda: (close(), full()))
+    with pytest.raises(CheckpointError, match="step 3 could not be saved: .*No space left"):
+        with checkpoints:
+            checkpoints.save(3, {"w": jnp.arange(7.0)}, {})
+            checkpoints.wait()
+    checkpoints._quiet.close()  # as the process would end here
+
+
+def test_what_orbax_and_tensorstore_print_about_a_failed_save_is_left_out(monkeypatch, caplog):
+    told, absl = [], logging.getLogger("absl")
+    monkeypatch.setattr(sys, "excepthook", lambda *fault: told.append(fault[1]))
+
+    def record(path, level):
+        return absl.makeRecord("absl", level, f"x{os.sep}{path}{os.sep}y.py", 1, "", (), None)
+
+    with quiet_orbax():
+        for text in ("Event loop is closed", "other"):
+            sys.excepthook(RuntimeError, RuntimeError(text), None)
+        kept = [
+            bool(absl.filter(record(path, level)))
+            for path in ("orbax", "jax")
+            for level in (logging.WARNING, logging.ERROR)
+        ]
+    assert [str(fault) for fault in told] == ["other"] and kept == [True, False, True, True]
+    assert absl.filter(record("orbax", logging.ERROR))

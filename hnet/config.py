@@ -327,6 +327,11 @@ def _check_stage(config: HNetConfig, i: int, stage: StageConfig) -> None:
         )
     if problem := _memory_problem(config, i):
         raise ConfigError(f"{where}.{problem}")
+    if not inner and stage.chunking.at_characters and config.vocab_size != 256:
+        raise ConfigError(
+            f"{where}.chunking.at_characters=True with vocab_size={config.vocab_size}: characters "
+            "are told from bytes, use a vocabulary of 256, or False"
+        )
     groups = len(config.route_groups)
     if inner:
         return

@@ -96,7 +96,7 @@ class HNetLM(nnx.Module):
             raise ValueError(f"the model has {routes} routes: give route_ids_BL")
         else:
             route_ids = jnp.clip(route_ids, 0, routes - 1)
-        if not (chunkings and chunkings[0].reads_bytes):
+        if not (chunkings and chunkings[0].needs_bytes):
             return Context(segment_ids, route_ids_BL=route_ids)
         if chunkings[0].predictor.name == "external" and external_boundary is None:
             raise ValueError("predictor='external' is told its boundaries: give boundaries_BL")

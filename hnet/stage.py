@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hnet.chunking import characters
 from hnet.chunking.boundaries import Boundaries, decide, share_slots
 from hnet.chunking.config import ChunkingConfig
 from hnet.chunking.part import BoundaryPredictor, Place, Position, Positions, where_rows
@@ -103,6 +104,8 @@ class StageCache(NamedTuple):
     """states of the parts"""
     first_B: dict[str, jax.Array] | None = None
     """first position that a stack with scope "chunk" sees, per name of the stack"""
+    missing_B: jax.Array | None = None
+    """number of bytes that the last character still lacks; None if boundaries may divide it"""
     boundary_B: jax.Array | None = None
     """last position with a boundary, -1 before any; None if the length of chunks has no limit"""
     memory: ChunkMemory | None = None
@@ -281,11 +284,20 @@ class HNet(nnx.Module):
         found = decide(
             prediction, context, capacity, has_null=self.chunking.has_null,
             relaxed_prob_BL=self.routing_module.relax(prediction.logit, config, key),
-            rows_sharing_slots=rows_sharing_slots, max_chunk_len=self.chunking.max_chunk_len,
+            rows_sharing_slots=rows_sharing_slots, allowed_BL=self._allowed(context),
+            max_chunk_len=self.chunking.max_chunk_len,
         )  # fmt: skip
         if self.routing_module.passes_gradient(config):
             return found
         return found._replace(boundary_ste_BL=jax.lax.stop_gradient(found.boundary_ste_BL))
+
+    def _allowed(self, context: Context) -> jax.Array | None:
+        """Positions that can be boundaries; None: all."""
+        if not self.chunking.at_characters:
+            return None
+        if self.chunking.alignment == "start":
+            return ~characters.is_continuation(context.bytes_BL)
+        return characters.missing(context.bytes_BL, context.segment_ids_BL) == 0
 
     def chunk(
         self,
@@ -421,6 +433,7 @@ class HNet(nnx.Module):
             pool=self.chunk_layer.after(rows._replace(config=chunking.pool), own),
             dechunk=self.dechunk_layer.after(y_BME, own, slots, chunking.dechunk),
             first_B=first_B or None,
+            missing_B=self._missing_after(context, lengths_B),
             boundary_B=self._last_boundary(own) if chunking.max_chunk_len else None,
             memory=self._memory_after(y_BME, num_slots_B // k, max_lens[1] // k),
             waiting=Waiting(
@@ -446,6 +459,13 @@ class HNet(nnx.Module):
             return ChunkMemory.after(x_BMND, count_B, most)
         older = self.cross_attention.relation == "last_closed"
         return ChunkMemory.after(x_BMND, count_B, min(window + older, most))
+
+    def _missing_after(self, context: Context, lengths_B: jax.Array) -> jax.Array | None:
+        """Number of bytes that the last character of each row still lacks."""
+        if not self.chunking.at_characters:
+            return None
+        missing_BL = characters.missing(context.bytes_BL, context.segment_ids_BL)
+        return last_positions(missing_BL, lengths_B, 1)[:, 0]
 
     def _last_boundary(self, boundaries: Boundaries) -> jax.Array:
         """Last position with a boundary, before clipping; -1 if there is none."""
@@ -517,34 +537,41 @@ class HNet(nnx.Module):
         chunking = self.chunking
 
         def encode(inputs_R, caches, rows):
-            x_RD, index_R, first_R, last_R, context_R, predictor, pool = inputs_R
+            x_RD, index_R, first_R, last_R, missing_R, context_R, predictor, pool = inputs_R
+            if missing_R is not None:
+                missing_R = characters.missing_after(missing_R, context_R.bytes_BL)
+            before = last_R, missing_R
             x = Position(x_RD, index_R, context_R, chunking.predictor)
             if scoped := chunking.encoder_scope == "chunk":
-                predictor, p_R, wanted_R, level_R = self._predict(predictor, x, last_R)
+                predictor, p_R, wanted_R, level_R = self._predict(predictor, x, *before)
                 opens_R = wanted_R & (chunking.alignment == "start")
                 first_R = jnp.where(opens_R, index_R, first_R)
             h_RD, caches = self.encoder.step(x_RD, caches, rows, StepContext(index_R, first_R))
             x = x._replace(h_RD=h_RD)
             if not scoped:
-                predictor, p_R, wanted_R, level_R = self._predict(predictor, x, last_R)
+                predictor, p_R, wanted_R, level_R = self._predict(predictor, x, *before)
             elif chunking.alignment == "end":
                 first_R = jnp.where(wanted_R, index_R + 1, first_R)
             pool, chunk_RE = self.chunk_layer.step(pool, x._replace(config=chunking.pool))
             residual_RD = self.residual(h_RD[:, None])[:, 0]
             waiting = (chunk_RE, p_R, residual_RD, level_R)
-            return (waiting, wanted_R, first_R, predictor, pool), caches
+            return (waiting, wanted_R, first_R, missing_R, predictor, pool), caches
 
         first_B = (cache.first_B or {}).get("encoder")
         inputs = (
-            x_BD, cache.position_B, first_B, cache.boundary_B, context, cache.predictor, cache.pool
+            x_BD, cache.position_B, first_B, cache.boundary_B, cache.missing_B,
+            context, cache.predictor, cache.pool,
         )  # fmt: skip
         found, stack = run_on_active_rows(encode, active_B, inputs, cache.stacks["encoder"], sizes)
-        waiting, wanted_B, first_B, predictor, pool = found
+        waiting, wanted_B, first_B, missing_B, predictor, pool = found
         old = (tuple(cache.waiting[2:]), cache.predictor, cache.pool)
         waiting, predictor, pool = where_rows(active_B, (waiting, predictor, pool), old)
         if first_B is not None:
             first_B = jnp.where(active_B, first_B, cache.first_B["encoder"])
             cache = cache._replace(first_B=cache.first_B | {"encoder": first_B})
+        if missing_B is not None:
+            missing_B = jnp.where(active_B, missing_B, cache.missing_B)
+            cache = cache._replace(missing_B=missing_B)
         if cache.boundary_B is not None:
             last_B = jnp.where(active_B & wanted_B, cache.position_B, cache.boundary_B)
             cache = cache._replace(boundary_B=last_B)
@@ -556,7 +583,7 @@ class HNet(nnx.Module):
         )
 
     def _predict(
-        self, state: Any, x: Position, last_R: jax.Array | None
+        self, state: Any, x: Position, last_R: jax.Array | None, missing_R: jax.Array | None
     ) -> tuple[Any, jax.Array, jax.Array, Any]:
         """(state, p, whether a boundary is wanted, level) of one position, as in `boundaries`."""
         state, prediction = self.routing_module.step(state, x)
@@ -564,6 +591,11 @@ class HNet(nnx.Module):
         relaxed_R = self.routing_module.relax(prediction.logit, x.config, None)
         p_R = prediction.probability
         wanted_R = (p_R if relaxed_R is None else relaxed_R) > 0.5
+        if missing_R is not None:
+            allowed_R = missing_R == 0
+            if self.chunking.alignment == "start":
+                allowed_R = ~characters.is_continuation(x.context.bytes_BL)
+            p_R, wanted_R = jnp.where(allowed_R, p_R, 0.0), wanted_R & allowed_R
         forced_R = jnp.zeros_like(wanted_R)
         if not self.chunking.has_null:
             forced_R = x.index_R == 0

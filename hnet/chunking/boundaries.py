@@ -80,12 +80,14 @@ def decide(
     has_null: bool = False,
     relaxed_prob_BL: jax.Array | None = None,
     rows_sharing_slots: int = 1,
+    allowed_BL: jax.Array | None = None,
     max_chunk_len: int = 0,
 ) -> Boundaries:
     """Boundaries where p > 0.5 (strictly, as in the official code), clipped to the capacity.
 
     has_null: each segment begins with a null chunk; otherwise its first position is a boundary.
     relaxed_prob_BL: relaxed sample thresholded at 0.5 instead of p (training with noise).
+    allowed_BL: positions that can be boundaries (the first of a segment always can); None: all.
     max_chunk_len: distance of the last boundary at which one is forced; 0 = none.
     `rows_sharing_slots` rows share `capacity` slots, which go to boundaries in row order.
     Boundaries beyond the capacity are dropped, and their positions join the previous chunk. Only
@@ -95,6 +97,8 @@ def decide(
     starts_BL = segment_starts(segment_ids_BL) & (segment_ids_BL != 0)
 
     def bounded(a_BL):
+        if allowed_BL is not None:
+            a_BL = jnp.where(allowed_BL, a_BL, 0.0)
         if not has_null:
             a_BL = jnp.where(starts_BL, 1.0, a_BL)
         return jnp.where(segment_ids_BL != 0, a_BL, 0.0)

@@ -55,6 +55,11 @@ class ChunkingConfig:
     max_chunk_len: Natural = 0
     """maximum number of positions per chunk: a boundary is forced at this distance from the last
     one; 0 = no limit"""
+    at_characters: bool = False
+    """whether no chunk boundary divides a UTF-8 character: with start, only bytes that begin one
+    can be boundaries; with end, only bytes that complete one, as its first byte announces. The
+    chunks of inner stages then consist of whole characters too. Boundaries that max_chunk_len
+    forces are exempt"""
     losses: tuple[LossConfig, ...] = (Ratio.Config(),)
     """losses of this stage in addition to cross-entropy, each with its weight"""
     overflow: Literal["train", "ignore"] = "train"
@@ -93,8 +98,10 @@ class ChunkingConfig:
     @property
     def unofficial_fields(self) -> dict[str, tuple[Any, Any]]:
         """Fields that change the function: name -> (value here, value of the official model)."""
-        fields = ("predictor", "alignment", "max_chunk_len", "pool", "dechunk", "residual",
-                  "encoder_scope", "decoder_scope", "num_predictors", "hold_rate")  # fmt: skip
+        fields = (
+            "predictor", "alignment", "max_chunk_len", "at_characters", "pool", "dechunk",
+            "residual", "encoder_scope", "decoder_scope", "num_predictors", "hold_rate",
+        )  # fmt: skip
         pairs = {f: (getattr(self, f), getattr(ChunkingConfig(), f)) for f in fields}
         return {f: (_plain(a), _plain(b)) for f, (a, b) in pairs.items() if a != b}
 
@@ -107,6 +114,11 @@ class ChunkingConfig:
     def reads_bytes(self) -> bool:
         """Whether the boundaries are a function of the bytes, or are given per byte."""
         return self.predictor.part.reads_bytes
+
+    @property
+    def needs_bytes(self) -> bool:
+        """Whether the bytes must be given with the states."""
+        return self.reads_bytes or self.at_characters
 
     @property
     def num_predictors(self) -> int:
@@ -190,6 +202,11 @@ class ChunkingConfig:
             return (
                 f"predictor={self.predictor.name!r} in stage 0, which has no stage around it that "
                 "gives levels: use it in an inner stage, or predictor='words' here"
+            )
+        if self.at_characters and stage_idx:
+            return (
+                f"at_characters=True in stage {stage_idx}, whose positions are chunks: set it in "
+                "stage 0, so that all chunks consist of whole characters"
             )
         if self.encoder_scope == "chunk" and predictor.reads_states:
             return (

@@ -74,6 +74,12 @@ def legal() -> dict[str, HNetConfig]:
 LEGAL = legal() | {
     "mlp, at most 2": config_of("mlp", "end", "learned", "mean", "repeat", max_chunk_len=2),
     "cosine, at most 3": config_of("cosine", "start", "learned", "select", "ema", max_chunk_len=3),
+    "mlp, at characters": config_of(
+        "mlp", "end", "learned", "mean", "repeat", at_characters=True, max_chunk_len=5
+    ),
+    "cosine, at characters": config_of(
+        "cosine", "start", "learned", "select", "ema", at_characters=True
+    ),
     "memory of 3 chunks": config_of(
         "mlp", "end", "learned", "mean", CrossAttention.Config(2), 3, decoder_scope="chunk"
     ),

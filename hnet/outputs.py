@@ -38,6 +38,8 @@ def new_file(path: str | os.PathLike, field: str) -> Path:
 
 def new_files(folder: str | os.PathLike, names: list[str], field: str) -> list[Path]:
     """Paths of several new files in a folder. Raises ConfigError if one of them exists."""
+    if not os.fspath(folder):
+        raise ConfigError(f"{field}='' is no local path: give one")
     new_file(Path(folder) / ".new", field)  # raises for a folder that cannot be used
     return [new_file(Path(folder) / name, field) for name in names]
 

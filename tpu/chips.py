@@ -150,7 +150,7 @@ TPU_KINDS = tuple(kind for kind in CHIPS if kind not in GPUS)
 
 def open_slice(name: str) -> Slice:
     """The slice of this name. Raises ConfigError if it is unknown or its compiler is missing."""
-    tpu = rf"({'|'.join(TPU_KINDS)}):\d+(x\d+){{1,2}}"
+    tpu = rf"({'|'.join(TPU_KINDS)}):[1-9]\d{{0,3}}(x[1-9]\d{{0,3}}){{1,2}}"
     gpu = rf"({'|'.join(GPUS)}):([1-9]\d{{0,3}}x)?[1-9]\d{{0,2}}"
     found = re.fullmatch(tpu, name) or re.fullmatch(gpu, name)
     if not found:

@@ -79,7 +79,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def plan(options: argparse.Namespace, base: Config) -> int:
     out, tokenizer = Path(options.out), ""
-    new_files(out, ["plan.json", "configs", "tokenizer.json", "fit.json", "scaling.png"], "out")
+    written = ["plan.json", "configs", "tokenizer.json", "fit.json", "scaling.png"]
+    new_files(options.out, written, "out")
     if not options.bytes_per_parameter > 0:
         raise ConfigError(f"bytes-per-parameter={options.bytes_per_parameter}: use more than 0")
     sizes = {"bytes_per_token": BYTES_PER_TOKEN, "vocab_size": GPT2_VOCABULARY}

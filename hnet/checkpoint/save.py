@@ -257,10 +257,11 @@ class Checkpointer(contextlib.AbstractContextManager):
         for candidate in [step] if step is not None else reversed(steps):
             named, extras, why = self._try_restore(candidate, wanted, only)
             if not why:
+                for line in rejected:
+                    log.warning(line)
                 state = jax.tree.unflatten(treedef, [named[path] for path in wanted])
                 return Restored(state, extras, candidate, rejected)
             rejected.append(f"checkpoint step {candidate} rejected: {why}")
-            log.warning(rejected[-1])
         raise ConfigError(
             f"no usable checkpoint in {self.folder}"
             + (f" ({'; '.join(rejected[:3])})" if rejected else "")

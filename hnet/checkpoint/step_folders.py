@@ -10,6 +10,7 @@ from etils import epath
 
 from hnet.checkpoint import manifest as mf
 from hnet.errors import ConfigError, first_line
+from hnet.fields import shown
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +34,15 @@ def work_folder(workdir: str | os.PathLike) -> epath.Path:
 
 
 def checkpoint_folder(workdir: str | os.PathLike) -> epath.Path:
-    """``WORKDIR/checkpoints``. Raises ConfigError like `work_folder`."""
-    return work_folder(workdir) / "checkpoints"
+    """``WORKDIR/checkpoints``. Raises ConfigError like `work_folder`, and for what cannot be a path
+    or may not be looked into."""
+    folder = work_folder(workdir) / "checkpoints"
+    try:
+        folder.exists()
+        return folder
+    except (OSError, ValueError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise ConfigError(f"workdir={shown(str(workdir))} cannot be used: {reason}") from None
 
 
 def list_steps(folder: epath.Path) -> list[int]:

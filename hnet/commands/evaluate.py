@@ -12,11 +12,11 @@ runs evaluations from papers (hnet/suites) instead.
 
 import json
 import math
+import os
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import jax
@@ -109,7 +109,7 @@ def _suites(config: EvaluateConfig) -> None:
     names = list(dict.fromkeys(config.suite))
     settings = Settings(config.items, config.shots, config.seed, config.max_bytes)
     command.check(names, settings)
-    is_run = (Path(config.checkpoint) / "config.json").exists()
+    is_run = os.path.exists(os.path.join(config.checkpoint, "config.json"))
     if is_run and read_config(config.checkpoint).data.tokenizer:
         raise ConfigError(f"checkpoint={config.checkpoint} reads tokens: suites ask for bytes")
     if needing := command.reads(names, "parallel"):
@@ -145,7 +145,7 @@ def _part(config: EvaluateConfig) -> Part:
 
 def _data_config(config: EvaluateConfig) -> DataConfig:
     """The run's data settings, the defaults for an official checkpoint."""
-    if (Path(config.checkpoint) / "config.json").exists():
+    if os.path.exists(os.path.join(config.checkpoint, "config.json")):
         data = read_config(config.checkpoint).data
     elif config.files:
         data = DataConfig()

@@ -36,7 +36,8 @@ class Vocabulary:
                 "pip install 'hnet-jax[bpe]'"
             ) from None
         except Exception as e:  # the library raises nothing more specific
-            raise ConfigError(f"data.tokenizer={path!r} cannot be read: {e}") from None
+            reason = getattr(e, "strerror", None) or e
+            raise ConfigError(f"data.tokenizer={path!r} cannot be read: {reason}") from None
         self.path = path
         byte_of = _byte_alphabet()
         tokens = self._tokenizer.get_vocab()

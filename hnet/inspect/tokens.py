@@ -47,7 +47,8 @@ def read_tokenizer(path: str | os.PathLike) -> "Tokenizer":
     except ConfigError:
         raise
     except Exception as e:  # the library raises nothing more specific
-        raise ConfigError(f"tokenizer={os.fspath(path)!r} cannot be read: {e}") from None
+        reason = getattr(e, "strerror", None) or e
+        raise ConfigError(f"tokenizer={os.fspath(path)!r} cannot be read: {reason}") from None
     if not found.get_vocab_size():
         raise ConfigError(f"tokenizer={os.fspath(path)!r} has no tokens")
     return found

@@ -9,11 +9,15 @@ from flax import nnx
 
 from hnet.chunking import characters
 from hnet.chunking.config import ChunkingConfig
+from hnet.decode import stream
 from hnet.errors import ConfigError
 from tests.networks import network, quick_jit, random_params, stage
 
 TEXT = "aé€😀ßzя".encode()
 DOCUMENTS = (TEXT, TEXT[1:], b"\x80\x80a\xc3", b"\xe2\x82", b"\xc3\xc3\xa9\xa9\xff\xfe\xf5\x90")
+
+
+END = dict(predictor="mlp", alignment="end", pool="mean", dechunk="repeat", residual="add")
 
 
 def lacks(document: bytes) -> list[int]:
@@ -55,10 +59,7 @@ def test_missing_bytes_are_those_of_a_loop_per_document():
 @pytest.mark.parametrize("alignment", ["start", "end"])
 def test_no_chunk_divides_a_character(alignment):
     """Random weights have boundaries inside characters; with the setting, the same ones outside."""
-    kind = {} if alignment == "start" else dict(
-        predictor="mlp", alignment="end", pool="mean", dechunk="repeat", residual="add"
-    )  # fmt: skip
-    plain = network(stage("t1 t1", 26, **kind), stage("t1", 26))
+    plain = network(stage("t1 t1", 26, **(END if alignment == "end" else {})), stage("t1", 26))
     first = plain.stages[0]
     chunking = replace(first.chunking, at_characters=True)
     config = replace(plain, stages=(replace(first, chunking=chunking), *plain.stages[1:]))
@@ -81,6 +82,27 @@ def test_no_chunk_divides_a_character(alignment):
         allowed = begins | ((ids_BL & 0xC0) != 0x80)
     assert (masks[False] & ~allowed).any()
     np.testing.assert_array_equal(masks[True], masks[False] & allowed)
+
+
+@pytest.mark.parametrize("alignment", ["start", "end"])
+def test_a_prompt_may_end_inside_a_character(alignment):
+    """After every beginning of a text, the next step has a boundary where the whole row has one."""
+    outer = stage("t1 t1", 26, at_characters=True, **(END if alignment == "end" else {}))
+    config = network(outer, stage("t1", 26))
+    graph, params = random_params(config)
+    lengths_B = np.arange(len(TEXT), dtype=np.int32)
+    ids_BL = np.tile(np.frombuffer(TEXT, np.uint8).astype(np.int32), (len(TEXT), 1))
+
+    @quick_jit
+    def masks(params, ids_BL, next_B):
+        model = nnx.merge(graph, params)
+        _, _, cache = stream.prefill(model, ids_BL, lengths_B, stream.full_lens(config, len(TEXT)))
+        _, found, _ = stream.step(model, cache, next_B, jnp.ones(len(TEXT), bool))
+        return model(ids_BL)[1][0].boundary_mask_BL[0], found.mask_BS[:, 0]
+
+    whole_L, by_step_L = masks(params, jnp.asarray(ids_BL), jnp.asarray(ids_BL[0]))
+    np.testing.assert_array_equal(by_step_L, whole_L)
+    assert whole_L.any() and not whole_L.all()
 
 
 def test_what_it_does_not_go_with():

@@ -25,7 +25,7 @@ from hnet.sweep.space import list_points, read_space
 from hnet.sweep.study import Study
 from hnet.train import loop, population
 from hnet.train.config import CheckpointConfig, EvalConfig, TrainConfig
-from hnet.train.lock import process_name
+from hnet.train.lock import DirectoryLock, process_name
 from hnet.train.metrics_file import read_metrics
 from tests.networks import QUICK
 from tests.training import build, tiny_run
@@ -139,6 +139,24 @@ def test_two_workers_share_the_points_and_none_is_done_twice(tmp_path):
     assert not one.is_pending() and not two.claim(3) and one.num_done() == two.num_points == 7
     with pytest.raises(ConfigError, match="study 's' in .* is another sweep"):
         open_study(tmp_path, "else//3", RATES)
+
+
+def test_points_whose_folder_is_locked_are_returned(tmp_path, monkeypatch):
+    """A worker that counted as dead still trains them: they are neither failed nor done twice."""
+    study = open_study(tmp_path, "a")
+
+    def held(configs, folder, *_, **__):
+        with DirectoryLock(folder):
+            return population.train_population(configs, folder, None)
+
+    monkeypatch.setattr(sweep_train, "train_population", held)
+    monkeypatch.setattr(sweep_train.time, "sleep", lambda seconds: None)
+    claims = study.claim(9)
+    options = sweep_train.Options(tmp_path / "out", 4, 60.0)
+    assert len(claims) == 2 and sweep_train.train_points(study, claims, options, None)
+    assert study.num_done() == 0
+    again = study.claim(9)
+    assert [c.point.key for c in again] == [c.point.key for c in claims]
 
 
 def test_claims_made_at_the_same_moment_are_one_too_many_or_twins(tmp_path):

@@ -228,7 +228,7 @@ class ChunkingConfig:
                 f"overflow='ignore' in stage {stage_idx}: cross-entropy is of bytes, use it in "
                 "stage 0"
             )
-        if self.hold_rate and (labels or not predictor.is_learned):
+        if self.hold_rate and (labels or not predictor.takes_offset):
             return (
                 f"hold_rate=True with predictor={self.predictor.name!r} and losses="
                 f"{[loss.name for loss in self.losses]}: rules and labels set the rate themselves, "

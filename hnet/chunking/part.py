@@ -134,7 +134,9 @@ class BoundaryPredictor(Part, nnx.Module):
     reads_levels: ClassVar[bool] = False
     """Whether it needs the levels of a predictor in stage 0; not possible in stage 0"""
     is_learned: ClassVar[bool] = True
-    """Whether a loss or a threshold offset can change its rate"""
+    """Whether a loss can change its rate"""
+    takes_offset: ClassVar[bool] = True
+    """Whether an offset of the threshold can change its rate"""
     alignments: ClassVar[tuple[str, ...]] = ("start", "end")
     """Alignments that its boundaries support"""
     target_is_static: ClassVar[bool] = True

@@ -23,6 +23,7 @@ OPTIONS = {
     "experiments.calibrate": "CalibrateConfig",
     "experiments.compare.settings": "Compare",
     "hnet.commands.evaluate": "EvaluateConfig",
+    "experiments.entropy_threshold": "ThresholdConfig",
     "experiments.fairness": "FairnessConfig",
     "experiments.scripts.__main__": "FairnessTableConfig",
     "hnet.commands.generate": "GenerateConfig",

@@ -1,13 +1,17 @@
-"""A mixer that compiles fast, for tests of other parts."""
+"""A mixer that compiles fast, for tests of other parts, and the settings that they test."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hnet.chunking.predictors.entropy import Entropy
 from hnet.nn.cache import read, write
 from hnet.nn.context import Context, StepContext
 from hnet.nn.layers import linear, segment_starts
 from hnet.nn.mixers.base import Mixer
+
+SETTINGS = {"entropy": Entropy.Config(rule="monotonic")}
+"""settings of parts whose defaults would not have both boundaries and none with random weights"""
 
 
 class Previous(Mixer):

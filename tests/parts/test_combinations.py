@@ -17,6 +17,7 @@ from hnet.decode import stream
 from hnet.flops import param_counts
 from hnet.parts import settings_of
 from tests.networks import quick_jit, random_params
+from tests.parts.cheap import SETTINGS
 
 B, L, V = 3, 19, 256
 MEANINGS = (("start", "learned"), ("end", "learned"), ("end", "first"))
@@ -68,7 +69,7 @@ def legal() -> dict[str, HNetConfig]:
         if not pairs - seen:
             return found
         seen |= pairs
-        found[name] = config_of(*choice)
+        found[name] = config_of(SETTINGS.get(choice[0], choice[0]), *choice[1:])
 
 
 LEGAL = legal() | {

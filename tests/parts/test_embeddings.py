@@ -204,9 +204,7 @@ def test_glyphs_are_images_of_the_bytes_and_frozen(tmp_path):
     graph, params = nnx.split(made(config))
     loss = lambda p: jnp.sum(nnx.merge(graph, p).attend(nnx.merge(graph, p).rows(IDS)))
     gradients = jax.grad(loss)(params)
-    assert (
-        not np.any(jax.tree.leaves(gradients)[0]) and not describe(made(config))["embedding"].decay
-    )
+    assert not np.any(jax.tree.leaves(gradients)[0]) and describe(made(config))["embedding"].frozen
 
     (tmp_path / "no.ttf").write_text("no font")
     for font, says in ((tmp_path / "no.ttf", "cannot be read"), (tmp_path / "x.ttf", "cannot be")):

@@ -39,6 +39,7 @@ class Rule(BoundaryPredictor):
 
     reads_states = False
     is_learned = False
+    takes_offset = False
     target_is_static = False
 
 

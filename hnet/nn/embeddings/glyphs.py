@@ -13,7 +13,7 @@ from hnet.errors import ConfigError
 from hnet.fields import Bounds, shown
 from hnet.nn.embeddings.bytes import Bytes
 from hnet.nn.embeddings.part import EmbeddingConfig
-from hnet.nn.parameters import parameter
+from hnet.nn.parameters import parameter, set_frozen
 
 
 @lru_cache(maxsize=8)
@@ -66,7 +66,7 @@ class Glyphs(Bytes):
     """Frozen images of the bytes, as in language models with visual embeddings (arXiv 2507.04886).
 
     The table is drawn once, when a run begins, and is saved in its checkpoints: later nothing reads
-    the font. It has no gradient and no weight decay.
+    the font. It is frozen.
     """
 
     @dataclass(frozen=True)
@@ -96,7 +96,8 @@ class Glyphs(Bytes):
             return glyph_table(config.font, config.size, d_model)
 
         shape = jax.ShapeDtypeStruct((vocab_size, d_model), jnp.float32)
-        self.embedding = parameter(jax.pure_callback(read, shape), "vocab embed", decay=False)
+        self.embedding = parameter(jax.pure_callback(read, shape), "vocab embed")
+        set_frozen(self, lambda path: True)
 
     @property
     def table_VD(self):

@@ -1,0 +1,90 @@
+"""Byte Latent Transformer (BLT): patches of bytes, at the common small size of `systems`.
+
+    python -m experiments.pretrain blt_space --data.files 'text/*.txt'
+
+Patches of entropy need a byte model, which is trained first, on the same text:
+
+    python -m experiments.pretrain blt_bytes --data.files 'text/*.txt'
+    python -m experiments.pretrain blt_entropy --data.files 'text/*.txt'
+
+All have hashed n-gram embeddings (n = 3 to 8) and END alignment in which the first byte of a
+document is a patch of its own, as in facebookresearch/blt. A patch is the mean of its bytes' states
+and its output is added to the bytes after it, as in that code without cross-attention. What
+differs: the layers are those of `default` (Mamba-2 around attention); the tables of n-grams have
+2,048 rows instead of 500,002 and begin at a small scale; n-grams and entropies do not cross
+documents.
+"""
+
+from dataclasses import replace
+
+from experiments.configs import default, systems
+from hnet.chunking.predictors.entropy import Entropy
+from hnet.config import HNetConfig, StageConfig
+from hnet.nn.embeddings.hash_ngrams import HashNgrams
+
+MODEL = "runs/blt_bytes"
+
+
+def _patched(**chunking) -> HNetConfig:
+    base = replace(default.config().model, embedding=HashNgrams.Config(rows=2048))
+    return systems.with_chunking(
+        base, alignment="end", null="first", pool="mean", dechunk="repeat", residual="add",
+        losses=(), **chunking,
+    )  # fmt: skip
+
+
+def blt_bytes() -> HNetConfig:
+    """Byte model whose entropies cut the patches of blt_entropy and blt_monotonic.
+
+    Paper: arXiv 2412.09871
+    Fidelity: a Transformer over bytes with a window, as in the paper, which has 14 layers of width
+    768 and a window of 512; here 3 of 128 and 128
+    Test: tests/chunking/test_blt.py: entropy of the logits
+    """
+    stage = StageConfig(("T3",), 128, 384, num_heads=4, rotary_emb_dim=32, window_size=128)
+    return replace(default.config().model, stages=(stage,))
+
+
+def blt_static() -> HNetConfig:
+    """BLT with patches of 4 bytes.
+
+    Paper: arXiv 2412.09871
+    Fidelity: ids of n-grams as in facebookresearch/blt, whose forward pass cannot run these
+    patches; means of patches, no cross-attention; other layers
+    Test: tests/parts/test_embeddings.py, tests/chunking/test_blt.py: ids, mean pool and gradient
+    """
+    return _patched(predictor="fixed", target_ratio=4.0)
+
+
+def blt_space() -> HNetConfig:
+    """BLT with patches that end with the first byte of each run of spacelike bytes.
+
+    Paper: arXiv 2412.09871
+    Fidelity: boundaries (within a document) and ids of n-grams as in facebookresearch/blt; means of
+    patches, no cross-attention; other layers
+    Test: tests/chunking/test_blt.py: boundaries, mean pool and gradient
+    """
+    return _patched(predictor="spacelike", target_ratio=6.0)
+
+
+def blt_entropy() -> HNetConfig:
+    """BLT with patches that end where a byte model (blt_bytes) has a high entropy.
+
+    Paper: arXiv 2412.09871
+    Fidelity: boundaries of given entropies and ids of n-grams as in facebookresearch/blt; the
+    threshold is held at 4.5 bytes per patch while training; means of patches, no cross-attention;
+    other layers
+    Test: tests/chunking/test_blt.py: boundaries, entropy, mean pool and gradient
+    """
+    return _patched(predictor=Entropy.Config(MODEL), target_ratio=4.5, hold_rate=True)
+
+
+def blt_monotonic() -> HNetConfig:
+    """BLT with patches that end where the entropy of a byte model (blt_bytes) rises.
+
+    Paper: arXiv 2412.09871
+    Fidelity: as blt_entropy, with the rule "monotonic", which also ends the second byte's patch
+    Test: tests/chunking/test_blt.py: boundaries, entropy, mean pool and gradient
+    """
+    predictor = Entropy.Config(MODEL, rule="monotonic", increase=0.5)
+    return _patched(predictor=predictor, target_ratio=4.5, hold_rate=True)

@@ -9,11 +9,9 @@ import math
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
 OWN_CACHE = None
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     OWN_CACHE = tempfile.mkdtemp(prefix="hnet-tests-xla-")
@@ -25,6 +23,14 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
+from tests.quick import MODULES, QUICK_FLAGS  # noqa: E402
+
+# XLA reads its flags when it compiles first. Programs compile without optimizations, in a fifth of
+# the time; tests of the programs that users run take `tests.networks.optimized_jit`.
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", QUICK_FLAGS]
+)
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -33,6 +39,39 @@ hypothesis.settings.load_profile("hnet")
 
 CACHE_SETTINGS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 SESSION = {name: getattr(jax.config, name) for name in CACHE_SETTINGS}
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--every", "--every-triple", action="store_true",
+        help="every combination of parts and every named configuration, not only a few that have "
+        "every part",
+    )  # fmt: skip
+
+
+def _in_quick_tier(path: Path) -> bool:
+    folder = Path(__file__).parent
+    return path.is_relative_to(folder) and path.relative_to(folder).as_posix() in MODULES
+
+
+def pytest_ignore_collect(collection_path, config):
+    """With `-m quick` other modules are not even imported."""
+    if config.getoption("markexpr") == "quick" and collection_path.name.startswith("test_"):
+        return True if not _in_quick_tier(collection_path) else None
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if _in_quick_tier(item.path):
+            item.add_marker("quick")
+
+
+def pytest_generate_tests(metafunc):
+    """`few(argument, some, every, beside=())`: `every` only with --every, `beside` always."""
+    for mark in metafunc.definition.iter_markers("few"):
+        argument, some, every = mark.args
+        names = every if metafunc.config.getoption("every") else some
+        metafunc.parametrize(argument, [*names, *mark.kwargs.get("beside", ())])
 
 
 def pytest_unconfigure():

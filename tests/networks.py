@@ -1,5 +1,6 @@
 """Small networks shared by several tests, and how tests compile them."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 
@@ -12,15 +13,13 @@ from hnet.chunking.dechunks.indexed import Indexed
 from hnet.chunking.pools.concat import Concat
 from hnet.chunking.pools.prefix import Prefix
 from hnet.config import ChunkingConfig, ComputeConfig, HNetConfig, SSMConfig, StageConfig
+from hnet.fields import to_json
 from hnet.model import abstract
 from hnet.nn.embeddings.hash_ngrams import HashNgrams
+from tests.quick import OPTIMIZED, QUICK
 
-# A fifth of the default's compile time. Tests that need the result of the optimized program
-# (causality bit for bit, parity) use plain `jax.jit`.
-QUICK = {"xla_backend_optimization_level": 0}
-if jax.__version_info__ < (0, 11):
-    QUICK["xla_cpu_use_fusion_emitters"] = False
 quick_jit = partial(jax.jit, compiler_options=QUICK)
+optimized_jit = partial(jax.jit, compiler_options=OPTIMIZED)  # as users compile
 
 # blocks shorter than the rows of the tests, so that there are several and the last one is ragged
 COMPUTE = ComputeConfig(ssd_block_len=8, attention_block_len=19)
@@ -102,6 +101,36 @@ NETWORKS = {
         stage("t1", 26), embedding=HashNgrams.Config((2, 3), rows=53),
     ),
 }  # fmt: skip
+
+
+def covering(choices: dict[str, set], covered: Iterable = ()) -> list[str]:
+    """Few of the names, so that each choice that one has, and `covered` has not, occurs in one."""
+    missing, taken = set().union(*choices.values()) - set(covered), []
+    while missing:
+        taken.append(max(choices, key=lambda name: len(choices[name] & missing)))
+        missing -= choices[taken[-1]]
+    return taken
+
+
+def choices(config: HNetConfig) -> set[str]:
+    """Named parts, yes or no, and layers of a network, but not its numbers."""
+
+    def leaves(name, value):
+        match value:
+            case dict():
+                return set().union(*(leaves(f"{name}.{k}", v) for k, v in value.items()), ())
+            case list() | tuple() if name.endswith("arch_layout"):
+                return {f"layer {letter}" for text in value for letter in text if letter.isalpha()}
+            case list() | tuple():
+                return set().union(*(leaves(name, v) for v in value), ())
+            case str() | bool():
+                return {f"{name}={value}"}
+        return set()
+
+    return leaves("", {"stage": [to_json(stage) for stage in config.stages]}) | {
+        f"{config.num_chunked} chunking stages",
+        f"embedding {config.embedding.name}",
+    }
 
 
 def random_params(config: HNetConfig, seed: int = 3) -> tuple[nnx.GraphDef, dict]:

@@ -14,12 +14,13 @@ from flax import nnx
 
 from hnet.chunking.losses.ratio import ratio_loss
 from hnet.chunking.rates import boundary_rates
-from tests.networks import NETWORKS, quick_jit, random_params
+from tests.networks import NETWORKS, optimized_jit, quick_jit, random_params
 
 L = 37  # positions per row; every test uses three rows, so that programs are shared
 DOCUMENTS = (17, 13, 7)  # lengths that fill a row
 SLOTS = 4  # slots per row in the tests of overflow, in which rows want many more
 AS_RUN = ("one_stage", "routed")  # compiled with all optimizations; the others quickly
+CLIPPED = ("one_stage", "pooled_ends")  # START and END; the others in the forward pass only
 
 ALL = pytest.mark.parametrize("name", NETWORKS)
 CHUNKED = pytest.mark.parametrize("name", [n for n, c in NETWORKS.items() if c.num_chunked])
@@ -37,7 +38,7 @@ def _forward(graph, params, ids_BL, segment_ids_BL, capacities):
     return model(ids_BL, segment_ids_BL, capacities=capacities, route_ids_BL=route_ids_BL)
 
 
-_as_run = jax.jit(_forward, static_argnums=(0, 4))
+_as_run = optimized_jit(_forward, static_argnums=(0, 4))
 _quick = quick_jit(_forward, static_argnums=(0, 4))
 
 
@@ -152,15 +153,14 @@ def test_only_where_ids_change_counts_and_padding_is_not_seen(name):
     assert_close(logits[seen], again[seen])
 
 
-@ALL
-@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize(
+    ("name", "clip"), [*((n, False) for n in NETWORKS), *((n, True) for n in CLIPPED)]
+)
 def test_gradient_between_documents_is_exactly_zero(name, clip):
     """Document A uses bytes below 128, B those above; the scalar depends on B's logits above 128.
 
     So embedding rows below 128 get a gradient only through a leak (also with tied heads).
     """
-    if clip and not NETWORKS[name].num_chunked:
-        pytest.skip("has no slots")
     graph, params = build(name)
     ids = np.concatenate([random_bytes(8, 0, 128, (3, 17)), random_bytes(9, 128, 256, (3, 20))], 1)
     cotangent = np.zeros((3, L, 256), np.float32)
@@ -188,8 +188,9 @@ def slots_asked_for(name, route):
     return opened.cumsum(1)
 
 
-@CHUNKED
+@pytest.mark.parametrize("name", [n for n, c in NETWORKS.items() if c.num_chunked > 1])
 def test_capacity_above_need_changes_nothing(name):
+    """Of nested stages; tests/parts has all ways to chunk in one."""
     ids = random_bytes(3)
     free, free_routes = forward(name, ids, MIXED_ROWS)
     needed = tuple(int(r.num_slots_G.max()) for r in free_routes)

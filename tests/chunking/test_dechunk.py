@@ -18,7 +18,7 @@ from hnet.nn.context import Context
 from tests import oracles
 from tests.chunking_pieces import chunked, dechunked, decided, previous
 from tests.golden_data import relative_error
-from tests.networks import quick_jit
+from tests.networks import optimized_jit, quick_jit
 
 B, L, D = 2, 13, 3
 rng = np.random.default_rng(0)
@@ -214,7 +214,9 @@ def test_batch_sharded_chunking_moves_nothing_between_devices(packed_rows):
 
     shape = jax.ShapeDtypeStruct((16, 97, 5), jnp.float32, sharding=rows)
     ids = jax.ShapeDtypeStruct((16, 97), jnp.int32, sharding=rows)
-    compiled = jax.jit(with_gradient, out_shardings=(rows, rows)).lower(shape, ids, shape).compile()
+    compiled = (
+        optimized_jit(with_gradient, out_shardings=(rows, rows)).lower(shape, ids, shape).compile()
+    )
     text = compiled.as_text()
     assert "f32[2,97,5]" in text  # two rows per device
     for collective in (

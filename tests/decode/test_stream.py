@@ -26,7 +26,17 @@ from hnet.interop import from_official
 from hnet.nn import active_rows
 from hnet.nn import cache as nn_cache
 from tests import golden_data
-from tests.networks import COMPUTE, NETWORKS, network, quick_jit, random_params, stage
+from tests.networks import (
+    COMPUTE,
+    NETWORKS,
+    choices,
+    covering,
+    network,
+    optimized_jit,
+    quick_jit,
+    random_params,
+    stage,
+)
 
 B, L = 64, 23  # rows, bytes per row
 TEXT = np.frombuffer(b"aZ9  ..,\n\x80\xc3", np.uint8)  # letters and spacelike bytes, some invalid
@@ -196,7 +206,16 @@ LENGTHS = np.random.default_rng(3).permutation([*range(L + 1), *[0, 1] * 9, *[5,
 LENGTHS = LENGTHS.astype(np.int32)
 
 
-@pytest.mark.parametrize("name", ALL)
+OWN = {name: config for name, config in ALL.items() if name not in REPOSITORY}
+SEEN = {
+    name: {choice for choice in choices(config) if not any(f in choice for f in UNSEEN)}
+    for name, config in ALL.items()
+}
+FEW = covering({name: SEEN[name] for name in REPOSITORY}, set().union(*(SEEN[n] for n in OWN)))
+FEW += [name for name in REPOSITORY if "default" in name.split()]
+
+
+@pytest.mark.few("name", FEW, [*REPOSITORY], beside=OWN)
 def test_steps_equal_the_forward_pass(name):
     expected, bytes_BLS, found = answers(name)
     seen, fed = np.arange(L) >= LENGTHS[:, None] - 1, np.arange(L) >= LENGTHS[:, None]
@@ -285,7 +304,7 @@ def test_a_step_copies_no_cache(monkeypatch):
     )
     _, _, cache = jax.eval_shape(prefill, params)
     byte_B = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    compiled = jax.jit(run, donate_argnums=1).lower(params, cache, byte_B).compile()
+    compiled = optimized_jit(run, donate_argnums=1).lower(params, cache, byte_B).compile()
     keys = jax.tree.leaves(cache.stage.inner.stacks)[0]
     assert keys.size == 2 * batch * length * 39
     copied = re.findall(r"= f32\[([\d,]+)\]\S* copy\(", compiled.as_text())

@@ -14,6 +14,7 @@ from etils import epath
 from hnet.checkpoint.step_folders import list_steps
 from hnet.fields import to_json
 from hnet.runtime.distributed import REQUEUE_EXIT_CODE
+from tests.quick import QUICK_FLAGS
 from tests.training import rows, tiny_run
 
 ROOT = Path(__file__).parents[2]
@@ -23,8 +24,7 @@ def start(folder: Path, *settings: str) -> subprocess.Popen:
     """The trainer in a separate process, on one device, with the tiny run as a JSON file."""
     file = folder / "tiny.json"
     file.write_text(json.dumps(to_json(tiny_run(folder / "run"))))
-    flags = "--xla_backend_optimization_level=0"
-    env = os.environ | {"XLA_FLAGS": flags, "XDG_CACHE_HOME": str(folder / "cache")}
+    env = os.environ | {"XLA_FLAGS": QUICK_FLAGS, "XDG_CACHE_HOME": str(folder / "cache")}
     return subprocess.Popen(
         [sys.executable, "-m", "experiments.pretrain", str(file), *settings],
         cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

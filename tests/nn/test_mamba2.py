@@ -13,7 +13,7 @@ from hnet.nn.convolution import causal_conv_silu
 from hnet.nn.ssd import ssd, ssd_reference
 from tests import oracles
 from tests.golden_data import relative_error
-from tests.networks import quick_jit
+from tests.networks import optimized_jit, quick_jit
 
 B, L, H, P, N = 2, 29, 3, 5, 7
 rng = np.random.default_rng(0)
@@ -118,7 +118,7 @@ def test_passing_states_on_copies_none_of_the_others():
     given = [jnp.ones(shape, jnp.float32) for shape in shapes]
     segment_ids = jnp.ones((1, blocks * T), jnp.int32)
     run = lambda *inputs: jnp.sum(ssd(*inputs, segment_ids, block_len=T))
-    text = jax.jit(jax.grad(run, range(5))).lower(*given).compile().as_text()
+    text = optimized_jit(jax.grad(run, range(5))).lower(*given).compile().as_text()
     bodies = set(re.findall(r"body=%?([\w.-]+)", text))
     inside = [c for c in text.split("\n\n") if c.lstrip("%").split(" ")[0] in bodies]
     assert len(inside) == len(bodies) == 2  # forward and backward

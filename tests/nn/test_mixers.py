@@ -4,7 +4,7 @@ A stack is an `Isotropic` by itself; rows are packed, ragged and of prime length
 """
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,9 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from hnet.config import ChunkingConfig, HNetConfig, StageConfig
+from hnet.cost import count
 from hnet.errors import ConfigError
+from hnet.flops import param_counts
 from hnet.nn import cache as nn_cache
 from hnet.nn.cache import Rows
 from hnet.nn.context import Context, Memory, StepContext
@@ -32,7 +34,7 @@ from hnet.nn.parameters import describe
 from hnet.train.sharding import MeshConfig, make_mesh, state_shardings
 from tests import oracles
 from tests.golden_data import relative_error
-from tests.networks import COMPUTE, drawn, network, quick_jit, stage
+from tests.networks import COMPUTE, drawn, network, optimized_jit, quick_jit, stage
 
 B, L, D = 3, 29, 52
 rng = np.random.default_rng(0)
@@ -128,7 +130,8 @@ def _run(graph, params, x, context):
 
 
 run = quick_jit(_run, static_argnums=0)
-run_as_people_do = jax.jit(_run, static_argnums=0)
+run_as_people_do = optimized_jit(_run, static_argnums=0)
+AS_PEOPLE_DO = ("all_options", "cross_equal", "mixed")  # the others without optimizations
 
 
 def forward(name, x=X, segments=SEGMENTS, causal=True):
@@ -148,31 +151,47 @@ def test_every_letter_is_here():
 def test_causality_bit_for_bit(name):
     graph, params = build(name)
     beside = context(name, SEGMENTS)
-    before = np.asarray(run_as_people_do(graph, params, X, beside))
+    call = run_as_people_do if name in AS_PEOPLE_DO else run
+    before = np.asarray(call(graph, params, X, beside))
     for t in (8, 20):
         changed = X.copy()
         changed[:, t:] += np.float32(0.5)
-        after = np.asarray(run_as_people_do(graph, params, changed, beside))
+        after = np.asarray(call(graph, params, changed, beside))
         assert np.array_equal(before[:, :t].view(np.uint32), after[:, :t].view(np.uint32))
         assert np.all(np.any(before[:, t] != after[:, t], axis=-1))
 
 
 @EACH
+def test_a_stack_counts_itself(name):
+    """All parameters; at least the product of each position with each matrix that it passes."""
+    graph, params = build(name)
+    layout, fields, given = STACKS[name]
+    sizes = {path: leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    parts = count(partial(_run, graph), params, X, context(name, SEGMENTS))
+    matrices = sum(size for path, size in sizes.items() if path[-1].key == "kernel")
+    vectors = B * (MEMORY.x_GMND.shape[1] if "memory" in given else L)
+    assert sum(cost.matmul for cost in parts.values()) >= 2 * vectors * matrices
+    if "memory" not in given:  # a network has it in the decoder of a stage that chunks only
+        config = configured(layout, fields)
+        whole = replace(config, stages=(replace(config.stages[0], arch_layout=(layout,)),))
+        assert param_counts(whole)["stage0/main_network"] == sum(sizes.values())
+
+
+@EACH
 def test_a_segment_does_not_notice_its_neighbours(name):
     """The second segment of row 1, in its row and as a separate row."""
-    whole = forward(name)
-    cut = slice(9, 16)
-    given = context(name, SEGMENTS)
-    positions, bias = (
-        None if a is None else a[1:2, cut] for a in (given.positions_BL, given.key_bias_BL)
+    whole, own = forward(name), np.where(np.arange(L) < 7, 1, 0) * np.ones_like(SEGMENTS)
+    # all rows begin with what row 1 has from position 9 on; after the segment is padding
+    moved = lambda a: None if a is None else np.roll(a, -9, axis=1)[[1, 1, 1]]
+    given, memory = context(name, own), None
+    if given.memory:
+        x, query_group, *others = (a if a is None else np.asarray(a) for a in given.memory)
+        memory = Memory(x[[1, 1, 1]], moved(query_group), *others)
+    alone = given._replace(
+        positions_BL=moved(given.positions_BL), key_bias_BL=moved(given.key_bias_BL), memory=memory
     )
-    memory = given.memory and Memory(
-        given.memory.x_GMND[1:2], given.memory.query_group_BL[1:2, cut],
-        None if given.memory.group_GM is None else given.memory.group_GM[1:2],
-    )  # fmt: skip
-    alone = Context(jnp.ones((1, 7), jnp.int32), positions, bias, memory=memory)
-    out = run(*build(name), X[1:2, cut], alone)
-    np.testing.assert_allclose(out, whole[1:2, cut], rtol=0, atol=2e-5)
+    out = run(*build(name), moved(X), alone)
+    np.testing.assert_allclose(out[0, :7], whole[1, 9:16], rtol=0, atol=2e-5)
 
 
 @EACH
@@ -255,7 +274,7 @@ def test_steps_of_a_scope_that_starts_again_are_the_forward_pass(name, lengths, 
 @pytest.mark.parametrize("name", ["all_options", "delta", "cross_equal", "mixed"])
 def test_bfloat16_stays_near(name):
     graph, params = build(name, dtype="bfloat16")
-    half = run_as_people_do(graph, params, X, context(name, SEGMENTS))
+    half = run(graph, params, X, context(name, SEGMENTS))
     assert half.dtype == jnp.float32
     assert 1e-4 < relative_error(half, forward(name)) < 0.1
 

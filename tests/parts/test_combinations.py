@@ -1,4 +1,8 @@
-"""Combinations of predictor, meaning of a boundary, pool and dechunk that cover all pairs."""
+"""Legal networks of (predictor, meaning of a boundary, pool, dechunk), each compiled once.
+
+The suite runs few of them, in which every legal pair of two of these choices occurs; `pytest
+tests/parts --every-triple` runs all.
+"""
 
 import itertools
 
@@ -7,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from hnet.chunking.config import ChunkingConfig
 from hnet.chunking.dechunks.cross_attention import CrossAttention
@@ -15,8 +21,11 @@ from hnet.chunking.table import DECHUNKS, POOLS, PREDICTORS
 from hnet.config import CrossAttentionConfig, HNetConfig, StageConfig
 from hnet.decode import stream
 from hnet.flops import param_counts
+from hnet.nn.parameters import describe
 from hnet.parts import settings_of
-from tests.networks import quick_jit, random_params
+from hnet.train.config import MeshConfig
+from hnet.train.sharding import make_mesh, state_shardings
+from tests.networks import covering, quick_jit, random_params
 from tests.parts.cheap import SETTINGS
 
 B, L, V = 3, 19, 256
@@ -48,31 +57,27 @@ def config_of(predictor, alignment, null, pool, dechunk, memory=None, **more) ->
 
 
 def legal() -> dict[str, HNetConfig]:
-    """Few combinations with every legal pair of parts that work on the same arrays.
-
-    These are all pairs but that of a predictor with a pool or a dechunk, which meet only in the
-    boundaries. Greedy: the combination with the most pairs that are not in another one.
-    """
-    choices = {}
+    found = {}
     names = itertools.product(PREDICTORS.names, MEANINGS, POOLS.names, DECHUNKS.names)
     for predictor, (alignment, null), pool, dechunk in names:
         parts = PREDICTORS.find(predictor), POOLS.find(pool)
         if all(alignment in part.alignments for part in parts) and not parts[0].reads_levels:
             meaning = alignment if alignment == "start" else f"end-{null}"
-            choice = (predictor, alignment, null, pool, dechunk)
-            pairs = {(predictor, meaning), (meaning, pool), (meaning, dechunk), (pool, dechunk)}
-            choices[f"{predictor} {meaning} {pool} {dechunk}"] = choice, pairs
-    found, seen = {}, set()
-    while True:
-        name = max(choices, key=lambda name: len(choices[name][1] - seen))
-        choice, pairs = choices[name]
-        if not pairs - seen:
-            return found
-        seen |= pairs
-        found[name] = config_of(SETTINGS.get(choice[0], choice[0]), *choice[1:])
+            name = f"{predictor} {meaning} {pool} {dechunk}"
+            own = SETTINGS.get(predictor, predictor)
+            found[name] = config_of(own, alignment, null, pool, dechunk)
+    return found
 
 
-LEGAL = legal() | {
+def few(size: int) -> list[str]:
+    """Some triples, in which any `size` choices that a legal triple has occur together."""
+    return covering(
+        {name: set(itertools.combinations(enumerate(name.split()), size)) for name in TRIPLES}
+    )
+
+
+TRIPLES = legal()
+MORE = {
     "mlp, at most 2": config_of("mlp", "end", "learned", "mean", "repeat", max_chunk_len=2),
     "cosine, at most 3": config_of("cosine", "start", "learned", "select", "ema", max_chunk_len=3),
     "mlp, at characters": config_of(
@@ -100,10 +105,19 @@ def bits(a):
     return np.asarray(a, np.float32).view(np.uint32)
 
 
-@pytest.mark.parametrize("name", LEGAL)
-def test_triple(name):
+def test_few_triples_have_every_pair():
+    taken = [name.split() for name in few(2)]
+    assert len(taken) < len(TRIPLES) / 1.5 and set(map(" ".join, taken)) <= set(TRIPLES)
+    for name in TRIPLES:
+        for i, j in itertools.combinations(range(4), 2):
+            wanted = [name.split()[k] for k in (i, j)]
+            assert any([one[i], one[j]] == wanted for one in taken)
+
+
+@pytest.mark.few("triple", few(2), [*TRIPLES], beside=MORE)
+def test_triple(triple):
     """One program per triple: causal bit for bit, steps = forward, packing, capacity, gradients."""
-    config = LEGAL[name]
+    config = (TRIPLES | MORE)[triple]
     graph, params = random_params(config)
     rng = np.random.default_rng(7)
     lengths_B = np.int32([6, 1, 0])
@@ -187,3 +201,43 @@ def test_triple(name):
         np.testing.assert_allclose(packed[0, start:end], alone[row, :n], rtol=0, atol=1e-5)
         ours = packed_record.boundary_mask_BL[0, start:end]
         assert np.array_equal(ours, alone_record.boundary_mask_BL[row, :n])
+
+
+@pytest.mark.parametrize("name", few(1))
+def test_two_micro_batches_on_two_by_two_devices_are_one_batch(name):
+    """Their gradients add up to the batch's; parameters are sharded by their axes, rows by fsdp."""
+    config = (TRIPLES | MORE)[name]
+    graph, params = random_params(config)
+    rng = np.random.default_rng(7)
+    ids = rng.choice(TEXT, (4, L)).astype(np.int32)
+    told, cotangent = rng.random((4, L)) < 0.4, rng.normal(size=(4, L, V)).astype(np.float32)
+    is_external = config.stages[0].chunking.predictor.name == "external"
+
+    def gradient(params, ids_BL, told_BL, cotangent_BLV):
+        def scalar(params):
+            extra = {"boundaries_BL": told_BL} if is_external else {}
+            return jnp.sum(nnx.merge(graph, params)(ids_BL, **extra)[0] * cotangent_BLV)
+
+        return jax.grad(scalar)(params)
+
+    mesh = make_mesh(MeshConfig(1, 2, 2), jax.devices()[:4])
+    shardings = state_shardings(params, describe(nnx.merge(graph, params)), mesh)
+    assert sum(any(s.spec) for s in jax.tree.leaves(shardings)) >= 4
+
+    def micro_batches(params, *batch):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            add = lambda sums, part: (jax.tree.map(jnp.add, sums, gradient(params, *part)), None)
+            return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), batch)[0]
+
+    halves = [a.reshape(2, 2, *a.shape[1:]) for a in (ids, told, cotangent)]
+    by_rows = NamedSharding(mesh, P(None, ("data", "fsdp")))
+    sums = quick_jit(micro_batches, out_shardings=shardings)(
+        jax.device_put(params, shardings), *jax.device_put(halves, by_rows)
+    )
+    whole = quick_jit(gradient)(params, ids, told, cotangent)
+
+    def close(ours, theirs):
+        atol = 2e-5 * np.abs(theirs).max() + 1e-5
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol)
+
+    jax.tree.map(close, jax.device_get(sums), jax.device_get(whole))

@@ -27,7 +27,7 @@ from hnet.train import loop, population
 from hnet.train.config import CheckpointConfig, EvalConfig, TrainConfig
 from hnet.train.lock import DirectoryLock, process_name
 from hnet.train.metrics_file import read_metrics
-from tests.networks import QUICK
+from tests.quick import QUICK, QUICK_FLAGS
 from tests.training import build, tiny_run
 
 ROOT = Path(__file__).parents[2]
@@ -293,7 +293,7 @@ def start(folder: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "experiments.sweep", str(folder / "tiny.json")]
     command += ["--space", write(folder, RATES), "--out", str(folder / "out")]
     env = os.environ | {
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": QUICK_FLAGS,
         "XDG_CACHE_HOME": str(folder / "cache"),
     }
     return subprocess.Popen(

@@ -17,6 +17,7 @@ from hnet.errors import ConfigError
 from hnet.flops import param_counts
 from hnet.train.capacity import PATIENCE, Ladder
 from hnet.train.sharding import check_batch
+from tests.networks import optimized_jit
 from tpu import hlo, published
 from tpu.aot import FULLEST, Plan, _refused_bytes, capacities, compile_plan
 from tpu.chips import CHIPS, GIB, Slice, open_slice
@@ -178,7 +179,7 @@ def test_a_compiled_program_moves_what_it_was_told_to():
         five_sums_and_a_gather, mesh=mesh, in_specs=P("x"), out_specs=P("x"), check_vma=False
     )
     array = jax.ShapeDtypeStruct((12, 7), jnp.float32, sharding=NamedSharding(mesh, P("x")))
-    sent = hlo.moved(jax.jit(sharded).lower(array).compile().as_text())
+    sent = hlo.moved(optimized_jit(sharded).lower(array).compile().as_text())
     totals = {m.kind: (m.num_bytes, m.count, m.group) for m in sent if m.kind != "hbm"}
     assert totals == {
         "all-reduce": (5 * 2 * 3 / 4 * 3 * 7 * 4, 5, 4),

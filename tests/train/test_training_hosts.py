@@ -10,11 +10,10 @@ import numpy as np
 
 from hnet.data import open_corpus
 from hnet.fields import to_json
-from tests.training import rows, run, tiny_run
+from tests.training import ATTENTION, rows, run, tiny_run
 from tpu.emulate import Emulation
 
 ROOT = Path(__file__).parents[2]
-QUICK_FLAGS = "--xla_backend_optimization_level=0"
 BOUND = 200  # seconds, far more than the emulated run takes on an idle machine
 
 
@@ -30,7 +29,7 @@ def assert_same_run(table, expected):
 
 
 def test_two_hosts_train_the_run_of_one_which_goes_on_with_it(tmp_path):
-    config = tiny_run(tmp_path / "one")
+    config = tiny_run(tmp_path / "one", model=ATTENTION)
     files = ("synthetic:latin", "synthetic:greek:3000")
     config = replace(config, data=replace(config.data, files=files, weights=(0.7, 0.3)))
     run(config, devices=jax.devices()[:4])
@@ -41,7 +40,6 @@ def test_two_hosts_train_the_run_of_one_which_goes_on_with_it(tmp_path):
     file.write_text(json.dumps(to_json(hosts_config)))
     command = [sys.executable, "-m", "experiments.pretrain", str(file)]
     env = {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2 " + QUICK_FLAGS
     # On a busy machine processes can lose contact; the same command then resumes, as for a user.
     for _ in range(2):
         with Emulation(command, hosts=2, devices=2, env=env) as hosts:

@@ -7,10 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from experiments.compare.match import flops_per_byte, parameters
 from experiments.compare.settings import Compare
@@ -61,7 +58,7 @@ def measure(
 ) -> Row:
     """The row of a trained run, plain JSON. trained: its record from `train_system`."""
     texts = passages(heldout, Settings(settings.passages, max_bytes=settings.passage_bytes))
-    model = uncommitted(load(run.workdir))
+    model = load(run.workdir)
     stages = range(run.model.num_chunked)
     sizes = trained["bytes_per_chunk"]
     rates = [min(1.0, before / size) for before, size in zip([1.0, *sizes], sizes)]
@@ -90,16 +87,6 @@ def measure(
         kinds = sorted({k for seg in own for k, at in seg.gold.items() if at})
         row["gold"][Path(path).name] = agreement(marked, kinds)
     return row | decoding(settings, run, model, texts)
-
-
-def uncommitted(model: HNetLM) -> HNetLM:
-    """The model with parameters that are not bound to a device, as its other inputs.
-
-    Otherwise the second call of a decoding block has other placements than the first one and
-    compiles again.
-    """
-    graph, params = split(model)
-    return nnx.merge(graph, jax.tree.map(jnp.asarray, jax.device_get(params)))
 
 
 def cutter(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import SingleDeviceSharding
 
 from hnet.config import EOS_ID
 from hnet.data.scripts import route_table, script_ids, script_step
@@ -179,8 +180,16 @@ class Decoder:
             np.zeros(B, np.int32), np.zeros(B, self.route_of.dtype), np.zeros(B, np.float32),
             np.zeros(B, np.int32), np.ones(B, bool), np.ones(B, bool),
         )  # fmt: skip
-        state = Decoding(cache, logits_BV, *map(jnp.asarray, rest))
+        state = Decoding(cache, logits_BV, *self._placed(rest))
         return state, stream.boundaries_at_bytes(self.config, jax.device_get(masks), ids_BL.shape)
+
+    def _placed(self, arrays: tuple[np.ndarray, ...]) -> tuple[jax.Array, ...]:
+        """Arrays where the parameters are: a block of steps commits its state to the parameters'
+        device, and would compile again for a first state that is not."""
+        one = jax.tree.leaves(self.params)[0]
+        if one.committed and isinstance(one.sharding, SingleDeviceSharding):
+            return jax.device_put(arrays, one.sharding)
+        return tuple(map(jnp.asarray, arrays))
 
     def run(
         self, state: Decoding, controls: Controls, seed_B: jax.Array, num_ticks: int

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hnet.config import BOS_ID, EOS_ID
 from hnet.data.scripts import route_table, script_ids
 from hnet.decode import stream
+from hnet.decode.decoder import _run
 from hnet.decode.generate import _Row, chunk_starts, generate, stream_text
 from hnet.decode.sampling import Sampling
 from hnet.decode.score import logprobs
@@ -178,3 +179,16 @@ def test_a_network_that_does_not_cut_has_no_boundaries():
     (result,) = generate(model, ["ab"], Sampling(max_bytes=3, temperature=0))
     assert result.boundaries.shape == (2 + len(result.data), 0)
     assert chunk_starts(model.config, result.boundaries) == []
+
+
+def test_a_loaded_model_compiles_a_block_of_steps_once(model):
+    """Parameters that `load` gives are committed to a device, unlike those made by `jax.jit`."""
+    graph, params = nnx.split(model)
+    loaded = nnx.merge(graph, jax.device_put(params, jax.devices()[0]))
+    assert jax.tree.leaves(nnx.split(loaded)[1])[0].committed
+    before = _run._cache_size()
+    found = generate(loaded, PROMPTS[:ROWS], WARM, batch_size=ROWS)  # several blocks
+    assert _run._cache_size() == before + 1
+    assert [one.data for one in found] == [
+        one.data for one in generate(model, PROMPTS[:ROWS], WARM, batch_size=ROWS)
+    ]

@@ -543,16 +543,17 @@ class HNet(nnx.Module):
             before = last_R, missing_R
             x = Position(x_RD, index_R, context_R, chunking.predictor)
             if scoped := chunking.encoder_scope == "chunk":
-                predictor, p_R, wanted_R, level_R = self._predict(predictor, x, *before)
+                predictor, p_R, wanted_R, level_R, extra = self._predict(predictor, x, *before)
                 opens_R = wanted_R & (chunking.alignment == "start")
                 first_R = jnp.where(opens_R, index_R, first_R)
             h_RD, caches = self.encoder.step(x_RD, caches, rows, StepContext(index_R, first_R))
             x = x._replace(h_RD=h_RD)
             if not scoped:
-                predictor, p_R, wanted_R, level_R = self._predict(predictor, x, *before)
+                predictor, p_R, wanted_R, level_R, extra = self._predict(predictor, x, *before)
             elif chunking.alignment == "end":
                 first_R = jnp.where(wanted_R, index_R + 1, first_R)
-            pool, chunk_RE = self.chunk_layer.step(pool, x._replace(config=chunking.pool))
+            x = x._replace(config=chunking.pool, prob_R=p_R, extra=extra)
+            pool, chunk_RE = self.chunk_layer.step(pool, x)
             residual_RD = self.residual(h_RD[:, None])[:, 0]
             waiting = (chunk_RE, p_R, residual_RD, level_R)
             return (waiting, wanted_R, first_R, missing_R, predictor, pool), caches
@@ -584,8 +585,9 @@ class HNet(nnx.Module):
 
     def _predict(
         self, state: Any, x: Position, last_R: jax.Array | None, missing_R: jax.Array | None
-    ) -> tuple[Any, jax.Array, jax.Array, Any]:
-        """(state, p, whether a boundary is wanted, level) of one position, as in `boundaries`."""
+    ) -> tuple[Any, jax.Array, jax.Array, Any, Any]:
+        """(state, p, whether a boundary is wanted, level, arrays for the pool), as in `boundaries`,
+        of one position."""
         state, prediction = self.routing_module.step(state, x)
         prediction = prediction.shifted(self.offset(x.context.route_ids_BL))
         relaxed_R = self.routing_module.relax(prediction.logit, x.config, None)
@@ -601,7 +603,8 @@ class HNet(nnx.Module):
             forced_R = x.index_R == 0
         if last_R is not None:
             forced_R |= ~wanted_R & (x.index_R - last_R == self.chunking.max_chunk_len)
-        return state, jnp.where(forced_R, 1.0, p_R), wanted_R | forced_R, prediction.levels
+        wanted_R, p_R = wanted_R | forced_R, jnp.where(forced_R, 1.0, p_R)
+        return state, p_R, wanted_R, prediction.levels, prediction.extra
 
     def _ask(
         self, active_B: jax.Array, wanted_B: jax.Array, cache: StageCache, pace: Pace,

@@ -19,7 +19,7 @@ class Prediction(NamedTuple):
     prob: jax.Array | None = None
     """p, float32, from a predictor without a logit"""
     extra: Any = None
-    """arrays for a loss that is written for this predictor"""
+    """arrays (B, L, ...) or (R, ...) for a pool or a loss that is written for this predictor"""
     levels: jax.Array | None = None
     """level of each position, int32, from a rule that gives the boundaries of several stages"""
 
@@ -58,7 +58,7 @@ class Boundaries(NamedTuple):
     route_ids_BL: jax.Array | None = None
     """route (script group) of each position, int32; None if the model has one route"""
     extra: Any = None
-    """arrays that the predictor passes to the losses"""
+    """arrays that the predictor passes to the pool and the losses"""
     levels_BL: jax.Array | None = None
     """level of each position, from a rule that gives the boundaries of several stages"""
 
@@ -176,6 +176,8 @@ def share_slots(
             for name, a in record._asdict().items()
             if name.endswith("_BL") and a is not None
         }
+        if getattr(record, "extra", None) is not None:
+            by_position["extra"] = jax.tree.map(lambda a: side_by_side(a, rows), record.extra)
         return record._replace(**by_position)
 
     return side_by_side(h_BLD, rows), shared(boundaries), shared(context)

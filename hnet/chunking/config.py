@@ -223,6 +223,12 @@ class ChunkingConfig:
             return (
                 f"losses={labels!r} in stage {stage_idx}: labels are for bytes, use it in stage 0"
             )
+        nats = next((loss.name for loss in self.losses if loss.part.reads_next_byte), None)
+        if nats and stage_idx:
+            return (
+                f"losses={nats!r} in stage {stage_idx}: it reads the cross-entropy of bytes, use "
+                "it in stage 0"
+            )
         if self.overflow == "ignore" and stage_idx:
             return (
                 f"overflow='ignore' in stage {stage_idx}: cross-entropy is of bytes, use it in "

@@ -97,3 +97,12 @@ def _decaying_sums(x_BMD: jax.Array, log_keep_BM: jax.Array, start_BM: jax.Array
 def _over_channels(a_BLD: jax.Array) -> jax.Array:
     """Sum over D, with B and L merged: XLA's CPU backend is slow at this sum if B is 1."""
     return jnp.sum(a_BLD.reshape(-1, a_BLD.shape[-1]), axis=-1).reshape(a_BLD.shape[:-1])
+
+
+def decaying_count(keep_BL: jax.Array) -> jax.Array:
+    """n_t = 1 + keep_t n_{t-1}, float32 (B, L); keep is 0 where a segment starts."""
+
+    def both(a, b):
+        return a[0] * b[0], b[1] + b[0] * a[1]
+
+    return jax.lax.associative_scan(both, (keep_BL, jnp.ones_like(keep_BL)), axis=1)[1]

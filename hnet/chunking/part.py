@@ -68,6 +68,10 @@ class Position(NamedTuple):
     context: Context
     """context of the position; fields named `_BL` have the shape (R,) here"""
     config: Any
+    prob_R: jax.Array | None = None
+    """p of the position (of `Boundaries`), for a pool"""
+    extra: Any = None
+    """`extra` of its prediction, for a pool"""
 
 
 def step_through(
@@ -76,9 +80,11 @@ def step_through(
     rows: Positions,
     after: Callable[[Any, Any], Any] | None = None,
     beside_BL: Any = None,
+    given: dict[str, Any] | None = None,
 ) -> tuple[Any, Any]:
     """Scan `step` over whole rows: (outputs (B, L, ...), states after the rows).
 
+    given: fields of `Position` for each position, (B, L, ...).
     after(state, beside_R): maps the state after a position to the state of the next one. Each
     document starts with `init`; padding leaves the state unchanged.
     """
@@ -86,10 +92,10 @@ def step_through(
     first = init(ids_BL.shape[0])
 
     def one(state, x):
-        h_RD, index_R, start_R, context_R, beside_R = x
+        h_RD, index_R, start_R, context_R, beside_R, given_R = x
         valid_R = context_R.segment_ids_BL != 0
         state = where_rows(start_R & valid_R, first, state)
-        new, out = step(state, Position(h_RD, index_R, context_R, rows.config))
+        new, out = step(state, Position(h_RD, index_R, context_R, rows.config, **given_R))
         if after is not None:
             new = after(new, beside_R)
         return where_rows(valid_R, new, state), out
@@ -100,6 +106,7 @@ def step_through(
         segment_starts(ids_BL),
         rows.context,
         beside_BL,
+        given or {},
     )
     by_time = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), by_row)
     state, out = jax.lax.scan(one, first, by_time)
@@ -253,7 +260,8 @@ class Pool(Part, nnx.Module):
             begun = self.restart(state, boundary_R.shape[0], rows.h_BLD.shape[-1])
             return where_rows(boundary_R, begun, state)
 
-        return step_through(init, self.step, rows, after, boundaries.boundary_mask_BL)
+        given = {"prob_R": boundaries.boundary_prob_BL, "extra": boundaries.extra}
+        return step_through(init, self.step, rows, after, boundaries.boundary_mask_BL, given)
 
 
 class DechunkConfig(Settings):
@@ -389,6 +397,8 @@ class Loss(Part):
     """Whether it averages over the rates of single rows, so that rows may not share slots"""
     trains_labels: ClassVar[bool] = False
     """Whether it trains the predictor on boundary labels for bytes, which then set its rate"""
+    reads_next_byte: ClassVar[bool] = False
+    """Whether it reads the cross-entropy of bytes; possible in stage 0 only"""
 
     def init(self) -> Any:
         """State before the first update: arrays that are not parameters."""

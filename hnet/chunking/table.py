@@ -6,7 +6,11 @@ PREDICTORS = Table(
     "boundary predictor",
     {
         "cosine": "hnet.chunking.predictors.cosine:Cosine",
+        "multi_cosine": "hnet.chunking.predictors.multi_cosine:MultiCosine",
         "mlp": "hnet.chunking.predictors.mlp:MLP",
+        "policy": "hnet.chunking.predictors.policy:Policy",
+        "hazard": "hnet.chunking.predictors.convolved:Hazard",
+        "cif": "hnet.chunking.predictors.convolved:CIF",
         "spacelike": "hnet.chunking.predictors.rules:Spacelike",
         "whitespace": "hnet.chunking.predictors.rules:Whitespace",
         "unicode_whitespace": "hnet.chunking.predictors.words:UnicodeWhitespace",
@@ -26,6 +30,12 @@ POOLS = Table(
         "linear": "hnet.chunking.pools.linear:Linear",
         "concat": "hnet.chunking.pools.concat:Concat",
         "prefix": "hnet.chunking.pools.prefix:Prefix",
+        "attention": "hnet.chunking.pools.attention:Attention",
+        "smoothed": "hnet.chunking.pools.smoothed:Smoothed",
+        "last_before": "hnet.chunking.pools.before:LastBefore",
+        "mean_before": "hnet.chunking.pools.before:MeanBefore",
+        "existence": "hnet.chunking.pools.before:Existence",
+        "integrate": "hnet.chunking.pools.integrate:Integrate",
     },
 )
 DECHUNKS = Table(
@@ -44,6 +54,10 @@ LOSSES = Table(
         "ratio": "hnet.chunking.losses.ratio:Ratio",
         "binomial": "hnet.chunking.losses.binomial:Binomial",
         "hinge": "hnet.chunking.losses.hinge:Hinge",
+        "cab": "hnet.chunking.losses.cab:CAB",
+        "hazard": "hnet.chunking.losses.hazard:Hazard",
+        "quantity": "hnet.chunking.losses.quantity:Quantity",
+        "policy_gradient": "hnet.chunking.losses.policy_gradient:PolicyGradient",
         "bce": "hnet.chunking.losses.bce:BCE",
     },
 )

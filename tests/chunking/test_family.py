@@ -15,10 +15,15 @@ import pytest
 from flax import nnx
 
 from experiments.configs import base_config
+from hnet.chunking.boundaries import Prediction, decide
 from hnet.chunking.config import ChunkingConfig
 from hnet.chunking.losses.bce import entropy_spikes
+from hnet.chunking.losses.cab import CAB
+from hnet.chunking.losses.hazard import Hazard, no_start
 from hnet.chunking.losses.hinge import hinge
+from hnet.chunking.losses.policy_gradient import PolicyGradient
 from hnet.chunking.part import LossInputs
+from hnet.chunking.predictors.convolved import fired
 from hnet.chunking.predictors.mlp import MLP
 from hnet.chunking.rates import rate_counts
 from hnet.config import HNetConfig, StageConfig
@@ -475,3 +480,231 @@ def test_spacebyte_network(kind):
     assert np.array_equal(kept_BL[:, 1:], found["in/targets_after_BL"][:, :-1] >= 0)
     if kind == "overflows":
         assert 0.3 < 1 - kept_BL[:, 1:].mean() < 0.5
+
+
+# --- CIF ----------------------------------------------------------------------------------------
+
+CIF_NUMBERS = load("family/cif")
+
+
+def torch_cif(found) -> dict:
+    """Parameters of our predictor from those of CifPredictor."""
+    return {
+        "taps": jnp.asarray(found["cif_conv1d.weight"][:, 0].T),
+        "taps_bias": jnp.asarray(found["cif_conv1d.bias"]),
+        "out": {
+            "kernel": jnp.asarray(found["cif_output.weight"].T),
+            "bias": jnp.asarray(found["cif_output.bias"]),
+        },
+    }
+
+
+def test_cif():
+    """Weights, fires, chunk vectors, and their gradients by states and all parameters."""
+    found = part(CIF_NUMBERS, "CifPredictor_free")
+    chunking = chunking_of("cif")
+    graph, params = chunking_stage(chunking, 8)
+    h_BLD, lengths_B = found["in/hidden_BLD"], found["in/lengths_B"]
+    ids_BL = (np.arange(h_BLD.shape[1])[None] < lengths_B[:, None]).astype(np.int32)
+    M = found["out/embeds_BMD"].shape[1] + 1  # after the null chunk
+
+    @quick_jit
+    def run(predictor, h_BLD):
+        def scalar(predictor, h_BLD):
+            stage = nnx.merge(graph, params | {"routing_module": predictor})
+            own = stage.boundaries(h_BLD, Context(ids_BL), M)
+            chunks_BMD, inner, _ = stage.chunk(h_BLD, Context(ids_BL), own, M)
+            used_BM1 = (inner.segment_ids_BL != 0)[:, 1:, None]
+            vectors_BMD = jnp.where(used_BM1, chunks_BMD[:, 1:], 0.0)
+            # its code adds its loss: mean over rows of |sum of weights - target|, above the target
+            over = jnp.sum(jnp.where(ids_BL != 0, own.extra.weight, 0.0)) / len(ids_BL)
+            return jnp.sum(vectors_BMD * found["in/cot_BMD"]) + over, (own, vectors_BMD)
+
+        return jax.value_and_grad(scalar, (0, 1), has_aux=True)(predictor, h_BLD)
+
+    predictor = torch_cif(part(found, "param"))
+    (_, (own, vectors_BMD)), (grads, grad_h_BLD) = run(predictor, h_BLD)
+    agree(np.where(ids_BL, own.extra.weight, 0), found["out/alphas_BL"])
+    assert np.array_equal(own.boundary_mask_BL, (found["out/fires_BL"] >= 1) & (ids_BL != 0))
+    agree(vectors_BMD, found["out/embeds_BMD"])
+    gradients_agree(grad_h_BLD, found["grad/hidden_BLD"])
+    expected = torch_cif(part(found, "grad/param"))
+    jax.tree.map(gradients_agree, grads, expected)
+
+
+def test_cif_integrates_given_weights():
+    """Weights of the code's other predictor."""
+    found = part(CIF_NUMBERS, "CifPredictorV2_free")
+    graph, params = chunking_stage(chunking_of("cif"), 8)
+    h_BLD, weight_BL = found["in/hidden_BLD"], found["out/alphas_BL"]
+    ids_BL, M = np.ones(weight_BL.shape, np.int32), found["out/embeds_BMD"].shape[1] + 1
+    context = Context(ids_BL)
+
+    @quick_jit
+    def run(h_BLD, weight_BL):
+        own = decide(fired(weight_BL, ids_BL), context, M, has_null=True)
+        chunks_BMD, _, _ = nnx.merge(graph, params).chunk(h_BLD, context, own, M)
+        return own, chunks_BMD[:, 1:]
+
+    own, vectors_BMD = run(h_BLD, weight_BL)
+    fires_BL = (found["out/fires_BL"] >= 1) & (weight_BL > 0)
+    assert np.array_equal(own.boundary_mask_BL, fires_BL)
+    for row, used in enumerate(fires_BL.sum(1)):
+        agree(vectors_BMD[row, :used], found["out/embeds_BMD"][row, :used])
+
+
+# --- Bolmo --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_bolmo(lookahead):
+    """log p, boundaries, pooled states and gradients. With one byte of lookahead its boundary at t
+    is ours at t + 1; its position 0 is always a boundary and its last one never."""
+    found = load("family/bolmo")
+    told = part(found, f"lookahead{lookahead}")
+    chunking = chunking_of("bolmo")
+    graph, params = chunking_stage(chunking, 12)
+    h_BLD, cot_BL = found["hidden_BLD"], found["cot_BL"]
+    ours, theirs = (slice(2, None), slice(1, -1)) if lookahead else (slice(1, None),) * 2
+    projections = {
+        name: {"kernel": jnp.asarray(found[f"param/{name}.weight"].T)}
+        for name in ("q_proj_layer", "k_proj_layer")
+    }
+    context = Context(np.ones(h_BLD.shape[:2], np.int32))
+
+    @quick_jit
+    def run(predictor, h_BLD):
+        def scalar(predictor, h_BLD):
+            stage = nnx.merge(graph, params | {"routing_module": predictor})
+            own = stage.boundaries(h_BLD, context, 31)
+            log_p_BL = jnp.log(own.boundary_prob_BL)
+            value = jnp.sum(log_p_BL[:, ours] * cot_BL[:, theirs])
+            chunks_BMD, inner, _ = stage.chunk(h_BLD, context, own, 31)
+            return value, (own, log_p_BL, chunks_BMD)
+
+        return jax.value_and_grad(scalar, (0, 1), has_aux=True)(predictor, h_BLD)
+
+    (_, (own, log_p_BL, chunks_BMD)), (grads, grad_h_BLD) = run(projections, h_BLD)
+    agree(log_p_BL[:, ours], told["logprob_BL"][:, theirs])
+    assert np.array_equal(own.boundary_mask_BL[:, ours], told["mask_BL"][:, theirs])
+    gradients_agree(grad_h_BLD, told["grad_hidden_BLD"])
+    for name in projections:
+        gradients_agree(grads[name]["kernel"].T, told[f"grad/param/{name}.weight"])
+    if lookahead:
+        for row in range(len(h_BLD)):
+            skipped = 1 + int(own.boundary_mask_BL[row, 1])  # chunks that end at position 0
+            wanted_MD = found["pool/out_BMD"][row, 1:]
+            mine_MD = chunks_BMD[row, skipped : skipped + len(wanted_MD)]
+            used = min(int(told["mask_BL"][row].sum()) - 1, len(wanted_MD))
+            assert np.array_equal(mine_MD[:used], wanted_MD[:used])
+
+
+def test_labels_of_a_late_predictor_are_those_of_the_position_before():
+    p_BL = np.float32([[0.9, 0.2, 0.7, 0.1, 0.8, 0.3]])
+    labels_BL = np.array([[True, False, True, True, False, True]])
+    context = Context(np.int32([[1, 1, 1, 2, 2, 2]]))
+    own = decide(Prediction(prob=p_BL), context, 6)
+    (settings,) = chunking_of("bolmo").losses
+    shifted_BL = np.array([[False, True, False, False, True, False]])
+    values = [
+        loss_sum(chunking_of("bolmo", losses=(replace(settings, late=late),)), own, None, labels)
+        for late, labels in ((True, labels_BL), (False, shifted_BL))
+    ]
+    assert values[0] == values[1] and values[0] > 0
+
+
+# --- Zonkey, RL tokenisation, SOMBRERO ----------------------------------------------------------
+
+
+def test_zonkey_probability_of_long_chunks():
+    """Its code leaves out the first and the last position, but counts windows with the last."""
+    found = load("family/zonkey_splitter")
+    longest = int(found["in/max_len_min_len"][0])
+    n_B = found["in/is_real_BL"].sum(1).astype(int)
+    index_L = np.arange(found["in/p_BL"].shape[1])[None]
+    ids_BL = ((index_L > 0) & (index_L < n_B[:, None] - 1)).astype(np.int32)
+
+    def loss(p_BL):
+        return sum(
+            jnp.sum(no_start(p_BL, ids_BL, width)) / float(np.sum(n_B - width))
+            for width in range(longest, longest + 3)
+        )
+
+    value, grad = loss_and_gradient(loss, found["in/p_BL"])
+    agree(value, found["out/patch_loss"])
+    gradients_agree(grad, found["grad_patch_loss/p_BL"])
+
+
+IDS = np.int32([[1, 1, 1, 1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1, 1, 1, 1]])
+
+
+def drawn_rows(seed, *, has_null=False):
+    """(boundaries with random p, next-byte nats) of two rows."""
+    rng = np.random.default_rng(seed)
+    logit_BL = rng.normal(size=IDS.shape).astype(np.float32)
+    own = decide(Prediction(logit_BL), Context(IDS), 99, has_null=has_null)
+    nll_BL = rng.uniform(0.1, 3, IDS.shape).astype(np.float32)
+    extra_BL = rng.uniform(0.1, 3, IDS.shape).astype(np.float32)
+    return own._replace(extra=np.where(IDS > 0, extra_BL, 0)), nll_BL
+
+
+def loss_of(settings, own, nll_BL, ratio=4.0):
+    counts = rate_counts(own, 1)
+    x = LossInputs(own, settings, np.float32([ratio]), False, counts, counts, nll_BL)
+    return float(settings.part()(x))
+
+
+def test_losses_without_public_code_equal_loops():
+    own, nll_BL = drawn_rows(1)
+    p_BL, wanted_BL = np.asarray(own.boundary_prob_BL), np.asarray(own.boundary_ste_BL) > 0.5
+    logit_BL, early_BL, valid = np.asarray(own.boundary_logit_BL), own.extra, IDS != 0
+    same = [[t + 1 < 9 and IDS[b, t] == IDS[b, t + 1] != 0 for t in range(9)] for b in range(2)]
+    first = [[t == 0 or IDS[b, t] != IDS[b, t - 1] for t in range(9)] for b in range(2)]
+    places = [(b, t) for b in range(2) for t in range(9) if valid[b, t]]
+
+    cab = sum((1 - np.exp(-nll_BL[b, t + 1]) - p_BL[b, t]) ** 2 for b, t in places if same[b][t])
+    np.testing.assert_allclose(loss_of(CAB.Config(), own, nll_BL), cab / len(places), rtol=1e-5)
+
+    settings = Hazard.Config(longest=3, shortest=3, long=2.0, short=5.0)
+    sure_BL = 1 / (1 + np.exp(-logit_BL))
+    total = 0.0
+    for b, t in places:
+        for width in (3, 4, 5):
+            if t + width <= 9 and len(set(IDS[b, t : t + width])) == 1:
+                total += 2 * np.prod(1 - sure_BL[b, t : t + width])
+        if t + 3 <= 9 and len(set(IDS[b, t : t + 3])) == 1:
+            total += 5 * sure_BL[b, t] * (1 - np.prod(1 - sure_BL[b, t + 1 : t + 3]))
+    np.testing.assert_allclose(loss_of(settings, own, nll_BL), total / len(places), rtol=1e-5)
+
+    settings = PolicyGradient.Config(discount=0.9, head=3.0, rate=2.0)
+    returns_BL = np.zeros(IDS.shape)
+    for b, t in reversed(places):
+        if same[b][t]:
+            reward = early_BL[b, t + 1] - nll_BL[b, t + 1]
+            returns_BL[b, t] = reward + 0.9 * returns_BL[b, t + 1]
+    mean_B = [returns_BL[b][valid[b]].mean() for b in range(2)]
+    total = 0.0
+    for b, t in places:
+        if not first[b][t]:
+            p = sure_BL[b, t] if wanted_BL[b, t] else 1 - sure_BL[b, t]
+            total -= np.log(p) * (returns_BL[b, t] - mean_B[b])
+    rate = wanted_BL[valid].mean()
+    expected = total / len(places) + 3 * early_BL[valid].mean()
+    expected += 2 * logit_BL[valid].mean() * (rate - 1 / 4)
+    np.testing.assert_allclose(loss_of(settings, own, nll_BL), expected, rtol=1e-5)
+
+
+def test_policy_head_scores_the_byte_after_its_state():
+    chunking = chunking_of("rl_tokenisation")
+    graph, params = chunking_stage(chunking, 6)
+    rng = np.random.default_rng(2)
+    h_BLD = rng.normal(size=(*IDS.shape, 6)).astype(np.float32)
+    ids_BL = rng.integers(0, 256, IDS.shape).astype(np.int32)
+    own = quick_jit(lambda: nnx.merge(graph, params).boundaries(
+        h_BLD, Context(IDS, bytes_BL=ids_BL), 99, key=KEY))()  # fmt: skip
+    logits_BLV = h_BLD @ np.asarray(params["routing_module"]["early"]["kernel"])
+    for b, t in ((0, 1), (0, 4), (0, 6), (1, 8)):
+        logits_V = logits_BLV[b, t - 1].astype(np.float64)
+        nll = np.log(np.exp(logits_V).sum()) - logits_V[ids_BL[b, t]]
+        np.testing.assert_allclose(own.extra[b, t], nll, rtol=1e-4)
+    assert own.extra[0, 0] == own.extra[0, 5] == 0

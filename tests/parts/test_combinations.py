@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from hnet.chunking.config import ChunkingConfig
 from hnet.chunking.dechunks.cross_attention import CrossAttention
 from hnet.chunking.pools.prefix import Prefix
+from hnet.chunking.predictors.convolved import Hazard
 from hnet.chunking.table import DECHUNKS, POOLS, PREDICTORS
 from hnet.config import CrossAttentionConfig, HNetConfig, StageConfig
 from hnet.decode import stream
@@ -32,6 +33,17 @@ B, L, V = 3, 19, 256
 MEANINGS = (("start", "learned"), ("end", "learned"), ("end", "first"))
 DOCUMENTS = np.repeat(np.int32([1, 2, 3]), (8, 7, 4))
 TEXT = np.frombuffer(b"aZ9  ..,\n\x80\xc3", np.uint8)
+
+# Parts that differ from others only in what tests/parts/test_parts.py compares, and the parts with
+# which they are combined here.
+ALIKE = {
+    "multi_cosine": ("mean_before",), "policy": ("attention",), "hazard": ("existence",),
+    "cif": ("integrate", "mean"),
+    "attention": ("policy", "whitespace"), "smoothed": ("cosine", "mlp"),
+    "last_before": ("cosine",), "mean_before": ("multi_cosine", "spacelike"),
+    "existence": ("hazard", "cosine"), "integrate": ("cif",),
+}  # fmt: skip
+SETTINGS = {"hazard": Hazard.Config(longest=4)}  # about half of all positions are boundaries
 
 
 def config_of(predictor, alignment, null, pool, dechunk, memory=None, **more) -> HNetConfig:
@@ -60,12 +72,20 @@ def legal() -> dict[str, HNetConfig]:
     found = {}
     names = itertools.product(PREDICTORS.names, MEANINGS, POOLS.names, DECHUNKS.names)
     for predictor, (alignment, null), pool, dechunk in names:
-        parts = PREDICTORS.find(predictor), POOLS.find(pool)
-        if all(alignment in part.alignments for part in parts) and not parts[0].reads_levels:
+        if (
+            predictor in ALIKE
+            and pool not in ALIKE[predictor]
+            or pool in ALIKE
+            and (predictor not in ALIKE[pool] or dechunk not in ("ema", "repeat"))
+        ):
+            continue
+        given = SETTINGS.get(predictor, predictor)
+        chunking = ChunkingConfig(3.0, given, alignment, null, pool, dechunk, losses=())
+        reads_levels = PREDICTORS.find(predictor).reads_levels
+        if not reads_levels and chunking.problem(stage_idx=0, route_groups=0) is None:
             meaning = alignment if alignment == "start" else f"end-{null}"
             name = f"{predictor} {meaning} {pool} {dechunk}"
-            own = SETTINGS.get(predictor, predictor)
-            found[name] = config_of(own, alignment, null, pool, dechunk)
+            found[name] = config_of(given, alignment, null, pool, dechunk)
     return found
 
 

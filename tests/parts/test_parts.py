@@ -20,6 +20,7 @@ from hnet.chunking.part import (
     Positions,
     step_through,
 )
+from hnet.chunking.pools.integrate import Weights
 from hnet.chunking.rates import rate_counts
 from hnet.chunking.slots import open_slots
 from hnet.chunking.table import DECHUNKS, LOSSES, POOLS, PREDICTORS
@@ -68,7 +69,7 @@ def alignment_of(part: type) -> str:
 
 
 PREDICTOR_CASES = [(name, 1) for name in PREDICTORS.names] + [
-    (name, 2) for name in PREDICTORS.names if PREDICTORS.find(name).is_learned
+    (name, 2) for name in PREDICTORS.names if PREDICTORS.find(name).is_learned and name != "policy"
 ]
 
 
@@ -122,7 +123,9 @@ def test_a_chunk_has_at_most_its_maximal_length(has_null, most):
 def boundaries_of(segments, capacity, has_null, seed=5):
     p_BL = np.random.default_rng(seed).uniform(size=(B, L)).astype(np.float32)
     context = context_of(segments)
-    found = decide(Prediction(prob=p_BL), context, capacity, has_null=has_null)
+    draw = np.random.default_rng(seed + 1).uniform(size=(2, B, L)).astype(np.float32)
+    extra = Weights(*jnp.asarray(draw))
+    found = decide(Prediction(prob=p_BL, extra=extra), context, capacity, has_null=has_null)
     return found, open_slots(found, context, capacity, has_null=has_null)
 
 
@@ -199,7 +202,10 @@ def test_losses_of_parts_of_a_batch_add_up(name, has_null):
 
     def loss_of(rows, whole):
         found, _ = boundaries_of(SEGMENTS, 2 * L, has_null)
-        own = found._replace(**{
+        if name == "policy_gradient":
+            logit_BL = jnp.log(found.boundary_prob_BL + 0.1)
+            found = found._replace(extra=found.extra.weight + 1, boundary_logit_BL=logit_BL)
+        own = found._replace(extra=jax.tree.map(lambda a: a[rows], found.extra), **{
             field: value[rows] for field, value in found._asdict().items()
             if value is not None and field.endswith(("_BL", "_B", "_G"))
         })  # fmt: skip

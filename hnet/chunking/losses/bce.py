@@ -64,6 +64,9 @@ class BCE(Loss):
         labels: Literal["entropy", "given"] = "entropy"
         """source of the labels: spikes of the model's own next-byte entropy, or the batch's
         `labels`"""
+        late: bool = False
+        """whether the label of a position is that of the position before it, for a predictor that
+        sees the end of a chunk one position late"""
         reference_double_sigmoid: bool = False
         """second sigmoid, of p itself, as the dynamic-pooling code applies by mistake"""
 
@@ -80,6 +83,9 @@ class BCE(Loss):
         segment_ids_BL = x.boundaries.segment_ids_BL
         if x.config.labels == "entropy":
             labels_BL = entropy_spikes(x.logits_BLV, segment_ids_BL)
+        if x.config.late:
+            same_BL = segment_ids_BL[:, 1:] == segment_ids_BL[:, :-1]
+            labels_BL = jnp.pad(labels_BL[:, :-1] & same_BL, ((0, 0), (1, 0)))
         nats_BL = boundary_cross_entropy(
             x.boundaries, labels_BL, reference_double_sigmoid=x.config.reference_double_sigmoid
         )

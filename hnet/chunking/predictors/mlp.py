@@ -26,6 +26,13 @@ def relaxed_bernoulli(
     return jax.nn.sigmoid(logit_BL / temperature)
 
 
+def hard_bernoulli(logit_BL: jax.Array, key: jax.Array | None) -> jax.Array:
+    """1 with probability sigmoid(logit), else 0; without a key 1 where the logit is above 0."""
+    if key is not None:
+        logit_BL = logit_BL + jax.random.logistic(key, logit_BL.shape, jnp.float32)
+    return (logit_BL > 0).astype(jnp.float32)
+
+
 class MLP(BoundaryPredictor):
     """logit = fc2(gelu(fc1(h))), float32 (arXiv 2211.09761).
 

@@ -112,7 +112,7 @@ class ChunkingConfig:
 
     @property
     def reads_bytes(self) -> bool:
-        """Whether the boundaries are a function of the bytes, or are given per byte."""
+        """Whether the predictor reads bytes, or gets its boundaries per byte."""
         return self.predictor.part.reads_bytes
 
     @property

@@ -133,7 +133,7 @@ class BoundaryPredictor(Part, nnx.Module):
 
     Config = PredictorConfig
     reads_bytes: ClassVar[bool] = False
-    """Whether it is a rule of bytes or gets its boundaries as input; possible in stage 0 only"""
+    """Whether it reads bytes or gets its boundaries as input; possible in stage 0 only"""
     reads_states: ClassVar[bool] = True
     """Whether it reads the encoder's states; False: it gets the encoder's inputs"""
     gives_levels: ClassVar[bool] = False

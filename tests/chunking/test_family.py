@@ -702,7 +702,7 @@ def test_policy_head_scores_the_byte_after_its_state():
     ids_BL = rng.integers(0, 256, IDS.shape).astype(np.int32)
     own = quick_jit(lambda: nnx.merge(graph, params).boundaries(
         h_BLD, Context(IDS, bytes_BL=ids_BL), 99, key=KEY))()  # fmt: skip
-    logits_BLV = h_BLD @ np.asarray(params["routing_module"]["early"]["kernel"])
+    logits_BLV = h_BLD @ np.asarray(params["routing_module"]["head"]["kernel"])
     for b, t in ((0, 1), (0, 4), (0, 6), (1, 8)):
         logits_V = logits_BLV[b, t - 1].astype(np.float64)
         nll = np.log(np.exp(logits_V).sum()) - logits_V[ids_BL[b, t]]

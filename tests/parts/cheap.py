@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hnet.chunking.predictors.convolved import Hazard
 from hnet.chunking.predictors.entropy import Entropy
 from hnet.nn.cache import read, write
 from hnet.nn.context import Context, StepContext
 from hnet.nn.layers import linear, segment_starts
 from hnet.nn.mixers.base import Mixer
 
-SETTINGS = {"entropy": Entropy.Config(rule="monotonic")}
+SETTINGS = {"entropy": Entropy.Config(rule="monotonic"), "hazard": Hazard.Config(longest=4)}
 """settings of parts whose defaults would not have both boundaries and none with random weights"""
 
 

@@ -17,7 +17,6 @@ from jax.sharding import PartitionSpec as P
 from hnet.chunking.config import ChunkingConfig
 from hnet.chunking.dechunks.cross_attention import CrossAttention
 from hnet.chunking.pools.prefix import Prefix
-from hnet.chunking.predictors.convolved import Hazard
 from hnet.chunking.table import DECHUNKS, POOLS, PREDICTORS
 from hnet.config import CrossAttentionConfig, HNetConfig, StageConfig
 from hnet.decode import stream
@@ -37,13 +36,12 @@ TEXT = np.frombuffer(b"aZ9  ..,\n\x80\xc3", np.uint8)
 # Parts that differ from others only in what tests/parts/test_parts.py compares, and the parts with
 # which they are combined here.
 ALIKE = {
-    "multi_cosine": ("mean_before",), "policy": ("attention",), "hazard": ("existence",),
+    "multi_cosine": ("mean_before",), "policy": ("mean",), "hazard": ("existence",),
     "cif": ("integrate", "mean"),
-    "attention": ("policy", "whitespace"), "smoothed": ("cosine", "mlp"),
+    "attention": ("whitespace", "words"), "smoothed": ("cosine", "mlp"),
     "last_before": ("cosine",), "mean_before": ("multi_cosine", "spacelike"),
     "existence": ("hazard", "cosine"), "integrate": ("cif",),
 }  # fmt: skip
-SETTINGS = {"hazard": Hazard.Config(longest=4)}  # about half of all positions are boundaries
 
 
 def config_of(predictor, alignment, null, pool, dechunk, memory=None, **more) -> HNetConfig:

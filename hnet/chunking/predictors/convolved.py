@@ -91,7 +91,13 @@ class CIF(Convolved):
             return None if self.taps >= 1 else f"taps={self.taps}: use 1 or more"
 
         def problem_in(self, chunking):
-            for name, works in (("null", "learned"), ("hold_rate", False), ("max_chunk_len", 0)):
+            fixed = {
+                "null": "learned",
+                "hold_rate": False,
+                "max_chunk_len": 0,
+                "at_characters": False,
+            }
+            for name, works in fixed.items():
                 if (value := getattr(chunking, name)) != works:
                     return f"{name}={value!r} with predictor='cif': use {works!r}"
             return None

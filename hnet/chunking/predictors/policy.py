@@ -22,6 +22,8 @@ class Policy(MLP):
     last actions, which would make training sequential; this one does not.)
     """
 
+    reads_bytes = True
+
     @dataclass(frozen=True)
     class Config(PredictorConfig):
         """Bernoulli policy for a policy gradient (RL tokenisation)."""
@@ -43,15 +45,13 @@ class Policy(MLP):
 
     def __init__(self, config, place, *, rngs: nnx.Rngs):
         super().__init__(config, place, rngs=rngs)
-        self.early = nnx.Linear(
+        self.head = nnx.Linear(
             place.d_model, BYTES, use_bias=False, kernel_init=nnx.initializers.normal(INIT_STD),
             rngs=rngs, kernel_metadata=metadata("embed out"),
         )  # fmt: skip
 
     def __call__(self, rows):
-        if rows.context.bytes_BL is None:  # a prompt
-            return super().__call__(rows)
-        logits_BLV = self.early(rows.h_BLD[:, :-1])
+        logits_BLV = self.head(rows.h_BLD[:, :-1])
         next_BL = jnp.minimum(rows.context.bytes_BL[:, 1:], BYTES - 1)
         picked_BL = jnp.take_along_axis(logits_BLV, next_BL[..., None], axis=-1)[..., 0]
         nll_BL = jnp.pad(jax.nn.logsumexp(logits_BLV, axis=-1) - picked_BL, ((0, 0), (1, 0)))

@@ -197,7 +197,7 @@ def point_config(base: Config, point: Point, model: HNetConfig, tokenizer: str) 
         data=replace(
             base.data, seq_len=point.seq_len, tokenizer=tokenizer if point.family == "bpe" else ""
         ),
-        optim=OptimConfig(point.learning_rate, lr_multipliers=multipliers),
+        optim=OptimConfig(learning_rate=point.learning_rate, lr_multipliers=multipliers),
         train=replace(base.train, steps=point.steps),
         eval=replace(base.eval, every=max(1, point.steps // 4)),
         checkpoint=replace(base.checkpoint, every=max(1, point.steps // 4)),

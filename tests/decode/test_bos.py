@@ -20,7 +20,7 @@ from hnet.decode.segment import segmenter
 from hnet.interop.convert import _write_workdir
 from hnet.model import split
 from hnet.suites.scorer import ModelScorer
-from hnet.train import loop
+from tests import training
 from tests.networks import MLP_END, network, random_params, stage
 from tests.training import run, tiny_run
 
@@ -116,7 +116,7 @@ def test_training_draws_its_texts_as_it_reads_them(tmp_path, monkeypatch, bos):
         raise KeyboardInterrupt
 
     config = tiny_run(tmp_path)
-    monkeypatch.setattr(loop, "segmenter", spy)
+    monkeypatch.setattr(training, "segmenter_once", spy)
     with pytest.raises(KeyboardInterrupt):
         run(replace(config, data=replace(config.data, bos_eos=bos)))
     assert asked == [bos]

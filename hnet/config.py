@@ -30,6 +30,7 @@ from hnet.nn.mixers.settings import (
     CrossAttentionConfig,
     GatedDeltaNetConfig,
 )
+from hnet.nn.stack import find_stack
 from hnet.parts import settings_of
 
 BOS_ID = 254  # byte values that valid UTF-8 never contains, as in the official tokenizer
@@ -57,9 +58,19 @@ def parse_layout(layout: str) -> tuple[tuple[str, int], ...]:
     return tuple(runs)
 
 
+def is_class(layout: str) -> bool:
+    """Whether a layout names a class of the user, "package.module:Class", instead of layers."""
+    return ":" in layout
+
+
+def layout_runs(layout: str) -> tuple[tuple[str, int], ...]:
+    """`parse_layout`, without any run for a class of the user."""
+    return () if is_class(layout) else parse_layout(layout)
+
+
 def layout_height(layout: str) -> int:
     """Number of residual additions of a stack: 1 per lower-case layer, 2 per upper-case layer."""
-    return sum(n * (1 + kind.isupper()) for kind, n in parse_layout(layout))
+    return sum(n * (1 + kind.isupper()) for kind, n in layout_runs(layout))
 
 
 @dataclass(frozen=True)
@@ -83,7 +94,8 @@ class StageConfig:
     """One stage. Stage 0 is the outermost: its positions are bytes."""
 
     arch_layout: tuple[str, ...]
-    """(encoder, decoder) layout strings, or (stack,) in the innermost stage"""
+    """(encoder, decoder) layout strings, or (stack,) in the innermost stage, where it may also be
+    "package.module:Class", a subclass of `hnet.nn.stack.Stack`"""
     d_model: Count
     """width of this stage; at least that of the stage around it"""
     d_intermediate: Natural = 0
@@ -248,6 +260,11 @@ class HNetConfig:
         if (own := self.embedding.name) != (official := Bytes.Config().name):
             return f"model.embedding={own!r} has no official form, which is {official!r}"
         for i, stage in enumerate(self.stages):
+            if is_class(stage.arch_layout[0]):
+                return (
+                    f"model.stages.{i}.arch_layout={stage.arch_layout!r} is a class, and the "
+                    "official H-Net has only layers"
+                )
             kinds = {kind for part in stage.arch_layout for kind, _ in parse_layout(part)}
             if "" in stage.arch_layout:
                 return f"model.stages.{i}.arch_layout={stage.arch_layout!r} has an empty stack"
@@ -299,7 +316,12 @@ def _check_stage(config: HNetConfig, i: int, stage: StageConfig) -> None:
             + ("the innermost stage has one stack" if inner else "give an encoder and a decoder")
         )
     try:
-        kinds = {k for part in stage.arch_layout for k, _ in parse_layout(part)}
+        runs = layout_runs if inner else parse_layout
+        kinds = {k for part in stage.arch_layout for k, _ in runs(part)}
+        if inner and is_class(stage.arch_layout[0]):
+            if problem := find_stack(stage.arch_layout[0]).problem(config, stage):
+                raise ConfigError(f"{where}.{problem}")
+            return
     except ConfigError as e:
         raise ConfigError(f"{where}.arch_layout: {e}") from None
     if inner and not stage.arch_layout[0]:
@@ -341,6 +363,8 @@ def _check_stage(config: HNetConfig, i: int, stage: StageConfig) -> None:
     for at, part in stage.chunking.parts.items():
         if problem := part.problem_at_width(stage.d_model):
             raise ConfigError(f"{where}.chunking.{at}.{problem}")
+    if problem := _width_problem(config, i):
+        raise ConfigError(f"model.stages.{problem}")
 
 
 def _memory_problem(config: HNetConfig, i: int) -> str | None:
@@ -391,12 +415,30 @@ def _levels_problem(config: HNetConfig, i: int, predictor: Any) -> str | None:
     return None
 
 
+def _width_problem(config: HNetConfig, i: int) -> str | None:
+    """One line on chunk vectors that do not fit into the next stage."""
+    stage, inner = config.stages[i], config.stages[i + 1]
+    chunking = stage.chunking
+    place = Place(i, stage.d_model, inner.d_model, chunking)
+    pool, dechunk = chunking.pool, chunking.dechunk
+    for part, width in (
+        (f"pool={pool.name!r} gives", pool.part.d_out(pool, place)),
+        (f"dechunk={dechunk.name!r} reads", dechunk.part.d_in(dechunk, place)),
+    ):
+        if width > inner.d_model:
+            return (
+                f"{i + 1}.d_model={inner.d_model}, but chunking.{part} {width} channels per "
+                f"chunk: use {width} or more"
+            )
+    return None
+
+
 _MOST_STAGES, _MOST_RUNS, _MOST_LAYERS, _MOST_PARAMETERS = 16, 128, 4096, 1 << 42
 
 
 def _check_size(config: HNetConfig) -> None:
     """Raise ConfigError for a network so large that building it takes minutes or overflows."""
-    runs = [run for s in config.stages for part in s.arch_layout for run in parse_layout(part)]
+    runs = [run for s in config.stages for part in s.arch_layout for run in layout_runs(part)]
     layers, parameters = sum(count for _, count in runs), approximate_parameters(config)
     for what, count, most in (
         ("stages", len(config.stages), _MOST_STAGES),
@@ -420,7 +462,7 @@ def approximate_parameters(config: HNetConfig) -> int:
         D, inner = stage.d_model, config.ssm.expand * stage.d_model
         mixed, heads = inner + 2 * config.ssm.d_state, inner // config.ssm.head_dim
         ssm = D * (2 * inner + mixed + heads) + config.ssm.d_conv * mixed
-        for kind, count in (run for part in stage.arch_layout for run in parse_layout(part)):
+        for kind, count in (run for part in stage.arch_layout for run in layout_runs(part)):
             mixer = ssm if kind in "mM" else 4 * D * D
             total += count * (mixer + 3 * D * stage.d_mlp * kind.isupper())
         total += 3 * D * D * (len(stage.arch_layout) == 2)

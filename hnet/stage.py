@@ -12,18 +12,20 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hnet.chunking import characters
-from hnet.chunking.boundaries import Boundaries, decide, share_slots
+from hnet.chunking.boundaries import Boundaries, decide, open_all, share_slots
 from hnet.chunking.config import ChunkingConfig
 from hnet.chunking.part import BoundaryPredictor, Place, Position, Positions, where_rows
 from hnet.chunking.routes import stack_routes
 from hnet.chunking.slots import Slots, open_slots
-from hnet.config import HNetConfig, layout_height
+from hnet.config import HNetConfig, is_class, layout_height
 from hnet.nn.active_rows import run_on_active_rows
 from hnet.nn.cache import last_positions
 from hnet.nn.context import Context, Memory, StepContext
 from hnet.nn.isotropic import Isotropic
+from hnet.nn.layers import segment_positions
 from hnet.nn.mixers import reads_memory
 from hnet.nn.parameters import metadata, parameter, set_stage
+from hnet.nn.stack import find_stack
 
 Numbers = tuple[dict[str, Any], ...]
 """Traced numbers of the parts, one dict per stage, from a stage inwards: for each part
@@ -151,7 +153,8 @@ class HNet(nnx.Module):
         num_residuals = outer + sum(layout_height(part) for part in stage.arch_layout)
 
         def stack(layout):
-            return Isotropic(config, stage, layout, num_residuals=num_residuals, rngs=rngs)
+            make = find_stack(layout) if is_class(layout) else Isotropic
+            return make(config, stage, layout, num_residuals=num_residuals, rngs=rngs)
 
         self.stage_idx, self.chunking = stage_idx, chunking
         self.is_innermost = stage_idx == config.num_chunked
@@ -287,6 +290,9 @@ class HNet(nnx.Module):
             rows_sharing_slots=rows_sharing_slots, allowed_BL=self._allowed(context),
             max_chunk_len=self.chunking.max_chunk_len,
         )  # fmt: skip
+        bias_BL = self.routing_module.key_bias(prediction, config, training=key is not None)
+        if bias_BL is not None:
+            found = open_all(found, bias_BL, capacity, rows_sharing_slots)
         if self.routing_module.passes_gradient(config):
             return found
         return found._replace(boundary_ste_BL=jax.lax.stop_gradient(found.boundary_ste_BL))
@@ -313,7 +319,13 @@ class HNet(nnx.Module):
         slots = open_slots(boundaries, context, capacity, has_null=self.chunking.has_null)
         rows = Positions(h_BLD, context, self._settings("pool", numbers))
         x_BME = self.with_null(self.chunk_layer(rows, boundaries, slots), slots.is_null_BM)
-        inner = slots.context._replace(positions_BL=None)  # inner positions are chunk indices
+        positions_BM = None  # the indices of chunks
+        if self.chunking.inner_positions == "original":
+            positions_BL = context.positions_BL
+            if positions_BL is None:
+                positions_BL = segment_positions(context.segment_ids_BL)
+            positions_BM = slots.gather(positions_BL)
+        inner = slots.context._replace(positions_BL=positions_BM)
         return *_apart(x_BME, inner, self.chunking.slots_per_chunk), slots
 
     def __call__(
@@ -493,7 +505,7 @@ class HNet(nnx.Module):
         sizes = None if is_outermost else pace.fractions
         x_BD = self.widen(x_BD[:, None])[:, 0]
         if self.is_innermost:
-            y_BD, cache = self._run("main_network", x_BD, active_B, cache, sizes)
+            y_BD, cache = self._run("main_network", x_BD, active_B, cache, sizes, context)
             return y_BD, active_B, [], cache
 
         wanted_B, cache = self._encode(x_BD, active_B, cache, sizes, context)
@@ -509,22 +521,29 @@ class HNet(nnx.Module):
             cache = cache._replace(first_B=cache.first_B | {"decoder": first_B})
         has_read_B1 = (done_B & (cache.inner.position_B > 0))[:, None]
         x_BD = jnp.where(has_read_B1, read_BD, 0.0) + waiting.residual_BD
-        out_BD, cache = self._run("decoder", x_BD, done_B, cache, sizes)
+        out_BD, cache = self._run("decoder", x_BD, done_B, cache, sizes, context)
         own = (answered_B, jnp.where(done_B, waiting.prob_B, jnp.nan))
         return out_BD, done_B, [own, *inner], cache
 
     def _run(
-        self, name: str, x_BD: jax.Array, on_B: jax.Array, cache: StageCache, sizes
+        self,
+        name: str,
+        x_BD: jax.Array,
+        on_B: jax.Array,
+        cache: StageCache,
+        sizes,
+        context: Context,
     ) -> tuple[jax.Array, StageCache]:
         """Run the last stack of a position (decoder or innermost main network) on some rows."""
 
         def stack_step(inputs_R, caches, rows):
-            x_RD, positions_R, first_R, memory = inputs_R
-            now = StepContext(positions_R, first_R, memory=memory)
+            x_RD, positions_R, first_R, rotary_R, memory = inputs_R
+            now = StepContext(positions_R, first_R, rotary_R, memory=memory)
             return getattr(self, name).step(x_RD, caches, rows, now)
 
         memory = None if cache.memory is None else cache.memory.now
-        inputs = (x_BD, cache.position_B, (cache.first_B or {}).get(name), memory)
+        first_B = (cache.first_B or {}).get(name)
+        inputs = (x_BD, cache.position_B, first_B, context.positions_BL, memory)
         y_BD, stack = run_on_active_rows(stack_step, on_B, inputs, cache.stacks[name], sizes)
         position_B = cache.position_B + on_B.astype(jnp.int32)
         return y_BD, cache._replace(position_B=position_B, stacks=cache.stacks | {name: stack})
@@ -546,7 +565,8 @@ class HNet(nnx.Module):
                 predictor, p_R, wanted_R, level_R, extra = self._predict(predictor, x, *before)
                 opens_R = wanted_R & (chunking.alignment == "start")
                 first_R = jnp.where(opens_R, index_R, first_R)
-            h_RD, caches = self.encoder.step(x_RD, caches, rows, StepContext(index_R, first_R))
+            now = StepContext(index_R, first_R, context_R.positions_BL)
+            h_RD, caches = self.encoder.step(x_RD, caches, rows, now)
             x = x._replace(h_RD=h_RD)
             if not scoped:
                 predictor, p_R, wanted_R, level_R, extra = self._predict(predictor, x, *before)
@@ -615,6 +635,11 @@ class HNet(nnx.Module):
         Returns (cache, rows with an output of the main network, (mask, p) of each inner stage).
         """
         waiting, none_B = cache.waiting, jnp.zeros_like(active_B)
+        positions_B = None
+        if self.chunking.inner_positions == "original":
+            positions_B = context.positions_BL
+            positions_B = cache.position_B if positions_B is None else positions_B
+        context = context._replace(positions_BL=positions_B)
         exchange = Exchange(cache.inner, cache.dechunk, waiting.inside_B, none_B, cache.memory)
 
         def has_room(inner):

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from hnet.config import ChunkingConfig, HNetConfig, StageConfig, parse_layout
+from hnet.config import ChunkingConfig, HNetConfig, StageConfig, layout_runs
 from hnet.errors import ConfigError
 from hnet.flops import param_counts, stage_lengths
 from hnet.flops_published import published_flops
@@ -216,7 +216,7 @@ def estimated_bytes(config: Config) -> float:
     kept = 2 if model.compute.remat == "layer" else 16
     states = 0.0
     for stage, positions in zip(model.stages, stage_lengths(model, config.data.seq_len)):
-        layers = sum(n for part in stage.arch_layout for _, n in parse_layout(part))
+        layers = sum(n for part in stage.arch_layout for _, n in layout_runs(part))
         states += layers * positions * stage.d_model
     logits = 2 * config.data.seq_len * model.vocab_size * 4
     return state + rows / config.train.accumulate * (kept * width * states + logits)

@@ -61,6 +61,10 @@ class Boundaries(NamedTuple):
     """arrays that the predictor passes to the pool and the losses"""
     levels_BL: jax.Array | None = None
     """level of each position, from a rule that gives the boundaries of several stages"""
+    opened_BL: jax.Array | None = None
+    """positions with a slot of the main network; None: the boundaries"""
+    key_bias_BL: jax.Array | None = None
+    """bias on the attention score of each position's key in the main network, float32"""
 
     @property
     def rows_sharing_slots(self) -> int:
@@ -130,6 +134,26 @@ def decide(
         context.route_ids_BL,
         prediction.extra,
         prediction.levels,
+    )
+
+
+def open_all(
+    boundaries: Boundaries, key_bias_BL: jax.Array, capacity: int, rows_sharing_slots: int = 1
+) -> Boundaries:
+    """Every position gets a slot of the main network, up to the capacity, with a bias on its key.
+
+    The first position of a segment is kept: its bias is 0.
+    """
+    segment_ids_BL = boundaries.segment_ids_BL
+    valid_BL = segment_ids_BL != 0
+    side = side_by_side(valid_BL.astype(jnp.int32), rows_sharing_slots)
+    slots_GP = jnp.cumsum(side, axis=1, dtype=jnp.int32)
+    opened_BL = valid_BL & (slots_GP <= capacity).reshape(valid_BL.shape)
+    return boundaries._replace(
+        boundary_mask_BL=(boundaries.boundary_ste_BL > 0.5) & opened_BL,
+        num_slots_G=slots_GP[:, -1],
+        opened_BL=opened_BL,
+        key_bias_BL=jnp.where(segment_starts(segment_ids_BL), 0.0, key_bias_BL),
     )
 
 

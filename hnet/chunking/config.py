@@ -60,6 +60,9 @@ class ChunkingConfig:
     can be boundaries; with end, only bytes that complete one, as its first byte announces. The
     chunks of inner stages then consist of whole characters too. Boundaries that max_chunk_len
     forces are exempt"""
+    inner_positions: Literal["chunks", "original"] = "chunks"
+    """rotary positions in the main network: indices of chunks, or the positions of this stage on
+    which it runs"""
     losses: tuple[LossConfig, ...] = (Ratio.Config(),)
     """losses of this stage in addition to cross-entropy, each with its weight"""
     overflow: Literal["train", "ignore"] = "train"
@@ -100,7 +103,8 @@ class ChunkingConfig:
         """Fields that change the function: name -> (value here, value of the official model)."""
         fields = (
             "predictor", "alignment", "max_chunk_len", "at_characters", "pool", "dechunk",
-            "residual", "encoder_scope", "decoder_scope", "num_predictors", "hold_rate",
+            "residual", "encoder_scope", "decoder_scope", "inner_positions", "num_predictors",
+            "hold_rate",
         )  # fmt: skip
         pairs = {f: (getattr(self, f), getattr(ChunkingConfig(), f)) for f in fields}
         return {f: (_plain(a), _plain(b)) for f, (a, b) in pairs.items() if a != b}

@@ -192,6 +192,14 @@ class BoundaryPredictor(Part, nnx.Module):
         """Relaxed sample to threshold at 0.5 instead of p; None: threshold p."""
         return None
 
+    def key_bias(self, prediction: Prediction, config: Any, training: bool) -> jax.Array | None:
+        """Bias (B, L) on the attention scores of each position's key in the main network.
+
+        Every position then gets a slot of the main network, and boundaries only say which of them
+        positions read. None: only boundaries get slots.
+        """
+        return None
+
     def passes_gradient(self, config: Any) -> bool:
         """Whether b passes a gradient to the thresholded value (straight-through estimator)."""
         return True
@@ -253,13 +261,13 @@ class Pool(Part, nnx.Module):
         return self._step_through(rows, boundaries)[1]
 
     def _step_through(self, rows: Positions, boundaries: Boundaries) -> tuple[jax.Array, Any]:
-        def init(num_rows):
-            return self.init(num_rows, rows.h_BLD.shape[-1])
+        d_model = rows.h_BLD.shape[-1]
 
         def after(state, boundary_R):
-            begun = self.restart(state, boundary_R.shape[0], rows.h_BLD.shape[-1])
+            begun = self.restart(state, boundary_R.shape[0], d_model)
             return where_rows(boundary_R, begun, state)
 
+        init = lambda num_rows: self.init(num_rows, d_model)
         given = {"prob_R": boundaries.boundary_prob_BL, "extra": boundaries.extra}
         return step_through(init, self.step, rows, after, boundaries.boundary_mask_BL, given)
 

@@ -48,12 +48,13 @@ def open_slots(
     section 2.2.1; arXiv 2211.09761, section 2).
     """
     mask_BL, segment_ids_BL = boundaries.boundary_mask_BL, context.segment_ids_BL
-    slot_BL = jnp.cumsum(mask_BL, axis=1, dtype=jnp.int32) - 1
+    opened_BL = mask_BL if boundaries.opened_BL is None else boundaries.opened_BL
+    slot_BL = jnp.cumsum(opened_BL, axis=1, dtype=jnp.int32) - 1
     is_null_BM = None
     if has_null:
         opens_null_BL = segment_starts(segment_ids_BL) & (segment_ids_BL != 0)
         slot_BL = slot_BL + jnp.cumsum(opens_null_BL, axis=1, dtype=jnp.int32)
-    opened_at_BM = position_of_slot(mask_BL, slot_BL, capacity)
+    opened_at_BM = position_of_slot(opened_BL, slot_BL, capacity)
     p_BM = _select(boundaries.boundary_prob_BL, opened_at_BM)
     if has_null:
         null_slot_BL = slot_BL - mask_BL.astype(jnp.int32)
@@ -61,6 +62,9 @@ def open_slots(
         is_null_BM = null_at_BM < mask_BL.shape[1]
         p_BM = jnp.where(is_null_BM, 1.0, p_BM)
         opened_at_BM = jnp.minimum(opened_at_BM, null_at_BM)
+    if boundaries.opened_BL is not None:  # positions read the slot of the last boundary
+        slot_BL = jax.lax.cummax(jnp.where(mask_BL, slot_BL, -1), axis=1)
+        context = context._replace(key_bias_BL=boundaries.key_bias_BL)
     inner = context._replace(
         **{
             name: _select(values, opened_at_BM)

@@ -11,6 +11,7 @@ PREDICTORS = Table(
         "policy": "hnet.chunking.predictors.policy:Policy",
         "hazard": "hnet.chunking.predictors.convolved:Hazard",
         "cif": "hnet.chunking.predictors.convolved:CIF",
+        "deletion_gate": "hnet.chunking.predictors.deletion_gate:DeletionGate",
         "spacelike": "hnet.chunking.predictors.rules:Spacelike",
         "whitespace": "hnet.chunking.predictors.rules:Whitespace",
         "unicode_whitespace": "hnet.chunking.predictors.words:UnicodeWhitespace",
@@ -26,6 +27,7 @@ POOLS = Table(
     "pool",
     {
         "select": "hnet.chunking.pools.select:Select",
+        "cross_attention": "hnet.chunking.pools.cross_attention:CrossAttention",
         "mean": "hnet.chunking.pools.mean:Mean",
         "linear": "hnet.chunking.pools.linear:Linear",
         "concat": "hnet.chunking.pools.concat:Concat",
@@ -53,6 +55,7 @@ LOSSES = Table(
     {
         "ratio": "hnet.chunking.losses.ratio:Ratio",
         "binomial": "hnet.chunking.losses.binomial:Binomial",
+        "gate_mean": "hnet.chunking.losses.gate_mean:GateMean",
         "hinge": "hnet.chunking.losses.hinge:Hinge",
         "cab": "hnet.chunking.losses.cab:CAB",
         "hazard": "hnet.chunking.losses.hazard:Hazard",

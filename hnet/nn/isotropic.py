@@ -13,6 +13,7 @@ from hnet.nn.cache import Rows
 from hnet.nn.context import Context, StepContext
 from hnet.nn.layers import INIT_STD, MATMUL, RMSNorm, SwiGLU, by_rows
 from hnet.nn.mixers import find
+from hnet.nn.stack import Stack
 
 
 class Block(nnx.Module):
@@ -58,7 +59,7 @@ class Block(nnx.Module):
         return x_BLD + self.mlp(self.norm2(x_BLD)).astype(jnp.float32)
 
 
-class Isotropic(nnx.Module):
+class Isotropic(Stack):
     """Blocks of one width, then an RMSNorm.
 
     `layers[r]` is run r of the layout ("T1m4" has two runs), with parameters stacked along a

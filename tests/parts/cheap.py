@@ -4,12 +4,30 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hnet.chunking.pools import cross_attention as pools
 from hnet.chunking.predictors.convolved import Hazard
 from hnet.chunking.predictors.entropy import Entropy
+from hnet.chunking.table import POOLS
 from hnet.nn.cache import read, write
 from hnet.nn.context import Context, StepContext
 from hnet.nn.layers import linear, segment_starts
 from hnet.nn.mixers.base import Mixer
+from hnet.parts import Table, settings_of
+
+MOST = 4
+"""`max_chunk_len` of parts that need a limit"""
+FITTING = {"cross_attention pool": pools.CrossAttention.Config(2, 1)}
+"""Settings of parts whose defaults do not fit the widths of these tests"""
+
+
+def settings_for(name: str, table: Table):
+    return FITTING.get(f"{name} {table.kind}", None) or settings_of(name, table)
+
+
+def limit_for(pool) -> int:
+    """`max_chunk_len` for a pool: its settings or its name."""
+    return MOST if settings_of(pool, POOLS).part is pools.CrossAttention else 0
+
 
 SETTINGS = {"entropy": Entropy.Config(rule="monotonic"), "hazard": Hazard.Config(longest=4)}
 """settings of parts whose defaults would not have both boundaries and none with random weights"""

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from hnet.chunking.config import ChunkingConfig
 from hnet.chunking.dechunks.cross_attention import CrossAttention
+from hnet.chunking.pools import cross_attention as pools
 from hnet.chunking.pools.prefix import Prefix
 from hnet.chunking.table import DECHUNKS, POOLS, PREDICTORS
 from hnet.config import CrossAttentionConfig, HNetConfig, StageConfig
@@ -26,7 +27,7 @@ from hnet.parts import settings_of
 from hnet.train.config import MeshConfig
 from hnet.train.sharding import make_mesh, state_shardings
 from tests.networks import covering, quick_jit, random_params
-from tests.parts.cheap import SETTINGS
+from tests.parts.cheap import SETTINGS, limit_for, settings_for
 
 B, L, V = 3, 19, 256
 MEANINGS = (("start", "learned"), ("end", "learned"), ("end", "first"))
@@ -49,8 +50,9 @@ def config_of(predictor, alignment, null, pool, dechunk, memory=None, **more) ->
     needs_memory = settings_of(dechunk, DECHUNKS).part.needs_memory
     decoder = "x1p1" if memory or needs_memory else "p1"
     chunking = ChunkingConfig(
-        3.0, predictor, alignment, null, pool, dechunk, "add" if alignment == "end" else "linear",
-        losses=(), **more,
+        3.0, predictor, alignment, null, settings_for(pool, POOLS), dechunk,
+        "add" if alignment == "end" else "linear", losses=(),
+        **{"max_chunk_len": limit_for(pool), **more},
     )  # fmt: skip
     stages = (
         StageConfig(
@@ -61,7 +63,7 @@ def config_of(predictor, alignment, null, pool, dechunk, memory=None, **more) ->
             chunking=chunking,
             cross_attention=CrossAttentionConfig(window=memory or 1),
         ),
-        StageConfig(("p1",), 7 + (alignment == "end")),
+        StageConfig(("p1",), 13 if alignment == "end" else 7),
     )
     return HNetConfig(stages, mixers=(("p", "tests.parts.cheap:Previous"),))
 
@@ -114,6 +116,14 @@ MORE = {
         Prefix.Config(2, 3),
         CrossAttention.Config(2),
         decoder_scope="chunk",
+    ),
+    "tokens of learned queries": config_of(
+        "fixed",
+        "end",
+        "learned",
+        pools.CrossAttention.Config(2, 2, "learned", "tokens", 2),
+        CrossAttention.Config(projection=False),
+        2,
     ),
     "memory of all chunks": config_of("spacelike", "end", "first", "mean", "repeat", -1),
 }

@@ -1,0 +1,135 @@
+"""Deletion of positions (MrT5): its gate and controller against the numbers of its own code."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from hnet.chunking.config import ChunkingConfig
+from hnet.chunking.losses.gate_mean import GateMean
+from hnet.chunking.part import Place, Positions
+from hnet.chunking.predictors.deletion_gate import DeletionGate
+from hnet.chunking.rates import RateCounts
+from hnet.config import AttentionConfig
+from hnet.nn.attention import masked_attention
+from hnet.nn.context import Context
+from tests.golden_data import load, part, relative_error
+from tests.networks import network, quick_jit, random_params, stage
+
+VALUE, GRADIENT = 2e-5, 1e-4
+
+
+def test_the_gate_is_mrt5s():
+    numbers = load("family/mrt5_gate")
+    found, config = part(numbers, "scaled_sigmoid"), DeletionGate.Config()
+    gate = DeletionGate(config, Place(0, 24, 24, ChunkingConfig()), rngs=nnx.Rngs(0))
+    assert np.array_equal(gate.feed_forward.bias[...], numbers["init_bias"])
+    graph, _ = nnx.split(gate)
+    params = {
+        "scale": jnp.asarray(found["param/layer_norm.weight"]),
+        "feed_forward": {
+            "kernel": jnp.asarray(found["param/feed_forward.weight"].T),
+            "bias": jnp.asarray(found["param/feed_forward.bias"]),
+        },
+    }
+    h_BLD, cot_BL = numbers["hidden_BLD"], numbers["cot_BL1"][..., 0]
+    seen_BL = numbers["ids_BL"] != 0  # the reference gives padding the gate k
+
+    def scalar(params, h_BLD):
+        rows = Positions(h_BLD, Context(jnp.ones(h_BLD.shape[:2], jnp.int32)), config)
+        found = nnx.merge(graph, params)(rows)
+        return jnp.sum(jnp.where(seen_BL, found.extra * cot_BL, 0.0)), found
+
+    run = quick_jit(jax.value_and_grad(scalar, (0, 1), has_aux=True))
+    (_, ours), (grads, dh_BLD) = run(params, h_BLD)
+    assert relative_error(ours.logit, found["logit_BL1"][..., 0]) < VALUE
+    assert relative_error(ours.extra[seen_BL], found["gate_BL1"][..., 0][seen_BL]) < VALUE
+    kept = found["gate_BL1"][..., 0][seen_BL] > -15
+    assert np.array_equal((ours.probability > 0.5)[seen_BL], kept) and 0 < kept.sum() < kept.size
+    assert relative_error(dh_BLD, found["grad_hidden_BLD"]) < GRADIENT
+    linear = grads["feed_forward"]
+    assert relative_error(linear["kernel"].T, found["grad/param/feed_forward.weight"]) < GRADIENT
+    assert relative_error(linear["bias"], found["grad/param/feed_forward.bias"]) < GRADIENT
+    assert relative_error(grads["scale"], found["grad/param/layer_norm.weight"]) < GRADIENT
+
+
+def test_a_sink_of_one_is_mrt5s_softmax():
+    numbers = part(load("family/mrt5_gate"), "softmax1")
+    scores = numbers["in"]
+    B, Q, K = scores.shape
+
+    def weights(scores):
+        """Attention whose scores are given and whose values are unit vectors."""
+        q, k = scores[..., None, :] * np.sqrt(K), jnp.broadcast_to(jnp.eye(K), (B, K, K))
+        visible = jnp.ones((B, Q, K), bool)
+        out = masked_attention(q, k[:, :, None], k[:, :, None], visible, sink_H=jnp.zeros(1))
+        return jnp.sum(out[:, :, 0] * numbers["cot"]), out[:, :, 0]
+
+    (_, out), gradient = jax.value_and_grad(weights, has_aux=True)(jnp.asarray(scores))
+    assert relative_error(out, numbers["out"]) < VALUE
+    assert relative_error(gradient, numbers["grad"]) < GRADIENT
+
+
+@pytest.mark.parametrize(("kp", "ki"), [(0.5, 1e-5), (1.0, 0.01)])
+def test_the_controller_is_mrt5s(kp, ki):
+    numbers = part(load("family/mrt5_controller"), f"pi_kp{kp}_ki{ki}")
+    loss, config = GateMean(), GateMean.Config(proportional_gain=kp, integral_gain=ki)
+    state, found = loss.init(), []
+    deleted_T = numbers["deleted_T"]
+    P, I = numbers["p_T"][0], numbers["i_T"][0]
+    delta = I / ki + deleted_T[0]  # the target is not stored: it follows from the first update
+    for deleted in deleted_T:
+        counts = RateCounts(*(jnp.asarray([n]) for n in (1e4 * (1 - deleted), 1e4, 0.0)))
+        state = loss.next_state(state, counts, jnp.asarray([1 / (1 - delta)]), config)
+        found.append((state[0], state[1], jnp.maximum(state[0] + state[1], 0.0)))
+    for ours, name in zip(zip(*found), ("p_T", "i_T", "alpha_T")):
+        assert relative_error(np.stack(ours), numbers[name]) < 1e-4
+    assert P > 0 and int(state[2]) == len(deleted_T)
+
+
+def deleting(**fields):
+    inner = replace(stage("T1", 26), attention=AttentionConfig(sink="one"))
+    outer = stage(
+        "t1 t1", 26, predictor=DeletionGate.Config(**fields), inner_positions="original",
+        dechunk="repeat", residual="add", losses=("gate_mean",),
+    )  # fmt: skip
+    return network(outer, inner)
+
+
+def test_soft_deletion_is_hard_deletion_with_a_bias_of_minus_infinity():
+    """In packed rows, with original positions; with a finite bias only the gradient differs."""
+    ids = np.random.default_rng(1).integers(0, 256, (2, 23)).astype(np.int32)
+    segments = np.stack([np.ones(23), np.repeat([1, 2, 0], [9, 11, 3])]).astype(np.int32)
+
+    def both(config, sharpness):
+        graph, params = random_params(config)
+        gate = params["backbone"]["routing_module"]
+        gate["feed_forward"] = jax.tree.map(lambda a: sharpness * a, gate["feed_forward"])
+
+        @quick_jit
+        def run(params):
+            def scalar(params, key):
+                logits, (found,) = nnx.merge(graph, params)(ids, segments, key=key)
+                seen_BL1 = segments[..., None] != 0
+                return jnp.sum(jnp.where(seen_BL1, logits, 0.0) ** 2), (logits, found)
+
+            grad = jax.value_and_grad(scalar, has_aux=True)
+            return grad(params, jax.random.key(0)), grad(params, None)
+
+        return jax.device_get(run(params))
+
+    both = {True: both(deleting(scale=-1e6), 1e6), False: both(deleting(), 1.0)}
+    for large in (True, False):
+        ((_, (soft, found)), gradient), ((_, (hard, _)), hard_gradient) = both[large]
+        seen = segments != 0
+        difference = np.abs(soft - hard)[seen].max()
+        assert difference < 1e-5 if large else difference > 1e-3
+        mask = found.boundary_mask_BL[seen]
+        assert 4 < mask.sum() < mask.size - 4 and found.num_slots_G[1] == 20
+        at_gate = gradient["backbone"]["routing_module"]
+        assert large or all(np.abs(leaf).max() > 1e-6 for leaf in jax.tree.leaves(at_gate))
+        hard_at_gate = jax.tree.leaves(hard_gradient["backbone"]["routing_module"])
+        assert not any(np.any(leaf) for leaf in hard_at_gate)

@@ -15,13 +15,13 @@ from hnet.config import HNetConfig
 
 
 def blt_cross() -> HNetConfig:
-    """BLT with cross-attention between bytes and patches, which end before a spacelike byte.
+    """BLT with cross-attention between bytes and patches, which end at a spacelike byte.
 
     Paper: arXiv 2412.09871
     Fidelity: two queries per patch from the maximum over its bytes, two vectors per patch read
     before every layer of the decoder, residual of the encoder, as in facebookresearch/blt; its code
-    adds queries twice, ours once (option of the pool); patches by spaces instead of entropy, one
-    byte longer than its own at the end, at most 32 bytes; no hashed n-grams
+    adds queries twice, ours once (option of the pool); patches by spaces instead of entropy, of at
+    most 32 bytes; no hashed n-grams
     Test: tests/chunking/test_cross_attention.py: pool, layers and masks of its code
     """
     return _crossed(

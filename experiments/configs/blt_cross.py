@@ -1,4 +1,4 @@
-"""BLT (arXiv 2412.09871) and its relatives that pool and read chunks by cross-attention.
+"""BLT (arXiv 2412.09871) with cross-attention between bytes and patches.
 
     python -m experiments.pretrain blt_cross --data.files 'books/*.txt'
 
@@ -24,10 +24,7 @@ def blt_cross() -> HNetConfig:
     most 32 bytes; no hashed n-grams
     Test: tests/chunking/test_cross_attention.py: pool, layers and masks of its code
     """
-    return _crossed(
-        decoder="x1m1x1m1", predictor="spacelike", pool=pools.CrossAttention.Config(2),
-        dechunk=dechunks.CrossAttention.Config(2),
-    )  # fmt: skip
+    return _crossed(predictor="spacelike")
 
 
 def blt_cross_static() -> HNetConfig:
@@ -37,35 +34,15 @@ def blt_cross_static() -> HNetConfig:
     Fidelity: as blt_cross, with patches of a fixed length; the first has one byte
     Test: tests/chunking/test_cross_attention.py: pool, layers and masks of its code
     """
-    return _crossed(
-        decoder="x1m1x1m1", predictor="fixed", target_ratio=6.0,
-        pool=pools.CrossAttention.Config(2), dechunk=dechunks.CrossAttention.Config(2),
-    )  # fmt: skip
+    return _crossed(predictor="fixed", target_ratio=6.0)
 
 
-def tfree_hat() -> HNetConfig:
-    """TFree-HAT: words pooled by cross-attention; a decoder restarts at each word and reads it.
-
-    Paper: arXiv 2603.15953
-    Fidelity: from descriptions, without code: one learned query per word, an encoder and a decoder
-    that see one word; ours is causal within a word, ends words after a space or 32 bytes (there:
-    100) and passes encoder states to the decoder
-    Test: tests/parts/test_combinations.py
-    """
-    return _crossed(
-        decoder="x1m1x1m1", predictor="whitespace",
-        pool=pools.CrossAttention.Config(queries="learned"),
-        dechunk=dechunks.CrossAttention.Config(), encoder_scope="chunk", decoder_scope="chunk",
-    )  # fmt: skip
-
-
-def _crossed(*, decoder: str, **fields) -> HNetConfig:
+def _crossed(**fields) -> HNetConfig:
     base = hnet()
     outer, *inner = base.stages
     chunking = replace(
-        outer.chunking,
-        **{"alignment": "end", "null": "first", "residual": "add", "losses": (),
-           "max_chunk_len": 32, **fields},
+        outer.chunking, alignment="end", null="first", residual="add", losses=(), max_chunk_len=32,
+        pool=pools.CrossAttention.Config(2), dechunk=dechunks.CrossAttention.Config(2), **fields,
     )  # fmt: skip
-    outer = replace(outer, arch_layout=(outer.arch_layout[0], decoder), chunking=chunking)
+    outer = replace(outer, arch_layout=(outer.arch_layout[0], "x1m1x1m1"), chunking=chunking)
     return replace(base, stages=(outer, *inner))

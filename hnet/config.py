@@ -378,7 +378,8 @@ def _memory_problem(config: HNetConfig, i: int) -> str | None:
         )
     if not decoder:
         return None
-    chunking, dechunk = stage.chunking, stage.chunking.dechunk
+    chunking = stage.chunking
+    dechunk: Any = chunking.dechunk
     if not reads_memory(decoder[0], config.mixers):
         if not dechunk.part.needs_memory:
             return None
@@ -420,7 +421,8 @@ def _width_problem(config: HNetConfig, i: int) -> str | None:
     stage, inner = config.stages[i], config.stages[i + 1]
     chunking = stage.chunking
     place = Place(i, stage.d_model, inner.d_model, chunking)
-    pool, dechunk = chunking.pool, chunking.dechunk
+    pool: Any = chunking.pool
+    dechunk: Any = chunking.dechunk
     for part, width in (
         (f"pool={pool.name!r} gives", pool.part.d_out(pool, place)),
         (f"dechunk={dechunk.name!r} reads", dechunk.part.d_in(dechunk, place)),

@@ -85,11 +85,12 @@ def place(given: str) -> Place:
 def described(given: str) -> tuple[HNetConfig, DataConfig]:
     """Architecture of weights, and the data settings of their run.
 
-    Official weights were trained on bytes without special tokens. Raises ConfigError.
+    Official weights do not say whether their texts began with BOS; as in `load`, they did. Raises
+    ConfigError.
     """
     at = place(given)
     if at.is_file:
-        return FileWeights.open(at.path).config, DataConfig(bos_eos=False)
+        return FileWeights.open(at.path).config, DataConfig()
     config = read_config(at.path)
     return config.model, config.data
 

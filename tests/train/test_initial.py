@@ -276,7 +276,7 @@ def test_an_official_file_says_its_architecture_and_gives_its_parameters(tmp_pat
     (tmp_path / "w.json").write_text(json.dumps(content))
     config = run_config(["--init.from", str(tmp_path / "w.npz"), "--model.stages.0.num_heads", "2"])
     assert config.model.stages[0] == replace(model.stages[0], num_heads=2)
-    assert not config.data.bos_eos and config.model.stages[1] == model.stages[1]
+    assert config.data.bos_eos and config.model.stages[1] == model.stages[1]
     placed = on_one_device(jax.tree.map(jnp.zeros_like, params))
     start = open_start(config.init, *abstract(model))
     jax.tree.map(np.testing.assert_array_equal, replaced(placed, start), params)

@@ -153,7 +153,7 @@ def test_groups_are_attended_as_a_loop_does(relation, window):
     segments = np.where(np.arange(B)[:, None] == 1, 1, 1 + (GROUPS > 2)).astype(np.int32)
     same = segments[:, :, None] == by_group[:, None, :]
     out = quick_jit(grouped_attention, static_argnames=("relation", "window"))(
-        Q, keys, values, GROUPS, MEMORY_GROUPS, segments, by_group,
+        Q, keys[:, :, None], values[:, :, None], GROUPS, MEMORY_GROUPS, segments, by_group,
         relation=relation, window=window,
     )  # fmt: skip
     wanted = oracles.grouped_attention(
@@ -165,11 +165,14 @@ def test_groups_are_attended_as_a_loop_does(relation, window):
 
 def test_an_unknown_relation_raises():
     with pytest.raises(ValueError, match="relation='next': use 'equal' or 'last_closed'"):
-        grouped_attention(Q, KEYS, V, GROUPS, GROUPS, relation="next")
+        grouped_attention(Q, KEYS[:, :, None], V[:, :, None], GROUPS, GROUPS, relation="next")
 
 
 def test_a_query_that_sees_nothing_has_a_finite_gradient():
     nothing = np.full((B, L), -1, np.int32)
-    scalar = lambda q, k: jnp.sum(grouped_attention(q, k, V, GROUPS, nothing, relation="equal"))
-    for grad in jax.grad(scalar, (0, 1))(Q, KEYS):
+    values = V[:, :, None]
+    scalar = lambda q, k: jnp.sum(
+        grouped_attention(q, k, values, GROUPS, nothing, relation="equal")
+    )
+    for grad in jax.grad(scalar, (0, 1))(Q, KEYS[:, :, None]):
         assert np.all(grad == 0)

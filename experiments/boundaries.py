@@ -164,7 +164,7 @@ def _print(path: str, report: dict[str, Any]) -> None:
     title = f"{path}: {report['texts']} texts, {report['bytes']:,} bytes"
     console.print(Text(printable(title), "bold"), soft_wrap=True)
     gold = Table("stage", "gold", "precision", "recall", "F1", "random", "fixed stride", box=None)
-    lengths = Table("stage", "bytes a chunk", "5 / 50 / 95 / longest", "inside characters",
+    lengths = Table("stage", "bytes per chunk", "5 / 50 / 95 / longest", "inside characters",
                     "p 0.4-0.6", "Bq", "Z", box=None)  # fmt: skip
     classes = Table("stage", "share of chunks (types / occurrences, %)", box=None)
     for s, stage in enumerate(report["stages"]):

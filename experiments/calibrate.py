@@ -86,7 +86,7 @@ def calibrate(lines: Lines, mean_ratio: float, groups: Sequence[Sequence[str]] =
     ratios = equal_chunk_ratios(bytes_LR, mean_ratio)
     if not ratios.min() > 1:
         raise ConfigError(
-            f"mean_ratio={mean_ratio} asks for {ratios.min():.2f} bytes a chunk in one of the "
+            f"mean_ratio={mean_ratio} asks for {ratios.min():.2f} bytes per chunk in one of the "
             f"routes: use at least {1.01 * mean_ratio / ratios.min():.2f}"
         )
     if route_of[SCRIPTS.index("Latin")]:
@@ -147,7 +147,7 @@ def _print(found: Calibration, lines: Lines) -> None:
         count = len(lines[language])
         figures = f"{count:,}", f"{num_bytes / count:.1f}", f"{chunks / count:.2f}"
         languages.add_row(Text(printable(language)), *figures)
-    routes = Table("route", "share of the text", "bytes a chunk", box=None)
+    routes = Table("route", "share of the text", "bytes per chunk", box=None)
     names = ("default", *("+".join(group) for group in found.route_groups))
     share_R = found.bytes_LR.sum(axis=0) / found.bytes_LR.sum()
     for name, share, ratio in zip(names, share_R, found.target_ratios):

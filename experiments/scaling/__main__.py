@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument(
         "--bytes-per-parameter", type=float, default=20 * BYTES_PER_TOKEN, metavar="N",
-        help="training bytes a parameter (default: 20 tokens, Hoffmann et al. 2022)",
+        help="training bytes per parameter (default: 20 tokens, Hoffmann et al. 2022)",
     )  # fmt: skip
     parser.add_argument("--bpe", type=int, metavar="SIZE", help="learn a vocabulary of that size")
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json of a byte-level BPE")

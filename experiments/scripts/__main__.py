@@ -134,7 +134,7 @@ def print_rates(settings: Config, outcome: Outcome) -> None:
             )
             if name in found
         ]
-        print(f"  {name}: target {N} bytes a chunk; {', '.join(shown) or 'no text'}")
+        print(f"  {name}: target {N} bytes per chunk; {', '.join(shown) or 'no text'}")
 
 
 def split_texts(config: FairnessTableConfig) -> tuple[Lines, dict[str, Lines]]:

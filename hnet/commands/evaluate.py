@@ -191,6 +191,6 @@ def _print(report: dict[str, Any], with_documents: bool) -> None:
     if report["unscored_bytes"]:
         console.print(f"{report['unscored_bytes']:,} bytes that nothing predicts were not scored")
     for s, size in enumerate(report["bytes_per_chunk"]):
-        console.print(f"stage {s}: {size:.3f} bytes a chunk")
+        console.print(f"stage {s}: {size:.3f} bytes per chunk")
         for name, own in report["positions_per_chunk"][s].items():
-            console.print(f"  route {escape(printable(name))}: {own:.3f} positions a chunk")
+            console.print(f"  route {escape(printable(name))}: {own:.3f} positions per chunk")

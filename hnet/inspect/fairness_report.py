@@ -42,7 +42,7 @@ def to_json(scores: Scores, unseen: Collection[str] = ()) -> dict[str, Any]:
 def summary_rows(scores: Scores, unseen: Collection[str] = ()) -> list[list[str]]:
     """The header and one row per stage of each system."""
     rows = [[
-        "system", "stage", "bytes a chunk", "chunks a sentence", "max/min", "CV", "Gini",
+        "system", "stage", "bytes per chunk", "chunks per sentence", "max/min", "CV", "Gini",
         "mean bpb", "cuts in characters", "word F1 (random)",
     ]]  # fmt: skip
     for name, languages in scores.items():
@@ -67,7 +67,7 @@ def summary_rows(scores: Scores, unseen: Collection[str] = ()) -> list[list[str]
 def language_rows(scores: Scores, unseen: Collection[str] = ()) -> list[list[str]]:
     """The header and one row per language, with one column per system."""
     first = next(iter(scores.values()))
-    rows = [["language", "bytes a sentence", *scores]]
+    rows = [["language", "bytes per sentence", *scores]]
     for language, score in first.items():
         mark = " (unseen)" if language in unseen else ""
         row = [language + mark, f"{score.bytes_per_sentence:.1f}"]
@@ -82,7 +82,7 @@ def language_rows(scores: Scores, unseen: Collection[str] = ()) -> list[list[str
 
 def to_markdown(scores: Scores, unseen: Collection[str] = ()) -> str:
     """Both tables as Markdown."""
-    note = "Chunks a sentence (bytes a chunk) of each stage, outermost first; bits per byte:"
+    note = "Chunks per sentence (bytes per chunk) of each stage, outermost first; bits per byte:"
     tables = summary_rows(scores, unseen), language_rows(scores, unseen)
     return f"{_markdown_table(tables[0])}\n{note}\n\n{_markdown_table(tables[1])}"
 
@@ -126,7 +126,7 @@ def plot(file: str | os.PathLike | BinaryIO, scores: Scores, unseen: Collection[
         axes.set_xticks(
             range(len(languages)), [k + ("*" if k in unseen else "") for k in languages]
         )
-        axes.set_ylabel("chunks a sentence / mean" + (" (* unseen)" if unseen else ""))
+        axes.set_ylabel("chunks per sentence / mean" + (" (* unseen)" if unseen else ""))
         figure.legend(loc="outside upper left", ncols=3, frameon=False)
         figure.savefig(file, format="svg", metadata={"Date": None})
 

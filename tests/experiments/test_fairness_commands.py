@@ -73,7 +73,7 @@ def test_calibrate_writes_a_configuration_with_equal_chunks(files, tmp_path, mon
 
     for changes, says in [
         (["--out", out], "routed.json' exists"),
-        (["--mean-ratio", 1.2], r"mean_ratio=1.2 asks for 0.\d+ bytes a chunk.*at least"),
+        (["--mean-ratio", 1.2], r"mean_ratio=1.2 asks for 0.\d+ bytes per chunk.*at least"),
         (["--mean-ratio", 1], "mean_ratio=1.0: use above 1"),
         (["--groups", "Cyrilic"], "'Cyrilic'.*nearest is 'Cyrillic'"),
         (["--files", files["eng"], f"rus={tmp_path}/short.txt"], "'eng': 11, 'rus': 2"),

@@ -328,11 +328,6 @@ def _check_stage(config: HNetConfig, i: int, stage: StageConfig) -> None:
         raise ConfigError(
             f"{where}.arch_layout=('',): the innermost stage needs layers, such as 'T4'"
         )
-    if i and stage.d_model < config.stages[i - 1].d_model:
-        raise ConfigError(
-            f"{where}.d_model={stage.d_model} is narrower than the stage around it "
-            f"({config.stages[i - 1].d_model}): use at least that width"
-        )
     for letter in sorted(kinds):
         try:
             problem = mixer_problem(config, stage, letter)

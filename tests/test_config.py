@@ -85,7 +85,10 @@ REFUSED = [
         "stages.0.arch_layout=.* letter 'q' is unknown: use g, m, t, x",
     ),
     (inner(d_model=0), "stages.1.d_model=0: use 1"),
-    (outer(d_model=256), r"stages.1.d_model=128 is narrower .*\(256\): use at least"),
+    (
+        outer(d_model=256),
+        r"stages.1.d_model=128, but .*gives 256 .*: use 256 or more",
+    ),
     (outer(num_heads=5), "stages.0.d_model=64 is not divided by num_heads=5: choose"),
     (outer(num_heads=0), "num_heads=0: choose"),
     (outer(rotary_emb_dim=15), "stages.0.rotary_emb_dim=15: use an even .* 16"),

@@ -35,7 +35,10 @@ def outputs_and_gradient(graph, params, ids_BL, cotangent_BLV, packed_rows, capa
     return outputs, grads
 
 
-@pytest.mark.parametrize("name", ["one_stage", "two_stage", "pooled_ends", "routed"])
+ALL = ["one_stage", "two_stage", "pooled_ends", "routed"]
+
+
+@pytest.mark.few("name", ["two_stage", "pooled_ends"], ALL)
 def test_packed_rows_give_what_rows_alone_give(name):
     """Outputs and gradients, with exactly as many slots as the packed rows want."""
     graph, params = random_params(NETWORKS[name])

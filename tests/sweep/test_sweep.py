@@ -57,7 +57,7 @@ def write(folder: Path, text: str) -> str:
         ("[space]\noptim.b1 = {low = 0, high = 0.9, log = true}", "use numbers above 0"),
         ("[space]\noptim.b1 = {low = 0.1, high = 0.9}", "a grid needs num"),
         ("sampler = 'tpe'\n[space]\noptim.b1 = [0.8]", "trials=0: sampler='tpe' needs"),
-        ("[space]\nmodel.stages.0.d_model = [16, 40]\nseed=[0]", "d_model=24 is narrower.*=40"),
+        ("[space]\nmodel.stages.0.d_model = [16, 40]\nseed=[0]", "d_model=24.* gives 40 .*=40"),
         ("[space]\nworkdir = ['a']", "every run gets its own"),
         ("[space]\nseed = ['a']", "space.seed: give a list of whole numbers"),
     ],
@@ -192,7 +192,7 @@ def test_points_of_a_dead_worker_are_taken_up_by_one_other(tmp_path):
 
 def test_what_a_killed_process_of_this_machine_held_is_free_at_once(tmp_path):
     code = (
-        "import pathlib, os, sys; from tests.test_sweep import open_study\n"
+        "import pathlib, os, sys; from tests.sweep.test_sweep import open_study\n"
         "from hnet.train.lock import process_name\n"
         "open_study(pathlib.Path(sys.argv[1]), process_name()).claim(1); os._exit(9)"
     )
@@ -364,7 +364,7 @@ class Never:
 
 def test_a_sweep_killed_at_any_time_repeats_nothing_that_was_done(tmp_path):
     """Workers are killed (SIGKILL) one by one, each after a random number of journal bytes."""
-    code = "import pathlib, sys; from tests.test_sweep import work_on_many as work\n"
+    code = "import pathlib, sys; from tests.sweep.test_sweep import work_on_many as work\n"
     code += "work(pathlib.Path(sys.argv[1]))"
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"}
     journal, started, rng = tmp_path / "journal", tmp_path / "started", random.Random(0)

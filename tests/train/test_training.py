@@ -274,7 +274,10 @@ def single(tmp_path_factory):
     return one_step(config, batch_of())
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(8), MeshConfig(2, 4), MeshConfig(2, 2, 2)])
+MESHES = [MeshConfig(8), MeshConfig(2, 4), MeshConfig(2, 2, 2)]
+
+
+@pytest.mark.few("mesh", MESHES[2:], MESHES)
 def test_losses_metrics_and_updates_do_not_depend_on_the_mesh(single, mesh, tmp_path):
     program, state, metrics = one_step(tiny_run(tmp_path, mesh=mesh), batch_of())
     expected_state, expected = single[1], single[2]

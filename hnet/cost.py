@@ -125,7 +125,8 @@ def _times(equation: Any, scopes: tuple[str, ...]) -> float:
             return math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
         case "pallas_call":
             return math.prod(params["grid_mapping"].grid)
-    return 1
+        case _:
+            return 1
 
 
 def _cost(equation: Any) -> Cost:

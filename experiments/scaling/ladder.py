@@ -92,6 +92,10 @@ def make_model(
         case "bytes":
             stage = StageConfig((f"T{layers}",), outer, d_mlp, window_size=WINDOW, **heads(outer))
             return HNetConfig((stage,))
+        case "hnet1" | "hnet2":
+            pass
+        case _:
+            raise ValueError(f"family {family!r} is unknown")
     cuts = [ChunkingConfig(ratio) for ratio in TARGETS[family]]
     first = StageConfig(
         (f"m{count}", f"m{count}"), outer, window_size=WINDOW, chunking=cuts[0], **heads(outer)

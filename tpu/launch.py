@@ -12,7 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from hnet.command_line import OneLineParser, number
+from hnet.command_line import OneLineParser, number, one_line
 from hnet.errors import ConfigError
 from hnet.printable import printable
 from tpu import gke, slurm, tpu_vm
@@ -36,10 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runner.say("# running" if options.go else "# dry run: nothing is executed without --go")
         return getattr(PLATFORMS[options.platform], options.action)(options, runner) or 0
     except ConfigError as e:
-        print(f"error: {printable(e)}", file=sys.stderr)
+        print(f"error: {one_line(e)}", file=sys.stderr)
         return 2
     except LaunchError as e:
-        print(f"error: {printable(e)}", file=sys.stderr)
+        print(f"error: {one_line(e)}", file=sys.stderr)
         return 1
     except OSError as e:
         print(f"error: {printable(e.filename)}: {e.strerror}", file=sys.stderr)
@@ -62,7 +62,7 @@ def _check(options: argparse.Namespace) -> None:
             raise ConfigError(f"{field} is not known yet: give --{field}")
     for field in ("project", "zone", "accelerator", "runtime_version", "bucket", "cluster", "image",
                   "service_account", "home", "partition", "account", "time"):  # fmt: skip
-        if value := getattr(options, field, None):
+        if (value := getattr(options, field, None)) is not None:
             check_word(field.replace("_", "-"), value)
     if getattr(options, "via", None) not in (None, *VIA):
         raise ConfigError(f"via={options.via!r}: use {' or '.join(VIA)}")
@@ -73,6 +73,10 @@ def _check(options: argparse.Namespace) -> None:
     for word in options.command:
         if any("\ud800" <= c <= "\udfff" for c in word):
             raise ConfigError(f"command: {printable(word)} is not UTF-8")
+        if "\0" in word:
+            raise ConfigError(f"command: {word!r} holds a NUL, which no command can be given")
+    if options.command and not options.command[0]:
+        raise ConfigError("command: its first word is empty: name a program")
     PLATFORMS[options.platform].check(options)
 
 

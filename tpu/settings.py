@@ -50,9 +50,9 @@ def recall(options: argparse.Namespace) -> None:
     """
     kept = _read(settings_file(options))
     for field in REMEMBERED:
-        if hasattr(options, field) and not getattr(options, field):
-            value = kept.get(field) or DEFAULTS.get(field) or getattr(options, field)
-            setattr(options, field, value)
+        given = getattr(options, field, "")  # "" is given, and refused later
+        if given in (None, False, []):
+            setattr(options, field, kept.get(field) or DEFAULTS.get(field) or given)
 
 
 def keep(options: argparse.Namespace) -> None:

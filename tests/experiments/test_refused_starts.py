@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -20,6 +21,7 @@ DEEP = "[" * 100_000
 
 # Words that every setting which names a file or folder is given.
 NO_FILES = ("missing", "folder", "/dev/zero", "gs://nowhere/x", LONG, "a\0b", "")
+FEW = ("missing", "folder", "a\0b")
 NO_JSON = ("deep.json", "bytes.json", "list.json", "text.txt", "empty")
 
 RUN = ("experiments.pretrain", "tiny.json")
@@ -29,6 +31,16 @@ PLAN = ("experiments.scaling.__main__", "plan", "--out", "ladder", "--levels", "
 PREPARE = ("hnet.data.__main__", "prepare")
 DESCRIBE = ("hnet.data.__main__", "describe", "--files")
 LAUNCH = ("tpu.launch", "slurm", "run", "a", "--state", "state")
+AFTER = ("--", "python", "-m", "x")
+PLACE = ("--project", "p", "--zone", "us-west4-a")
+VM = ("tpu.launch", "tpu-vm", "create", "a", "--state", "state", *PLACE)
+GKE = ("tpu.launch", "gke", "run", "a", "--state", "state", *PLACE, "--cluster", "c")
+COMPARE = ("experiments.compare.__main__", "hnet", "--workdir", "compare", "--data.files")
+HELD = ("text.txt", "--data.eval_files", "text.txt")
+TUNE = ("experiments.finetune.__main__", "--init.from", "missing", "--text")
+HNET = "hnet.commands.__main__"
+PUSH = ("hnet.interop.__main__", "push")
+PULL = ("hnet.interop.__main__", "pull")
 
 STARTS = [
     *((*RUN, "--workdir", word) for word in ("text.txt", "/dev/null", LONG, "a\0b")),
@@ -116,6 +128,61 @@ STARTS = [
     ("tpu.launch", "nowhere", "run", "a"),
     (*LAUNCH, "--nodes", "0", "--", "python", "-m", "x"),
     (*LAUNCH[:-1], "text.txt", "--", "python", "-m", "x"),
+    *((*LAUNCH[:-1], word, "--go", *AFTER) for word in (LONG, "a\0b", "/dev/null", "settings")),
+    *((*LAUNCH, "--go", "--home", word, *AFTER) for word in ("a b", "a\0b", "a\nb", "")),
+    *((*LAUNCH, "--go", f"--{name}", "nan", *AFTER) for name in ("stagger", "max-restarts")),
+    *((*LAUNCH, "--go", "--nodes", word, *AFTER) for word in ("-1", "9" * 30, "1.5")),
+    *((*LAUNCH, "--go", f"--{name}", "a b", *AFTER) for name in ("time", "partition", "account")),
+    *((*LAUNCH, "--go", "--", word) for word in ("\udc80", "a\0b", "")),
+    (*LAUNCH, "--go"),
+    *((*VM, "--go", "--poll", word) for word in ("nan", "inf", "-1", "0")),
+    *((*VM, "--go", "--accelerator", word) for word in ("v5e", "v9-16", "v5litepod-0", LONG, "")),
+    *((*VM, "--go", f"--{name}", "a b") for name in ("runtime-version", "bucket", "zone")),
+    *((*VM[:3], word, *VM[4:], "--go") for word in ("", "A", "../a", "a\0b", LONG)),
+    (*VM[:6], "--go"),
+    *((*GKE, "--go", "--image", word, *AFTER) for word in ("a b", "a\nb", "")),
+    (*GKE, "--go", *AFTER),
+    *((*GKE, "--image", "i", "--go", f"--{n}", "x y", *AFTER) for n in ("via", "service-account")),
+    (*GKE, "--image", "i", "--go", "--accelerator", "v5litepod-5", *AFTER),
+    (*GKE, "--image", "i", "--go", "--via", "xpk", "--", "a\nb"),
+    *((*COMPARE, word, *HELD[1:]) for word in FEW),
+    *((*COMPARE, "text.txt", "--data.eval_files", word) for word in FEW),
+    *((*COMPARE, *HELD, "--gold", word) for word in (*FEW, "deep.json")),
+    *((*COMPARE, *HELD, "--workdir", w) for w in ("text.txt", "/dev/null", LONG, "a\0b", "gs://x")),
+    *(
+        (*COMPARE[:1], word, *COMPARE[2:], *HELD)
+        for word in ("missing", "deep.json", "nobody:home")
+    ),
+    *((*COMPARE, *HELD, "--reference", word) for word in (*FEW, "deep.json")),
+    *((*COMPARE, *HELD, "--seeds", word) for word in ("0", "-1", "1000000", "nan")),
+    *((*COMPARE, *HELD, "--bytes", word) for word in ("-1", "2e63", "1e400")),
+    (*COMPARE, *HELD, "--reference_parameters", "9" * 18),
+    (*COMPARE, *HELD, "--reference_parameters", "1"),
+    (*COMPARE, *HELD, "--data.batch_size", "2000000000"),
+    (*COMPARE, *HELD, "--train.accumulate", "3"),
+    (*COMPARE, *HELD, "--match", "x"),
+    (COMPARE[0], "hnet", *COMPARE[1:], *HELD),
+    *((COMPARE[0], *COMPARE[4:], *HELD, "--workdir", word) for word in ("plans", "damaged")),
+    *((*TUNE, word) for word in ("x", "", "a=", "a=b", "a=b:", "a=text.txt:text.txt", LONG)),
+    (*TUNE[:2], "", "--text", "a=text.txt:text.txt"),
+    (*TUNE, "a=text.txt:text.txt", "--seeds", "-1"),
+    (*TUNE, "a=text.txt:text.txt", "--rows", "x"),
+    *((*TUNE[:2], w, "--text", "a=text.txt:text.txt") for w in (*FEW, "deep.json")),
+    *((HNET, word) for word in ("nosuch", "-x", "\x1b[2J", LONG)),
+    *((HNET, name, "missing", "new.npz") for name in ("convert", "verify")),
+    *((HNET, name) for name in ("convert", "verify", "checkpoint", "segment", "evaluate")),
+    (HNET, "checkpoint", "verify", "missing"),
+    (HNET, "checkpoint", "nosuch", "run"),
+    (HNET, "segment", "--checkpoint", "missing", "--text", "a"),
+    (HNET, "generate", "--checkpoint", "folder", "--prompt", "a"),
+    (HNET, "evaluate", "--checkpoint", "text.txt"),
+    *((*PUSH, word, "hf://a/b") for word in (*NO_FILES, "bytes.json", "run", "broken")),
+    *(
+        (*PUSH, "run", word)
+        for word in ("missing", "hf://", "hf://a", "hf://a/b/c", "", "hf://a/b@")
+    ),
+    *((*PULL, word, "new") for word in ("missing", "hf://", "hf://a", "hf://a/b c", "")),
+    *((*PULL, "hf://a/b", word) for word in ("text.txt", "folder", LONG, "a\0b", "", "/dev/null")),
 ]
 
 
@@ -151,6 +218,10 @@ def tree(tmp_path_factory):
     (root / "tiny.json").write_text(json.dumps(to_json(tiny_run("made"))))
     (root / "plans").mkdir()
     (root / "plans" / "plan.json").write_text(DEEP)
+    (root / "damaged").mkdir()
+    (root / "damaged" / "comparison.json").write_text(DEEP)
+    (root / "settings" / "a").mkdir(parents=True)
+    (root / "settings" / "a" / "settings.json").write_text(DEEP)
     (root / "shards").mkdir()
     (root / "shards" / "manifest.json").write_text(DEEP)
     return root
@@ -176,12 +247,15 @@ def test_a_refused_start_is_one_line_and_changes_nothing(tree, start, monkeypatc
     monkeypatch.setattr(command, "one_device_a_core", lambda rows: None)
     monkeypatch.setattr(sys, "argv", ["command", *start[1:]])
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n")))
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("started something"))
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("started something"))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.chdir(tree)
     before = contents(tree)
     former = signal.signal(signal.SIGALRM, stop)
     signal.alarm(60)
     try:
-        code, _ = exit_code(module.main)
+        code, _ = exit_code(getattr(module, "dispatch", module.main))
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, former)

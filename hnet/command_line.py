@@ -5,12 +5,13 @@ Arguments are read before large packages are imported, so this module does not n
 
 import argparse
 import contextlib
+import gc
 import math
 import os
 import sys
 import traceback
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from hnet import command_help, fields
@@ -97,6 +98,17 @@ def number(kind: type, low: float, high: float) -> Callable[[str], int | float]:
         return value
 
     return read
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """Pause the collection of garbage; what was made meanwhile is left out of it from then on."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def parse(cls: type, default: Any = None, argv: Sequence[str] | None = None) -> Any:

@@ -86,7 +86,7 @@ def unknown(name: str, known: Sequence[str], path: str = "") -> str:
     """Remedy for a name that is not among `known`, the fields of `path`."""
     if near := difflib.get_close_matches(name, known, 1):
         return f"did you mean {join(path, near[0])}?"
-    return f"known are {', '.join(known)}" if known else "it has no fields"
+    return f"known are {', '.join(known)}" if known else f"{path or 'it'} has no fields"
 
 
 def public(name: str) -> str:

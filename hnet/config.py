@@ -140,6 +140,9 @@ class ComputeConfig:
     """implementation of the SSD: matmuls over blocks and a loop over their states (xla), a kernel
     for TPUs (pallas), or fewer and larger matmuls for GPUs (matmul, not yet run on a GPU); auto:
     pallas on TPUs, matmul on GPUs, else xla"""
+    tuned: str = ""
+    """file written by `experiments.benchmarks.kernels` on these devices: auto and block lengths
+    that are not set use what was fastest there"""
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,8 @@ class Search:
         """Search block lengths of what computes in blocks."""
         for field, lengths in BLOCKS.items():
             start = self.best.config
-            compute = resolved(start.model.compute, self.plan.slice_.platform)
+            device = self.plan.slice_.devices[0]
+            compute = resolved(start.model.compute, device.platform, device.device_kind)
             if getattr(compute, field) is None:
                 continue
             for length in lengths:

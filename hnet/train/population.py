@@ -73,8 +73,9 @@ def build(
     check(configs[0], mesh)
     check_memory(configs[0], mesh, runs=len(configs))
 
-    config, platform = configs[0], mesh.devices.flat[0].platform
-    compute = resolved(config.model.compute, platform)
+    config, device = configs[0], mesh.devices.flat[0]
+    platform = device.platform
+    compute = resolved(config.model.compute, platform, device.device_kind)
     graph, params = abstract(replace(config.model, compute=compute))
     plain_graph, _ = abstract(replace(config.model, compute=without(compute)))
     graph = frozen_graph(config.init, graph, params)

@@ -98,8 +98,9 @@ def build(
     mesh = make_mesh(config.mesh, devices)
     check(config, mesh)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    platform = mesh.devices.flat[0].platform
-    compute = resolved(config.model.compute, platform)
+    device = mesh.devices.flat[0]
+    platform = device.platform
+    compute = resolved(config.model.compute, platform, device.device_kind)
     graph, params = abstract(replace(config.model, compute=compute))
     plain_graph, _ = abstract(replace(config.model, compute=without(compute)))
     graph = frozen_graph(config.init, graph, params)

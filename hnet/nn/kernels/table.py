@@ -16,6 +16,8 @@ from hnet.nn.kernels.cudnn import attention_cudnn
 from hnet.nn.kernels.splash import attention_splash
 from hnet.nn.kernels.ssd import ssd_pallas
 from hnet.nn.kernels.ssd_matmul import ssd_matmul
+from hnet.nn.kernels.tuned import Choice, read_tuned
+from hnet.printable import printable
 
 
 class Kernel(NamedTuple):
@@ -51,18 +53,32 @@ ARRAY_BLOCK_LEN = {
 BLOCK_FIELD = {"attention_backend": "attention_block_len", "ssd_backend": "ssd_block_len"}
 
 
-def resolved(compute: ComputeConfig, platform: str) -> ComputeConfig:
+def resolved(compute: ComputeConfig, platform: str, device_kind: str = "") -> ComputeConfig:
     """`compute` with the backends and block lengths for `platform` ("cpu", "tpu", "gpu") filled in.
 
-    Raises ConfigError for a kernel that does not run on this platform or in `compute.dtype`.
+    device_kind: name of the devices; that of `compute.tuned` must be the same. Raises ConfigError
+    for a kernel that does not run on this platform or in `compute.dtype`.
     """
-    changed = {}
+    tuned = read_tuned(compute.tuned, device_kind, compute.dtype) if compute.tuned else None
     for field, length in BLOCK_FIELD.items():
-        name = changed[field] = _resolved(field, compute, platform)
-        if getattr(compute, length) is None:
-            array = ARRAY_BLOCK_LEN[field].get(platform, ARRAY_BLOCK_LEN[field]["cpu"])
-            changed[length] = array if name == "xla" else KERNELS[field][name].block_len
-    return replace(compute, **changed)
+        fastest: Choice | None = getattr(tuned, field, None)
+        if fastest and fastest.backend not in ("xla", *KERNELS[field]):
+            raise ConfigError(
+                f"model.compute.tuned={compute.tuned!r} names {field}={fastest.backend!r}: use "
+                f"one of xla, {', '.join(KERNELS[field])}"
+            )
+        if fastest and getattr(compute, field) == "auto":
+            compute = replace(compute, **{field: fastest.backend})
+        name = _resolved(field, compute, platform)
+        block_len = getattr(compute, length)
+        if block_len is None and fastest and fastest.backend == name:
+            block_len = fastest.block_len
+        elif block_len is None and name == "xla":
+            block_len = ARRAY_BLOCK_LEN[field].get(platform, ARRAY_BLOCK_LEN[field]["cpu"])
+        elif block_len is None:
+            block_len = KERNELS[field][name].block_len
+        compute = replace(compute, **{field: name, length: block_len})
+    return compute
 
 
 def _resolved(field: str, compute: ComputeConfig, platform: str) -> str:
@@ -106,9 +122,17 @@ def array_block_len(field: str, compute: ComputeConfig) -> int:
 
 
 def described(compute: ComputeConfig, platform: str) -> str:
-    """One line that names the resolved backends."""
+    """The resolved backends, and on accelerators whether they were timed there."""
     used = ", ".join(f"{f.removesuffix('_backend')} {_shown(f, compute)}" for f in KERNELS)
-    return f"kernels on {platform}: {used}"
+    line = f"kernels on {platform}: {used}"
+    if compute.tuned:
+        return f"{line}; the fastest by {printable(compute.tuned)}"
+    if platform == "cpu":
+        return line
+    return (
+        f"{line}\n         not timed on this hardware: python -m experiments.benchmarks.kernels "
+        "measures them, --model.compute.tuned FILE uses the fastest"
+    )
 
 
 def _shown(field: str, compute: ComputeConfig) -> str:

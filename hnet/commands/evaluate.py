@@ -3,7 +3,8 @@
     python -m experiments.evaluate --checkpoint WORKDIR [--files GLOB ...] [--documents True]
 
 Prints bits per byte in total, per file and, with --documents, per document, and the bytes per chunk
-of each stage. Only source bytes count: no BOS, EOS or padding.
+of each stage. Only source bytes count: no BOS, EOS or padding. --alphabet ACGTN adds the perplexity
+per base of DNA.
 
     python -m experiments.evaluate --checkpoint WORKDIR --suite perturb counting [--files GLOB ...]
 
@@ -31,7 +32,7 @@ from hnet.data import DataConfig, Part, eval_batches, open_corpus, open_part
 from hnet.data.identity import check_inputs, inputs, read_inputs
 from hnet.data.parallel import read_parallel
 from hnet.errors import ConfigError
-from hnet.fields import Bounds, Count, Natural
+from hnet.fields import Bounds, Count, Natural, shown
 from hnet.loss import bits_per_byte
 from hnet.model import split
 from hnet.printable import printable
@@ -62,6 +63,9 @@ class EvaluateConfig:
     """whether to put BOS (byte 254) before each text; None = as in training"""
     documents: bool = False
     """also print one line per document"""
+    alphabet: str = ""
+    """bytes, such as ACGTN, whose perplexity is printed too: that of a base of DNA, without line
+    ends and headers"""
     json: bool = False
     """print one JSON object instead of a table"""
     suite: tuple[str, ...] = ()
@@ -99,6 +103,8 @@ def main() -> None:
         route_names=model.config.route_names,
     )  # fmt: skip
     report = summary(result, part)
+    if config.alphabet:
+        report |= perplexity(result, config.alphabet)
     if config.json:
         print(json.dumps(report))
     else:
@@ -180,6 +186,18 @@ def summary(result: Evaluation, part: Part) -> dict[str, Any]:
     }
 
 
+def perplexity(result: Evaluation, alphabet: str) -> dict[str, Any]:
+    """Perplexity per byte of the alphabet. Raises ConfigError if the text has none of them."""
+    values = alphabet.encode()
+    count = int(result.bytes_V[sorted(set(values))].sum())
+    if not count:
+        raise ConfigError(
+            f"alphabet={shown(alphabet)}: no scored byte is one of them: name bytes of the text (a "
+            "model of tokens has no perplexity per byte)"
+        )
+    return {"alphabet": alphabet, "alphabet_bytes": count, "perplexity": result.perplexity(values)}
+
+
 def _print(report: dict[str, Any], with_documents: bool) -> None:
     table = Table("text", "bytes", "bits per byte", box=None)
     rows = [("all", report), *report["files"].items()]
@@ -188,6 +206,9 @@ def _print(report: dict[str, Any], with_documents: bool) -> None:
         table.add_row(Text(printable(name)), f"{score['bytes']:,}", f"{score['bpb']:.4f}")
     console = Console(highlight=False)
     console.print(table)
+    if "perplexity" in report:
+        of = f"{report['alphabet_bytes']:,} bytes of {report['alphabet']}"
+        console.print(escape(printable(f"perplexity {report['perplexity']:.4f} per byte, {of}")))
     if report["unscored_bytes"]:
         console.print(f"{report['unscored_bytes']:,} bytes that nothing predicts were not scored")
     for s, size in enumerate(report["bytes_per_chunk"]):

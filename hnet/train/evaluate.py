@@ -32,6 +32,10 @@ class Evaluation:
     """nats per script; nothing is counted if the model reads tokens"""
     bytes_Z: np.ndarray = field(default_factory=lambda: np.zeros(len(SCRIPTS), np.int64))
     """bytes per script, likewise"""
+    nats_V: np.ndarray = field(default_factory=lambda: np.zeros(256))
+    """nats per value of a byte, likewise"""
+    bytes_V: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
+    """number of bytes of each value, likewise"""
     _before: tuple[int, int] = (-1, 0)
     """document at the end of the last batch, and the state of its script detection"""
 
@@ -47,6 +51,12 @@ class Evaluation:
     def bpb(self) -> float:
         """Bits per source byte; NaN before anything was scored."""
         return self.nats / (math.log(2) * self.num_bytes) if self.num_bytes else math.nan
+
+    def perplexity(self, alphabet: bytes) -> float:
+        """Perplexity per byte with one of these values, such as bases; NaN if there is none."""
+        values = sorted(set(alphabet))
+        count = self.bytes_V[values].sum()
+        return math.exp(self.nats_V[values].sum() / count) if count else math.nan
 
     def bpb_by_source(self) -> dict[str, float]:
         """Bits per byte of each source that was scored; empty unless there are several."""
@@ -107,6 +117,9 @@ class Evaluation:
             scripts = self._scripts(batch)[scored]
             self.nats_Z += np.bincount(scripts, nll, minlength=len(SCRIPTS))
             self.bytes_Z += np.bincount(scripts, minlength=len(SCRIPTS))
+            values = np.asarray(batch["input_ids"])[scored]
+            self.nats_V += np.bincount(values, nll, minlength=256)
+            self.bytes_V += np.bincount(values, minlength=256)
         self.positions += float(metrics["positions"])
         if "chunks_SR" in metrics:
             self.chunks_SR = self.chunks_SR + np.asarray(metrics["chunks_SR"], np.float64)

@@ -12,6 +12,7 @@ from experiments.configs.__main__ import table
 from hnet.config import HNetConfig
 from hnet.errors import ConfigError
 from hnet.fields import to_json
+from hnet.flops import param_counts
 from hnet.model import abstract
 
 NAMES = sorted(named_configs())
@@ -55,6 +56,24 @@ def test_names_are_those_of_the_issue():
 def test_published_names_are_the_published_networks():
     for name in ("1stage_L", "2stage_XL_code"):
         assert base_config(name).model.to_json() == HNetConfig.named(name).to_json()
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("dna", 64), ("magnet_126M", 123), ("flexitokens_126M", 116), ("english_small", 1.2),
+        ("chinese_small", 1.4), ("code_small", 1.2), ("dna_small", 0.7), ("audio_small", 3.2),
+    ],
+)  # fmt: skip
+def test_recipes_have_the_size_that_they_name(name, millions):
+    """The published ones: 64M parameters on DNA, 126M with a larger vocabulary and its MLPs."""
+    found = sum(param_counts(base_config(name).model).values()) / 1e6
+    assert found == pytest.approx(millions, rel=0.05)
+
+
+def test_recipes_of_raw_bytes_have_no_special_bytes():
+    for name in ("dna", "dna_small", "audio_small", "image_rows_small"):
+        assert not base_config(name).data.bos_eos, name
 
 
 BROKEN = {

@@ -7,9 +7,11 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
+from hnet.commands.evaluate import perplexity
 from hnet.config import BOS_ID
 from hnet.data import DataConfig, eval_batches
 from hnet.data.corpus import open_part
+from hnet.errors import ConfigError
 from hnet.train.evaluate import Evaluation
 
 TEXTS = {
@@ -38,7 +40,7 @@ def test_bits_per_byte_by_script_and_source(tmp_path, seq_len, batch_size, bos_e
     part = open_part((f"{tmp_path}/[ab].txt", f"{tmp_path}/c.txt"))
     config = DataConfig(seq_len=seq_len, batch_size=batch_size, bos_eos=bos_eos)
     evaluation = Evaluation(source_of=part.glob_of)
-    nats, sizes = defaultdict(float), defaultdict(int)
+    nats, sizes, of_bases = defaultdict(float), defaultdict(int), []
     expected = {d: [*scripts_of(text)] for d, text in enumerate(TEXTS.values())}
     place, last = defaultdict(int), -1
     rng = np.random.default_rng(0)
@@ -55,6 +57,7 @@ def test_bits_per_byte_by_script_and_source(tmp_path, seq_len, batch_size, bos_e
                 if document < 0 or byte == BOS_ID or place[document] == len(expected[document]):
                     continue  # padding, BOS, EOS
                 if scored:
+                    of_bases += [own[t]] * (byte in b"word\n")
                     for kind in (expected[document][place[document]], part.glob_of(document)):
                         nats[kind] += own[t]
                         sizes[kind] += 1
@@ -64,6 +67,11 @@ def test_bits_per_byte_by_script_and_source(tmp_path, seq_len, batch_size, bos_e
     assert evaluation.bpb_by_source() == by_source
     assert evaluation.bpb_by_script() == {name: pytest.approx(value) for name, value in bpb.items()}
     assert evaluation.metrics()["eval/script_Han/bpb"] == pytest.approx(bpb["Han"])
+    expected = {"alphabet": "word\n", "alphabet_bytes": len(of_bases)}
+    expected["perplexity"] = pytest.approx(math.exp(np.mean(of_bases)))
+    assert perplexity(evaluation, "word\n") == expected
+    with pytest.raises(ConfigError, match="alphabet='Z': no scored byte is one of them"):
+        perplexity(evaluation, "Z")
     assert evaluation.nats_Z.sum() == pytest.approx(evaluation.nats)
 
 

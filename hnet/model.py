@@ -19,6 +19,10 @@ class HNetLM(nnx.Module):
     """Whether the model was trained on texts that begin with byte 254 (`data.bos_eos`). `load` sets
     it; official weights do not say, and the official tokenizer puts the byte first."""
 
+    tokenizer: str = ""
+    """tokenizer.json of a model that was trained on tokens (`data.tokenizer`); empty: bytes. `load`
+    sets it."""
+
     def __init__(self, config: HNetConfig, *, rngs: nnx.Rngs):
         self.config = config
         width, vocab = config.stages[0].d_model, config.vocab_size

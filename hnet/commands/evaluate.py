@@ -8,7 +8,8 @@ per base of DNA.
 
     python -m experiments.evaluate --checkpoint WORKDIR --suite perturb counting [--files GLOB ...]
 
-runs evaluations from papers (hnet/suites) instead.
+runs evaluations from papers (hnet/suites) instead. A model of tokens is scored by its tokens, which
+is an upper bound; --exact True adds exact numbers.
 """
 
 import json
@@ -31,10 +32,12 @@ from hnet.command_line import parse
 from hnet.data import DataConfig, Part, eval_batches, open_corpus, open_part
 from hnet.data.identity import check_inputs, inputs, read_inputs
 from hnet.data.parallel import read_parallel
+from hnet.decode.score import logprobs
+from hnet.decode.token_bytes import TokenBytes
 from hnet.errors import ConfigError
 from hnet.fields import Bounds, Count, Natural, shown
 from hnet.loss import bits_per_byte
-from hnet.model import split
+from hnet.model import HNetLM, split
 from hnet.printable import printable
 from hnet.runtime.compile_cache import enable_compilation_cache
 from hnet.suites import command
@@ -68,15 +71,18 @@ class EvaluateConfig:
     ends and headers"""
     json: bool = False
     """print one JSON object instead of a table"""
+    exact: bool = False
+    """models of tokens: also exact bits per byte, which count all ways to spell a text, of up to
+    `items` passages of `max_bytes` bytes, about one forward pass per byte"""
     suite: tuple[str, ...] = ()
     """evaluations to run instead: perturb, chars, markov, arithmetic, consistency, counting,
     diagnostic, stability, surprise, fairness"""
     items: Annotated[int, Bounds(1, 1_000_000)] = 200
-    """suites: number of questions per task, or of passages"""
+    """suites, exact: number of questions per task, or of passages"""
     shots: Annotated[int, Bounds(0, 1000)] = 4
     """suites: number of solved examples before a question"""
     max_bytes: Annotated[int, Bounds(1, 2**31 - 1)] = 512
-    """suites: longest passage of a text"""
+    """suites, exact: longest passage of a text"""
     seed: Annotated[int, Bounds(0, 2**32 - 1)] = 0
     """suites: seed of everything that is drawn"""
     parallel: tuple[str, ...] = ()
@@ -89,6 +95,8 @@ def main() -> None:
     if config.suite:
         return _suites(config)
     model = load(config.checkpoint, bos=config.bos, ema=config.ema)
+    if config.exact and not model.tokenizer:
+        raise ConfigError("exact=True: this model reads bytes, so its bits per byte are exact")
     data, part = replace(_data_config(config), bos_eos=model.bos), _part(config)
     graph, params = split(model)
     step = jax.jit(partial(eval_step, graph=graph), static_argnames="capacities")
@@ -105,6 +113,8 @@ def main() -> None:
     report = summary(result, part)
     if config.alphabet:
         report |= perplexity(result, config.alphabet)
+    if config.exact:
+        report["exact"] = exact_bits(model, part, config)
     if config.json:
         print(json.dumps(report))
     else:
@@ -198,6 +208,19 @@ def perplexity(result: Evaluation, alphabet: str) -> dict[str, Any]:
     return {"alphabet": alphabet, "alphabet_bytes": count, "perplexity": result.perplexity(values)}
 
 
+def exact_bits(model: HNetLM, part: Part, config: EvaluateConfig) -> dict[str, Any]:
+    """Bits per byte of passages, exact and of their tokens only."""
+    exact = TokenBytes(model, batch_size=config.batch_size)
+    texts = command.passages(part, Settings(config.items, max_bytes=config.max_bytes))
+    size = sum(map(len, texts))
+    nats = -sum(s.total() for s in logprobs(model, texts, batch_size=config.batch_size))
+    tokens = -sum(map(exact.tokens_log_prob, texts))
+    return {
+        "passages": len(texts), "bytes": size, "bpb": bits_per_byte(nats, size),
+        "bpb_of_tokens": bits_per_byte(tokens, size),
+    }  # fmt: skip
+
+
 def _print(report: dict[str, Any], with_documents: bool) -> None:
     table = Table("text", "bytes", "bits per byte", box=None)
     rows = [("all", report), *report["files"].items()]
@@ -211,6 +234,11 @@ def _print(report: dict[str, Any], with_documents: bool) -> None:
         console.print(escape(printable(f"perplexity {report['perplexity']:.4f} per byte, {of}")))
     if report["unscored_bytes"]:
         console.print(f"{report['unscored_bytes']:,} bytes that nothing predicts were not scored")
+    if exact := report.get("exact"):
+        console.print(
+            f"{exact['passages']} passages, {exact['bytes']:,} bytes: {exact['bpb']:.4f} bits per "
+            f"byte exactly, {exact['bpb_of_tokens']:.4f} by their tokens"
+        )
     for s, size in enumerate(report["bytes_per_chunk"]):
         console.print(f"stage {s}: {size:.3f} bytes per chunk")
         for name, own in report["positions_per_chunk"][s].items():

@@ -5,7 +5,10 @@ token model differs from a byte model only in its vocabulary. Every id stands fo
 bytes, so scores are reported in bits per byte of the text, never per token.
 """
 
+import codecs
+import json
 import re
+import unicodedata
 from array import array
 from collections.abc import Iterator
 from functools import lru_cache
@@ -47,15 +50,17 @@ class Vocabulary:
             raise ConfigError(f"data.tokenizer={path!r} has {has}")
         # Our id of each tokenizer token; -1: a token that is not made of bytes, such as <unk>.
         self._id_T = np.full(size, -1, np.int32)
-        lengths = [1] * BYTES
+        self.pieces = [bytes([b]) for b in range(BYTES)]
+        """bytes that each id stands for"""
         for token, number in sorted(tokens.items(), key=lambda item: item[1]):
             if len(token) == 1 and token in byte_of:
                 self._id_T[number] = byte_of[token]
             elif byte_of.keys() >= set(token):
-                self._id_T[number] = len(lengths)
-                lengths.append(len(token))
-        self.bytes_V = np.array(lengths, np.int32)
+                self._id_T[number] = len(self.pieces)
+                self.pieces.append(bytes(byte_of[c] for c in token))
+        self.bytes_V = np.array([len(piece) for piece in self.pieces], np.int32)
         """number of bytes that each id stands for"""
+        self._character_of = {byte: c for c, byte in byte_of.items()}
 
     @property
     def size(self) -> int:
@@ -78,6 +83,35 @@ class Vocabulary:
             )
         return ids
 
+    def settings(self) -> dict[str, Any]:
+        """The content of the tokenizer.json."""
+        return json.loads(self._tokenizer.to_str())
+
+    def encode_beginning(self, data: bytes) -> set[tuple[int, ...]]:
+        """Ids of the beginning of a text; empty for bytes with which no text begins.
+
+        If the last character is incomplete, there may be several: it may become a letter, a number,
+        white space or another one, which pre-tokenization tells apart.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        try:
+            text = decoder.decode(data)
+        except UnicodeDecodeError:
+            return set()
+        rest = decoder.getstate()[0]
+        kinds = _kinds(rest) if rest else "a"
+        return {self._encode_as(data, text + kind * len(rest)) for kind in kinds}
+
+    def _encode_as(self, data: bytes, text: str) -> tuple[int, ...]:
+        """Ids of the data, split into words as the text is, which has as many bytes."""
+        ids, start = [], 0
+        for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(text):
+            own = data[start : start + len(word)]
+            start += len(word)
+            spelled = "".join(map(self._character_of.__getitem__, own))
+            ids += [int(self._id_T[t.id]) for t in self._tokenizer.model.tokenize(spelled)]
+        return tuple(ids)
+
 
 @lru_cache(maxsize=4)
 def read_vocabulary(path: str) -> Vocabulary:
@@ -89,6 +123,29 @@ def _byte_alphabet() -> dict[str, int]:
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [b for b in range(BYTES) if b not in shown]
     return {chr(b): b for b in shown} | {chr(BYTES + i): b for i, b in enumerate(hidden)}
+
+
+@lru_cache(maxsize=1024)
+def _kinds(begun: bytes) -> str:
+    """A character of one byte for each kind of character with which these bytes begin."""
+    size = 2 if begun[0] < 0xE0 else 3 if begun[0] < 0xF0 else 4
+    code = begun[0] & (0x7F >> size)
+    for byte in begun[1:]:
+        code = code << 6 | byte & 0x3F
+    shift = 6 * (size - len(begun))
+    lowest = max(code << shift, {2: 0x80, 3: 0x800, 4: 0x10000}[size])
+    found = set()
+    for character in map(chr, range(lowest, min(code + 1 << shift, 0x110000))):
+        match unicodedata.category(character):
+            case "Cs":
+                pass
+            case "Lu" | "Ll" | "Lt" | "Lm" | "Lo":
+                found.add("a")
+            case "Nd" | "Nl" | "No":
+                found.add("1")
+            case _:
+                found.add("\t" if character.isspace() else "!")
+    return "".join(sorted(found))
 
 
 class TokenDocuments:

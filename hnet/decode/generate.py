@@ -13,6 +13,7 @@ from hnet.decode import utf8
 from hnet.decode.decoder import Decoder
 from hnet.decode.prompts import encode
 from hnet.decode.sampling import DEFAULT, Controls, Sampling
+from hnet.decode.token_bytes import TokenDecoder
 from hnet.errors import ConfigError
 from hnet.model import HNetLM
 
@@ -167,7 +168,8 @@ def stream_text(
     if len(seeds) != len(prompts):
         raise ConfigError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one each")
     texts = [encode(p) for p in prompts]
-    decoder, bos = Decoder(model), model.bos if bos is None else bos
+    decoder = TokenDecoder(model) if model.tokenizer else Decoder(model)
+    bos = model.bos if bos is None else bos
     size = max(1, min(batch_size, len(texts)))
     for first in range(0, len(texts), size):
         part = slice(first, first + size)

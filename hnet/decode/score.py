@@ -12,6 +12,7 @@ from flax import nnx
 from hnet.config import BOS_ID
 from hnet.data.scripts import route_table, script_ids_of_rows
 from hnet.decode.prompts import encode, length_bucket, pad
+from hnet.decode.token_bytes import TokenBytes
 from hnet.errors import ConfigError
 from hnet.model import HNetLM, split
 
@@ -49,10 +50,13 @@ def logprobs(
     """Score every byte of every text.
 
     bos: whether to prepend byte 254; default: as the model was trained. Texts of similar length are
-    batched, `batch_size` at a time. Raises ConfigError for bad arguments.
+    batched, `batch_size` at a time. A model of tokens gives exact probabilities of bytes. Raises
+    ConfigError for bad arguments.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size}: use 1 or more")
+    if model.tokenizer:
+        return _of_tokens(model, [encode(text) for text in texts], bos, batch_size)
     graph, params = split(model)
     route_of = route_table(model.config.route_groups, "model.route_groups")
     prefix = bytes([BOS_ID]) if (model.bos if bos is None else bos) else b""
@@ -82,3 +86,14 @@ def _own_bytes(fed: bytes, prefix: int, logprob_L: np.ndarray, is_greedy_L: np.n
         np.concatenate([np.full(unseen, np.nan, np.float32), logprob_L[:predicted]]),
         np.concatenate([np.zeros(unseen, bool), is_greedy_L[:predicted]]),
     )
+
+
+def _of_tokens(model, texts: list[bytes], bos: bool | None, batch_size: int) -> list[Score]:
+    if bos is False:
+        raise ConfigError("bos=False: a model of tokens scores only texts after BOS")
+    found, exact = [], TokenBytes(model, batch_size=batch_size)
+    for text in texts:
+        table_LV, byte_L = exact.log_probs(text), np.frombuffer(text, np.uint8)
+        logprob_L = table_LV[np.arange(len(text)), byte_L].astype(np.float32)
+        found.append(Score(text, logprob_L, table_LV.argmax(axis=1) == byte_L))
+    return found

@@ -140,5 +140,5 @@ def _load_workdir(
     dtype_of = dtypes(dtype)
     cast = lambda keys, leaf: leaf.astype(dtype_of(tuple(key.key for key in keys)))
     model = nnx.merge(graph, jax.tree_util.tree_map_with_path(cast, params))
-    model.bos = trained.data.bos_eos
+    model.bos, model.tokenizer = trained.data.bos_eos, trained.data.tokenizer
     return model

@@ -2,10 +2,12 @@
 
     python -m experiments.scripts --train eng=a/eng.txt rus=a/rus.txt eng=b/eng.txt ...
 
-Holds out lines of each text. On the other lines it calibrates a target per script and trains a BPE,
-mixed_scripts_routed and its baseline mixed_scripts_single, both on the same batches. Then it
-reports how equally each of them splits the held-out lines, over all texts together and per text
-(`experiments.fairness`). About 25 minutes on two CPU cores. The same command again resumes.
+Holds out lines of each text. On the other lines it calibrates a target per script and trains a BPE
+and, on the same batches, the systems of --systems: mixed_scripts_routed, its baseline
+mixed_scripts_single, one router with a parity loss, FlexiTokens and MAGNET. Then it reports how
+equally each of them splits the held-out lines, over all texts together and per text
+(`experiments.fairness`). The first two take about 25 minutes on two CPU cores. The same command
+again resumes.
 """
 
 import json
@@ -18,8 +20,9 @@ from typing import Annotated
 
 import numpy as np
 
-from experiments.calibrate import calibrate, with_routes
+from experiments.calibrate import Calibration, calibrate, with_routes
 from experiments.configs import mixed_scripts_routed, mixed_scripts_single
+from experiments.configs.systems import with_chunking
 from experiments.fairness import (
     byte_system,
     measure,
@@ -27,6 +30,11 @@ from experiments.fairness import (
     token_system,
     write_report,
 )
+from hnet.chunking.losses.binomial import Binomial
+from hnet.chunking.losses.hinge import Hinge
+from hnet.chunking.losses.parity import Parity
+from hnet.chunking.losses.ratio import Ratio
+from hnet.chunking.table import LOSSES
 from hnet.command_line import parse, run
 from hnet.data.parallel import Lines, read_parallel
 from hnet.data.pipeline import Batch, eval_batches, train_batches
@@ -35,9 +43,10 @@ from hnet.errors import ConfigError
 from hnet.fields import Bounds, Count, Natural
 from hnet.inspect.gold import thin
 from hnet.inspect.tokens import train_bpe
+from hnet.parts import settings_of
 from hnet.runtime.compile_cache import enable_compilation_cache
 from hnet.train.command import train_to_end
-from hnet.train.config import Config
+from hnet.train.config import Config, ControllerConfig
 from hnet.train.loop import Outcome
 from hnet.train.program import run_batches
 
@@ -57,12 +66,14 @@ class FairnessTableConfig:
     """scripts that share a route, such as Hiragana+Katakana; see `experiments.calibrate`"""
     out: str = "runs/fairness"
     """folder for the text, both runs and the reports"""
+    systems: tuple[str, ...] = ("routed", "single")
+    """systems to train: routed, single, parity, flexitokens, magnet"""
     mean_ratio: Annotated[float, Bounds(above=1)] = 6.0
-    """bytes per chunk over all languages, for both models"""
+    """bytes per chunk over all languages, for all models"""
     steps: Natural = 0
     """number of updates per model; 0 = as configured"""
     seed: Annotated[int, Bounds(0, 2**32 - 1)] = 0
-    """seed of both runs"""
+    """seed of all runs"""
     bpe: Count = 4096
     """vocabulary size of the BPE"""
     max_lines: Count = 2000
@@ -73,6 +84,8 @@ class FairnessTableConfig:
 
 def main() -> int:
     config = parse(FairnessTableConfig)
+    if unknown := [name for name in config.systems if name not in SYSTEMS]:
+        raise ConfigError(f"systems={unknown[0]!r} is unknown: use some of {', '.join(SYSTEMS)}")
     out = Path(config.out)
     train_lines, heldout = split_texts(config)
     runs = run_configs(config, train_lines, out)
@@ -203,17 +216,57 @@ def write_text(out: Path, parts: dict[str, Lines]) -> None:
                 raise ConfigError(f"out={str(out)!r} holds other text: choose another folder")
 
 
+def routed(config: FairnessTableConfig, found: Calibration) -> Config:
+    """One router and one target per script."""
+    return with_routes(mixed_scripts_routed.config(), found)
+
+
+def single(config: FairnessTableConfig, found: Calibration) -> Config:
+    """One router and one target for all scripts."""
+    return _with_chunking(mixed_scripts_single.config(), target_ratio=config.mean_ratio)
+
+
+def parity(config: FairnessTableConfig, found: Calibration) -> Config:
+    """One router that is drawn to equal chunks on aligned sentences: ratio loss and parity loss."""
+    losses = (Ratio.Config(), Parity.Config(weight=0.3))
+    return _one_network(found, routed_parameters=False, losses=losses)
+
+
+def flexitokens(config: FairnessTableConfig, found: Calibration) -> Config:
+    """FlexiTokens: one predictor, a hinge with a band of rates for each script."""
+    losses = (Hinge.Config(),)
+    return _one_network(found, **DTP, routed_parameters=False, losses=losses)
+
+
+def magnet(config: FairnessTableConfig, found: Calibration) -> Config:
+    """MAGNET: one predictor and one binomial prior per script."""
+    return _one_network(found, **DTP, losses=(Binomial.Config(average="routes"),))
+
+
+SYSTEMS = {each.__name__: each for each in (routed, single, parity, flexitokens, magnet)}
+DTP = {
+    "predictor": "mlp", "alignment": "end", "pool": "mean", "dechunk": "repeat", "residual": "add",
+}  # fmt: skip
+
+
+def _one_network(found: Calibration, **chunking) -> Config:
+    """The baseline's run with routes and their calibrated targets, which only losses act on."""
+    base = with_routes(mixed_scripts_single.config(), found)
+    base = replace(base, controller=ControllerConfig())
+    if any(settings_of(loss, LOSSES).part.is_by_row for loss in chunking["losses"]):
+        base = replace(base, train=replace(base.train, packed_rows=1))
+    return _with_chunking(base, hold_rate=False, **chunking)
+
+
+def _with_chunking(base: Config, **fields) -> Config:
+    return replace(base, model=with_chunking(base.model, **fields))
+
+
 def run_configs(config: FairnessTableConfig, train_lines: Lines, out: Path) -> list[Config]:
-    """The routed run and its single-router baseline: same text, batches, steps and mean rate."""
-    routed, single = mixed_scripts_routed.config(), mixed_scripts_single.config()
+    """The runs of all systems: same text, batches, steps and mean rate."""
     groups = [group.split("+") for group in config.groups]
     found = calibrate(train_lines, config.mean_ratio, groups)
-    outer, *inner = single.model.stages
-    outer = replace(outer, chunking=replace(outer.chunking, target_ratio=config.mean_ratio))
-    runs = {
-        "routed": with_routes(routed, found),
-        "single": replace(single, model=replace(single.model, stages=(outer, *inner))),
-    }
+    runs = {name: SYSTEMS[name](config, found) for name in config.systems}
     files = {
         part: tuple(str(_file(out, part, language)) for language in train_lines)
         for part in ("train", "heldout")

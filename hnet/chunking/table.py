@@ -57,6 +57,7 @@ LOSSES = Table(
         "binomial": "hnet.chunking.losses.binomial:Binomial",
         "gate_mean": "hnet.chunking.losses.gate_mean:GateMean",
         "hinge": "hnet.chunking.losses.hinge:Hinge",
+        "parity": "hnet.chunking.losses.parity:Parity",
         "cab": "hnet.chunking.losses.cab:CAB",
         "hazard": "hnet.chunking.losses.hazard:Hazard",
         "quantity": "hnet.chunking.losses.quantity:Quantity",

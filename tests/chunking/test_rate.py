@@ -10,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hnet.chunking.boundaries import Prediction
+from hnet.chunking.config import ChunkingConfig
 from hnet.chunking.controller import LIMIT, exact_offsets, free_logits, hold_rates
 from hnet.chunking.losses.bce import BCE, entropy_spikes
 from hnet.chunking.losses.binomial import Binomial, binomial_nll
 from hnet.chunking.losses.hinge import Hinge, hinge
+from hnet.chunking.losses.parity import Parity
 from hnet.chunking.losses.ratio import Ratio, ratio_loss
 from hnet.chunking.rates import SOFT, boundary_rates, route_rates, row_rate_error, target_rate
 from tests.chunking_pieces import decided, loss_of
@@ -143,6 +145,25 @@ def test_losses_by_route(name, average):
     assert float(value) == pytest.approx(np.average(expected, weights=weight), rel=1e-4)
     assert np.all(np.isfinite(slope)) and np.all(slope[segments == 0] == 0)
     assert np.any(slope != 0) and np.all(np.isfinite(slope_target)) and slope_target[2] == 0
+
+
+def test_parity_is_the_spread_of_chunks_per_sentence():
+    """Against a walk over the routes; its gradient is that of the spread, with G for F."""
+    of, logits, ids, segments = random_route()
+    targets = np.asarray([2.0, 3.5, 5.0, 8.0], np.float32)
+    loss = lambda z: loss_of(Parity, of(z), targets)
+    value, slope = quick_jit(jax.value_and_grad(loss))(logits)
+    on = [(ids == r) & (segments != 0) for r in (0, 1, 3)]
+    b, N = np.asarray(of(logits).boundary_mask_BL), targets[[0, 1, 3]]
+    chunks = np.array([b[mine].mean() for mine in on]) * N
+    mean, expected = chunks.mean(), np.zeros((B, L))
+    assert float(value) == pytest.approx(np.mean((chunks / mean - 1) ** 2), rel=1e-5)
+    for mine, c, n in zip(on, chunks, N):
+        p = 1 / (1 + np.exp(-logits[mine]))
+        expected[mine] = 2 * (c / mean - 1) * n / mean * p * (1 - p) / mine.sum() / 3
+    np.testing.assert_allclose(slope, expected, atol=1e-6)
+    one = ChunkingConfig(4.0, losses=("parity",))
+    assert "parity with routes=1" in one.problem(stage_idx=0, route_groups=0)
 
 
 def test_the_error_of_rows_counts_boundaries_softly_in_each_row():

@@ -169,6 +169,21 @@ def check_rates(shown, config):
                 assert off == pytest.approx(100 * (printed / N - 1), abs=0.11)
 
 
+def test_systems_of_the_study_of_scripts_have_targets_for_equal_chunks(tmp_path):
+    """Calibrated targets; those of one predictor act through losses only."""
+    lines = {k: [line.encode() for line in LINES[k]] for k in ("eng", "rus")}
+    config = fairness_table.FairnessTableConfig(("eng=x",), systems=tuple(fairness_table.SYSTEMS))
+    runs = fairness_table.run_configs(config, lines, tmp_path)
+    cuts = [run.model.stages[0].chunking for run in runs]
+    chunks = calibrate.calibrate(lines, 6.0, ()).target_ratios
+    losses = [["ratio"], ["ratio"], ["ratio", "parity"], ["hinge"], ["binomial"]]
+    assert [[loss.name for loss in cut.losses] for cut in cuts] == losses
+    assert [cut.target_ratios == chunks for cut in cuts] == [True, False, True, True, True]
+    assert [cut.num_predictors for cut in cuts] == [len(chunks), 1, 1, 1, len(chunks)]
+    assert [cut.hold_rate for cut in cuts] == [True, True, False, False, False]
+    assert len({run.data for run in runs}) == 1 and runs[2].workdir == str(tmp_path / "parity")
+
+
 def test_fairness_table_from_text_to_reports(files, tmp_path, monkeypatch, capsys):
     """Two texts of three languages, of mixed scripts; both models; a second call trains nothing."""
     single = held_run(tmp_path)
@@ -216,6 +231,7 @@ def test_fairness_table_from_text_to_reports(files, tmp_path, monkeypatch, capsy
         (["--heldout", 11], "heldout=11 of 11 lines"),
         (["--train", files["eng"], files["rus"], files["eng"]], "give the same languages"),
         (["--unseen", files["eng"]], "unseen='eng' is in train too"),
+        (["--systems", "maget"], "systems='maget' is unknown: use some of routed, single"),
     ]:
         with pytest.raises(ConfigError, match=says):
             call(monkeypatch, fairness_table, *argv, *changes)

@@ -198,7 +198,8 @@ def test_a_dechunk_streams_what_it_gives_back(name, has_null, capacity):
 @pytest.mark.parametrize("has_null", [False, True])
 def test_losses_of_parts_of_a_batch_add_up(name, has_null):
     settings = settings_of(name, LOSSES)
-    targets_R = np.float32([2.5])
+    routes = 2 if name == "parity" else 1
+    targets_R = np.float32([2.5, 4.0][:routes])
     logits_BLV = rng.normal(size=(B, L, 11)).astype(np.float32)
 
     def loss_of(rows, whole):
@@ -208,11 +209,13 @@ def test_losses_of_parts_of_a_batch_add_up(name, has_null):
         if name == "policy_gradient":
             logit_BL = jnp.log(found.boundary_prob_BL + 0.1)
             found = found._replace(extra=found.extra.weight + 1, boundary_logit_BL=logit_BL)
+        if name == "parity":
+            found = found._replace(route_ids_BL=np.indices((B, L)).sum(0) % 2)
         own = found._replace(extra=jax.tree.map(lambda a: a[rows], found.extra), **{
             field: value[rows] for field, value in found._asdict().items()
             if value is not None and field.endswith(("_BL", "_B", "_G"))
         })  # fmt: skip
-        counts = rate_counts(own, 1)
+        counts = rate_counts(own, routes)
         x = LossInputs(
             own, settings, targets_R, has_null, counts, whole or counts,
             np.zeros((B, L), np.float32)[rows], logits_BLV[rows],

@@ -121,7 +121,11 @@ class ComputeConfig:
     """How the network is computed: the function is the same up to rounding."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """matmul dtype; boundary predictors, EMA, residual stream, norms and softmax use float32"""
+    """matmul dtype; boundary predictors, EMA, residual stream, norms and softmax use float32. On
+    CPUs bfloat16 means matmul_inputs=bfloat16: other arrays stay float32"""
+    matmul_inputs: Literal["auto", "bfloat16"] = "auto"
+    """dtype to which the inputs of matmuls are rounded, with sums and results in float32; auto: the
+    inputs have `dtype`"""
     remat: Literal["none", "layer", "dots"] = "none"
     """rematerialisation in the backward pass: none, whole layers, or all but matmul outputs"""
     scan_layers: bool = True
@@ -143,6 +147,11 @@ class ComputeConfig:
     tuned: str = ""
     """file written by `experiments.benchmarks.kernels` on these devices: auto and block lengths
     that are not set use what was fastest there"""
+
+    @property
+    def inputs(self) -> str | None:
+        """`matmul_inputs`, or None: as `dtype`."""
+        return None if self.matmul_inputs == "auto" else self.matmul_inputs
 
 
 @dataclass(frozen=True)

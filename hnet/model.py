@@ -28,7 +28,14 @@ class HNetLM(nnx.Module):
         width, vocab = config.stages[0].d_model, config.vocab_size
         self.embeddings = config.embedding.part(config.embedding, vocab, width, rngs=rngs)
         self.backbone = HNet(config, rngs=rngs)
-        head = linear(width, vocab, "embed vocab", dtype=config.compute.dtype, rngs=rngs)
+        head = linear(
+            width,
+            vocab,
+            "embed vocab",
+            dtype=config.compute.dtype,
+            inputs=config.compute.inputs,
+            rngs=rngs,
+        )
         self.lm_head = None if config.tie_embeddings else head
         set_stage(self, 0)  # embeddings and head
 

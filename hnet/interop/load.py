@@ -20,7 +20,7 @@ from hnet.interop.own import assemble_own, check_own, config_of_own, is_own
 from hnet.interop.sources import beside, resolve
 from hnet.interop.tensors import TensorFile
 from hnet.model import HNetLM, abstract
-from hnet.nn.kernels.table import without
+from hnet.nn.kernels.table import with_dtypes, without
 from hnet.train.config import CheckpointConfig, Config
 from hnet.train.workdir import read_config
 
@@ -131,9 +131,12 @@ def _load_workdir(
 ) -> HNetLM:
     trained = read_config(path)
     check_average(trained, path, ema)
-    config = replace(trained.model, compute=without(trained.model.compute))
+    compute = without(trained.model.compute)
     if dtype:
-        config = replace(config, compute=replace(config.compute, dtype=dtype))
+        compute = replace(compute, dtype=dtype, matmul_inputs="auto")
+    else:
+        compute = with_dtypes(compute, jax.default_backend())
+    config = replace(trained.model, compute=compute)
     graph, params = abstract(config)
     with Checkpointer(path, CheckpointConfig(asynchronous=False)) as checkpointer:
         params = checkpointer.restore(params, step, only="ema" if ema else "params").state

@@ -34,8 +34,9 @@ class Block(nnx.Module):
         if self.has_mlp:
             self.norm2 = RMSNorm(stage.d_model)
             self.mlp = SwiGLU(
-                stage.d_model, stage.d_mlp, out_std=out_std, dtype=config.compute.dtype, rngs=rngs
-            )
+                stage.d_model, stage.d_mlp, out_std=out_std, dtype=config.compute.dtype,
+                inputs=config.compute.inputs, rngs=rngs,
+            )  # fmt: skip
 
     def __call__(self, x_BLD: jax.Array, context: Context) -> jax.Array:
         mixed = self.mixer(self.norm1(x_BLD), context)

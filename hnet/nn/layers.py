@@ -112,20 +112,33 @@ class RMSNorm(nnx.Module):
         return rms_norm(x_BLD, self.scale[...])
 
 
-def matmul(x_XD: jax.Array, weight_DF: jax.Array, precision=None) -> jax.Array:
-    """x @ weight, with a checkpoint name for rematerialisation (`hnet.nn.isotropic`)."""
-    return checkpoint_name(_matmul(x_XD, weight_DF, precision), MATMUL)
+def matmul(x_XD: jax.Array, weight_DF: jax.Array, precision=None, inputs=None) -> jax.Array:
+    """x @ weight, with a checkpoint name for rematerialisation (`hnet.nn.isotropic`).
+
+    inputs: dtype to which the operands of this product and of its derivatives are rounded; sums and
+    results are then float32. None: no rounding.
+    """
+    return checkpoint_name(_matmul(x_XD, weight_DF, precision, inputs), MATMUL)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _matmul(x_XD: jax.Array, weight_DF: jax.Array, precision) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _matmul(x_XD: jax.Array, weight_DF: jax.Array, precision, inputs) -> jax.Array:
     """x @ weight with a custom derivative. XLA's CPU backend copies the left operand of a product
     that contracts its rows, so the narrower operand goes left."""
-    return jnp.matmul(x_XD, weight_DF, precision=precision)
+    return _matmul_fwd(x_XD, weight_DF, precision, inputs)[0]
 
 
-def _matmul_bwd(precision, saved, grad_XF):
+def _matmul_fwd(x_XD, weight_DF, precision, inputs):
+    x_XD, weight_DF = rounded(x_XD, inputs), rounded(weight_DF, inputs)
+    sums = jnp.float32 if inputs else None
+    y_XF = jnp.matmul(x_XD, weight_DF, precision=precision, preferred_element_type=sums)
+    return y_XF, (x_XD, weight_DF)
+
+
+def _matmul_bwd(precision, inputs, saved, grad_XF):
     x_XD, weight_DF = saved
+    if inputs:
+        return _rounded_matmul_bwd(x_XD, weight_DF, rounded(grad_XF, inputs))
     rows = tuple(range(x_XD.ndim - 1))
     product = partial(
         jax.lax.dot_general, dimension_numbers=((rows, rows), ((), ())), precision=precision
@@ -137,22 +150,42 @@ def _matmul_bwd(precision, saved, grad_XF):
     return jnp.matmul(grad_XF, weight_DF.T, precision=precision), grad_weight_DF
 
 
-def _matmul_fwd(x_XD, weight_DF, precision):
-    return _matmul(x_XD, weight_DF, precision), (x_XD, weight_DF)
+def _rounded_matmul_bwd(x_XD, weight_DF, grad_XF):
+    """x is transposed in memory: XLA's CPU backend has no product of bfloat16 with float32 result
+    for some forms that contract the rows of both operands."""
+    product = partial(jnp.matmul, preferred_element_type=jnp.float32)
+    x_YD, grad_YF = (a.reshape(-1, a.shape[-1]) for a in (x_XD, grad_XF))
+    x_DY = jax.lax.optimization_barrier(x_YD.T)
+    return product(grad_XF, weight_DF.T), product(x_DY, grad_YF)
+
+
+def rounded(x: jax.Array, dtype: str | None) -> jax.Array:
+    """x in `dtype`, or x itself if that is None."""
+    return x if dtype is None else x.astype(dtype)
 
 
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
 def linear(
-    d_in: int, d_out: int, axes: str, *, std: float = INIT_STD, dtype, rngs: nnx.Rngs
+    d_in: int,
+    d_out: int,
+    axes: str,
+    *,
+    std: float = INIT_STD,
+    dtype,
+    inputs: str | None = None,
+    rngs: nnx.Rngs,
 ) -> nnx.Linear:
-    """A linear layer without bias: float32 weights from N(0, std^2), matmul in `dtype`."""
+    """A linear layer without bias: float32 weights from N(0, std^2), matmul in `dtype`.
+
+    inputs: see `matmul`.
+    """
     init = nnx.initializers.normal(std)
     return nnx.Linear(
         d_in, d_out, use_bias=False, kernel_init=init, dtype=dtype, rngs=rngs,
         kernel_metadata=metadata(axes),
-        dot_general=lambda x, weight, *_, **__: matmul(x, weight),
+        dot_general=lambda x, weight, *_, **__: matmul(x, weight, inputs=inputs),
     )  # fmt: skip
 
 
@@ -181,7 +214,10 @@ def fused_linear(
         return jnp.split(layer(x_BLD), ends[:-1], axis=-1)
     x_BLD, kernel = x_BLD.astype(layer.dtype), kernel.astype(layer.dtype)
     if devices == 1:
-        return [matmul(x_BLD, kernel[:, end - width : end]) for width, end in zip(widths, ends)]
+        return [
+            layer.dot_general(x_BLD, kernel[:, end - width : end])
+            for width, end in zip(widths, ends)
+        ]
     place = jax.lax.with_sharding_constraint
     stored = P("tensor" if x_BLD.shape[-1] % devices == 0 else None, None)
     kernel = place(kernel, stored)
@@ -202,9 +238,10 @@ def fused_linear(
 class SwiGLU(nnx.Module):
     """fc2(y * silu(gate)) with (y, gate) = fc1(x) (official order of the halves)."""
 
-    def __init__(self, d_model: int, d_mlp: int, *, out_std: float, dtype, rngs: nnx.Rngs):
-        self.fc1 = linear(d_model, 2 * d_mlp, "embed_fused out", dtype=dtype, rngs=rngs)
-        self.fc2 = linear(d_mlp, d_model, "mlp out", std=out_std, dtype=dtype, rngs=rngs)
+    def __init__(self, d_model: int, d_mlp: int, *, out_std: float, **options):
+        """options: those of `linear`."""
+        self.fc1 = linear(d_model, 2 * d_mlp, "embed_fused out", **options)
+        self.fc2 = linear(d_mlp, d_model, "mlp out", std=out_std, **options)
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         d_mlp = self.fc2.in_features

@@ -179,6 +179,10 @@ def test_auto_takes_kernels_where_they_were_seen_to_compile():
     narrow = ComputeConfig("bfloat16")
     found = {p: resolved(narrow, p) for p in ("cpu", "gpu", "tpu")}
     assert found["cpu"] == without(resolved(narrow, "cpu"))
+    assert [(c.dtype, c.inputs) for c in found.values()] == [
+        ("float32", "bfloat16"), ("bfloat16", None), ("bfloat16", None)
+    ]  # fmt: skip
+    assert described(found["cpu"], "cpu").endswith(", matmul inputs bfloat16")
     assert (found["tpu"].attention_backend, found["tpu"].ssd_backend) == ("splash", "pallas")
     assert (found["gpu"].attention_backend, found["gpu"].ssd_backend) == ("cudnn", "matmul")
     assert kernel("attention_backend", found["tpu"]) is attention_splash

@@ -1,5 +1,7 @@
 """RMSNorm, SwiGLU, rotary positions and segment helpers against plain numpy."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,6 +75,24 @@ def test_derivatives_of_our_own(ours, plain, shapes):
     for found, wanted in zip(pull(cotangent), expected):
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("widths", [(7, 5), (5, 7)])
+def test_rounded_matmuls_round_their_inputs_only(widths):
+    """Product and gradients are those of rounded operands, in float32."""
+
+    def half(a):
+        return np.float64(jnp.asarray(a, jnp.bfloat16))
+
+    x, weight = (np.float32(rng.normal(size=s)) for s in ((2, 3, widths[0]), widths))
+    out, pull = jax.vjp(lambda x, w: matmul(x, w, inputs="bfloat16"), x, weight)
+    cotangent = np.float32(rng.normal(size=out.shape))
+    dx, dweight = pull(cotangent)
+    assert {a.dtype for a in (out, dx, dweight)} == {jnp.dtype("float32")}
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    close(out, half(x) @ half(weight))
+    close(dx, half(cotangent) @ half(weight).T)
+    close(dweight, np.einsum("bld,blf->df", half(x), half(cotangent)))
 
 
 @pytest.mark.parametrize("rotary_dim", [0, 6, 8])

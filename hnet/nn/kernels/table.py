@@ -60,6 +60,7 @@ def resolved(compute: ComputeConfig, platform: str, device_kind: str = "") -> Co
     for a kernel that does not run on this platform or in `compute.dtype`.
     """
     tuned = read_tuned(compute.tuned, device_kind, compute.dtype) if compute.tuned else None
+    compute = with_dtypes(compute, platform)
     for field, length in BLOCK_FIELD.items():
         fastest: Choice | None = getattr(tuned, field, None)
         if fastest and fastest.backend not in ("xla", *KERNELS[field]):
@@ -101,6 +102,16 @@ def _resolved(field: str, compute: ComputeConfig, platform: str) -> str:
     return name
 
 
+def with_dtypes(compute: ComputeConfig, platform: str) -> ComputeConfig:
+    """`compute`, on CPUs with bfloat16 as float32 with rounded matmul inputs.
+
+    CPUs multiply bfloat16 with float32 sums, but convert it to float32 for all else.
+    """
+    if platform == "cpu" and compute.dtype == "bfloat16":
+        return replace(compute, dtype="float32", matmul_inputs="bfloat16")
+    return compute
+
+
 def without(compute: ComputeConfig) -> ComputeConfig:
     """`compute` with our array code, which runs on all platforms."""
     return replace(compute, **dict.fromkeys(KERNELS, "xla"))
@@ -124,7 +135,8 @@ def array_block_len(field: str, compute: ComputeConfig) -> int:
 def described(compute: ComputeConfig, platform: str) -> str:
     """The resolved backends, and on accelerators whether they were timed there."""
     used = ", ".join(f"{f.removesuffix('_backend')} {_shown(f, compute)}" for f in KERNELS)
-    line = f"kernels on {platform}: {used}"
+    inputs = f", matmul inputs {compute.inputs}" if compute.inputs else ""
+    line = f"kernels on {platform}: {used}{inputs}"
     if compute.tuned:
         return f"{line}; the fastest by {printable(compute.tuned)}"
     if platform == "cpu":

@@ -12,7 +12,7 @@ from hnet.nn.cache import KVCache, ring, write
 from hnet.nn.context import Context, StepContext
 from hnet.nn.kernels.spread import on_each_device
 from hnet.nn.kernels.table import array_block_len, kernel
-from hnet.nn.layers import RMSNorm, fused_linear, linear, rotary, segment_positions
+from hnet.nn.layers import RMSNorm, fused_linear, linear, rotary, rounded, segment_positions
 from hnet.nn.mixers.base import Mixer
 from hnet.nn.mixers.settings import attention_problem
 from hnet.nn.parameters import parameter
@@ -28,14 +28,15 @@ class Attention(Mixer):
         self, config: HNetConfig, stage: StageConfig, *, out_std: float, causal: bool = True,
         rngs: nnx.Rngs,
     ):  # fmt: skip
-        D, H, dtype = stage.d_model, stage.num_heads, config.compute.dtype
+        D, H, compute = stage.d_model, stage.num_heads, config.compute
+        make = partial(linear, dtype=compute.dtype, inputs=compute.inputs, rngs=rngs)
         options = stage.attention
         self.stage, self.compute, self.options, self.causal = stage, config.compute, options, causal
         self.num_kv_heads = options.num_kv_heads or H
         self.kv_width = D // H * self.num_kv_heads
         width = D + 2 * self.kv_width
-        self.Wqkv = linear(D, width, "embed_fused out", dtype=dtype, rngs=rngs)
-        self.out_proj = linear(D, D, "heads out", std=out_std, dtype=dtype, rngs=rngs)
+        self.Wqkv = make(D, width, "embed_fused out")
+        self.out_proj = make(D, D, "heads out", std=out_std)
         if options.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(D // H), RMSNorm(D // H)
         if options.sink == "learned":
@@ -51,7 +52,8 @@ class Attention(Mixer):
         q, k, v = (part.reshape(B, L, -1, D // H) for part in parts)
         if self.options.qk_norm:
             q, k = _of_heads(self.q_norm, q), _of_heads(self.k_norm, k)
-        return rotary(q, positions_BL, dim), rotary(k, positions_BL, dim), v
+        parts = rotary(q, positions_BL, dim), rotary(k, positions_BL, dim), v
+        return tuple(rounded(part, self.compute.inputs) for part in parts)
 
     def sink_logits(self) -> jax.Array | None:
         """Sink logit of each head's softmax; None without sinks."""

@@ -1,5 +1,7 @@
 """The cross-attention mixer: positions read vectors of chunks (`Context.memory`)."""
 
+from functools import partial
+
 import jax
 from flax import nnx
 
@@ -27,13 +29,14 @@ class CrossAttention(Mixer):
         self, config: HNetConfig, stage: StageConfig, *, out_std: float, causal: bool = True,
         rngs: nnx.Rngs,
     ):  # fmt: skip
-        D, dtype, options = stage.d_model, config.compute.dtype, stage.cross_attention
+        D, compute, options = stage.d_model, config.compute, stage.cross_attention
+        make = partial(linear, dtype=compute.dtype, inputs=compute.inputs, rngs=rngs)
         self.num_heads, self.options = stage.num_heads, options
         width = options.memory_width or D
-        self.Wq = linear(D, D, "embed_fused out", dtype=dtype, rngs=rngs)
-        self.Wkv = linear(width, 2 * D, "embed_fused out", dtype=dtype, rngs=rngs)
+        self.Wq = make(D, D, "embed_fused out")
+        self.Wkv = make(width, 2 * D, "embed_fused out")
         self.memory_norm = RMSNorm(width)
-        self.out_proj = linear(D, D, "heads out", std=out_std, dtype=dtype, rngs=rngs)
+        self.out_proj = make(D, D, "heads out", std=out_std)
 
     def attend(self, x_BLD: jax.Array, segment_ids_BL, memory: Memory | None) -> jax.Array:
         if memory is None:

@@ -3,6 +3,8 @@
 Axes here: H heads, K key channels, V value channels, C channels, W taps.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -33,15 +35,16 @@ class GatedDeltaNet(Mixer):
         self, config: HNetConfig, stage: StageConfig, *, out_std: float, causal: bool = True,
         rngs: nnx.Rngs,
     ):  # fmt: skip
-        D, dtype, options, key = stage.d_model, config.compute.dtype, stage.delta, rngs.params
+        D, compute, options, key = stage.d_model, config.compute, stage.delta, rngs.params
+        make = partial(linear, dtype=compute.dtype, inputs=compute.inputs, rngs=rngs)
         self.block_len = config.compute.delta_block_len
         self.num_heads = H = options.num_heads or stage.num_heads
         head_dim = options.head_dim or D // H
         self.widths = head_dim * H, options.expand_v * head_dim * H  # widths of keys and values
         keys, values = self.widths
-        self.qk_proj = linear(D, 2 * keys, "embed_fused out", dtype=dtype, rngs=rngs)
-        self.vg_proj = linear(D, 2 * values, "embed_fused out", dtype=dtype, rngs=rngs)
-        self.ab_proj = linear(D, 2 * H, "embed out", dtype=dtype, rngs=rngs)
+        self.qk_proj = make(D, 2 * keys, "embed_fused out")
+        self.vg_proj = make(D, 2 * values, "embed_fused out")
+        self.ab_proj = make(D, 2 * H, "embed out")
         bound = options.d_conv**-0.5  # as in Mamba-2
         weight_WC = jax.random.uniform(
             key(), (options.d_conv, 2 * keys + values), jnp.float32, -bound, bound
@@ -51,7 +54,7 @@ class GatedDeltaNet(Mixer):
         self.A_log = parameter(jnp.log(A_H), "channels", decay=False)
         self.dt_bias = parameter(init_dt_bias(key(), H), "channels", decay=False)
         self.norm = RMSNorm(values // H)
-        self.out_proj = linear(values, D, "inner out", std=out_std, dtype=dtype, rngs=rngs)
+        self.out_proj = make(values, D, "inner out", std=out_std)
 
     def project(self, x_BLD: jax.Array) -> tuple[list[jax.Array], jax.Array, tuple]:
         """q, k and v before the convolution, the output gate, and (log_alpha_BLH, beta_BLH)."""

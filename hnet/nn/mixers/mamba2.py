@@ -3,6 +3,8 @@
 Axes here: H heads, P channels per head, N state size, C channels, W taps.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -19,6 +21,7 @@ from hnet.nn.layers import (
     fused_linear,
     gated,
     linear,
+    rounded,
     whole,
 )
 from hnet.nn.mixers.base import Mixer
@@ -44,14 +47,13 @@ class Mamba2(Mixer):
         rngs: nnx.Rngs,
     ):  # fmt: skip
         ssm, dtype, key = config.ssm, config.compute.dtype, rngs.params
+        make = partial(linear, dtype=dtype, inputs=config.compute.inputs, rngs=rngs)
         self.d_inner = ssm.expand * stage.d_model
         self.num_heads = self.d_inner // ssm.head_dim
         self.d_state, self.dtype = ssm.d_state, jnp.dtype(dtype)
         self.compute = config.compute
         H, C = self.num_heads, self.d_inner + 2 * ssm.d_state
-        self.in_proj = linear(
-            stage.d_model, self.d_inner + C + H, "embed_fused out", dtype=dtype, rngs=rngs
-        )
+        self.in_proj = make(stage.d_model, self.d_inner + C + H, "embed_fused out")
         # torch's default for Conv1d, which the official initialisation keeps
         bound = ssm.d_conv**-0.5
         weight_WC, bias_C = (
@@ -66,9 +68,7 @@ class Mamba2(Mixer):
         self.A_log = parameter(jnp.log(A_H), "channels", decay=False)
         self.D = parameter(jnp.ones((H,), jnp.float32), "channels", decay=False)
         self.norm = RMSNorm(self.d_inner)
-        self.out_proj = linear(
-            self.d_inner, stage.d_model, "inner out", std=out_std, dtype=dtype, rngs=rngs
-        )
+        self.out_proj = make(self.d_inner, stage.d_model, "inner out", std=out_std)
 
     def split_inputs(self, x_BLD: jax.Array) -> tuple[jax.Array, ...]:
         """in_proj(x) split into the gate z, the convolution's inputs x and BC, and softplus(dt).
@@ -117,7 +117,8 @@ class Mamba2(Mixer):
             y = on_each_device(other, axes, "BLHP", *given)
         else:
             block_len = array_block_len("ssd_backend", self.compute)
-            y = ssd(x, dt_BLH, A_H, B, C, segment_ids_BL, block_len=block_len)
+            rounded_x = rounded(x, self.compute.inputs)
+            y = ssd(rounded_x, dt_BLH, A_H, B, C, segment_ids_BL, block_len=block_len)
         return self.finish(y, x, z), inputs, x, dt_BLH, A_H, B
 
     def prefill(

@@ -76,7 +76,7 @@ class HNetLM(nnx.Module):
             segment_ids_BL = jnp.ones_like(input_ids_BL)
         if capacities is None:
             capacities = (None,) * self.config.num_chunked
-        segment_ids_BL = _number_runs(segment_ids_BL)
+        segment_ids_BL = number_runs(segment_ids_BL)
         context = self.context(input_ids_BL, segment_ids_BL, route_ids_BL, boundaries_BL)
         with jax.named_scope("embeddings"):
             embedding_key = self._embedding_key(key)
@@ -132,7 +132,7 @@ class HNetLM(nnx.Module):
         return self.lm_head(x_BLD).astype(jnp.float32)
 
 
-def _number_runs(segment_ids_BL: jax.Array) -> jax.Array:
+def number_runs(segment_ids_BL: jax.Array) -> jax.Array:
     """Give every run of equal ids its own number; 0 remains padding.
 
     Layers compare ids, so in a row 1 1 2 2 1 the last run would otherwise see the first.

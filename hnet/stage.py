@@ -116,6 +116,26 @@ class StageCache(NamedTuple):
     inner: "StageCache | None" = None
 
 
+class Prompts(NamedTuple):
+    """Whole rows that a stream continues: a stack then also returns its cache."""
+
+    lengths_B: jax.Array
+    max_lens: tuple[int, ...]
+    """maximum number of positions of a stage and of those inside it; static"""
+
+
+class Opened(NamedTuple):
+    """Whole rows in a stage that has its boundaries and whose main network did not run yet."""
+
+    h_BLD: jax.Array
+    """output of the encoder"""
+    residual_BLD: jax.Array
+    own: Boundaries
+    context: Context
+    encoder: Any = ()
+    """cache of the encoder, for prompts"""
+
+
 class Exchange(NamedTuple):
     """Values exchanged between a stage and its main network in a step."""
 
@@ -183,9 +203,9 @@ class HNet(nnx.Module):
             kernel_metadata=metadata("embed out"), bias_metadata=metadata("out", decay=False),
         ) if chunking.residual == "linear" else None  # fmt: skip
         d_chunk = chunking.pool.part.d_out(chunking.pool, place)
-        null_shape = (chunking.slots_per_chunk * d_chunk,)
+        self.d_chunk = chunking.slots_per_chunk * d_chunk
         self.null_group = (
-            parameter(jax.random.normal(rngs.params(), null_shape, jnp.float32), "channels")
+            parameter(jax.random.normal(rngs.params(), (self.d_chunk,), jnp.float32), "channels")
             if chunking.has_null
             else None
         )
@@ -351,38 +371,88 @@ class HNet(nnx.Module):
 
         most = rows_sharing_slots * self.chunking.max_slots(x_BLD.shape[1])
         capacity = min(capacities[0] or most, most)
-        cut = {"key": key, "numbers": numbers, "rows_sharing_slots": rows_sharing_slots}
+        opened = self.open(
+            x_BLD, context, capacity,
+            key=key, numbers=numbers, rows_sharing_slots=rows_sharing_slots,
+        )  # fmt: skip
+        x_BME, inner_context, slots = self.enter(opened, capacity, numbers)
+        with jax.named_scope(f"stage{self.stage_idx + 1}"):
+            y_BME, inner = self.main_network(
+                x_BME, inner_context, capacities[1:], key=key, numbers=numbers and numbers[1:]
+            )
+        return self.leave(y_BME, opened, slots, numbers=numbers)[0], [opened.own, *inner]
+
+    def open(
+        self,
+        x_BLD: jax.Array,
+        context: Context,
+        capacity: int | None = None,
+        *,
+        prompts: Prompts | None = None,
+        **cut: Any,
+    ) -> Opened:
+        """Everything before the pool. capacity: slots of a row; None: nothing is clipped.
+
+        x_BLD: rows of this stage's width (`widen`). cut: keyword arguments of `boundaries`.
+        """
+        capacity = capacity or self.chunking.max_slots(x_BLD.shape[1])
         own, encoder_context = None, context
         if self.chunking.encoder_scope == "chunk":
             with jax.named_scope("routing_module"):
                 own = self.boundaries(x_BLD, context, capacity, **cut)
                 encoder_context = context._replace(segment_ids_BL=self._encoder_chunks(own))
         with jax.named_scope("encoder"):
-            h_BLD = self.encoder(x_BLD, encoder_context)
+            h_BLD, encoder = self._rows("encoder", x_BLD, encoder_context, prompts)
         with jax.named_scope("residual_proj"):
             residual_BLD = self.residual(h_BLD)
         if own is None:
             with jax.named_scope("routing_module"):
                 own = self.boundaries(h_BLD, context, capacity, **cut)
+        return Opened(h_BLD, residual_BLD, own, context, encoder)
+
+    def enter(
+        self, opened: Opened, capacity: int, numbers: Numbers | None = None
+    ) -> tuple[jax.Array, Context, Slots]:
+        """`chunk` for a stage that was opened: with any capacity that holds its boundaries, as the
+        boundaries in use were clipped when it was opened."""
         with jax.named_scope("chunk"):
-            h_BLD, shared, shared_context = share_slots(h_BLD, own, context)
-            x_BME, inner_context, slots = self.chunk(
-                h_BLD, shared_context, shared, capacity, numbers
-            )
-        with jax.named_scope(f"stage{self.stage_idx + 1}"):
-            y_BME, inner = self.main_network(
-                x_BME, inner_context, capacities[1:], key=key, numbers=numbers and numbers[1:]
-            )
-            y_BME = _together(y_BME[..., : self.d_read], self.chunking.slots_per_chunk)
+            shared = share_slots(opened.h_BLD, opened.own, opened.context)
+            h_BLD, boundaries, context = shared
+            return self.chunk(h_BLD, context, boundaries, capacity, numbers)
+
+    def leave(
+        self,
+        y_BME: jax.Array,
+        opened: Opened,
+        slots: Slots,
+        *,
+        prompts: Prompts | None = None,
+        numbers: Numbers | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """(output, cache of the decoder for prompts), from the main network's output."""
+        context, rows = opened.context, self._outputs(y_BME)
+        _, shared, _ = share_slots(opened.h_BLD, opened.own, context)
         with jax.named_scope("dechunk"):
             config = self._settings("dechunk", numbers)
-            x_BLD = self.dechunk_layer(y_BME, shared, slots, config)
-            x_BLD = x_BLD.reshape(residual_BLD.shape) + residual_BLD
+            x_BLD = self.dechunk_layer(rows, shared, slots, config)
+            x_BLD = x_BLD.reshape(opened.residual_BLD.shape) + opened.residual_BLD
         if self.chunking.decoder_scope == "chunk":
             context = context._replace(segment_ids_BL=_decoder_chunks(context, slots))
-        context = context._replace(memory=self.memory(y_BME, shared, slots, x_BLD.shape[1]))
+        context = context._replace(memory=self.memory(rows, shared, slots, x_BLD.shape[1]))
         with jax.named_scope("decoder"):
-            return self.decoder(x_BLD, context), [own, *inner]
+            return self._rows("decoder", x_BLD, context, prompts)
+
+    def _rows(
+        self, name: str, x_BLD: jax.Array, context: Context, prompts: Prompts | None
+    ) -> tuple[jax.Array, Any]:
+        """(output of a stack, its cache for prompts)."""
+        if prompts is None:
+            return getattr(self, name)(x_BLD, context), ()
+        return getattr(self, name).prefill(x_BLD, context, prompts.lengths_B, prompts.max_lens[0])
+
+    def _outputs(self, y_BME: jax.Array) -> jax.Array:
+        """The channels that this stage reads of the main network's output, one row per chunk."""
+        return _together(y_BME[..., : self.d_read], self.chunking.slots_per_chunk)
 
     def _encoder_chunks(self, boundaries: Boundaries) -> jax.Array:
         """Segment ids (B, L), one per chunk that positions belong to; 0 on padding."""
@@ -396,65 +466,69 @@ class HNet(nnx.Module):
     # --- prompts --------------------------------------------------------------------------------
 
     def prefill(
-        self, x_BLD: jax.Array, context: Context, lengths_B: jax.Array, max_lens: tuple[int, ...]
+        self, x_BLD: jax.Array, context: Context, prompts: Prompts
     ) -> tuple[jax.Array, list[Boundaries], StageCache]:
         """`__call__` on rows of one segment each, and the cache after them."""
-        x_BLD, max_len, stacks = self.widen(x_BLD), max_lens[0], {}
-
-        def run(name, x_BLD, context):
-            y_BLD, stacks[name] = getattr(self, name).prefill(x_BLD, context, lengths_B, max_len)
-            return y_BLD
-
+        x_BLD = self.widen(x_BLD)
         if self.is_innermost:
-            y_BLD = run("main_network", x_BLD, context)
-            return y_BLD, [], StageCache(lengths_B, jnp.int32(max_len), stacks)
+            return *self.prefill_innermost(x_BLD, context, prompts), []
+        capacity = most_slots(self.chunking, x_BLD.shape[1], prompts.max_lens)
+        opened = self.open(x_BLD, context, capacity, prompts=prompts)
+        x_BME, inner_context, slots = self.enter(opened, capacity)
+        y_BME, inner, found = self.main_network.prefill(
+            x_BME, inner_context, inner_prompts(inner_context, prompts)
+        )
+        x_BLD, cache = self.leave_prompts(y_BME, opened, slots, prompts, inner)
+        return x_BLD, cache, [opened.own, *found]
+
+    def prefill_innermost(
+        self, x_BLD: jax.Array, context: Context, prompts: Prompts
+    ) -> tuple[jax.Array, StageCache]:
+        """`prefill` of a stage without boundaries, on rows of its width."""
+        y_BLD, stack = self._rows("main_network", x_BLD, context, prompts)
+        max_len = jnp.int32(prompts.max_lens[0])
+        return y_BLD, StageCache(prompts.lengths_B, max_len, {"main_network": stack})
+
+    def leave_prompts(
+        self, y_BME: jax.Array, opened: Opened, slots: Slots, prompts: Prompts, inner: StageCache
+    ) -> tuple[jax.Array, StageCache]:
+        """`leave` for prompts: (output, cache of this stage). inner: cache of the main network."""
+        chunking, (h_BLD, _, own, context, encoder) = self.chunking, opened
+        lengths_B, max_lens = prompts
+        out_BLD, decoder = self.leave(y_BME, opened, slots, prompts=prompts)
 
         def last(a_BL):
             return last_positions(a_BL, lengths_B, 1)[:, 0]
 
-        chunking, k = self.chunking, self.chunking.slots_per_chunk
-        capacity = min(max_lens[1] // k, x_BLD.shape[1] + chunking.has_null)
-        own, encoder_context, first_B = None, context, {}
+        y_BME, first_B = self._outputs(y_BME), {}
         if chunking.encoder_scope == "chunk":
-            own = self.boundaries(x_BLD, context, capacity)
-            encoder_context = context._replace(segment_ids_BL=self._encoder_chunks(own))
             first_B["encoder"] = self._next_encoder_chunk(own, lengths_B)
-        h_BLD = run("encoder", x_BLD, encoder_context)
-        own = self.boundaries(h_BLD, context, capacity) if own is None else own
-        x_BME, inner_context, slots = self.chunk(h_BLD, context, own, capacity)
-        num_slots_B = jnp.sum(inner_context.segment_ids_BL != 0, axis=1, dtype=jnp.int32)
-        y_BME, inner_boundaries, inner = self.main_network.prefill(
-            x_BME, inner_context, num_slots_B, max_lens[1:]
-        )
-        y_BME = _together(y_BME[..., : self.d_read], k)
-        read_BLD = self.dechunk_layer(y_BME, own, slots, chunking.dechunk)
-        decoder_context = context._replace(memory=self.memory(y_BME, own, slots, x_BLD.shape[1]))
         if chunking.decoder_scope == "chunk":
             ids_BL = _decoder_chunks(context, slots)
-            decoder_context = decoder_context._replace(segment_ids_BL=ids_BL)
             same_BL = (ids_BL == last(ids_BL)[:, None]) & (ids_BL != 0)
             first_B["decoder"] = lengths_B - jnp.sum(same_BL, axis=1, dtype=jnp.int32)
-        out_BLD = run("decoder", read_BLD + self.residual(h_BLD), decoder_context)
-
+        k = chunking.slots_per_chunk
         rows = Positions(h_BLD, context, chunking.predictor)
-        none_B = jnp.zeros(lengths_B.shape, bool)
-        zeros_BE = jnp.zeros((len(lengths_B), k * x_BME.shape[-1]), jnp.float32)
+        none_B, zeros_BE = (
+            jnp.zeros(lengths_B.shape, bool),
+            jnp.zeros((len(lengths_B), self.d_chunk)),
+        )
         cache = StageCache(
-            lengths_B, jnp.int32(max_len), stacks,
+            lengths_B, jnp.int32(max_lens[0]), {"encoder": encoder, "decoder": decoder},
             predictor=self.routing_module.after(rows),
             pool=self.chunk_layer.after(rows._replace(config=chunking.pool), own),
             dechunk=self.dechunk_layer.after(y_BME, own, slots, chunking.dechunk),
             first_B=first_B or None,
             missing_B=self._missing_after(context, lengths_B),
             boundary_B=self._last_boundary(own) if chunking.max_chunk_len else None,
-            memory=self._memory_after(y_BME, num_slots_B // k, max_lens[1] // k),
+            memory=self._memory_after(y_BME, inner.position_B // k, max_lens[1] // k),
             waiting=Waiting(
                 none_B, none_B, zeros_BE, jnp.zeros(lengths_B.shape), jnp.zeros_like(last(h_BLD)),
                 None if own.levels_BL is None else jnp.zeros_like(lengths_B),
             ),
             inner=inner,
         )  # fmt: skip
-        return out_BLD, [own, *inner_boundaries], cache
+        return out_BLD, cache
 
     def _next_encoder_chunk(self, boundaries: Boundaries, lengths_B: jax.Array) -> jax.Array:
         """First position of the chunk that the next position of a stream continues."""
@@ -706,6 +780,19 @@ def make_predictor(chunking: ChunkingConfig, place: Place, *, rngs: nnx.Rngs) ->
     predictor.num_groups = groups
     predictor.start_at(tuple(1 / N for N in chunking.target_ratios[:groups]))
     return predictor
+
+
+def most_slots(chunking: ChunkingConfig, length: int, max_lens: tuple[int, ...] = ()) -> int:
+    """Number of slots that a row of `length` positions can need; max_lens: those of prompts."""
+    if not max_lens:
+        return chunking.max_slots(length)
+    return min(max_lens[1] // chunking.slots_per_chunk, length + chunking.has_null)
+
+
+def inner_prompts(inner_context: Context, prompts: Prompts) -> Prompts:
+    """Prompts of the main network: the slots in use are its rows."""
+    num_slots_B = jnp.sum(inner_context.segment_ids_BL != 0, axis=1, dtype=jnp.int32)
+    return Prompts(num_slots_B, prompts.max_lens[1:])
 
 
 def _apart(x_BME: jax.Array, context: Context, k: int) -> tuple[jax.Array, Context]:

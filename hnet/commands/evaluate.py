@@ -18,10 +18,8 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Annotated, Any
 
-import jax
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -32,6 +30,7 @@ from hnet.command_line import parse
 from hnet.data import DataConfig, Part, eval_batches, open_corpus, open_part
 from hnet.data.identity import check_inputs, inputs, read_inputs
 from hnet.data.parallel import read_parallel
+from hnet.decode.by_counts import Done, Fed, Static, forward
 from hnet.decode.score import logprobs
 from hnet.decode.token_bytes import TokenBytes
 from hnet.errors import ConfigError
@@ -43,8 +42,7 @@ from hnet.runtime.compile_cache import enable_compilation_cache
 from hnet.suites import command
 from hnet.suites.items import Settings
 from hnet.train.evaluate import Evaluation, evaluate
-from hnet.train.program import FED
-from hnet.train.step import eval_step
+from hnet.train.step import eval_metrics
 from hnet.train.workdir import read_config
 
 
@@ -99,11 +97,13 @@ def main() -> None:
         raise ConfigError("exact=True: this model reads bytes, so its bits per byte are exact")
     data, part = replace(_data_config(config), bos_eos=model.bos), _part(config)
     graph, params = split(model)
-    step = jax.jit(partial(eval_step, graph=graph), static_argnames="capacities")
+    static = Static(graph, model.config)
 
-    def run_batch(batch, capacities):
-        fed = {name: batch[name] for name in FED if name in batch}
-        return step(params, fed, capacities=capacities)
+    def run_batch(batch, _):  # as many slots as the batch needs
+        fed = Fed(
+            *(batch.get(name) for name in ("input_ids", "segment_ids", "route_ids", "boundaries"))
+        )
+        return forward(static, params, fed, _metrics)
 
     batches = eval_batches(part, data, route_groups=model.config.route_groups)
     result = evaluate(
@@ -119,6 +119,11 @@ def main() -> None:
         print(json.dumps(report))
     else:
         _print(report, config.documents)
+
+
+def _metrics(done: Done) -> dict[str, Any]:
+    batch = {"input_ids": done.fed.input_ids_BL, "segment_ids": done.fed.segment_ids_BL}
+    return eval_metrics(done.model, done.params, done.logits_BLV, done.boundaries, batch)
 
 
 def _suites(config: EvaluateConfig) -> None:

@@ -13,6 +13,7 @@ from jax.sharding import SingleDeviceSharding
 from hnet.config import EOS_ID
 from hnet.data.scripts import route_table, script_ids, script_step
 from hnet.decode import room, stream, utf8
+from hnet.decode.by_counts import Done, Fed, Static, forward
 from hnet.decode.prompts import pad
 from hnet.decode.sampling import Controls, Sampling, sample
 from hnet.errors import ConfigError
@@ -53,16 +54,11 @@ class Outputs(NamedTuple):
     """whether the row got a byte"""
 
 
-@partial(jax.jit, static_argnames=("static", "max_lens"))
-def _prefill(params, input_ids_BL, lengths_B, route_ids_BL, *, static, max_lens):
-    logits_BV, records, cache = stream.prefill(
-        nnx.merge(static.graph, params),
-        input_ids_BL,
-        lengths_B,
-        max_lens,
-        route_ids_BL=route_ids_BL,
-    )
-    return logits_BV, [record.boundary_mask_BL for record in records], cache
+def _after_prompts(done: Done, lengths_B: jax.Array):
+    """(logits after the prompts, cache, boundaries)."""
+    ids_BL = done.fed.input_ids_BL
+    after = (done.model, done.x_BLD, done.context, ids_BL, lengths_B, done.cache)
+    return *stream.after_prompts(*after), [found.boundary_mask_BL for found in done.boundaries]
 
 
 @partial(jax.jit, static_argnames=("static", "num_ticks"), donate_argnames="state")
@@ -119,19 +115,6 @@ def _run(params, state, controls, seed_B, route_of, wait_share, *, static, num_t
     return jax.lax.while_loop(goes_on, collect, (jnp.int32(0), state, nothing))[1:]
 
 
-class _Static:
-    """The graph of a model as a static argument that is hashed once instead of at every call."""
-
-    def __init__(self, graph: nnx.GraphDef):
-        self.graph, self._hash = graph, hash(graph)
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        return self is other or isinstance(other, _Static) and self.graph == other.graph
-
-
 class Decoder:
     """A model and its compiled functions, one per shape of batch, prompt and cache."""
 
@@ -146,7 +129,8 @@ class Decoder:
                 "not known for a text that is yet to come: use a model with another predictor"
             )
         graph, self.params = split(model)
-        self.static = _Static(graph)
+        stream.check_streams(model.config)
+        self.static = Static(graph, model.config)
         self.route_of = route_table(model.config.route_groups, "model.route_groups")
 
     def start(self, prompts: Sequence[bytes], sampling: Sampling) -> tuple[Decoding, np.ndarray]:
@@ -158,17 +142,16 @@ class Decoder:
         script_BL, script_state_B = np.zeros_like(ids_BL), np.zeros(len(prompts), np.uint32)
         for row, prompt in enumerate(prompts):
             script_BL[row, : len(prompt)], script_state_B[row] = script_ids(prompt)
-        inputs = (self.params, ids_BL, lengths_B, self.route_of[script_BL])
-
-        def room_for(num_bytes):
-            return {"static": self.static, "max_lens": stream.full_lens(self.config, num_bytes)}
-
-        def cache_bytes(num_bytes):
-            _, _, cache = _prefill.eval_shape(*inputs, **room_for(num_bytes))
-            return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
-
-        longest = room.positions(ids_BL.shape[1], sampling.max_bytes, len(prompts), cache_bytes)
-        logits_BV, masks, cache = _prefill(*inputs, **room_for(longest))
+        longest = room.positions(
+            ids_BL.shape[1], sampling.max_bytes, len(prompts),
+            lambda num_bytes: self._cache_bytes(len(prompts), num_bytes),
+        )  # fmt: skip
+        segment_ids_BL = (np.arange(ids_BL.shape[1]) < lengths_B[:, None]).astype(np.int32)
+        logits_BV, cache, masks = forward(
+            self.static, self.params, Fed(ids_BL, segment_ids_BL, self.route_of[script_BL]),
+            _after_prompts, lengths_B, lengths_B=lengths_B,
+            max_lens=stream.full_lens(self.config, longest),
+        )  # fmt: skip
         W = sampling.repetition_window
         recent_BW = np.full((len(prompts), W), -1, np.int32)
         for row, prompt in enumerate(prompts):
@@ -182,6 +165,19 @@ class Decoder:
         )  # fmt: skip
         state = Decoding(cache, logits_BV, *self._placed(rest))
         return state, stream.boundaries_at_bytes(self.config, jax.device_get(masks), ids_BL.shape)
+
+    def _cache_bytes(self, rows: int, num_bytes: int) -> int:
+        """Size of a cache for rows of `num_bytes` bytes; nothing is allocated."""
+        shape_B = jax.ShapeDtypeStruct((rows,), jnp.int32)
+        shape_B1 = jax.ShapeDtypeStruct((rows, 1), jnp.int32)
+        max_lens = stream.full_lens(self.config, num_bytes)
+
+        def empty(params, ids_B1, lengths_B):
+            model = nnx.merge(self.static.graph, params)
+            return stream.prefill(model, ids_B1, lengths_B, max_lens, route_ids_BL=ids_B1)[2]
+
+        cache = jax.eval_shape(empty, self.params, shape_B1, shape_B)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
     def _placed(self, arrays: tuple[np.ndarray, ...]) -> tuple[jax.Array, ...]:
         """Arrays where the parameters are: a block of steps commits its state to the parameters'

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hnet.errors import ConfigError
+from hnet.train.capacity import rung
 
 MIN_LENGTH = 16
 
@@ -24,9 +25,15 @@ def length_bucket(length: int) -> int:
     return max(MIN_LENGTH, 1 << max(0, length - 1).bit_length())
 
 
+def row_length(length: int) -> int:
+    """Length of the rows for texts of up to `length` bytes: few values, at most an eighth too long
+    from 512 bytes on."""
+    return length_bucket(length) if length <= 64 else rung(1 << 31, length, 8, least=64)
+
+
 def pad(texts: Sequence[bytes], length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(ids int32 (B, L) padded with 0 on the right, lengths int32 (B,))."""
-    length = length or length_bucket(max((len(t) for t in texts), default=0))
+    length = length or row_length(max((len(t) for t in texts), default=0))
     ids_BL = np.zeros((len(texts), length), np.int32)
     for row, text in enumerate(texts):
         ids_BL[row, : len(text)] = np.frombuffer(text, np.uint8)

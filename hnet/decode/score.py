@@ -2,16 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from hnet.config import BOS_ID
 from hnet.data.scripts import route_table, script_ids_of_rows
-from hnet.decode.prompts import encode, length_bucket, pad
+from hnet.decode.by_counts import Done, Fed, Static, forward
+from hnet.decode.prompts import encode, pad, row_length
 from hnet.decode.token_bytes import TokenBytes
 from hnet.errors import ConfigError
 from hnet.model import HNetLM, split
@@ -33,15 +32,12 @@ class Score:
         return float(np.sum(self.logprobs[start:end], dtype=np.float64))
 
 
-@partial(jax.jit, static_argnames="graph")
-def _score(params, input_ids_BL, segment_ids_BL, route_ids_BL, *, graph):
-    logits_BLV, _ = nnx.merge(graph, params)(
-        input_ids_BL, segment_ids_BL, route_ids_BL=route_ids_BL
-    )
-    next_BL1 = input_ids_BL[:, 1:, None]
-    log_probs_BLV = jax.nn.log_softmax(logits_BLV[:, :-1], axis=-1)
+def _scored(done: Done) -> tuple[jax.Array, jax.Array]:
+    """(log-probability, whether it is the most probable) of each byte but the first."""
+    logits_BLV, next_BL1 = done.logits_BLV[:, :-1], done.fed.input_ids_BL[:, 1:, None]
+    log_probs_BLV = jax.nn.log_softmax(logits_BLV, axis=-1)
     logprob_BL = jnp.take_along_axis(log_probs_BLV, next_BL1, axis=-1)[..., 0]
-    return logprob_BL, jnp.argmax(logits_BLV[:, :-1], axis=-1) == next_BL1[..., 0]
+    return logprob_BL, jnp.argmax(logits_BLV, axis=-1) == next_BL1[..., 0]
 
 
 def logprobs(
@@ -58,6 +54,7 @@ def logprobs(
     if model.tokenizer:
         return _of_tokens(model, [encode(text) for text in texts], bos, batch_size)
     graph, params = split(model)
+    static = Static(graph, model.config)
     route_of = route_table(model.config.route_groups, "model.route_groups")
     prefix = bytes([BOS_ID]) if (model.bos if bos is None else bos) else b""
     fed = [prefix + encode(text) for text in texts]
@@ -66,12 +63,11 @@ def logprobs(
     for first in range(0, len(order), batch_size):
         rows = order[first : first + batch_size]
         spare = [b""] * (min(batch_size, len(order)) - len(rows))
-        ids_BL, lengths_B = pad(
-            [*(fed[i] for i in rows), *spare], length_bucket(len(fed[rows[-1]]))
-        )
+        ids_BL, lengths_B = pad([*(fed[i] for i in rows), *spare], row_length(len(fed[rows[-1]])))
         segment_ids_BL = (np.arange(ids_BL.shape[1]) < lengths_B[:, None]).astype(np.int32)
         route_ids_BL = route_of[script_ids_of_rows(ids_BL, segment_ids_BL)[0]]
-        found = jax.device_get(_score(params, ids_BL, segment_ids_BL, route_ids_BL, graph=graph))
+        batch = Fed(ids_BL, segment_ids_BL, route_ids_BL)
+        found = jax.device_get(forward(static, params, batch, _scored))
         for i, logprob_L, is_greedy_L in zip(rows, *found):
             scores[i] = _own_bytes(fed[i], len(prefix), logprob_L, is_greedy_L)
     return [scores[i] for i in range(len(fed))]

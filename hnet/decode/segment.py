@@ -9,8 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from hnet.chunking.boundaries import Boundaries
 from hnet.config import BOS_ID, HNetConfig
 from hnet.data.scripts import SCRIPTS, route_table, script_ids_of_rows
+from hnet.decode.by_counts import Done, Fed, Static, forward
+from hnet.decode.prompts import row_length
 from hnet.inspect.segmentation import Segmentation
 from hnet.loss import next_byte_nll
 
@@ -18,12 +21,14 @@ ROWS = 32  # maximum number of texts per batch
 POSITIONS = ROWS * 1024  # maximum number of positions per batch; bounds the memory of logits
 
 
-def route_texts(params: Any, input_ids_BL, segment_ids_BL, route_ids_BL, *, graph: nnx.GraphDef):
+def _routed(logits: jax.Array, records: list[Boundaries], ids_BL: jax.Array):
     """([(boundary mask, boundary probability) of each stage, outermost first], nats per byte)."""
-    model = nnx.merge(graph, params)
-    logits, records = model(input_ids_BL, segment_ids_BL, route_ids_BL=route_ids_BL)
     stages = [(r.boundary_mask_BL, r.boundary_prob_BL) for r in records]
-    return stages, next_byte_nll(logits, input_ids_BL)
+    return stages, next_byte_nll(logits, ids_BL)
+
+
+def _routed_by_counts(done: Done):
+    return _routed(done.logits_BLV, done.boundaries, done.fed.input_ids_BL)
 
 
 def segmenter(
@@ -31,11 +36,27 @@ def segmenter(
 ) -> Callable[..., list[Segmentation]]:
     """Return a function (params, texts, names, gold) -> segmentations; compiles once per shape.
 
+    out_shardings: sharding of the results of a training run, which shows few texts while its
+    boundaries move: they run with all slots, in one program. Without it a main network has as many
+    slots as the boundaries need.
+
     bos: whether each text is a row of its own after byte 254, as in training. Without it no byte
     predicts the first one, and the segmentations have no surprisal. Each byte gets the name of
     its route, or of its script if the model has only one route.
     """
-    run = jax.jit(partial(route_texts, graph=graph), out_shardings=out_shardings)
+    static = Static(graph, model)
+    in_one = jax.jit(
+        lambda params, fed: _routed(
+            *nnx.merge(graph, params)(*fed[:2], route_ids_BL=fed.route_ids_BL), fed.input_ids_BL
+        ),
+        out_shardings=out_shardings,
+    )
+
+    def run(params, fed):
+        if out_shardings is None:
+            return forward(static, params, fed, _routed_by_counts)
+        return in_one(params, fed)
+
     route_of = route_table(model.route_groups, "model.route_groups")
 
     def segment(
@@ -56,8 +77,8 @@ def segmenter(
         named_BL, names_of = (
             (route_ids_BL, model.route_names) if model.num_routes > 1 else (script_ids_BL, SCRIPTS)
         )
-        fed = map(jnp.asarray, (ids_BL, segment_ids_BL, route_ids_BL))
-        stages, nats_BL = jax.device_get(run(params, *fed))
+        batch = Fed(*map(jnp.asarray, (ids_BL, segment_ids_BL, route_ids_BL)))
+        stages, nats_BL = jax.device_get(run(params, batch))
         found = []
         for row, text in enumerate(texts):
             starts, in_front = as_starts(model, [(mask[row], prob[row]) for mask, prob in stages])
@@ -93,8 +114,8 @@ def segment_all(
 
 
 def _padded(most: int) -> int:
-    """Row length for texts of up to `most` bytes, a power of two to limit compilations."""
-    return max(64, 1 << most.bit_length())
+    """Row length for texts of up to `most` bytes and BOS."""
+    return row_length(max(64, most + 1))
 
 
 def as_starts(

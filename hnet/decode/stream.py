@@ -21,7 +21,8 @@ from hnet.errors import ConfigError
 from hnet.model import HNetLM
 from hnet.nn.active_rows import FRACTIONS
 from hnet.nn.cache import last_positions
-from hnet.stage import Pace, StageCache
+from hnet.nn.context import Context
+from hnet.stage import Pace, Prompts, StageCache
 
 
 class ModelCache(NamedTuple):
@@ -49,6 +50,13 @@ def full_lens(config: HNetConfig, num_bytes: int) -> tuple[int, ...]:
     return tuple(lens)
 
 
+def check_streams(config: HNetConfig) -> None:
+    """Raise ConfigError for a predictor that does not support streaming."""
+    for stage in config.stages[:-1]:
+        if problem := stage.chunking.predictor.streaming_problem():
+            raise ConfigError(f"chunking.predictor.{problem}")
+
+
 def prefill(
     model: HNetLM,
     input_ids_BL: jax.Array,
@@ -66,19 +74,29 @@ def prefill(
     empty row), the boundaries of the stages, and the cache. Raises ConfigError for a predictor that
     does not support streaming.
     """
-    for stage in model.config.stages[:-1]:
-        if problem := stage.chunking.predictor.streaming_problem():
-            raise ConfigError(f"chunking.predictor.{problem}")
+    check_streams(model.config)
     position_L = jnp.arange(input_ids_BL.shape[1], dtype=jnp.int32)
     segment_ids_BL = (position_L[None, :] < lengths_B[:, None]).astype(jnp.int32)
     context = model.context(input_ids_BL, segment_ids_BL, route_ids_BL, boundaries_BL)
-    x_BLD, boundaries, stage = model.backbone.prefill(
-        model.embeddings(input_ids_BL, context), context, lengths_B, max_lens
+    x_BLD, stage, boundaries = model.backbone.prefill(
+        model.embeddings(input_ids_BL, context), context, Prompts(lengths_B, max_lens)
     )
+    logits_BV, cache = after_prompts(model, x_BLD, context, input_ids_BL, lengths_B, stage)
+    return logits_BV, boundaries, cache
+
+
+def after_prompts(
+    model: HNetLM,
+    x_BLD: jax.Array,
+    context: Context,
+    input_ids_BL: jax.Array,
+    lengths_B: jax.Array,
+    stage: StageCache,
+) -> tuple[jax.Array, ModelCache]:
+    """(logits, cache) of `prefill`, from the output and the cache of the backbone."""
     cache = ModelCache(stage, model.embeddings.after(input_ids_BL, context))
     logits_B1V = model.logits(last_positions(x_BLD, lengths_B, 1))
-    logits_BV = jnp.where((lengths_B > 0)[:, None], logits_B1V[:, 0], 0.0)
-    return logits_BV, boundaries, cache
+    return jnp.where((lengths_B > 0)[:, None], logits_B1V[:, 0], 0.0), cache
 
 
 def step(

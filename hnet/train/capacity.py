@@ -118,7 +118,8 @@ def is_settled(counts: tuple[int, ...]) -> bool:
     return statistics.pstdev(counts) <= SETTLED * statistics.fmean(counts)
 
 
-def rung(full: int, slots: float) -> int:
-    """Smallest capacity >= `slots`: 32 per octave, multiples of 8, at most `full`."""
-    step = max(8, 1 << max(math.ceil(slots).bit_length() - 6, 0))
+def rung(full: int, slots: float, per_octave: int = 32, least: int = 8) -> int:
+    """Smallest capacity >= `slots`: `per_octave` (a power of two) values from one power of two to
+    the next, multiples of `least`, at most `full`."""
+    step = max(least, (1 << math.ceil(slots).bit_length() >> 1) // per_octave)
     return min(full, -(-math.ceil(slots) // step) * step)

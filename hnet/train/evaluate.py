@@ -11,6 +11,9 @@ import numpy as np
 from hnet.data.pipeline import Batch
 from hnet.data.scripts import SCRIPTS, script_ids_of_rows
 from hnet.loss import bits_per_byte
+from hnet.train.capacity import rung
+
+MOST_SLOTS = 1 << 31  # a model has no more slots than positions
 
 
 @dataclass
@@ -179,15 +182,20 @@ def evaluate(
 
     into: accumulator to add to and return; default: a new Evaluation.
     `run_batch(batch, capacities)` runs `eval_step` on the devices. A batch that overflows the given
-    capacities is run again with as many slots as positions, so that evaluation clips nothing.
+    capacities is run again with more slots, as the later batches are, so that evaluation clips
+    nothing.
     """
     result = Evaluation(route_names=route_names, source_of=source_of) if into is None else into
     for batch in batches:
         if should_stop():
             return None
         metrics = jax.device_get(run_batch(batch, capacities))
-        if any(np.any(lost > 0) for lost in metrics["overflow_S"]):
-            metrics = jax.device_get(run_batch(batch, (None,) * len(capacities)))
+        while any(np.any(lost > 0) for lost in metrics["overflow_S"]):
+            capacities = tuple(
+                have and max(have, rung(MOST_SLOTS, int(np.max(needed)), 8))
+                for have, needed in zip(capacities, metrics["max_slots_S"])
+            )
+            metrics = jax.device_get(run_batch(batch, capacities))
         result.add(batch, metrics)
         if max_bytes is not None and result.num_bytes >= max_bytes:
             break

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from hnet.chunking.boundaries import Boundaries
 from hnet.chunking.controller import free_logits, hold_rates
 from hnet.chunking.rates import RateCounts, counts_by_stage
 from hnet.chunking.routes import keep_absent
@@ -23,6 +24,7 @@ from hnet.loss import (
     total_loss,
     totals_of,
 )
+from hnet.model import HNetLM
 from hnet.nn.parameters import describe, trained, with_frozen
 from hnet.stage import Numbers
 from hnet.train.config import OptimConfig
@@ -203,6 +205,13 @@ def eval_step(
         rows_sharing_slots=packed_rows, route_ids_BL=batch.get("route_ids"),
         boundaries_BL=batch.get("boundaries"),
     )  # fmt: skip
+    return eval_metrics(model, params, logits_BLV, records, batch)
+
+
+def eval_metrics(
+    model: HNetLM, params: Any, logits_BLV: jax.Array, records: list[Boundaries], batch: Batch
+) -> Metrics:
+    """The results of `eval_step`, from the outputs of the model."""
     wanted_S = [jnp.sum(r.num_boundaries_B, dtype=jnp.float32) for r in records]
     kept_S = [jnp.sum(r.boundary_mask_BL, dtype=jnp.float32) for r in records]
     by_route = {}
@@ -216,4 +225,5 @@ def eval_step(
         "positions": jnp.sum(batch["segment_ids"] != 0, dtype=jnp.float32),
         "num_chunks_S": wanted_S,
         "overflow_S": [wanted - kept for wanted, kept in zip(wanted_S, kept_S)],
+        "max_slots_S": [jnp.max(r.num_slots_G) for r in records],
     }

@@ -1,0 +1,1 @@
+"""Fixed numbers of chunk slots against slots that follow the counts."""

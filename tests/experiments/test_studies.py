@@ -1,0 +1,117 @@
+"""Programs of the studies: slots, rates, claims."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+from scipy import stats
+
+from experiments import claims as claimed
+from experiments import rates
+from experiments.claims import __main__ as claims
+from experiments.compare import __main__ as compare
+from experiments.configs import base_config
+from experiments.rates.__main__ import main as rates_main
+from experiments.slots import __main__ as slots
+from hnet.data import open_corpus
+from hnet.errors import ConfigError
+from tests.training import ATTENTION, build, tiny_run
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+# --- claims ---------------------------------------------------------------------------------------
+
+
+def test_a_difference_has_the_interval_of_welch():
+    better, worse = [2.9, 3.0, 2.95], [3.1, 3.3, 3.15, 3.2]
+    off, half = claims.difference(better, worse)
+    expected = stats.ttest_ind(better, worse, equal_var=False).confidence_interval()
+    assert (off - half, off + half) == pytest.approx((expected.low, expected.high))
+    assert claims.difference([2.0], worse) == (pytest.approx(2.0 - 3.1875), math.inf)
+    assert claims.difference([2.0, 2.0], [3.0, 3.0]) == (-1, 0)
+    verdicts = [claims.verdict(*pair) for pair in [(-2, 1), (2, 1), (-1, 2), (-1, math.inf)]]
+    unsure = "cannot tell at this size"
+    assert verdicts == ["holds", "does not hold", unsure, unsure]
+
+
+def row(system, seed, bpb):
+    return {"system": system, "seed": seed, "bpb": bpb, "parameters": 1e6, "train_bytes": 2e6}
+
+
+def test_claims_are_judged_from_the_rows_of_a_comparison(tmp_path, capsys):
+    with pytest.raises(ConfigError, match="holds no finished run"):
+        claims.main(["--report", "--workdir", str(tmp_path)])
+    found = [row("hnet", n, 3 + n / 100) for n in (0, 1)]
+    found += [row("bytes_transformer", n, 4 + n / 100) for n in (0, 1)]
+    for each in found:
+        path = tmp_path / each["system"] / f"seed{each['seed']}" / "row.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(each))
+    assert claims.main(["--report", "--workdir", str(tmp_path)]) == 0
+    text = (tmp_path / "CLAIMS.md").read_text()
+    first, second = text.splitlines()[4:6]
+    assert first.endswith("| 3.005 against 4.005 (-1.000 ± 0.030) | holds |")
+    assert "| 1.00M and 1.00M parameters, 2.00 MB, 2 and 2 seeds |" in first
+    assert (
+        second.endswith("| not run | not run | not run |")
+        and text.strip() in capsys.readouterr().out
+    )
+
+
+def test_networks_of_claims_differ_from_hnet_as_they_say():
+    named = {claim.better for claim in claims.CLAIMS} | {claim.worse for claim in claims.CLAIMS}
+    assert named <= set(claims.NAMES)
+    outer = base_config("hnet").model.stages[0]
+    models = [base_config(name).model for name in claims.NAMES if ":" in name]
+    assert [m.num_chunked for m in models] == [2, 1, 1] and claimed.two_stages() == models[0]
+    assert math.prod(s.chunking.target_ratio for s in models[0].stages[:-1]) == 6
+    assert models[1].stages[0] == replace(outer, chunking=replace(outer.chunking, dechunk="repeat"))
+    assert replace(models[2].stages[0], arch_layout=outer.arch_layout) == outer
+
+
+# --- rates ----------------------------------------------------------------------------------------
+
+
+def test_rates_compares_each_target_fixed_and_held(monkeypatch):
+    given = []
+    monkeypatch.setattr(compare, "main", lambda argv: given.append(argv) or 0)
+    assert rates_main(["--workdir", "there", "--bytes", "4096"]) == 0
+    (argv,), names = given, [word for word in given[0] if word.startswith("experiments.rates:")]
+    assert argv.count("--workdir") == 1 and argv[argv.index("--workdir") + 1] == "there"
+    assert argv[argv.index("--match") + 1] == "parameters" and len(names) == 7
+    cuts = [base_config(name).model.stages[0].chunking for name in names[:6]]
+    found = [(cut.target_ratio, cut.hold_rate) for cut in cuts]
+    assert found == [(n, held) for n in (8.0, 9.0, 4.6) for held in (False, True)]
+    assert rates.fixed_8().arch_layout == ["m2", ["T6"], "m2"]
+
+
+# --- slots ----------------------------------------------------------------------------------------
+
+
+def test_slots_that_are_too_few_clip_and_are_not_trained_twice(tmp_path, monkeypatch, capsys):
+    run = tiny_run(tmp_path, model=ATTENTION)
+    monkeypatch.setattr(slots, "build", build)
+    monkeypatch.setattr(slots, "run_config", lambda argv, default: run)
+    argv = ["slots", "--shares", "16", "--seeds", "1", "--workdir", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", argv)
+    assert slots.main() == 0
+    printed = capsys.readouterr().out
+    assert "follow the counts" in printed and "L/16" in printed
+    follow, fixed = (json.loads((tmp_path / "rows" / f"share{n}-seed0.json").read_text())["row"]
+                     for n in (0, 16))  # fmt: skip
+    assert follow["clipped"] == 0 and follow["bpb"] == pytest.approx(follow["bpb_clipped"])
+    assert fixed["clipped"] > 0.3 and abs(fixed["bpb"] - fixed["bpb_clipped"]) > 1e-3
+    monkeypatch.setattr(slots, "build", None)
+    assert slots.main() == 0 and capsys.readouterr().out == printed
+    other = replace(run, seed=0, optim=replace(run.optim, learning_rate=1.0))
+    with pytest.raises(ConfigError, match="share16-seed0.json' has other settings or text"):
+        slots.row_of(other, open_corpus(run.data), 16, tmp_path / "rows")
+
+
+def test_slots_names_a_network_of_two_stages(monkeypatch, tmp_path):
+    assert slots.network().arch_layout == ["T3", ["T6"], "T3"]
+    monkeypatch.setattr("sys.argv", ["slots", "bytes_transformer", "--workdir", str(tmp_path)])
+    with pytest.raises(ConfigError, match="use a model with two stages"):
+        slots.main()

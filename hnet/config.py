@@ -23,7 +23,7 @@ from hnet.fields import Bounds, Count, Natural, check, parse_json, read_bytes
 from hnet.nn.embeddings import EMBEDDINGS
 from hnet.nn.embeddings.bytes import Bytes
 from hnet.nn.embeddings.part import EmbeddingConfig
-from hnet.nn.mixers import OFFICIAL, check_further, reads_memory
+from hnet.nn.mixers import OFFICIAL, check_further, ignores_key_bias, reads_memory
 from hnet.nn.mixers import problem as mixer_problem
 from hnet.nn.mixers.settings import (
     AttentionConfig,
@@ -365,6 +365,7 @@ def _check_stage(config: HNetConfig, i: int, stage: StageConfig) -> None:
     if inner:
         return
     problem = stage.chunking.problem(stage_idx=i, route_groups=groups)
+    problem = problem or _deletion_problem(config, i)
     if problem := problem or _levels_problem(config, i, stage.chunking.predictor):
         raise ConfigError(f"{where}.chunking.{problem}")
     for at, part in stage.chunking.parts.items():
@@ -403,6 +404,22 @@ def _memory_problem(config: HNetConfig, i: int) -> str | None:
             f"the {total} channels per chunk that the dechunk gives: use a divisor, or 0 for "
             "d_model"
         )
+    return None
+
+
+def _deletion_problem(config: HNetConfig, i: int) -> str | None:
+    """One line on inner layers for which positions that are deleted softly would still be there."""
+    predictor: Any = config.stages[i].chunking.predictor
+    if predictor.name != "deletion_gate" or not predictor.soft:
+        return None
+    for inner, stage in enumerate(config.stages[i + 1 :], i + 1):
+        for layout in filter(lambda layout: not is_class(layout), stage.arch_layout):
+            if letter := ignores_key_bias(layout, config.mixers):
+                return (
+                    f"predictor.soft=True, but layers {letter!r} of stage {inner} ignore biases of "
+                    "keys, so that deleted positions would still be read: use layers t or T there, "
+                    "or predictor.soft=False"
+                )
     return None
 
 

@@ -9,13 +9,14 @@ from hnet.chunking.boundaries import Boundaries, Prediction, decide
 from hnet.chunking.dechunks.ema import EMA
 from hnet.chunking.dechunks.repeat import AtBoundaries, Repeat
 from hnet.chunking.part import LossInputs, Place, Positions
+from hnet.chunking.pools.extreme import Max, Min
 from hnet.chunking.pools.mean import Mean
 from hnet.chunking.pools.select import Select
 from hnet.chunking.rates import rate_counts
 from hnet.chunking.slots import Slots, open_slots
 from hnet.nn.context import Context
 
-POOLS = {"select": Select, "mean": Mean}
+POOLS = {"select": Select, "mean": Mean, "max": Max, "min": Min}
 DECHUNKS = {"ema": EMA, "repeat": Repeat, "at_boundaries": AtBoundaries}
 
 

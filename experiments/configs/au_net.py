@@ -48,7 +48,8 @@ def au_net_3() -> HNetConfig:
     Paper: arXiv 2506.14761
     Fidelity: levels, pool and way back as in facebookresearch/lingua at commit 437d680, but a
     newline after other white space does not change an earlier byte; blocks of the default
-    Test: tests/chunking/test_words.py: levels of 153 texts, masks, pool, dechunk, gradients
+    Test: tests/chunking/test_words.py: levels of 153 texts, masks, pool, dechunk, gradients;
+    tests/chunking/test_reference_networks.py: logits, loss and all gradients of its network
     """
     base = au_net_2()
     outer, main = base.stages

@@ -8,16 +8,18 @@ Patches of entropy need a byte model, which is trained first, on the same text:
     python -m experiments.pretrain blt_entropy --data.files 'text/*.txt'
 
 All have hashed n-gram embeddings (n = 3 to 8) and END alignment in which the first byte of a
-document is a patch of its own, as in facebookresearch/blt. A patch is the mean of its bytes' states
-and its output is added to the bytes after it, as in that code without cross-attention. What
-differs: the layers are those of `default` (Mamba-2 around attention); the tables of n-grams have
-2,048 rows instead of 500,002 and begin at a small scale; n-grams and entropies do not cross
-documents.
+document is a patch of its own, as in facebookresearch/blt. `blt` is the whole system. In the others
+a patch is the mean of its bytes' states and its output is added to the bytes after it, as in that
+code without cross-attention, and the layers are those of `default` (Mamba-2 around attention). What
+differs: the tables of n-grams have 2,048 rows instead of 500,002 and begin at a small scale;
+n-grams, entropies, patches and cross-attention do not cross documents.
 """
 
 from dataclasses import replace
 
 from experiments.configs import default, systems
+from hnet.chunking.dechunks import cross_attention as dechunks
+from hnet.chunking.pools import cross_attention as pools
 from hnet.chunking.predictors.entropy import Entropy
 from hnet.config import HNetConfig, StageConfig
 from hnet.nn.embeddings.hash_ngrams import HashNgrams
@@ -43,6 +45,28 @@ def blt_bytes() -> HNetConfig:
     """
     stage = StageConfig(("T3",), 128, 384, num_heads=4, rotary_emb_dim=32, window_size=128)
     return replace(default.config().model, stages=(stage,))
+
+
+def blt() -> HNetConfig:
+    """BLT: patches of entropy, hashed n-grams, and cross-attention between bytes and patches.
+
+    Paper: arXiv 2412.09871
+    Fidelity: as in facebookresearch/blt with a pool and vectors of 2 queries, but queries are added
+    once, patches have at most 32 bytes, and their threshold is held at 4.5 bytes per patch while
+    training; local layers see 128 bytes
+    Test: tests/chunking/test_reference_networks.py: logits, loss and all gradients of its network
+    """
+    base = blt_entropy()
+    outer, inner = base.stages
+    chunking = replace(
+        outer.chunking, pool=pools.CrossAttention.Config(2),
+        dechunk=dechunks.CrossAttention.Config(2), max_chunk_len=32,
+    )  # fmt: skip
+    outer = replace(
+        outer, arch_layout=("T1", "x1T1x1T1x1T1"), window_size=127, chunking=chunking,
+        d_intermediate=384, num_heads=4, rotary_emb_dim=32,
+    )  # fmt: skip
+    return replace(base, stages=(outer, inner))
 
 
 def blt_static() -> HNetConfig:

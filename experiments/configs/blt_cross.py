@@ -21,8 +21,9 @@ def blt_cross() -> HNetConfig:
     Fidelity: two queries per patch from the maximum over its bytes, two vectors per patch read
     before every layer of the decoder, residual of the encoder, as in facebookresearch/blt; its code
     adds queries twice, ours once (option of the pool); patches by spaces instead of entropy, of at
-    most 32 bytes; no hashed n-grams
-    Test: tests/chunking/test_cross_attention.py: pool, layers and masks of its code
+    most 32 bytes; no hashed n-grams (`blt` has both)
+    Test: tests/chunking/test_cross_attention.py: pool, layers and masks of its code;
+    tests/chunking/test_reference_networks.py: a whole network
     """
     return _crossed(predictor="spacelike")
 

@@ -29,6 +29,8 @@ POOLS = Table(
         "select": "hnet.chunking.pools.select:Select",
         "cross_attention": "hnet.chunking.pools.cross_attention:CrossAttention",
         "mean": "hnet.chunking.pools.mean:Mean",
+        "max": "hnet.chunking.pools.extreme:Max",
+        "min": "hnet.chunking.pools.extreme:Min",
         "linear": "hnet.chunking.pools.linear:Linear",
         "concat": "hnet.chunking.pools.concat:Concat",
         "prefix": "hnet.chunking.pools.prefix:Prefix",

@@ -249,14 +249,16 @@ class SwiGLU(nnx.Module):
         return self.fc2(gated(y_BLF, gate_BLF))
 
 
-def rotary(x_BLHK: jax.Array, positions_BL: jax.Array, rotary_dim: int) -> jax.Array:
-    """Rotate the first `rotary_dim` channels of each head by their position (base 1e4).
+def rotary(
+    x_BLHK: jax.Array, positions_BL: jax.Array, rotary_dim: int, base: float = 1e4
+) -> jax.Array:
+    """Rotate the first `rotary_dim` channels of each head by their position.
 
     Channel i is paired with i + rotary_dim / 2 (the non-interleaved form of arXiv 2104.09864);
     the remaining channels pass unchanged.
     """
     half = rotary_dim // 2
-    frequency_K = 1e4 ** (-jnp.arange(half, dtype=jnp.float32) / max(half, 1))
+    frequency_K = base ** (-jnp.arange(half, dtype=jnp.float32) / max(half, 1))
     angle_BLK = positions_BL.astype(jnp.float32)[:, :, None] * frequency_K[None, None, :]
     cos, sin = jnp.cos(angle_BLK)[:, :, None, :], jnp.sin(angle_BLK)[:, :, None, :]
     x1, x2, rest = jnp.split(x_BLHK.astype(jnp.float32), [half, rotary_dim], axis=-1)

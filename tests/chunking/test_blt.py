@@ -91,13 +91,14 @@ def test_entropy_and_space_patches_are_those_of_blt():
     assert np.array_equal(mask[is_byte], expected[is_byte]) and expected[:, 0].all()
 
 
-def test_patch_ids_and_mean_pool_are_those_of_blt():
+@pytest.mark.parametrize("pool", ["mean", "max", "min"])
+def test_patch_ids_and_pools_are_those_of_blt(pool):
     lengths, L = PIECES["patch_lengths_BM"], PIECES["patch_ids_BL"].shape[1]
     mask, ones = ends(lengths, L), np.ones((len(lengths), L), np.int32)
 
     def pooled(h_BLD):
         found = decided(jnp.asarray(mask, jnp.float32), ones, L)
-        chunks = chunked(h_BLD, found, L, None, "mean")
+        chunks = chunked(h_BLD, found, L, None, pool)
         x_BMD = chunks.x_BMD[:, : lengths.shape[1]]
         used_BM1 = (chunks.segment_ids_BM != 0)[:, : lengths.shape[1], None]
         return jnp.sum(jnp.where(used_BM1, x_BMD * PIECES["cot_BMD"], 0.0)), (x_BMD, chunks.slots)
@@ -109,8 +110,8 @@ def test_patch_ids_and_mean_pool_are_those_of_blt():
         closed = np.flatnonzero(mask[b])[-1] + 1
         own = np.concatenate([[0], np.cumsum(mask[b])[:-1]])
         assert np.array_equal(own, PIECES["patch_ids_BL"][b]), "patch that a position belongs to"
-        assert relative_error(x_BMD[b, :count], PIECES["pool_mean/out_BMD"][b, :count]) < 2e-5
-        theirs = PIECES["pool_mean/grad_hidden_BLD"][b, :closed]
+        assert relative_error(x_BMD[b, :count], PIECES[f"pool_{pool}/out_BMD"][b, :count]) < 2e-5
+        theirs = PIECES[f"pool_{pool}/grad_hidden_BLD"][b, :closed]
         assert relative_error(gradient[b, :closed], theirs) < 1e-4
 
 

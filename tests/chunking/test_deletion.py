@@ -14,6 +14,7 @@ from hnet.chunking.part import Place, Positions
 from hnet.chunking.predictors.deletion_gate import DeletionGate
 from hnet.chunking.rates import RateCounts
 from hnet.config import AttentionConfig
+from hnet.errors import ConfigError
 from hnet.nn.attention import masked_attention
 from hnet.nn.context import Context
 from tests.golden_data import load, part, relative_error
@@ -133,3 +134,14 @@ def test_soft_deletion_is_hard_deletion_with_a_bias_of_minus_infinity():
         assert large or all(np.abs(leaf).max() > 1e-6 for leaf in jax.tree.leaves(at_gate))
         hard_at_gate = jax.tree.leaves(hard_gradient["backbone"]["routing_module"])
         assert not any(np.any(leaf) for leaf in hard_at_gate)
+
+
+@pytest.mark.parametrize("layers", ["m1", "T1g1"])
+def test_soft_deletion_is_refused_with_layers_that_would_still_read_deleted_positions(layers):
+    config = deleting()
+    hidden = lambda config: replace(
+        config, stages=(config.stages[0], replace(config.stages[1], arch_layout=(layers,)))
+    )
+    with pytest.raises(ConfigError, match=r"stages.0.chunking.predictor.soft=True, but layers"):
+        hidden(config)
+    hidden(deleting(soft=False))

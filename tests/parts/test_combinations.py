@@ -40,6 +40,7 @@ ALIKE = {
     "multi_cosine": ("mean_before",), "policy": ("mean",), "hazard": ("existence",),
     "cif": ("integrate", "mean"),
     "attention": ("whitespace", "words"), "smoothed": ("cosine", "mlp"),
+    "max": ("mlp",), "min": ("fixed",),
     "last_before": ("cosine",), "mean_before": ("multi_cosine", "spacelike"),
     "existence": ("hazard", "cosine"), "integrate": ("cif",),
 }  # fmt: skip

@@ -19,7 +19,7 @@ class DeletionGate(BoundaryPredictor):
     In training, deletion is soft: every position gets a slot of the main network, and G is added to
     the attention scores of its key. In evaluation and in a stream the deleted positions get no
     slot. In both forms a position reads the last kept one, so they differ only in how far k sigmoid
-    is from 0 or -inf. Layers without attention scores ignore G.
+    is from 0 or -inf. So the main network may only have layers of attention.
     """
 
     alignments = ("start",)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 OFFICIAL = "mt"  # letters of the official H-Net
 MEMORY = "x"  # letters of this table that read `Context.memory`
+BIASED = "t"  # letters of this table that read `Context.key_bias_BL`
 MIXERS: dict[str, str] = {
     "g": "hnet.nn.mixers.gated_deltanet:GatedDeltaNet",
     "m": "hnet.nn.mixers.mamba2:Mamba2",
@@ -58,6 +59,18 @@ def reads_memory(layout: str, further: Further = ()) -> str | None:
     for letter in filter(str.isalpha, layout):
         name = letter.lower()
         if name in MEMORY or (name in own and find(name, further).reads_memory):
+            return letter
+    return None
+
+
+def ignores_key_bias(layout: str, further: Further = ()) -> str | None:
+    """First letter of a layout whose mixer sees earlier positions of a stack, but takes no bias on
+    their keys; None if there is none."""
+    own = dict(further)
+    for letter in filter(str.isalpha, layout):
+        name = letter.lower()
+        takes = find(name, further).takes_key_bias if name in own else name in BIASED + MEMORY
+        if not takes:
             return letter
     return None
 

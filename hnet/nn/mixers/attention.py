@@ -21,7 +21,7 @@ from hnet.nn.parameters import parameter
 class Attention(Mixer):
     """The official CausalMHA (fused Wqkv, partial rotary, no biases) and its options."""
 
-    can_look_ahead = True
+    can_look_ahead = takes_key_bias = True
     problem = staticmethod(attention_problem)
 
     def __init__(
@@ -52,7 +52,8 @@ class Attention(Mixer):
         q, k, v = (part.reshape(B, L, -1, D // H) for part in parts)
         if self.options.qk_norm:
             q, k = _of_heads(self.q_norm, q), _of_heads(self.k_norm, k)
-        parts = rotary(q, positions_BL, dim), rotary(k, positions_BL, dim), v
+        turn = partial(rotary, rotary_dim=dim, base=self.options.rotary_base)
+        parts = turn(q, positions_BL), turn(k, positions_BL), v
         return tuple(rounded(part, self.compute.inputs) for part in parts)
 
     def sink_logits(self) -> jax.Array | None:

@@ -18,6 +18,9 @@ class Mixer(nnx.Module):
     reads_memory: ClassVar[bool] = False
     """whether it reads `context.memory`, which only decoders have"""
 
+    takes_key_bias: ClassVar[bool] = False
+    """whether it adds `context.key_bias_BL` to the scores of its keys"""
+
     def __init__(
         self, config: HNetConfig, stage: StageConfig, *, out_std: float, causal: bool,
         rngs: nnx.Rngs,

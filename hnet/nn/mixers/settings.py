@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from hnet.fields import Bounds, Count, Natural, NotNegative
+from hnet.fields import Bounds, Count, Natural, NotNegative, Positive
 
 if TYPE_CHECKING:
     from hnet.config import HNetConfig, StageConfig
@@ -23,6 +23,8 @@ class AttentionConfig:
     """RMSNorm of each head's queries and keys before the rotary embedding"""
     logit_soft_cap: NotNegative = 0.0
     """soft cap c: scores become c tanh(score / c); 0 = none"""
+    rotary_base: Positive = 1e4
+    """base of the frequencies of rotary positions (5e5 in AU-Net)"""
     sink: Literal["none", "one", "learned"] = "none"
     """term added to the denominator of the softmax: none, 1, or exp of one learned logit per
     head"""

@@ -1,0 +1,246 @@
+"""Whole networks against other codes: logits, loss and the gradients of all parameters.
+
+Everything but the blocks inside stacks is ours: embeddings, predictors, pools, main networks,
+dechunks, heads. Blocks of LLaMA are our layers T (BLT, AU-Net); `tests.reference_blocks` says what
+is put around them: BLT's n-grams, patches and cross-attention cross documents and only its
+self-attention does not, its cross-attention adds queries twice, and only the last stack has a norm
+at its end. Gradients are by the reference's parameters, from which ours are made.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from hnet.chunking.config import ChunkingConfig
+from hnet.chunking.dechunks import cross_attention as dechunks
+from hnet.chunking.dechunks.indexed import Indexed
+from hnet.chunking.pools import cross_attention as pools
+from hnet.chunking.pools.linear import Linear
+from hnet.chunking.predictors.words import Words
+from hnet.config import AttentionConfig, CrossAttentionConfig, HNetConfig, StageConfig
+from hnet.model import HNetLM
+from hnet.nn.embeddings.hash_ngrams import OFFSET, HashNgrams
+from tests.golden_data import load, part, projections, relative_error
+from tests.networks import quick_jit
+from tests.reference_blocks import Apart, Doubled, Same, crossed, llama
+
+VALUE, GRADIENT = 2e-5, 1e-4
+
+
+class Case(NamedTuple):
+    model: HNetLM
+    params: Callable[[dict], dict]
+    """values in our tree, by path, from the reference's parameters"""
+    targets_BL: np.ndarray
+    options: dict
+    """inputs of the network besides the bytes"""
+    every: int
+    """distance of the positions whose logits are stored"""
+
+
+def documents(ids_BL: np.ndarray, end: int) -> np.ndarray:
+    """Number of each position's document; `end` is the last byte of one."""
+    before_BL = np.pad(ids_BL[:, :-1] == end, ((0, 0), (1, 0)))
+    return 1 + np.cumsum(before_BL, axis=1, dtype=np.int32)
+
+
+# --- BLT ----------------------------------------------------------------------------------------
+
+
+class Tokens(HashNgrams):
+    """Byte b is token b + 4 in BLT, where 1 and 2 begin and end a document."""
+
+    def __call__(self, ids_BL, context, *, key=None):
+        return self.rows(ids_BL) + self._ngrams(self._windows(ids_BL - OFFSET, context))
+
+
+def blt(found: dict, window: int | None) -> Case:
+    """window: number of patches that queries read; None: means of patches, no cross-attention."""
+    ids_BL, lengths_BM = found["in/tokens_BL"], found["in/patch_lengths_BM"]
+    ends_BL = np.zeros(ids_BL.shape, bool)
+    for ends_L, lengths_M in zip(ends_BL, lengths_BM):
+        last_M = np.cumsum(lengths_M[lengths_M > 0]) - 1
+        ends_L[last_M[last_M < len(ends_L)]] = True
+    is_crossed = window is not None
+    if is_crossed:
+        pool = pools.CrossAttention.Config(2, 2, window=window, reference_doubled_residual=True)
+        dechunk = dechunks.CrossAttention.Config(2)
+    else:
+        pool = Linear.Config("chunk", norm=False)
+        dechunk = Indexed.Config(1, shared=False)
+    chunking = ChunkingConfig(
+        6.0, "external", "end", "first", pool, dechunk, "add", max_chunk_len=9, losses=()
+    )
+    layouts = "T2", "x1T1x1T1" if is_crossed else "T2"
+    stages = (
+        StageConfig(
+            layouts, 16, 48, num_heads=2, rotary_emb_dim=8, window_size=7, chunking=chunking,
+            cross_attention=CrossAttentionConfig(window=window or 1),
+        ),
+        StageConfig(("T2",), 32, 88, num_heads=2, rotary_emb_dim=16),
+    )  # fmt: skip
+    embedding = HashNgrams.Config((3, 4), rows=61)
+    model = HNetLM(HNetConfig(stages, vocab_size=260, embedding=embedding), rngs=nnx.Rngs(0))
+    model.embeddings.__class__ = Tokens
+    outer, main = model.backbone, model.backbone.main_network
+    outer.encoder.rmsnorm, main.main_network.rmsnorm = Same(), Same()
+    if is_crossed:
+        for run in (0, 2):
+            outer.decoder.layers[run] = Doubled(outer.decoder.layers[run])
+    else:
+        outer.dechunk_layer.norm = Same()
+    apart_BL = jnp.asarray(documents(ids_BL, 2))
+    outer.encoder, outer.decoder = Apart(outer.encoder, apart_BL), Apart(outer.decoder, apart_BL)
+    patch_BL = np.cumsum(ends_BL, axis=1) - ends_BL
+    has_end_BM = np.zeros(lengths_BM.shape, np.int32)
+    for row, t in np.argwhere(ids_BL == 2):
+        has_end_BM[row, patch_BL[row, t]] = 2
+    main.main_network = Apart(main.main_network, jnp.asarray(documents(has_end_BM, 2)))
+
+    def params(w):
+        found = {
+            "embeddings/embedding": w["local_encoder.tok_embeddings.weight"],
+            "embeddings/hash_embeddings": jnp.stack(
+                [w[f"encoder_hash_tok_embedding.{i}.weight"] for i in range(2)]
+            ),
+            "backbone/encoder/stack/layers/0": llama(w, "local_encoder.layers", 2),
+            "backbone/main_network/main_network/stack/layers/0": llama(
+                w, "global_transformer.layers", 2, width=16
+            ),
+            "backbone/decoder/stack/rmsnorm/scale": w["local_decoder.norm.weight"],
+            "lm_head/kernel": w["local_decoder.output.weight"].T,
+        }
+        vectors = w["local_decoder.patch_embedding_projection.weight"].T
+        if not is_crossed:
+            projection = w["global_transformer.token_embedding_projection.weight"].T
+            return found | {
+                "backbone/chunk_layer/proj/kernel": projection,
+                "backbone/dechunk_layer/maps": vectors[None],
+                "backbone/decoder/stack/layers/0": llama(w, "local_decoder.layers", 2),
+            }
+        for i in range(2):
+            at, layer = "backbone/decoder/stack/layers/", f"local_decoder.cross_attn_layers.{i}"
+            found[f"{at}{2 * i}/layer"] = crossed(w, layer)
+            found[f"{at}{2 * i + 1}"] = llama(w, "local_decoder.layers", 1, first=i)
+        layer = jax.tree.map(lambda a: a[0], crossed(w, "local_encoder.cross_attn_layers.0"))
+        norm = layer["mixer"].pop("memory_norm")
+        queries = w["local_encoder.patch_embedding_projection.weight"].T
+        return found | {
+            "backbone/chunk_layer": layer["mixer"] | {
+                "query_norm": layer["norm1"], "norm": norm, "queries": {"kernel": queries},
+            },
+            "backbone/dechunk_layer/projection/kernel": vectors,
+        }  # fmt: skip
+
+    targets_BL = np.pad(ids_BL[:, 1:], ((0, 0), (0, 1)), constant_values=2)
+    options = {"boundaries_BL": ends_BL, "capacities": (lengths_BM.shape[1],)}
+    return Case(model, params, targets_BL, options, 2)
+
+
+# --- AU-Net -------------------------------------------------------------------------------------
+
+
+def au_net(found: dict) -> Case:
+    """Bytes, words and pairs of words: the boundaries of both stages follow from the bytes."""
+    make = lambda predictor: ChunkingConfig(
+        5.0, predictor, "end", "first", "linear", "indexed", "add", losses=()
+    )
+    rotated = {"attention": AttentionConfig(rotary_base=5e5)}
+    stages = (
+        StageConfig(("T1", "T1"), 16, 48, 2, 8, 7, make(Words.Config((1, 2))), **rotated),
+        StageConfig(("T1", "T1"), 24, 64, 3, 8, chunking=make("levels"), **rotated),
+        StageConfig(("T1",), 32, 88, 2, 16, **rotated),
+    )
+    model = HNetLM(HNetConfig(stages, vocab_size=258), rngs=nnx.Rngs(0))
+    outer, inner = model.backbone, model.backbone.main_network
+    outer.encoder.rmsnorm = inner.encoder.rmsnorm = inner.decoder.rmsnorm = Same()
+    inner.main_network.main_network.rmsnorm = Same()
+
+    def params(w):
+        found = {
+            "embeddings/embedding": w["tok_embeddings.weight"],
+            "backbone/decoder/rmsnorm/scale": w["vocab_norm.weight"],
+            "lm_head/kernel": w["vocab.weight"].T,
+            "backbone/main_network/main_network/main_network/layers/0": llama(
+                w, "trunk.layers", 1, width=16
+            ),
+        }
+        for stage, at in enumerate(("backbone/", "backbone/main_network/")):
+            for stack in ("encoder", "decoder"):
+                found[f"{at}{stack}/layers/0"] = llama(w, f"{stack}s.{stage}.layers", 1)
+            get = lambda name, stage=stage: w[f"transitions.{stage}.{name}.weight"]
+            found[f"{at}chunk_layer/norm/scale"] = get("down_norm")
+            found[f"{at}chunk_layer/proj/kernel"] = get("trans_down").T
+            found[f"{at}dechunk_layer"] = {
+                "norm": {"scale": get("up_norm")}, "proj": {"kernel": get("trans_up").T},
+                "maps": get("indexed_linear").swapaxes(1, 2),
+            }  # fmt: skip
+        return found
+
+    return Case(model, params, found["in/targets_BL"], {"capacities": (40, 26)}, 4)
+
+
+# --- all ----------------------------------------------------------------------------------------
+
+NETWORKS = {
+    "blt_network_cross": lambda found: blt(found, 1),
+    "blt_network_windowed": lambda found: blt(found, 3),
+    "blt_network_mean": lambda found: blt(found, None),
+    "aunet_network": au_net,
+}
+PARAMETERS = {"blt_network_windowed": "blt_network_cross"}  # files that have those of others
+
+
+def placed(tree: dict, values: dict) -> dict:
+    """The tree with values at their paths ("a/b/0/c")."""
+    tree = jax.tree.map(lambda a: a, tree)
+    for path, value in values.items():
+        *at, last = (int(key) if key.isdigit() else key for key in path.split("/"))
+        node = tree
+        for key in at:
+            node = node[key]
+        assert jax.tree.structure(node[last]) == jax.tree.structure(value), path
+        assert jax.tree.map(jnp.shape, node[last]) == jax.tree.map(jnp.shape, value), path
+        node[last] = value
+    return tree
+
+
+@pytest.mark.few("name", ["blt_network_cross", "aunet_network"], [*NETWORKS])
+def test_a_network_is_that_of_its_own_code(name):
+    found = load(f"family/{name}")
+    weights = part(load(f"family/{PARAMETERS.get(name, name)}"), "param")
+    case = NETWORKS[name](found)
+    ids_BL = found["in/tokens_BL"]
+    graph, state = nnx.split(case.model)
+    tree = nnx.to_pure_dict(state)
+
+    @quick_jit
+    def run(weights):
+        def scalar(weights):
+            model = nnx.merge(graph, placed(tree, case.params(weights)))
+            logits_BLV, records = model(ids_BL, **case.options)
+            nll_BLV = -jax.nn.log_softmax(logits_BLV)
+            picked_BL = jnp.take_along_axis(nll_BLV, case.targets_BL[..., None], -1)[..., 0]
+            return jnp.mean(picked_BL), (logits_BLV, records)
+
+        return jax.value_and_grad(scalar, has_aux=True)(weights)
+
+    (loss, (logits_BLV, records)), grads = jax.device_get(run(weights))
+    assert relative_error(logits_BLV[:, :: case.every], found["out/logits_BLV"]) < VALUE
+    assert relative_error(loss, found["out/loss"]) < VALUE
+    if "out/pool_mask0_BL" in found:  # of the other stage they are by bytes there
+        inner_BL = found["out/pool_mask1_BL"]
+        assert np.array_equal(records[0].boundary_mask_BL, found["out/pool_mask0_BL"])
+        assert np.array_equal(records[1].boundary_mask_BL.sum(1), inner_BL.sum(1))
+    signs = part(found, "signs")
+    stored = {key.split("/")[0] for key in part(found, "grad/param")}
+    assert stored == set(weights) or name in PARAMETERS and len(stored) > 15
+    for key in stored:
+        for tail, ours in projections(grads[key], signs).items():
+            error = relative_error(ours, found[f"grad/param/{key}{tail}"])
+            assert error < GRADIENT, (key, error)

@@ -14,6 +14,7 @@ from experiments.compare.settings import Compare
 from experiments.compare.systems import System, command
 from hnet import load
 from hnet.data import Part
+from hnet.data.tokens import read_vocabulary, starts
 from hnet.decode.generate import generate
 from hnet.decode.sampling import Sampling
 from hnet.decode.segment import segmenter
@@ -22,7 +23,6 @@ from hnet.inspect.fairness import cut_at
 from hnet.inspect.gold import annotate, clip, read_annotated, thin
 from hnet.inspect.metrics import boundary_scores
 from hnet.inspect.segmentation import Segmentation
-from hnet.inspect.tokens import read_tokenizer, token_starts
 from hnet.model import HNetLM, split
 from hnet.suites.command import passages
 from hnet.suites.items import Settings
@@ -95,8 +95,8 @@ def cutter(
     """Function from texts of at most `longest` bytes to their chunks: the model's, or its tokens;
     [] without chunks."""
     if run.data.tokenizer:
-        tokenizer = read_tokenizer(run.data.tokenizer)
-        return lambda texts: [cut_at(text, token_starts(tokenizer, text)) for text in texts]
+        vocabulary = read_vocabulary(run.data.tokenizer)
+        return lambda texts: [cut_at(text, starts(vocabulary, text)) for text in texts]
     if not run.model.num_chunked:
         return lambda texts: []
     graph, params = split(model)

@@ -17,10 +17,10 @@ from experiments.compare.match import (
     seconds_per_byte,
 )
 from experiments.compare.settings import Compare
-from experiments.compare.vocabulary import TOKENIZERS
 from experiments.configs import base_config
 from hnet.command_help import value_text
 from hnet.data import Corpus
+from hnet.data.tokenizers import TOKENIZERS, Wanted
 from hnet.data.tokens import read_vocabulary
 from hnet.errors import ConfigError
 from hnet.fields import differences, to_json
@@ -155,7 +155,7 @@ def learn_tokenizer(settings: Compare, name: str, corpus: Corpus) -> str:
         size += len(sample[-1])
         if size >= TOKENIZER_BYTES - 4:
             break
-    return TOKENIZERS[name](sample, settings.vocabulary).to_str()
+    return Wanted(name, settings.vocabulary).train(sample)
 
 
 def token_config(settings: Compare, tokenizer: Path, corpus: Corpus) -> tuple[Config, float]:

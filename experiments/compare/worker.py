@@ -20,9 +20,9 @@ from experiments.compare.report import FILES, check_plots, replace_file, write_r
 from experiments.compare.settings import LOCAL, Compare
 from experiments.compare.systems import Costs, System, check_names, folder_name, learn_tokenizer
 from experiments.compare.train import train_system
-from experiments.compare.vocabulary import TOKENIZERS
 from hnet.command_line import FAILED, one_line
 from hnet.data import open_corpus
+from hnet.data.tokenizers import TOKENIZERS
 from hnet.errors import ConfigError, Failed
 from hnet.fields import differences, from_json, read_json, to_json
 from hnet.runtime.compile_cache import enable_compilation_cache

@@ -43,7 +43,7 @@ from hnet.suites import command
 from hnet.suites.items import Settings
 from hnet.train.evaluate import Evaluation, evaluate
 from hnet.train.step import eval_metrics
-from hnet.train.workdir import read_config
+from hnet.train.workdir import read_config, tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -168,6 +168,7 @@ def _data_config(config: EvaluateConfig) -> DataConfig:
     """The run's data settings, the defaults for an official checkpoint."""
     if os.path.exists(os.path.join(config.checkpoint, "config.json")):
         data = read_config(config.checkpoint).data
+        data = replace(data, tokenizer=tokenizer_of(config.checkpoint, data))
     elif config.files:
         data = DataConfig()
     else:

@@ -1,4 +1,4 @@
-"""Show the chunks of a trained model in a text.
+"""Show the chunks of a trained model in a text, or the tokens of a model of tokens.
 
     python -m experiments.segment --checkpoint WORKDIR --text "some text" [more ...]
     python -m experiments.segment --checkpoint WORKDIR --file FILE [--html PAGE.html]
@@ -15,9 +15,11 @@ from pathlib import Path
 
 from hnet import load
 from hnet.command_line import parse
+from hnet.data.tokens import read_vocabulary, starts
 from hnet.decode.segment import segment_all, segmenter
 from hnet.errors import ConfigError
 from hnet.fields import Count
+from hnet.inspect.fairness import cut_at
 from hnet.inspect.gold import annotate
 from hnet.inspect.page import to_html
 from hnet.inspect.render import print_segmentations
@@ -58,8 +60,12 @@ def main() -> None:
     texts = _texts(config)
     enable_compilation_cache()
     model = load(config.checkpoint, bos=config.bos, ema=config.ema)
-    graph, params = split(model)
-    found = segment_all(segmenter(graph, model.config, bos=model.bos), params, texts)
+    if model.tokenizer and not model.config.num_chunked:
+        vocabulary = read_vocabulary(model.tokenizer)
+        found = [cut_at(text, starts(vocabulary, text)) for text in texts]
+    else:
+        graph, params = split(model)
+        found = segment_all(segmenter(graph, model.config, bos=model.bos), params, texts)
     found = [annotate(replace(seg, name=f"text {n}"), *GOLD) for n, seg in enumerate(found, 1)]
     if config.html:
         _write_page(config, found)

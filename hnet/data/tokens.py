@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 
 from hnet.data.stores import Spool
+from hnet.data.tokenizers import wanted
+from hnet.data.tokenizers.lib import FORMAT
 from hnet.errors import ConfigError
-from hnet.fields import read_bytes
+from hnet.fields import parse_json, read_bytes
 
 BYTES = 256
 _MOST_TOKENS = 1 << 24
@@ -113,9 +115,63 @@ class Vocabulary:
         return tuple(ids)
 
 
+class LongestMatch:
+    """Tokens of a file that `hnet.data.tokenizers` wrote, for greedy longest matches.
+
+    It has the methods of `Vocabulary` and reads any bytes.
+    """
+
+    def __init__(self, path: str, content: dict[str, Any]):
+        self.path = path
+        try:
+            chunks = [bytes.fromhex(token) for token in content["tokens"]]
+        except (KeyError, TypeError, ValueError):
+            raise ConfigError(f"data.tokenizer={path!r} has no list of tokens in hex") from None
+        if not all(len(chunk) > 1 for chunk in chunks) or len(set(chunks)) < len(chunks):
+            raise ConfigError(f"data.tokenizer={path!r} has tokens of one byte, or repeated ones")
+        self.pieces = [bytes([b]) for b in range(BYTES)] + chunks
+        self.bytes_V = np.array([len(piece) for piece in self.pieces], np.int32)
+        self.longest = int(self.bytes_V.max())
+        self._id_of = {piece: i for i, piece in enumerate(self.pieces)}
+
+    @property
+    def size(self) -> int:
+        return len(self.pieces)
+
+    def encode(self, data: bytes) -> np.ndarray:
+        ids, at = [], 0
+        while at < len(data):
+            for length in range(min(self.longest, len(data) - at), 0, -1):
+                if (found := self._id_of.get(data[at : at + length])) is not None:
+                    break
+            ids.append(found)
+            at += length
+        return np.array(ids, np.int32)
+
+    def encode_beginning(self, data: bytes) -> set[tuple[int, ...]]:
+        return {tuple(self.encode(data).tolist())}
+
+
 @lru_cache(maxsize=4)
-def read_vocabulary(path: str) -> Vocabulary:
+def read_vocabulary(path: str) -> Vocabulary | LongestMatch:
+    """The tokens of a file. Raises ConfigError if it cannot be read, or does not exist yet."""
+    if wanted(path):
+        raise ConfigError(
+            f"data.tokenizer={path!r} is learned by pretrain, into the work directory of a run: "
+            "give the file of a tokenizer here"
+        )
+    try:
+        content = parse_json(read_bytes(path).decode())
+    except (OSError, ValueError):
+        content = None  # the library says what is wrong
+    if isinstance(content, dict) and content.get("format") == FORMAT:
+        return LongestMatch(path, content)
     return Vocabulary(path)
+
+
+def starts(vocabulary: Vocabulary | LongestMatch, data: bytes) -> list[int]:
+    """Offsets at which the tokens of a text start. Raises ConfigError like `encode`."""
+    return np.cumsum([0, *vocabulary.bytes_V[vocabulary.encode(data)][:-1]]).tolist()
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from hnet.config import EOS_ID
-from hnet.data.tokens import Vocabulary
+from hnet.data.tokens import LongestMatch, Vocabulary
 from hnet.errors import ConfigError
 
 _CACHED = 1 << 13  # masks
@@ -22,13 +22,17 @@ class Canonical:
 
     Only the end of the sequence is encoded again for each token: with the pre-tokenization of GPT-2
     from the last word on; with a BPE without pre-tokenization the last token, since such a sequence
-    is canonical if each pair of neighbours is; otherwise all of it.
+    is canonical if each pair of neighbours is; with longest matches the last bytes; otherwise all.
     """
 
-    def __init__(self, vocabulary: Vocabulary, *, eos: bool):
+    def __init__(self, vocabulary: Vocabulary | LongestMatch, *, eos: bool):
         """eos: whether EOS may end a text. Raises ConfigError for tokenizers without such masks."""
         self._vocabulary, self._eos = vocabulary, eos
         self._known: dict[tuple[int, ...], np.ndarray] = {}
+        self._longest = None
+        if isinstance(vocabulary, LongestMatch):
+            self._longest = vocabulary.longest
+            return
         settings, path = vocabulary.settings(), vocabulary.path
         model, before = settings["model"], settings.get("pre_tokenizer") or {}
         if problem := _problem(settings):
@@ -63,6 +67,12 @@ class Canonical:
     def _end(self, ids: tuple[int, ...]) -> tuple[int, ...]:
         """The last tokens of a sequence, which decide about the next one."""
         pieces = self._vocabulary.pieces
+        if self._longest:
+            first, size = len(ids), 0
+            while first > 0 and size < self._longest - 1:
+                first -= 1
+                size += len(pieces[ids[first]])
+            return ids[first:]
         if self._in_pairs:
             begins = [k for k in range(len(ids)) if not _continues(pieces[ids[k]])]
             return ids[begins[-1] if begins else 0 :]

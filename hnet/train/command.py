@@ -17,6 +17,7 @@ from hnet.train.config import Config, MeshConfig
 from hnet.train.first_lines import last_lines
 from hnet.train.loop import Outcome, StopRun, evaluated_params, train
 from hnet.train.sharding import replicated
+from hnet.train.tokenizer import with_tokenizer
 
 COMPRESSED_BYTES = 32 << 20  # held-out text up to this size is compressed for comparison
 PARAGRAPH_FROM = 1 << 20  # first bytes of held-out text, in which the longest paragraph is found
@@ -26,6 +27,7 @@ PARAGRAPH_BYTES = 400  # bytes of the held-out paragraph printed with its bounda
 def pretrain(config: Config) -> int:
     """Train to the end or to a stop request and print the result; returns the exit code."""
     initialize(config.distributed)
+    config = with_tokenizer(config)
     if config.mesh == MeshConfig() and num_hosts() == 1:
         one_device_a_core(config.data.batch_size // config.train.accumulate)
     enable_compilation_cache()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from hnet.checkpoint.step_folders import work_folder
-from hnet.data import Corpus, identity
+from hnet.data import Corpus, DataConfig, identity
 from hnet.data.identity import Inputs, check_inputs, read_inputs, write_inputs
 from hnet.errors import ConfigError, Failed
 from hnet.fields import differences, parse_json, shown, to_json
@@ -26,6 +26,12 @@ def read_config(workdir: str | os.PathLike) -> Config:
         if isinstance(data := content.get("data"), dict):
             data.pop("unknown_script_frac", None)
     return config_from_json(content)
+
+
+def tokenizer_of(workdir: str | os.PathLike, data: DataConfig) -> str:
+    """File of the tokenizer of a run, also if its work directory was moved; empty: none."""
+    own = work_folder(workdir) / os.path.basename(data.tokenizer)
+    return str(own) if data.tokenizer and own.exists() else data.tokenizer
 
 
 def _stored(workdir: str | os.PathLike) -> Any:

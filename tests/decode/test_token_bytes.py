@@ -6,8 +6,8 @@ import pytest
 from flax import nnx
 from tokenizers import Tokenizer, normalizers
 
-from experiments.compare.vocabulary import TOKENIZERS
 from hnet.config import BOS_ID
+from hnet.data.tokenizers import Wanted
 from hnet.data.tokens import read_vocabulary
 from hnet.decode.canonical import Canonical
 from hnet.decode.covers import Covers, Pieces
@@ -25,7 +25,7 @@ TEXTS = ["", "the cat", "né"]
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokens") / "tokenizer.json"
-    path.write_text(TOKENIZERS["bpe"]([SAMPLE.encode() * 3], 280).to_str())
+    path.write_text(Wanted("bpe", 280).train([SAMPLE.encode() * 3]))
     return str(path)
 
 

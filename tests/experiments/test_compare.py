@@ -1,8 +1,7 @@
-"""Comparisons: vocabularies, widths at a cost, rates, tables, and whole runs of two systems."""
+"""Comparisons: widths at a cost, rates, tables, and whole runs of two systems."""
 
 import json
 import math
-import random
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +16,9 @@ from experiments.compare.__main__ import main
 from experiments.compare.measure import chunk_sizes, is_utf8
 from experiments.compare.report import grouped, markdown, page, tables
 from experiments.compare.settings import Compare
-from experiments.compare.vocabulary import TOKENIZERS, merges_across
 from experiments.configs import base_config, run_config
 from hnet.command_line import parse
 from hnet.config import HNetConfig
-from hnet.data.tokens import Vocabulary
 from hnet.errors import ConfigError
 from hnet.inspect.fairness import cut_at
 from hnet.train.lock import DirectoryLock
@@ -35,55 +32,6 @@ MINI = f"{__name__}:mini"
 
 def mini() -> HNetConfig:
     return TINY
-
-
-# --- vocabularies ---------------------------------------------------------------------------------
-
-
-def slow_merges(rows, names, size):
-    """BPE by loops over lists."""
-    rows, found = [list(row) for row in rows], []
-    numbers = {token: number for number, token in enumerate(names)}
-    while len(numbers) < size:
-        counts = {}
-        for row in rows:
-            for pair in zip(row, row[1:]):
-                counts[pair] = counts.get(pair, 0) + 1
-        if max(counts.values(), default=0) < 2:
-            break
-        best = min(pair for pair, n in counts.items() if n == max(counts.values()))
-        found.append((names[best[0]], names[best[1]]))
-        token = "".join(found[-1])
-        number = numbers.setdefault(token, len(numbers))
-        names += [token] * (number == len(names))
-        for row in rows:
-            i = 0
-            while i < len(row) - 1:
-                if (row[i], row[i + 1]) == best:
-                    row[i : i + 2] = [number]
-                i += 1
-    return found
-
-
-def test_merges_are_those_of_a_loop():
-    rng = random.Random(0)
-    for _ in range(40):
-        rows = [[rng.randrange(3) for _ in range(rng.randrange(31))] for _ in range(3)]
-        fast = list(merges_across(rows, {"a": 0, "b": 1, "c": 2}, 9))
-        assert fast == slow_merges(rows, ["a", "b", "c"], 9)
-
-
-@pytest.mark.parametrize("name", TOKENIZERS)
-def test_vocabularies_are_over_bytes_and_superwords_span_words(tmp_path, name):
-    texts = [b"the tree of the king and the sea of the king " * 9, "of the höhle\n".encode() * 5]
-    tokenizer = TOKENIZERS[name](texts, 300)
-    tokenizer.save(str(tmp_path / "t.json"))
-    vocabulary = Vocabulary(str(tmp_path / "t.json"))
-    text = "\x00of the Höhle の".encode()
-    ids = vocabulary.encode(text)
-    assert 256 < vocabulary.size <= 300 and vocabulary.bytes_V[ids].sum() == len(text)
-    spans = [token for token in tokenizer.get_vocab() if "Ġ" in token.lstrip("Ġ")]
-    assert bool(spans) == (name == "superbpe")
 
 
 # --- widths and rates -----------------------------------------------------------------------------

@@ -1,12 +1,10 @@
-"""Byte-level vocabularies of the token baselines, learned from the training text.
-
-`bpe` and `unigram` are trained by the library `tokenizers` (extra `bpe`). `superbpe` (arXiv
-2503.13423) continues a BPE without pre-tokenization, so that its later tokens span words. Unlike
-the paper, superwords have no limit of four words and may contain punctuation.
+"""SuperBPE (arXiv 2503.13423): a BPE that goes on without pre-tokenization, so that its later
+tokens span words. Unlike the paper, superwords have no limit of four words and may contain
+punctuation.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,21 +16,6 @@ if TYPE_CHECKING:
 
 SUBWORDS = 0.8  # share of the superbpe vocabulary that is learned within words, as in the paper
 _BREAK = -1  # between two texts
-
-
-def train_unigram(texts: Sequence[bytes], vocab_size: int) -> "Tokenizer":
-    """Unigram language model over bytes, with the pre-tokenization of GPT-2."""
-    import tokenizers as lib
-
-    tokenizer = lib.Tokenizer(lib.models.Unigram())
-    tokenizer.pre_tokenizer = lib.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = lib.trainers.UnigramTrainer(
-        vocab_size=vocab_size,
-        initial_alphabet=lib.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator((text.decode() for text in texts), trainer)
-    return tokenizer
 
 
 def train_superbpe(texts: Sequence[bytes], vocab_size: int) -> "Tokenizer":
@@ -84,11 +67,3 @@ def _offset_in_run(mask: np.ndarray) -> np.ndarray:
     index = np.arange(len(mask))
     begins = np.append(True, mask[1:] != mask[:-1])
     return index - np.maximum.accumulate(np.where(begins, index, 0))
-
-
-TOKENIZERS: dict[str, Callable[[Sequence[bytes], int], "Tokenizer"]] = {
-    "bpe": train_bpe,
-    "unigram": train_unigram,
-    "superbpe": train_superbpe,
-}
-"""Token baselines by name: function from (texts, vocabulary size) to a tokenizer."""

@@ -26,13 +26,14 @@ def param_counts(config: HNetConfig) -> dict[str, int]:
     """Number of parameters of each part; they add up to those of the model."""
     counts: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract(config)[1]):
-        part = _part([str(key.key) for key in path], config.num_chunked)
+        part = part_of([str(key.key) for key in path], config.num_chunked)
         counts[part] = counts.get(part, 0) + leaf.size
     return counts
 
 
-def _part(path: list[str], num_chunked: int) -> str:
-    """backbone/main_network/encoder/... -> stage1/encoder"""
+def part_of(path: list[str], num_chunked: int) -> str:
+    """Part of the network that a parameter belongs to: `stage1/encoder` for
+    `["backbone", "main_network", "encoder", ...]`."""
     if path[0] != "backbone":
         return path[0]
     stage = 0

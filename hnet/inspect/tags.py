@@ -30,6 +30,14 @@ _MOVED = {
                     "losses of all stages."),
     r"loss/(.+)": (r"train/loss/\1", "One part of the loss."),
     r"grad_norm": (r"optim/grad_norm", "Norm of the gradient before it is clipped."),
+    r"grad_norm/(.+)": (r"optim/grad_norm/\1", "Norm of the gradient of one part of the network, "
+                        "before it is clipped."),
+    r"update_norm": (r"optim/update_norm", "Norm of the change of all parameters by the update."),
+    r"update_norm/(.+)": (r"optim/update_norm/\1", "Norm of the change of one part of the "
+                          "network by the update."),
+    r"spike": (r"optim/spike", "1 if this update was skipped because its loss or its gradient norm "
+               "was far above the running mean, else 0."),
+    r"spikes": (r"optim/spikes", "Updates skipped as spikes since the first step."),
     r"learning_rate": (r"optim/learning_rate", "Learning rate after the schedule."),
     r"skipped_in_a_row": (r"optim/skipped_in_a_row", "Updates in a row that were skipped because "
                           "the loss or the gradient was not finite."),
@@ -39,6 +47,8 @@ _MOVED = {
     r"bytes": (r"throughput/bytes_per_step", "Source bytes of this step's batch."),
     r"bytes_per_sec": (r"throughput/bytes_per_sec", "Source bytes per second since the last logged "
                        "step, all devices together."),
+    r"mfu": (r"throughput/mfu", "Model FLOP utilization: operations of matrix products in forward "
+             "and backward pass over the peak of the devices, since the last logged step."),
     r"input/stall_frac": (r"throughput/input_stall_frac", "Share of the time since the last logged "
                           "step spent waiting for data."),
 }

@@ -8,7 +8,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,8 @@ DASHBOARDS = {
         "overflow (clipped chunks)": [r"stage\d+/overflow_frac$"],
         "slot utilization": [r"stage\d+/slot_utilization$"],
         "bytes per chunk by route": [r"stage\d+/route_.*/bytes_per_chunk$"],
+        "norm of the gradient by part": [r"optim/grad_norm/"],
+        "norm of the update by part": [r"optim/update_norm/"],
     },
     "H-Net boundaries on probe texts": {
         "F1 against gold, with controls": [r"probe/stage\d+/f1_"],
@@ -51,6 +53,14 @@ DASHBOARDS = {
     },
 }
 """Charts of the custom scalars tab: category -> title -> patterns of tags."""
+
+
+def short_names(fields: Iterable[str]) -> dict[str, str]:
+    """Field of metrics.jsonl -> the field with the names of sources without their folders."""
+    fields = list(fields)
+    sources = (field.removeprefix(_SEEN) for field in fields if field.startswith(_SEEN))
+    labels = {_SEEN + name: _SEEN + label for name, label in without_folders(sources).items()}
+    return {field: labels.get(field, field) for field in fields}
 
 
 class RunWriter:
@@ -137,12 +147,11 @@ class RunWriter:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Log numbers, by their names in metrics.jsonl, as one event."""
-        sources = (field.removeprefix(_SEEN) for field in values if field.startswith(_SEEN))
-        shown = {_SEEN + name: _SEEN + label for name, label in without_folders(sources).items()}
+        shown = short_names(values)
         self._add(
             step,
             [
-                events.scalar(*self._described(shown.get(field, field)), value)
+                events.scalar(*self._described(shown[field]), value)
                 for field, value in values.items()
             ],
         )

@@ -18,6 +18,7 @@ from hnet.train.sections import (
     OptimConfig,
     ProfileConfig,
     Sections,
+    TrackerConfig,
     TrainConfig,
     WatchdogConfig,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "MeshConfig",
     "OptimConfig",
     "ProfileConfig",
+    "TrackerConfig",
     "TrainConfig",
     "WatchdogConfig",
     "config_from_json",

@@ -11,6 +11,7 @@ from hnet.runtime.distributed import num_hosts
 from hnet.train.config import Config
 from hnet.train.log_folder import TENSORBOARD
 from hnet.train.program import Program
+from hnet.train.utilization import peak_of
 
 
 def first_lines(config: Config, corpus: Corpus, program: Program, start: int) -> list[str]:
@@ -21,7 +22,7 @@ def first_lines(config: Config, corpus: Corpus, program: Program, start: int) ->
     lines = {
         "workdir": f"{config.workdir} ({f'resuming at step {start}' if start else 'new'})",
         "model": f"{_parameters(program):,} parameters, {json.dumps(config.model.arch_layout)}",
-        "devices": _devices(program),
+        "devices": _devices(program, config.model.compute.dtype),
         "data": (
             f"{corpus.train.num_bytes:,} bytes in {files} {'file' if files == 1 else 'files'}, "
             f"{corpus.heldout.num_bytes:,} bytes held out"
@@ -49,12 +50,13 @@ def _parameters(program: Program) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state.params))
 
 
-def _devices(program: Program) -> str:
+def _devices(program: Program, dtype: str) -> str:
     mesh = program.mesh
     kind = mesh.devices.flat[0].device_kind
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
     hosts = f" on {num_hosts()} hosts" if num_hosts() > 1 else ""
-    return f"{mesh.size} x {kind}{hosts}{f' ({axes})' if axes else ''}"
+    unknown = "" if peak_of(mesh, dtype) else "; peak FLOP/s unknown: no throughput/mfu"
+    return f"{mesh.size} x {kind}{hosts}{f' ({axes})' if axes else ''}{unknown}"
 
 
 def _folder_above(workdir: str) -> str:

@@ -26,6 +26,7 @@ from hnet.train.report import Report, Start
 from hnet.train.settle import settle
 from hnet.train.sharding import replicated
 from hnet.train.step import TrainState, with_params
+from hnet.train.utilization import Utilization, peak_of
 from hnet.train.watchdog import Watchdog
 from hnet.train.workdir import check_steps, claim_workdir, locked_workdir, run_inputs
 
@@ -96,8 +97,11 @@ class Session:
 class NonFinite(RuntimeError):
     """Loss or gradient was not finite for train.max_skipped updates in a row."""
 
-    def __init__(self, skipped: int, step: int):
-        super().__init__(f"non-finite loss or gradient in {skipped} updates in a row up to {step}")
+    def __init__(self, skipped: int, step: int, tensor: str = ""):
+        first = f", first in {tensor}" if tensor else ""
+        super().__init__(
+            f"non-finite loss or gradient in {skipped} updates in a row up to {step}{first}"
+        )
         self.good_step = step - skipped
         """number of updates before the first skipped one"""
 
@@ -136,6 +140,8 @@ def train(
                 config, read, done=start.step, ended=start.is_end(config.train.steps)
             ),
         )
+        if peak := peak_of(program.mesh, config.model.compute.dtype):
+            report.utilization = Utilization(config, peak)
         stack.enter_context(report)
         opening = first_lines(config, corpus, program, start.step)
         for line in (*lines, *origin, *opening):
@@ -270,8 +276,10 @@ def _read(
     stages = range(config.model.num_chunked)
     position.new_counts = tuple(int(metrics[f"stage{s}/max_slots"]) for s in stages)
     skipped = int(metrics["skipped_in_a_row"])
+    found = int(metrics.pop("first_non_finite", -1))
+    tensor = session.program.watched[found] if skipped and found >= 0 else ""
     if skipped >= config.train.max_skipped:
-        raise NonFinite(skipped, inflight.step)
+        raise NonFinite(skipped, inflight.step, tensor)
     rows_of_slots = config.data.batch_size // session.program.ladder.packed_rows
     slots = [rows_of_slots * c for c in inflight.capacities]
     row: dict[str, Any] = {
@@ -281,6 +289,8 @@ def _read(
         "input/wait_seconds": batches.wait_seconds,
         "metrics": metrics,
     }
+    if tensor:
+        row["non_finite"] = tensor
     names = session.corpus.train.source_names
     if len(names) > 1:
         added = batches.source_bytes(inflight.batch)

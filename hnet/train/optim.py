@@ -25,6 +25,8 @@ class Hyperparams(NamedTuple):
     """target ratio of each chunking stage at the first update, if targets move"""
     ramp_frac: jax.Array | float = 1.0
     """fraction of the updates in which targets move"""
+    spike_deviations: jax.Array | float = 0.0
+    """number of deviations at which a loss or gradient norm is a spike, if there is that rule"""
 
 
 def schedule(config: OptimConfig, step: jax.Array, num_steps: int) -> jax.Array:

@@ -322,7 +322,8 @@ class _Runs:
                 progress.overflow[r][s] = max(progress.overflow[r][s], lost)
             if metrics["skipped_in_a_row"][r] >= config.train.max_skipped:
                 many = f"{config.train.max_skipped} updates in a row up to step {step}"
-                fault = f"non-finite loss or gradient in {many}"
+                first = self.program.watched[int(metrics["first_non_finite"][r])]
+                fault = f"non-finite loss or gradient in {many}, first in {first}"
                 progress.faults.setdefault(str(r), fault)
         if step == 1 or step % config.train.log_every == 0:
             before, self.shown = self.shown, (time.monotonic(), step)

@@ -24,6 +24,7 @@ from hnet.train.config import Config
 from hnet.train.evaluate import Evaluation, evaluate
 from hnet.train.initial import frozen_graph
 from hnet.train.memory import check_memory
+from hnet.train.norms import watched
 from hnet.train.optim import Hyperparams
 from hnet.train.sharding import (
     batch_sharding,
@@ -77,6 +78,12 @@ class Program:
     """line that names the backends of attention and the SSD"""
     ladder: Ladder
     """capacity schedule of a run that starts at step 0"""
+
+    @property
+    def watched(self) -> list[str]:
+        """Names of the tensors that `first_non_finite` of a step's metrics counts."""
+        num_chunked = nnx.merge(self.graph, self.abstract_state.params).config.num_chunked
+        return watched(self.abstract_state.params, num_chunked)
 
 
 # fields of a batch that are sent to the devices
@@ -163,13 +170,17 @@ def experiment(config: Config, graph: Any, packed_rows: int) -> Experiment:
         init_key, noise_key = jax.random.split(key)
         params = init_params(config.model, init_key)
         infos = describe(nnx.merge(graph, params))
-        return init_state(params, noise_key, config.model, config.optim, infos)
+        return init_state(
+            params, noise_key, config.model, config.optim, infos,
+            has_spike_rule=config.train.spike_deviations > 0,
+        )  # fmt: skip
 
     hold_from = config.controller.hold_from(config.train.steps)
     step = partial(
         train_step, hold_from=hold_from, graph=graph, model=config.model, optim=config.optim,
         num_steps=config.train.steps, accumulate=config.train.accumulate, packed_rows=packed_rows,
-        targets_move=bool(config.controller.start_ratios),
+        targets_move=bool(config.controller.start_ratios), log_norms=config.train.log_norms,
+        spike_window=config.train.spike_window,
     )  # fmt: skip
     evaluate = partial(eval_step, graph=graph, packed_rows=packed_rows)
     return Experiment(make_state, step, evaluate, traced_numbers(config), graph)
@@ -186,6 +197,7 @@ def traced_numbers(config: Config) -> tuple[Hyperparams, Numbers]:
             ema_decay=np.float32(config.optim.ema_decay),
             start_ratio_S=np.asarray(config.controller.start_ratios, np.float32),
             ramp_frac=np.float32(config.controller.ramp_frac),
+            spike_deviations=np.float32(config.train.spike_deviations),
         ),
         config.model.numbers(),
     )
@@ -202,6 +214,7 @@ def untraced(config: Config) -> Config:
     zero = {"learning_rate": 1.0, "weight_decay": 0.0, "lr_multipliers": "none"}
     zero["ema_decay"] = 0.5 if config.optim.ema_decay else 0.0
     ratios = (1.0,) * len(config.controller.start_ratios)
+    deviations = 2.0 if config.train.spike_deviations else 0.0
     return replace(
         config,
         workdir="",
@@ -209,6 +222,7 @@ def untraced(config: Config) -> Config:
         model=replace(config.model, stages=(*stages, config.model.stages[-1])),
         optim=replace(config.optim, **zero),
         controller=replace(config.controller, gain=0.0, start_ratios=ratios, ramp_frac=1.0),
+        train=replace(config.train, spike_deviations=deviations),
     )
 
 

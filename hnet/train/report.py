@@ -1,13 +1,9 @@
 """The logs of a run: metrics.jsonl, TensorBoard, alarms, and one live line."""
 
-import contextlib
-import importlib.util
 import math
 import time
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
@@ -16,17 +12,21 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from hnet.data import Corpus
 from hnet.errors import ConfigError, Failed
 from hnet.fields import to_json
-from hnet.inspect.writer import RunWriter
+from hnet.inspect.tags import tag_of
+from hnet.inspect.writer import RunWriter, short_names
 from hnet.loss import PROB_BINS, bits_per_byte
 from hnet.printable import printable
 from hnet.runtime import distributed
 from hnet.runtime.compile_cache import CompilationLog
 from hnet.train.alarms import BoundaryAlarms
-from hnet.train.config import Config, ProfileConfig
+from hnet.train.config import Config
 from hnet.train.evaluate import Evaluation
 from hnet.train.log_folder import TENSORBOARD, LogFolder
 from hnet.train.metrics_file import MetricsFile
 from hnet.train.probes import probe_texts
+from hnet.train.trace import Trace
+from hnet.train.tracker import guarded
+from hnet.train.utilization import Utilization
 
 
 class Start(NamedTuple):
@@ -54,8 +54,10 @@ class Report:
         self.config, self.start = config, start
         self.speaks = distributed.host_id() == 0
         self.probes = probe_texts(corpus.heldout, config.eval)
-        self.trace = Trace(config.profile)
+        self.trace = Trace(config.profile, say=self.say)
+        self.tracker = guarded(config.tracker, self.say)
         self.folder = self.metrics = self.writer = None
+        self.utilization: Utilization | None = None
         self.is_held = tuple(s.chunking.hold_rate for s in config.model.stages[:-1])
 
     def __enter__(self) -> "Report":
@@ -67,6 +69,7 @@ class Report:
             self.__exit__()
             raise
         self._start(self.start)
+        self.trace.listen()
         return self
 
     def _open(self) -> None:
@@ -83,21 +86,25 @@ class Report:
             self.writer.configuration(step, to_json(self.config))
             for note in self.writer.notes:
                 self.say(note)
+            if self.tracker:
+                self.tracker.begin(to_json(self.config))
 
     def _start(self, start: Start) -> None:
         """Reset alarms, speed and time left, so that they use only the steps that follow."""
         config = self.config
         self.alarms = BoundaryAlarms(self.is_held, config.controller.hold_from(config.train.steps))
         self.logged_at, self.logged_bytes = time.monotonic(), start.bytes_seen
-        self.logged_wait = 0.0
+        self.logged_wait = self.flops = 0.0
         self.line.restart(start.step)
 
     def __exit__(self, *exc_info) -> None:
-        self.trace.close()
+        self.trace.end()
         if self.metrics:
             self.metrics.close()
         if self.writer:
             self.writer.close()
+            if self.tracker:
+                self.tracker.end()
         if self.folder:
             self.folder.close()
         self.line.close()
@@ -112,7 +119,7 @@ class Report:
         self.line.say(text)
 
     def step(self, row: dict[str, Any]) -> list[str]:
-        """Check a step's boundaries; log step 1, multiples of `log_every` and evaluated steps.
+        """Check a step; log step 1, multiples of `log_every`, evaluated and skipped steps.
 
         Returns its new boundary alarms, one line per alarm.
         """
@@ -120,7 +127,9 @@ class Report:
         self.line.first_step(row["step"])
         step, is_logged = row["step"], row["step"] == 1 or "eval/bpb" in row
         alarms = self._watch_boundaries(step, metrics)
-        if is_logged or step % self.config.train.log_every == 0:
+        if self.utilization:
+            self.flops += self.utilization.flops(self._chunks(metrics))
+        if self._say_skipped(row, metrics) or is_logged or step % self.config.train.log_every == 0:
             self._log(row, metrics)
         return alarms
 
@@ -135,20 +144,37 @@ class Report:
         logged = ("step", "eval/", "probe/")  # an event has its step; `evaluated` wrote the rest
         numbers = {k: v for k, v in row.items() if isinstance(v, int | float)}
         scalars = {k: v for k, v in numbers.items() if not k.startswith(logged)}
-        self.writer.scalars(row["step"], scalars)
+        self._scalars(row["step"], scalars)
         for name, counts in metrics.items():
             if name.endswith("prob_hist"):
                 middles = (np.arange(PROB_BINS) + 0.5) / PROB_BINS
                 values = np.repeat(middles, counts)
                 self.writer.histogram(row["step"], name, values, np.linspace(0, 1, PROB_BINS + 1))
 
+    def _scalars(self, step: int, values: dict[str, float]) -> None:
+        self.writer.scalars(step, values)
+        if self.tracker:
+            shown = short_names(values)
+            self.tracker.scalars(step, {tag_of(shown[k]).name: v for k, v in values.items()})
+
     def _add_speed(self, row: dict[str, Any]) -> None:
-        """Add bytes_per_sec and the fraction of time spent waiting for data, since the last row."""
+        """Add bytes_per_sec, the fraction of time spent waiting for data, and the model FLOP
+        utilization if the peak of the devices is known, since the last row."""
         now, wait = time.monotonic(), row.pop("input/wait_seconds")
         seen, seconds = row["bytes_seen"], max(now - self.logged_at, 1e-9)
         row["bytes_per_sec"] = (seen - self.logged_bytes) / seconds
         row["input/stall_frac"] = (wait - self.logged_wait) / seconds
+        if self.utilization:
+            row["mfu"] = self.flops / seconds / self.utilization.peak
         self.logged_at, self.logged_bytes, self.logged_wait = now, seen, wait
+        self.flops = 0.0
+
+    def _chunks(self, metrics: dict[str, Any]) -> list[float]:
+        """Number of chunks of each stage that found a slot."""
+        return [
+            float(metrics[f"stage{s}/chunks"]) * (1 - float(metrics[f"stage{s}/overflow_frac"]))
+            for s in range(self.config.model.num_chunked)
+        ]
 
     def _watch_boundaries(self, step: int, metrics: dict[str, Any]) -> list[str]:
         stages = range(self.config.model.num_chunked)
@@ -159,12 +185,24 @@ class Report:
         alarms = self.alarms.check(step, rates, targets)
         for alarm in alarms:
             self.say(alarm)
-        if int(metrics["skipped_in_a_row"]):
-            self.say(f"step {step}: update skipped, loss or gradient is not finite")
         for s in stages:
             if lost := float(metrics[f"stage{s}/overflow_frac"]):
                 self.say(f"step {step}: overflow: {lost:.2%} of stage {s}'s chunks were clipped")
         return alarms
+
+    def _say_skipped(self, row: dict[str, Any], metrics: dict[str, Any]) -> bool:
+        """Print why the update was skipped, if it was; returns whether it was."""
+        why = ""
+        if int(metrics["skipped_in_a_row"]):
+            why = "loss or gradient is not finite"
+            if tensor := row.get("non_finite"):
+                why += f", first in {tensor}"
+        elif int(metrics.get("spike", 0)):
+            loss, norm = float(metrics["loss/total"]), float(metrics["grad_norm"])
+            why = f"a spike: loss {loss:.4g}, gradient norm {norm:.4g}"
+        if why:
+            self.say(f"step {row['step']}: update skipped, {why}")
+        return bool(why)
 
     def evaluated(
         self, step, evaluation: Evaluation, row, segment, params, *, is_new: bool = True
@@ -186,7 +224,7 @@ class Report:
         names, gold = [p.name for p in self.probes], [dict(p.gold) for p in self.probes]
         drawn = segment(params, texts, names, gold)
         if self.writer:
-            self.writer.scalars(step, results)
+            self._scalars(step, results)
             results |= self.writer.write_segmentations(step, drawn)
         if row is not None:
             row |= results
@@ -200,46 +238,6 @@ class Report:
             self.metrics.go_back(start.step)
             self.writer.go_back(start.step)
         self._start(start)
-
-
-class Trace:
-    """A profile of the steps FIRST to LAST - 1, for TensorBoard's profile plugin.
-
-    A run that resumes within this range profiles the rest; a run that ends within it keeps its
-    partial profile.
-    """
-
-    def __init__(self, config: ProfileConfig, folder: Path | None = None):
-        self.first, self.last = config.range
-        if self.last and _loads_libtpu_in_vain():
-            raise ConfigError(
-                f"profile.steps={config.steps!r}: libtpu is loaded but there is no TPU, and its "
-                "profiler would kill the process: set the environment variable JAX_PLATFORMS=cpu"
-            )
-        self.folder, self.is_running = folder, False
-
-    @contextlib.contextmanager
-    def step(self, done: int):
-        """Context for the step after `done` steps."""
-        if self.first <= done < self.last and not self.is_running:
-            jax.profiler.start_trace(str(self.folder))
-            self.is_running = True
-        with jax.profiler.StepTraceAnnotation("train", step_num=done):
-            yield
-        if done + 1 >= self.last:
-            self.close()
-
-    def close(self) -> None:
-        if self.is_running:
-            jax.profiler.stop_trace()
-        self.is_running = False
-
-
-def _loads_libtpu_in_vain() -> bool:
-    """Whether JAX loads libtpu (installed e.g. for `tpu.plan`) on a machine without a TPU."""
-    wanted = jax.config.jax_platforms or "tpu"
-    is_installed = importlib.util.find_spec("libtpu") is not None
-    return "tpu" in wanted and is_installed and jax.default_backend() != "tpu"
 
 
 class LiveLine:

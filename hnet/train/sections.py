@@ -147,9 +147,20 @@ class TrainConfig:
     """action after max_skipped: go back to the last good checkpoint with later data, or end"""
     stop_on_alarm: bool = False
     """whether a boundary alarm ends the run"""
+    log_norms: bool = False
+    """whether to log the norms of gradient and update of each part of the network"""
+    spike_deviations: NotNegative = 0.0
+    """number of standard deviations above its running mean at which the loss or the gradient norm
+    is a spike, whose update is skipped (6 is usual); 0 = no update is"""
+    spike_window: Annotated[int, Bounds(10, 100_000)] = 100
+    """number of updates over which mean and deviation are taken; none is skipped before"""
 
     def __post_init__(self):
         check(self, "train")
+        if 0 < self.spike_deviations < 2:
+            raise ConfigError(
+                f"train.spike_deviations={self.spike_deviations}: use 2 or more, or 0 for no rule"
+            )
 
 
 @dataclass(frozen=True)
@@ -215,9 +226,12 @@ class ProfileConfig:
     """A trace for TensorBoard's profile plugin."""
 
     steps: str = ""
-    """range FIRST:LAST of steps, LAST excluded, e.g. 10:20; empty = no trace"""
+    """range FIRST:LAST of steps, LAST excluded, e.g. 10:20; empty = only on a signal"""
+    signal_steps: Count = 5
+    """number of steps that are traced when the process gets the signal SIGUSR1"""
 
     def __post_init__(self):
+        check(self, "profile")
         first, _, last = self.steps.partition(":")
         is_range = first.isdecimal() and last.isdecimal() and len(last) < 10
         if self.steps and not (is_range and int(first) < int(last)):
@@ -228,6 +242,16 @@ class ProfileConfig:
         """(first step, step after the last one); (0, 0) for no trace."""
         first, _, last = self.steps.partition(":")
         return (int(first), int(last)) if self.steps else (0, 0)
+
+
+@dataclass(frozen=True)
+class TrackerConfig:
+    """A tracker of experiments that gets the numbers of the run (`hnet.train.tracker`)."""
+
+    name: str = ""
+    """trackio, wandb, or a class as package.module:Class; empty = none"""
+    project: str = "hnet"
+    """project of the tracker, which the run is named in by its work directory"""
 
 
 @dataclass(frozen=True)
@@ -249,3 +273,4 @@ class Sections:
     distributed: DistributedConfig = DistributedConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
     profile: ProfileConfig = ProfileConfig()
+    tracker: TrackerConfig = TrackerConfig()

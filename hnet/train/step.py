@@ -1,6 +1,7 @@
 """The training step and the evaluation step: pure functions of arrays."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +29,7 @@ from hnet.model import HNetLM
 from hnet.nn.parameters import describe, trained, with_frozen
 from hnet.stage import Numbers
 from hnet.train.config import OptimConfig
+from hnet.train.norms import first_non_finite, found_if, norms
 from hnet.train.optim import (
     Hyperparams,
     apply_update,
@@ -37,6 +39,7 @@ from hnet.train.optim import (
     schedule,
     targets_at,
 )
+from hnet.train.spikes import no_spikes, watch
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -57,10 +60,18 @@ class TrainState(NamedTuple):
     """states that the losses of each stage carry between updates"""
     ema: Any = ()
     """moving average of the parameters; () without `optim.ema_decay`"""
+    spikes: Any = ()
+    """`hnet.train.spikes.Spikes`; () without `train.spike_deviations`"""
 
 
 def init_state(
-    params: Any, key: jax.Array, model: HNetConfig, optim: OptimConfig, infos: Any
+    params: Any,
+    key: jax.Array,
+    model: HNetConfig,
+    optim: OptimConfig,
+    infos: Any,
+    *,
+    has_spike_rule: bool = False,
 ) -> TrainState:
     """State before the first update. infos: metadata of the parameters; frozen ones have no
     optimizer state."""
@@ -68,7 +79,8 @@ def init_state(
     states = init_loss_states(model)
     opt_state = optimizer(optim, infos).init(trained(infos, params))
     ema = jax.tree.map(jnp.copy, params) if optim.ema_decay else ()
-    return TrainState(zero, params, opt_state, key, zero, states, ema)
+    spikes = no_spikes() if has_spike_rule else ()
+    return TrainState(zero, params, opt_state, key, zero, states, ema, spikes)
 
 
 def with_params(state: TrainState, params: Any) -> TrainState:
@@ -91,14 +103,17 @@ def train_step(
     packed_rows: int = 1,
     accumulate: int = 1,
     targets_move: bool = False,
+    log_norms: bool = False,
+    spike_window: int = 0,
 ) -> tuple[TrainState, Metrics]:
     """One update from one batch of rows. From update `hold_from` on the controller acts.
 
     Frozen parameters (`ParameterInfo.frozen`) get no gradient and keep their bits.
     If loss or gradient is not finite, parameters, optimizer and loss states stay unchanged and the
-    skip is counted. With `accumulate` > 1 the batch is divided into that many micro-batches. Update
-    and metrics are the same, except for `max_slots`, the noise of relaxed predictors, and which
-    rows share slots.
+    skip is counted; `first_non_finite` in the metrics is then an index in `norms.watched`. A state
+    with `spikes` skips spikes too (`hnet.train.spikes`), which are counted there. With
+    `accumulate` > 1 the batch is divided into that many micro-batches. Update and metrics are the
+    same, except for `max_slots`, the noise of relaxed predictors, and which rows share slots.
     """
     update_numbers, numbers = hparams
     if targets_move:
@@ -133,6 +148,12 @@ def train_step(
     with jax.named_scope("optimizer"):
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss/total"]) & jnp.isfinite(grad_norm)
+        keeps, spikes, found = finite, state.spikes, {}
+        if spikes:
+            both_K = jnp.stack([metrics["loss/total"], grad_norm])
+            is_spike, spikes = watch(spikes, both_K, update_numbers.spike_deviations, spike_window)
+            keeps = finite & ~is_spike
+            found |= {"spike": is_spike.astype(jnp.int32), "spikes": spikes.skipped}
         directions, opt_state = direction(optim, infos, grads, state.opt_state)
         factor = schedule(optim, state.step, num_steps)
         params = apply_update(state.params, directions, infos, update_numbers, factor)
@@ -150,17 +171,25 @@ def train_step(
             ema = average(ema, new[0], update_numbers.ema_decay, state.step)
         new += (next_loss_states(model, state.loss_states, rates, numbers), ema)
         old += (state.loss_states, state.ema)
-        kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        kept = jax.tree.map(lambda n, o: jnp.where(keeps, n, o), new, old)
         params, opt_state, loss_states, ema = kept
         skipped = jnp.where(finite, 0, state.skipped + 1)
-    metrics |= {
+        if log_norms:
+            moved = jax.tree.map(jnp.subtract, params, state.params)
+            found["update_norm"] = optax.tree.norm(moved)
+            for name, tree in (("grad_norm", grads), ("update_norm", trained(infos, moved))):
+                found |= norms(name, tree, model.num_chunked)
+        find = partial(first_non_finite, state.params, metrics, grads, model.num_chunked)
+        found["first_non_finite"] = found_if(~finite, find)
+    metrics |= found | {
         "batch_hash": jnp.stack(batch_hash(batch)),
         "grad_norm": grad_norm,
         "learning_rate": update_numbers.learning_rate * factor,
         "skipped_in_a_row": skipped,
     }
     done = state.step + 1
-    return TrainState(done, params, opt_state, state.key, skipped, loss_states, ema), metrics
+    new_state = TrainState(done, params, opt_state, state.key, skipped, loss_states, ema, spikes)
+    return new_state, metrics
 
 
 def _accumulated(totals: Callable, grad_fn: Callable, params: Any, batch: Batch, key, count: int):

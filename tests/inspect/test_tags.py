@@ -14,6 +14,7 @@ from hnet.inspect.tags import tag_of, without_folders
         ("loss/ce", "train/loss/ce"),
         ("loss/mtp", "train/loss/mtp"),
         ("grad_norm", "optim/grad_norm"),
+        ("update_norm/stage0/encoder", "optim/update_norm/stage0/encoder"),
         ("bytes_per_sec", "throughput/bytes_per_sec"),
         ("bytes_seen/all/*.txt", "throughput/bytes_seen/all/*.txt"),
         ("stage0/bytes_per_chunk", "stage0/bytes_per_chunk"),

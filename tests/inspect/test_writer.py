@@ -73,6 +73,7 @@ def test_dashboards_name_tags_that_exist(tmp_path):
         "train/bpb", "eval/bpb", "train/loss/ce", "eval/script_Han/bpb", "eval/source_a/bpb",
         "stage1/bytes_per_chunk", "stage0/boundary_rate",
         "stage0/overflow_frac", "stage0/slot_utilization", "stage0/route_Han/bytes_per_chunk",
+        *(tag_of(f"{name}_norm/lm_head").name for name in ("grad", "update")),
     ]  # fmt: skip
     for charts in DASHBOARDS.values():
         for title, patterns in charts.items():

@@ -42,7 +42,7 @@ def variant(base, seed, rate, ratio, weight, gain, predictor="cosine"):
 def configs(tmp_path_factory):
     base = tiny_run(
         tmp_path_factory.mktemp("runs"),
-        train=TrainConfig(steps=STEPS, log_every=1),
+        train=TrainConfig(steps=STEPS, log_every=1, log_norms=True, spike_deviations=6.0),
         eval=EvalConfig(every=2, max_bytes=200),
         checkpoint=CheckpointConfig(every=0),
         mesh=MeshConfig(data=1),
@@ -99,6 +99,7 @@ def test_a_run_of_many_is_the_run_it_would_be_alone(configs, whole):
         lambda a, b: close(a[r], b), *jax.device_get((together.state.params, state.params))
     )
     np.testing.assert_allclose(together.evaluations[r].bpb, evaluation.bpb, rtol=1e-5)
+    np.testing.assert_allclose(together.state.spikes.mean_K[r], state.spikes.mean_K, rtol=1e-5)
     assert together.evaluations[r].bytes_per_chunk(0) == evaluation.bytes_per_chunk(0)
 
 
@@ -124,6 +125,7 @@ def test_one_program_trains_them_all_and_nothing_moves_between_devices(configs, 
         for name, kind in (("input_ids", "int32"), ("segment_ids", "int32"), ("loss_mask", "bool"))
     }
     lowered = program.step.lower(program.abstract_state, batch, program.hparams, capacities=(32,))
+    assert lowered.out_info[1]["update_norm/lm_head"].shape == (4,)
     text = lowered.compile(QUICK).as_text()
     for kind in ("all-reduce", "all-gather", "all-to-all", "collective-permute"):
         assert f"{kind}(" not in text and f"{kind}-start(" not in text
@@ -157,7 +159,8 @@ def test_a_watch_may_end_the_runs_and_a_fault_of_one_leaves_the_others(configs, 
     outcome = train(patient, tmp_path, **ends)
     assert outcome.evaluations[0].num_bytes >= 200 and int(outcome.state.step[0]) == 4
     assert outcome.progress.faults.keys() == {"1"}
-    assert "non-finite loss or gradient in 2 updates" in outcome.progress.faults["1"]
+    many = "non-finite loss or gradient in 2 updates in a row up to step 3"
+    assert f"{many}, first in stage0/aux_loss" in outcome.progress.faults["1"]
 
 
 def test_what_shares_a_program(configs):

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 import types
 from contextlib import nullcontext
 
@@ -15,12 +17,13 @@ from hnet.errors import ConfigError
 from hnet.inspect.index import SegmentationIndex
 from hnet.inspect.segmentation import Segmentation
 from hnet.runtime.compile_cache import Compilation
-from hnet.train import report
+from hnet.train import report, trace
 from hnet.train.config import ProfileConfig, TrainConfig
 from hnet.train.first_lines import first_lines, last_lines
 from hnet.train.metrics_file import read_metrics
 from hnet.train.program import build
-from hnet.train.report import LiveLine, Report, Start, Trace
+from hnet.train.report import LiveLine, Report, Start
+from hnet.train.trace import Trace
 from tests.training import tiny_run
 
 
@@ -28,8 +31,8 @@ def row_of(step, **changes):
     """Row that the loop reports for a step of 100 bytes at 2 bits per byte."""
     metrics = {
         "nats": 200 * math.log(2), "bytes": 100, "skipped_in_a_row": 0,
-        "stage0/boundary_rate": 0.3, "stage0/target_rate": 0.3, "stage0/overflow_frac": 0.0,
-        "stage0/prob_hist": np.arange(20),
+        "stage0/chunks": 30, "stage0/boundary_rate": 0.3, "stage0/target_rate": 0.3,
+        "stage0/overflow_frac": 0.0, "stage0/prob_hist": np.arange(20),
     }  # fmt: skip
     arrays = {name: np.asarray(value) for name, value in (metrics | changes).items()}
     waited = {"input/wait_seconds": 0.5 * step}
@@ -43,27 +46,34 @@ def test_a_run_logs_its_first_step_and_every_tenth(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(report, "time", clock)
     now = 5.0
     with Report(config, open_corpus(config.data), Start()) as told:
+        told.utilization = types.SimpleNamespace(peak=1000.0, flops=lambda n_S: 2 * sum(n_S))
         for step in range(1, 21):
             now += 4.0
             clipped = {"stage0/overflow_frac": 0.125} if step == 7 else {}
             skipped = {"skipped_in_a_row": 1} if step == 9 else {}
-            assert told.step(row_of(step, **clipped, **skipped)) == []
+            row = row_of(step, **clipped, **skipped) | (
+                {"non_finite": "loss/ce"} if step == 9 else {}
+            )
+            assert told.step(row) == []
     first, *others = read_metrics(tmp_path)
-    assert [row["step"] for row in (first, *others)] == [1, 10, 20]
+    assert [row["step"] for row in (first, *others)] == [1, 9, 10, 20]
+    assert others[0]["non_finite"] == "loss/ce" and "non_finite" not in others[1]
+    assert first["mfu"] == others[2]["mfu"] == 60 / 4 / 1000
+    assert others[0]["mfu"] == pytest.approx((60 - 7.5 / 8) / 4 / 1000)
     assert all(row["train/bpb"] == pytest.approx(2) for row in (first, *others))
     assert first["bytes_per_sec"] == 100 / 4 and first["input/stall_frac"] == 0.5 / 4
     for row in others:
         assert row["bytes_per_sec"] == 100 / 4 and row["input/stall_frac"] == 0.5 / 4
     says = capsys.readouterr().out
     assert "step 7: overflow: 12.50% of stage 0's chunks were clipped" in says
-    assert "step 9: update skipped, loss or gradient is not finite" in says
+    assert "step 9: update skipped, loss or gradient is not finite, first in loss/ce" in says
     assert says.count("overflow") == says.count("skipped") == 1
     events = EventAccumulator(str(tmp_path / "tensorboard"), {"histograms": 0}).Reload()
-    assert [e.step for e in events.Scalars("train/bpb")] == [1, 10, 20]
-    assert [e.value for e in events.Scalars("throughput/bytes_seen/b/*.txt")] == [50, 500, 1000]
+    assert [e.step for e in events.Scalars("throughput/mfu")] == [1, 9, 10, 20]
+    assert [e.value for e in events.Scalars("throughput/bytes_seen/b/*.txt")][2:] == [500, 1000]
     assert not any("//" in tag or "data" in tag for tag in events.Tags()["scalars"])
     histograms = events.Histograms("stage0/prob_hist")
-    assert [e.step for e in histograms] == [1, 10, 20]
+    assert [e.step for e in histograms] == [1, 9, 10, 20]
     assert histograms[0].histogram_value.num == sum(range(20))
 
 
@@ -145,10 +155,22 @@ def test_a_run_that_has_ended_writes_nothing(tmp_path):
 def traced(monkeypatch):
     """Recorded calls of the profiler (the real one raises for a second start or stop)."""
     calls = []
-    monkeypatch.setattr(report, "_loads_libtpu_in_vain", lambda: False)
+    monkeypatch.setattr(trace, "_loads_libtpu_in_vain", lambda: False)
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append("start"))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
     return calls
+
+
+def profiled(tracing, ran, traced, signals=()):
+    """The steps that are in a profile. signals: steps during which SIGUSR1 arrives."""
+    found = []
+    for done in ran:
+        with tracing.step(done):
+            found += [done] if traced[-1:] == ["start"] else []
+            if done in signals:
+                os.kill(os.getpid(), signal.SIGUSR1)
+    tracing.end()
+    return found
 
 
 @pytest.mark.parametrize(
@@ -163,13 +185,25 @@ def traced(monkeypatch):
     ],
 )
 def test_the_steps_that_are_traced(traced, tmp_path, steps, ran, expected):
-    trace, found = Trace(ProfileConfig(steps), tmp_path), []
-    for done in ran:
-        with trace.step(done):
-            found += [done] if traced[-1:] == ["start"] else []
-    trace.close()
-    assert found == expected
+    assert profiled(Trace(ProfileConfig(steps), tmp_path), ran, traced) == expected
     assert traced == (["start", "stop"] if expected else [])
+
+
+def test_a_signal_profiles_the_next_steps_and_a_second_one_meanwhile_does_nothing(
+    traced, tmp_path, monkeypatch
+):
+    before, said = signal.getsignal(signal.SIGUSR1), []
+    tracing = Trace(ProfileConfig("12:14", signal_steps=3), tmp_path, said.append)
+    tracing.listen()
+    assert profiled(tracing, range(20), traced, (1, 3, 4, 7)) == [2, 3, 4, 8, 9, 10, 12, 13]
+    assert traced == ["start", "stop"] * 3 and signal.getsignal(signal.SIGUSR1) == before
+    assert said[:2] == [
+        f"step 2: the next 3 are profiled, into {tmp_path}", f"profile written: {tmp_path}",
+    ]  # fmt: skip
+    monkeypatch.setattr(trace, "_loads_libtpu_in_vain", lambda: True)
+    tracing = Trace(ProfileConfig(), tmp_path, said.append)
+    tracing.listen()
+    assert profiled(tracing, range(9), ["stop"], (3,)) == [] and "libtpu" in said[-1]
 
 
 @pytest.mark.parametrize(
@@ -186,10 +220,10 @@ def test_a_profile_beside_an_idle_libtpu_is_refused(
 ):
     """The profiler of an idle libtpu would end the process with a segmentation fault."""
     config = types.SimpleNamespace(jax_platforms=platforms)
-    monkeypatch.setattr(report.jax, "config", config)
-    monkeypatch.setattr(report.jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(trace.jax, "config", config)
+    monkeypatch.setattr(trace.jax, "default_backend", lambda: backend)
     found = object() if is_installed else None
-    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: found)
+    monkeypatch.setattr(trace.importlib.util, "find_spec", lambda name: found)
     with pytest.raises(ConfigError, match="JAX_PLATFORMS") if expected else nullcontext():
         Trace(ProfileConfig("2:5"), tmp_path)
     Trace(ProfileConfig(), tmp_path)
@@ -231,7 +265,7 @@ def test_first_lines_say_what_the_run_is_and_last_ones_what_can_be_done(tmp_path
     leaves = jax.tree.leaves(program.init().params)
     assert found["workdir"] == f"{tmp_path}/a b (resuming at step 7)"
     assert found["model"].startswith(f"{sum(leaf.size for leaf in leaves):,} parameters, [")
-    assert found["devices"] == "1 x cpu"
+    assert found["devices"] == "1 x cpu; peak FLOP/s unknown: no throughput/mfu"
     total = corpus.train.num_bytes, corpus.heldout.num_bytes
     assert found["data"] == f"{total[0]:,} bytes in 1 file, {total[1]:,} bytes held out"
     assert found["look"] == f"tensorboard --logdir {tmp_path}"

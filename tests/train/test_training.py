@@ -270,16 +270,19 @@ def one_step(config, batch, capacities=(24,)):
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
     """Result of one step on one device."""
-    config = tiny_run(tmp_path_factory.mktemp("single"), mesh=MeshConfig(data=1))
+    folder = tmp_path_factory.mktemp("single")
+    config = tiny_run(folder, mesh=MeshConfig(data=1), train=WITH_NORMS)
     return one_step(config, batch_of())
 
 
+WITH_NORMS = TrainConfig(steps=8, log_norms=True)
 MESHES = [MeshConfig(8), MeshConfig(2, 4), MeshConfig(2, 2, 2)]
 
 
 @pytest.mark.few("mesh", MESHES[2:], MESHES)
 def test_losses_metrics_and_updates_do_not_depend_on_the_mesh(single, mesh, tmp_path):
-    program, state, metrics = one_step(tiny_run(tmp_path, mesh=mesh), batch_of())
+    config = tiny_run(tmp_path, mesh=mesh, train=WITH_NORMS)
+    program, state, metrics = one_step(config, batch_of())
     expected_state, expected = single[1], single[2]
     for name, value in jax.device_get(expected).items():
         np.testing.assert_allclose(metrics[name], value, rtol=2e-4, atol=1e-5, err_msg=name)
@@ -333,6 +336,7 @@ def test_a_non_finite_loss_skips_the_update_on_every_device(tmp_path):
     for count in (1, 2):
         state, metrics = program.step(state, batch, program.hparams, capacities=(24,))
         assert int(metrics["skipped_in_a_row"]) == count
+        assert program.watched[int(metrics["first_non_finite"])] == "parameter lm_head.kernel"
     assert_equal_trees((state.params, state.opt_state), before)
     assert int(state.step) == 2
 
@@ -360,8 +364,10 @@ def test_faults_in_a_row_roll_back_once_and_end_the_run_with_a_name(tmp_path, mo
     )
     stop = replace(config, workdir=str(tmp_path / "other"))
     stop = replace(stop, train=replace(stop.train, on_non_finite="stop"))
-    with pytest.raises(loop.StopRun, match="non-finite loss or gradient in 2 updates"):
+    told = "non-finite loss or gradient in 2 updates in a row up to 2, first in stage0/aux_loss"
+    with pytest.raises(loop.StopRun, match=told):
         run(stop)
+    assert [row["non_finite"] for row in rows(stop)] == ["stage0/aux_loss"]
 
 
 def test_bfloat16_over_float32_weights_trains_as_float32_does(whole, tmp_path):

@@ -224,7 +224,7 @@ def test_a_start_that_is_refused_leaves_nothing(tmp_path, name):
 def test_a_profile_that_would_kill_the_process_is_refused_before_anything_is_written(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("hnet.train.report._loads_libtpu_in_vain", lambda: True)
+    monkeypatch.setattr("hnet.train.trace._loads_libtpu_in_vain", lambda: True)
     with pytest.raises(ConfigError, match="JAX_PLATFORMS"):
         run(tiny_run(tmp_path / "run", profile=ProfileConfig("2:4")))
     assert list(tmp_path.iterdir()) == []
@@ -259,7 +259,9 @@ def test_a_run_goes_back_to_a_checkpoint_of_before_the_fault(tmp_path, monkeypat
     monkeypatch.setattr(loop, "put_batch", poison)
     outcome = run(config)
     assert int(outcome.state.step) == 6 and int(outcome.state.skipped) == 0
-    assert any("3 updates in a row up to 5: rolled back to step 2" in line for line in said)
+    assert any(
+        "a row up to 5, first in stage0/aux_loss: rolled back to step 2" in line for line in said
+    )
     folders = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert {"3.aside-1", "4.aside-1"} <= folders and {"1", "2", "3", "4", "5", "6"} <= folders
     assert [row["step"] for row in rows(config)] == [1, 2, 3, 4, 5, 6]

@@ -230,6 +230,8 @@ class Comparison:
             "equal for all": f"{unit}, {content['budget']:.4g}: what {settings.reference} costs "
             f"with {settings.parameters:,} parameters",
             "held-out text": f"{heldout:,} bytes (fingerprint {content['fingerprint']})",
+            "learning rate": f"{settings.optim.learning_rate:g}, multipliers of the stages: "
+            f"{settings.optim.lr_multipliers}",
             "seeds": f"{settings.seed} to {settings.seed + settings.seeds - 1}",
         }
         write_report(self.folder, [read_json(path, "row") for path in files], facts)

@@ -140,10 +140,11 @@ class ComputeConfig:
     attention_backend: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     """implementation of attention: our blocks (xla), JAX's kernel for TPUs (splash) or NVIDIA's for
     bfloat16 (cudnn, not yet run); auto: splash on TPUs, cudnn on GPUs for bfloat16, else xla"""
-    ssd_backend: Literal["auto", "xla", "pallas", "matmul"] = "auto"
+    ssd_backend: Literal["auto", "xla", "pallas", "matmul", "triton"] = "auto"
     """implementation of the SSD: matmuls over blocks and a loop over their states (xla), a kernel
-    for TPUs (pallas), or fewer and larger matmuls for GPUs (matmul, not yet run on a GPU); auto:
-    pallas on TPUs, matmul on GPUs, else xla"""
+    for TPUs (pallas), fewer and larger matmuls for GPUs (matmul), or kernels for GPUs and bfloat16
+    (triton); the last two were not yet run on a GPU; auto: pallas on TPUs, matmul on GPUs, else
+    xla"""
     tuned: str = ""
     """file written by `experiments.benchmarks.kernels` on these devices: auto and block lengths
     that are not set use what was fastest there"""

@@ -293,12 +293,14 @@ def _traffic(one: Instruction, shapes: dict[str, str], computations: dict) -> fl
 
 
 def _sliced_parameters(inside: list[Instruction]) -> dict[int, int]:
-    """Bytes that a fusion reads or writes of the parameters of which it uses only a slice."""
+    """Bytes that a fusion reads or writes of the parameters of which it uses only slices."""
     parameters = {i.name: int(i.arguments) for i in inside if i.opcode == "parameter"}
     needed: dict[int, int] = {}
     for name, index in parameters.items():
         users = [i for i in inside if name in i.operands]
-        slices = [i for i in users if i.opcode == "dynamic-slice" and i.operands[0] == name]
+        slices = [
+            i for i in users if i.opcode in ("dynamic-slice", "slice") and i.operands[0] == name
+        ]
         replaced = [
             i for i in users if i.opcode == "dynamic-update-slice" and i.operands[0] == name
         ]

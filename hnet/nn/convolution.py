@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from hnet.nn.layers import silu_and_grad
+from hnet.nn.layers import silu_and_grad, written_once
 
 
 @jax.custom_vjp
@@ -15,7 +15,7 @@ def causal_conv_silu(x_BLC, weight_WC, bias_C, segment_ids_BL) -> jax.Array:
     it, at each use.
     """
     conv_BLC = _convolved(x_BLC, weight_WC, bias_C, _taps(segment_ids_BL, weight_WC))
-    return conv_BLC / (1 + jnp.exp(-conv_BLC))
+    return written_once(conv_BLC / (1 + jnp.exp(-conv_BLC)))
 
 
 def _taps(segment_ids_BL: jax.Array, weight_WC: jax.Array) -> jax.Array:

@@ -101,6 +101,7 @@ class Isotropic(Stack):
         x_BLD = x_BLD.astype(jnp.float32)
         for (_, count), run in zip(self.runs, self.layers):
             graph, params = nnx.split(run)
+            params = _in_compute_dtype(run, params)
 
             def layer(x, p, graph=graph):
                 return by_rows(nnx.merge(graph, p)(by_rows(x), context)), None
@@ -154,6 +155,23 @@ class Isotropic(Stack):
     def _check_causal(self) -> None:
         if not self.causal:
             raise ValueError("a stack that looks ahead (causal=False) has no streaming form")
+
+
+def _in_compute_dtype(run: Block, params: nnx.State) -> nnx.State:
+    """`params` with the weights of linear layers in the dtype of their products.
+
+    Converted here once, instead of in every pass over every layer; the gradients of the layers are
+    then stacked in this dtype too, in which the products give them.
+    """
+    narrow = {
+        (*path, "kernel"): module.dtype
+        for path, module in nnx.iter_modules(run)
+        if isinstance(module, nnx.Linear) and module.dtype != module.param_dtype
+    }
+    flat = dict(nnx.to_flat_state(params))
+    for path, dtype in narrow.items():
+        flat[path] = flat[path].replace(flat[path][...].astype(dtype))
+    return nnx.from_flat_state(flat) if narrow else params
 
 
 def _rematerialised(layer, remat: str):

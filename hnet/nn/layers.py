@@ -102,6 +102,75 @@ def _gated_bwd(saved, dout):
 gated.defvjp(lambda x, gate: (gated(x, gate), (x, gate)), _gated_bwd)
 
 
+def written_once(*arrays: jax.Array):
+    """The arrays, unchanged; XLA does not fuse across this point if the first is bfloat16.
+
+    Accelerators, which compute in bfloat16, are bound by memory traffic: XLA would write an
+    intermediate result in float32 to avoid computing it twice.
+    """
+    if arrays[0].dtype == jnp.bfloat16:
+        arrays = jax.lax.optimization_barrier(arrays)
+    return arrays if len(arrays) > 1 else arrays[0]
+
+
+@jax.custom_vjp
+def skip_gate_norm(y_BLD, x_BLD, z_BLD, skip_D, scale_D) -> jax.Array:
+    """rms_norm((y + skip x) silu(z)) in float32, in the dtype of z.
+
+    Only the inputs and one number per position are saved or written in between.
+    """
+    return _skip_gate_norm_fwd(y_BLD, x_BLD, z_BLD, skip_D, scale_D)[0]
+
+
+def _skip_gate_norm_fwd(y_BLD, x_BLD, z_BLD, skip_D, scale_D):
+    def gated_sum(y, x, z):
+        y, x, z = (a.astype(jnp.float32) for a in (y, x, z))
+        return (y + skip_D[None, None] * x) * jax.nn.silu(z)
+
+    inputs = (y_BLD, x_BLD, z_BLD)
+    gated_BLD = gated_sum(*inputs)
+    mean_BL1 = jnp.mean(jnp.square(gated_BLD), axis=-1, keepdims=True)
+    if z_BLD.dtype == jnp.bfloat16:
+        *inputs, mean_BL1 = written_once(*inputs, mean_BL1)
+        gated_BLD = gated_sum(*inputs)
+    rms_BL1 = jax.lax.rsqrt(mean_BL1 + NORM_EPS)
+    out_BLD = (gated_BLD * rms_BL1 * scale_D[None, None]).astype(z_BLD.dtype)
+    return out_BLD, (y_BLD, x_BLD, z_BLD, skip_D, scale_D, rms_BL1)
+
+
+def _skip_gate_norm_bwd(saved, dout_BLD):
+    y_BLD, x_BLD, z_BLD, skip_D, scale_D, rms_BL1 = saved
+    types = [a.dtype for a in (y_BLD, x_BLD, z_BLD)]
+    precision = jax.lax.Precision.HIGHEST
+
+    def products():
+        y, x, z = (a.astype(jnp.float32) for a in (y_BLD, x_BLD, z_BLD))
+        sum_BLD, (silu_BLD, silu_grad_BLD) = y + skip_D[None, None] * x, silu_and_grad(z)
+        gated_BLD = sum_BLD * silu_BLD
+        product_BLD = dout_BLD.astype(jnp.float32) * gated_BLD
+        return sum_BLD, x, silu_BLD, silu_grad_BLD, gated_BLD, product_BLD
+
+    first = products()
+    mean_BL = jnp.einsum("bld,d->bl", first[-1], scale_D, precision=precision) / len(scale_D)
+    if dout_BLD.dtype == jnp.bfloat16:
+        y_BLD, x_BLD, z_BLD, dout_BLD, mean_BL = written_once(
+            y_BLD, x_BLD, z_BLD, dout_BLD, mean_BL
+        )
+        first = products()
+    sum_BLD, x32_BLD, silu_BLD, silu_grad_BLD, gated_BLD, product_BLD = first
+    dscale_D = jnp.einsum("bl,bld->d", rms_BL1[..., 0], product_BLD, precision=precision)
+    dnorm_BLD = dout_BLD.astype(jnp.float32) * scale_D[None, None]
+    dgated_BLD = rms_BL1 * (dnorm_BLD - gated_BLD * (mean_BL[..., None] * rms_BL1**2))
+    dsum_BLD = dgated_BLD * silu_BLD
+    dskip_D = jnp.sum(dsum_BLD * x32_BLD, axis=(0, 1))
+    grads = (dsum_BLD, dsum_BLD * skip_D[None, None], dgated_BLD * sum_BLD * silu_grad_BLD)
+    grads = written_once(*(g.astype(t) for g, t in zip(grads, types)))
+    return *grads, dskip_D, dscale_D
+
+
+skip_gate_norm.defvjp(_skip_gate_norm_fwd, _skip_gate_norm_bwd)
+
+
 class RMSNorm(nnx.Module):
     """Root-mean-square norm over the last axis; returns float32."""
 

@@ -21,8 +21,10 @@ from hnet.nn.layers import (
     rotary,
     segment_positions,
     segment_starts,
+    skip_gate_norm,
 )
 from tests import oracles
+from tests.golden_data import relative_error
 
 rng = np.random.default_rng(0)
 ROWS = st.lists(st.lists(st.integers(0, 2), min_size=11, max_size=11), min_size=2, max_size=2)
@@ -41,6 +43,28 @@ def test_rms_norm_is_float32_whatever_comes_in():
     assert out.dtype == jnp.float32
     assert np.array_equal(out, rms_norm(x.astype(jnp.float32), jnp.ones(7)))
     assert np.array_equal(rms_norm(jnp.zeros((1, 1, 7)), jnp.ones(7)), np.zeros((1, 1, 7)))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 2e-6), (jnp.bfloat16, 1e-2)])
+def test_skip_gate_norm_is_the_norm_of_a_gated_sum(dtype, tolerance):
+    y, x, z, cotangent = (jnp.asarray(rng.normal(size=(2, 3, 7)), dtype) for _ in range(4))
+    skip, scale = (jnp.float32(rng.normal(size=7)) for _ in range(2))
+
+    def parts(y, x, z, skip, scale):
+        y, x, z = (a.astype(jnp.float32) for a in (y, x, z))
+        return rms_norm(gated(y + skip[None, None] * x, z), scale)
+
+    def weighted(function):
+        return lambda *a: jnp.sum(function(*a).astype(jnp.float32) * cotangent.astype(jnp.float32))
+
+    inputs, numbers = (y, x, z, skip, scale), tuple(range(5))
+    out = skip_gate_norm(*inputs)
+    assert out.dtype == dtype
+    assert relative_error(np.float32(out), parts(*inputs)) < tolerance
+    ours, expected = (jax.grad(weighted(f), numbers)(*inputs) for f in (skip_gate_norm, parts))
+    for a, b, given_input in zip(ours, expected, inputs):
+        assert a.dtype == given_input.dtype
+        assert relative_error(np.float32(a), np.float32(b)) < tolerance
 
 
 def test_swiglu_gates_the_first_half_with_the_second():

@@ -123,6 +123,25 @@ def test_loops_count_as_often_as_they_run_and_slices_as_slices():
     assert encoder == 64 * 32 * 2 + array
 
 
+SLICED = """\
+HloModule step, is_scheduled=true
+
+%third (p: bf16[16,48]) -> bf16[16,16] {
+  %p = bf16[16,48]{1,0} parameter(0)
+  ROOT %s = bf16[16,16]{1,0} slice(%p), slice={[0:16], [16:32]}
+}
+
+ENTRY %main (a: bf16[16,48]) -> bf16[16,16] {
+  %a = bf16[16,48]{1,0} parameter(0)
+  ROOT %f = bf16[16,16]{1,0} fusion(%a), kind=kLoop, calls=%third
+}
+"""
+
+
+def test_a_kernel_that_reads_a_slice_of_an_array_counts_the_slice():
+    assert [m.num_bytes for m in hlo.moved(SLICED)] == [2 * 16 * 16 * 2]
+
+
 SPREAD = """\
 HloModule step, is_scheduled=true, num_partitions=4
 

@@ -62,9 +62,9 @@ def _decays(log_a_BKHT, run_BKT, *, is_exact: bool) -> _Decays:
         # between two long sums has their rounding error, a relative error of its exponential.
         coarse_BKHT = jnp.round(log_a_BKHT * 256) / 256
         terms = [coarse_BKHT, log_a_BKHT - coarse_BKHT]
-    sums = [_sum(term, np.triu(np.ones((T, T)))) for term in terms]
+    sums = [position_sums(term, np.triu(np.ones((T, T)))) for term in terms]
     total_BKHT = sum(sums)
-    later_BKHT = _sum(log_a_BKHT, np.tril(np.ones((T, T)), -1))
+    later_BKHT = position_sums(log_a_BKHT, np.tril(np.ones((T, T)), -1))
     last_BK = run_BKT[:, :, -1]
     before_BK = jnp.pad(last_BK[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     same_BKTT = run_BKT[..., :, None] == run_BKT[..., None, :]
@@ -73,7 +73,7 @@ def _decays(log_a_BKHT, run_BKT, *, is_exact: bool) -> _Decays:
     to_end = jnp.where((run_BKT == last_BK[..., None])[:, :, None], jnp.exp(later_BKHT), 0.0)
     from_start = jnp.where((run_BKT == before_BK[..., None])[:, :, None], jnp.exp(total_BKHT), 0.0)
     whole_BHK = total_BKHT[..., -1].swapaxes(1, 2)
-    through_BHK = _sum(whole_BHK, np.triu(np.ones((K, K)), 1))  # over m < k
+    through_BHK = position_sums(whole_BHK, np.triu(np.ones((K, K)), 1))  # over m < k
     log_between = through_BHK[..., :, None] - (through_BHK + whole_BHK)[..., None, :]
     goes_BKK = (before_BK[:, :, None] == last_BK[:, None, :]) & jnp.asarray(
         np.tri(K, k=-1, dtype=bool)
@@ -83,7 +83,8 @@ def _decays(log_a_BKHT, run_BKT, *, is_exact: bool) -> _Decays:
     return _Decays(within, visible_BKTT.astype(jnp.float32), to_end, from_start, between, whole)
 
 
-def _sum(a_XT, ones_TT) -> jax.Array:
+def position_sums(a_XT, ones_TT) -> jax.Array:
+    """[..., i]: sum over r of a[..., r] * ones[r, i], in full float32."""
     ones_TT = jnp.asarray(ones_TT, a_XT.dtype)
     return jnp.matmul(a_XT, ones_TT, precision=jax.lax.Precision.HIGHEST)
 
@@ -157,7 +158,7 @@ def _by_blocks_bwd(saved, dy):
     dlater = over_channels(dx_end, x) * d.to_end_BKHT
     ddt += dlater
     dcarry = jnp.sum((dadded.astype(f32) * entering.astype(f32)), axis=(2, 4)) * d.whole_BKH
-    dlog_a = _sum(dlater * dt, np.triu(np.ones((T, T)), 1)) + dcarry[..., None]
+    dlog_a = position_sums(dlater * dt, np.triu(np.ones((T, T)), 1)) + dcarry[..., None]
     same_BKTT = (run[..., :, None] == run[..., None, :]) & jnp.asarray(np.tri(T, dtype=bool))[
         None, None
     ]

@@ -16,6 +16,7 @@ from hnet.nn.kernels.cudnn import attention_cudnn
 from hnet.nn.kernels.splash import attention_splash
 from hnet.nn.kernels.ssd import ssd_pallas
 from hnet.nn.kernels.ssd_matmul import ssd_matmul
+from hnet.nn.kernels.ssd_triton import ssd_triton
 from hnet.nn.kernels.tuned import Choice, read_tuned
 from hnet.printable import printable
 
@@ -42,6 +43,7 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     "ssd_backend": {
         "pallas": Kernel(ssd_pallas, "tpu", is_default=True),
         "matmul": Kernel(ssd_matmul, "gpu", is_default=True, block_len=128),
+        "triton": Kernel(ssd_triton, "gpu", ("bfloat16",), block_len=64),
     },
 }
 # Positions per block of our array code: large on GPUs, where each operation has a launch cost,

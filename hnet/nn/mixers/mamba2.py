@@ -19,9 +19,9 @@ from hnet.nn.layers import (
     RMSNorm,
     by_rows,
     fused_linear,
-    gated,
     linear,
     rounded,
+    skip_gate_norm,
     whole,
 )
 from hnet.nn.mixers.base import Mixer
@@ -88,9 +88,9 @@ class Mamba2(Mixer):
 
     def finish(self, y_BLHP: jax.Array, x_BLHP: jax.Array, z: jax.Array) -> jax.Array:
         """Skip connection, gate, norm and output projection."""
-        y_BLHP, x_BLHP = y_BLHP.astype(jnp.float32), x_BLHP.astype(jnp.float32)
-        y_BLHP = y_BLHP + self.D[...][None, None, :, None] * x_BLHP
-        return self.out_proj(self.norm(gated(y_BLHP.reshape(z.shape), z.astype(jnp.float32))))
+        y_BLD, x_BLD = y_BLHP.reshape(z.shape), x_BLHP.reshape(z.shape)
+        skip_D = jnp.repeat(self.D[...], z.shape[-1] // self.num_heads)
+        return self.out_proj(skip_gate_norm(y_BLD, x_BLD, z, skip_D, self.norm.scale[...]))
 
     def conv_params(self, dtype) -> tuple[jax.Array, jax.Array]:
         weight_WC, bias_C = whole(self.conv1d_weight[...]), whole(self.conv1d_bias[...])

@@ -92,7 +92,7 @@ class OptimConfig:
             case explicit:
                 raise ConfigError(
                     f"optim.lr_multipliers={explicit} has {len(explicit)} numbers for "
-                    f"{len(model.stages)} stages: give one a stage"
+                    f"{len(model.stages)} stages: give one per stage"
                 )
 
 

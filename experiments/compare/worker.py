@@ -15,6 +15,7 @@ import jax
 from rich.console import Console
 from rich.markup import escape
 
+from experiments.compare.counts import counts_bpb
 from experiments.compare.measure import measure, read_gold
 from experiments.compare.report import FILES, check_plots, replace_file, write_report
 from experiments.compare.settings import LOCAL, Compare
@@ -30,6 +31,7 @@ from hnet.runtime.cpu import one_device_a_core
 from hnet.runtime.distributed import REQUEUE_EXIT_CODE, StopRequest
 from hnet.train.lock import DirectoryLock, Locked
 
+MOST_COUNTED = 1 << 24  # training bytes of the order-2 model: its arrays are ten times as large
 IDLE_SECONDS = 2.0  # between two checks for systems that other workers may have left
 PLAN, SYSTEM, ROW = "comparison.json", "system.json", "row.json"
 UNITS = {
@@ -223,6 +225,8 @@ class Comparison:
         settings = from_json(Compare, content["settings"])
         unit = UNITS[settings.match][0]
         heldout = self.corpus.heldout.num_bytes
+        read = self.corpus.train.beginning(min(settings.bytes or MOST_COUNTED, MOST_COUNTED))
+        yardstick = counts_bpb(read, list(self.corpus.heldout.texts()))
         facts = {
             "date": f"{datetime.now(UTC):%Y-%m-%d}",
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, "
@@ -232,6 +236,8 @@ class Comparison:
             "held-out text": f"{heldout:,} bytes (fingerprint {content['fingerprint']})",
             "learning rate": f"{settings.optim.learning_rate:g}, multipliers of the stages: "
             f"{settings.optim.lr_multipliers}",
+            "order-2 model": f"{yardstick:.4f} bits per byte, by counts in the first "
+            f"{sum(map(len, read)):,} training bytes (Witten-Bell)",
             "seeds": f"{settings.seed} to {settings.seed + settings.seeds - 1}",
         }
         write_report(self.folder, [read_json(path, "row") for path in files], facts)

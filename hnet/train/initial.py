@@ -103,7 +103,7 @@ def plan(
         lists = [f"{kind}: {_few(own)}" for kind, own in differences.items() if own]
         raise ConfigError(
             f"init.from={init.from_!r} has another architecture; {'; '.join(lists)}: copy with "
-            "--init.map NEW=OLD (routing_module=routing_module: one per route; =OLD leaves OLD out), "
+            "--init.map NEW=OLD (routing_module=routing_module: one per route; =OLD omits OLD), "
             "or keep random values with --init.new PATTERN"
         )
     return Plan(copied, tuple(sorted(fresh)))

@@ -2,7 +2,9 @@
 
 import json
 import math
+import random
 import shlex
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ import pytest
 
 from experiments.compare import match, measure, systems, worker
 from experiments.compare.__main__ import main
+from experiments.compare.counts import counts_bpb
 from experiments.compare.measure import chunk_sizes, is_utf8
 from experiments.compare.report import grouped, markdown, page, tables
 from experiments.compare.settings import Compare
@@ -321,3 +324,23 @@ def test_a_folder_with_other_results_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="no comparison wrote its RESULTS.md: choose another"):
         main(["hnet", "--workdir", ".", "--data.files", "synthetic:latin"])
     assert [p.name for p in Path().iterdir()] == ["RESULTS.md"]
+
+
+@pytest.mark.parametrize("order", [0, 1, 3])
+def test_counts_are_those_of_a_loop(order):
+    rng = random.Random(order)
+    train = [bytes(rng.choices(b"abc ", k=61)), b"", bytes(rng.choices(b"abd", k=13))]
+    heldout = [bytes(rng.choices(b"abce", k=37)), b"zz"]
+    before = lambda text, at, k: (bytes(k) + text)[at : at + k]
+    bits = []
+    for text in heldout:
+        for i, byte in enumerate(text):
+            prob = 1 / 256
+            for k in range(order + 1):
+                own = before(text, i, k)
+                places = ((t, j) for t in train for j in range(len(t)))
+                after = Counter(t[j] for t, j in places if before(t, j, k) == own)
+                if after:
+                    prob = (after[byte] + len(after) * prob) / (after.total() + len(after))
+            bits.append(-math.log2(prob))
+    assert counts_bpb(train, heldout, order) == pytest.approx(sum(bits) / len(bits), rel=1e-12)

@@ -23,6 +23,7 @@ from hnet.data.corpus import Corpus, Part
 from hnet.data.labels import RowLabels, open_cuts
 from hnet.data.packing import Stream
 from hnet.data.row_routes import RowRoutes
+from hnet.data.scripts import of_whole_characters
 from hnet.data.stores import Shared
 from hnet.errors import ConfigError
 
@@ -96,8 +97,20 @@ def _schedule(weights: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray, np.nd
 class _TrainBatches:
     """Random access to this process's rows of the batches of a run (a Grain data source)."""
 
-    def __init__(self, part: Part, config: DataConfig, groups: RouteGroups, seed: int, process):
+    def __init__(
+        self,
+        part: Part,
+        config: DataConfig,
+        groups: RouteGroups,
+        seed: int,
+        process: tuple[int, int],
+        tells_sources: bool,
+    ):
         self._streams = _streams(part, config)
+        self._sources = _source_ids(part) if tells_sources else None
+        self._scripts = None
+        if tells_sources and not config.tokenizer:
+            self._scripts = RowRoutes(self._streams)
         self._routes = _row_routes(self._streams, groups, config)
         self._labels = None
         if config.labels:
@@ -121,7 +134,23 @@ class _TrainBatches:
         batch = _batch(self._streams, places, names, self._routes)
         if self._labels is not None:
             batch["labels"] = self._labels(places, batch["input_ids"].shape[1])
+        if self._sources is not None:
+            batch |= self._told_apart(places)
         return batch
+
+    def _told_apart(self, places: list[tuple[int, int]]) -> Batch:
+        """Source and, of bytes, script of each token, int32 (rows, L)."""
+        rows = [self._streams[stream].row(row) for stream, row in places]
+        documents_BL = np.stack([row.document_ids for row in rows])
+        of_rows = [self._sources[stream] for stream, _ in places]
+        sources = [own[np.maximum(d, 0)] for own, d in zip(of_rows, documents_BL)]
+        found = {"source_ids": np.stack(sources)}
+        if self._scripts is not None:
+            ids_BL = np.stack([row.input_ids for row in rows])
+            script_BL = self._scripts.scripts(places, rows)
+            script_BL = of_whole_characters(script_BL, ids_BL, documents_BL)
+            found["script_ids"] = script_BL.astype(np.int32)
+        return found
 
     def source_bytes(self, k: int) -> np.ndarray:
         """Number of scored bytes per stream in batch k over all processes, int64 (S,)."""
@@ -130,6 +159,15 @@ class _TrainBatches:
             stream, row = self._order(slot)
             counts_S[stream] += self._streams[stream].scored_bytes(row)
         return counts_S
+
+
+def _source_ids(part: Part) -> list[np.ndarray]:
+    """Number in `part.globs` of the source of each document, int32, for each entry."""
+    globs = part.globs
+    return [
+        np.array([globs.index(s.name) for s in documents.sources], np.int32)[documents.source_D]
+        for documents in part.documents
+    ]
 
 
 def _in_worker(key: tuple) -> _TrainBatches:
@@ -221,16 +259,18 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
     route_groups: RouteGroups = (),
+    tells_sources: bool = False,
 ) -> BatchIterator:
     """Training batches from number ``start`` on.
 
     Process p of n gets rows [p B/n, (p+1) B/n) of each batch of B rows. With route_groups (names
-    of Unicode scripts, as ``model.route_groups``) a batch also has the route of each token. Raises
+    of Unicode scripts, as ``model.route_groups``) a batch also has the route of each token, with
+    tells_sources its source (number in ``train.globs``) and, of bytes, its script. Raises
     ConfigError when data.batch_size is not a multiple of the number of processes, or a group has a
     name that is no script.
     """
     process = (process_index, process_count)
-    batches = _TrainBatches(corpus.train, config, route_groups, seed, process)
+    batches = _TrainBatches(corpus.train, config, route_groups, seed, process, tells_sources)
     return BatchIterator(batches, config, start)
 
 

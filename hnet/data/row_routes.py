@@ -54,7 +54,7 @@ class ScriptStates:
 class RowRoutes:
     """Route ids for the rows of some streams."""
 
-    def __init__(self, streams: Sequence[Stream], route_groups: Sequence[Sequence[str]]):
+    def __init__(self, streams: Sequence[Stream], route_groups: Sequence[Sequence[str]] = ()):
         """Raises ConfigError for a group that names no script."""
         self._streams = streams
         self._states = [ScriptStates(stream.documents) for stream in streams]
@@ -62,12 +62,16 @@ class RowRoutes:
 
     def __call__(self, places: Sequence[tuple[int, int]], rows: Sequence[Row]) -> np.ndarray:
         """Route ids, int32 (rows, L). places: (stream, row number) of each row."""
+        return self._route_of[self.scripts(places, rows)]
+
+    def scripts(self, places: Sequence[tuple[int, int]], rows: Sequence[Row]) -> np.ndarray:
+        """Script ids, uint8 (rows, L)."""
         ids_BL, _ = script_ids_of_rows(
             np.stack([row.input_ids for row in rows]),
             np.stack([row.segment_ids for row in rows]),
             self._states_before(places),
         )
-        return self._route_of[ids_BL]
+        return ids_BL
 
     def _states_before(self, places: Sequence[tuple[int, int]]) -> np.ndarray:
         """uint32 (rows,): script state of the document before the first token of each row."""

@@ -196,6 +196,21 @@ def _windows(text: np.ndarray) -> np.ndarray:
     return (text[:-3] << 24) | (text[1:-2] << 16) | (text[2:-1] << 8) | text[3:]
 
 
+def of_whole_characters(
+    script_ids_N: np.ndarray, input_ids_N: np.ndarray, documents_N: np.ndarray
+) -> np.ndarray:
+    """Script ids in which each byte of a character has the script of its last byte.
+
+    The last axis is the text, any axes before it are rows; documents_N: documents of the bytes.
+    """
+    found_N = script_ids_N.copy()
+    ids_N, same_N = input_ids_N[..., 1:], documents_N[..., 1:] == documents_N[..., :-1]
+    goes_on_N = (ids_N >= 0x80) & (ids_N < 0xC0) & same_N
+    for _ in range(3):
+        found_N[..., :-1] = np.where(goes_on_N, found_N[..., 1:], found_N[..., :-1])
+    return found_N
+
+
 def route_table(groups: Sequence[Sequence[str]], field: str = "route_groups") -> np.ndarray:
     """Route of every script id, int32 (len(SCRIPTS),).
 

@@ -55,6 +55,8 @@ _MOVED = {
 """Pattern of a field of metrics.jsonl -> (tag, description)."""
 _KEPT = {
     r"train/bpb": f"{_BPB} (no BOS, EOS or padding) of this step's batch.",
+    r"train/source_.+/bpb": f"{_BPB} of one source in this step's batch.",
+    r"train/script_.+/bpb": f"{_BPB} in one script in this step's batch.",
     r"eval/bpb": f"{_BPB} of the held-out text.",
     r"eval/bytes": "Source bytes of held-out text that were scored.",
     r"eval/source_.+/bpb": f"{_BPB} of the held-out text of one source.",

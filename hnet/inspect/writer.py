@@ -33,8 +33,8 @@ TEXT_SUMMARIES = 8
 DASHBOARDS = {
     "H-Net": {
         "bits per byte": [r"(train|eval)/bpb$"],
-        "bits per byte by script": [r"eval/script_.*/bpb$"],
-        "bits per byte by source": [r"eval/source_.*/bpb$"],
+        "bits per byte by script": [r"(train|eval)/script_.*/bpb$"],
+        "bits per byte by source": [r"(train|eval)/source_.*/bpb$"],
         "losses": [r"train/loss/"],
         "bytes per chunk": [r"stage\d+/bytes_per_chunk$"],
         "boundary rate": [r"stage\d+/boundary_rate$"],

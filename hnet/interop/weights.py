@@ -95,19 +95,24 @@ def described(given: str) -> tuple[HNetConfig, DataConfig]:
     return config.model, config.data
 
 
-def open_weights(given: str) -> Weights:
+def open_weights(given: str, ema: bool = False) -> Weights:
     """The weights at a place. Raises ConfigError if they are missing or damaged.
 
-    All processes of a run make the same calls.
+    ema: take the moving average of a run's parameters. All processes of a run make the same calls.
     """
     at = place(given)
-    return _File(Path(at.path)) if at.is_file else _Run(given, at)
+    if at.is_file and ema:
+        raise ConfigError(
+            f"init.ema=True: init.from={given!r} is a file, and only a run keeps an average: use "
+            "False, or a work directory"
+        )
+    return _File(Path(at.path)) if at.is_file else _Run(given, at, ema)
 
 
 class _Run:
     """Parameters of a checkpoint of a run."""
 
-    def __init__(self, given: str, at: Place):
+    def __init__(self, given: str, at: Place, ema: bool):
         self.folder, step = sf.checkpoint_folder(at.path), at.step
         steps = sf.list_saved(self.folder)
         if step is not None and step not in steps:
@@ -119,18 +124,23 @@ class _Run:
         self.folder /= str(self.manifest.step)
         if why := sf.why_not(self.folder):
             raise ConfigError(f"init.from={given!r}: {why}")
-        self.name = f"{at.path}, step {self.manifest.step}"
-        below = "params/"
+        self.name = f"{at.path}, step {self.manifest.step}{', moving average' if ema else ''}"
+        below = self.below = "ema/" if ema else "params/"
         self.shapes = {
             path.removeprefix(below): tuple(leaf["shape"])
             for path, leaf in self.manifest.leaves.items()
             if path.startswith(below)
         }
+        if not self.shapes:
+            raise ConfigError(
+                f"init.ema=True: the run in init.from={given!r} kept no average "
+                "(optim.ema_decay=0.0): use False"
+            )
 
     def read(self, shardings):
         import orbax.checkpoint as ocp
 
-        wanted = {f"params/{path}": sharding for path, sharding in shardings.items()}
+        wanted = {f"{self.below}{path}": sharding for path, sharding in shardings.items()}
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
             for group in groups({path: self.manifest.leaves[path] for path in wanted}):
                 own = {path: wanted[path] for path in group}
@@ -142,7 +152,7 @@ class _Run:
                     why = f"it cannot be read ({mf.first_line(e)})"
                     raise ConfigError(f"checkpoint {self.folder}: {why}") from None
                 for path in group:
-                    yield path.removeprefix("params/"), arrays.pop(path)
+                    yield path.removeprefix(self.below), arrays.pop(path)
 
 
 class _File:

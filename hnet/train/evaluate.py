@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from hnet.data.pipeline import Batch
-from hnet.data.scripts import SCRIPTS, script_ids_of_rows
+from hnet.data.scripts import SCRIPTS, of_whole_characters, script_ids_of_rows
 from hnet.loss import bits_per_byte
 from hnet.train.capacity import rung
 
@@ -147,11 +147,8 @@ class Evaluation:
         state_B = np.array([state if documents_N[0] == document else 0], np.uint32)
         script_BN, state_B = script_ids_of_rows(ids_N[None], documents_N[None] + 1, state_B)
         self._before, script_N = (int(documents_N[-1]), int(state_B[0])), script_BN[0]
-        goes_on = (ids_N[1:] >= 0x80) & (ids_N[1:] < 0xC0) & (documents_N[1:] == documents_N[:-1])
-        for _ in range(3):  # a character's last byte has its script: copy it to the others
-            script_N[:-1] = np.where(goes_on, script_N[1:], script_N[:-1])
         found_BL = np.zeros(np.shape(ids_BL), np.uint8)
-        found_BL[is_new_BL] = script_N
+        found_BL[is_new_BL] = of_whole_characters(script_N, ids_N, documents_N)
         return found_BL
 
 

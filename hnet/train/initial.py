@@ -193,7 +193,7 @@ def open_start(
     """
     infos = lv.flatten(describe(nnx.merge(graph, abstract_params)))[0]
     wanted = {path: leaf.shape[runs:] for path, leaf in lv.flatten(abstract_params)[0].items()}
-    weights = open_weights(init.from_)
+    weights = open_weights(init.from_, init.ema)
     return Started(plan(init, wanted, infos, weights.shapes), weights, infos)
 
 

@@ -308,7 +308,7 @@ def _open_batches(config: Config, corpus: Corpus, start: int) -> BatchIterator:
     return train_batches(
         corpus, config.data, seed=config.seed, start=start,
         process_index=distributed.host_id(), process_count=distributed.num_hosts(),
-        route_groups=config.model.route_groups,
+        route_groups=config.model.route_groups, tells_sources=config.train.log_groups,
     )  # fmt: skip
 
 

@@ -87,7 +87,10 @@ class Program:
 
 
 # fields of a batch that are sent to the devices
-FED = ("input_ids", "segment_ids", "loss_mask", "route_ids", "byte_lengths", "labels")
+FED = (
+    "input_ids", "segment_ids", "loss_mask", "route_ids", "byte_lengths", "labels", "source_ids",
+    "script_ids",
+)  # fmt: skip
 
 
 def build(
@@ -180,7 +183,7 @@ def experiment(config: Config, graph: Any, packed_rows: int) -> Experiment:
         train_step, hold_from=hold_from, graph=graph, model=config.model, optim=config.optim,
         num_steps=config.train.steps, accumulate=config.train.accumulate, packed_rows=packed_rows,
         targets_move=bool(config.controller.start_ratios), log_norms=config.train.log_norms,
-        spike_window=config.train.spike_window,
+        spike_window=config.train.spike_window, num_sources=max(1, len(config.data.files)),
     )  # fmt: skip
     evaluate = partial(eval_step, graph=graph, packed_rows=packed_rows)
     return Experiment(make_state, step, evaluate, traced_numbers(config), graph)

@@ -21,6 +21,7 @@ from hnet.runtime.compile_cache import CompilationLog
 from hnet.train.alarms import BoundaryAlarms
 from hnet.train.config import Config
 from hnet.train.evaluate import Evaluation
+from hnet.train.groups import group_bpb
 from hnet.train.log_folder import TENSORBOARD, LogFolder
 from hnet.train.metrics_file import MetricsFile
 from hnet.train.probes import probe_texts
@@ -54,6 +55,7 @@ class Report:
         self.config, self.start = config, start
         self.speaks = distributed.host_id() == 0
         self.probes = probe_texts(corpus.heldout, config.eval)
+        self.globs = corpus.train.globs
         self.trace = Trace(config.profile, say=self.say)
         self.tracker = guarded(config.tracker, self.say)
         self.folder = self.metrics = self.writer = None
@@ -135,6 +137,7 @@ class Report:
 
     def _log(self, row: dict[str, Any], metrics: dict[str, Any]) -> None:
         row["train/bpb"] = bits_per_byte(float(metrics["nats"]), int(metrics["bytes"]))
+        row |= group_bpb(metrics, self.globs)
         row |= {k: v.item() for k, v in metrics.items() if v.ndim == 0 and k != "nats"}
         self._add_speed(row)
         self.line.show(row)

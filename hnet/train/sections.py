@@ -33,12 +33,14 @@ class InitConfig:
     """patterns of parameters that keep their random initialisation"""
     freeze: tuple[str, ...] = ()
     """patterns of parameters that training leaves as they are, without optimizer state"""
+    ema: bool = False
+    """whether to start from the moving average of the parameters that a run kept"""
 
     def __post_init__(self):
         check(self, "init")
         if bad := [pair for pair in self.map if pair.count("=") != 1 or pair.endswith("=")]:
             raise ConfigError(f"init.map={shown(bad[0])}: write NEW=OLD, or =OLD to leave OLD out")
-        if not self.from_ and (given := [n for n in ("map", "new") if getattr(self, n)]):
+        if not self.from_ and (given := [n for n in ("ema", "map", "new") if getattr(self, n)]):
             raise ConfigError(f"init.{given[0]} is given without init.from: say where weights are")
 
 
@@ -149,6 +151,8 @@ class TrainConfig:
     """whether a boundary alarm ends the run"""
     log_norms: bool = False
     """whether to log the norms of gradient and update of each part of the network"""
+    log_groups: bool = False
+    """whether to log bits per byte of the batch for each source and each script"""
     spike_deviations: NotNegative = 0.0
     """number of standard deviations above its running mean at which the loss or the gradient norm
     is a spike, whose update is skipped (6 is usual); 0 = no update is"""

@@ -29,6 +29,7 @@ from hnet.model import HNetLM
 from hnet.nn.parameters import describe, trained, with_frozen
 from hnet.stage import Numbers
 from hnet.train.config import OptimConfig
+from hnet.train.groups import group_sums
 from hnet.train.norms import first_non_finite, found_if, norms
 from hnet.train.optim import (
     Hyperparams,
@@ -105,6 +106,7 @@ def train_step(
     targets_move: bool = False,
     log_norms: bool = False,
     spike_window: int = 0,
+    num_sources: int = 0,
 ) -> tuple[TrainState, Metrics]:
     """One update from one batch of rows. From update `hold_from` on the controller acts.
 
@@ -135,7 +137,10 @@ def train_step(
     def loss_fn(own, rows, key, whole=None):
         logits_BLV, records = forward(own, rows, key)
         with jax.named_scope("loss"):
-            return total_loss(model, logits_BLV, records, rows, numbers, whole, state.loss_states)
+            loss, sums = total_loss(
+                model, logits_BLV, records, rows, numbers, whole, state.loss_states
+            )
+            return loss, sums | {"groups": group_sums(logits_BLV, rows, num_sources)}
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     if accumulate == 1:
@@ -143,7 +148,7 @@ def train_step(
     else:
         grads, sums = _accumulated(totals, grad_fn, own, batch, key, accumulate)
 
-    metrics = batch_metrics(model, sums, numbers)
+    metrics = batch_metrics(model, sums, numbers) | sums["groups"]
     counts = sums.get("chunks_SR"), sums.get("positions_SR")
     with jax.named_scope("optimizer"):
         grad_norm = optax.tree.norm(grads)
@@ -216,7 +221,8 @@ def _accumulated(totals: Callable, grad_fn: Callable, params: Any, batch: Batch,
     zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(totals, params, *first))
     whole: Totals = jax.lax.scan(add_totals, zeros, parts)[0]
     grads, sums = jax.lax.scan(add_gradient, jax.tree.map(jnp.zeros_like, params), parts)
-    return grads, add_sums(sums)
+    groups = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums.pop("groups"))
+    return grads, add_sums(sums) | {"groups": groups}
 
 
 def eval_step(

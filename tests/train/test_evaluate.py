@@ -4,15 +4,19 @@ import math
 import unicodedata
 from collections import defaultdict
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from hnet.commands.evaluate import perplexity
 from hnet.config import BOS_ID
-from hnet.data import DataConfig, eval_batches
+from hnet.data import DataConfig, eval_batches, open_corpus, scripts, train_batches
 from hnet.data.corpus import open_part
 from hnet.errors import ConfigError
+from hnet.loss import next_byte_nll
 from hnet.train.evaluate import Evaluation
+from hnet.train.groups import group_bpb, group_sums
 
 TEXTS = {
     "a": "plain words, 12 of them",
@@ -73,6 +77,41 @@ def test_bits_per_byte_by_script_and_source(tmp_path, seq_len, batch_size, bos_e
     with pytest.raises(ConfigError, match="alphabet='Z': no scored byte is one of them"):
         perplexity(evaluation, "Z")
     assert evaluation.nats_Z.sum() == pytest.approx(evaluation.nats)
+
+
+def test_training_batches_tell_sources_and_scripts_apart(tmp_path):
+    for name, text in TEXTS.items():
+        (tmp_path / f"{name}.txt").write_text(text * 2, encoding="utf-8")
+    config = DataConfig((f"{tmp_path}/[ab].txt", f"{tmp_path}/c.txt"), seq_len=17, batch_size=7,
+                        eval_fraction=0)  # fmt: skip
+    corpus, evaluation, known = open_corpus(config), Evaluation(), {}
+    for batch in eval_batches(corpus.train, config):
+        sources = [
+            [corpus.train.globs.index(corpus.train.glob_of(max(int(d), 0))) for d in row]
+            for row in batch["document_ids"]
+        ]
+        for ids, own, script in zip(batch["input_ids"], sources, evaluation._scripts(batch)):
+            known[ids.tobytes()] = own, script.tolist()
+    with train_batches(corpus, config, seed=3, tells_sources=True) as batches:
+        batch = next(batches)
+    for ids, own, script in zip(*(batch[n] for n in ("input_ids", "source_ids", "script_ids"))):
+        expected, of_rows = known[ids.tobytes()]
+        kept = 14  # a character that the next row completes has no script yet
+        assert own.tolist() == expected and script[1:kept].tolist() == of_rows[1:kept]
+    logits_BLV = np.random.default_rng(0).normal(size=(7, 17, 256)).astype(np.float32)
+    fed = {name: jnp.asarray(array) for name, array in batch.items()}
+    sums = group_sums(jnp.asarray(logits_BLV), fed, 2)
+    nll_BL = np.asarray(next_byte_nll(jnp.asarray(logits_BLV), fed["input_ids"]))
+    found = group_bpb(jax.device_get(sums), corpus.train.globs)
+    assert {"train/source_c.txt/bpb", "train/script_Han/bpb"} <= found.keys()
+    for kind, names in (("source", ("[ab].txt", "c.txt")), ("script", scripts.SCRIPTS)):
+        for i, name in enumerate(names):
+            own = batch["loss_mask"] & (batch[f"{kind}_ids"] == i)
+            if own.any():
+                expected = nll_BL[own].mean() / math.log(2)
+                assert found[f"train/{kind}_{name}/bpb"] == pytest.approx(expected, rel=1e-5)
+    one = [{"source_nats": np.array([1.0, 0]), "source_bytes": np.array([3.0, 0])}, ("a", "b")]
+    assert group_bpb(*one) == group_bpb({}, ()) == {}
 
 
 def test_scripts_of_several_batches(tmp_path):

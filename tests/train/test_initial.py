@@ -362,6 +362,8 @@ def test_another_architecture_and_damage_are_refused_and_nothing_is_written(old,
             train(config, program=tuned[1].program)
     with pytest.raises(ConfigError, match="init.freeze=.*nothing is left to train"):
         train(tuned_config(old, tmp_path / "new", init=InitConfig(freeze=("*",))))
+    with pytest.raises(ConfigError, match="init.ema=True: the run in .* kept no average"):
+        train(tuned_config(old, tmp_path / "new", init=InitConfig(old[0].workdir, ema=True)))
     with pytest.raises(ConfigError, match="init.new is given without init.from"):
         InitConfig(new=("x",))
     assert not (tmp_path / "new").exists()

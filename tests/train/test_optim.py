@@ -2,6 +2,7 @@
 
 import types
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import optax
 import pytest
 from flax import nnx
 
+from hnet.checkpoint import leaves as lv
 from hnet.config import PUBLISHED, SSMConfig
 from hnet.data import eval_batches
 from hnet.errors import ConfigError
@@ -17,8 +19,9 @@ from hnet.interop import load
 from hnet.interop.convert import convert
 from hnet.model import abstract, split
 from hnet.nn.parameters import ParameterInfo, describe
-from hnet.train.config import ControllerConfig, MeshConfig, OptimConfig
+from hnet.train.config import ControllerConfig, InitConfig, MeshConfig, OptimConfig
 from hnet.train.evaluate import evaluate
+from hnet.train.initial import open_start, replaced
 from hnet.train.optim import (
     Hyperparams,
     apply_update,
@@ -192,7 +195,7 @@ def test_targets_move_linearly_and_stay():
 
 @pytest.fixture(scope="module")
 def all_options(tmp_path_factory):
-    """A run with Muon, an average that evaluations use, and a target that moves."""
+    """A run with Muon, an average that evaluations use, a target that moves, a frozen encoder."""
     outer, main = TINY.stages
     exportable = (replace(outer, arch_layout=("t1", "t1")), main)
     config = tiny_run(
@@ -200,6 +203,7 @@ def all_options(tmp_path_factory):
         model=replace(TINY, stages=exportable, ssm=SSMConfig()),
         optim=OptimConfig(name="muon", learning_rate=3e-3, ema_decay=0.7),
         controller=ControllerConfig(start_ratios=(2.0,), ramp_frac=0.5),
+        init=InitConfig(freeze=("encoder",)),
     )
     config = replace(config, eval=replace(config.eval, ema=True))
     return config, run(config)
@@ -218,6 +222,9 @@ def test_everything_of_the_optimizer_is_resumed_bit_for_bit(all_options, tmp_pat
     for name in ("params", "opt_state", "ema"):
         ours, theirs = getattr(again.state, name), getattr(whole.state, name)
         assert all(map(np.array_equal, leaves(ours), leaves(theirs)))
+    first, last = (s.params["backbone"]["encoder"] for s in (whole.program.init(), again.state))
+    assert all(map(np.array_equal, leaves(first), leaves(last)))
+    assert "encoder" not in " ".join(lv.flatten(again.state.opt_state)[0])
     assert [row["stage0/target_rate"] for row in rows(config)] == pytest.approx(
         [1 / (2 + x) for x in (0, 1 / 3, 2 / 3, 1, 1, 1, 1, 1)]
     )
@@ -227,6 +234,9 @@ def test_the_average_is_evaluated_loaded_and_exported(all_options, tmp_path):
     config, outcome = all_options
     model = load(config.workdir, ema=True)
     assert all(map(np.array_equal, leaves(split(model)[1]), leaves(outcome.state.ema)))
+    start = partial(open_start, graph=outcome.program.graph, abstract_params=outcome.state.params)
+    found = replaced(outcome.state.params, start(InitConfig(config.workdir, ema=True)))
+    assert all(map(np.array_equal, leaves(found), leaves(outcome.state.ema)))
     batches = eval_batches(outcome.corpus.heldout, config.data)
     step = lambda batch, capacities: eval_step(
         outcome.state.ema, {n: batch[n] for n in FED if n in batch},
@@ -238,7 +248,11 @@ def test_the_average_is_evaluated_loaded_and_exported(all_options, tmp_path):
     np.testing.assert_array_equal(
         found["embeddings.weight"], outcome.state.ema["embeddings"]["embedding"]
     )
-    for what in (lambda: load(tmp_path, ema=True), lambda: load(tmp_path / "ema.npz", ema=True)):
+    file = tmp_path / "ema.npz"
+    for what in (
+        lambda: load(tmp_path, ema=True), lambda: load(file, ema=True),
+        lambda: start(InitConfig(str(file), ema=True)), lambda: InitConfig(ema=True),
+    ):  # fmt: skip
         with pytest.raises(ConfigError):
             what()
 

@@ -10,6 +10,7 @@ import pytest
 
 from hnet.checkpoint import leaves as lv
 from hnet.config import ChunkingConfig, SSMConfig
+from hnet.data import DataConfig
 from hnet.errors import ConfigError
 from hnet.flops import training_flops
 from hnet.train import loop
@@ -127,8 +128,14 @@ def config(tmp_path_factory):
         tmp_path_factory.mktemp("watched"),
         model=ATTENTION,
         train=TrainConfig(
-            steps=15, log_every=5, log_norms=True, spike_deviations=4, spike_window=10
+            steps=15,
+            log_every=5,
+            log_norms=True,
+            log_groups=True,
+            spike_deviations=4,
+            spike_window=10,
         ),
+        data=DataConfig(("synthetic:latin", "synthetic:cyrillic"), eval_max_bytes=600, seq_len=32),
         eval=EvalConfig(every=0, probe_bytes=20),
         checkpoint=CheckpointConfig(every=0),
     )
@@ -151,6 +158,10 @@ def test_norms_of_the_parts_add_up_and_a_spike_is_skipped_counted_and_told(whole
         assert row["spike"] == is_spike and (row["update_norm"] == 0) == is_spike
     assert [row["spikes"] for row in table.values()] == [0, 0, 0, 1, 2, 2]
     assert int(whole.state.spikes.seen) == 15
+    for kind, names in (("source", ("synthetic:latin", "synthetic:cyrillic")),
+                        ("script", ("Latin", "Cyrillic"))):  # fmt: skip
+        own = [table[15][f"train/{kind}_{name}/bpb"] for name in names]
+        assert min(own) < table[15]["train/bpb"] < max(own)
 
 
 def test_the_rule_is_resumed_bit_for_bit(whole, config, patch, tmp_path, capsys):

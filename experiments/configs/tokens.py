@@ -61,6 +61,18 @@ def lib() -> Config:
     return _over("lib")
 
 
+def equal_info() -> Config:
+    """Equal-Info Windows: a Transformer over windows that a byte model codes in 11 bits.
+
+    Paper: arXiv 2404.03626
+    Fidelity: windows as in the paper, one token each, model and coder started anew at each; the
+    model counts up to 3 bytes of context (`experiments.tokenizer --model` takes a network instead)
+    and each window has a number for its end, in place of padding
+    Test: tests/data/test_tokenizers.py: lossless on any bytes, information per window
+    """
+    return _over("equal_info")
+
+
 def _over(kind: str) -> Config:
     base = default.config()
     return replace(

@@ -37,7 +37,8 @@ class DataConfig:
     tokenizer: str = ""
     """tokenizer.json of a byte-level BPE: rows hold its tokens (`model.vocab_size` must be large
     enough), scores stay bits per byte; or a kind and a size, such as "bpe:2048", to be learned from
-    the training text (bpe, unigram, superbpe, lib; kept in the work directory); empty = bytes"""
+    the training text (bpe, unigram, superbpe, lib or equal_info; kept in the work directory);
+    empty = bytes"""
     labels: str = ""
     """source of the boundary labels of bytes that a loss with labels="given" reads: a
     tokenizer.json, or "unigram:N", a unigram model of N pieces trained on the first 2 MB of the

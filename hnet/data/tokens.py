@@ -104,6 +104,12 @@ class Vocabulary:
         kinds = _kinds(rest) if rest else "a"
         return {self._encode_as(data, text + kind * len(rest)) for kind in kinds}
 
+    def is_word(self, data: bytes) -> bool:
+        """Whether pre-tokenization leaves these bytes, or their complete characters, undivided."""
+        text = data.decode(errors="ignore")
+        splitter = self._tokenizer.pre_tokenizer
+        return splitter is None or len(splitter.pre_tokenize_str(text)) <= 1
+
     def _encode_as(self, data: bytes, text: str) -> tuple[int, ...]:
         """Ids of the data, split into words as the text is, which has as many bytes."""
         ids, start = [], 0

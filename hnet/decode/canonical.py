@@ -4,6 +4,7 @@ its own bytes. A model that was trained on a tokenizer's output knows canonical 
 
 import codecs
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,8 @@ class Canonical:
         self._longest = None
         if isinstance(vocabulary, LongestMatch):
             self._longest = vocabulary.longest
+            order = sorted(range(vocabulary.size), key=vocabulary.pieces.__getitem__)
+            self._sorted, self._order_V = [vocabulary.pieces[i] for i in order], np.array(order)
             return
         settings, path = vocabulary.settings(), vocabulary.path
         model, before = settings["model"], settings.get("pre_tokenizer") or {}
@@ -57,12 +60,30 @@ class Canonical:
     def _mask(self, end: tuple[int, ...]) -> np.ndarray:
         vocabulary = self._vocabulary
         data = b"".join(vocabulary.pieces[i] for i in end)
-        found_V = np.array([
-            (*end, i) in vocabulary.encode_beginning(data + piece)
-            for i, piece in enumerate(vocabulary.pieces)
-        ])  # fmt: skip
+        if self._longest:
+            found_V = self._mask_of_matches(end, data)
+        else:
+            found_V = np.array([
+                (*end, i) in vocabulary.encode_beginning(data + piece)
+                for i, piece in enumerate(vocabulary.pieces)
+            ])  # fmt: skip
         found_V[EOS_ID] = self._eos and _is_whole(data)
         return found_V
+
+    def _mask_of_matches(self, end: tuple[int, ...], data: bytes) -> np.ndarray:
+        """Mask of the tokens with which no token of the end would have had a longer match."""
+        found_V, start = np.ones(self._vocabulary.size, bool), 0
+        for i in end:
+            for longer in self._sorted[self._beginning_with(data[start:])]:
+                if rest := longer[len(data) - start :]:
+                    found_V[self._order_V[self._beginning_with(rest)]] = False
+            start += len(self._vocabulary.pieces[i])
+        return found_V
+
+    def _beginning_with(self, prefix: bytes) -> slice:
+        """The sorted pieces that begin with these bytes."""
+        last = prefix + b"\xff" * self._longest
+        return slice(bisect_left(self._sorted, prefix), bisect_right(self._sorted, last))
 
     def _end(self, ids: tuple[int, ...]) -> tuple[int, ...]:
         """The last tokens of a sequence, which decide about the next one."""

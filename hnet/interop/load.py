@@ -22,7 +22,7 @@ from hnet.interop.tensors import TensorFile
 from hnet.model import HNetLM, abstract
 from hnet.nn.kernels.table import with_dtypes, without
 from hnet.train.config import CheckpointConfig, Config
-from hnet.train.workdir import read_config, tokenizer_of
+from hnet.train.workdir import check_tokenizer, read_config, tokenizer_of
 
 DType = Literal["float32", "bfloat16"]
 
@@ -143,5 +143,6 @@ def _load_workdir(
     dtype_of = dtypes(dtype)
     cast = lambda keys, leaf: leaf.astype(dtype_of(tuple(key.key for key in keys)))
     model = nnx.merge(graph, jax.tree_util.tree_map_with_path(cast, params))
+    check_tokenizer(path, trained.data)
     model.bos, model.tokenizer = trained.data.bos_eos, tokenizer_of(path, trained.data)
     return model

@@ -34,6 +34,18 @@ def tokenizer_of(workdir: str | os.PathLike, data: DataConfig) -> str:
     return str(own) if data.tokenizer and own.exists() else data.tokenizer
 
 
+def check_tokenizer(workdir: str | os.PathLike, data: DataConfig) -> None:
+    """Raise ConfigError if the tokenizer of a run is not the file that it was trained with; a
+    missing file is no error here."""
+    path, name = tokenizer_of(workdir, data), "data.tokenizer"
+    before = (read_inputs(workdir) or {}) if os.path.exists(path) else {}
+    if name in before:
+        now = identity.inputs(DataConfig(tokenizer=path), None)
+        check_inputs(
+            {name: before[name]}, now, f"the run in {os.fspath(workdir)}", "give it the same file"
+        )
+
+
 def _stored(workdir: str | os.PathLike) -> Any:
     file = work_folder(workdir) / "config.json"
     try:

@@ -3,15 +3,21 @@
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hnet.data import DataConfig
+from hnet.data.identity import inputs, write_inputs
 from hnet.data.tokenizers import TOKENIZERS, wanted
+from hnet.data.tokenizers.equal_info import Counts, windows
 from hnet.data.tokenizers.lib import Reader
 from hnet.data.tokenizers.superbpe import merges_across
 from hnet.data.tokens import read_vocabulary, starts
 from hnet.errors import ConfigError
 from hnet.train.tokenizer import with_tokenizer
+from hnet.train.workdir import check_tokenizer, tokenizer_of
 from tests.training import TINY, tiny_run
 
 TEXTS = [b"the tree of the king and the sea of the king\n" * 9, "of the höhle\n".encode() * 5]
@@ -66,7 +72,7 @@ def test_vocabularies_are_over_bytes_and_superwords_span_words(vocabularies, kin
     assert b"".join(vocabulary.pieces[i] for i in ids) == text
     assert starts(vocabulary, text)[:2] == [0, 1]
     spans = [piece for piece in vocabulary.pieces if b" " in piece.strip(b" ")]
-    assert kind == "lib" or bool(spans) == (kind == "superbpe")
+    assert kind in ("lib", "equal_info") or bool(spans) == (kind == "superbpe")
 
 
 def test_superwords_need_fewer_tokens_than_words(vocabularies):
@@ -74,9 +80,10 @@ def test_superwords_need_fewer_tokens_than_words(vocabularies):
     assert counts["superbpe"] < counts["bpe"] < sum(map(len, TEXTS))
 
 
-def test_longest_matches_read_any_bytes_and_are_those_of_a_loop(vocabularies):
-    vocabulary, rng = vocabularies["lib"], random.Random(1)
-    for _ in range(20):
+@pytest.mark.parametrize("kind", ["lib", "equal_info"])
+def test_longest_matches_read_any_bytes_and_are_those_of_a_loop(vocabularies, kind):
+    vocabulary, rng = vocabularies[kind], random.Random(1)
+    for _ in range(10):
         text = bytes(rng.choices(b"the king of\xff\xc3", k=31))
         expected, at = [], 0
         while at < len(text):
@@ -97,6 +104,42 @@ def test_a_reader_prefers_what_leaves_fewer_unknown_bytes_and_chunks():
     assert reader.chunks.index(b"abc") > 1
 
 
+def code_of(next_bytes, size, window):
+    """Number of a window, by narrowing an interval byte by byte; None if it gets none."""
+    low, n = 0, size
+    for k, byte in enumerate(window):
+        low, n, prob = low + (k > 0), n - (k > 0), next_bytes([window[:k]])[0]
+        order = sorted(range(256), key=lambda b, prob=prob: (prob[b], b))
+        rank, first = order.index(byte), k == 0
+        mass = np.cumsum(prob[order])
+        ends = [int(m / mass[-1] * (n - 256 * first) + 1e-9) for m in (0.0, *mass)]
+        low, n = low + ends[rank] + first * rank, ends[rank + 1] - ends[rank] + first
+        if not n:
+            return None
+    return low
+
+
+def test_windows_are_arithmetic_codes_of_equal_information(vocabularies):
+    model, size = Counts(TEXTS), 300
+    found = windows(model, size)
+    numbers = [code_of(model, size, window) for window in found]
+    assert sorted(numbers) == list(range(size))  # one number each
+    assert set(found) == set(vocabularies["equal_info"].pieces)
+    for window in found:  # a window ends only before a byte without a number
+        for byte in (b"t", b"h", b" ", b"\xff"):
+            if window + byte not in found:
+                assert code_of(model, size, window + byte) is None
+    text = b"".join(TEXTS)
+    mean = len(text) / len(vocabularies["equal_info"].encode(text))
+    assert mean > 1.5 and max(map(len, found)) <= 32
+
+
+@given(st.binary(max_size=80))
+def test_windows_are_lossless_on_any_bytes(vocabularies, data):
+    vocabulary = vocabularies["equal_info"]
+    assert b"".join(vocabulary.pieces[i] for i in vocabulary.encode(data)) == data
+
+
 def test_a_run_learns_its_tokenizer_once(tmp_path):
     data = DataConfig(("synthetic:latin",), tokenizer="bpe:270")
     model = replace(TINY, vocab_size=270)
@@ -111,6 +154,13 @@ def test_a_run_learns_its_tokenizer_once(tmp_path):
         with_tokenizer(other)
     with pytest.raises(ConfigError, match="vocab_size=256: data.tokenizer='bpe:270' needs 270"):
         with_tokenizer(replace(config, model=TINY))
+    write_inputs(tmp_path / "run", inputs(first.data, None))
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    assert tokenizer_of(moved, first.data) == str(moved / "tokenizer.json")
+    check_tokenizer(moved, first.data)
+    (moved / "tokenizer.json").write_text(wanted("bpe:268").train(TEXTS))
+    with pytest.raises(ConfigError, match=r"data.tokenizer: .* fingerprint .*: give it the same"):
+        check_tokenizer(moved, first.data)
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="holds another run"):

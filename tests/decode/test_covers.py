@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from hnet.config import BOS_ID, EOS_ID
 from hnet.data.tokenizers import Wanted
-from hnet.data.tokens import read_vocabulary
+from hnet.data.tokens import LongestMatch, read_vocabulary
 from hnet.decode.canonical import Canonical
 from hnet.decode.covers import Covers, Pieces
 from tests.golden_data import load, part
@@ -98,7 +98,7 @@ def test_next_bytes_agree_with_the_published_code():
         np.testing.assert_allclose(found_TX, expected_TX, rtol=0, atol=2e-6)
 
 
-KINDS = ("bpe", "unigram", "superbpe", "lib")
+KINDS = ("bpe", "unigram", "superbpe", "lib", "equal_info")
 SAMPLE = "the cat's hat; that  hat the cat sat on the mat — 猫と犬，猫が the cafés, naïve café: "
 PREFIXES = ("the ca", "t  h", "é caf", "猫，", "s, n", "'s—")
 
@@ -132,7 +132,8 @@ class Oracle:
 
     def __init__(self, file):
         self.vocabulary = read_vocabulary(file)
-        self.library = None if file.endswith("lib") else Tokenizer.from_file(file)
+        by_matches = isinstance(self.vocabulary, LongestMatch)
+        self.library = None if by_matches else Tokenizer.from_file(file)
         self.pieces, self.rest_of, self.known = self.vocabulary.pieces, completions(), {}
 
     def is_canonical(self, ids):

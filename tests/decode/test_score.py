@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from experiments.tokenizer import next_bytes
 from hnet.config import BOS_ID
 from hnet.decode.score import logprobs
 from hnet.errors import ConfigError
@@ -53,6 +54,14 @@ def test_scores_are_log_probabilities_by_byte_offset(model, by_hand, bos):
         np.testing.assert_allclose(score.logprobs[unscored:], expected, rtol=0, atol=1e-5)
         np.testing.assert_array_equal(score.is_greedy[unscored:], greedy)
     assert found[2].total(5, 11) == pytest.approx(float(found[2].logprobs[5:11].sum()), rel=1e-6)
+
+
+def test_next_bytes_of_windows_are_those_of_the_scores(model):
+    prefixes = [b"", b"som"]
+    for prefix, prob_S in zip(prefixes, next_bytes(model)(prefixes)):
+        for byte in b"e\xc3":
+            (score,) = logprobs(model, [prefix + bytes([byte])])
+            assert np.log(prob_S[byte]) == pytest.approx(score.logprobs[-1], abs=1e-5)
 
 
 def test_bad_batch_size_is_refused(model):

@@ -100,6 +100,8 @@ STARTS = [
         )
     ),
     ("experiments.fairness", "--files", "a=missing", "b=text.txt", "--out", "new"),
+    ("experiments.tokenizer", "--kind", "nosuch:300", "--files", "text.txt", "--out", "new"),
+    ("experiments.tokenizer", "--kind", "bpe:300", "--files", "missing", "--out", "new"),
     ("experiments.fairness", "--files", "a=text.txt", "b=text.txt", "--out", "text.txt"),
     *((*SWEEP, word) for word in (*NO_FILES, *NO_JSON, "many.toml", "trials.toml", "deep.toml")),
     (*SWEEP, "space.toml", "--width", "0"),

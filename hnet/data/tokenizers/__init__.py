@@ -1,4 +1,4 @@
-"""Tokenizers learned from text: BPE, unigram, SuperBPE, LiB.
+"""Tokenizers learned from text: BPE, unigram, SuperBPE, LiB, Equal-Info Windows.
 
 `data.tokenizer` is the file of one, or its kind and number of tokens, such as "bpe:2048": then the
 training text of a run is what it is learned from.
@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from hnet.data.tokenizers.equal_info import train_equal_info
 from hnet.data.tokenizers.lib import train_lib
 from hnet.data.tokenizers.superbpe import train_superbpe
 from hnet.errors import ConfigError
@@ -37,6 +38,7 @@ TOKENIZERS: dict[str, Callable[[Sequence[bytes], int], str]] = {
     "unigram": lambda texts, size: train_unigram(texts, size).to_str(),
     "superbpe": lambda texts, size: train_superbpe(texts, size).to_str(),
     "lib": train_lib,
+    "equal_info": train_equal_info,
 }
 """Content of the file of a tokenizer by kind: function of (texts, number of tokens)."""
 

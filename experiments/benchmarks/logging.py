@@ -24,7 +24,7 @@ from hnet.errors import ConfigError
 from hnet.runtime.compile_cache import enable_compilation_cache
 from hnet.runtime.distributed import StopRequest
 from hnet.train.loop import train
-from hnet.train.report import Report
+from hnet.train.observer import Observer
 
 BLOCK = 5  # steps per block
 SAMPLE = 4  # blocks per sample
@@ -32,11 +32,10 @@ SAMPLES_AN_EVALUATION = 5
 DRAWS = 10_000  # bootstrap resamples
 
 
-class Alternating(Report):
-    """A report that logs in half of the blocks of steps only, and times both."""
+class Alternating(Observer):
+    """Has half of the blocks of steps logged, and times both halves."""
 
-    def __init__(self, *args):
-        super().__init__(*args)
+    def __init__(self):
         self.began: dict[int, float] = {}  # when the report of each step began
         self.disturbed: set[int] = set()  # blocks that evaluated or compiled
         self.calls: list[float] = []  # seconds inside the report of each step that was logged
@@ -45,20 +44,16 @@ class Alternating(Report):
     def step(self, row):
         step = row["step"]
         self.began[step] = time.perf_counter()
-        if step // BLOCK % SAMPLE in (0, 1):  # samples begin with block 1, 5, ...
-            return []
-        alarms = super().step(row)
-        self.calls.append(time.perf_counter() - self.began[step])
-        return alarms
+        return step // BLOCK % SAMPLE not in (0, 1)  # samples begin with block 1, 5, ...
 
-    def say(self, text):
+    def logged(self, row, seconds):
+        self.calls.append(seconds)
+
+    def said(self, text):
         self.disturbed.add(max(self.began, default=0) // BLOCK)
-        super().say(text)
 
-    def evaluated(self, *args, **how):
-        began = time.perf_counter()
-        super().evaluated(*args, **how)
-        self.drawing.append(time.perf_counter() - began)
+    def evaluated(self, step, evaluation, seconds):
+        self.drawing.append(seconds)
 
     def samples(self) -> np.ndarray:
         """Seconds per step with and without, per undisturbed sample, float64 (samples, 2)."""
@@ -77,12 +72,7 @@ class Alternating(Report):
 def main() -> None:
     config = run_config()
     enable_compilation_cache()
-    reports: list[Alternating] = []
-
-    def make_report(*args):
-        reports.append(Alternating(*args))
-        return reports[-1]
-
+    report = Alternating()
     every = SAMPLES_AN_EVALUATION * SAMPLE * BLOCK if config.eval.every else 0
     with tempfile.TemporaryDirectory() as folder, StopRequest() as stop:
         measured = replace(
@@ -91,8 +81,7 @@ def main() -> None:
             train=replace(config.train, log_every=1),
             eval=replace(config.eval, every=every),
         )
-        train(measured, stop, make_report)
-    (report,) = reports
+        train(measured, stop, report)
     samples = report.samples()
     if len(samples) < 2:
         raise ConfigError(

@@ -9,30 +9,27 @@ from typing import Any
 import jax
 
 from experiments.benchmarks.step import random_batch
-from hnet.data import Corpus
 from hnet.runtime.distributed import StopRequest
 from hnet.train import loop
 from hnet.train.config import Config
+from hnet.train.observer import Observer
 from hnet.train.program import build, put_batch
-from hnet.train.report import Report, Start
 
 
-class PacedReport(Report):
-    """A report that times the steps of a run, alternating with bare steps.
+class Paced(Observer):
+    """Times the steps of a run, alternating with bare steps.
 
     Once the number of slots is steady, it interrupts the run after every `turn` steps for as many
     bare steps: the same program on a separate state, without input, metrics, log or files.
     """
 
-    def __init__(self, config: Config, corpus: Corpus, start: Start, *, settled: int, turn: int):
-        super().__init__(config, corpus, start)
-        self.settled, self.turn = settled, turn
+    def __init__(self, config: Config, *, settled: int, turn: int):
+        self.config, self.settled, self.turn = config, settled, turn
         self.bare, self.seconds = None, {"run": [], "bare": []}
         self.steps, self.capacities = [], None
 
-    def step(self, row: dict[str, Any]) -> list[str]:
+    def logged(self, row: dict[str, Any], seconds: float) -> None:
         capacities = tuple(row[f"stage{s}/capacity"] for s in range(self.config.model.num_chunked))
-        alarms = super().step(row)
         self.steps.append(time.perf_counter())
         if row["step"] <= self.settled or capacities != self.capacities:
             self.capacities, self.steps = capacities, []
@@ -40,7 +37,6 @@ class PacedReport(Report):
             self.seconds["run"].append((self.steps[-1] - self.steps[1]) / (len(self.steps) - 2))
             self._take_turn()
             self.steps = []
-        return alarms
 
     def _take_turn(self) -> None:
         if not self.bare or self.bare[0] != self.capacities:
@@ -62,12 +58,6 @@ def measure_pretrain(
     config: Config, turns: int, settled: int = 100, turn: int = 10
 ) -> dict[str, float]:
     """Bytes per second of `pretrain` with input, logging and metrics, relative to the bare step."""
-    reports = []
-
-    def make_report(*args):
-        reports.append(PacedReport(*args, settled=settled, turn=turn))
-        return reports[0]
-
     with tempfile.TemporaryDirectory() as folder:
         config = replace(
             config,
@@ -76,9 +66,10 @@ def measure_pretrain(
             eval=replace(config.eval, every=0, max_bytes=1024),
             checkpoint=replace(config.checkpoint, every=0),
         )
+        paced = Paced(config, settled=settled, turn=turn)
         with StopRequest() as stop:
-            loop.train(config, stop, make_report)
-    seconds = reports[0].seconds
+            loop.train(config, stop, paced)
+    seconds = paced.seconds
     if not seconds["bare"]:
         raise RuntimeError(f"the chunk slots did not settle within {config.train.steps} steps")
     ratios = [bare / run for run, bare in zip(seconds["run"], seconds["bare"])]

@@ -8,7 +8,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,8 @@ from hnet.train.evaluate import Evaluation
 from hnet.train.lock import Locked
 from hnet.train.loop import StopRun, train
 from hnet.train.metrics_file import MetricsFile, read_metrics
+from hnet.train.observer import Observer
 from hnet.train.population import train_population
-from hnet.train.report import Report
 
 SAY_SECONDS = 10.0  # between two progress lines of a group
 console = Console(highlight=False, soft_wrap=True)
@@ -142,7 +141,7 @@ def _train_alone(study: Study, claim: Claim, options: Options, stop: StopRequest
             curve.append((step, evaluation.bpb if math.isfinite(evaluation.bpb) else None))
             ending.ended = _prune(study, [claim], step, [curve[-1][1]])
 
-    outcome = train(config, ending, partial(_WatchedReport, watch=watch))
+    outcome = train(config, ending, _Watch(watch))
     if outcome.evaluation is None and not claim.pruned:
         return False
     stages = range(config.model.num_chunked)
@@ -164,15 +163,13 @@ class _Ending:
         return self.stop.stop_requested(step) or self.ended
 
 
-class _WatchedReport(Report):
-    """The report of a run, which also passes its evaluations to `watch`."""
+@dataclass
+class _Watch(Observer):
+    """Passes the evaluations of a run to `watch`."""
 
-    def __init__(self, *arguments, watch: Callable[[int, Evaluation], None]):
-        super().__init__(*arguments)
-        self.watch = watch
+    watch: Callable[[int, Evaluation], None]
 
-    def evaluated(self, step, evaluation: Evaluation, *shown, **how) -> None:
-        super().evaluated(step, evaluation, *shown, **how)
+    def evaluated(self, step, evaluation, seconds):
         self.watch(step, evaluation)
 
 

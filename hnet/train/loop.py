@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -21,6 +20,7 @@ from hnet.train.config import Config
 from hnet.train.evaluate import Evaluation
 from hnet.train.first_lines import first_lines
 from hnet.train.initial import open_start, replaced, table
+from hnet.train.observer import Observer
 from hnet.train.program import Change, Program, build, put_batch, run_evaluation
 from hnet.train.report import Report, Start
 from hnet.train.settle import settle
@@ -109,11 +109,12 @@ class NonFinite(RuntimeError):
 def train(
     config: Config,
     stop: distributed.StopRequest,
-    make_report: Callable[[Config, Corpus, Start], Report] = Report,
+    observer: Observer | None = None,
     change: Change | None = None,
 ) -> Outcome:
     """Train up to `config.train.steps`, from the newest good checkpoint of the workdir if any.
 
+    observer: called at steps, evaluations and lines of the run.
     change: replaces functions of the run by your own (`hnet.train.program.Experiment`).
 
     Raises ConfigError for settings that cannot work, before any file is written, and StopRun if
@@ -133,7 +134,7 @@ def train(
         check_steps(config, config.workdir, start.step)
         batches = _open_batches(config, corpus, position.data)
         stack.callback(lambda: batches.close())
-        report = make_report(config, corpus, start)
+        report = Report(config, corpus, start, observer)
         lines = distributed.on_first_host(
             "claim",
             lambda: claim_workdir(

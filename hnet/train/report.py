@@ -2,6 +2,7 @@
 
 import math
 import time
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ from hnet.train.evaluate import Evaluation
 from hnet.train.groups import group_bpb
 from hnet.train.log_folder import TENSORBOARD, LogFolder
 from hnet.train.metrics_file import MetricsFile
+from hnet.train.observer import Observer
 from hnet.train.probes import probe_texts
 from hnet.train.trace import Trace
 from hnet.train.tracker import guarded
@@ -50,9 +52,11 @@ class Report:
     ended writes nothing.
     """
 
-    def __init__(self, config: Config, corpus: Corpus, start: Start):
+    def __init__(
+        self, config: Config, corpus: Corpus, start: Start, observer: Observer | None = None
+    ):
         """Raises ConfigError for unreadable probe files and for steps that cannot be profiled."""
-        self.config, self.start = config, start
+        self.config, self.start, self.observer = config, start, observer or Observer()
         self.speaks = distributed.host_id() == 0
         self.probes = probe_texts(corpus.heldout, config.eval)
         self.globs = corpus.train.globs
@@ -118,6 +122,7 @@ class Report:
 
     def say(self, text: str) -> None:
         """Print one permanent line."""
+        self.observer.said(text)
         self.line.say(text)
 
     def step(self, row: dict[str, Any]) -> list[str]:
@@ -125,6 +130,9 @@ class Report:
 
         Returns its new boundary alarms, one line per alarm.
         """
+        began = perf_counter()
+        if not self.observer.step(row):
+            return []
         metrics = row.pop("metrics")
         self.line.first_step(row["step"])
         step, is_logged = row["step"], row["step"] == 1 or "eval/bpb" in row
@@ -133,6 +141,7 @@ class Report:
             self.flops += self.utilization.flops(self._chunks(metrics))
         if self._say_skipped(row, metrics) or is_logged or step % self.config.train.log_every == 0:
             self._log(row, metrics)
+        self.observer.logged(row, perf_counter() - began)
         return alarms
 
     def _log(self, row: dict[str, Any], metrics: dict[str, Any]) -> None:
@@ -214,6 +223,7 @@ class Report:
 
         is_new: False if an earlier start has logged it; then it is only printed.
         """
+        began = perf_counter()
         if is_new:
             self._log_evaluation(step, evaluation.metrics(), row, segment, params)
         sizes = [
@@ -221,6 +231,7 @@ class Report:
         ]
         chunks = f", {' / '.join(sizes)} bytes/chunk" if sizes else ""
         self.say(f"step {step}: held-out {evaluation.bpb:.4f} bpb{chunks}")
+        self.observer.evaluated(step, evaluation, perf_counter() - began)
 
     def _log_evaluation(self, step, results: dict[str, Any], row, segment, params) -> None:
         texts = [probe.data for probe in self.probes]

@@ -6,9 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from experiments.benchmarks import pretrain as benchmark_pretrain
-from experiments.benchmarks.pretrain import PacedReport, measure_pretrain
+from experiments.benchmarks.pretrain import Paced, measure_pretrain
 from hnet.train import loop
-from hnet.train.report import Report, Start
 from tests.training import build, tiny_run
 
 
@@ -18,15 +17,8 @@ def set_clock(monkeypatch, readings):
 
 
 @pytest.fixture
-def report(monkeypatch, tmp_path):
-    """A report that shows and writes nothing."""
-
-    def keep_config(self, config, *_):
-        self.config = config
-
-    monkeypatch.setattr(Report, "__init__", keep_config)
-    monkeypatch.setattr(Report, "step", lambda self, row: ["an alarm"])
-    return PacedReport(tiny_run(tmp_path), None, Start(), settled=4, turn=2)
+def report(tmp_path):
+    return Paced(tiny_run(tmp_path), settled=4, turn=2)
 
 
 def test_only_steps_between_two_turns_of_equal_slots_are_timed(monkeypatch, report):
@@ -34,7 +26,7 @@ def test_only_steps_between_two_turns_of_equal_slots_are_timed(monkeypatch, repo
     turns = []
     monkeypatch.setattr(report, "_take_turn", lambda: turns.append(step))
     for step, capacity in enumerate([8] * 6 + [5] * 8, start=1):
-        assert report.step({"step": step, "stage0/capacity": capacity}) == ["an alarm"]
+        report.logged({"step": step, "stage0/capacity": capacity}, 0.0)
     # 7 is the first with new slots, 8 began before it was read, 9 to 11 are undisturbed
     assert turns == [11] and report.seconds["run"] == [(103 - 20) / 2]
 
@@ -52,9 +44,8 @@ def test_a_turn_of_bare_steps(monkeypatch, report):
 
 
 def test_figures_are_those_of_the_turns(monkeypatch, report, tmp_path):
-    def train(config, stop, make_report):
+    def train(config, stop, report):
         assert config.train.steps == 4 + 3 * (2 + 2) + 1 and not config.eval.every
-        report = make_report(config, None, Start())
         report.seconds = {"run": [2.0, 4.0, 5.0], "bare": [1.0, 4.0, 4.0]}
 
     monkeypatch.setattr(loop, "train", train)
@@ -66,6 +57,6 @@ def test_figures_are_those_of_the_turns(monkeypatch, report, tmp_path):
         "lowest_turn": 0.5,
         "highest_turn": 1.0,
     }
-    monkeypatch.setattr(loop, "train", lambda config, stop, make: make(config, None, Start()))
+    monkeypatch.setattr(loop, "train", lambda config, stop, report: None)
     with pytest.raises(RuntimeError, match="did not settle within 17 steps"):
         measure()

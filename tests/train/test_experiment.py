@@ -10,6 +10,7 @@ import pytest
 from hnet import train
 from hnet.train import loop
 from hnet.train.config import CheckpointConfig, EvalConfig, TrainConfig
+from hnet.train.observer import Observer
 from tests.training import build, rows, tiny_run
 
 SHRINK = 0.5
@@ -40,6 +41,36 @@ def with_shrunk_embeddings(run):
         return state._replace(params=params), metrics | {"mine": mine}
 
     return replace(run, step=step)
+
+
+class Watch(Observer):
+    """Notes what it is called with; leaves step 2 out of the log."""
+
+    def __init__(self):
+        self.steps, self.logs, self.evaluations, self.lines = [], [], [], []
+
+    def step(self, row):
+        self.steps.append(row["step"])
+        return row["step"] != 2
+
+    def logged(self, row, seconds):
+        self.logs.append((row["step"], seconds > 0))
+
+    def evaluated(self, step, evaluation, seconds):
+        self.evaluations.append((step, evaluation.bpb > 0, seconds > 0))
+
+    def said(self, text):
+        self.lines.append(text)
+
+
+def test_an_observer_sees_the_run(tmp_path):
+    watch = Watch()
+    train.run(config_of(tmp_path, 3), with_shrunk_embeddings, watch)
+    assert watch.steps == [1, 2, 3] and watch.logs == [(1, True), (3, True)]
+    assert [row["step"] for row in rows(config_of(tmp_path, 3))] == [1, 3]
+    assert watch.evaluations == [(3, True, True)]
+    assert watch.lines[0].startswith("workdir")
+    assert any("held-out" in line for line in watch.lines)
 
 
 def test_a_step_of_ones_own_trains_is_logged_and_resumes(tmp_path):

@@ -396,6 +396,11 @@ def _memory_problem(config: HNetConfig, i: int) -> str | None:
             f"chunking.dechunk={dechunk.name!r}, but the decoder {decoder[0]!r} has no layers that "
             "read chunk vectors: use layers x or X in it, such as 'x1T1'"
         )
+    if dechunk.part.stands_in_decoder:
+        return (
+            f"chunking.dechunk={dechunk.name!r}, whose chunks are positions of the decoder, but "
+            f"the decoder {decoder[0]!r} has layers that read chunk vectors: use layers t, T or m"
+        )
     place = Place(i, stage.d_model, config.stages[i + 1].d_model, chunking)
     width = stage.cross_attention.memory_width or stage.d_model
     total = dechunk.part.memory_width(dechunk, place)

@@ -5,6 +5,7 @@ A stage computes whole rows (`HNet.__call__`), computes prompts and returns a ca
 papers are implemented in parts (`hnet.chunking.part`); this file only calls parts.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from flax import nnx
 from hnet.chunking import characters
 from hnet.chunking.boundaries import Boundaries, decide, open_all, share_slots
 from hnet.chunking.config import ChunkingConfig
+from hnet.chunking.dechunks.prefix import insert_prefixes, place_prefixes, read_places
 from hnet.chunking.part import BoundaryPredictor, Place, Position, Positions, where_rows
 from hnet.chunking.routes import stack_routes
 from hnet.chunking.slots import Slots, open_slots
@@ -106,6 +108,8 @@ class StageCache(NamedTuple):
     """states of the parts"""
     first_B: dict[str, jax.Array] | None = None
     """first position that a stack with scope "chunk" sees, per name of the stack"""
+    decoder_B: jax.Array | None = None
+    """number of positions so far of a decoder with prefixes; None without"""
     missing_B: jax.Array | None = None
     """number of bytes that the last character still lacks; None if boundaries may divide it"""
     boundary_B: jax.Array | None = None
@@ -214,6 +218,10 @@ class HNet(nnx.Module):
         )
         self.chunk_layer = chunking.pool.part(chunking.pool, place, rngs=rngs)
         self.dechunk_layer = chunking.dechunk.part(chunking.dechunk, place, rngs=rngs)
+        self.num_prefixes = 0  # positions of the decoder before each chunk
+        if chunking.dechunk.part.stands_in_decoder:
+            self.num_prefixes = chunking.dechunk.part.memory_width(chunking.dechunk, place) // D
+        self.instead = chunking.alignment == "end"  # of the boundary's own input
         self.d_read = chunking.dechunk.part.d_in(chunking.dechunk, place)
         self.cross_attention = stage.cross_attention
         self.memory_width = None
@@ -440,7 +448,33 @@ class HNet(nnx.Module):
             context = context._replace(segment_ids_BL=_decoder_chunks(context, slots))
         context = context._replace(memory=self.memory(rows, shared, slots, x_BLD.shape[1]))
         with jax.named_scope("decoder"):
+            if self.num_prefixes:
+                return self._decode_with_prefixes(x_BLD, rows, opened.own, slots, context, prompts)
             return self._rows("decoder", x_BLD, context, prompts)
+
+    def _decode_with_prefixes(
+        self, x_BLD: jax.Array, y_BME: jax.Array, own: Boundaries, slots: Slots, context: Context,
+        prompts: Prompts | None,
+    ) -> tuple[jax.Array, Any]:  # fmt: skip
+        """`_rows` of the decoder, with the vectors of each chunk before it."""
+        vectors_BMX = self.dechunk_layer.memory(y_BME.astype(jnp.float32))
+        vectors_BLX = slots.scatter(vectors_BMX).reshape(*x_BLD.shape[:2], -1)
+        x_BXD, ids_BX, place_BL = insert_prefixes(
+            x_BLD, context.segment_ids_BL, vectors_BLX, own.boundary_mask_BL,
+            instead=self.instead, most=y_BME.shape[1],
+        )  # fmt: skip
+        if prompts is not None:
+            longest, limit = prompts.max_lens[0], self.chunking.max_chunk_len
+            room = self.num_prefixes + 1 + (min(longest, limit) if limit else longest)
+            prompts = Prompts(self._decoder_lengths(own, prompts.lengths_B), (room,))
+        y_BXD, cache = self._rows("decoder", x_BXD, Context(ids_BX), prompts)
+        return read_places(y_BXD, place_BL), cache
+
+    def _decoder_lengths(self, own: Boundaries, lengths_B: jax.Array) -> jax.Array:
+        """Number of positions of a decoder with prefixes, for rows of these lengths."""
+        place_BL = place_prefixes(own.boundary_mask_BL, self.num_prefixes - self.instead)
+        last_B = last_positions(place_BL, lengths_B, 1)[:, 0]
+        return jnp.where(lengths_B > 0, last_B + 1, 0)
 
     def _rows(
         self, name: str, x_BLD: jax.Array, context: Context, prompts: Prompts | None
@@ -507,6 +541,14 @@ class HNet(nnx.Module):
             ids_BL = _decoder_chunks(context, slots)
             same_BL = (ids_BL == last(ids_BL)[:, None]) & (ids_BL != 0)
             first_B["decoder"] = lengths_B - jnp.sum(same_BL, axis=1, dtype=jnp.int32)
+        decoder_B = None
+        if self.num_prefixes:
+            decoder_B, more = (
+                self._decoder_lengths(own, lengths_B),
+                self.num_prefixes - self.instead,
+            )
+            size_BL = jnp.where(same_BL, 1 + more * own.boundary_mask_BL.astype(jnp.int32), 0)
+            first_B["decoder"] = decoder_B - jnp.sum(size_BL, axis=1, dtype=jnp.int32)
         k = chunking.slots_per_chunk
         rows = Positions(h_BLD, context, chunking.predictor)
         none_B, zeros_BE = (
@@ -519,6 +561,7 @@ class HNet(nnx.Module):
             pool=self.chunk_layer.after(rows._replace(config=chunking.pool), own),
             dechunk=self.dechunk_layer.after(y_BME, own, slots, chunking.dechunk),
             first_B=first_B or None,
+            decoder_B=decoder_B,
             missing_B=self._missing_after(context, lengths_B),
             boundary_B=self._last_boundary(own) if chunking.max_chunk_len else None,
             memory=self._memory_after(y_BME, inner.position_B // k, max_lens[1] // k),
@@ -591,11 +634,13 @@ class HNet(nnx.Module):
         state, read_BD = self.dechunk_layer.read(cache.dechunk, answered_B, self.chunking.dechunk)
         cache = cache._replace(dechunk=where_rows(done_B, state, cache.dechunk))
         if self.chunking.decoder_scope == "chunk":
-            first_B = jnp.where(answered_B, cache.position_B, cache.first_B["decoder"])
+            now_B = cache.decoder_B if self.num_prefixes else cache.position_B
+            first_B = jnp.where(answered_B, now_B, cache.first_B["decoder"])
             cache = cache._replace(first_B=cache.first_B | {"decoder": first_B})
         has_read_B1 = (done_B & (cache.inner.position_B > 0))[:, None]
         x_BD = jnp.where(has_read_B1, read_BD, 0.0) + waiting.residual_BD
-        out_BD, cache = self._run("decoder", x_BD, done_B, cache, sizes, context)
+        run = self._run_with_prefixes if self.num_prefixes else partial(self._run, "decoder")
+        out_BD, cache = run(x_BD, done_B, cache, sizes, context)
         own = (answered_B, jnp.where(done_B, waiting.prob_B, jnp.nan))
         return out_BD, done_B, [own, *inner], cache
 
@@ -617,10 +662,27 @@ class HNet(nnx.Module):
 
         memory = None if cache.memory is None else cache.memory.now
         first_B = (cache.first_B or {}).get(name)
-        inputs = (x_BD, cache.position_B, first_B, context.positions_BL, memory)
+        counter = "position_B" if cache.decoder_B is None else "decoder_B"
+        now_B = getattr(cache, counter)
+        inputs = (x_BD, now_B, first_B, context.positions_BL, memory)
         y_BD, stack = run_on_active_rows(stack_step, on_B, inputs, cache.stacks[name], sizes)
-        position_B = cache.position_B + on_B.astype(jnp.int32)
-        return y_BD, cache._replace(position_B=position_B, stacks=cache.stacks | {name: stack})
+        cache = cache._replace(**{counter: now_B + on_B.astype(jnp.int32)})
+        return y_BD, cache._replace(stacks=cache.stacks | {name: stack})
+
+    def _run_with_prefixes(
+        self, x_BD: jax.Array, done_B: jax.Array, cache: StageCache, sizes, context: Context
+    ) -> tuple[jax.Array, StageCache]:
+        """`_run` of the decoder on rows with prefixes: before them, those of rows that begin."""
+        context = context._replace(positions_BL=None)
+        begins_B = done_B & (cache.first_B["decoder"] == cache.decoder_B)
+        own_B = done_B & ~begins_B if self.instead else done_B
+        out_BD = jnp.zeros_like(x_BD)
+        for vector_BD in jnp.split(cache.dechunk, self.num_prefixes, axis=-1):
+            y_BD, cache = self._run("decoder", vector_BD, begins_B, cache, sizes, context)
+            out_BD = where_rows(begins_B, y_BD, out_BD)
+        y_BD, cache = self._run("decoder", x_BD, own_B, cache, sizes, context)
+        position_B = cache.position_B + done_B.astype(jnp.int32)
+        return where_rows(own_B, y_BD, out_BD), cache._replace(position_B=position_B)
 
     def _encode(
         self, x_BD: jax.Array, active_B: jax.Array, cache: StageCache, sizes, context: Context

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from hnet.chunking.dechunks import prefix as dechunks
 from hnet.chunking.dechunks.indexed import Indexed
 from hnet.chunking.pools.concat import Concat
 from hnet.chunking.pools.prefix import Prefix
@@ -86,7 +87,7 @@ NETWORKS = {
     ),
     "prefix": network(
         stage("t1 t1", 26, predictor="whitespace", alignment="end", null="first", residual="add",
-              pool=Prefix.Config(2, 3), dechunk=Indexed.Config(4, at_boundaries=True),
+              pool=Prefix.Config(2, 3), dechunk=dechunks.Prefix.Config(3),
               decoder_scope="chunk", max_chunk_len=5),
         stage("t1", 39),
     ),

@@ -79,6 +79,21 @@ def spacebyte() -> HNetConfig:
     return with_chunking(hnet_space(), dechunk="at_boundaries", residual="add", overflow="ignore")
 
 
+def spacebyte_plus() -> HNetConfig:
+    """SpaceByte++: SpaceByte with Mamba-2 and an MLP in the layers of bytes.
+
+    Paper: arXiv 2507.07955
+    Fidelity: a baseline of the H-Net paper, which has no code for it: M4+T28+M4 there, M2+T4+M2
+    here; boundaries and insertion of SpaceByte, no norms or projections around the main network but
+    those of our stacks
+    Test: tests/chunking/test_family.py: SpaceByte's boundaries, gather, insertion, gradients
+    """
+    base = spacebyte()
+    outer, *inner = base.stages
+    outer = replace(outer, arch_layout=("M2", "M2"), d_intermediate=384)
+    return replace(base, stages=(outer, *inner))
+
+
 def dtp_gumbel() -> HNetConfig:
     """Dynamic token pooling with a relaxed Bernoulli and a binomial prior of .2.
 

@@ -5,18 +5,19 @@
 All have the main network of the default configuration, about 5 minutes on two CPU cores. A word
 ends at a white space character, which belongs to it, or after its maximal length (hat_words has
 another rule). Tokens before the bytes of a word are encoded with them in both directions; their
-outputs are positions of the main network. Its output for a word enters the decoder at the word's
-last byte, from where the decoder sees only the next word. So there is no end-of-word symbol: the
-byte of white space ends a word. Streams work: no rule needs a later byte.
+outputs are positions of the main network. Vectors of its outputs are the first positions of a
+decoder that sees only them and the next word; the last of them stands in the place of the word's
+last byte. So there is no end-of-word symbol: the byte of white space ends a word. Streams work: no
+rule needs a later byte.
 """
 
 from dataclasses import replace
 
 from experiments.configs import default
 from hnet.chunking.config import ChunkingConfig
-from hnet.chunking.dechunks.cross_attention import CrossAttention
-from hnet.chunking.dechunks.indexed import Indexed
+from hnet.chunking.dechunks import prefix as dechunks
 from hnet.chunking.pools.prefix import Prefix
+from hnet.chunking.predictors.hat_words import HatWords
 from hnet.config import HNetConfig, StageConfig
 
 READER = "x1T1x1T1"
@@ -28,9 +29,9 @@ def hat_whitespace() -> HNetConfig:
 
     Paper: arXiv 2501.10322
     Fidelity: from the paper, which has no code of its network: encoder, backbone, decoder restarted
-    at each word; no end-of-word symbol, words of at most 32 bytes, and the word's vector is added
-    to the embedding of its last byte instead of standing before the next word
-    Test: tests/test_battery.py, tests/parts
+    at each word, with the vector of the word before as its first position; no end-of-word symbol,
+    words of at most 32 bytes
+    Test: tests/test_battery.py, tests/parts, tests/chunking/test_dechunk.py
     """
     return _of_words(Prefix.Config(1, 32, 2, num_heads=4, d_intermediate=256), 5.7)
 
@@ -39,16 +40,17 @@ def hat_words() -> HNetConfig:
     """HAT with the words of its released splitter: UAX #29, punctuation, camelCase.
 
     Paper: arXiv 2501.10322
-    Fidelity: as hat_whitespace; words as in hat-splitter but for white space before a combining
-    mark and a fraction slash; a word's end is known at the next character, which the decoder of the
-    word before still predicts
-    Test: tests/chunking/test_words.py: words of 153 texts
+    Fidelity: as hat_whitespace; words as in hat-splitter, with its limit at 28 bytes, but for white
+    space before a combining mark and a fraction slash; a word's end is known at the next character,
+    which the decoder of the word before still predicts
+    Test: tests/chunking/test_words.py: words of 153 texts, with and without limits
     """
     base = hat_whitespace()
     outer, main = base.stages
     chunking = replace(
-        outer.chunking, predictor="hat_words", alignment="start", null="learned", target_ratio=4.6
-    )
+        outer.chunking, predictor=HatWords.Config(limit=28), alignment="start", null="learned",
+        target_ratio=4.6,
+    )  # fmt: skip
     return replace(base, stages=(replace(outer, chunking=chunking), main))
 
 
@@ -72,15 +74,12 @@ def learn_your_tokens() -> HNetConfig:
 
     Paper: arXiv 2310.11628
     Fidelity: encoder of tokens and bytes, 4 positions of the main network for each word, decoder
-    restarted at each word; words of at most 12 bytes; the decoder reads the 4 outputs by
-    cross-attention, in avi-jit/eTok they stand before the bytes; there is no padded canvas, so
-    padding does not end a word
-    Test: tests/test_battery.py, tests/parts
+    restarted at each word after the 4 outputs for the word before, as in avi-jit/eTok; words of at
+    most 12 bytes; there is no padded canvas, so padding does not end a word
+    Test: tests/test_battery.py, tests/parts, tests/chunking/test_dechunk.py
     """
-    base = _of_words(Prefix.Config(4, 12, 2, num_heads=4, d_intermediate=256), 5.0)
-    outer, main = base.stages
-    chunking = replace(outer.chunking, dechunk=CrossAttention.Config(4))
-    return replace(base, stages=(replace(outer, arch_layout=("", READER), chunking=chunking), main))
+    pool = Prefix.Config(4, 12, 2, num_heads=4, d_intermediate=256)
+    return _of_words(pool, 5.0, dechunks.Prefix.Config(4))
 
 
 def byte2word() -> HNetConfig:
@@ -94,11 +93,13 @@ def byte2word() -> HNetConfig:
     return _of_words(Prefix.Config(1, 16, 1, num_heads=4), 5.4)
 
 
-def _of_words(pool: Prefix.Config, bytes_per_word: float) -> HNetConfig:
+def _of_words(
+    pool: Prefix.Config, bytes_per_word: float, dechunk: dechunks.Prefix.Config | None = None
+) -> HNetConfig:
     base = default.config().model
     chunking = ChunkingConfig(
         bytes_per_word, "unicode_whitespace", "end", "first", pool,
-        Indexed.Config(shared=False, at_boundaries=True), "add", decoder_scope="chunk",
+        dechunk or dechunks.Prefix.Config(), "add", decoder_scope="chunk",
         max_chunk_len=pool.length, losses=(),
     )  # fmt: skip
     outer = StageConfig(("", "T2"), 128, 256, num_heads=4, rotary_emb_dim=16, chunking=chunking)

@@ -24,7 +24,7 @@ from hnet.nn.cache import last_positions
 from hnet.nn.layers import segment_positions, segment_starts
 
 _TABLE_FILE = Path(__file__).with_name("characters.txt")
-_FIRST_SPECIAL = 0xF8
+FIRST_SPECIAL = 0xF8
 _NONE, _RESTART = 0, 1  # symbols: no character ends here; the rule starts again
 
 Step = Callable[[Any, Any], tuple[Any, int]]
@@ -76,7 +76,7 @@ class Automaton:
         byte, code_point = window & 0xFF, completed(window, jnp)
         found = jnp.asarray(self._symbol_of)[look_up(code_point, self._class_of, jnp)]
         found = jnp.where((code_point == 0) & (byte != 0), _NONE, found)
-        return jnp.where(byte >= _FIRST_SPECIAL, _RESTART, found)
+        return jnp.where(byte >= FIRST_SPECIAL, _RESTART, found)
 
     def init(self, rows: int) -> AutomatonState:
         return AutomatonState(jnp.zeros((rows,), jnp.uint32), jnp.zeros((rows,), jnp.int32))

@@ -285,6 +285,9 @@ class Dechunk(Part, nnx.Module):
     needs_memory: ClassVar[bool] = False
     """Whether positions read chunks only through `memory`, so that the decoder needs layers for
     it"""
+    stands_in_decoder: ClassVar[bool] = False
+    """Whether the vectors of `memory`, d_model wide, are positions of the decoder before each
+    chunk; a stream's state is then these vectors"""
     reads_all_vectors: ClassVar[bool] = False
     """Whether it supports pools with k > 1 vectors per chunk"""
 

@@ -46,6 +46,7 @@ DECHUNKS = Table(
     "dechunk",
     {
         "cross_attention": "hnet.chunking.dechunks.cross_attention:CrossAttention",
+        "prefix": "hnet.chunking.dechunks.prefix:Prefix",
         "ema": "hnet.chunking.dechunks.ema:EMA",
         "repeat": "hnet.chunking.dechunks.repeat:Repeat",
         "at_boundaries": "hnet.chunking.dechunks.repeat:AtBoundaries",

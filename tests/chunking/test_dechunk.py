@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from hnet.chunking.boundaries import share_slots
 from hnet.chunking.dechunks.ema import confidence
+from hnet.chunking.dechunks.prefix import insert_prefixes
 from hnet.chunking.ema import EMA_BLOCK, ema, ema_reference
 from hnet.chunking.predictors.cosine import half_cosine_distance
 from hnet.nn.context import Context
@@ -223,3 +224,27 @@ def test_batch_sharded_chunking_moves_nothing_between_devices(packed_rows):
         "all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter",
     ):  # fmt: skip
         assert collective not in text
+
+
+@pytest.mark.parametrize("instead", [False, True])
+def test_rows_with_prefixes_are_those_of_a_loop(instead):
+    """Each boundary's vectors stand before it, or the last of them in its place."""
+    rng = np.random.default_rng(3)
+    (B, L, D), k = (3, 11, 2), 3
+    mask_BL = rng.random((B, L)) < [[0.4], [1.0], [0.0]]
+    x_BLD = rng.normal(size=(B, L, D)).astype(np.float32)
+    vectors_BLX = rng.normal(size=(B, L, k * D)).astype(np.float32)
+    ids_BL = np.where(np.arange(L) < [[11], [7], [4]], 1 + np.cumsum(mask_BL, 1), 0)
+    mask_BL &= ids_BL != 0
+    found = insert_prefixes(x_BLD, jnp.int32(ids_BL), vectors_BLX, mask_BL, instead=instead, most=8)
+    for x_XD, ids_X, place_L, *row in zip(*found, x_BLD, ids_BL, vectors_BLX, mask_BL):
+        rows, ids, places = [], [], []
+        for x_D, id, vectors_X, is_boundary in zip(*row):
+            own = [] if instead and is_boundary else [x_D]
+            rows += [*(vectors_X.reshape(k, D) if is_boundary else []), *own]
+            ids += [id] * (len(rows) - len(ids))
+            places.append(len(rows) - 1)
+        n = len(rows)
+        assert len(x_XD) == L + (k - instead) * 8 and places == place_L.tolist()
+        assert np.array_equal(x_XD[:n], rows) and not np.any(x_XD[n:])
+        assert ids_X[:n].tolist() == ids and not np.any(ids_X[n:])

@@ -487,6 +487,10 @@ def test_spacebyte_network(kind):
 CIF_NUMBERS = load("family/cif")
 
 
+GIVEN_WEIGHTS = {"free": False, "tail": False, "noncausal": True, "train": True}
+"""kinds of weights, and whether they are scaled to a target number of chunks"""
+
+
 def torch_cif(found) -> dict:
     """Parameters of our predictor from those of CifPredictor."""
     return {
@@ -533,11 +537,12 @@ def test_cif():
 
 
 def test_cif_integrates_given_weights():
-    """Weights of the code's other predictor."""
-    found = part(CIF_NUMBERS, "CifPredictorV2_free")
+    """Weights of both predictors: free, with a tail, not causal, and scaled to a target number of
+    chunks, with which rounding decides whether the last position fires."""
+    kinds = [f"CifPredictor{v}_{how}" for v in ("", "V2") for how in GIVEN_WEIGHTS]
     graph, params = chunking_stage(chunking_of("cif"), 8)
-    h_BLD, weight_BL = found["in/hidden_BLD"], found["out/alphas_BL"]
-    ids_BL, M = np.ones(weight_BL.shape, np.int32), found["out/embeds_BMD"].shape[1] + 1
+    L, M = 27, 24
+    ids_BL = np.ones((3, L), np.int32)
     context = Context(ids_BL)
 
     @quick_jit
@@ -546,11 +551,19 @@ def test_cif_integrates_given_weights():
         chunks_BMD, _, _ = nnx.merge(graph, params).chunk(h_BLD, context, own, M)
         return own, chunks_BMD[:, 1:]
 
-    own, vectors_BMD = run(h_BLD, weight_BL)
-    fires_BL = (found["out/fires_BL"] >= 1) & (weight_BL > 0)
-    assert np.array_equal(own.boundary_mask_BL, fires_BL)
-    for row, used in enumerate(fires_BL.sum(1)):
-        agree(vectors_BMD[row, :used], found["out/embeds_BMD"][row, :used])
+    for kind in kinds:
+        found = part(CIF_NUMBERS, kind)
+        weight_BL, is_scaled = found["out/alphas_BL"], GIVEN_WEIGHTS[kind.split("_")[1]]
+        more = ((0, 0), (0, L - weight_BL.shape[1]))
+        h_BLD = np.pad(found["in/hidden_BLD"], ((0, 0), (0, L - 26), (0, 0)))
+        own, vectors_BMD = run(h_BLD, np.pad(weight_BL, more))
+        fires_BL = np.pad((found["out/fires_BL"] >= 1) & (weight_BL > 0), more)
+        for row, fires_L in enumerate(fires_BL):
+            end = np.flatnonzero(np.pad(weight_BL, more)[row])[-1] + (not is_scaled)
+            assert np.array_equal(own.boundary_mask_BL[row, :end], fires_L[:end])
+            used = fires_L[:end].sum()
+            assert used > 4
+            agree(vectors_BMD[row, :used], found["out/embeds_BMD"][row, :used])
 
 
 # --- Bolmo --------------------------------------------------------------------------------------

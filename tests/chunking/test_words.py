@@ -17,7 +17,7 @@ from hnet.chunking.dechunks.indexed import Indexed
 from hnet.chunking.part import Place, Positions
 from hnet.chunking.pools.concat import Concat
 from hnet.chunking.pools.linear import Linear
-from hnet.chunking.predictors.hat_words import hat_words
+from hnet.chunking.predictors.hat_words import HatWords, hat_words
 from hnet.chunking.predictors.words import white_space, words
 from hnet.chunking.slots import open_slots
 from hnet.nn.context import Context
@@ -163,11 +163,15 @@ def test_stages_of_au_net(stage):
         assert golden_data.relative_error(ours, theirs) < 2e-5
 
 
-def test_words_of_hat():
+@pytest.mark.parametrize("limit", [0, 4, 10, 100])
+def test_words_of_hat(limit):
     """Each word but the first is known at the last byte of its first character."""
     ids, segments, rows = texts()
-    found = np.where(segments, quick_jit(hat_words())(ids, segments), 0)
-    ends = rows(golden()["text/hat_ends"])
+    settings = HatWords.Config(limit)
+    rule = HatWords(settings, Place(0, 1, 1, ChunkingConfig()), rngs=nnx.Rngs(0))
+    x = Positions(jnp.zeros((*ids.shape, 1)), Context(segments, bytes_BL=ids), settings)
+    found = np.where(segments, quick_jit(lambda: rule(x).probability)(), 0)
+    ends = rows(golden()[f"text/hat_limit{limit}_ends" if limit else "text/hat_ends"])
     starts = np.pad(ends[:, :-1], ((0, 0), (1, 0))) & (segments != 0)
     expected = np.zeros_like(found)
     for row, byte in np.argwhere(starts):

@@ -8,6 +8,7 @@ from hnet.chunking.pools import cross_attention as pools
 from hnet.chunking.predictors.convolved import Hazard
 from hnet.chunking.predictors.deletion_gate import DeletionGate
 from hnet.chunking.predictors.entropy import Entropy
+from hnet.chunking.predictors.hat_words import HatWords
 from hnet.chunking.table import POOLS
 from hnet.nn.cache import read, write
 from hnet.nn.context import Context, StepContext
@@ -32,7 +33,7 @@ def limit_for(pool) -> int:
 
 SETTINGS = {
     "entropy": Entropy.Config(rule="monotonic"), "hazard": Hazard.Config(longest=4),
-    "deletion_gate": DeletionGate.Config(soft=False),
+    "deletion_gate": DeletionGate.Config(soft=False), "hat_words": HatWords.Config(limit=3),
 }  # fmt: skip
 """settings of parts whose defaults would not have both boundaries and none with random weights, or
 do not fit the layers of these tests"""

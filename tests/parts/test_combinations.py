@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hnet.chunking.config import ChunkingConfig
+from hnet.chunking.dechunks import prefix
 from hnet.chunking.dechunks.cross_attention import CrossAttention
 from hnet.chunking.pools import cross_attention as pools
 from hnet.chunking.pools.prefix import Prefix
@@ -71,7 +72,8 @@ def config_of(predictor, alignment, null, pool, dechunk, memory=None, **more) ->
 
 def legal() -> dict[str, HNetConfig]:
     found = {}
-    names = itertools.product(PREDICTORS.names, MEANINGS, POOLS.names, DECHUNKS.names)
+    read = [name for name in DECHUNKS.names if not DECHUNKS.find(name).stands_in_decoder]
+    names = itertools.product(PREDICTORS.names, MEANINGS, POOLS.names, read)
     for predictor, (alignment, null), pool, dechunk in names:
         if (
             predictor in ALIKE
@@ -125,6 +127,18 @@ MORE = {
         pools.CrossAttention.Config(2, 2, "learned", "tokens", 2),
         CrossAttention.Config(projection=False),
         2,
+    ),
+    "prefixes instead of ends": config_of(
+        "mlp", "end", "first", "mean", prefix.Prefix.Config(2), decoder_scope="chunk"
+    ),
+    "prefixes before starts": config_of(
+        "cosine",
+        "start",
+        "learned",
+        "select",
+        prefix.Prefix.Config(2),
+        decoder_scope="chunk",
+        max_chunk_len=5,
     ),
     "memory of all chunks": config_of("spacelike", "end", "first", "mean", "repeat", -1),
 }

@@ -189,7 +189,8 @@ def test_a_dechunk_streams_what_it_gives_back(name, has_null, capacity):
         whole, slow, after, slow_after = jax.device_get(both(params, segments))
         valid = segments != 0
         close(whole[valid], slow[valid])
-        assert settings.part.needs_memory or np.abs(slow[valid]).max() > 0.1
+        adds = not (settings.part.needs_memory or settings.part.stands_in_decoder)
+        assert not adds or np.abs(slow[valid]).max() > 0.1
     for ours, theirs in zip(*map(jax.tree.leaves, (after, slow_after))):
         close(ours[:2], theirs[:2])
 

@@ -4,9 +4,15 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
-from hnet.chunking.automaton import Automaton
+import jax
+import jax.numpy as jnp
+
+from hnet.chunking.automaton import FIRST_SPECIAL, Automaton
 from hnet.chunking.part import PredictorConfig
 from hnet.chunking.predictors.words import CharacterRule
+from hnet.code_points import completed
+from hnet.fields import Natural
+from hnet.nn.layers import segment_starts
 
 
 class Character(NamedTuple):
@@ -124,6 +130,61 @@ class HatWords(CharacterRule):
     class Config(PredictorConfig):
         """First character of each word by hat-splitter's rules (HAT)."""
 
+        limit: Natural = 0
+        """maximum number of bytes of a word: a longer one is cut at characters; 0 = no limit"""
+
     def __init__(self, config, place, *, rngs):
         super().__init__(config, place, rngs=rngs)
-        self.automaton = hat_words()
+        self.automaton, self.limit = hat_words(), config.limit
+
+    def init(self, rows):
+        state = super().init(rows)
+        return (state, jnp.zeros((rows,), jnp.int32)) if self.limit else state
+
+    def step(self, state, x):
+        if not self.limit:
+            return super().step(state, x)
+        state, length_R = state
+        byte_R = x.context.bytes_BL
+        state, starts_R = self.automaton.step(state, byte_R)
+        length_R, starts_R = cut_at(self.limit, length_R, byte_R, state.window_R, starts_R)
+        return (state, length_R), self.prediction(starts_R)
+
+    def __call__(self, rows):
+        return self.prediction(self._cut(rows)[0]) if self.limit else super().__call__(rows)
+
+    def after(self, rows):
+        state = super().after(rows)
+        return (state, rows.at_end(self._cut(rows)[1])) if self.limit else state
+
+    def _cut(self, rows) -> tuple[jax.Array, jax.Array]:
+        """(1 where a word starts, number of bytes of the last word so far), (B, L)."""
+        bytes_BL, ids_BL = rows.context.bytes_BL, rows.context.segment_ids_BL
+        starts_BL, states = self.automaton.run(bytes_BL, ids_BL)
+
+        def one(length_B, x):
+            new_text_B, *x = x
+            length_B, starts_B = cut_at(self.limit, jnp.where(new_text_B, 0, length_B), *x)
+            return length_B, (starts_B, length_B)
+
+        by_time = segment_starts(ids_BL), bytes_BL, states.window_R, starts_BL
+        zeros_B = jnp.zeros(ids_BL.shape[:1], jnp.int32)
+        _, found = jax.lax.scan(one, zeros_B, tuple(a.T for a in by_time))
+        return found[0].T, found[1].T
+
+
+def cut_at(
+    limit: int, length_R: jax.Array, byte_R: jax.Array, window_R: jax.Array, starts_R: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(number of bytes of the last word after this one, 1 where a word starts), int32.
+
+    window_R: the last four bytes. starts_R: 1 where the rule without a limit has a start.
+    """
+    code_R = completed(window_R, jnp)
+    width_R = 1 + sum((code_R >= least).astype(jnp.int32) for least in (0x80, 0x800, 0x10000))
+    ends_R = (code_R != 0) | (byte_R == 0)  # of characters
+    length_R = length_R + 1
+    is_long_R = ends_R & (length_R > limit) & (length_R > width_R)
+    starts_R = ((starts_R > 0) | is_long_R).astype(jnp.int32)
+    length_R = jnp.where(starts_R > 0, width_R, length_R)
+    return jnp.where(byte_R >= FIRST_SPECIAL, 0, length_R), starts_R

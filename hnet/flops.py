@@ -83,23 +83,31 @@ def training_flops(
     packed_rows: int = 1,
     *,
     remat: str | None = None,
+    kernels: bool = False,
 ) -> dict[str, Cost]:
     """Operations of each part in the forward and backward pass, recomputation included, per row.
 
     The loss is cross-entropy. The optimizer is not counted: its cost is per update, not per row.
-    Arguments as in `forward_flops`; remat: overrides `compute.remat`.
+    Arguments as in `forward_flops`; remat: overrides `compute.remat`; kernels: count the Pallas
+    kernels for GPUs that the configuration names, instead of our array code.
     """
     if remat is not None:
         config = replace(config, compute=replace(config.compute, remat=remat))
-    return dict(_flops(config, tuple(map(math.ceil, lengths)), packed_rows, True))
+    return dict(_flops(config, tuple(map(math.ceil, lengths)), packed_rows, True, kernels))
 
 
 @functools.lru_cache(maxsize=256)
 def _flops(
-    config: HNetConfig, lengths: tuple[int, ...], packed_rows: int, training: bool
+    config: HNetConfig,
+    lengths: tuple[int, ...],
+    packed_rows: int,
+    training: bool,
+    kernels: bool = False,
 ) -> tuple[tuple[str, Cost], ...]:
     check_lengths(config, lengths)
     plain = replace(config, compute=without(config.compute))
+    if kernels and config.compute.ssd_backend == "triton":
+        plain = replace(plain, compute=replace(plain.compute, ssd_backend="triton"))
     graph, params = abstract(plain)
     capacities = tuple(packed_rows * slots for slots in lengths[1:])
 

@@ -307,3 +307,13 @@ def test_attention_counts_the_blocks_it_visits(length, block, window):
     assert forward == pytest.approx(weights + 2 * product, rel=1e-9)
     norms = 2 * (2 * 2 * length * 512)  # sums over positions and channels, written as products
     assert training == pytest.approx(3 * weights + 7 * product + norms, rel=1e-9)
+
+
+def test_a_kernel_for_gpus_counts_its_own_operations():
+    """Scores of a block are computed by each head again: the kernel has more products."""
+    config = isotropic("m1", 64, compute=ComputeConfig(ssd_backend="triton", ssd_block_len=64))
+    array, kernel = (
+        training_flops(config, (128,), kernels=kernels)["stage0/main_network"].matmul
+        for kernels in (False, True)
+    )
+    assert array < kernel < 1.5 * array

@@ -1,17 +1,20 @@
 """Plans of the published models on whole slices and GPU hosts, as a table.
 
-    python -m tpu.published --topology v5p:4x4x4 v5e:8x8 h100:8 b200:8
+    python -m tpu.published --topology v5p:4x4x4 v5e:8x8 --remat dots
+    python -m tpu.published --topology h100:8 b200:8 --remat dots --model.compute.ssd_backend triton
 
 Each is trained as published, 256 rows of 8192 bytes per update, in bfloat16, with parameters and
 optimizer sharded over 16 devices (fewer if there are fewer), in the fewest micro-batches that fit
-with all chunk slots, and with the `remat` that is then the fastest. Speeds are bounds with the
-slots at the configured rates (`tpu.plan` gives more detail). Rows are written to --out as they are
-found: the same command again continues after the last one.
+with all chunk slots, and with the `remat` that is then the fastest (of those named by --remat).
+Other words are fields of the configuration, as in `experiments.pretrain`. Speeds are bounds with
+the slots at the configured rates (`tpu.plan` gives more detail). Rows are written to --out as they
+are found: the same command again continues after the last one.
 """
 
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,16 +42,18 @@ HEAD = (
 )
 
 
-def published_config(name: str, slice_: Slice, remat: str, accumulate: int) -> Config:
-    words = [name, "--data.seq_len", str(ROW), "--data.batch_size", str(ROWS)]
-    words += ["--model.compute.remat", remat, "--train.accumulate", str(accumulate)]
-    config = run_config(words)
+def published_config(name: str, slice_: Slice, words: list[str], accumulate: int) -> Config:
+    first = [name, "--data.seq_len", str(ROW), "--data.batch_size", str(ROWS)]
+    config = run_config([*first, *words, "--train.accumulate", str(accumulate)])
     return replace(config, mesh=replace(config.mesh, data=-1, fsdp=min(FSDP, len(slice_.devices))))
 
 
-def find(name: str, slice_: Slice) -> tuple[Plan, Plan]:
+def find(
+    name: str, slice_: Slice, remats: Sequence[str] = REMAT, words: Sequence[str] = ()
+) -> tuple[Plan, Plan]:
     """(plan with all slots, plan with those at the configured rates) of the fastest that fits."""
-    found = [fewest_micro_batches(name, slice_, remat) for remat in REMAT]
+    settings = [["--model.compute.remat", remat, *words] for remat in remats]
+    found = [fewest_micro_batches(name, slice_, each) for each in settings]
     pairs = [(full, _settled(full)) for full in found if full.fits] or [
         (full, _settled(full)) for full in found[-1:]
     ]
@@ -60,11 +65,11 @@ def _settled(full: Plan) -> Plan:
     return compile_plan(full.config, full.slice_, slots, to_code=False)
 
 
-def fewest_micro_batches(name: str, slice_: Slice, remat: str) -> Plan:
+def fewest_micro_batches(name: str, slice_: Slice, words: list[str]) -> Plan:
     """The plan with all slots that fits, else the one with the most micro-batches possible."""
     accumulate, most = 1, ROWS // len(slice_.devices)
     while True:
-        config = published_config(name, slice_, remat, accumulate)
+        config = published_config(name, slice_, words, accumulate)
         full = compile_plan(config, slice_, capacities(config), to_code=False)
         if full.fits or accumulate == most:
             return full
@@ -99,12 +104,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--topology", nargs="+", required=True, help="e.g. v5p:4x4x4 h100:8")
     parser.add_argument("--model", nargs="+", choices=PUBLISHED, default=list(PUBLISHED))
     parser.add_argument("--out", type=Path, default=Path("runs/plan/published.jsonl"))
-    options = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    parser.add_argument("--remat", nargs="+", choices=REMAT, default=REMAT, help="default: all")
+    options, words = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    run_config([options.model[0], *words])  # refuse bad words before anything is compiled
     code, known = code_hash(), {}
+    how = " ".join((*options.remat, *words))
     if options.out.exists():
         try:
             rows = [parse_json(line) for line in options.out.read_text().splitlines()]
-            known = {(r["model"], r["topology"]): r["row"] for r in rows if r["code"] == code}
+            known = {
+                (r["model"], r["topology"]): r["row"]
+                for r in rows
+                if (r["code"], r["how"]) == (code, how)
+            }
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise ConfigError(f"out={str(options.out)!r} holds no rows of this command: {e}") from e
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -113,9 +125,9 @@ def main(argv: list[str] | None = None) -> int:
         slice_ = open_slice(topology)
         for name in options.model:
             if (name, topology) not in known:
-                row = table_row(name, *find(name, slice_))
+                row = table_row(name, *find(name, slice_, options.remat, words))
                 known[name, topology] = row
-                line = {"model": name, "topology": topology, "code": code, "row": row}
+                line = {"model": name, "topology": topology, "code": code, "how": how, "row": row}
                 with open(options.out, "a") as f:
                     f.write(json.dumps(line) + "\n")
             print(known[name, topology], flush=True)

@@ -45,9 +45,11 @@ def roofline(plan: Plan) -> dict[str, Bound]:
 
 
 def _trained(plan: Plan, remat: str | None = None) -> dict[str, Cost]:
-    """Operations of each part, forward and backward, per row."""
+    """Operations of each part, forward and backward, per row; `remat`: those of our array code with
+    this setting, instead of those that are executed."""
     lengths = (plan.config.data.seq_len, *plan.capacities)
-    return training_flops(plan.config.model, lengths, plan.packed_rows, remat=remat)
+    model, kernels = plan.config.model, remat is None
+    return training_flops(model, lengths, plan.packed_rows, remat=remat, kernels=kernels)
 
 
 def kernels(plan: Plan, part: str | None = None) -> float:

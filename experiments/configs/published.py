@@ -1,11 +1,22 @@
 """The published H-Nets (arXiv 2507.07955) with their published training recipe.
 
     python -m experiments.pretrain 1stage_L --data.files 'fineweb-edu/*.array_record'
-    python -m tpu.plan 2stage_XL --topology v5p:4x4x4
+    python -m tpu.plan 2stage_XL --topology v5p:4x4x4 --mesh.fsdp 16
 
 256 rows of 8192 bytes per update, AdamW with the published schedule and multipliers, 100 billion
 GPT-2 tokens (460 GB) of FineWeb-Edu. The paper does not give betas, weight decay and clipping.
-These runs need accelerators: `tpu.plan` says how many, and --mesh.fsdp shards parameters over them.
+
+The text: FineWeb-Edu has a sample of 100 billion tokens as Parquet files on the Hugging Face Hub.
+`2stage_XL_chinese` was trained on FineWeb-Edu-Chinese-V2.1, `2stage_XL_code` on the GitHub part of
+The Pile.
+
+    hf download HuggingFaceFW/fineweb-edu --repo-type dataset --include 'sample/100BT/*' \\
+      --local-dir text
+    python -m hnet.data prepare --files 'text/sample/100BT/*.parquet' --out fineweb-edu
+
+These runs need accelerators. `MESHES` has further words of the command line for two machines:
+a TPU v5p-128 (64 chips) and one host of 8 H100; `tpu.published` prints what each of them needs,
+`tpu.plan --search` finds settings for others.
 """
 
 from dataclasses import replace
@@ -15,6 +26,12 @@ from hnet.config import PUBLISHED, ComputeConfig
 from hnet.train.config import CheckpointConfig, Config, EvalConfig, OptimConfig
 
 ROWS, SEQ_LEN = 256, 8192
+MESHES = {
+    "v5p:4x4x4": "--mesh.fsdp 16 --model.compute.remat dots",
+    "h100:8": "--mesh.fsdp 8 --model.compute.remat dots --model.compute.ssd_backend triton "
+    "--train.accumulate 8",
+}
+"""settings of these runs by the name of the machine in `tpu.plan`"""
 STEPS = round(100e9 * 4.6 / (ROWS * SEQ_LEN))
 
 

@@ -13,6 +13,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.configs import run_config
+from experiments.configs.published import MESHES
+from hnet.config import PUBLISHED
 from hnet.errors import ConfigError
 from hnet.flops import param_counts
 from hnet.train.capacity import PATIENCE, Ladder
@@ -292,6 +294,15 @@ def test_published_models_have_the_published_recipe():
     assert config.model.stages[1].d_model == 2048
     assert (config.data.batch_size, config.data.seq_len) == (64, 8192)
     assert config.model.compute.dtype == "bfloat16" and config.optim.learning_rate == 5e-4
+
+
+@pytest.mark.parametrize("machine", MESHES)
+def test_published_models_have_settings_for_two_machines(machine):
+    devices = {"v5p:4x4x4": 64, "h100:8": 8}[machine]
+    for name in PUBLISHED:
+        config = run_config([name, *MESHES[machine].split()])
+        assert config.data.batch_size % (devices * config.train.accumulate) == 0
+        assert devices % config.mesh.fsdp == 0 and config.mesh.data == -1
 
 
 def made_up(config, **fields):

@@ -3,10 +3,10 @@
     python -m experiments.benchmarks.decode [--batches 1 8 32] [--bytes-per-chunk 4.5]
 
 A random network samples random bytes and its router reads them, so boundaries fall at different
-times in each row; the router's bias is set to give the wanted rate. Three variants run as in
-`generate`, interleaved: rows that wait, rows in step, and a bias that gives a boundary at every
-byte; each figure is the median over `repeats`. One row in step is the official algorithm: the main
-network runs at each boundary.
+times in each row; the router's bias is set to give the wanted rate. Four variants run as in
+`generate`, interleaved: rows that wait, the same in a plain loop over stacked layers, rows in step,
+and a bias that gives a boundary at every byte; each figure is the median over `repeats`. One row in
+step is the official algorithm: the main network runs at each boundary.
 
 The main network's weights (453 MB in float32) do not fit into caches, as at all published sizes:
 one row is bound by reading the weights, and many rows share one read.
@@ -117,10 +117,11 @@ class Decoding:
     """Rows that are continued together, from a BOS."""
 
     def __init__(
-        self, model: HNetLM, config: DecodeBenchmark, batch: int, wait_share: float, rounds: int
-    ):
-        self.decoder, self.batch, self.bytes = Decoder(model, wait_share), batch, config.bytes
-        self.rounds = rounds
+        self, model: HNetLM, config: DecodeBenchmark, batch: int, wait_share: float, rounds: int,
+        layers_apart: bool | None = None,
+    ):  # fmt: skip
+        self.decoder = Decoder(model, wait_share, layers_apart)
+        self.batch, self.bytes, self.rounds = batch, config.bytes, rounds
         # twice the length, so that no row is full when the average row has `bytes`
         self.sampling = Sampling(max_bytes=2 * config.bytes, eos=False)
 
@@ -150,6 +151,9 @@ def measure(config: DecodeBenchmark) -> dict[str, Any]:
     for batch in batches:
         rounds = max(1, MIN_ROWS // batch)
         decodings[batch, "bytes_per_sec"] = Decoding(cut, config, batch, config.wait_share, rounds)
+        decodings[batch, "layers_stacked"] = Decoding(
+            cut, config, batch, config.wait_share, rounds, layers_apart=False
+        )
         decodings[batch, "in_step"] = Decoding(cut, config, batch, 0.0, rounds)
         decodings[batch, "main_at_every_byte"] = Decoding(every_byte, config, batch, 0.0, 1)
     rates, sizes = defaultdict(list), {}
@@ -166,6 +170,7 @@ def measure(config: DecodeBenchmark) -> dict[str, Any]:
             {
                 "batch": batch,
                 **row,
+                "over_layers_stacked": rate / row["layers_stacked"],
                 "over_main_at_every_byte": rate / row["main_at_every_byte"],
                 "over_batch_1": rate / statistics.median(rates[1, "in_step"]),
                 "bytes_per_chunk": sizes[batch, "bytes_per_sec"],
@@ -178,14 +183,16 @@ def show(found: dict[str, Any], console: Console) -> None:
     share = found["main_share_of_flops"]
     console.print(f"decoding; main network {share:.1%} of the FLOPs of a byte without chunking")
     table = Table(
-        "rows", "bytes/s", "bytes/chunk", "rows in step", "main at every byte", "over it",
-        "over 1 row", box=None,
+        "rows", "bytes/s", "bytes/chunk", "layers stacked", "over it", "rows in step",
+        "main at every byte", "over it", "over 1 row", box=None,
     )  # fmt: skip
     for row in found["batches"]:
         table.add_row(
             str(row["batch"]),
             f"{row['bytes_per_sec']:,.0f}",
             f"{row['bytes_per_chunk']:.2f}",
+            f"{row['layers_stacked']:,.0f}",
+            f"{row['over_layers_stacked']:.2f} x",
             f"{row['in_step']:,.0f}",
             f"{row['main_at_every_byte']:,.0f}",
             f"{row['over_main_at_every_byte']:.2f} x",

@@ -12,14 +12,18 @@ from jax.sharding import SingleDeviceSharding
 
 from hnet.config import EOS_ID
 from hnet.data.scripts import route_table, script_ids, script_step
-from hnet.decode import room, stream, utf8
+from hnet.decode import apart, room, stream, utf8
 from hnet.decode.by_counts import Done, Fed, Static, forward
 from hnet.decode.prompts import pad
 from hnet.decode.sampling import Controls, Sampling, sample
 from hnet.errors import ConfigError
 from hnet.model import HNetLM, split
 
-WAIT_SHARE = 0.7  # rows at a boundary wait until 70 % are at one; fastest value measured on a CPU
+# Rows at a boundary wait until this share is at one. Waiting pays where reading the weights of the
+# main network takes most of its time; both values were the fastest of those measured on a CPU.
+WAIT_SHARE = 0.7
+WAIT_SHARE_IN_CACHE = 0.3
+CACHE_BYTES = 32 << 20  # weights of a main network that stay in a processor's cache
 
 
 class Decoding(NamedTuple):
@@ -59,6 +63,18 @@ def _after_prompts(done: Done, lengths_B: jax.Array):
     ids_BL = done.fed.input_ids_BL
     after = (done.model, done.x_BLD, done.context, ids_BL, lengths_B, done.cache)
     return *stream.after_prompts(*after), [found.boundary_mask_BL for found in done.boundaries]
+
+
+def _after_prompts_apart(done: Done, lengths_B: jax.Array):
+    """`_after_prompts`, and the cache is the one of `hnet.decode.apart.model_apart`."""
+    cache = apart.cache_apart(done.model.backbone, done.cache)
+    return _after_prompts(done._replace(cache=cache), lengths_B)
+
+
+@partial(jax.jit, static_argnames=("static", "max_lens"))
+def _empty_cache(params, ids_B1, lengths_B, *, static, max_lens):
+    model = nnx.merge(static.graph, params)
+    return stream.prefill(model, ids_B1, lengths_B, max_lens, route_ids_BL=ids_B1)[2]
 
 
 @partial(jax.jit, static_argnames=("static", "num_ticks"), donate_argnames="state")
@@ -118,10 +134,14 @@ def _run(params, state, controls, seed_B, route_of, wait_share, *, static, num_t
 class Decoder:
     """A model and its compiled functions, one per shape of batch, prompt and cache."""
 
-    def __init__(self, model: HNetLM, wait_share: float = WAIT_SHARE):
-        """wait_share: see `hnet.decode.stream.advance`; with 0 no row waits. Raises ConfigError for
-        a model that cannot continue a text."""
-        self.config, self.wait_share = model.config, wait_share
+    def __init__(
+        self, model: HNetLM, wait_share: float | None = None, layers_apart: bool | None = None
+    ):
+        """wait_share: see `hnet.decode.stream.advance`; with 0 no row waits; None: by the size of
+        the main network. layers_apart: whether steps run on layers apart (`hnet.decode.apart`);
+        None: if that needs no copy of the weights. Raises ConfigError for a model that cannot
+        continue a text."""
+        self.config = model.config
         chunkings = [stage.chunking for stage in model.config.stages[:-1]]
         if chunkings and chunkings[0].predictor.name == "external":
             raise ConfigError(
@@ -131,6 +151,14 @@ class Decoder:
         graph, self.params = split(model)
         stream.check_streams(model.config)
         self.static = Static(graph, model.config)
+        main = jax.tree.leaves(self.params["backbone"]["main_network"])
+        by_size = WAIT_SHARE if sum(a.nbytes for a in main) > CACHE_BYTES else WAIT_SHARE_IN_CACHE
+        self.wait_share = by_size if wait_share is None else wait_share
+        self.is_apart = apart.can_be_apart(self.params) if layers_apart is None else layers_apart
+        self.step_static, self.step_params = self.static, self.params
+        if self.is_apart:
+            graph, self.step_params = split(apart.model_apart(model))
+            self.step_static = Static(graph, model.config)
         self.route_of = route_table(model.config.route_groups, "model.route_groups")
 
     def start(self, prompts: Sequence[bytes], sampling: Sampling) -> tuple[Decoding, np.ndarray]:
@@ -149,7 +177,8 @@ class Decoder:
         segment_ids_BL = (np.arange(ids_BL.shape[1]) < lengths_B[:, None]).astype(np.int32)
         logits_BV, cache, masks = forward(
             self.static, self.params, Fed(ids_BL, segment_ids_BL, self.route_of[script_BL]),
-            _after_prompts, lengths_B, lengths_B=lengths_B,
+            _after_prompts_apart if self.is_apart else _after_prompts,
+            lengths_B, lengths_B=lengths_B,
             max_lens=stream.full_lens(self.config, longest),
         )  # fmt: skip
         W = sampling.repetition_window
@@ -170,13 +199,10 @@ class Decoder:
         """Size of a cache for rows of `num_bytes` bytes; nothing is allocated."""
         shape_B = jax.ShapeDtypeStruct((rows,), jnp.int32)
         shape_B1 = jax.ShapeDtypeStruct((rows, 1), jnp.int32)
-        max_lens = stream.full_lens(self.config, num_bytes)
-
-        def empty(params, ids_B1, lengths_B):
-            model = nnx.merge(self.static.graph, params)
-            return stream.prefill(model, ids_B1, lengths_B, max_lens, route_ids_BL=ids_B1)[2]
-
-        cache = jax.eval_shape(empty, self.params, shape_B1, shape_B)
+        cache = _empty_cache.eval_shape(
+            self.params, shape_B1, shape_B,
+            static=self.static, max_lens=stream.full_lens(self.config, num_bytes),
+        )  # fmt: skip
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
     def _placed(self, arrays: tuple[np.ndarray, ...]) -> tuple[jax.Array, ...]:
@@ -195,6 +221,6 @@ class Decoder:
         A row that waits at a boundary gets fewer bytes, see `hnet.decode.stream.advance`.
         """
         return _run(
-            self.params, state, controls, seed_B, jnp.asarray(self.route_of),
-            jnp.float32(self.wait_share), static=self.static, num_ticks=num_ticks,
+            self.step_params, state, controls, seed_B, jnp.asarray(self.route_of),
+            jnp.float32(self.wait_share), static=self.step_static, num_ticks=num_ticks,
         )  # fmt: skip

@@ -188,10 +188,9 @@ def _run(decoder, texts, seeds, sampling, bos, size, block_len) -> Iterator[Piec
     starts = [boundaries_BLS[i, len(prefix) : len(fed[i])] for i in range(len(texts))]
     rows = [_Row(text, start, sampling) for text, start in zip(texts, starts)]
     controls = Controls.of(sampling)
-    num_ticks = min(block_len, sampling.max_bytes)
     while running_B.any():
         state = state._replace(running_B=state.running_B & jnp.asarray(running_B))
-        state, outputs = decoder.run(state, controls, seed_B, num_ticks)
+        state, outputs = decoder.run(state, controls, seed_B, block_len)
         byte_TB, logprob_TB, boundaries_TBS, given_TB = jax.device_get(outputs)
         for i in np.flatnonzero(running_B):
             given_T = given_TB[:, i]

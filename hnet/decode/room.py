@@ -7,6 +7,7 @@ import jax
 from hnet.decode.prompts import MIN_LENGTH, length_bucket
 from hnet.errors import ConfigError
 
+USUAL = 1024  # positions of a cache for shorter texts, so that they share one compiled program
 MAX_POSITIONS = (1 << 31) - 64  # int32 limit minus the null slots that stages add to a row
 
 
@@ -26,11 +27,16 @@ def free_memory() -> int | None:
 def positions(prompt_len: int, max_bytes: int, rows: int, cache_bytes: Callable[[int], int]) -> int:
     """Number of cache positions for prompts of up to `prompt_len` bytes and their continuations.
 
+    A power of two, and at least `USUAL` if that fits. The cost of a step depends on the positions
+    in use, not on these.
+
     cache_bytes: function from a number of positions to the bytes of the cache; the cache is built
     in place, so this is all it needs. Raises ConfigError if that exceeds the free memory.
     """
-    room = min(length_bucket(prompt_len + max_bytes), MAX_POSITIONS)
-    needed, free = cache_bytes(room), free_memory()
+    room, free = min(length_bucket(prompt_len + max_bytes), MAX_POSITIONS), free_memory()
+    if room < USUAL and (free is None or cache_bytes(USUAL) <= free):
+        return USUAL
+    needed = cache_bytes(room)
     if free is None or needed <= free:
         return room
     fits = room

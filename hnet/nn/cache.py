@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-KV_BLOCK = 16  # slots per block of a key-value cache; attention reads one block at a time
+KV_BLOCK = 64  # slots per block of a key-value cache; attention reads one block at a time
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["index_R"], meta_fields=["are_all"])

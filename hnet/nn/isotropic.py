@@ -135,7 +135,8 @@ class Isotropic(Stack):
     ) -> tuple[jax.Array, list]:
         """The next position of some rows.
 
-        The scan carries the caches instead of slicing them, so that XLA updates them in place.
+        The scan carries the caches instead of slicing them, so that XLA updates them in place. A
+        run of one layer needs no scan (`hnet.decode.apart`).
         """
         self._check_causal()
         x_R1D, new_caches = x_RD.astype(jnp.float32)[:, None], []
@@ -147,8 +148,12 @@ class Isotropic(Stack):
                 p, i = inputs
                 return nnx.merge(graph, p).step(x, cache, (i, rows), context), None
 
-            index = jnp.arange(count, dtype=jnp.int32)
-            (x_R1D, cache), _ = jax.lax.scan(layer, (x_R1D, cache), (params, index))
+            if count == 1:
+                only = jax.tree.map(lambda a: a[0], params)
+                (x_R1D, cache), _ = layer((x_R1D, cache), (only, 0))
+            else:
+                index = jnp.arange(count, dtype=jnp.int32)
+                (x_R1D, cache), _ = jax.lax.scan(layer, (x_R1D, cache), (params, index))
             new_caches.append(cache)
         return self.rmsnorm(x_R1D)[:, 0], new_caches
 

@@ -1,22 +1,26 @@
 """Whole generations: single rows and batches, stops, streams, against the model's own forward."""
 
+from dataclasses import replace
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hnet.config import BOS_ID, EOS_ID
+from hnet.config import BOS_ID, EOS_ID, HNetConfig, StageConfig
 from hnet.data.scripts import route_table, script_ids
 from hnet.decode import stream
-from hnet.decode.decoder import _run
+from hnet.decode.apart import can_be_apart, model_apart
+from hnet.decode.decoder import Decoder, _run
 from hnet.decode.generate import _Row, chunk_starts, generate, stream_text
-from hnet.decode.sampling import Sampling
+from hnet.decode.sampling import Controls, Sampling
 from hnet.decode.score import logprobs
 from hnet.errors import ConfigError
 from hnet.inspect.segmentation import Segmentation
-from hnet.model import HNetLM
+from hnet.model import HNetLM, split
 from tests.networks import NETWORKS, network, random_params, stage
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -179,6 +183,50 @@ def test_a_network_that_does_not_cut_has_no_boundaries():
     (result,) = generate(model, ["ab"], Sampling(max_bytes=3, temperature=0))
     assert result.boundaries.shape == (2 + len(result.data), 0)
     assert chunk_starts(model.config, result.boundaries) == []
+
+
+def test_another_number_of_bytes_compiles_nothing(model, results):
+    """Nor does a shorter prompt; `results` ran the same shape of batch."""
+    before = _run._cache_size()
+    for max_bytes in (1, 7, 40):
+        found = generate(model, ["", "a", "b"], replace(WARM, max_bytes=max_bytes), batch_size=ROWS)
+        size = min(max_bytes, len(results[1].data))
+        assert found[1].data[:size] == results[1].data[:size] and len(found[1].data) >= size
+    assert _run._cache_size() == before
+
+
+def test_layers_apart_give_the_same_bytes():
+    model = nnx.merge(*random_params(network(stage("m2 t2", 26, window=5), stage("T2", 39))))
+    sampling, found = Sampling(max_bytes=12, temperature=1.5, eos=False), []
+    for layers_apart in (False, True):
+        decoder = Decoder(model, layers_apart=layers_apart)
+        state, _ = decoder.start([b"one", b"", b"another prompt"], sampling)
+        seed_B = jnp.arange(3, dtype=jnp.uint32)
+        _, outputs = decoder.run(state, Controls.of(sampling), seed_B, 24)
+        found.append(jax.device_get(outputs))
+    stacked, apart = found
+    assert stacked.given_TB.sum() == 3 * 12 and stacked.boundaries_TBS.any()
+    np.testing.assert_array_equal(apart.byte_TB, stacked.byte_TB)
+    np.testing.assert_array_equal(apart.boundaries_TBS, stacked.boundaries_TBS)
+    np.testing.assert_allclose(apart.logprob_TB, stacked.logprob_TB, rtol=0, atol=1e-5)
+
+
+def test_layers_apart_are_views_of_the_weights():
+    """Every layer's array lies inside of the stacked one; biases and norms may be too small."""
+    outer = StageConfig(("m2", "m2"), 64, num_heads=4, rotary_emb_dim=8)
+    config = HNetConfig((outer, replace(outer, arch_layout=("T3",), d_intermediate=64)))
+    model = nnx.merge(*random_params(config))
+    assert can_be_apart(split(model)[1])
+
+    def pieces(model):
+        large = [a for a in jax.tree.leaves(split(model)[1]) if a.ndim == 3 and a[0].size >= 64]
+        return [(a.unsafe_buffer_pointer(), a.nbytes) for a in large]
+
+    whole, layers = pieces(model), pieces(model_apart(model))
+    assert len(layers) > 2 * len(whole) - 3
+    for at, size in layers:
+        assert any(first <= at and at + size <= first + most for first, most in whole)
+    assert sum(size for _, size in layers) == sum(size for _, size in whole)
 
 
 def test_a_loaded_model_compiles_a_block_of_steps_once(model):

@@ -25,6 +25,7 @@ from hnet.train.program import Change, Program, build, put_batch, run_evaluation
 from hnet.train.report import Report, Start
 from hnet.train.settle import settle
 from hnet.train.sharding import replicated
+from hnet.train.spikes import no_spikes
 from hnet.train.step import TrainState, with_params
 from hnet.train.utilization import Utilization, peak_of
 from hnet.train.watchdog import Watchdog
@@ -334,8 +335,20 @@ def _first_state(
 def _restored(
     checkpoints: Checkpointer, program: Program, *, latest: int | None = None
 ) -> tuple[TrainState, Position]:
-    restored = checkpoints.restore(program.abstract_state, latest=latest)
-    return restored.state, Position(**restored.extras["position"])
+    """The newest good state. The spike rule may be turned on or off between two starts."""
+    wanted = program.abstract_state
+    step = checkpoints.latest_good_step(latest)
+    saved = () if step is None else checkpoints.manifest(step).leaves
+    has_rule = any(path.startswith("spikes/") for path in saved)
+    is_other = step is not None and has_rule != bool(wanted.spikes)
+    if is_other:
+        spikes = jax.device_put(no_spikes(), replicated(program.mesh))
+        wanted = wanted._replace(spikes=spikes if has_rule else ())
+    restored = checkpoints.restore(wanted, latest=latest)
+    state = restored.state
+    if is_other:
+        state = state._replace(spikes=() if has_rule else spikes)
+    return state, Position(**restored.extras["position"])
 
 
 def _roll_back(session: Session, failed: Position, fault: NonFinite) -> tuple[TrainState, Position]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from hnet.checkpoint import leaves as lv
+from hnet.checkpoint.save import Checkpointer
 from hnet.config import ChunkingConfig, SSMConfig
 from hnet.data import DataConfig
 from hnet.errors import ConfigError
@@ -174,6 +175,21 @@ def test_the_rule_is_resumed_bit_for_bit(whole, config, patch, tmp_path, capsys)
         mine, theirs = getattr(resumed.state, name), getattr(whole.state, name)
         jax.tree.map(np.testing.assert_array_equal, mine, theirs)
     assert rows(again) == rows(config)
+
+
+def test_the_rule_may_be_turned_on_and_off_between_two_starts(whole, tmp_path):
+    program, state = whole.program, whole.state
+    without = state._replace(spikes=())
+    for saved, wanted in ((state, without), (without, state)):
+        extras = {"position": {"data": 7}}
+        with Checkpointer(tmp_path / str(len(saved.spikes))) as checkpoints:
+            checkpoints.save(15, saved, extras)
+            checkpoints.wait()
+            changed = replace(program, abstract_state=wanted)
+            found, position = loop._restored(checkpoints, changed)
+        assert position.data == 7 and len(found.spikes) == len(wanted.spikes)
+        jax.tree.map(np.testing.assert_array_equal, found.params, state.params)
+    assert int(found.spikes.seen) == 0
 
 
 @pytest.mark.parametrize("fields", [{"spike_deviations": 1.5}, {"spike_window": 9}])

@@ -60,6 +60,8 @@ def exit_code(main: Callable[[], int | None]) -> tuple[int, str]:
         print("interrupted", file=sys.stderr)
         code = INTERRUPTED
     except Exception as e:
+        if distributed := sys.modules.get("hnet.runtime.distributed"):
+            distributed.wait_for_dead_host(e)
         traceback.print_exc()
         reason, code = f"{type(e).__name__}: {e}", FAILED
     return code, reason

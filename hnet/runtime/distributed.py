@@ -11,10 +11,12 @@ import itertools
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +29,7 @@ from jax.experimental import multihost_utils
 
 import hnet
 from hnet.errors import ConfigError, Failed, first_line
+from hnet.runtime.guard import POLL_SECONDS, Guard, name_the_end
 from hnet.runtime.interrupts import Interrupts
 from hnet.runtime.settings import DistributedConfig
 
@@ -40,6 +43,7 @@ Other codes: 0 done, 2 bad input, anything else a failure.
 
 
 _barrier_timeout = DistributedConfig.barrier_timeout_seconds
+_guard: Guard | None = None
 
 
 class BarrierTimeout(Failed):
@@ -53,7 +57,7 @@ def initialize(config: DistributedConfig = DistributedConfig()) -> None:
     for settings that are incomplete or contradict each other. If the other processes do not join
     in time, JAX aborts this one; a warning is logged after 80 % of that time.
     """
-    global _barrier_timeout
+    global _barrier_timeout, _guard
     _barrier_timeout = config.barrier_timeout_seconds
     if jax.distributed.is_initialized():
         return
@@ -71,16 +75,18 @@ def initialize(config: DistributedConfig = DistributedConfig()) -> None:
     hint = f"distributed ({what}): not all processes have joined; look for one that did not start"
     alarm = threading.Timer(0.8 * config.initialization_timeout, log.warning, (hint,))
     alarm.start()
+    silence = config.heartbeat_timeout_seconds
     try:
-        jax.distributed.initialize(
-            coordinator_address=given["coordinator"],
-            num_processes=given["num_processes"],
-            process_id=given["process_id"],
-            cluster_detection_method=None if missing else "deactivate",
-            initialization_timeout=config.initialization_timeout,
-            heartbeat_timeout_seconds=config.heartbeat_timeout_seconds,
-            shutdown_timeout_seconds=config.shutdown_timeout_seconds,
-        )
+        with name_the_end(jax_distributed._jax, lambda: _guard):
+            jax.distributed.initialize(
+                coordinator_address=given["coordinator"],
+                num_processes=given["num_processes"],
+                process_id=given["process_id"],
+                cluster_detection_method=None if missing else "deactivate",
+                initialization_timeout=config.initialization_timeout,
+                heartbeat_timeout_seconds=2 * silence + 10,  # `Guard` comes first
+                shutdown_timeout_seconds=config.shutdown_timeout_seconds,
+            )
     except (ValueError, RuntimeError, OSError) as e:
         # No cluster, or JAX has already computed in this interpreter (a notebook, a test).
         alone = ("coordinator_address should be defined", "must be called before")
@@ -93,6 +99,9 @@ def initialize(config: DistributedConfig = DistributedConfig()) -> None:
     finally:
         alarm.cancel()
     _client().key_value_set(f"hnet/host/{host_id()}", socket.gethostname())
+    if num_hosts() > 1:
+        address = jax_distributed.global_state.coordinator_address
+        _guard = Guard(_client(), address, host_id(), silence, _describe_host)
 
 
 def _number(value: int | None, variable: str) -> int | None:
@@ -111,14 +120,31 @@ def leave(exit_code: int, reason: str = "") -> None:
     """
     if num_hosts() == 1:
         return
+    if _guard:
+        _guard.own_code = exit_code
     if exit_code in (0, REQUEUE_EXIT_CODE):
+        if _guard:
+            _guard.close()
         jax.distributed.shutdown()
         return
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # host 0 may have ended already
         _client().key_value_set(f"hnet/failed/{host_id()}", f"{exit_code} {reason}".strip())
     sys.stdout.flush()
     sys.stderr.flush()
+    if host_id() == 0:  # the others read the reason from this process
+        time.sleep(2 * POLL_SECONDS)
     os._exit(exit_code)
+
+
+def wait_for_dead_host(error: Exception) -> None:
+    """For an error of a collective that another host's death may have caused: wait until this is
+    noticed, which ends this process with a line that names the host. Returns for other errors."""
+    is_of_jax = isinstance(error, jax.errors.JaxRuntimeError | ValueError)  # gloo's: ValueError
+    if _guard and is_of_jax and _LOST.match(str(error)):
+        _guard.wait_for_end()
+
+
+_LOST = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|UNKNOWN: Gloo|.*Gloo .* failed")
 
 
 def _client():
@@ -295,6 +321,8 @@ class StopRequest(contextlib.AbstractContextManager):
         often enough for the grace period of the scheduler (once per training step, once per slice
         of an evaluation).
         """
+        if _guard:
+            _guard.step = step
         if not self._stopped:
             if self._several:
                 self._stopped = multihost_utils.reached_preemption_sync_point(next(_questions))

@@ -20,7 +20,7 @@ class DistributedConfig:
     initialization_timeout: Count = 300
     """seconds to wait for all processes at the start"""
     heartbeat_timeout_seconds: Count = 100
-    """seconds of silence after which a process counts as dead"""
+    """seconds of silence after which a process counts as dead, which ends the others"""
     shutdown_timeout_seconds: Count = 60
     """seconds that a finished process waits for the others"""
     barrier_timeout_seconds: Positive = 600.0

@@ -232,7 +232,7 @@ try:
     if distributed.host_id() == 1:
         raise ConfigError("data.files: nothing here")
     try:
-        distributed.barrier("loaded", timeout_seconds=5)
+        distributed.barrier("loaded", timeout_seconds=2)
     except distributed.BarrierTimeout as e:
         print("missing:", e, flush=True)
         distributed.leave(1)
@@ -259,3 +259,61 @@ def test_failed_host_keeps_its_code_and_is_named_in_a_slurm_step():
         assert hosts.first_failure == (1, 2)
         assert hosts.lines[1][-2:] == ["joined 2", "data.files: nothing here"]
         assert "ended with 2 data.files: nothing here)" in hosts.wait_for("missing:", 0)
+
+
+DEAD = """
+import os, sys, time
+import jax
+from hnet.command_line import run
+from hnet.errors import ConfigError
+from hnet.runtime import distributed, guard
+from hnet.runtime.settings import DistributedConfig
+
+def main():
+    distributed.initialize(DistributedConfig(heartbeat_timeout_seconds=6))
+    import numpy as np
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    x = jax.device_put(np.ones(2, np.float32), NamedSharding(mesh, P("data")))
+    total = jax.jit(lambda x: x + x.sum(), out_shardings=x.sharding)
+    victim, how = int(sys.argv[1]), sys.argv[2]
+    if how == "fails":
+        guard.GRACE_SECONDS = 0.5
+    distributed.barrier("ready")
+    with distributed.StopRequest() as stop:
+        for step in range(1, 1000):
+            if step == 7 and how == "refuses":
+                time.sleep(3 * (distributed.host_id() != victim))
+                raise ConfigError("there is no such file")
+            if step == 7 and distributed.host_id() == victim:
+                time.sleep(2)  # a sign of life at step 6
+                if how == "fails":
+                    raise ValueError("no more")
+                os.kill(os.getpid(), 9)
+            x = jax.block_until_ready(total(x)) * np.float32(0)
+            stop.stop_requested(step)
+
+run(main)
+"""
+
+
+@pytest.mark.parametrize("victim, how, code", [(0, "dies", 137), (1, "dies", 137), (1, "fails", 1)])
+def test_a_host_that_dies_or_fails_ends_the_others_with_a_line_that_names_it(victim, how, code):
+    command = [sys.executable, "-c", DEAD, str(victim), how]
+    with Emulation(command, devices=1, env=ENV) as hosts:
+        codes = hosts.wait(BOUND, grace=BOUND)
+        other = 1 - victim
+        assert (codes[victim], codes[other]) == (code, 1), hosts.lines
+        assert hosts.first_failure == (victim, code)
+    own = [line for line in hosts.lines[other] if "coordination_service" not in line]
+    ends = [line for line in own if line.startswith("error: ")]
+    assert len(ends) == 1 and ends[0].startswith(f"error: host {victim} ("), "\n".join(own)
+    assert {"dies": "died", "fails": "ended with 1 ValueError: no more"}[how] in ends[0]
+    assert "this host was at step 6; start the same command on all hosts again" in ends[0]
+    assert not any("stack trace" in line or "Traceback" in line for line in own), own
+
+
+def test_a_host_that_refuses_later_than_host_0_keeps_its_own_code_and_line():
+    with Emulation([sys.executable, "-c", DEAD, "0", "refuses"], devices=1, env=ENV) as hosts:
+        assert hosts.wait(BOUND, grace=BOUND) == [2, 2], hosts.lines
+    assert hosts.lines[1][-1] == "error: there is no such file"

@@ -213,53 +213,86 @@ class Same(nnx.Module):
         return y
 
 
-def test_patches_of_megabyte():
-    """Patch vectors from bytes, and what the main network's states add to bytes; gradients."""
-    z = golden_data.part(golden(), "megabyte")
-    ids, y, P = z["in/ids_BL"], jnp.asarray(z["inter/0/out"][:, :-1]), 4
-    (B, L), (E, width) = ids.shape, z["param/token_embs.1.3.weight"].shape
-    place = Place(0, width // P, E, ChunkingConfig())
-    pool = Concat(Concat.Config(P), place, rngs=nnx.Rngs(0))
-    dechunk = Indexed(Indexed.Config(P, shared=False, bias=True), place, rngs=nnx.Rngs(0))
-    patch, added = "param/token_embs.1.", "param/to_next_transformer_projections.0.1."
-    pool.norm.rms.scale[...], pool.norm.bias[...] = z[patch + "2.weight"], z[patch + "2.bias"]
-    pool.proj.kernel[...], pool.bias[...] = z[patch + "3.weight"].T, z[patch + "3.bias"]
-    pool.out_norm.rms.scale[...] = z[patch + "4.weight"]
-    pool.out_norm.bias[...] = z[patch + "4.bias"]
-    dechunk.norm = Same()
-    dechunk.maps[...] = z[added + "weight"].reshape(P, -1, E).transpose(0, 2, 1)
-    dechunk.bias[...] = z[added + "bias"].reshape(P, -1)
-    graph, params = nnx.split((pool, dechunk))
-    index, segments = np.arange(L)[None].repeat(B, 0), np.ones((B, L))
-    of_bytes = lambda local: local.reshape(B, L // P, P + 1, -1)[:, :, 1:].reshape(B, L, -1)
+@pytest.mark.parametrize("sizes", [(4, 1), (6, 2, 1)])
+def test_patches_of_megabyte(sizes):
+    """Patch vectors from bytes, and what the states of larger patches add to smaller ones and to
+    bytes; gradients. sizes: number of bytes per position of each network."""
+    z = golden_data.part(golden(), "megabyte" if len(sizes) == 2 else "megabyte_3")
+    ids, stages = z["in/ids_BL"], len(sizes)
+    B, L = ids.shape
+    segments, parts, tables = np.ones((B, L)), [], []
+    positions = lambda key: z[key][:, 1:].reshape(B, -1, z[key].shape[-1])  # without start vectors
+    for s, P in enumerate(sizes[:-1]):
+        own, added = f"token_embs.{stages - 1 - s}.", f"to_next_transformer_projections.{s}.1."
+        found = {key: jnp.asarray(z[f"param/{key}"]) for key in weights_of(own, added)}
+        E, width = found[own + "3.weight"].shape
+        ratio, D = P // sizes[s + 1], len(found[added + "bias"]) * sizes[s + 1] // P
+        place = Place(0, width // P, E, ChunkingConfig())
+        pool = Concat(Concat.Config(P), place, rngs=nnx.Rngs(0))
+        maps = Indexed.Config(ratio, shared=False, bias=True)
+        dechunk = Indexed(maps, place._replace(d_model=D), rngs=nnx.Rngs(0))
+        pool.norm.rms.scale[...], pool.norm.bias[...] = (
+            found[own + "2.weight"],
+            found[own + "2.bias"],
+        )
+        pool.proj.kernel[...], pool.bias[...] = found[own + "3.weight"].T, found[own + "3.bias"]
+        pool.out_norm.rms.scale[...] = found[own + "4.weight"]
+        pool.out_norm.bias[...] = found[own + "4.bias"]
+        dechunk.norm = Same()
+        dechunk.maps[...] = found[added + "weight"].reshape(ratio, -1, E).transpose(0, 2, 1)
+        dechunk.bias[...] = found[added + "bias"].reshape(ratio, -1)
+        parts.append((pool, dechunk))
+        tables.append(jnp.asarray(z[f"param/{own}0.weight"]))
+    graph, params = nnx.split(parts)
+    y = [jnp.asarray(z[f"inter/{s}/out"][:, :-1].reshape(B, L // P, -1))
+         for s, P in enumerate(sizes[:-1])]  # fmt: skip
 
     @quick_jit
-    def run(params, table):
-        ends = boundaries_of(index % P == P - 1, segments, L // P, has_null=True)
-        context, found, slots = ends
-        slots = slots._replace(opened_at_BM=jnp.asarray(index[:, P - 1 :: P], jnp.int32))
-        _, starts, read = boundaries_of(index % P == 0, segments, L // P)
+    def run(params, tables):
+        def outputs(params, tables):
+            down, read = [], []
+            for s, (pool, dechunk) in enumerate(nnx.merge(graph, params)):
+                P, index = sizes[s], np.arange(L)[None].repeat(B, 0)
+                context, found, slots = boundaries_of(
+                    index % P == P - 1, segments, L // P, has_null=True
+                )
+                slots = slots._replace(opened_at_BM=jnp.asarray(index[:, P - 1 :: P], jnp.int32))
+                down.append(pool(Positions(tables[s][ids], context, pool.config), found, slots))
+                inner = index[:, : L // sizes[s + 1]]
+                starts = inner % (P // sizes[s + 1]) == 0
+                _, found, slots = boundaries_of(starts, np.ones(inner.shape), L // P)
+                read.append(dechunk(y[s], found, slots, dechunk.config))
+            return down, read
 
-        def outputs(params, table):
-            pool, dechunk = nnx.merge(graph, params)
-            down = pool(Positions(table[ids], context, pool.config), found, slots)
-            return down, dechunk(y, starts, read, dechunk.config)
+        out, pull = jax.vjp(outputs, params, tables)
+        cot = [jnp.asarray(positions(f"intergrad/{s}/in")) for s in range(stages)]
+        return out, pull((cot[:-1], cot[1:]))
 
-        out, pull = jax.vjp(outputs, params, table)
-        cot = jnp.asarray(z["intergrad/0/in"][:, 1:]), jnp.asarray(of_bytes(z["intergrad/1/in"]))
-        return out, pull(cot)[0]
+    (down, read), (grads, of_tables) = jax.device_get(run(params, tables))
+    close = lambda ours, theirs, tol: golden_data.relative_error(ours, theirs) < tol
+    assert close(down[0], positions("inter/0/in"), 2e-5)
+    for s, ours in enumerate(read):
+        own = down[s + 1] if s + 2 < stages else z["param/token_embs.0.weight"][ids]
+        assert close(ours, positions(f"inter/{s + 1}/in") - own, 2e-5), s
+    for s in range(stages - 1):
+        pooled, added = grads[s][0], grads[s][1]
+        own, to_next = f"token_embs.{stages - 1 - s}.", f"to_next_transformer_projections.{s}.1."
+        for ours, name in (
+            (pooled["norm"]["rms"]["scale"], own + "2.weight"),
+            (pooled["norm"]["bias"], own + "2.bias"),
+            (pooled["proj"]["kernel"].T, own + "3.weight"),
+            (pooled["out_norm"]["bias"], own + "4.bias"),
+            (
+                added["maps"].transpose(0, 2, 1).reshape(-1, added["maps"].shape[1]),
+                to_next + "weight",
+            ),
+            (added["bias"].ravel(), to_next + "bias"),
+        ):
+            assert close(ours, z[f"grad/param/{name}"], 1e-4), name
+        if (stored := z[f"grad/param/{own}0.weight"]).ndim == 2:
+            assert close(of_tables[s], stored, 1e-4)
 
-    out, grads = jax.device_get(run(params, jnp.asarray(z[patch + "0.weight"])))
-    pooled, read = grads[0], grads[1]
-    local = of_bytes(z["inter/1/in"]) - z["param/token_embs.0.weight"][ids]
-    for ours, theirs in zip(out, (z["inter/0/in"][:, 1:], local)):
-        assert golden_data.relative_error(ours, theirs) < 2e-5
-    for ours, name in (
-        (pooled["norm"]["rms"]["scale"], patch + "2.weight"),
-        (pooled["norm"]["bias"], patch + "2.bias"),
-        (pooled["proj"]["kernel"].T, patch + "3.weight"),
-        (pooled["out_norm"]["bias"], patch + "4.bias"),
-        (read["maps"].transpose(0, 2, 1).reshape(-1, E), added + "weight"),
-        (read["bias"].ravel(), added + "bias"),
-    ):
-        assert golden_data.relative_error(ours, z["grad/" + name]) < 1e-4, name
+
+def weights_of(own: str, added: str) -> list[str]:
+    names = ("2.weight", "2.bias", "3.weight", "3.bias", "4.weight", "4.bias")
+    return [*(own + name for name in names), added + "weight", added + "bias"]

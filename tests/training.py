@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
+import jax
 import pytest
 
 from hnet.config import ChunkingConfig, ComputeConfig, HNetConfig, SSMConfig, StageConfig
@@ -14,8 +15,9 @@ from hnet.runtime.distributed import StopRequest
 from hnet.train import loop
 from hnet.train.config import CheckpointConfig, Config, EvalConfig, OptimConfig, TrainConfig
 from hnet.train.loop import Outcome
-from hnet.train.program import Program
+from hnet.train.program import Program, traced_numbers
 from hnet.train.program import build as build_program
+from hnet.train.sharding import replicated
 from tests.networks import QUICK
 
 build = partial(build_program, compiler_options=QUICK)
@@ -23,13 +25,15 @@ _programs: dict[str, Program] = {}
 
 
 def build_once(config: Config, devices=None, change=None) -> Program:
-    """`build`, once per process for configurations that differ only in the work directory."""
+    """`build`, once per process for configurations that differ only in folder and length."""
     if change:
         return build(config, devices=devices, change=change)
-    key = f"{replace(config, workdir='')} {devices}"
+    key = f"{replace(config, workdir='', train=replace(config.train, steps=1))} {devices}"
     if key not in _programs:
         _programs[key] = build(config, devices=devices)
-    return _programs[key]
+    program = _programs[key]
+    numbers = traced_numbers(config)
+    return replace(program, hparams=jax.device_put(numbers, replicated(program.mesh)))
 
 
 @cache

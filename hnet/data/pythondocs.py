@@ -8,12 +8,16 @@ same on every machine with the same Python release.
 """
 
 import ast
+import hashlib
+import json
 import os
+import sys
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from hnet.data.shards import replace_file
 from hnet.errors import ConfigError
 
 NAME = "python:"
@@ -32,7 +36,34 @@ _REPEATABLE = 60  # longest paragraph that may occur again, in characters; e.g. 
 _Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
-def documents() -> Iterator[tuple[str, bytes]]:
+def documents() -> Iterable[tuple[str, bytes]]:
+    """(name, text) of `parsed_documents`, kept in the folder of the compilation cache.
+
+    To parse the sources takes seconds. Kept text is used if Python's release and the name, size and
+    time of each source file are as they were, and if this module is.
+    """
+    from hnet.runtime.compile_cache import default_cache_path  # loads JAX
+
+    root = Path(sysconfig.get_paths()["stdlib"])
+    known = hashlib.blake2b(Path(__file__).read_bytes(), digest_size=16)
+    known.update(repr((sys.version, str(root))).encode())
+    for path in sorted(_modules(root)) + sorted(root.glob("pydoc_data/*.py")):
+        status = path.stat()
+        known.update(repr((str(path), status.st_size, status.st_mtime_ns)).encode())
+    kept = Path(default_cache_path(), f"python-{known.hexdigest()}.json")
+    try:
+        return [(str(name), text.encode()) for name, text in json.loads(kept.read_bytes())]
+    except (OSError, ValueError, TypeError, AttributeError):
+        found = list(parsed_documents())
+    try:  # without a folder to write to, the next start parses again
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(kept, json.dumps([(name, text.decode()) for name, text in found]).encode())
+    except OSError:
+        pass
+    return found
+
+
+def parsed_documents() -> Iterator[tuple[str, bytes]]:
     """Yield (name, text): one page per topic, per module, and per class with long documentation.
 
     Long pages are split between paragraphs, so that the held-out part contains many different

@@ -4,14 +4,30 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from hnet.nn.parameters import ParameterInfo
 from hnet.train.config import OptimConfig
 
 
+class Length(NamedTuple):
+    """Numbers of updates of a run and of its phases, float32."""
+
+    total: jax.Array
+    warmup: jax.Array
+    decay: jax.Array
+
+    @classmethod
+    def of(cls, config: OptimConfig, num_steps: int) -> "Length":
+        warmup, decay = (
+            max(round(share * num_steps), 1) for share in (config.warmup_frac, config.decay_frac)
+        )
+        return cls(np.float32(num_steps), np.float32(warmup), np.float32(decay))
+
+
 class Hyperparams(NamedTuple):
-    """Traced numbers of the update, so that a sweep over them compiles only once."""
+    """Traced numbers of the update: with other values it is not compiled again."""
 
     learning_rate: jax.Array
     weight_decay: jax.Array
@@ -27,26 +43,28 @@ class Hyperparams(NamedTuple):
     """fraction of the updates in which targets move"""
     spike_deviations: jax.Array | float = 0.0
     """number of deviations at which a loss or gradient norm is a spike, if there is that rule"""
+    length: Length = Length(1.0, 1.0, 1.0)
+    hold_from: jax.Array | int = 0
+    """update from which on the controller acts, int32"""
 
 
-def schedule(config: OptimConfig, step: jax.Array, num_steps: int) -> jax.Array:
+def schedule(config: OptimConfig, step: jax.Array, length: Length) -> jax.Array:
     """Factor of the peak learning rate at update `step` (0 is the first), in (0, 1].
 
     The "20% inverse-square-root decay" of arXiv 2507.07955 is interpreted as 1 - sqrt(x), where x
     is the fraction of the decay steps done.
     """
     step = step.astype(jnp.float32)
-    warmup = max(round(config.warmup_frac * num_steps), 1)
+    total, warmup, decay = length
     warm = jnp.minimum((step + 1) / warmup, 1.0)
     match config.schedule:
         case "constant":
             return warm
         case "cosine":
-            x = jnp.clip((step - warmup) / max(num_steps - warmup, 1), 0.0, 1.0)
+            x = jnp.clip((step - warmup) / jnp.maximum(total - warmup, 1.0), 0.0, 1.0)
             return warm * 0.5 * (1 + jnp.cos(jnp.pi * x))
         case "wsd":
-            decay = max(round(config.decay_frac * num_steps), 1)
-            x = jnp.clip((step + 1 - (num_steps - decay)) / (decay + 1), 0.0, 1.0)
+            x = jnp.clip((step + 1 - (total - decay)) / (decay + 1), 0.0, 1.0)
             return warm * (1 - jnp.sqrt(x))
         case other:
             raise ValueError(f"schedule {other!r} is unknown")
@@ -137,12 +155,12 @@ def average(ema: Any, params: Any, decay: jax.Array, step: jax.Array) -> Any:
     return jax.tree.map(lambda e, p: e + share.astype(p.dtype) * (p - e), ema, params)
 
 
-def targets_at(hparams: Hyperparams, numbers: Any, step: jax.Array, num_steps: int) -> Any:
+def targets_at(hparams: Hyperparams, numbers: Any, step: jax.Array) -> Any:
     """`numbers` of the stages (`HNetConfig.numbers`) with the target ratios of update `step`.
 
     N moves linearly from its start to the configured one in `ramp_frac` of the updates.
     """
-    last = jnp.maximum(hparams.ramp_frac * num_steps - 1, 1.0)
+    last = jnp.maximum(hparams.ramp_frac * hparams.length.total - 1, 1.0)
     x = jnp.minimum(step.astype(jnp.float32) / last, 1.0)
 
     def at(s, own):

@@ -25,7 +25,7 @@ from hnet.train.evaluate import Evaluation, evaluate
 from hnet.train.initial import frozen_graph
 from hnet.train.memory import check_memory
 from hnet.train.norms import watched
-from hnet.train.optim import Hyperparams
+from hnet.train.optim import Hyperparams, Length
 from hnet.train.sharding import (
     batch_sharding,
     check_batch,
@@ -178,10 +178,9 @@ def experiment(config: Config, graph: Any, packed_rows: int) -> Experiment:
             has_spike_rule=config.train.spike_deviations > 0,
         )  # fmt: skip
 
-    hold_from = config.controller.hold_from(config.train.steps)
     step = partial(
-        train_step, hold_from=hold_from, graph=graph, model=config.model, optim=config.optim,
-        num_steps=config.train.steps, accumulate=config.train.accumulate, packed_rows=packed_rows,
+        train_step, graph=graph, model=config.model, optim=config.optim,
+        accumulate=config.train.accumulate, packed_rows=packed_rows,
         targets_move=bool(config.controller.start_ratios), log_norms=config.train.log_norms,
         spike_window=config.train.spike_window, num_sources=max(1, len(config.data.files)),
     )  # fmt: skip
@@ -201,6 +200,8 @@ def traced_numbers(config: Config) -> tuple[Hyperparams, Numbers]:
             start_ratio_S=np.asarray(config.controller.start_ratios, np.float32),
             ramp_frac=np.float32(config.controller.ramp_frac),
             spike_deviations=np.float32(config.train.spike_deviations),
+            length=Length.of(config.optim, config.train.steps),
+            hold_from=np.int32(config.controller.hold_from(config.train.steps)),
         ),
         config.model.numbers(),
     )

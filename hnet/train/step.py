@@ -98,9 +98,7 @@ def train_step(
     graph: nnx.GraphDef,
     model: HNetConfig,
     optim: OptimConfig,
-    num_steps: int,
     capacities: tuple[int | None, ...],
-    hold_from: int,
     packed_rows: int = 1,
     accumulate: int = 1,
     targets_move: bool = False,
@@ -108,7 +106,7 @@ def train_step(
     spike_window: int = 0,
     num_sources: int = 0,
 ) -> tuple[TrainState, Metrics]:
-    """One update from one batch of rows. From update `hold_from` on the controller acts.
+    """One update from one batch of rows. The controller acts from `Hyperparams.hold_from` on.
 
     Frozen parameters (`ParameterInfo.frozen`) get no gradient and keep their bits.
     If loss or gradient is not finite, parameters, optimizer and loss states stay unchanged and the
@@ -119,7 +117,7 @@ def train_step(
     """
     update_numbers, numbers = hparams
     if targets_move:
-        numbers = targets_at(update_numbers, numbers, state.step, num_steps)
+        numbers = targets_at(update_numbers, numbers, state.step)
     key = jax.random.fold_in(state.key, state.step)
     infos = describe(nnx.merge(graph, state.params))
     own = trained(infos, state.params)
@@ -160,11 +158,11 @@ def train_step(
             keeps = finite & ~is_spike
             found |= {"spike": is_spike.astype(jnp.int32), "spikes": spikes.skipped}
         directions, opt_state = direction(optim, infos, grads, state.opt_state)
-        factor = schedule(optim, state.step, num_steps)
+        factor = schedule(optim, state.step, update_numbers.length)
         params = apply_update(state.params, directions, infos, update_numbers, factor)
         if any(stage.chunking.hold_rate for stage in model.stages[:-1]):
             gain = update_numbers.controller_gain * jnp.sqrt(factor)
-            gain = jnp.where(state.step < hold_from, 0.0, gain)
+            gain = jnp.where(state.step < update_numbers.hold_from, 0.0, gain)
             params = hold_rates(params, *counts, [n["target_ratio_R"] for n in numbers], gain)
             params = with_frozen(trained(infos, params), state.params)
         new, old = (params, opt_state), (state.params, state.opt_state)

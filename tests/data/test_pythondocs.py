@@ -44,8 +44,18 @@ def test_held_out_part_is_fixed_varied_and_not_trained_on(corpus):
         assert 2 < 8 * len(compressed) / len(joined) < 4  # neither boilerplate nor noise
 
 
-def test_the_same_every_time(corpus):
-    pages = dict(pythondocs.documents())
+def test_the_same_every_time(corpus, monkeypatch, tmp_path):
+    pages = dict(pythondocs.parsed_documents())
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    parse = lambda: iter(pages.items())
+    monkeypatch.setattr(pythondocs, "parsed_documents", parse)
+    assert dict(pythondocs.documents()) == pages  # parsed, then kept
+    monkeypatch.setattr(pythondocs, "parsed_documents", lambda: 1 / 0)
+    assert dict(pythondocs.documents()) == pages  # as kept
+    (kept,) = tmp_path.iterdir()
+    kept.write_bytes(kept.read_bytes()[:-9])
+    with pytest.raises(ZeroDivisionError):  # damaged: parsed again
+        pythondocs.documents()
     whole = {}
     for part in (corpus.train, corpus.heldout):
         for d, text in enumerate(part.texts()):

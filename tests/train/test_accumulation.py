@@ -65,7 +65,7 @@ def test_micro_batches_make_the_update_and_the_metrics_of_one_batch(name):
     found = {}
     for accumulate in (1, PARTS):
         step = quick_jit(partial(
-            train_step, graph=graph, model=model, optim=optim, num_steps=9, hold_from=0,
+            train_step, graph=graph, model=model, optim=optim,
             capacities=(2 * L,) * model.num_chunked, accumulate=accumulate, log_norms=True,
         ))  # fmt: skip
         found[accumulate] = jax.device_get(step(state, uneven_batch(), numbers(model)))

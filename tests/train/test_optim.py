@@ -24,6 +24,7 @@ from hnet.train.evaluate import evaluate
 from hnet.train.initial import open_start, replaced
 from hnet.train.optim import (
     Hyperparams,
+    Length,
     apply_update,
     average,
     direction,
@@ -31,14 +32,15 @@ from hnet.train.optim import (
     schedule,
     targets_at,
 )
-from hnet.train.program import FED
+from hnet.train.program import FED, build
 from hnet.train.step import eval_step
 from tests.training import TINY, rows, run, tiny_run
 
 
 def test_wsd_warms_up_stays_and_decays_as_one_minus_sqrt():
     config = OptimConfig(schedule="wsd", warmup_frac=0.1, decay_frac=0.2)
-    factors = [float(schedule(config, jnp.int32(s), 100)) for s in range(100)]
+    length = Length.of(config, 100)
+    factors = [float(schedule(config, jnp.int32(s), length)) for s in range(100)]
     assert factors[:3] == pytest.approx([0.1, 0.2, 0.3])
     assert factors[9:80] == pytest.approx([1.0] * 71)
     assert factors[80:83] == pytest.approx([1 - np.sqrt(k / 21) for k in (1, 2, 3)])
@@ -48,10 +50,35 @@ def test_wsd_warms_up_stays_and_decays_as_one_minus_sqrt():
 
 def test_cosine_goes_to_zero():
     config = OptimConfig(schedule="cosine", warmup_frac=0.1)
-    factors = [float(schedule(config, jnp.int32(s), 100)) for s in range(101)]
+    length = Length.of(config, 100)
+    factors = [float(schedule(config, jnp.int32(s), length)) for s in range(101)]
     assert factors[9] == pytest.approx(1.0)
     assert factors[55] == pytest.approx(0.5, abs=0.01)
     assert factors[100] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_run_of_another_length_is_the_same_program(tmp_path):
+    """Schedule, moving targets and the start of the controller are inputs of the compiled step."""
+    outer, main = TINY.stages
+    held = replace(outer, chunking=replace(outer.chunking, hold_rate=True))
+    base = tiny_run(
+        tmp_path, model=replace(TINY, stages=(held, main)),
+        controller=ControllerConfig(start_ratios=(2.0,)),
+    )  # fmt: skip
+    traced = []
+    for steps in (8, 13):
+        program = build(replace(base, train=replace(base.train, steps=steps)))
+        fed = {
+            name: jax.ShapeDtypeStruct((8, 32), dtype)
+            for name, dtype in (
+                ("input_ids", "int32"),
+                ("segment_ids", "int32"),
+                ("loss_mask", "bool"),
+            )
+        }
+        how = program.step.lower(program.abstract_state, fed, program.hparams, capacities=(64,))
+        traced.append(how.as_text())
+    assert traced[0] == traced[1]
 
 
 def test_stages_and_decay_of_the_two_stage_network_follow_the_official_groups():
@@ -185,10 +212,12 @@ def test_average_soon_forgets_the_initialisation_and_then_has_its_decay():
 
 
 def test_targets_move_linearly_and_stay():
-    hparams = Hyperparams(0.0, 0.0, 0.0, 0.0, 0.0, jnp.float32([2.0, 9.0]), jnp.float32(0.5))
+    length = Length.of(OptimConfig(), 10)
+    start = jnp.float32([2.0, 9.0])
+    hparams = Hyperparams(0.0, 0.0, 0.0, 0.0, 0.0, start, jnp.float32(0.5), length=length)
     numbers = ({"target_ratio_R": jnp.float32([6.0, 4.0])}, {"target_ratio_R": jnp.float32([3.0])})
     for step, x in ((0, 0.0), (1, 0.25), (3, 0.75), (4, 1.0), (9, 1.0)):
-        first, second = targets_at(hparams, numbers, jnp.int32(step), 10)
+        first, second = targets_at(hparams, numbers, jnp.int32(step))
         np.testing.assert_allclose(first["target_ratio_R"], [2 + 4 * x, 2 + 2 * x], rtol=1e-6)
         np.testing.assert_allclose(second["target_ratio_R"], [9 - 6 * x], rtol=1e-6)
 

@@ -116,7 +116,7 @@ def test_offsets_move_in_the_end_by_the_error_and_the_root_of_the_schedule(held,
     state = outcome.program.init()
     state = state._replace(step=jax.device_put(np.int32(step), state.step.sharding))
     state, metrics = program.step(state, fed, program.hparams, capacities=(64, 64))
-    factor = float(schedule(config.optim, jnp.int32(step), config.train.steps))
+    factor = float(schedule(config.optim, jnp.int32(step), program.hparams[0].length))
     for s, (old, new) in enumerate(zip(offsets(before), offsets(bits(state.params)))):
         error = config.model.stages[s].chunking.target_ratio * metrics[f"stage{s}/boundary_rate"]
         expected = -config.controller.gain * np.sqrt(factor) * np.clip(error - 1, -1, 1)

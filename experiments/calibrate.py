@@ -120,7 +120,7 @@ def with_routes(base: Config, found: Calibration) -> Config:
     return replace(
         base,
         model=replace(model, stages=tuple(stages), route_groups=found.route_groups),
-        controller=replace(base.controller, fit_default=has_latin and holds),
+        rate_control=replace(base.rate_control, fit_default=has_latin and holds),
     )
 
 

@@ -148,9 +148,19 @@ def _locate(cls: type, content: Any, path: str) -> tuple[Any, str | int, Any]:
     try:
         return fields.locate(cls, content, path)
     except FieldError as e:
+        if (now := _renamed(cls, path)) != path:
+            raise FieldError(f"field {path} is called {now} now") from None
         if near := command_help.same_name(cls, content, path):
             raise FieldError(f"unknown field {path}: did you mean {near}?") from None
         raise FieldError(f"{e} (see --help)") from None
+
+
+def _renamed(cls: type, path: str) -> str:
+    """The current path of a field that had another name in an earlier version (`cls.renamed`)."""
+    for before, name in getattr(cls, "renamed", {}).items():
+        if f"{path}.".startswith(f"{before}."):
+            path = ".".join([*before.split(".")[:-1], name]) + path[len(before) :]
+    return path
 
 
 def check_words(cls: type, argv: Sequence[str]) -> None:

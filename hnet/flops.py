@@ -66,21 +66,21 @@ def check_lengths(config: HNetConfig, lengths: tuple[float, ...]) -> None:
 
 
 def forward_flops(
-    config: HNetConfig, lengths: tuple[float, ...], packed_rows: int = 1
+    config: HNetConfig, lengths: tuple[float, ...], rows_sharing_slots: int = 1
 ) -> dict[str, Cost]:
     """Operations of each part in the forward pass, per row.
 
     lengths: bytes per row, then slots per row of each inner stage (`stage_lengths`, or capacities);
-    rounded up. packed_rows: number of rows that share slots, which inner stages see as one long
-    row.
+    rounded up. rows_sharing_slots: number of rows that share slots, which inner stages see as one
+    long row.
     """
-    return dict(_flops(config, tuple(map(math.ceil, lengths)), packed_rows, False))
+    return dict(_flops(config, tuple(map(math.ceil, lengths)), rows_sharing_slots, False))
 
 
 def training_flops(
     config: HNetConfig,
     lengths: tuple[float, ...],
-    packed_rows: int = 1,
+    rows_sharing_slots: int = 1,
     *,
     remat: str | None = None,
     kernels: bool = False,
@@ -93,14 +93,14 @@ def training_flops(
     """
     if remat is not None:
         config = replace(config, compute=replace(config.compute, remat=remat))
-    return dict(_flops(config, tuple(map(math.ceil, lengths)), packed_rows, True, kernels))
+    return dict(_flops(config, tuple(map(math.ceil, lengths)), rows_sharing_slots, True, kernels))
 
 
 @functools.lru_cache(maxsize=256)
 def _flops(
     config: HNetConfig,
     lengths: tuple[int, ...],
-    packed_rows: int,
+    rows_sharing_slots: int,
     training: bool,
     kernels: bool = False,
 ) -> tuple[tuple[str, Cost], ...]:
@@ -109,11 +109,11 @@ def _flops(
     if kernels and config.compute.ssd_backend == "triton":
         plain = replace(plain, compute=replace(plain.compute, ssd_backend="triton"))
     graph, params = abstract(plain)
-    capacities = tuple(packed_rows * slots for slots in lengths[1:])
+    capacities = tuple(rows_sharing_slots * slots for slots in lengths[1:])
 
     def loss(params, ids_BL):
         logits_BLV, _ = nnx.merge(graph, params)(
-            ids_BL, capacities=capacities, rows_sharing_slots=packed_rows,
+            ids_BL, capacities=capacities, rows_sharing_slots=rows_sharing_slots,
             route_ids_BL=jnp.zeros_like(ids_BL), boundaries_BL=ids_BL == 0,
         )  # fmt: skip
         if not training:
@@ -121,9 +121,9 @@ def _flops(
         with jax.named_scope("loss"):
             return jnp.mean(next_byte_nll(logits_BLV, ids_BL))
 
-    ids_BL = jax.ShapeDtypeStruct((packed_rows, lengths[0]), jnp.int32)
+    ids_BL = jax.ShapeDtypeStruct((rows_sharing_slots, lengths[0]), jnp.int32)
     parts = count(jax.value_and_grad(loss) if training else loss, params, ids_BL)
-    return tuple((part, cost * (1 / packed_rows)) for part, cost in parts.items())
+    return tuple((part, cost * (1 / rows_sharing_slots)) for part, cost in parts.items())
 
 
 def total(parts: dict[str, Cost]) -> float:

@@ -135,7 +135,7 @@ def total_loss(
         for settings, traced, state in zip(chunking.losses, numbers[s]["losses"], states[s]):
             x = LossInputs(
                 boundaries, settings.with_numbers(traced), numbers[s]["target_ratio_R"],
-                chunking.has_null, _of_stage(own.rates, s, R), _of_stage(whole.rates, s, R),
+                chunking.has_null_chunk, _of_stage(own.rates, s, R), _of_stage(whole.rates, s, R),
                 nll_BL, logits_BLV, batch.get("labels"), state,
             )  # fmt: skip
             value = settings.part()(x)

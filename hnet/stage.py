@@ -210,7 +210,7 @@ class HNet(nnx.Module):
         self.d_chunk = chunking.slots_per_chunk * d_chunk
         self.null_group = (
             parameter(jax.random.normal(rngs.params(), (self.d_chunk,), jnp.float32), "channels")
-            if chunking.has_null
+            if chunking.has_null_chunk
             else None
         )
         self.main_network = HNet(
@@ -313,7 +313,7 @@ class HNet(nnx.Module):
         if key is not None:
             key = jax.random.fold_in(key, self.stage_idx)
         found = decide(
-            prediction, context, capacity, has_null=self.chunking.has_null,
+            prediction, context, capacity, has_null_chunk=self.chunking.has_null_chunk,
             relaxed_prob_BL=self.routing_module.relax(prediction.logit, config, key),
             rows_sharing_slots=rows_sharing_slots, allowed_BL=self._allowed(context),
             max_chunk_len=self.chunking.max_chunk_len,
@@ -344,7 +344,9 @@ class HNet(nnx.Module):
         """(inputs of the main network, their context, slots)."""
         if boundaries.levels_BL is not None:
             context = context._replace(levels_BL=boundaries.levels_BL)
-        slots = open_slots(boundaries, context, capacity, has_null=self.chunking.has_null)
+        slots = open_slots(
+            boundaries, context, capacity, has_null_chunk=self.chunking.has_null_chunk
+        )
         rows = Positions(h_BLD, context, self._settings("pool", numbers))
         x_BME = self.with_null(self.chunk_layer(rows, boundaries, slots), slots.is_null_BM)
         positions_BM = None  # the indices of chunks
@@ -755,7 +757,7 @@ class HNet(nnx.Module):
                 allowed_R = ~characters.is_continuation(x.context.bytes_BL)
             p_R, wanted_R = jnp.where(allowed_R, p_R, 0.0), wanted_R & allowed_R
         forced_R = jnp.zeros_like(wanted_R)
-        if not self.chunking.has_null:
+        if not self.chunking.has_null_chunk:
             forced_R = x.index_R == 0
         if last_R is not None:
             forced_R |= ~wanted_R & (x.index_R - last_R == self.chunking.max_chunk_len)
@@ -781,7 +783,7 @@ class HNet(nnx.Module):
         def has_room(inner):
             return inner.position_B + self.chunking.slots_per_chunk <= inner.max_len
 
-        if self.chunking.has_null:  # the first position of a row first opens the null chunk
+        if self.chunking.has_null_chunk:  # the first position of a row first opens the null chunk
             null_BE = jnp.broadcast_to(self.null_group[...][None], waiting.chunk_BE.shape)
             first_B = active_B & (cache.position_B == 0) & has_room(exchange.inner)
             p_B = jnp.where(first_B, 1.0, waiting.prob_B)
@@ -848,7 +850,7 @@ def most_slots(chunking: ChunkingConfig, length: int, max_lens: tuple[int, ...] 
     """Number of slots that a row of `length` positions can need; max_lens: those of prompts."""
     if not max_lens:
         return chunking.max_slots(length)
-    return min(max_lens[1] // chunking.slots_per_chunk, length + chunking.has_null)
+    return min(max_lens[1] // chunking.slots_per_chunk, length + chunking.has_null_chunk)
 
 
 def inner_prompts(inner_context: Context, prompts: Prompts) -> Prompts:

@@ -26,14 +26,14 @@ def made(part: type, **fields):
 
 
 def decided(
-    p_BL, segment_ids_BL, capacity, *, has_null=False, relaxed=None, logit=None, route_ids=None,
-    rows=1,
+    p_BL, segment_ids_BL, capacity, *, has_null_chunk=False, relaxed=None, logit=None,
+    route_ids=None, rows=1,
 ) -> Boundaries:  # fmt: skip
     """`decide` on probabilities."""
     context = Context(segment_ids_BL, route_ids_BL=route_ids)
     found = decide(
-        Prediction(prob=p_BL), context, capacity, has_null=has_null, relaxed_prob_BL=relaxed,
-        rows_sharing_slots=rows,
+        Prediction(prob=p_BL), context, capacity, has_null_chunk=has_null_chunk,
+        relaxed_prob_BL=relaxed, rows_sharing_slots=rows,
     )  # fmt: skip
     return found._replace(boundary_logit_BL=logit)
 
@@ -51,13 +51,15 @@ class Chunks(NamedTuple):
         return self.slots.context.route_ids_BL
 
 
-def chunked(x_BLD, boundaries: Boundaries, capacity: int, null_D=None, pool="select") -> Chunks:
+def chunked(
+    x_BLD, boundaries: Boundaries, capacity: int, null_chunk_D=None, pool="select"
+) -> Chunks:
     context = Context(boundaries.segment_ids_BL, route_ids_BL=boundaries.route_ids_BL)
-    slots = open_slots(boundaries, context, capacity, has_null=null_D is not None)
+    slots = open_slots(boundaries, context, capacity, has_null_chunk=null_chunk_D is not None)
     part = made(POOLS[pool])
     x_BMD = part(Positions(x_BLD, context, part.config), boundaries, slots)
-    if null_D is not None:
-        x_BMD = jnp.where(slots.is_null_BM[..., None], null_D[None, None], x_BMD)
+    if null_chunk_D is not None:
+        x_BMD = jnp.where(slots.is_null_BM[..., None], null_chunk_D[None, None], x_BMD)
     return Chunks(x_BMD, slots)
 
 

@@ -96,7 +96,7 @@ def runs_use_the_devices_they_name():
     A program for eight emulated devices takes twice as long to compile as one for one device. Tests
     of sharding set the mesh, or pass `devices`.
     """
-    from hnet.train import program
+    from hnet.train import compiled_run as program
     from hnet.train.sharding import make_mesh
 
     def small_mesh(config, devices=None):

@@ -181,9 +181,9 @@ def too_few(name):
 
 
 def slots_asked_for(name, route):
-    """Slots that each row has opened up to each position, null slots included."""
+    """Slots that each row has opened up to each position, null chunks included."""
     opened = route.boundary_mask_BL.astype(np.int32)
-    if NETWORKS[name].stages[0].chunking.has_null:
+    if NETWORKS[name].stages[0].chunking.has_null_chunk:
         opened = opened + segment_starts(route.segment_ids_BL)
     return opened.cumsum(1)
 

@@ -277,7 +277,7 @@ def test_only_inner_parts_follow_the_boundary_rate():
 def test_rows_that_share_slots_are_one_row_inside():
     outer = StageConfig(("t1", "t1"), 64, 0, 4, 8, chunking=ChunkingConfig(4.0))
     config = HNetConfig((outer, StageConfig(("t1",), 64, 0, 4, 8)))
-    one, four = (forward_flops(config, (128, 32), packed_rows=rows) for rows in (1, 4))
+    one, four = (forward_flops(config, (128, 32), rows_sharing_slots=rows) for rows in (1, 4))
     assert one["stage0/encoder"].matmul == four["stage0/encoder"].matmul
     # the same products with weights; scores and values over 128 slots instead of 32
     more = 4 * 64 * (128 * 128 / 4 - 32 * 32)

@@ -8,7 +8,7 @@ from hnet.commands import evaluate
 from hnet.printable import JOINERS, printable
 from hnet.suites import command
 from hnet.sweep.space import describe
-from hnet.train.report import LiveLine
+from hnet.train.run_logger import LiveLine
 
 
 def test_what_steers_a_terminal_or_turns_text_is_written_as_its_number():

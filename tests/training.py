@@ -13,18 +13,18 @@ from hnet.data import DataConfig
 from hnet.decode.segment import segmenter
 from hnet.runtime.distributed import StopRequest
 from hnet.train import loop
+from hnet.train.compiled_run import CompiledRun, traced_numbers
+from hnet.train.compiled_run import build as build_program
 from hnet.train.config import CheckpointConfig, Config, EvalConfig, OptimConfig, TrainConfig
 from hnet.train.loop import Outcome
-from hnet.train.program import Program, traced_numbers
-from hnet.train.program import build as build_program
 from hnet.train.sharding import replicated
 from tests.networks import QUICK
 
 build = partial(build_program, compiler_options=QUICK)
-_programs: dict[str, Program] = {}
+_programs: dict[str, CompiledRun] = {}
 
 
-def build_once(config: Config, devices=None, change=None) -> Program:
+def build_once(config: Config, devices=None, change=None) -> CompiledRun:
     """`build`, once per process for configurations that differ only in folder and length."""
     if change:
         return build(config, devices=devices, change=change)

@@ -21,9 +21,9 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from hnet.fields import to_json
 from hnet.flops import stage_lengths
-from hnet.train.capacity import Ladder, needed, rung
+from hnet.train.capacity import CapacitySchedule, bucket, needed
+from hnet.train.compiled_run import CompiledRun, build
 from hnet.train.config import Config, config_from_json
-from hnet.train.program import Program, build
 from hnet.train.sharding import batch_sharding
 from tpu import hlo
 from tpu.chips import Slice, assumed_cudnn, open_slice
@@ -43,12 +43,12 @@ class Plan:
     hbm_bytes: float
     """bytes of HBM that a device needs; a lower bound if the compiler gave up"""
     fits: bool
-    moved: list[hlo.Moved]
-    packed_rows: int = 1
+    moved: list[hlo.Traffic]
+    rows_sharing_slots: int = 1
     """number of rows that share a row of slots"""
 
     @property
-    def hbm_a_device(self) -> float:
+    def hbm_per_device(self) -> float:
         return self.slice_.chip.hbm * self.slice_.chips_a_device
 
 
@@ -59,14 +59,14 @@ def capacities(config: Config, factor: float = math.inf) -> tuple[int, ...]:
     """Expected slots per row in training at `factor` times the configured boundary rates.
 
     The default is all slots, with which training starts. The slots are per row even if rows share
-    slots (`train.packed_rows`): such a run needs no more.
+    slots (`train.rows_sharing_slots`): such a run needs no more.
     """
     model, L = config.model, config.data.seq_len
-    full = Ladder.start(model, L).full
+    full = CapacitySchedule.start(model, L).full
     rates = [min(1.0, factor / s.chunking.target_ratio) for s in model.stages[:-1]]
     lengths = stage_lengths(model, L, rates)[1:]
     fullest = (needed((math.ceil(FULLEST * length),)) for length in lengths)
-    return tuple(rung(n, slots) for n, slots in zip(full, fullest))
+    return tuple(bucket(n, slots) for n, slots in zip(full, fullest))
 
 
 def compile_plan(
@@ -82,8 +82,8 @@ def compile_plan(
         folder = Path(name)
         program = _program(config, slice_, folder)
         state = sum(_device_bytes(leaf) for leaf in jax.tree.leaves(program.abstract_state))
-        packed_rows = program.ladder.packed_rows
-        plan = Plan(config, slice_, slots, None, state, math.inf, False, [], packed_rows)
+        rows_sharing_slots = program.ladder.rows_sharing_slots
+        plan = Plan(config, slice_, slots, None, state, math.inf, False, [], rows_sharing_slots)
         lowered = _lower(config, slice_, program, slots) if to_code else None
         began = time.monotonic()
         try:
@@ -95,25 +95,25 @@ def compile_plan(
         seconds = time.monotonic() - began if to_code else None
         # Use the compiler's own text: jaxlib cannot read every program of a newer libtpu.
         (text,) = folder.glob("*train_step*[._]after_optimizations.txt")
-        moved, fits = hlo.moved(text.read_text()), size <= plan.hbm_a_device
+        moved, fits = hlo.moved(text.read_text()), size <= plan.hbm_per_device
     return replace(plan, compile_seconds=seconds, hbm_bytes=size, fits=fits, moved=moved)
 
 
-def _program(config: Config, slice_: Slice, folder: Path) -> Program:
+def _program(config: Config, slice_: Slice, folder: Path) -> CompiledRun:
     """The run's program for these devices; the compiler dumps its output to `folder`."""
     dump = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
     return build(config, devices=slice_.devices, compiler_options=dump)
 
 
 def _lower(
-    config: Config, slice_: Slice, program: Program, slots: tuple[int, ...]
+    config: Config, slice_: Slice, program: CompiledRun, slots: tuple[int, ...]
 ) -> jax.stages.Lowered:
     shape = (config.data.batch_size, config.data.seq_len)
     kinds = {"input_ids": jnp.int32, "segment_ids": jnp.int32, "loss_mask": jnp.bool_}
     kinds |= {"route_ids": jnp.int32} if config.model.num_routes > 1 else {}
     sharding = batch_sharding(program.mesh)
     batch = {k: jax.ShapeDtypeStruct(shape, d, sharding=sharding) for k, d in kinds.items()}
-    capacities = tuple(program.ladder.packed_rows * n for n in slots)
+    capacities = tuple(program.ladder.rows_sharing_slots * n for n in slots)
     inputs = (program.abstract_state, batch, program.hparams)
     with assumed_cudnn(slice_):
         return program.step.lower(*inputs, capacities=capacities)

@@ -54,7 +54,7 @@ class Instruction:
 
 
 @dataclass(frozen=True)
-class Moved:
+class Traffic:
     """Bytes that one device moves in one step."""
 
     kind: str
@@ -123,10 +123,10 @@ def _closing(text: str) -> int:
     return len(text) - 1
 
 
-def moved(text: str) -> list[Moved]:
+def moved(text: str) -> list[Traffic]:
     """All traffic of a compiled step, on one device."""
     computations, entry = parse(text)
-    found: list[Moved] = []
+    found: list[Traffic] = []
     spread: set[str] = set()
     for run in _runs(computations, _Run(entry)):
         instructions = computations[run.name]
@@ -144,10 +144,10 @@ def moved(text: str) -> list[Moved]:
                 if kind == "all-reduce" and run.name.startswith("all-reduce-scatter"):
                     kind = "reduce-scatter"  # each device slices its part and receives no more
                 size = run.times * _collective_bytes(one, kind, shapes)
-                found.append(Moved(kind, part, size, run.times, *_group(one.attributes)))
+                found.append(Traffic(kind, part, size, run.times, *_group(one.attributes)))
             elif not (run.fused or _moves_nothing(one, computations)):
                 size = _traffic(one, shapes, computations)
-                found.append(Moved("hbm", part, run.times * size, run.times))
+                found.append(Traffic("hbm", part, run.times * size, run.times))
     return found
 
 

@@ -25,7 +25,7 @@ from hnet.nn.kernels.table import resolved
 from hnet.train.config import Config
 from tpu.aot import Plan, capacities, compile_plan
 from tpu.chips import open_slice
-from tpu.roofline import bytes_a_second, memory, report, size
+from tpu.roofline import bytes_per_second, memory, report, size
 
 REMAT = ("none", "dots", "layer")  # each keeps fewer activations than the one before
 BLOCKS = {"ssd_block_len": (64, 128, 256), "attention_block_len": (128, 512, 2048)}
@@ -93,7 +93,7 @@ class Search:
         """Keep a plan that fits if it is the fastest so far; returns its speed."""
         slots = capacities(plan.config, self.rate)
         settled = compile_plan(plan.config, plan.slice_, slots, to_code=False)
-        speed = bytes_a_second(settled) if settled.moved else 0.0
+        speed = bytes_per_second(settled) if settled.moved else 0.0
         if self.best is None or speed > self.speed:
             self.best, self.speed = plan, speed
         return speed
@@ -115,7 +115,7 @@ class Search:
                     return
                 state = plan.state_bytes * plan.config.mesh.fsdp / one.fsdp
                 is_slower = any(f.remat == one.remat and f.needs_no_less(one) for f in fitting)
-                too_much = state > plan.hbm_a_device or any(one.needs_no_less(f) for f in failed)
+                too_much = state > plan.hbm_per_device or any(one.needs_no_less(f) for f in failed)
                 if is_slower or too_much:
                     continue
                 fits = self.attempt(plan.config, one.options(plan.config))
@@ -148,8 +148,8 @@ def search(plan: Plan, rate: float, limit: int) -> Plan | None:
 
 
 def advice(plan: Plan) -> str:
-    if plan.state_bytes > plan.hbm_a_device:
-        needed = math.ceil(plan.state_bytes / (0.7 * plan.hbm_a_device)) * plan.config.mesh.fsdp
+    if plan.state_bytes > plan.hbm_per_device:
+        needed = math.ceil(plan.state_bytes / (0.7 * plan.hbm_per_device)) * plan.config.mesh.fsdp
         return (
             f"parameters and optimizer alone are too much: cut them, --mesh.fsdp {needed} or more"
         )

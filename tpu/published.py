@@ -29,7 +29,7 @@ from tpu.aot import Plan, capacities, compile_plan
 from tpu.bundle import code_hash
 from tpu.chips import GIB, Slice, open_slice
 from tpu.plan import REMAT
-from tpu.roofline import bytes_a_second, hbm_per_byte, kernels, peak_share, step_bound
+from tpu.roofline import bytes_per_second, hbm_per_byte, kernels, peak_share, step_bound
 
 ROWS, ROW = 256, 8192  # arXiv 2507.07955, section 3.1
 # fsdp devices: enough for the largest state, and a group in which libtpu gathers parameters and
@@ -57,7 +57,7 @@ def find(
     pairs = [(full, _settled(full)) for full in found if full.fits] or [
         (full, _settled(full)) for full in found[-1:]
     ]
-    return max(pairs, key=lambda pair: bytes_a_second(pair[1]) if pair[1].moved else 0.0)
+    return max(pairs, key=lambda pair: bytes_per_second(pair[1]) if pair[1].moved else 0.0)
 
 
 def _settled(full: Plan) -> Plan:
@@ -73,7 +73,7 @@ def fewest_micro_batches(name: str, slice_: Slice, words: list[str]) -> Plan:
         full = compile_plan(config, slice_, capacities(config), to_code=False)
         if full.fits or accumulate == most:
             return full
-        room = full.hbm_a_device - full.state_bytes
+        room = full.hbm_per_device - full.state_bytes
         needed = (full.hbm_bytes - full.state_bytes) / room if room > 0 else math.inf
         while accumulate < most and needed > 1:  # all but the state is about proportional to rows
             accumulate, needed = 2 * accumulate, needed / 2
@@ -84,12 +84,12 @@ def table_row(name: str, full: Plan, settled: Plan) -> str:
     fits = "yes" if full.fits else "settled only" if settled.fits else "no"
     speed = (
         f"{kernels(settled):,.0f}", f"{hbm_per_byte(settled) / 1e6:.1f}", step_bound(settled),
-        f"{bytes_a_second(settled):,.0f}", f"{peak_share(settled):.0%}",
+        f"{bytes_per_second(settled):,.0f}", f"{peak_share(settled):.0%}",
     )  # fmt: skip
     cells = [
         name, f"{params / 1e6:,.0f}M", full.slice_.name,
         config.model.compute.remat, config.train.accumulate,
-        _gib(full), _gib(settled), f"{full.hbm_a_device / GIB:.3g}", fits,
+        _gib(full), _gib(settled), f"{full.hbm_per_device / GIB:.3g}", fits,
         *(speed if settled.moved else ("-",) * 5),
     ]  # fmt: skip
     return "| " + " | ".join(map(str, cells)) + " |"

@@ -49,7 +49,7 @@ def _trained(plan: Plan, remat: str | None = None) -> dict[str, Cost]:
     this setting, instead of those that are executed."""
     lengths = (plan.config.data.seq_len, *plan.capacities)
     model, kernels = plan.config.model, remat is None
-    return training_flops(model, lengths, plan.packed_rows, remat=remat, kernels=kernels)
+    return training_flops(model, lengths, plan.rows_sharing_slots, remat=remat, kernels=kernels)
 
 
 def kernels(plan: Plan, part: str | None = None) -> float:
@@ -89,7 +89,7 @@ def peak_share(plan: Plan) -> float:
     return useful / step_seconds(plan) / peak
 
 
-def bytes_a_second(plan: Plan) -> float:
+def bytes_per_second(plan: Plan) -> float:
     """Upper bound on bytes of text per second on the slice."""
     return plan.config.data.batch_size * plan.config.data.seq_len / step_seconds(plan)
 
@@ -111,7 +111,7 @@ def memory(plan: Plan) -> str:
         f"{config.data.seq_len} bytes, slots {plan.capacities}{code}\n"
         f"  memory a device: state {size(plan.state_bytes)}, activations and temporaries "
         f"{least}{size(rest)}, together {least}{size(plan.hbm_bytes)} of "
-        f"{size(plan.hbm_a_device)}: {'fits' if plan.fits else 'DOES NOT FIT'}"
+        f"{size(plan.hbm_per_device)}: {'fits' if plan.fits else 'DOES NOT FIT'}"
     )
 
 
@@ -122,10 +122,10 @@ def report(plan: Plan) -> str:
     lines = [
         f"parameters {sum(params.values()):,} (embedding {params['embeddings']:,})",
         "",
-        *_flops_table(config, plan.packed_rows),
+        *_flops_table(config, plan.rows_sharing_slots),
     ]
     lines += ["", "collectives a device and step (bytes sent, for a ring):"]
-    kinds: dict[tuple[str, int], list[hlo.Moved]] = {}
+    kinds: dict[tuple[str, int], list[hlo.Traffic]] = {}
     for m in plan.moved:
         if m.kind != "hbm":
             kinds.setdefault((m.kind, m.group), []).append(m)
@@ -149,19 +149,19 @@ def _parts_table(plan: Plan) -> list[str]:
     lines += [
         f"  {'all':<24}{kernels(plan):10,.0f}{hbm_bytes(plan) / 1e9:10.3g}{sums}",
         f"  a step: {1e3 * step_seconds(plan):.3g} ms at least, mostly bound by "
-        f"{step_bound(plan)}: {bytes_a_second(plan):,.0f} bytes/s and "
+        f"{step_bound(plan)}: {bytes_per_second(plan):,.0f} bytes/s and "
         f"{100 * peak_share(plan):.0f}% of the peak at most; "
         f"{hbm_per_byte(plan) / 1e6:.3g} MB of HBM per byte of text",
     ]
     return lines
 
 
-def _flops_table(config: Config, packed_rows: int) -> list[str]:
+def _flops_table(config: Config, rows_sharing_slots: int) -> list[str]:
     L, model = config.data.seq_len, config.model
     lines = ["MFLOPs a byte by boundary rate, in slots that training would choose:"]
     lengths = {factor: (L, *capacities(config, factor)) for factor in RATES}
-    parts = [forward_flops(model, each, packed_rows) for each in lengths.values()]
-    trained = [total(training_flops(model, each, packed_rows)) for each in lengths.values()]
+    parts = [forward_flops(model, each, rows_sharing_slots) for each in lengths.values()]
+    trained = [total(training_flops(model, each, rows_sharing_slots)) for each in lengths.values()]
     rows = {part: [p[part].total for p in parts] for part in parts[0]}
     rows |= {"forward": [total(p) for p in parts], "training": trained}
     lines.append(f"  {'rate / configured':<24}" + "".join(f"{factor:>10g}" for factor in RATES))

@@ -33,7 +33,7 @@ from hnet.data import open_corpus, train_batches
 from hnet.errors import ConfigError
 from hnet.fields import Count
 from hnet.outputs import new_file, write_new
-from hnet.runtime.cpu import keep_freed_memory, one_device_a_core
+from hnet.runtime.cpu import keep_freed_memory, one_device_per_core
 from hnet.train.config import Config
 
 Measure = Literal["step", "parts", "lengths", "pretrain", "input", "decode"]
@@ -150,7 +150,7 @@ def show(found: dict[str, Any]) -> None:
         )  # fmt: skip
         for row in part["steps"]:
             table.add_row(
-                row["what"], f"{row['fraction']:g}", f"{row['mflops_a_byte']:.2f}",
+                row["what"], f"{row['fraction']:g}", f"{row['mflops_per_byte']:.2f}",
                 f"{row['bytes_per_sec']:,.0f}", f"{row['bytes_per_sec_over_gflops']:.1f}",
                 f"{row['achieved_over_matmul']:.2f}", f"{row.get('main_network_ms', 0):.0f}",
                 f"{row['forward_bytes_per_sec']:,.0f}", f"{row['compile_seconds']:.1f}",
@@ -183,7 +183,7 @@ def main() -> None:
     config = parse(Benchmark)
     if config.json:
         new_file(config.json, "json")
-    one_device_a_core(config.batch_size)
+    one_device_per_core(config.batch_size)
     found = measure(config)
     show(found)
     if config.json:

@@ -36,8 +36,8 @@ from hnet.nn.kernels.table import KERNELS
 from hnet.nn.kernels.tuned import Choice, Row, Tuned
 from hnet.nn.ssd import ssd, ssd_reference
 from hnet.outputs import new_file, write_new
+from hnet.train.compiled_run import rows_packed
 from hnet.train.config import Config
-from hnet.train.program import rows_packed
 
 LENGTHS = {"attention_backend": (64, 128, 256, 512, 1024, 2048), "ssd_backend": (32, 64, 128, 256)}
 CHECKED = 509  # positions of the row that is compared with the reference

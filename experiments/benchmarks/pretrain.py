@@ -11,9 +11,9 @@ import jax
 from experiments.benchmarks.step import random_batch
 from hnet.runtime.distributed import StopRequest
 from hnet.train import loop
+from hnet.train.compiled_run import build, put_batch
 from hnet.train.config import Config
 from hnet.train.observer import Observer
-from hnet.train.program import build, put_batch
 
 
 class Paced(Observer):

@@ -26,13 +26,13 @@ from experiments.benchmarks.sweep import SweepBenchmark, learning_rates
 from experiments.configs import run_config
 from hnet.command_line import parse, run
 from hnet.data import open_corpus
-from hnet.train import population
+from hnet.train import parallel_runs
+from hnet.train.compiled_run import CompiledRun, build, put_batch, traced_numbers
 from hnet.train.config import Config
-from hnet.train.program import Program, build, put_batch, traced_numbers
 
 
 @dataclass
-class Way:
+class Run:
     """Differences of one run between both programs, one number per step."""
 
     gradient: list[float]
@@ -81,21 +81,21 @@ def _short(columns) -> float:
     return float(f"{max((max(column, default=0.0) for column in columns), default=0.0):.1e}")
 
 
-def compare(configs: list[Config], devices: list | None = None, **build_options: Any) -> list[Way]:
+def compare(configs: list[Config], devices: list | None = None, **build_options: Any) -> list[Run]:
     """Train the runs in one program and separately, with all chunk slots."""
     devices = jax.devices() if devices is None else devices
-    together = population.build(configs, devices=devices, **build_options)
+    together = parallel_runs.build(configs, devices=devices, **build_options)
     by_seed = {c.seed: build(c, devices=devices, **build_options) for c in configs}
     alone = by_seed[configs[0].seed]  # the others differ only in traced values
     hparams = [traced_numbers(config) for config in configs]
     cut = jax.jit(partial(_cut, graph=alone.graph))
-    corpus, ways = open_corpus(configs[0].data), [Way([], [], [], [], []) for _ in configs]
+    corpus, ways = open_corpus(configs[0].data), [Run([], [], [], [], []) for _ in configs]
     many = together.init()
     one = [by_seed[config.seed].init() for config in configs]
     near = [by_seed[config.seed].init() for config in configs]
     up = jax.jit(partial(jax.tree.map, lambda x: jnp.nextafter(x, jnp.full_like(x, jnp.inf))))
     near = [state._replace(params=up(state.params)) for state in near]
-    with population.open_batches(configs, corpus, 0) as batches:
+    with parallel_runs.open_batches(configs, corpus, 0) as batches:
         batch = next(batches)
         for _ in range(configs[0].train.steps):
             old = [_moment(state) for state in one]
@@ -130,12 +130,12 @@ def _cut(params: Any, input_ids_BL: jax.Array, segment_ids_BL: jax.Array, *, gra
     return flat([r.boundary_prob_BL for r in routes]), flat([r.boundary_mask_BL for r in routes])
 
 
-def _step(program: Program, state: Any, batch: list, hparams: Any):
-    fed = population.put_batches(batch, program.mesh)
+def _step(program: CompiledRun, state: Any, batch: list, hparams: Any):
+    fed = parallel_runs.put_batches(batch, program.mesh)
     return program.step(state, fed, hparams, capacities=program.ladder.capacities)
 
 
-def _stacked(states: list, program: Program) -> Any:
+def _stacked(states: list, program: CompiledRun) -> Any:
     """States of single runs as the state of the joint program, which repeats the last run."""
     states = [*states, *[states[-1]] * (-len(states) % program.mesh.shape["runs"])]
     return jax.tree.map(

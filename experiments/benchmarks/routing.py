@@ -30,10 +30,10 @@ from hnet.data.scripts import SCRIPTS
 from hnet.errors import ConfigError
 from hnet.fields import Bounds, Count, Natural
 from hnet.nn.context import Context
-from hnet.runtime.cpu import one_device_a_core
+from hnet.runtime.cpu import one_device_per_core
 from hnet.stage import make_predictor
+from hnet.train.compiled_run import CompiledRun, build, on_mesh, put_batch
 from hnet.train.config import Config
-from hnet.train.program import Program, build, on_mesh, put_batch
 from hnet.train.sharding import replicated
 
 BYTES_PER_CHUNK = 4  # sets the chunk slots of a step
@@ -61,7 +61,7 @@ def main() -> None:
     if base.model.num_routes > 1 or not base.model.num_chunked:
         raise ConfigError(f"config={options.config!r}: give one that cuts, with one route")
     rows = options.rows or base.data.batch_size
-    one_device_a_core(rows)
+    one_device_per_core(rows)
     base, calls = replace(base, data=replace(base.data, batch_size=rows)), {}
     for routes in 1, options.routes:
         config = with_routes(base, routes)
@@ -124,10 +124,10 @@ def router_call(
     return lambda: both(params, x_BLD, route_ids_BL)
 
 
-def step_call(program: Program, config: Config, fed: dict[str, jax.Array]) -> Callable:
+def step_call(program: CompiledRun, config: Config, fed: dict[str, jax.Array]) -> Callable:
     """One update after the other."""
     state = program.init()
-    slots = program.ladder.packed_rows * config.data.seq_len // BYTES_PER_CHUNK
+    slots = program.ladder.rows_sharing_slots * config.data.seq_len // BYTES_PER_CHUNK
 
     def call():
         nonlocal state

@@ -23,8 +23,8 @@ from hnet.flops import total, training_flops
 from hnet.loss import next_byte_nll
 from hnet.nn.context import Context
 from hnet.nn.layers import segment_positions
+from hnet.train.compiled_run import build, put_batch
 from hnet.train.config import Config
-from hnet.train.program import build, put_batch
 from hnet.train.sharding import batch_sharding
 
 MAIN = "stage1/main_network"
@@ -81,8 +81,10 @@ class Step:
         program = build(config)
         self.mesh, self.graph, self.state = program.mesh, program.graph, program.init()
         self.batch, self.hparams = put_batch(random_batch(config), program.mesh), program.hparams
-        packed_rows = program.ladder.packed_rows  # rows that share the slots of a stage
-        how = {"capacities": tuple(packed_rows * n for n in self.lengths[1:])}
+        rows_sharing_slots = (
+            program.ladder.rows_sharing_slots
+        )  # rows that share the slots of a stage
+        how = {"capacities": tuple(rows_sharing_slots * n for n in self.lengths[1:])}
         began = time.perf_counter()
         self.step = program.step.lower(self.state, self.batch, self.hparams, **how).compile()
         self.compile_seconds = time.perf_counter() - began
@@ -110,7 +112,7 @@ class Step:
             "what": self.label,
             "fraction": self.fraction,
             "batch": [data.batch_size, data.seq_len],
-            "mflops_a_byte": flops / num_bytes / 1e6,
+            "mflops_per_byte": flops / num_bytes / 1e6,
             "bytes_per_sec": num_bytes / seconds,
             "bytes_per_sec_over_gflops": num_bytes / seconds / gflops,
             "achieved_over_matmul": flops / seconds / 1e9 / gflops,

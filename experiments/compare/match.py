@@ -21,8 +21,8 @@ from hnet.decode.segment import segment_all, segmenter
 from hnet.errors import ConfigError
 from hnet.flops import param_counts, stage_lengths, total, training_flops
 from hnet.model import abstract, init_params
+from hnet.train.compiled_run import build, put_batch, rows_packed
 from hnet.train.config import Config
-from hnet.train.program import build, put_batch, rows_packed
 
 WIDEST = 4096
 CLOSE = 0.01  # relative difference of the cost below which no better widths are looked for
@@ -50,9 +50,10 @@ def seconds_per_byte(
     """Median seconds of a training step on this machine, per source byte."""
     program = build(config)
     state, slots = program.init(), stage_lengths(config.model, config.data.seq_len, rates)[1:]
-    packed_rows = program.ladder.packed_rows
+    rows_sharing_slots = program.ladder.rows_sharing_slots
     capacities = tuple(
-        min(full, math.ceil(1.1 * packed_rows * n)) for full, n in zip(program.ladder.full, slots)
+        min(full, math.ceil(1.1 * rows_sharing_slots * n))
+        for full, n in zip(program.ladder.full, slots)
     )
     groups, seconds = config.model.route_groups, []
     with train_batches(corpus, config.data, seed=0, route_groups=groups) as batches:

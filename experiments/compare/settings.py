@@ -65,7 +65,7 @@ class Compare(Sections):
     """number of bytes per generated text"""
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig(learning_rate=2e-3)
-    train: TrainConfig = TrainConfig(steps=256, packed_rows=8)
+    train: TrainConfig = TrainConfig(steps=256, rows_sharing_slots=8)
     eval: EvalConfig = EvalConfig(every=0)
     checkpoint: CheckpointConfig = CheckpointConfig(every=100, keep=1)
 

@@ -25,7 +25,7 @@ from hnet.data.tokens import read_vocabulary
 from hnet.errors import ConfigError
 from hnet.fields import differences, to_json
 from hnet.model import abstract
-from hnet.train.config import Config, ControllerConfig, config_from_json
+from hnet.train.config import Config, RateControlConfig, config_from_json
 
 TOKEN_NETWORK = "bytes_transformer"
 SAMPLE_TEXTS, SAMPLE_BYTES = 32, 512  # training text on which rates of rules are counted
@@ -121,9 +121,9 @@ def common(settings: Compare, name: str) -> Config:
     shared = {section: getattr(settings, section) for section in SHARED}
     model = named.model
     if any(stage.chunking.loss_by_row for stage in model.stages[1:-1]):
-        shared["train"] = replace(settings.train, packed_rows=1)
-    if named.controller != ControllerConfig():
-        shared["controller"] = named.controller
+        shared["train"] = replace(settings.train, rows_sharing_slots=1)
+    if named.rate_control != RateControlConfig():
+        shared["rate_control"] = named.rate_control
     if named.data.labels:
         shared["data"] = replace(settings.data, labels=named.data.labels)
     steps = settings.bytes // (settings.data.batch_size * settings.data.seq_len)
@@ -134,7 +134,7 @@ def common(settings: Compare, name: str) -> Config:
 
 
 SHARED = (
-    "data", "optim", "controller", "train", "eval", "checkpoint", "mesh", "distributed",
+    "data", "optim", "rate_control", "train", "eval", "checkpoint", "mesh", "distributed",
     "watchdog", "profile",
 )  # fmt: skip
 

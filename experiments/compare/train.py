@@ -15,9 +15,9 @@ from hnet.fields import to_json
 from hnet.runtime.distributed import StopRequest
 from hnet.train.config import Config
 from hnet.train.evaluate import Evaluation
-from hnet.train.loop import Position, StopRun, train
+from hnet.train.loop import RunState, StopRun, train
 from hnet.train.metrics_file import MetricsFile, read_metrics
-from hnet.train.population import Outcome, train_population
+from hnet.train.parallel_runs import Outcome, train_population
 from hnet.train.workdir import claim_workdir, run_inputs
 
 TOGETHER = "together"  # folder of the program that trains several seeds
@@ -96,7 +96,7 @@ def _write_run(run: Config, outcome: Outcome, r: int, corpus: Corpus) -> None:
     """A work directory of run r of a program, as if it had been trained by itself."""
     state = jax.tree.map(lambda leaf: leaf[r], outcome.state)
     done = outcome.step
-    position = Position(data=done, settled=done, evaluated=done)
+    position = RunState(data=done, settled=done, evaluated=done)
     claim_workdir(run, run_inputs(run, corpus))
     once = replace(run.checkpoint, asynchronous=False)
     with Checkpointer(run.workdir, once) as checkpoints:

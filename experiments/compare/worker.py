@@ -27,7 +27,7 @@ from hnet.data.tokenizers import TOKENIZERS
 from hnet.errors import ConfigError, Failed
 from hnet.fields import differences, from_json, read_json, to_json
 from hnet.runtime.compile_cache import enable_compilation_cache
-from hnet.runtime.cpu import one_device_a_core
+from hnet.runtime.cpu import one_device_per_core
 from hnet.runtime.distributed import REQUEUE_EXIT_CODE, StopRequest
 from hnet.train.lock import DirectoryLock, Locked
 
@@ -64,7 +64,7 @@ class Comparison:
         """Train what is free and write the tables; returns the exit code."""
         alone = len(self.seeds) == 1
         rows = self.settings.data.batch_size // self.settings.train.accumulate
-        one_device_a_core(rows if alone else len(self.seeds))
+        one_device_per_core(rows if alone else len(self.seeds))
         enable_compilation_cache()
         with StopRequest() as stop:
             systems = self._planned(stop)

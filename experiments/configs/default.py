@@ -22,7 +22,7 @@ def config() -> Config:
         ),
         workdir="runs/default",
         optim=OptimConfig(learning_rate=2e-3),
-        train=TrainConfig(steps=180, packed_rows=8),
+        train=TrainConfig(steps=180, rows_sharing_slots=8),
         eval=EvalConfig(every=90, max_bytes=16_384),
         checkpoint=CheckpointConfig(every=90),
     )

@@ -35,6 +35,6 @@ def config() -> Config:
     return replace(
         base,
         workdir="runs/mixed_scripts_routed",
-        controller=replace(base.controller, fit_default=True),
+        rate_control=replace(base.rate_control, fit_default=True),
         model=replace(base.model, stages=stages, route_groups=groups),
     )

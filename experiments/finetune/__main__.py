@@ -20,7 +20,7 @@ from experiments.configs import run_config
 from hnet.command_line import OneLineParser, number, run
 from hnet.errors import ConfigError
 from hnet.runtime.compile_cache import enable_compilation_cache
-from hnet.runtime.cpu import one_device_a_core
+from hnet.runtime.cpu import one_device_per_core
 from hnet.train.command import train_to_end
 from hnet.train.config import Config, InitConfig, MeshConfig
 from hnet.train.metrics_file import read_metrics
@@ -47,7 +47,7 @@ def main() -> int:
         raise ConfigError("init.from is empty: give the checkpoint to fine-tune")
     texts = dict(map(_text, options.text))
     if base.mesh == MeshConfig():
-        one_device_a_core(base.data.batch_size // base.train.accumulate)
+        one_device_per_core(base.data.batch_size // base.train.accumulate)
     enable_compilation_cache()
     table = Table("text", *(escape(row) for row in options.rows), box=None)
     for name, (train, heldout) in texts.items():

@@ -105,7 +105,7 @@ def plan(options: argparse.Namespace, base: Config) -> int:
         rows.append({**asdict(point), "memory": memory, "memory_from": kind, "runs": runs, **sizes})
         table.append([
             point.name, str(point.layers), f"{point.parameters / 1e6:.2f}M",
-            f"{point.flops_a_byte / 1e6:.2f}", f"{point.mismatch:+.1%}",
+            f"{point.flops_per_byte / 1e6:.2f}", f"{point.mismatch:+.1%}",
             f"{point.train_bytes / 1e6:,.1f}M", f"{point.steps:,}",
             f"{point.batch_size} x {point.seq_len}", f"{point.learning_rate:.2e}",
             f"{point.train_flops:.2e}", f"{memory / 2**30:.2f} GiB {kind}",

@@ -38,10 +38,10 @@ class Point:
     layers: int
     """number of layers of the main network"""
     parameters: int
-    flops_a_byte: float
+    flops_per_byte: float
     """FLOPs per byte of the forward pass"""
     mismatch: float
-    """relative difference of flops_a_byte from that of the level"""
+    """relative difference of flops_per_byte from that of the level"""
     train_bytes: int
     steps: int
     batch_size: int
@@ -110,7 +110,9 @@ def make_model(
     return HNetConfig((first, second, main))
 
 
-def flops_a_byte(family: Family, model: HNetConfig, seq_len: int, bytes_per_token: float) -> float:
+def flops_per_byte(
+    family: Family, model: HNetConfig, seq_len: int, bytes_per_token: float
+) -> float:
     """Forward FLOPs per byte over rows of `seq_len` bytes."""
     rates = tuple(1 / size for size in CHUNK_BYTES.get(family, ()))
     positions = seq_len / bytes_per_token if family == "bpe" else seq_len
@@ -159,12 +161,12 @@ def make_points(
     for level in levels:
         usual = mlp_width(level)
         reference = make_model("bpe", level, level, depth(level), usual, vocab_size)
-        target = flops_a_byte("bpe", reference, seq_len, bytes_per_token)
+        target = flops_per_byte("bpe", reference, seq_len, bytes_per_token)
         parts = param_counts(reference)
         size = sum(parts.values()) - parts["embeddings"] - parts["lm_head"]
         steps = max(1, round(bytes_per_parameter * size / (batch * seq_len)))
         for family in families:
-            cost = lambda m, f=family: flops_a_byte(f, m, seq_len, bytes_per_token)
+            cost = lambda m, f=family: flops_per_byte(f, m, seq_len, bytes_per_token)
             layers, model = depth(level), reference
             if family != "bpe":
                 layers, model = _matched(family, level, cost, target)

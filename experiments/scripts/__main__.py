@@ -46,9 +46,9 @@ from hnet.inspect.tokens import train_bpe
 from hnet.parts import settings_of
 from hnet.runtime.compile_cache import enable_compilation_cache
 from hnet.train.command import train_to_end
-from hnet.train.config import Config, ControllerConfig
+from hnet.train.compiled_run import run_batches
+from hnet.train.config import Config, RateControlConfig
 from hnet.train.loop import Outcome
-from hnet.train.program import run_batches
 
 LINES_A_DOCUMENT = 8
 LAST = 100  # number of last updates whose batches the rates are measured on
@@ -134,7 +134,7 @@ def print_rates(settings: Config, outcome: Outcome) -> None:
             for batch in islice(batches, settings.train.steps - start)
         )
     heldout = outcome.evaluation.positions_per_chunk(0)
-    if settings.controller.fit_default:
+    if settings.rate_control.fit_default:
         batches = eval_batches(outcome.corpus.heldout, data, route_groups=groups)
         heldout |= sizes(in_unknown_scripts(batches, settings.seed))
         last.pop(names[0], None)
@@ -252,9 +252,9 @@ DTP = {
 def _one_network(found: Calibration, **chunking) -> Config:
     """The baseline's run with routes and their calibrated targets, which only losses act on."""
     base = with_routes(mixed_scripts_single.config(), found)
-    base = replace(base, controller=ControllerConfig())
+    base = replace(base, rate_control=RateControlConfig())
     if any(settings_of(loss, LOSSES).part.is_by_row for loss in chunking["losses"]):
-        base = replace(base, train=replace(base.train, packed_rows=1))
+        base = replace(base, train=replace(base.train, rows_sharing_slots=1))
     return _with_chunking(base, hold_rate=False, **chunking)
 
 

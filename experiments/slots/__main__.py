@@ -29,9 +29,9 @@ from hnet.errors import ConfigError
 from hnet.fields import read_json, to_json
 from hnet.runtime.compile_cache import enable_compilation_cache
 from hnet.sweep.interval import interval
+from hnet.train.compiled_run import build, put_batch, put_whole_batch, run_evaluation
 from hnet.train.config import Config
 from hnet.train.evaluate import Evaluation
-from hnet.train.program import build, put_batch, put_whole_batch, run_evaluation
 
 FOLLOW = 0  # the share of the row whose slots follow the counts
 COLUMNS = ("bpb", "bpb_clipped", "clipped", "bytes_per_second")
@@ -96,7 +96,7 @@ def row_of(config: Config, corpus: Corpus, share: int, folder: Path) -> dict[str
 def train(config: Config, corpus: Corpus, share: int) -> dict[str, float]:
     """Train with L/share slots per row, or with slots that follow the counts (FOLLOW)."""
     if share:  # rows do not share slots: each has its own L/share
-        config = replace(config, train=replace(config.train, packed_rows=1))
+        config = replace(config, train=replace(config.train, rows_sharing_slots=1))
     program = build(config)
     state, ladder = program.init(), program.ladder
     fixed = (math.ceil(config.data.seq_len / share),) if share else None

@@ -17,9 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from hnet.checkpoint import leaves as lv
-from hnet.checkpoint import manifest as mf
-from hnet.checkpoint import step_folders as sf
+from hnet.checkpoint import leaves, manifest, step_folders
 from hnet.checkpoint.manifest import Damaged, Manifest
 from hnet.checkpoint.quiet import quiet_orbax
 from hnet.checkpoint.settings import CheckpointConfig
@@ -68,7 +66,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     """Saves to and restores from ``workdir``; all processes make the same calls."""
 
     def __init__(self, workdir: str | os.PathLike, config: CheckpointConfig = CheckpointConfig()):
-        self.folder = sf.checkpoint_folder(workdir)
+        self.folder = step_folders.checkpoint_folder(workdir)
         self.config = config
         self.last_save: SaveTimes | None = None
         # A synchronous save copies at most 1 GB of arrays to the host at a time, not all of them.
@@ -91,7 +89,7 @@ class Checkpointer(contextlib.AbstractContextManager):
 
     def steps(self) -> list[int]:
         """Steps whose save finished, oldest first, damaged ones included; empty for a new run."""
-        return sf.list_saved(self.folder)
+        return step_folders.list_saved(self.folder)
 
     def latest_good_step(self, latest: int | None = None) -> int | None:
         """Newest step whose manifest and files verify (``restore`` also compares the values).
@@ -99,7 +97,9 @@ class Checkpointer(contextlib.AbstractContextManager):
         latest: largest step to consider; default: no limit.
         """
         steps = [s for s in self.steps() if latest is None or s <= latest]
-        good = next((s for s in reversed(steps) if not sf.why_not(self.folder / str(s))), None)
+        good = next(
+            (s for s in reversed(steps) if not step_folders.why_not(self.folder / str(s))), None
+        )
         step = distributed.exchange("checkpoint/latest", "" if good is None else str(good))[0]
         return int(step) if step else None
 
@@ -111,7 +111,7 @@ class Checkpointer(contextlib.AbstractContextManager):
         if step is None and (step := self.latest_good_step()) is None:
             raise ConfigError(f"no usable checkpoint in {self.folder}: train there first")
         try:
-            return mf.read(self.folder / str(step))
+            return manifest.read(self.folder / str(step))
         except Damaged as e:
             raise ConfigError(f"checkpoint {self.folder / str(step)}: {e}") from None
 
@@ -125,13 +125,13 @@ class Checkpointer(contextlib.AbstractContextManager):
         """
         start = time.monotonic()
         error = self._outcome(wait=True)
-        named, _ = lv.flatten(state)
-        arrays = {path: lv.raw(leaf) for path, leaf in named.items()}
-        sums = lv.checksums(arrays)
-        schema = lv.describe(named)
-        leaves = {path: schema[path] | {"checksum": sums[path]} for path in named}
-        manifest = mf.make_manifest(step, leaves, extras)
-        answer = error or self._make_room(step, leaves)
+        named, _ = leaves.flatten(state)
+        arrays = {path: leaves.raw(leaf) for path, leaf in named.items()}
+        sums = leaves.checksums(arrays)
+        schema = leaves.describe(named)
+        leaf_of = {path: schema[path] | {"checksum": sums[path]} for path in named}
+        record = manifest.make_manifest(step, leaf_of, extras)
+        answer = error or self._make_room(step, leaf_of)
         answers = distributed.exchange("checkpoint/save", answer, self.config.timeout_seconds)
         if errors := [a for a in answers if a not in ("", _SAVED)]:
             raise CheckpointError(errors[0])
@@ -140,47 +140,49 @@ class Checkpointer(contextlib.AbstractContextManager):
         import orbax.checkpoint as ocp
 
         # Orbax stores no empty arrays; their shape and dtype are in the manifest.
-        tree = lv.nest({path: x for path, x in arrays.items() if x.size})
+        tree = leaves.nest({path: x for path, x in arrays.items() if x.size})
         try:
             in_chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
             arguments = ocp.args.PyTreeSave(
                 tree, in_chunks, ocdbt_target_data_file_size=_FILE_BYTES
             )
-            self._orbax.save(self.folder / str(step) / sf.STATE, args=arguments)
+            self._orbax.save(self.folder / str(step) / step_folders.STATE, args=arguments)
         except Exception as e:
             self._has_failed = True
             raise CheckpointError(_failure(step, e)) from e
         blocking = time.monotonic() - start
         self._saving_step = step
-        self._saving = self._pool.submit(self._finish, manifest, start, blocking)
+        self._saving = self._pool.submit(self._finish, record, start, blocking)
         if not self.config.asynchronous:
             self.wait()
         return True
 
-    def _finish(self, manifest: Manifest, start: float, blocking: float) -> None:
+    def _finish(self, record: Manifest, start: float, blocking: float) -> None:
         """In the background: wait for all hosts' arrays, write the manifest, delete old steps."""
         self._orbax.wait_until_finished()
         num_bytes = 0
         if distributed.host_id() == 0:
-            folder = self.folder / str(manifest.step)
-            manifest = replace(manifest, files=mf.list_files(folder))
-            mf.write(folder, manifest)
-            (folder / mf.PENDING_NAME).unlink()
-            mf.check_files(folder, mf.read(folder))  # read back before old ones are deleted
-            num_bytes = manifest.num_bytes
+            folder = self.folder / str(record.step)
+            record = replace(record, files=manifest.list_files(folder))
+            manifest.write(folder, record)
+            (folder / manifest.PENDING_NAME).unlink()
+            manifest.check_files(
+                folder, manifest.read(folder)
+            )  # read back before old ones are deleted
+            num_bytes = record.num_bytes
             try:
-                sf.tidy(folder, self.config.keep, self.config.keep_every)
+                step_folders.tidy(folder, self.config.keep, self.config.keep_every)
             except OSError as e:
                 log.warning("old checkpoints could not be deleted: %s", first_line(e))
         total = time.monotonic() - start
-        self.last_save = SaveTimes(manifest.step, blocking, total, num_bytes)
+        self.last_save = SaveTimes(record.step, blocking, total, num_bytes)
 
-    def _make_room(self, step: int, leaves: dict[str, dict]) -> str:
+    def _make_room(self, step: int, leaf_of: dict[str, dict]) -> str:
         """Process 0 prepares the folder; returns "", _SAVED (nothing to do) or an error message."""
         if distributed.host_id():
             return ""
         try:
-            return "" if sf.make_room(self.folder / str(step), leaves) else _SAVED
+            return "" if step_folders.make_room(self.folder / str(step), leaf_of) else _SAVED
         except OSError as e:
             return _failure(step, e)
 
@@ -224,9 +226,9 @@ class Checkpointer(contextlib.AbstractContextManager):
         """Rename the checkpoints of later steps, because the run continues from this one."""
 
         def rename() -> None:
-            for later in sf.list_steps(self.folder):
+            for later in step_folders.list_steps(self.folder):
                 if later > step:
-                    sf.set_aside(self.folder / str(later))
+                    step_folders.set_aside(self.folder / str(later))
 
         distributed.on_first_host("checkpoint/aside", rename)
 
@@ -247,8 +249,8 @@ class Checkpointer(contextlib.AbstractContextManager):
         architecture or dtype, if no step is usable, or if ``step`` is not usable.
         """
         self.wait()
-        wanted, treedef = lv.flatten(abstract_state, only)
-        folders = ",".join(map(str, sf.list_steps(self.folder)))
+        wanted, treedef = leaves.flatten(abstract_state, only)
+        folders = ",".join(map(str, step_folders.list_steps(self.folder)))
         found = distributed.exchange("checkpoint/list", folders)[0]
         steps = [int(s) for s in found.split(",") if s and (latest is None or int(s) <= latest)]
         if step is not None and step not in steps:
@@ -271,25 +273,27 @@ class Checkpointer(contextlib.AbstractContextManager):
     def _try_restore(self, step: int, wanted: dict[str, Any], only: str) -> tuple[dict, dict, str]:
         """(arrays by path, extras, reason to reject or ""); the reason is the same on all hosts."""
         folder = self.folder / str(step)
-        if why := self._agree(sf.why_not(folder)):
+        if why := self._agree(step_folders.why_not(folder)):
             return {}, {}, why
-        manifest = mf.read(folder)
+        record = manifest.read(folder)
         below = f"{only}/" if only else ""
-        saved = {p: leaf for p, leaf in manifest.leaves.items() if f"{p}/".startswith(below)}
-        lv.check_schema(str(folder), saved, lv.describe(wanted), cast_dtype=self.config.cast_dtype)
+        saved = {p: leaf for p, leaf in record.leaves.items() if f"{p}/".startswith(below)}
+        leaves.check_schema(
+            str(folder), saved, leaves.describe(wanted), cast_dtype=self.config.cast_dtype
+        )
         one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shardings = {p: getattr(x, "sharding", None) or one_device for p, x in wanted.items()}
         arrays, why = {}, ""
         try:
-            arrays = read_arrays(self._orbax, folder, manifest, shardings)
+            arrays = read_arrays(self._orbax, folder, record, shardings)
         except Damaged as e:
             why = str(e)
         except Exception as e:  # Orbax raises many types for damaged files
             why = f"it cannot be read ({first_line(e)})"
         if why := self._agree(why):
             return {}, {}, why
-        named = {path: lv.as_wanted(arrays[path], leaf) for path, leaf in wanted.items()}
-        return named, manifest.extras, ""
+        named = {path: leaves.as_wanted(arrays[path], leaf) for path, leaf in wanted.items()}
+        return named, record.extras, ""
 
     def _agree(self, why: str) -> str:
         """Reason to reject a step, of the first host that has one; "" if no host has one."""

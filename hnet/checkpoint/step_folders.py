@@ -8,7 +8,7 @@ import os
 
 from etils import epath
 
-from hnet.checkpoint import manifest as mf
+from hnet.checkpoint import manifest
 from hnet.errors import ConfigError, first_line
 from hnet.fields import shown
 
@@ -54,14 +54,14 @@ def list_steps(folder: epath.Path) -> list[int]:
 
 def list_saved(folder: epath.Path) -> list[int]:
     """Steps with a manifest, oldest first: all whose save finished, damaged ones included."""
-    return [s for s in list_steps(folder) if (folder / str(s) / mf.FILE_NAME).exists()]
+    return [s for s in list_steps(folder) if (folder / str(s) / manifest.FILE_NAME).exists()]
 
 
 def why_not(folder: epath.Path) -> str:
     """Reason why manifest or file sizes of a step do not verify; "" if they do."""
     try:
-        mf.check_files(folder, mf.read(folder))
-    except (mf.Damaged, OSError) as e:
+        manifest.check_files(folder, manifest.read(folder))
+    except (manifest.Damaged, OSError) as e:
         return str(e)
     return ""
 
@@ -74,11 +74,11 @@ def make_room(folder: epath.Path, leaves: dict[str, dict]) -> bool:
     if is_unfinished(folder):
         folder.rmtree()
     elif folder.exists():
-        if not why_not(folder) and mf.read(folder).leaves == leaves:
+        if not why_not(folder) and manifest.read(folder).leaves == leaves:
             return False
         set_aside(folder)
     folder.mkdir(parents=True)
-    (folder / mf.PENDING_NAME).write_text("")
+    (folder / manifest.PENDING_NAME).write_text("")
     return True
 
 
@@ -97,8 +97,10 @@ def tidy(newest: epath.Path, keep: int, keep_every: int) -> None:
             set_aside(folder)
         elif num_good < keep:
             num_good += not why_not(folder)
-        elif not (keep_every and step % keep_every == 0) and (folder / mf.FILE_NAME).exists():
-            (folder / mf.FILE_NAME).replace(folder / mf.DELETING_NAME)  # never half a checkpoint
+        elif not (keep_every and step % keep_every == 0) and (folder / manifest.FILE_NAME).exists():
+            (folder / manifest.FILE_NAME).replace(
+                folder / manifest.DELETING_NAME
+            )  # never half a checkpoint
             folder.rmtree()
 
 
@@ -107,10 +109,10 @@ def is_unfinished(folder: epath.Path) -> bool:
     if not folder.is_dir():
         return False
     names = {p.name for p in folder.iterdir()}
-    if mf.DELETING_NAME in names:
+    if manifest.DELETING_NAME in names:
         return True
-    if mf.PENDING_NAME in names:
-        return mf.FILE_NAME not in names
+    if manifest.PENDING_NAME in names:
+        return manifest.FILE_NAME not in names
     return all(name.startswith(f"{STATE}.orbax-checkpoint-tmp") for name in names)
 
 

@@ -81,7 +81,7 @@ def decide(
     context: Context,
     capacity: int,
     *,
-    has_null: bool = False,
+    has_null_chunk: bool = False,
     relaxed_prob_BL: jax.Array | None = None,
     rows_sharing_slots: int = 1,
     allowed_BL: jax.Array | None = None,
@@ -89,7 +89,8 @@ def decide(
 ) -> Boundaries:
     """Boundaries where p > 0.5 (strictly, as in the official code), clipped to the capacity.
 
-    has_null: each segment begins with a null chunk; otherwise its first position is a boundary.
+    has_null_chunk: each segment begins with a null chunk; otherwise its first position is a
+        boundary.
     relaxed_prob_BL: relaxed sample thresholded at 0.5 instead of p (training with noise).
     allowed_BL: positions that can be boundaries (the first of a segment always can); None: all.
     max_chunk_len: distance of the last boundary at which one is forced; 0 = none.
@@ -103,25 +104,25 @@ def decide(
     def bounded(a_BL):
         if allowed_BL is not None:
             a_BL = jnp.where(allowed_BL, a_BL, 0.0)
-        if not has_null:
+        if not has_null_chunk:
             a_BL = jnp.where(starts_BL, 1.0, a_BL)
         return jnp.where(segment_ids_BL != 0, a_BL, 0.0)
 
     p_BL = bounded(prediction.probability)
-    compared_BL = p_BL if relaxed_prob_BL is None else bounded(relaxed_prob_BL)
-    wanted_BL = compared_BL > 0.5
+    thresholded_BL = p_BL if relaxed_prob_BL is None else bounded(relaxed_prob_BL)
+    wanted_BL = thresholded_BL > 0.5
     if max_chunk_len:
-        age_BL = since_boundary(wanted_BL, starts_BL, has_null=has_null)
+        age_BL = since_boundary(wanted_BL, starts_BL, has_null_chunk=has_null_chunk)
         forced_BL = (age_BL > 0) & (age_BL % max_chunk_len == 0) & (segment_ids_BL != 0)
         wanted_BL |= forced_BL
-        p_BL, compared_BL = (jnp.where(forced_BL, 1.0, a) for a in (p_BL, compared_BL))
+        p_BL, thresholded_BL = (jnp.where(forced_BL, 1.0, a) for a in (p_BL, thresholded_BL))
     opened_BL = wanted_BL.astype(jnp.int32)
     num_boundaries_B = jnp.sum(opened_BL, axis=1, dtype=jnp.int32)
-    if has_null:
+    if has_null_chunk:
         opened_BL = opened_BL + starts_BL.astype(jnp.int32)
     slots_GP = jnp.cumsum(side_by_side(opened_BL, rows_sharing_slots), axis=1, dtype=jnp.int32)
     straight_through_BL = wanted_BL.astype(jnp.float32) + (
-        compared_BL - jax.lax.stop_gradient(compared_BL)
+        thresholded_BL - jax.lax.stop_gradient(thresholded_BL)
     )
     return Boundaries(
         p_BL,
@@ -158,17 +159,17 @@ def open_all(
 
 
 def since_boundary(
-    boundary_BL: jax.Array, starts_BL: jax.Array, *, has_null: bool = False
+    boundary_BL: jax.Array, starts_BL: jax.Array, *, has_null_chunk: bool = False
 ) -> jax.Array:
     """Number of positions since the last boundary of the segment, int32; 0 at boundaries.
 
-    has_null: a chunk begins at the start of a segment, so the boundary before it lies one position
-    earlier. Otherwise the start is a boundary.
+    has_null_chunk: a chunk begins at the start of a segment, so the boundary before it lies one
+    position earlier. Otherwise the start is a boundary.
     """
     index_BL = jnp.broadcast_to(
         jnp.arange(boundary_BL.shape[1], dtype=jnp.int32), boundary_BL.shape
     )
-    before_BL = jnp.where(starts_BL, index_BL - int(has_null), -1)
+    before_BL = jnp.where(starts_BL, index_BL - int(has_null_chunk), -1)
     last_BL = jnp.maximum(before_BL, jnp.where(boundary_BL, index_BL, -1))
     return index_BL - jax.lax.cummax(last_BL, axis=1)
 

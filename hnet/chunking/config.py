@@ -70,7 +70,7 @@ class ChunkingConfig:
     like the rest, or left out (stage 0 only)"""
     hold_rate: bool = False
     """rate control in training: hold the boundary rate of each route at 1/N with an offset on the
-    logit of p that is part of the model (`hnet.chunking.controller`)"""
+    logit of p that is part of the model (`hnet.chunking.rate_control`)"""
 
     routes: Count = 1
     """number of routes (script groups) of this stage"""
@@ -110,7 +110,7 @@ class ChunkingConfig:
         return {f: (_plain(a), _plain(b)) for f, (a, b) in pairs.items() if a != b}
 
     @property
-    def has_null(self) -> bool:
+    def has_null_chunk(self) -> bool:
         """Whether a segment's first slot is a learned null chunk, without positions of its own."""
         return self.alignment == "end" and self.null == "learned"
 
@@ -150,7 +150,7 @@ class ChunkingConfig:
         A null chunk adds one slot per segment, so a row whose segments have one position each needs
         two slots per position.
         """
-        return length * (2 if self.has_null else 1)
+        return length * (2 if self.has_null_chunk else 1)
 
     def without_numbers(self) -> "ChunkingConfig":
         """The part that a compiled program depends on: numbers that are its inputs are reset."""

@@ -379,7 +379,7 @@ class LossInputs(NamedTuple):
     """settings of the loss; traced numbers may be arrays"""
     target_ratio_R: jax.Array
     """N: target number of positions per chunk, per script group"""
-    has_null: bool
+    has_null_chunk: bool
     """whether a segment begins with a null chunk; False: a boundary is forced at its start"""
     own: RateCounts
     """counts of these rows, per route"""

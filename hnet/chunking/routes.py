@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hnet.nn.kernels.spread import on_each_device
+from hnet.nn.kernels.sharded import sharded_over_rows
 from hnet.nn.parameters import ParameterInfo, map_parameters, set_per_script
 
 BLOCKS_PER_ROUTE = 4  # at most 5 R blocks in all, so at most a fifth of the places is unused
@@ -169,7 +169,7 @@ def apply_routed(
         return out_KT.reshape(-1)[place_BL]
 
     axes = ("BL", *["BLD"] * num_inputs, *["R" + "D" * (leaf.ndim - 1) for leaf in leaves])
-    return on_each_device(own_rows, axes, "BL", route_ids_BL, *inputs_BLD, *leaves)
+    return sharded_over_rows(own_rows, axes, "BL", route_ids_BL, *inputs_BLD, *leaves)
 
 
 def keep_absent(new: Any, old: Any, infos: Any, count_SR: jax.Array) -> Any:

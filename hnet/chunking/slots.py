@@ -40,23 +40,23 @@ class Slots(NamedTuple):
 
 
 def open_slots(
-    boundaries: Boundaries, context: Context, capacity: int, *, has_null: bool = False
+    boundaries: Boundaries, context: Context, capacity: int, *, has_null_chunk: bool = False
 ) -> Slots:
-    """One slot per boundary in use and, with `has_null`, a null slot at the start of each segment.
+    """One slot per boundary in use; `has_null_chunk`: also one at the start of each segment.
 
-    Position t reads slot cumsum(b)_t - 1, plus the number of null slots up to t (arXiv 2507.07955,
+    Position t reads slot cumsum(b)_t - 1, plus the number of null chunks up to t (arXiv 2507.07955,
     section 2.2.1; arXiv 2211.09761, section 2).
     """
     mask_BL, segment_ids_BL = boundaries.boundary_mask_BL, context.segment_ids_BL
     opened_BL = mask_BL if boundaries.opened_BL is None else boundaries.opened_BL
     slot_BL = jnp.cumsum(opened_BL, axis=1, dtype=jnp.int32) - 1
     is_null_BM = None
-    if has_null:
+    if has_null_chunk:
         opens_null_BL = segment_starts(segment_ids_BL) & (segment_ids_BL != 0)
         slot_BL = slot_BL + jnp.cumsum(opens_null_BL, axis=1, dtype=jnp.int32)
     opened_at_BM = position_of_slot(opened_BL, slot_BL, capacity)
     p_BM = _select(boundaries.boundary_prob_BL, opened_at_BM)
-    if has_null:
+    if has_null_chunk:
         null_slot_BL = slot_BL - mask_BL.astype(jnp.int32)
         null_at_BM = position_of_slot(opens_null_BL, null_slot_BL, capacity)
         is_null_BM = null_at_BM < mask_BL.shape[1]

@@ -21,7 +21,7 @@ from hnet.config import HNetConfig
 from hnet.model import HNetLM, number_runs
 from hnet.nn.context import Context
 from hnet.stage import HNet, Opened, Prompts, StageCache, inner_prompts, most_slots
-from hnet.train.capacity import rung
+from hnet.train.capacity import bucket
 
 PER_OCTAVE = 8  # sizes of slots from one power of two to the next
 
@@ -96,7 +96,7 @@ def forward(
     for s, stage in enumerate(static.config.stages[:-1]):
         frames, count = _open(params, fed, lengths_B, frames, capacity=capacity, **how)
         most = most_slots(stage.chunking, frames[-1].opened.h_BLD.shape[1], max_lens[s:])
-        capacity = rung(most, int(count), PER_OCTAVE)
+        capacity = bucket(most, int(count), PER_OCTAVE)
     return _finish(params, fed, lengths_B, frames, more, capacity=capacity, then=then, **how)
 
 

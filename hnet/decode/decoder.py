@@ -12,7 +12,7 @@ from jax.sharding import SingleDeviceSharding
 
 from hnet.config import EOS_ID
 from hnet.data.scripts import route_table, script_ids, script_step
-from hnet.decode import apart, room, stream, utf8
+from hnet.decode import apart, cache_memory, stream, utf8
 from hnet.decode.by_counts import Done, Fed, Static, forward
 from hnet.decode.prompts import pad
 from hnet.decode.sampling import Controls, Sampling, sample
@@ -170,7 +170,7 @@ class Decoder:
         script_BL, script_state_B = np.zeros_like(ids_BL), np.zeros(len(prompts), np.uint32)
         for row, prompt in enumerate(prompts):
             script_BL[row, : len(prompt)], script_state_B[row] = script_ids(prompt)
-        longest = room.positions(
+        longest = cache_memory.positions(
             ids_BL.shape[1], sampling.max_bytes, len(prompts),
             lambda num_bytes: self._cache_bytes(len(prompts), num_bytes),
         )  # fmt: skip

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hnet.errors import ConfigError
-from hnet.train.capacity import rung
+from hnet.train.capacity import bucket
 
 MIN_LENGTH = 16
 
@@ -28,7 +28,7 @@ def length_bucket(length: int) -> int:
 def row_length(length: int) -> int:
     """Length of the rows for texts of up to `length` bytes: few values, at most an eighth too long
     from 512 bytes on."""
-    return length_bucket(length) if length <= 64 else rung(1 << 31, length, 8, least=64)
+    return length_bucket(length) if length <= 64 else bucket(1 << 31, length, 8, least=64)
 
 
 def pad(texts: Sequence[bytes], length: int | None = None) -> tuple[np.ndarray, np.ndarray]:

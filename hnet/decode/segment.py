@@ -123,13 +123,13 @@ def as_starts(
 ) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
     """Convert (mask, probability) of each stage of one row to chunk starts; also return a prefix.
 
-    An end at position t is a start at t + 1. A null slot is treated as a normal chunk of one
+    An end at position t is a start at t + 1. A null chunk is treated as a normal chunk of one
     position before the text: each stage with alignment "end" adds one such position, which is a
     chunk of its own in every stage. The prefix is the number of added positions. The last chunk of
     such a stage may be incomplete; the next inner stage then has no position for it and starts no
     chunk there.
     """
-    found, ends = [], [stage.chunking.has_null for stage in model.stages[:-1]]
+    found, ends = [], [stage.chunking.has_null_chunk for stage in model.stages[:-1]]
     for s, (mask, prob) in enumerate(outputs):
         in_front, behind = sum(ends[s:]) + ends[s], int(s > 0 and ends[s - 1])
         pad = partial(np.pad, pad_width=(in_front, behind), constant_values=(1, 0))

@@ -45,7 +45,7 @@ def full_lens(config: HNetConfig, num_bytes: int) -> tuple[int, ...]:
     """`max_lens` for texts of `num_bytes` bytes: enough for every position to be a boundary."""
     lens = [num_bytes]
     for stage in config.stages[:-1]:
-        slots = lens[-1] + stage.chunking.has_null
+        slots = lens[-1] + stage.chunking.has_null_chunk
         lens.append(slots * stage.chunking.slots_per_chunk)
     return tuple(lens)
 
@@ -167,7 +167,7 @@ def boundaries_at_bytes(
     """Convert masks over the positions of each stage (B, L_s) to boundaries at bytes.
 
     shape: (B, L_0). Returns bool (B, L_0, chunking stages): whether the stage has a boundary at the
-    byte. A null slot is at the first byte of its row.
+    byte. A null chunk is at the first byte of its row.
     """
     out_BLS = np.zeros((*shape, len(masks)), bool)
     for row in range(shape[0]):
@@ -175,6 +175,6 @@ def boundaries_at_bytes(
         for s, mask_BL in enumerate(masks):
             cuts = byte_of[np.flatnonzero(mask_BL[row, : len(byte_of)])]
             out_BLS[row, cuts, s] = True
-            null = byte_of[: config.stages[s].chunking.has_null]
+            null = byte_of[: config.stages[s].chunking.has_null_chunk]
             byte_of = np.concatenate([null, cuts])
     return out_BLS

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hnet.checkpoint import manifest as mf
+from hnet.checkpoint import manifest
 from hnet.checkpoint.save import Checkpointer
 from hnet.checkpoint.step_folders import checkpoint_folder
 from hnet.checkpoint.verify import read_arrays
@@ -124,14 +124,14 @@ def _export_run(source: Source, cast: Callable, own_form: bool, ema: bool) -> Ex
             raise
         content, wanted = own_json(model), own_leaves(model)
     with Checkpointer(source.path, CheckpointConfig(asynchronous=False)) as checkpointer:
-        manifest = checkpointer.manifest(source.step)
+        record = checkpointer.manifest(source.step)
     # Largest first: while a large one is held twice, few others have been read.
     wanted = sorted(wanted, key=lambda leaf: -math.prod(leaf.shape))
-    arrays = _read_leaves(source.path, manifest, wanted, "ema" if ema else "params")
+    arrays = _read_leaves(source.path, record, wanted, "ema" if ema else "params")
     is_official = "arch_layout" in content
     named = entries(model, arrays) if is_official else ((leaf.names[0], a) for leaf, a in arrays)
     tensors = {name: cast(name, array) for name, array in named}
-    return Exported(tensors, content, model, manifest.step)
+    return Exported(tensors, content, model, record.step)
 
 
 def _caster(dtype: DType | None):
@@ -149,20 +149,20 @@ def _caster(dtype: DType | None):
 
 
 def _read_leaves(
-    workdir: str, manifest: mf.Manifest, wanted: list[Leaf], tree: str
+    workdir: str, record: manifest.Manifest, wanted: list[Leaf], tree: str
 ) -> Iterator[tuple[Leaf, np.ndarray]]:
     """The parameters of a checkpoint one by one, their checksums compared."""
-    folder = checkpoint_folder(workdir) / str(manifest.step)
+    folder = checkpoint_folder(workdir) / str(record.step)
     import orbax.checkpoint as ocp
 
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
         for leaf in shown(f"reading {folder}")(wanted):
             path = "/".join([tree, *map(str, leaf.path)])
-            if tuple(manifest.leaves.get(path, {}).get("shape", ())) != leaf.shape:
+            if tuple(record.leaves.get(path, {}).get("shape", ())) != leaf.shape:
                 raise ConfigError(f"checkpoint {folder} has no {path} of shape {leaf.shape}")
             try:
-                arrays = read_arrays(orbax, folder, manifest, {path: None})
-            except mf.Damaged as e:
+                arrays = read_arrays(orbax, folder, record, {path: None})
+            except manifest.Damaged as e:
                 raise ConfigError(f"checkpoint {folder}: {e}") from None
             yield leaf, arrays.pop(path)  # released before the next one is read
 

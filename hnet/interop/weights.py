@@ -9,8 +9,7 @@ from typing import NamedTuple, Protocol
 import jax
 import numpy as np
 
-from hnet.checkpoint import manifest as mf
-from hnet.checkpoint import step_folders as sf
+from hnet.checkpoint import manifest, step_folders
 from hnet.checkpoint.save import Checkpointer
 from hnet.checkpoint.settings import CheckpointConfig
 from hnet.checkpoint.verify import groups, read_arrays
@@ -72,7 +71,7 @@ def place(given: str) -> Place:
         at = Place(given)
     if at.is_file and at.step is None:
         return at
-    if not (folder := sf.work_folder(at.path)).is_dir():
+    if not (folder := step_folders.work_folder(at.path)).is_dir():
         raise ConfigError(
             f"init.from={given!r} does not exist: give a work directory, WORKDIR@STEP, or a file "
             f"that ends in {', '.join(FORMATS)}"
@@ -113,8 +112,8 @@ class _Run:
     """Parameters of a checkpoint of a run."""
 
     def __init__(self, given: str, at: Place, ema: bool):
-        self.folder, step = sf.checkpoint_folder(at.path), at.step
-        steps = sf.list_saved(self.folder)
+        self.folder, step = step_folders.checkpoint_folder(at.path), at.step
+        steps = step_folders.list_saved(self.folder)
         if step is not None and step not in steps:
             raise ConfigError(
                 f"init.from={given!r}: there is no checkpoint of step {step}: {steps}"
@@ -122,7 +121,7 @@ class _Run:
         with Checkpointer(at.path, CheckpointConfig(asynchronous=False)) as checkpointer:
             self.manifest = checkpointer.manifest(step)
         self.folder /= str(self.manifest.step)
-        if why := sf.why_not(self.folder):
+        if why := step_folders.why_not(self.folder):
             raise ConfigError(f"init.from={given!r}: {why}")
         self.name = f"{at.path}, step {self.manifest.step}{', moving average' if ema else ''}"
         below = self.below = "ema/" if ema else "params/"
@@ -146,10 +145,10 @@ class _Run:
                 own = {path: wanted[path] for path in group}
                 try:
                     arrays = read_arrays(orbax, self.folder, self.manifest, own)
-                except mf.Damaged as e:
+                except manifest.Damaged as e:
                     raise ConfigError(f"checkpoint {self.folder}: {e}") from None
                 except Exception as e:  # Orbax raises many types for damaged files
-                    why = f"it cannot be read ({mf.first_line(e)})"
+                    why = f"it cannot be read ({manifest.first_line(e)})"
                     raise ConfigError(f"checkpoint {self.folder}: {why}") from None
                 for path in group:
                     yield path.removeprefix(self.below), arrays.pop(path)

@@ -11,7 +11,7 @@ from hnet.config import HNetConfig, StageConfig, parse_layout
 from hnet.errors import ConfigError
 from hnet.nn.cache import Rows
 from hnet.nn.context import Context, StepContext
-from hnet.nn.layers import INIT_STD, MATMUL, RMSNorm, SwiGLU, by_rows
+from hnet.nn.layers import INIT_STD, MATMUL, RMSNorm, SwiGLU, constrain_rows
 from hnet.nn.mixers import find
 from hnet.nn.stack import Stack
 
@@ -104,7 +104,7 @@ class Isotropic(Stack):
             params = _in_compute_dtype(run, params)
 
             def layer(x, p, graph=graph):
-                return by_rows(nnx.merge(graph, p)(by_rows(x), context)), None
+                return constrain_rows(nnx.merge(graph, p)(constrain_rows(x), context)), None
 
             layer = _rematerialised(layer, self.compute.remat)
             unroll = 1 if self.compute.scan_layers else count

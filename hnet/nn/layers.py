@@ -19,7 +19,7 @@ NORM_EPS = 1e-5
 INIT_STD = 0.02  # default standard deviation of the weights of linear layers (goombalab/hnet)
 
 
-def by_rows(x: jax.Array) -> jax.Array:
+def constrain_rows(x: jax.Array) -> jax.Array:
     """Constrain x (B, ...) to be sharded over its rows only.
 
     Parameters are sharded over ``fsdp`` too. Without this constraint XLA replicates the rows,
@@ -42,7 +42,7 @@ def tensor_devices() -> int:
     return 1 if AxisType.Manual in mesh.axis_types else mesh.shape.get("tensor", 1)
 
 
-def whole(parameter: jax.Array) -> jax.Array:
+def replicate(parameter: jax.Array) -> jax.Array:
     """Replicate a small parameter on all devices."""
     if tensor_devices() == 1:
         return parameter
@@ -300,7 +300,7 @@ def fused_linear(
         y_BLPF = place(y_BLPF, P(unconstrained, unconstrained, None, "tensor"))
         parts += [y_BLPF[:, :, i] for i in range(cut)]
     for width, end in zip(widths[cut:], ends[cut:]):
-        parts.append(by_rows(x_BLD @ place(kernel[:, end - width : end], P())))
+        parts.append(constrain_rows(x_BLD @ place(kernel[:, end - width : end], P())))
     return parts
 
 

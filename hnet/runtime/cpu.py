@@ -23,7 +23,7 @@ def keep_freed_memory() -> bool:
     return all([mallopt(name, value) for name, value in settings])
 
 
-def one_device_a_core(rows: int) -> int:
+def one_device_per_core(rows: int) -> int:
     """Make JAX see a CPU as several devices that divide `rows` equally; returns their number.
 
     Each device computes its rows on one core: XLA runs a batch of small matmuls, which attention

@@ -26,8 +26,8 @@ from hnet.errors import ConfigError
 from hnet.fields import to_json, with_fields
 from hnet.outputs import read_file
 from hnet.printable import printable
+from hnet.train.compiled_run import untraced
 from hnet.train.config import Config
-from hnet.train.program import untraced
 
 MOST_RUNS = 100_000
 """largest number of runs of a sweep"""

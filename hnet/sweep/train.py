@@ -26,7 +26,7 @@ from hnet.train.lock import Locked
 from hnet.train.loop import StopRun, train
 from hnet.train.metrics_file import MetricsFile, read_metrics
 from hnet.train.observer import Observer
-from hnet.train.population import train_population
+from hnet.train.parallel_runs import train_population
 
 SAY_SECONDS = 10.0  # between two progress lines of a group
 console = Console(highlight=False, soft_wrap=True)

@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from hnet.train.compiled_run import Change
     from hnet.train.config import Config
     from hnet.train.loop import Outcome
     from hnet.train.observer import Observer
-    from hnet.train.program import Change
 
 
 def run(
@@ -14,7 +14,7 @@ def run(
 ) -> "Outcome":
     """Train like `python -m experiments.pretrain`, from Python.
 
-    change: function that maps the run's `hnet.train.program.Experiment` (init, step, evaluate,
+    change: function that maps the run's `hnet.train.compiled_run.Experiment` (init, step, evaluate,
     numbers, graph) to one with other functions, for example
     ``lambda run: dataclasses.replace(run, step=my_step)``.
     observer: object whose functions are called at each step, evaluation and line.

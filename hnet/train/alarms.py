@@ -42,7 +42,7 @@ class BoundaryAlarms:
         if self.is_held[stage] and step <= self.hold_from:
             return f"{_CAUSE[name]}: it is held from step {self.hold_from + 1} on"
         if self.is_held[stage]:
-            return f"{_CAUSE[name]}: raise controller.hold_frac or controller.gain"
+            return f"{_CAUSE[name]}: raise rate_control.hold_frac or rate_control.gain"
         return f"{_CAUSE[name]}: raise the weight of the stage's chunking.losses, or use hold_rate"
 
 

@@ -11,7 +11,7 @@ from hnet.decode.segment import segmenter
 from hnet.inspect.render import print_segmentations
 from hnet.inspect.segmentation import Segmentation
 from hnet.runtime.compile_cache import enable_compilation_cache
-from hnet.runtime.cpu import one_device_a_core
+from hnet.runtime.cpu import one_device_per_core
 from hnet.runtime.distributed import REQUEUE_EXIT_CODE, StopRequest, host_id, initialize, num_hosts
 from hnet.train.config import Config, MeshConfig
 from hnet.train.first_lines import last_lines
@@ -29,7 +29,7 @@ def pretrain(config: Config) -> int:
     initialize(config.distributed)
     config = with_tokenizer(config)
     if config.mesh == MeshConfig() and num_hosts() == 1:
-        one_device_a_core(config.data.batch_size // config.train.accumulate)
+        one_device_per_core(config.data.batch_size // config.train.accumulate)
     enable_compilation_cache()
     began = time.monotonic()
     outcome = train_to_end(config)

@@ -10,13 +10,13 @@ from hnet.errors import ConfigError
 from hnet.fields import check, from_json
 from hnet.train.sections import (
     CheckpointConfig,
-    ControllerConfig,
     DistributedConfig,
     EvalConfig,
     InitConfig,
     MeshConfig,
     OptimConfig,
     ProfileConfig,
+    RateControlConfig,
     Sections,
     TrackerConfig,
     TrainConfig,
@@ -26,7 +26,7 @@ from hnet.train.sections import (
 __all__ = [
     "CheckpointConfig",
     "Config",
-    "ControllerConfig",
+    "RateControlConfig",
     "DistributedConfig",
     "EvalConfig",
     "InitConfig",
@@ -56,29 +56,29 @@ class Config(Sections):
             )
         if self.eval.ema and not self.optim.ema_decay:
             raise ConfigError("eval.ema=True, but optim.ema_decay=0.0 keeps no average: set it")
-        ratios, chunked = self.controller.start_ratios, self.model.num_chunked
+        ratios, chunked = self.rate_control.start_ratios, self.model.num_chunked
         if ratios and len(ratios) != chunked:
             raise ConfigError(
-                f"controller.start_ratios={ratios} has {len(ratios)} numbers for {chunked} stages "
-                "that chunk: give one each"
+                f"rate_control.start_ratios={ratios} has {len(ratios)} numbers for {chunked} "
+                "stages that chunk: give one each"
             )
         if problem := self.model.embedding.training_problem(self.data):
             raise ConfigError(f"model.embedding.{problem}")
         cuts = [stage.chunking for stage in self.model.stages[:-1]]
-        if self.controller.fit_default and not any(
+        if self.rate_control.fit_default and not any(
             cut.hold_rate and cut.num_predictors > 1 for cut in cuts
         ):
             raise ConfigError(
-                "controller.fit_default=True, but no stage has a router for each route and holds "
+                "rate_control.fit_default=True, but no stage has a router for each route and holds "
                 "their rates: set chunking.routes and hold_rate of one, or use False"
             )
         for i, cut in enumerate(cuts):
             found = (part.training_problem(self.data) for part in cut.parts.values())
             if problem := next(filter(None, found), None):
                 raise ConfigError(f"model.stages.{i}.chunking: {problem}")
-            if i and self.train.packed_rows > 1 and cut.loss_by_row:
+            if i and self.train.rows_sharing_slots > 1 and cut.loss_by_row:
                 raise ConfigError(
-                    f"train.packed_rows={self.train.packed_rows}, but the loss "
+                    f"train.rows_sharing_slots={self.train.rows_sharing_slots}, but the loss "
                     f"{cut.loss_by_row!r} of stage {i} is taken row by row: use 1, or "
                     f"model.stages.{i}.chunking.losses ratio"
                 )
@@ -99,11 +99,12 @@ def config_from_json(content: Any) -> Config:
 
 def _up_to_date(content: Any) -> Any:
     """JSON content of an earlier version, converted to the current fields."""
+    for path, name in Sections.renamed.items():
+        node, last = _parent(content, path)
+        if isinstance(node, dict) and last in node:
+            node.setdefault(name, node.pop(last))
     for path, values in _GONE.items():
-        node = content
-        *outer, last = path.split(".")
-        for name in outer:
-            node = node.get(name) if isinstance(node, dict) else None
+        node, last = _parent(content, path)
         if isinstance(node, dict) and last in node and node[last] in values:
             node.pop(last)
     model = content.get("model") if isinstance(content, dict) else None
@@ -112,3 +113,11 @@ def _up_to_date(content: Any) -> Any:
         if isinstance(chunking, dict) and "router" in chunking:
             stage["chunking"] = in_parts(chunking)
     return content
+
+
+def _parent(content: Any, path: str) -> tuple[Any, str]:
+    """What holds the last name of a dotted path (None if it does not exist), and that name."""
+    *outer, last = path.split(".")
+    for name in outer:
+        content = content.get(name) if isinstance(content, dict) else None
+    return content, last

@@ -17,17 +17,17 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from hnet.chunking.controller import LIMIT, map_offsets
+from hnet.chunking.rate_control import LIMIT, map_offsets
 from hnet.chunking.rates import row_rate_error
 from hnet.data.pipeline import Batch
-from hnet.train.program import Program, on_mesh, put_whole_batch
+from hnet.train.compiled_run import CompiledRun, on_mesh, put_whole_batch
 from hnet.train.sharding import replicated
 
 LEARNING_RATE = 1e-2  # Adam's initial learning rate; it decays linearly to 0
 
 
 def fit_default_route(
-    program: Program,
+    program: CompiledRun,
     params: Any,
     stage: int,
     target_ratios: Sequence[float],

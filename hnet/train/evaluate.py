@@ -11,7 +11,7 @@ import numpy as np
 from hnet.data.pipeline import Batch
 from hnet.data.scripts import SCRIPTS, of_whole_characters, script_ids_of_rows
 from hnet.loss import bits_per_byte
-from hnet.train.capacity import rung
+from hnet.train.capacity import bucket
 
 MOST_SLOTS = 1 << 31  # a model has no more slots than positions
 
@@ -189,7 +189,7 @@ def evaluate(
         metrics = jax.device_get(run_batch(batch, capacities))
         while any(np.any(lost > 0) for lost in metrics["overflow_S"]):
             capacities = tuple(
-                have and max(have, rung(MOST_SLOTS, int(np.max(needed)), 8))
+                have and max(have, bucket(MOST_SLOTS, int(np.max(needed)), 8))
                 for have, needed in zip(capacities, metrics["max_slots_S"])
             )
             metrics = jax.device_get(run_batch(batch, capacities))

@@ -8,13 +8,13 @@ import jax
 
 from hnet.data import Corpus
 from hnet.runtime.distributed import num_hosts
+from hnet.train.compiled_run import CompiledRun
 from hnet.train.config import Config
 from hnet.train.log_folder import TENSORBOARD
-from hnet.train.program import Program
 from hnet.train.utilization import peak_of
 
 
-def first_lines(config: Config, corpus: Corpus, program: Program, start: int) -> list[str]:
+def first_lines(config: Config, corpus: Corpus, program: CompiledRun, start: int) -> list[str]:
     """Work directory, model, devices, data and how to look, for a run that begins at this step."""
     data, steps = config.data, config.train.steps
     unit = "tokens" if data.tokenizer else "bytes"
@@ -46,11 +46,11 @@ def last_lines(config: Config) -> list[str]:
     ]
 
 
-def _parameters(program: Program) -> int:
+def _parameters(program: CompiledRun) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state.params))
 
 
-def _devices(program: Program, dtype: str) -> str:
+def _devices(program: CompiledRun, dtype: str) -> str:
     mesh = program.mesh
     kind = mesh.devices.flat[0].device_kind
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)

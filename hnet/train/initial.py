@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hnet.checkpoint import leaves as lv
+from hnet.checkpoint import leaves
 from hnet.errors import ConfigError
 from hnet.interop.weights import Shapes, Weights, open_weights
 from hnet.nn.parameters import ParameterInfo, describe, set_frozen
@@ -166,7 +166,7 @@ def frozen_graph(init: InitConfig, graph: Any, params: Any) -> Any:
     """
     if not init.freeze:
         return graph
-    paths = list(lv.flatten(params)[0])
+    paths = list(leaves.flatten(params)[0])
     frozen = matching("init.freeze", init.freeze, paths)
     if len(frozen) == len(paths):
         raise ConfigError(f"init.freeze={init.freeze}: nothing is left to train")
@@ -191,8 +191,8 @@ def open_start(
     abstract_params: shapes and shardings of the parameters; with `runs` they have a leading axis of
     runs, which all start from the same weights.
     """
-    infos = lv.flatten(describe(nnx.merge(graph, abstract_params)))[0]
-    wanted = {path: leaf.shape[runs:] for path, leaf in lv.flatten(abstract_params)[0].items()}
+    infos = leaves.flatten(describe(nnx.merge(graph, abstract_params)))[0]
+    wanted = {path: leaf.shape[runs:] for path, leaf in leaves.flatten(abstract_params)[0].items()}
     weights = open_weights(init.from_, init.ema)
     return Started(plan(init, wanted, infos, weights.shapes), weights, infos)
 
@@ -200,7 +200,7 @@ def open_start(
 def replaced(params: Any, start: Started) -> Any:
     """`params` in which all but the fresh parameters are those of the weights, with the same
     shardings and dtypes."""
-    named, treedef = lv.flatten(params)
+    named, treedef = leaves.flatten(params)
     users: dict[str, list[str]] = {}
     for path, old in start.plan.source.items():
         users.setdefault(old, []).append(path)
@@ -230,9 +230,9 @@ def table(graph: Any, params: Any, start: Started | None = None) -> list[str]:
 
     start: None for a run that is resumed, or starts from random parameters.
     """
-    infos = lv.flatten(describe(nnx.merge(graph, params)))[0]
+    infos = leaves.flatten(describe(nnx.merge(graph, params)))[0]
     rows: dict[tuple[str, str, str], int] = {}
-    for path, leaf in lv.flatten(params)[0].items():
+    for path, leaf in leaves.flatten(params)[0].items():
         origin = "" if start is None else "random"
         if start and path in start.plan.source:
             origin = module_of(start.plan.source[path])

@@ -15,15 +15,15 @@ from hnet.decode.segment import segmenter
 from hnet.errors import Failed
 from hnet.fields import to_json
 from hnet.runtime import distributed
-from hnet.train.capacity import Ladder
+from hnet.train.capacity import CapacitySchedule
+from hnet.train.compiled_run import Change, CompiledRun, build, put_batch, run_evaluation
 from hnet.train.config import Config
 from hnet.train.evaluate import Evaluation
+from hnet.train.exact_offsets import set_exact_offsets
 from hnet.train.first_lines import first_lines
 from hnet.train.initial import open_start, replaced, table
 from hnet.train.observer import Observer
-from hnet.train.program import Change, Program, build, put_batch, run_evaluation
-from hnet.train.report import Report, Start
-from hnet.train.settle import settle
+from hnet.train.run_logger import RunLogger, Start
 from hnet.train.sharding import replicated
 from hnet.train.spikes import no_spikes
 from hnet.train.step import TrainState, with_params
@@ -40,7 +40,7 @@ class StopRun(Failed):
 
 
 @dataclass
-class Position:
+class RunState:
     """State of a run besides its arrays; plain JSON in every checkpoint."""
 
     data: int = 0
@@ -78,7 +78,7 @@ class Outcome:
     state: TrainState
     evaluation: Evaluation | None
     """evaluation on the whole held-out text; None if the run was stopped before its end"""
-    program: Program
+    program: CompiledRun
     corpus: Corpus
 
 
@@ -88,9 +88,9 @@ class Session:
 
     config: Config
     corpus: Corpus
-    program: Program
+    program: CompiledRun
     checkpoints: Checkpointer
-    report: Report
+    report: RunLogger
     watchdog: Watchdog
     stop: distributed.StopRequest
 
@@ -116,7 +116,7 @@ def train(
     """Train up to `config.train.steps`, from the newest good checkpoint of the workdir if any.
 
     observer: called at steps, evaluations and lines of the run.
-    change: replaces functions of the run by your own (`hnet.train.program.Experiment`).
+    change: replaces functions of the run by your own (`hnet.train.compiled_run.Experiment`).
 
     Raises ConfigError for settings that cannot work, before any file is written, and StopRun if
     training fails.
@@ -135,7 +135,7 @@ def train(
         check_steps(config, config.workdir, start.step)
         batches = _open_batches(config, corpus, position.data)
         stack.callback(lambda: batches.close())
-        report = Report(config, corpus, start, observer)
+        report = RunLogger(config, corpus, start, observer)
         lines = distributed.on_first_host(
             "claim",
             lambda: claim_workdir(
@@ -161,7 +161,7 @@ def train(
 
 
 def _loop(
-    session: Session, state: TrainState, position: Position, batches: BatchIterator
+    session: Session, state: TrainState, position: RunState, batches: BatchIterator
 ) -> Outcome:
     """Train until the last step or a stop request. Raises NonFinite, StopRun, ConfigError."""
     config, program, report = session.config, session.program, session.report
@@ -232,9 +232,9 @@ def evaluated_params(config: Config, state: TrainState) -> Any:
     return state.ema if config.eval.ema else state.params
 
 
-def _settled(session: Session, state: TrainState, ladder: Ladder) -> TrainState:
+def _settled(session: Session, state: TrainState, ladder: CapacitySchedule) -> TrainState:
     def settled(params):
-        return settle(
+        return set_exact_offsets(
             session.program, params, session.corpus, [session.config], ladder.capacities,
             beat=partial(session.watchdog.beat, "settle"),
         )  # fmt: skip
@@ -245,7 +245,7 @@ def _settled(session: Session, state: TrainState, ladder: Ladder) -> TrainState:
 
 
 def _evaluate(
-    session: Session, state: TrainState, done: int, ladder: Ladder, *, whole: bool
+    session: Session, state: TrainState, done: int, ladder: CapacitySchedule, *, whole: bool
 ) -> Evaluation | None:
     """Score held-out text; None if a stop was requested, which is checked between batches."""
     session.watchdog.beat("eval")
@@ -269,7 +269,7 @@ def _due(done: int, every: int) -> bool:
 
 
 def _read(
-    session: Session, inflight: InFlight, position: Position, batches: BatchIterator
+    session: Session, inflight: InFlight, position: RunState, batches: BatchIterator
 ) -> dict[str, Any]:
     """Wait for a step and build its row of metrics.jsonl. Raises NonFinite after too many skips."""
     config = session.config
@@ -282,7 +282,7 @@ def _read(
     tensor = session.program.watched[found] if skipped and found >= 0 else ""
     if skipped >= config.train.max_skipped:
         raise NonFinite(skipped, inflight.step, tensor)
-    rows_of_slots = config.data.batch_size // session.program.ladder.packed_rows
+    rows_of_slots = config.data.batch_size // session.program.ladder.rows_sharing_slots
     slots = [rows_of_slots * c for c in inflight.capacities]
     row: dict[str, Any] = {
         "step": inflight.step,
@@ -315,8 +315,8 @@ def _open_batches(config: Config, corpus: Corpus, start: int) -> BatchIterator:
 
 
 def _first_state(
-    config: Config, checkpoints: Checkpointer, program: Program
-) -> tuple[TrainState, Position, list[str]]:
+    config: Config, checkpoints: Checkpointer, program: CompiledRun
+) -> tuple[TrainState, RunState, list[str]]:
     """State and position of the start, and lines that say what its parameters are."""
     start = None
     if checkpoints.steps():
@@ -324,7 +324,7 @@ def _first_state(
     else:
         if config.init.from_:
             start = open_start(config.init, program.graph, program.abstract_state.params)
-        state, position = program.init(), Position()
+        state, position = program.init(), RunState()
         if start:
             state = with_params(state, replaced(state.params, start))
     if not (start or config.init.freeze):
@@ -333,8 +333,8 @@ def _first_state(
 
 
 def _restored(
-    checkpoints: Checkpointer, program: Program, *, latest: int | None = None
-) -> tuple[TrainState, Position]:
+    checkpoints: Checkpointer, program: CompiledRun, *, latest: int | None = None
+) -> tuple[TrainState, RunState]:
     """The newest good state. The spike rule may be turned on or off between two starts."""
     wanted = program.abstract_state
     step = checkpoints.latest_good_step(latest)
@@ -348,10 +348,10 @@ def _restored(
     state = restored.state
     if is_other:
         state = state._replace(spikes=() if has_rule else spikes)
-    return state, Position(**restored.extras["position"])
+    return state, RunState(**restored.extras["position"])
 
 
-def _roll_back(session: Session, failed: Position, fault: NonFinite) -> tuple[TrainState, Position]:
+def _roll_back(session: Session, failed: RunState, fault: NonFinite) -> tuple[TrainState, RunState]:
     """Restore the last good checkpoint before the fault; data continue after it. Raises StopRun.
 
     Checkpoints saved since the fault began are renamed, so that no later start resumes from them.

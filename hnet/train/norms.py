@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hnet.checkpoint import leaves as lv
+from hnet.checkpoint import leaves
 from hnet.flops import part_of
 from hnet.train.initial import name_of
 
@@ -23,9 +23,9 @@ def norms(name: str, tree: Any, num_chunked: int) -> dict[str, jax.Array]:
     A part that has None for all of its parameters, because they are frozen, is left out.
     """
     parts: dict[str, list[jax.Array]] = {}
-    for path, leaf in lv.flatten(tree)[0].items():
+    for path, leaf in leaves.flatten(tree)[0].items():
         parts.setdefault(part_of(path.split("/"), num_chunked), []).append(leaf)
-    return {f"{name}/{part}": optax.tree.norm(leaves) for part, leaves in sorted(parts.items())}
+    return {f"{name}/{part}": optax.tree.norm(leaf_of) for part, leaf_of in sorted(parts.items())}
 
 
 def watched(params: Any, num_chunked: int) -> list[str]:
@@ -34,7 +34,7 @@ def watched(params: Any, num_chunked: int) -> list[str]:
     A fault spreads from parameters to losses to gradients, and among gradients from the last part
     of the network to the first one. In this order the origin comes first.
     """
-    paths = list(lv.flatten(params)[0])
+    paths = list(leaves.flatten(params)[0])
     losses = [*(f"stage{s}/aux_loss" for s in range(num_chunked)), *LOSSES]
     backward = sorted(paths, key=lambda path: _from_the_end(path, num_chunked))
     return [_parameter(path) for path in paths] + losses + [_gradient(path) for path in backward]
@@ -72,9 +72,9 @@ def first_non_finite(
 
     grads: None for frozen parameters.
     """
-    named = {_parameter(path): leaf for path, leaf in lv.flatten(params)[0].items()}
+    named = {_parameter(path): leaf for path, leaf in leaves.flatten(params)[0].items()}
     named |= losses
-    named |= {_gradient(path): leaf for path, leaf in lv.flatten(grads)[0].items()}
+    named |= {_gradient(path): leaf for path, leaf in leaves.flatten(grads)[0].items()}
     is_finite = [
         jnp.all(jnp.isfinite(named[name])) if name in named else jnp.ones((), bool)
         for name in watched(params, num_chunked)

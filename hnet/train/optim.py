@@ -33,7 +33,7 @@ class Hyperparams(NamedTuple):
     weight_decay: jax.Array
     multiplier_S: jax.Array
     """learning-rate multiplier of each stage, the innermost included"""
-    controller_gain: jax.Array
+    rate_control_gain: jax.Array
     """gain of the offsets that hold boundary rates"""
     ema_decay: jax.Array | float = 0.0
     """decay rate of the moving average of the parameters"""

@@ -99,8 +99,8 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
-class ControllerConfig:
-    """Control of the boundary rate in stages with `hold_rate` (`hnet.chunking.controller`)."""
+class RateControlConfig:
+    """Control of the boundary rate in stages with `hold_rate` (`hnet.chunking.rate_control`)."""
 
     hold_frac: Share = 0.3
     """fraction of the updates, at the end, in which offsets move. Before that only the rate loss
@@ -109,11 +109,11 @@ class ControllerConfig:
     """change of an offset per update at a relative error of 1, that is at twice the target rate. It
     is multiplied by the square root of the learning-rate factor: the slower the predictor changes,
     the more batches are averaged"""
-    settle_bytes: Natural = 1_000_000
+    offset_bytes: Natural = 1_000_000
     """number of positions of training text on which the offsets are set after the last update (at
     most as many batches as the run has updates); 0 = leave them as they are"""
     fit_default: bool = False
-    """whether to fit the default route's predictor, then its offset, on settle_bytes positions of
+    """whether to fit the default route's predictor, then its offset, on offset_bytes positions of
     training text rewritten in synthetic scripts (`hnet.train.default_route`), so that unseen
     scripts are chunked at this route's target; for training text with no script of this route"""
     start_ratios: tuple[Annotated[float, Bounds(1)], ...] = ()
@@ -123,7 +123,7 @@ class ControllerConfig:
     """fraction of the updates, at the start, in which targets move"""
 
     def __post_init__(self):
-        check(self, "controller")
+        check(self, "rate_control")
 
     def hold_from(self, num_steps: int) -> int:
         """Number of updates before the first one in which offsets move."""
@@ -138,7 +138,7 @@ class TrainConfig:
     """number of optimizer updates"""
     accumulate: Count = 1
     """number of micro-batches per update; the batch is divided into that many"""
-    packed_rows: Count = 1
+    rows_sharing_slots: Count = 1
     """number of rows of a device whose chunks share a row of slots, so that a row with many chunks
     uses slots that others leave free; reduced to a divisor of the rows per device"""
     log_every: Count = 10
@@ -262,6 +262,13 @@ class TrackerConfig:
 class Sections:
     """All settings of a run except its model."""
 
+    # Fields of earlier versions, in the order in which they got these names.
+    renamed = {
+        "controller": "rate_control",
+        "rate_control.settle_bytes": "offset_bytes",
+        "train.packed_rows": "rows_sharing_slots",
+    }
+
     workdir: str = "runs/default"
     """folder of this run, local or gs://bucket/folder; the same command again resumes the run"""
     seed: Annotated[int, Bounds(0, 2**32 - 1)] = 0
@@ -269,7 +276,7 @@ class Sections:
     data: DataConfig = DataConfig()
     init: InitConfig = InitConfig()
     optim: OptimConfig = OptimConfig()
-    controller: ControllerConfig = ControllerConfig()
+    rate_control: RateControlConfig = RateControlConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 
 from hnet.chunking.boundaries import Boundaries
-from hnet.chunking.controller import free_logits, hold_rates
+from hnet.chunking.rate_control import hold_rates, logits_without_offset
 from hnet.chunking.rates import RateCounts, counts_by_stage
 from hnet.chunking.routes import keep_absent
 from hnet.config import HNetConfig
@@ -99,7 +99,7 @@ def train_step(
     model: HNetConfig,
     optim: OptimConfig,
     capacities: tuple[int | None, ...],
-    packed_rows: int = 1,
+    rows_sharing_slots: int = 1,
     accumulate: int = 1,
     targets_move: bool = False,
     log_norms: bool = False,
@@ -125,7 +125,7 @@ def train_step(
     def forward(own, rows, key):
         return nnx.merge(graph, with_frozen(own, state.params))(
             rows["input_ids"], rows["segment_ids"], capacities=capacities,
-            rows_sharing_slots=packed_rows, route_ids_BL=rows.get("route_ids"),
+            rows_sharing_slots=rows_sharing_slots, route_ids_BL=rows.get("route_ids"),
             boundaries_BL=rows.get("boundaries"), key=key, numbers=numbers,
         )  # fmt: skip
 
@@ -161,7 +161,7 @@ def train_step(
         factor = schedule(optim, state.step, update_numbers.length)
         params = apply_update(state.params, directions, infos, update_numbers, factor)
         if any(stage.chunking.hold_rate for stage in model.stages[:-1]):
-            gain = update_numbers.controller_gain * jnp.sqrt(factor)
+            gain = update_numbers.rate_control_gain * jnp.sqrt(factor)
             gain = jnp.where(state.step < update_numbers.hold_from, 0.0, gain)
             params = hold_rates(params, *counts, [n["target_ratio_R"] for n in numbers], gain)
             params = with_frozen(trained(infos, params), state.params)
@@ -229,13 +229,13 @@ def eval_step(
     *,
     graph: nnx.GraphDef,
     capacities: tuple[int | None, ...],
-    packed_rows: int = 1,
+    rows_sharing_slots: int = 1,
 ) -> Metrics:
     """Nats of each byte and chunk statistics of each of the S chunking stages; no update."""
     model = nnx.merge(graph, params)
     logits_BLV, records = model(
         batch["input_ids"], batch["segment_ids"], capacities=capacities,
-        rows_sharing_slots=packed_rows, route_ids_BL=batch.get("route_ids"),
+        rows_sharing_slots=rows_sharing_slots, route_ids_BL=batch.get("route_ids"),
         boundaries_BL=batch.get("boundaries"),
     )  # fmt: skip
     return eval_metrics(model, params, logits_BLV, records, batch)
@@ -253,7 +253,7 @@ def eval_metrics(
         counts = counts_by_stage(records, routes)
         by_route = {"chunks_SR": counts.chunks_R, "positions_SR": counts.positions_R}
     return by_route | {
-        "free_logits": free_logits(params, records),
+        "logits_without_offset": logits_without_offset(params, records),
         "nll_BL": next_byte_nll(logits_BLV, batch["input_ids"]),
         "positions": jnp.sum(batch["segment_ids"] != 0, dtype=jnp.float32),
         "num_chunks_S": wanted_S,

@@ -21,9 +21,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hnet.checkpoint import leaves as lv
-from hnet.checkpoint import manifest as mf
-from hnet.checkpoint import step_folders as sf
+from hnet.checkpoint import leaves, manifest, step_folders
 from hnet.checkpoint.__main__ import main
 from hnet.checkpoint.quiet import quiet_orbax
 from hnet.checkpoint.save import Checkpointer, CheckpointError
@@ -74,7 +72,7 @@ def assert_same_bits(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
         assert x.dtype == y.dtype
-        x, y = np.asarray(lv.raw(x)), np.asarray(lv.raw(y))
+        x, y = np.asarray(leaves.raw(x)), np.asarray(leaves.raw(y))
         assert x.shape == y.shape and x.tobytes() == y.tobytes()
 
 
@@ -140,14 +138,14 @@ def test_restore_of_a_subtree_needs_no_more_than_it(saved):
 
 def test_manifest_tells_how_to_rebuild(saved):
     with Checkpointer(saved) as checkpoints:
-        manifest = checkpoints.manifest()
+        record = checkpoints.manifest()
         assert checkpoints.latest_good_step() == 5
-    assert manifest.extras == EXTRAS
-    assert manifest.config_hash == mf.json_hash(EXTRAS["config"])
-    leaf = manifest.leaves["params/b"]
+    assert record.extras == EXTRAS
+    assert record.config_hash == manifest.json_hash(EXTRAS["config"])
+    leaf = record.leaves["params/b"]
     assert (leaf["shape"], leaf["dtype"]) == ([7], "bfloat16")
-    assert manifest.versions["jax"] == jax.__version__
-    assert all((saved / "checkpoints" / "5" / name).is_file() for name in manifest.files)
+    assert record.versions["jax"] == jax.__version__
+    assert all((saved / "checkpoints" / "5" / name).is_file() for name in record.files)
 
 
 def test_state_may_be_donated_while_it_is_saved(tmp_path):
@@ -215,12 +213,12 @@ def empty(folder: Path) -> None:
 
 
 def edit_manifest(folder: Path) -> None:
-    path = folder / mf.FILE_NAME
+    path = folder / manifest.FILE_NAME
     path.write_text(path.read_text().replace('"n": 2', '"n": 3'))
 
 
 def cut_manifest(folder: Path) -> None:
-    os.truncate(folder / mf.FILE_NAME, 100)
+    os.truncate(folder / manifest.FILE_NAME, 100)
 
 
 DAMAGE = {
@@ -228,7 +226,7 @@ DAMAGE = {
     truncate: "has 100 bytes, its manifest says",
     lambda folder: biggest_file(folder).unlink(): "is missing, its manifest says",
     empty: "manifest.json is missing",
-    lambda folder: (folder / mf.FILE_NAME).unlink(): "manifest.json is missing",
+    lambda folder: (folder / manifest.FILE_NAME).unlink(): "manifest.json is missing",
     edit_manifest: "does not match its own digest",
     cut_manifest: "manifest.json is unreadable",
 }
@@ -291,7 +289,7 @@ def no_space(*args):
 
 def test_background_error_surfaces_at_the_next_check(two, monkeypatch):
     with Checkpointer(two) as checkpoints:
-        monkeypatch.setattr(mf, "write", no_space)
+        monkeypatch.setattr(manifest, "write", no_space)
         checkpoints.save(3, make_state(), {})
         wait([checkpoints._saving])
         with pytest.raises(CheckpointError, match="step 3 could not be saved: OSError.*No space"):
@@ -308,7 +306,7 @@ def test_background_error_surfaces_at_the_next_check(two, monkeypatch):
 
 
 def test_synchronous_save_raises_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(mf, "write", no_space)
+    monkeypatch.setattr(manifest, "write", no_space)
     with Checkpointer(tmp_path, CheckpointConfig(asynchronous=False)) as checkpoints:
         with pytest.raises(CheckpointError, match="No space"):
             checkpoints.save(1, make_state(), {})
@@ -343,13 +341,13 @@ def test_keep_and_keep_every(tmp_path):
 def test_old_one_stays_until_the_new_one_verifies(tmp_path, monkeypatch):
     with Checkpointer(tmp_path, CheckpointConfig(keep=1)) as checkpoints:
         save_all(checkpoints, [1])
-        write = mf.write
+        write = manifest.write
 
-        def damaging(folder, manifest):
-            write(folder, manifest)
+        def damaging(folder, record):
+            write(folder, record)
             truncate(Path(folder))
 
-        monkeypatch.setattr(mf, "write", damaging)
+        monkeypatch.setattr(manifest, "write", damaging)
         with pytest.raises(CheckpointError, match="Damaged"):
             save_all(checkpoints, [2])
         assert checkpoints.latest_good_step() == 1
@@ -375,7 +373,7 @@ def test_same_step_again(tmp_path):
         assert checkpoints.save(1, {"w": jnp.zeros(3)}, {"n": 3})
         checkpoints.wait()
         assert checkpoints.manifest(1).extras == {"n": 3}
-    assert json.loads((folder / "1.aside-1" / mf.FILE_NAME).read_text())["extras"] == {"n": 1}
+    assert json.loads((folder / "1.aside-1" / manifest.FILE_NAME).read_text())["extras"] == {"n": 1}
 
 
 def test_run_that_went_back_is_the_one_that_resumes(tmp_path):
@@ -394,7 +392,7 @@ KILLED = """
 import sys, time
 import jax, jax.numpy as jnp
 import orbax.checkpoint as ocp
-from hnet.checkpoint import manifest as mf
+from hnet.checkpoint import manifest
 from hnet.checkpoint.save import Checkpointer
 workdir, where = sys.argv[1:]
 state = {"w": jnp.arange(1031.0)}
@@ -407,7 +405,7 @@ def hang(*args, **kwargs):
 if where == "arrays":
     ocp.PyTreeCheckpointHandler.finalize = hang
 else:
-    mf.write = hang
+    manifest.write = hang
 checkpoints.save(2, jax.tree.map(lambda x: x + 1, state), {})
 checkpoints.wait()
 """
@@ -424,7 +422,7 @@ def test_kill_during_a_save_leaves_the_older_one(tmp_path):
             assert child.stdout.readline() == b"saving\n"
             child.send_signal(signal.SIGKILL)
         folder = tmp_path / where / "checkpoints"
-        assert sf.list_steps(sf.checkpoint_folder(tmp_path / where)) == [1, 2]
+        assert step_folders.list_steps(step_folders.checkpoint_folder(tmp_path / where)) == [1, 2]
         assert (folder / "2" / "state").exists() == (where == "manifest")
         state = {"w": jnp.arange(1031.0)}
         with Checkpointer(tmp_path / where) as checkpoints:
@@ -435,7 +433,7 @@ def test_kill_during_a_save_leaves_the_older_one(tmp_path):
             checkpoints.save(2, state, {})
             checkpoints.wait()
             assert checkpoints.latest_good_step() == 2
-            assert not (folder / "2" / mf.PENDING_NAME).exists()
+            assert not (folder / "2" / manifest.PENDING_NAME).exists()
         assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]  # no remains
 
 
@@ -460,9 +458,9 @@ def test_config_names_field_and_value(field, value):
 
 def test_local_paths(monkeypatch):
     monkeypatch.setenv("HOME", "/somebody")
-    assert str(sf.checkpoint_folder("~/run")) == "/somebody/run/checkpoints"
+    assert str(step_folders.checkpoint_folder("~/run")) == "/somebody/run/checkpoints"
     monkeypatch.chdir("/")
-    assert str(sf.checkpoint_folder("run")) == "/run/checkpoints"
+    assert str(step_folders.checkpoint_folder("run")) == "/run/checkpoints"
 
 
 class Bucket(MemoryFileSystem):
@@ -478,24 +476,24 @@ class Bucket(MemoryFileSystem):
 
 def test_step_folders_of_a_bucket(monkeypatch):
     monkeypatch.setattr(type(fsspec_backend), "_get_filesystem", lambda *_: Bucket())
-    folder = sf.checkpoint_folder("gs://bucket/run")
-    assert str(folder) == "gs://bucket/run/checkpoints" and sf.list_steps(folder) == []
-    leaves = {"w": {"shape": [], "dtype": "int32", "checksum": "0"}}
+    folder = step_folders.checkpoint_folder("gs://bucket/run")
+    assert str(folder) == "gs://bucket/run/checkpoints" and step_folders.list_steps(folder) == []
+    leaf_of = {"w": {"shape": [], "dtype": "int32", "checksum": "0"}}
     for step in range(1, 5):
         (folder / str(step) / "state").mkdir(parents=True)
         (folder / str(step) / "state" / "d").write_text("12345")
-        manifest = mf.make_manifest(step, leaves, {})
-        manifest = dataclasses.replace(manifest, files=mf.list_files(folder / str(step)))
-        mf.write(folder / str(step), manifest)
-    assert mf.read(folder / "3").files == {"state/d": 5}
-    sf.tidy(folder / "3", keep=2, keep_every=0)
-    assert sf.list_steps(folder) == sf.list_saved(folder) == [2, 3]
+        record = manifest.make_manifest(step, leaf_of, {})
+        record = dataclasses.replace(record, files=manifest.list_files(folder / str(step)))
+        manifest.write(folder / str(step), record)
+    assert manifest.read(folder / "3").files == {"state/d": 5}
+    step_folders.tidy(folder / "3", keep=2, keep_every=0)
+    assert step_folders.list_steps(folder) == step_folders.list_saved(folder) == [2, 3]
     assert (folder / "4.aside-1" / "state" / "d").read_text() == "12345"
     (folder / "3" / "state" / "d").write_text("1234")
-    assert sf.why_not(folder / "3") == "state/d has 4 bytes, its manifest says 5 bytes"
-    assert not sf.make_room(folder / "2", leaves)
-    assert sf.make_room(folder / "3", leaves) and sf.list_saved(folder) == [2]
-    assert sf.is_unfinished(folder / "3")
+    assert step_folders.why_not(folder / "3") == "state/d has 4 bytes, its manifest says 5 bytes"
+    assert not step_folders.make_room(folder / "2", leaf_of)
+    assert step_folders.make_room(folder / "3", leaf_of) and step_folders.list_saved(folder) == [2]
+    assert step_folders.is_unfinished(folder / "3")
 
 
 def test_bucket_that_cannot_be_opened_is_one_line(monkeypatch):
@@ -504,7 +502,7 @@ def test_bucket_that_cannot_be_opened_is_one_line(monkeypatch):
 
     monkeypatch.setattr(type(fsspec_backend), "_get_filesystem", absent)
     with pytest.raises(ConfigError, match="'gs://bucket/run' cannot be opened: ImportError: ins"):
-        sf.checkpoint_folder("gs://bucket/run")
+        step_folders.checkpoint_folder("gs://bucket/run")
 
 
 # --- a save that fails
@@ -514,7 +512,7 @@ def test_a_failed_save_is_one_error_even_if_orbax_raises_again(tmp_path, monkeyp
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(mf, "write", full)
+    monkeypatch.setattr(manifest, "write", full)
     checkpoints = Checkpointer(tmp_path)
     close = checkpoints._orbax.close
     monkeypatch.setattr(checkpoints._orbax, "close", lambda: (close(), full()))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hnet.checkpoint import leaves as lv
+from hnet.checkpoint import leaves
 from hnet.errors import ConfigError
 
 
@@ -29,21 +29,21 @@ def slow_checksum(x) -> str:
 
 
 def device_checksum(x) -> str:
-    return "{:08x}{:08x}".format(*map(int, lv._device_sums(x)))
+    return "{:08x}{:08x}".format(*map(int, leaves._device_sums(x)))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "bool", "float64"])
 def test_checksum_is_the_slow_one(dtype):
     with jax.enable_x64(True):
         x = jnp.asarray(np.random.default_rng(1).integers(-90, 90, (3, 5, 7)), jnp.dtype(dtype))
-        assert lv.checksums({"x": x})["x"] == slow_checksum(np.asarray(x))
+        assert leaves.checksums({"x": x})["x"] == slow_checksum(np.asarray(x))
         assert device_checksum(x) == slow_checksum(np.asarray(x))
 
 
 def test_checksum_of_a_large_host_array_goes_by_pieces(monkeypatch):
-    monkeypatch.setattr(lv, "_PIECE", 11)
+    monkeypatch.setattr(leaves, "_PIECE", 11)
     x = np.random.default_rng(5).normal(size=(7, 5)).astype(np.float32)
-    assert lv.checksums({"x": x})["x"] == slow_checksum(x)
+    assert leaves.checksums({"x": x})["x"] == slow_checksum(x)
 
 
 def test_checksum_does_not_depend_on_sharding():
@@ -54,7 +54,7 @@ def test_checksum_does_not_depend_on_sharding():
     )
     shardings = [NamedSharding(auto, P("data", "fsdp")), NamedSharding(explicit, P("b", "a"))]
     placed = [jax.device_put(x, sharding) for sharding in shardings]
-    for on_host, on_device in zip(lv.checksums(dict(enumerate(placed))).values(), placed):
+    for on_host, on_device in zip(leaves.checksums(dict(enumerate(placed))).values(), placed):
         assert on_host == device_checksum(on_device) == slow_checksum(x)
 
 
@@ -65,7 +65,9 @@ def test_checksum_sees_a_flipped_bit_and_a_swap(where, bit, i, j):
     flipped, swapped = x.copy(), x.copy()
     flipped[where] ^= np.uint32(1 << bit)
     swapped[[i, j]] = x[[j, i]]
-    sums = lv.checksums({"x": jnp.asarray(x), "f": jnp.asarray(flipped), "s": jnp.asarray(swapped)})
+    sums = leaves.checksums(
+        {"x": jnp.asarray(x), "f": jnp.asarray(flipped), "s": jnp.asarray(swapped)}
+    )
     assert sums["f"][:8] != sums["x"][:8] and sums["f"][8:] != sums["x"][8:]
     assert (sums["s"] == sums["x"]) == (i == j)
 
@@ -73,5 +75,5 @@ def test_checksum_sees_a_flipped_bit_and_a_swap(where, bit, i, j):
 def test_parameters_without_a_run_say_how_to_start_from_them():
     saved, step = ({name: {"shape": [2], "dtype": "int8"}} for name in ("params/w", "step"))
     with pytest.raises(ConfigError, match="w1/checkpoints/0 holds parameters, .* --init.from w1/"):
-        lv.check_schema("w1/checkpoints/0", saved, saved | step)
-    lv.check_schema("w1/checkpoints/0", saved, saved)
+        leaves.check_schema("w1/checkpoints/0", saved, saved | step)
+    leaves.check_schema("w1/checkpoints/0", saved, saved)

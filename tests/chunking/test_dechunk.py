@@ -192,8 +192,8 @@ def test_gradients_of_the_ema_are_those_of_the_recurrence():
 # --- sharding -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("packed_rows", [1, 2])
-def test_batch_sharded_chunking_moves_nothing_between_devices(packed_rows):
+@pytest.mark.parametrize("rows_sharing_slots", [1, 2])
+def test_batch_sharded_chunking_moves_nothing_between_devices(rows_sharing_slots):
     """Routing, chunk, EMA and dechunk, and their gradient, on eight devices."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     rows = NamedSharding(mesh, PartitionSpec("data"))
@@ -201,7 +201,7 @@ def test_batch_sharded_chunking_moves_nothing_between_devices(packed_rows):
 
     def scalar(x_BLD, segment_ids_BL, cotangent_BLD):
         p_BL = half_cosine_distance(previous(x_BLD), x_BLD)
-        found = decided(p_BL, segment_ids_BL, capacity, rows=packed_rows)
+        found = decided(p_BL, segment_ids_BL, capacity, rows=rows_sharing_slots)
         shared_BLD, shared, _ = share_slots(x_BLD, found, Context(segment_ids_BL))
         chunks = chunked(shared_BLD, shared, capacity)
         out_BLD = dechunked(jnp.tanh(chunks.x_BMD), chunks, shared).reshape(x_BLD.shape)

@@ -105,7 +105,8 @@ def loss_sum(chunking, boundaries, logits=None, labels=None):
         loss.weight
         * loss.part()(
             LossInputs(
-                boundaries, loss, ratios_R, chunking.has_null, counts, counts, None, logits, labels
+                boundaries, loss, ratios_R, chunking.has_null_chunk, counts, counts, None, logits,
+                labels,
             )
         )
         for loss in chunking.losses
@@ -153,14 +154,14 @@ def test_dtp_pool():
     everything = load("family/dtp_pool")
 
     @quick_jit
-    def run(null_D, h_BLD, b_BL, y_BSD, cot_BSD, cot_BLD):
+    def run(null_chunk_D, h_BLD, b_BL, y_BSD, cot_BSD, cot_BLD):
         context = Context(jnp.ones(b_BL.shape, jnp.int32), external_boundary_BL=b_BL > 0)
         M = y_BSD.shape[1]
-        stage = nnx.merge(graph, params | {"null_group": null_D})
+        stage = nnx.merge(graph, params | {"null_group": null_chunk_D})
         own = stage.boundaries(h_BLD, context, M)
 
-        def scalar(null_D, h_BLD, b_BL, y_BSD):
-            stage = nnx.merge(graph, params | {"null_group": null_D})
+        def scalar(null_chunk_D, h_BLD, b_BL, y_BSD):
+            stage = nnx.merge(graph, params | {"null_group": null_chunk_D})
             told = own._replace(boundary_ste_BL=b_BL)
             chunks_BSD, _, slots = stage.chunk(h_BLD, context, told, M)
             read_BLD = stage.dechunk_layer(y_BSD, told, slots, stage.chunking.dechunk)
@@ -168,7 +169,7 @@ def test_dtp_pool():
             return value, (own, chunks_BSD, read_BLD)
 
         grad = jax.value_and_grad(scalar, (0, 1, 2, 3), has_aux=True)
-        return grad(null_D, h_BLD, b_BL, y_BSD)
+        return grad(null_chunk_D, h_BLD, b_BL, y_BSD)
 
     for kind in ("random", "none", "all", "mixed"):
         found = part(everything, kind)
@@ -177,7 +178,7 @@ def test_dtp_pool():
         y_BSD = batch_first(found["y_SBD"]) if "y_SBD" in found else np.zeros_like(cot_BSD)
         h_BLD, b_BL = batch_first(found["hidden_LBD"]), found["boundary_BL"]
         (_, (own, chunks_BSD, read_BLD)), grads = run(
-            found["null_D"], h_BLD, b_BL, y_BSD, cot_BSD, cot_BLD
+            found["null_chunk_D"], h_BLD, b_BL, y_BSD, cot_BSD, cot_BLD
         )
         assert np.array_equal(own.boundary_mask_BL, b_BL)
         shortened_BSD = batch_first(found["shortened_SBD"])
@@ -547,7 +548,7 @@ def test_cif_integrates_given_weights():
 
     @quick_jit
     def run(h_BLD, weight_BL):
-        own = decide(fired(weight_BL, ids_BL), context, M, has_null=True)
+        own = decide(fired(weight_BL, ids_BL), context, M, has_null_chunk=True)
         chunks_BMD, _, _ = nnx.merge(graph, params).chunk(h_BLD, context, own, M)
         return own, chunks_BMD[:, 1:]
 
@@ -651,11 +652,11 @@ def test_zonkey_probability_of_long_chunks():
 IDS = np.int32([[1, 1, 1, 1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1, 1, 1, 1]])
 
 
-def drawn_rows(seed, *, has_null=False):
+def drawn_rows(seed, *, has_null_chunk=False):
     """(boundaries with random p, next-byte nats) of two rows."""
     rng = np.random.default_rng(seed)
     logit_BL = rng.normal(size=IDS.shape).astype(np.float32)
-    own = decide(Prediction(logit_BL), Context(IDS), 99, has_null=has_null)
+    own = decide(Prediction(logit_BL), Context(IDS), 99, has_null_chunk=has_null_chunk)
     nll_BL = rng.uniform(0.1, 3, IDS.shape).astype(np.float32)
     extra_BL = rng.uniform(0.1, 3, IDS.shape).astype(np.float32)
     return own._replace(extra=np.where(IDS > 0, extra_BL, 0)), nll_BL

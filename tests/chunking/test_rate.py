@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from hnet.chunking.boundaries import Prediction
 from hnet.chunking.config import ChunkingConfig
-from hnet.chunking.controller import LIMIT, exact_offsets, free_logits, hold_rates
 from hnet.chunking.losses.bce import BCE, entropy_spikes
 from hnet.chunking.losses.binomial import Binomial, binomial_nll
 from hnet.chunking.losses.hinge import Hinge, hinge
 from hnet.chunking.losses.parity import Parity
 from hnet.chunking.losses.ratio import Ratio, ratio_loss
+from hnet.chunking.rate_control import LIMIT, exact_offsets, hold_rates, logits_without_offset
 from hnet.chunking.rates import SOFT, boundary_rates, route_rates, row_rate_error, target_rate
 from tests.chunking_pieces import decided, loss_of
 from tests.networks import quick_jit
@@ -83,7 +83,7 @@ def random_route(alignment="end"):
     def of(logits):
         return decided(
             jax.nn.sigmoid(logits), segments, 2 * L,
-            has_null=alignment == "end", logit=logits, route_ids=ids,
+            has_null_chunk=alignment == "end", logit=logits, route_ids=ids,
         )  # fmt: skip
 
     return of, logits, ids, segments
@@ -287,7 +287,7 @@ def test_free_logits_are_those_without_the_offset():
     prediction = Prediction(prob=route.boundary_prob_BL)
     p_BL = prediction.shifted(offsets[route.route_ids_BL]).probability
     params = {"backbone": {"boundary_offset": offsets, "main_network": {}}}
-    found = free_logits(params, [route._replace(boundary_prob_BL=p_BL)])
+    found = logits_without_offset(params, [route._replace(boundary_prob_BL=p_BL)])
     (logit_BL, ids_BL), valid = found[0], np.asarray(route.segment_ids_BL) != 0
     assert list(found) == [0] and np.array_equal(ids_BL, route.route_ids_BL)
     assert np.array_equal(np.isnan(logit_BL), ~valid)

@@ -212,7 +212,7 @@ def test_a_chunk_has_the_route_of_the_position_on_which_it_fires(chunking):
         expected = []
         for t in range(23):
             if chunking and t in (0, 9):
-                expected.append(routes[b, t])  # for the null slot
+                expected.append(routes[b, t])  # for the null chunk
             if outer.boundary_mask_BL[b, t]:
                 expected.append(routes[b, t])
         used = inner.segment_ids_BL[b] != 0

@@ -90,10 +90,10 @@ def loaded(prefix, D, E):
     return pool, dechunk
 
 
-def boundaries_of(mask_BL, segments_BL, capacity, has_null=False):
+def boundaries_of(mask_BL, segments_BL, capacity, has_null_chunk=False):
     context = Context(jnp.asarray(segments_BL, jnp.int32))
     prediction = Prediction(prob=jnp.asarray(mask_BL, jnp.float32))
-    found = decide(prediction, context, capacity + has_null, has_null=has_null)
+    found = decide(prediction, context, capacity + has_null_chunk, has_null_chunk=has_null_chunk)
     return context, found, open_slots(found, context, capacity)
 
 
@@ -254,7 +254,7 @@ def test_patches_of_megabyte(sizes):
             for s, (pool, dechunk) in enumerate(nnx.merge(graph, params)):
                 P, index = sizes[s], np.arange(L)[None].repeat(B, 0)
                 context, found, slots = boundaries_of(
-                    index % P == P - 1, segments, L // P, has_null=True
+                    index % P == P - 1, segments, L // P, has_null_chunk=True
                 )
                 slots = slots._replace(opened_at_BM=jnp.asarray(index[:, P - 1 :: P], jnp.int32))
                 down.append(pool(Positions(tables[s][ids], context, pool.config), found, slots))

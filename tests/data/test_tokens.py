@@ -5,6 +5,7 @@ from dataclasses import replace
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hnet.train.program import check_vocabulary
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from hnet.config import BOS_ID, EOS_ID
@@ -14,7 +15,6 @@ from hnet.data.tokens import TokenDocuments, Vocabulary
 from hnet.errors import ConfigError
 from hnet.loss import scored_bytes
 from hnet.train.evaluate import Evaluation
-from hnet.train.program import check_vocabulary
 from tests.data_helpers import make_documents
 from tests.training import TINY, tiny_run
 

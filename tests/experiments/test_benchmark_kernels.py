@@ -21,7 +21,7 @@ SSD = Shape("ssd_backend", (("B", 1), ("L", 11), ("H", 2), ("P", 4), ("N", 3)))
 
 def test_shapes_are_those_of_one_device_at_settled_slots():
     words = ["2stage_L", "--data.seq_len", "8192", "--data.batch_size", "64"]
-    found = shapes(run_config([*words, "--train.packed_rows", "1"]), num_devices=8)
+    found = shapes(run_config([*words, "--train.rows_sharing_slots", "1"]), num_devices=8)
     one, two = capacities(run_config(words), 1.0)
     assert {str(shape): layers for shape, layers in found.items()} == {
         "B=8 L=8192 H=32 P=64 N=128": 8,
@@ -29,7 +29,7 @@ def test_shapes_are_those_of_one_device_at_settled_slots():
         f"B=8 L={one} H=16 K=64 window=1023": 2,
         f"B=8 L={two} H=16 K=96 window=-1": 26,
     }
-    shared = shapes(run_config([*words, "--train.packed_rows", "4"]), num_devices=8)
+    shared = shapes(run_config([*words, "--train.rows_sharing_slots", "4"]), num_devices=8)
     assert f"B=2 L={4 * two} H=16 K=96 window=-1" in map(str, shared)
 
 

@@ -77,8 +77,8 @@ def test_rates_are_targets_of_the_scripts_or_counts_of_a_rule():
 def test_flops_per_byte_are_of_source_bytes_at_the_rate(monkeypatch):
     asked = {}
 
-    def flops(model, lengths, packed_rows):
-        asked.update(lengths=lengths, packed_rows=packed_rows)
+    def flops(model, lengths, rows_sharing_slots):
+        asked.update(lengths=lengths, rows_sharing_slots=rows_sharing_slots)
         return {}
 
     monkeypatch.setattr(match, "training_flops", flops)
@@ -86,7 +86,7 @@ def test_flops_per_byte_are_of_source_bytes_at_the_rate(monkeypatch):
     config = base_config("hnet")
     config = replace(config, data=replace(config.data, seq_len=48, batch_size=12))
     assert match.flops_per_byte(config, (0.25,), 4.0) == 960 / (48 * 4)
-    assert asked == {"lengths": (48, 12.0), "packed_rows": 4}
+    assert asked == {"lengths": (48, 12.0), "rows_sharing_slots": 4}
 
 
 def test_measured_seconds_can_be_matched(monkeypatch):

@@ -59,7 +59,7 @@ def test_calibrate_writes_a_configuration_with_equal_chunks(files, tmp_path, mon
     config = base_config(str(out))
     chunking = config.model.stages[0].chunking
     assert config.model.route_groups == (("Cyrillic",), ("Latin",))
-    assert config.workdir == "runs/routed" and config.controller.fit_default
+    assert config.workdir == "runs/routed" and config.rate_control.fit_default
     assert chunking.routes == 3 and chunking.hold_rate
     eng, rus = (sum(len(t.encode()) for t in LINES[k]) for k in ("eng", "rus"))
     N_default, N_cyrillic, N_latin = chunking.target_ratios
@@ -124,7 +124,7 @@ def test_calibrated_default_route_is_fitted_where_something_fits_it(tmp_path, ch
     base = replace(base, model=replace(base.model, stages=(outer, inner)))
     found = calibrate.Calibration((("Latin",), ("Greek",)), (3.0, 3.0, 4.0), np.ones((2, 3)))
     config = calibrate.with_routes(base, found)
-    assert config.controller.fit_default == (not change)
+    assert config.rate_control.fit_default == (not change)
     assert config.model.stages[0].chunking.target_ratios == (3.0, 3.0, 4.0)
 
 
@@ -200,7 +200,7 @@ def test_fairness_table_from_text_to_reports(files, tmp_path, monkeypatch, capsy
     shown = capsys.readouterr().out
     routed, twin = (read_config(out / name) for name in ("routed", "single"))
     check_rates(shown, routed)
-    assert routed.data == twin.data and routed.controller.fit_default
+    assert routed.data == twin.data and routed.rate_control.fit_default
     assert routed.train == twin.train and routed.seed == twin.seed
     assert twin.model.num_routes == 1 and twin.model.stages[0].chunking.target_ratio == 5
     assert routed.model.route_names[0] == "default" and routed.model.num_routes > 3

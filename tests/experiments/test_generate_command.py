@@ -12,7 +12,7 @@ from flax import nnx
 
 from hnet import command_line
 from hnet.commands import generate as command
-from hnet.decode import room
+from hnet.decode import cache_memory
 from hnet.decode.decoder import Decoder
 from hnet.decode.generate import chunk_starts, generate, stream_text
 from hnet.decode.sampling import Sampling
@@ -207,7 +207,7 @@ def test_a_length_that_no_memory_holds_is_refused(run):
 
 
 def test_what_is_refused_and_what_the_remedy_says(model, monkeypatch):
-    monkeypatch.setattr(room, "free_memory", lambda: 3_000_000)
+    monkeypatch.setattr(cache_memory, "free_memory", lambda: 3_000_000)
     decoder = Decoder(model)
     with pytest.raises(ConfigError, match="use [0-9]+ or less, or fewer rows together") as e:
         decoder.start([b"abc", b"d"], Sampling(max_bytes=10**6))
@@ -217,10 +217,10 @@ def test_what_is_refused_and_what_the_remedy_says(model, monkeypatch):
     assert 1_500_000 < sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache)) <= 3_000_000
     with pytest.raises(ConfigError, match=f"max_bytes={most + 1}:"):
         decoder.start([b"abc", b"d"], Sampling(max_bytes=most + 1))
-    monkeypatch.setattr(room, "free_memory", lambda: 10)
+    monkeypatch.setattr(cache_memory, "free_memory", lambda: 10)
     with pytest.raises(ConfigError, match="use a shorter prompt"):
         decoder.start([b"abc"], Sampling(max_bytes=1))
-    monkeypatch.setattr(room, "free_memory", lambda: None)  # unknown: try
+    monkeypatch.setattr(cache_memory, "free_memory", lambda: None)  # unknown: try
     decoder.start([b"abc", b"d"], Sampling(max_bytes=most))
 
 

@@ -246,7 +246,7 @@ def test_a_refused_start_is_one_line_and_changes_nothing(tree, start, monkeypatc
     module = importlib.import_module(start[0])
     for each in (module, command):
         monkeypatch.setattr(each, "enable_compilation_cache", lambda: None, raising=False)
-    monkeypatch.setattr(command, "one_device_a_core", lambda rows: None)
+    monkeypatch.setattr(command, "one_device_per_core", lambda rows: None)
     monkeypatch.setattr(sys, "argv", ["command", *start[1:]])
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n")))
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("started something"))

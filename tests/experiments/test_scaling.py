@@ -40,15 +40,15 @@ def test_every_model_of_a_level_costs_the_same_a_byte_and_sees_the_same_bytes(la
         assert len({p.train_bytes for p in points}) == 1
         for p in points:
             assert p.train_bytes == p.steps * 256 * 8192
-            assert p.train_flops == pytest.approx(3 * p.flops_a_byte * p.train_bytes)
+            assert p.train_flops == pytest.approx(3 * p.flops_per_byte * p.train_bytes)
     sizes = [ladder["hnet1", level][0].parameters for level in LEVELS]
     assert sizes == sorted(sizes)
 
 
 def test_the_rules_lead_to_the_published_models(ladder):
     """L and XL: GFLOPs per byte .42 and .69; widths, encoders and depth of the main network."""
-    assert ladder["bpe", 1536][0].flops_a_byte == pytest.approx(0.423e9, rel=2e-3)
-    assert ladder["bpe", 2048][0].flops_a_byte == pytest.approx(0.699e9, rel=2e-3)
+    assert ladder["bpe", 1536][0].flops_per_byte == pytest.approx(0.423e9, rel=2e-3)
+    assert ladder["bpe", 2048][0].flops_per_byte == pytest.approx(0.699e9, rel=2e-3)
     for name, place in (("1stage_L", ("hnet1", 1536)), ("1stage_XL", ("hnet1", 2048)),
                         ("2stage_L", ("hnet2", 1536)), ("2stage_XL", ("hnet2", 2048))):  # fmt: skip
         point, model = ladder[place]

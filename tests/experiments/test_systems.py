@@ -66,11 +66,11 @@ def rows(draw):
 
 
 @partial(quick_jit, static_argnums=4)
-def _end(x_BLD, p_BL, segment_ids_BL, null_D, capacity):
+def _end(x_BLD, p_BL, segment_ids_BL, null_chunk_D, capacity):
     """Slots of an END stage, pooled by mean and by select, and the former repeated."""
-    found = decided(p_BL, segment_ids_BL, capacity, has_null=True, route_ids=segment_ids_BL)
-    mean = chunked(x_BLD, found, capacity, null_D, "mean")
-    last = chunked(x_BLD, found, capacity, null_D)
+    found = decided(p_BL, segment_ids_BL, capacity, has_null_chunk=True, route_ids=segment_ids_BL)
+    mean = chunked(x_BLD, found, capacity, null_chunk_D, "mean")
+    last = chunked(x_BLD, found, capacity, null_chunk_D)
     return found, mean, last, dechunked(mean.x_BMD, mean, found, "repeat")
 
 
@@ -120,7 +120,7 @@ def test_end_slots_are_those_of_a_walk_along_the_row(case):
             assert np.array_equal(out[b, t], expected), (b, t, at)
 
 
-def reference_pooling(x_LD, b_L, null_D, main):
+def reference_pooling(x_LD, b_L, null_chunk_D, main):
     """DTP's pooling, main network and upsampling of one row, with its continuous relaxation.
 
     A position belongs to the group s that equals its index g(t), with weight 1 - (s - g(t)) there
@@ -136,7 +136,7 @@ def reference_pooling(x_LD, b_L, null_D, main):
     groups_SD = into_SL @ x_LD / (jnp.sum(into_SL, 1, keepdims=True) + 1e-9)
     num_complete = jnp.sum(jax.lax.stop_gradient(b_L))
     groups_SD = jnp.where(slots_S < num_complete, groups_SD, 0.0)
-    y_SD = main(jnp.concatenate([null_D[None], groups_SD[:-1]]))
+    y_SD = main(jnp.concatenate([null_chunk_D[None], groups_SD[:-1]]))
     out_of_SL = weights(jnp.cumsum(b_L))
     return (out_of_SL / (jnp.sum(out_of_SL, 0, keepdims=True) + 1e-9)).T @ y_SD
 
@@ -151,14 +151,14 @@ def test_gradients_of_dynamic_token_pooling():
     )  # groups 0 | 1 | 2-4 | 5-9, rest open
     main = lambda y: jnp.tanh(y @ mix)
 
-    def ours(x_LD, b_L, null_D):
+    def ours(x_LD, b_L, null_chunk_D):
         segments = jnp.ones((1, L), jnp.int32)
-        found = decided(b_L[None], segments, 2 * L, has_null=True)
-        chunks = chunked(x_LD[None], found, 2 * L, null_D, "mean")
+        found = decided(b_L[None], segments, 2 * L, has_null_chunk=True)
+        chunks = chunked(x_LD[None], found, 2 * L, null_chunk_D, "mean")
         return jnp.sum(dechunked(main(chunks.x_BMD), chunks, found, "repeat")[0] * a)
 
-    def reference(x_LD, b_L, null_D):
-        return jnp.sum(reference_pooling(x_LD, b_L, null_D, main) * a)
+    def reference(x_LD, b_L, null_chunk_D):
+        return jnp.sum(reference_pooling(x_LD, b_L, null_chunk_D, main) * a)
 
     both = [quick_jit(jax.value_and_grad(f, (0, 1, 2)))(x, b, null) for f in (ours, reference)]
     (value, (dx, db, dnull)), (value_r, (dx_r, db_r, dnull_r)) = both
@@ -212,7 +212,7 @@ def test_relaxed_bernoulli_cuts_with_probability_p_and_passes_its_gradient():
 
     def boundaries(logits):
         soft = relaxed_bernoulli(logits, tau, key)
-        route = decided(jax.nn.sigmoid(logits), segments, 9999, has_null=True, relaxed=soft)
+        route = decided(jax.nn.sigmoid(logits), segments, 9999, has_null_chunk=True, relaxed=soft)
         return jnp.sum(route.boundary_ste_BL)
 
     b, gradient = quick_jit(jax.value_and_grad(boundaries))(logits)

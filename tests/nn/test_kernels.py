@@ -16,8 +16,8 @@ from hnet.config import ComputeConfig, StageConfig
 from hnet.errors import ConfigError
 from hnet.nn.attention import attention_reference
 from hnet.nn.kernels.cudnn import attention_cudnn
+from hnet.nn.kernels.sharded import sharded_over_rows
 from hnet.nn.kernels.splash import attention_splash
-from hnet.nn.kernels.spread import on_each_device
 from hnet.nn.kernels.ssd import ssd_pallas
 from hnet.nn.kernels.ssd_matmul import ssd_matmul
 from hnet.nn.kernels.ssd_triton import ssd_triton
@@ -171,7 +171,7 @@ def test_each_device_gets_its_rows_and_heads(rows, heads, shape):
         return a_BLH * b_BL[..., None]
 
     def run(a, b):
-        return on_each_device(double, ("BLH", "BL"), "BLH", a, b)
+        return sharded_over_rows(double, ("BLH", "BL"), "BLH", a, b)
 
     def run_on_mesh(a, b):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):

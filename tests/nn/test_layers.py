@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from hnet.nn.layers import (
     SwiGLU,
-    by_rows,
+    constrain_rows,
     gated,
     matmul,
     rms_norm,
@@ -150,7 +150,7 @@ def test_segment_starts_and_positions(segment_ids):
     assert np.array_equal(segment_positions(segment_ids), positions)
 
 
-def laid_out(mesh, x, function=by_rows):
+def laid_out(mesh, x, function=constrain_rows):
     def on_mesh(x):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return function(x)
@@ -164,8 +164,8 @@ def test_rows_lie_over_the_mesh_where_it_divides_them():
     rows = P(("data", "fsdp"))
     assert laid_out(mesh, jnp.ones((8, 3))) == rows
     assert laid_out(mesh, jnp.ones((6, 3))) == P()
-    assert laid_out(mesh, jnp.ones((5, 8, 3)), jax.vmap(by_rows)) == P(None, *rows)
+    assert laid_out(mesh, jnp.ones((5, 8, 3)), jax.vmap(constrain_rows)) == P(None, *rows)
     other = jax.make_mesh((4, 2), ("points", "tensor"), axis_types=auto)
     assert laid_out(other, jnp.ones((8, 3))) == P()
-    part = jax.shard_map(by_rows, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    part = jax.shard_map(constrain_rows, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
     assert part(jnp.ones((16, 3))).shape == (16, 3)  # one device's rows are not sharded again

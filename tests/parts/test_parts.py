@@ -98,21 +98,25 @@ def test_a_predictor_streams_what_it_predicts(name, routes):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-5), after, state)
 
 
-@pytest.mark.parametrize("has_null", [False, True])
+@pytest.mark.parametrize("has_null_chunk", [False, True])
 @pytest.mark.parametrize("most", [1, 4])
-def test_a_chunk_has_at_most_its_maximal_length(has_null, most):
+def test_a_chunk_has_at_most_its_maximal_length(has_null_chunk, most):
     p_BL = np.random.default_rng(6).uniform(size=(B, L)).astype(np.float32) ** 3
     found = decide(
-        Prediction(prob=p_BL), context_of(SEGMENTS), 2 * L, has_null=has_null, max_chunk_len=most
+        Prediction(prob=p_BL),
+        context_of(SEGMENTS),
+        2 * L,
+        has_null_chunk=has_null_chunk,
+        max_chunk_len=most,
     )
     expected = np.zeros((B, L), bool)
     for b in range(B):
         for t, segment in enumerate(SEGMENTS[b]):
             starts = t == 0 or SEGMENTS[b, t - 1] != segment
             if starts:
-                last = t - has_null
+                last = t - has_null_chunk
             expected[b, t] = segment != 0 and (
-                p_BL[b, t] > 0.5 or t - last == most or (starts and not has_null)
+                p_BL[b, t] > 0.5 or t - last == most or (starts and not has_null_chunk)
             )
             last = t if expected[b, t] else last
     forced = expected & (p_BL <= 0.5)
@@ -120,22 +124,22 @@ def test_a_chunk_has_at_most_its_maximal_length(has_null, most):
     assert np.all(np.asarray(found.boundary_prob_BL)[forced] == 1)
 
 
-def boundaries_of(segments, capacity, has_null, seed=5, most=0):
+def boundaries_of(segments, capacity, has_null_chunk, seed=5, most=0):
     p_BL = np.random.default_rng(seed).uniform(size=(B, L)).astype(np.float32)
     context = context_of(segments)
     draw = np.random.default_rng(seed + 1).uniform(size=(2, B, L)).astype(np.float32)
     extra = Weights(*jnp.asarray(draw))
     prediction = Prediction(prob=p_BL, extra=extra)
-    found = decide(prediction, context, capacity, has_null=has_null, max_chunk_len=most)
-    return found, open_slots(found, context, capacity, has_null=has_null)
+    found = decide(prediction, context, capacity, has_null_chunk=has_null_chunk, max_chunk_len=most)
+    return found, open_slots(found, context, capacity, has_null_chunk=has_null_chunk)
 
 
 @pytest.mark.parametrize("name", POOLS.names)
-@pytest.mark.parametrize("has_null", [False, True])
+@pytest.mark.parametrize("has_null_chunk", [False, True])
 @pytest.mark.parametrize("capacity", [4, 2 * L])
-def test_a_pool_streams_what_it_pools(name, has_null, capacity):
+def test_a_pool_streams_what_it_pools(name, has_null_chunk, capacity):
     settings, most = settings_for(name, POOLS), limit_for(name)
-    alignment = "end" if has_null else alignment_of(settings.part)
+    alignment = "end" if has_null_chunk else alignment_of(settings.part)
     place = Place(0, D, D, ChunkingConfig(3.0, alignment=alignment, max_chunk_len=most))
     graph, params = nnx.split(randomised(settings.part(settings, place, rngs=nnx.Rngs(0))))
 
@@ -143,7 +147,7 @@ def test_a_pool_streams_what_it_pools(name, has_null, capacity):
     def both(params, segment_ids_BL):
         part = nnx.merge(graph, params)
         rows = Positions(jnp.asarray(H), context_of(segment_ids_BL), settings)
-        found, slots = boundaries_of(segment_ids_BL, capacity, has_null, most=most)
+        found, slots = boundaries_of(segment_ids_BL, capacity, has_null_chunk, most=most)
         slow = Pool.__call__(part, rows, found, slots)
         used_BM = (slots.context.segment_ids_BL != 0) & ~(
             jnp.zeros_like(slots.context.segment_ids_BL, bool)
@@ -162,9 +166,9 @@ def test_a_pool_streams_what_it_pools(name, has_null, capacity):
 
 
 @pytest.mark.parametrize("name", DECHUNKS.names)
-@pytest.mark.parametrize("has_null", [False, True])
+@pytest.mark.parametrize("has_null_chunk", [False, True])
 @pytest.mark.parametrize("capacity", [4, 2 * L])
-def test_a_dechunk_streams_what_it_gives_back(name, has_null, capacity):
+def test_a_dechunk_streams_what_it_gives_back(name, has_null_chunk, capacity):
     """Also if slots were clipped, with all slots of a document in the second row."""
     settings = settings_of(name, DECHUNKS)
     place = Place(0, D, D, ChunkingConfig(3.0))
@@ -175,7 +179,7 @@ def test_a_dechunk_streams_what_it_gives_back(name, has_null, capacity):
     @quick_jit
     def both(params, segment_ids_BL):
         part = nnx.merge(graph, params)
-        found, slots = boundaries_of(segment_ids_BL, capacity, has_null)
+        found, slots = boundaries_of(segment_ids_BL, capacity, has_null_chunk)
         slow = Dechunk.__call__(part, y_BMD, found, slots, settings)
         after = part.after(y_BMD, found, slots, settings)
         return (
@@ -196,15 +200,15 @@ def test_a_dechunk_streams_what_it_gives_back(name, has_null, capacity):
 
 
 @pytest.mark.parametrize("name", LOSSES.names)
-@pytest.mark.parametrize("has_null", [False, True])
-def test_losses_of_parts_of_a_batch_add_up(name, has_null):
+@pytest.mark.parametrize("has_null_chunk", [False, True])
+def test_losses_of_parts_of_a_batch_add_up(name, has_null_chunk):
     settings = settings_of(name, LOSSES)
     routes = 2 if name == "parity" else 1
     targets_R = np.float32([2.5, 4.0][:routes])
     logits_BLV = rng.normal(size=(B, L, 11)).astype(np.float32)
 
     def loss_of(rows, whole):
-        found, _ = boundaries_of(SEGMENTS, 2 * L, has_null)
+        found, _ = boundaries_of(SEGMENTS, 2 * L, has_null_chunk)
         if name == "gate_mean":
             found = found._replace(extra=-30 * (1 - found.boundary_prob_BL))
         if name == "policy_gradient":
@@ -218,7 +222,7 @@ def test_losses_of_parts_of_a_batch_add_up(name, has_null):
         })  # fmt: skip
         counts = rate_counts(own, routes)
         x = LossInputs(
-            own, settings, targets_R, has_null, counts, whole or counts,
+            own, settings, targets_R, has_null_chunk, counts, whole or counts,
             np.zeros((B, L), np.float32)[rows], logits_BLV[rows],
         )  # fmt: skip
         return settings.part()(x), counts

@@ -9,8 +9,8 @@ import pytest
 
 DEVICES = """
 import jax
-from hnet.runtime.cpu import one_device_a_core
-print(one_device_a_core(6), len(jax.devices()))
+from hnet.runtime.cpu import one_device_per_core
+print(one_device_per_core(6), len(jax.devices()))
 """
 FAULTS = """
 import ctypes, resource, sys

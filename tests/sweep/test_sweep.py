@@ -23,7 +23,7 @@ from hnet.sweep import results as sweep_results
 from hnet.sweep import train as sweep_train
 from hnet.sweep.space import list_points, read_space
 from hnet.sweep.study import Study
-from hnet.train import loop, population
+from hnet.train import loop, parallel_runs
 from hnet.train.config import CheckpointConfig, EvalConfig, TrainConfig
 from hnet.train.lock import DirectoryLock, process_name
 from hnet.train.metrics_file import read_metrics
@@ -147,7 +147,7 @@ def test_points_whose_folder_is_locked_are_returned(tmp_path, monkeypatch):
 
     def held(configs, folder, *_, **__):
         with DirectoryLock(folder):
-            return population.train_population(configs, folder, None)
+            return parallel_runs.train_population(configs, folder, None)
 
     monkeypatch.setattr(sweep_train, "train_population", held)
     monkeypatch.setattr(sweep_train.time, "sleep", lambda seconds: None)
@@ -225,9 +225,9 @@ def test_tpe_asks_for_as_many_points_as_wanted_and_prunes_the_worse(tmp_path):
 def sweep_in_process(folder: Path, out: Path, space: str, *argv: str, **changes) -> int:
     base = tiny_run(folder / "run", train=TrainConfig(steps=4, log_every=1), **changes)
     (folder / "tiny.json").write_text(json.dumps(to_json(base)))
-    quick = partial(population.build, compiler_options=QUICK)
+    quick = partial(parallel_runs.build, compiler_options=QUICK)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(population, "build", quick)
+        patch.setattr(parallel_runs, "build", quick)
         patch.setattr(loop, "build", build)
         patch.setattr(sweep, "enable_compilation_cache", lambda: None)
         start = [str(folder / "tiny.json"), "--space", write(folder, space), "--out", str(out)]

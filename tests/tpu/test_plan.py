@@ -17,7 +17,7 @@ from experiments.configs.published import MESHES
 from hnet.config import PUBLISHED
 from hnet.errors import ConfigError
 from hnet.flops import param_counts
-from hnet.train.capacity import PATIENCE, Ladder
+from hnet.train.capacity import SHRINK_AFTER, CapacitySchedule
 from hnet.train.sharding import check_batch
 from tests.networks import optimized_jit
 from tpu import hlo, published
@@ -26,7 +26,7 @@ from tpu.chips import CHIPS, GIB, Slice, open_slice
 from tpu.plan import advice, alternatives, main, search
 from tpu.roofline import (
     Bound,
-    bytes_a_second,
+    bytes_per_second,
     memory,
     report,
     roofline,
@@ -181,8 +181,8 @@ ENTRY %main (g: bf16[8,32], w: bf16[4,32]) -> bf16[2,32] {
 def test_a_collective_spread_over_fusions_counts_once_and_a_sliced_sum_is_a_scatter():
     sent = [m for m in hlo.moved(SPREAD) if m.kind != "hbm"]
     assert sent == [
-        hlo.Moved("all-gather", "stage0/encoder", 3 * 4 * 32 * 2, 1, 4, 4),
-        hlo.Moved("reduce-scatter", "stage0/decoder", 3 / 4 * 8 * 32 * 2, 1, 4, 4),
+        hlo.Traffic("all-gather", "stage0/encoder", 3 * 4 * 32 * 2, 1, 4, 4),
+        hlo.Traffic("reduce-scatter", "stage0/decoder", 3 / 4 * 8 * 32 * 2, 1, 4, 4),
     ]
 
 
@@ -265,9 +265,9 @@ def test_part_of(scopes, part):
 
 def test_capacities_are_those_of_the_ladder():
     config = run_config(["2stage_L", "--data.seq_len", "8192"])
-    ladder = Ladder.start(config.model, 8192)
+    ladder = CapacitySchedule.start(config.model, 8192)
     assert capacities(config) == ladder.capacities  # training starts with these
-    for _ in range(PATIENCE):
+    for _ in range(SHRINK_AFTER):
         ladder = ladder.observe((math.ceil(FULLEST * 8192 / 3), math.ceil(FULLEST * 8192 / 9)))
     assert capacities(config, 1.0) == ladder.capacities
     assert capacities(config, 100.0) == (8192, 8192)
@@ -315,9 +315,9 @@ def test_roofline_takes_the_slowest_resource(tiny):
     plan = made_up(
         run_config(tiny),
         moved=[
-            hlo.Moved("hbm", "stage0/encoder", 8.19e8, 1),
-            hlo.Moved("all-reduce", "stage0/encoder", 9e8, 1, 4),
-            hlo.Moved("hbm", "optimizer", 8.19e9, 1),
+            hlo.Traffic("hbm", "stage0/encoder", 8.19e8, 1),
+            hlo.Traffic("all-reduce", "stage0/encoder", 9e8, 1, 4),
+            hlo.Traffic("hbm", "optimizer", 8.19e9, 1),
         ],
     )
     bounds = roofline(plan)
@@ -328,14 +328,14 @@ def test_roofline_takes_the_slowest_resource(tiny):
     # lm_head: 3 x 2 x 128 positions x 256 x 32 for each of the 16 rows of a device
     assert bounds["lm_head"].compute == pytest.approx(3 * 2 * 128 * 256 * 32 * 16 / 197e12)
     assert step_seconds(plan) == pytest.approx(sum(max(b) for b in bounds.values()))
-    assert bytes_a_second(plan) == pytest.approx(64 * 128 / step_seconds(plan))
+    assert bytes_per_second(plan) == pytest.approx(64 * 128 / step_seconds(plan))
     assert step_bound(plan) == "hbm"
     assert "mostly bound by hbm" in report(plan)
 
 
 def test_rows_that_share_slots_attend_over_all_of_them(tiny):
     alone = roofline(made_up(run_config(tiny), capacities=(24,)))
-    shared = roofline(made_up(run_config(tiny), capacities=(24,), packed_rows=4))
+    shared = roofline(made_up(run_config(tiny), capacities=(24,), rows_sharing_slots=4))
     # 96 x 96 scores for four rows; two operations per channel, three times plus one recomputation
     more = (96 * 96 / 4 - 24 * 24) * 2 * 64 * (4 + 3) * 16 / 197e12
     main = "stage1/main_network"
@@ -374,7 +374,7 @@ def test_a_ring_over_hosts_is_as_slow_as_their_network():
 
 
 def test_small_kernels_bound_a_part_on_a_gpu_only(tiny):
-    moved = [hlo.Moved("hbm", "stage0/encoder", 1e3, 5000.0)]
+    moved = [hlo.Traffic("hbm", "stage0/encoder", 1e3, 5000.0)]
     plan = made_up(run_config(tiny), moved=moved)
     assert roofline(plan)["stage0/encoder"].launches == 0
     gpu = replace(plan, slice_=Slice("h100:4", CHIPS["h100"], [None] * 4))
@@ -399,7 +399,7 @@ def faked(plan, tried, fits, seconds):
         if slots == plan.capacities:
             tried.append(config)
             return replace(plan, config=config, fits=fits(config), hbm_bytes=GIB)
-        moved = [hlo.Moved("hbm", "optimizer", seconds(config) * 8.19e11, 1)]
+        moved = [hlo.Traffic("hbm", "optimizer", seconds(config) * 8.19e11, 1)]
         return replace(plan, config=config, capacities=slots, moved=moved)
 
     return compiled
@@ -460,7 +460,7 @@ def test_the_published_table_takes_the_fastest_remat_with_the_fewest_micro_batch
         assert not to_code and (config.data.batch_size, config.mesh.fsdp) == (256, 16)
         needed = {"none": 200, "dots": 14, "layer": 3}[remat] * 4 * GIB / accumulate
         rate = {"none": 1, "dots": 0.5, "layer": 0.75}[remat]
-        moved = [hlo.Moved("hbm", "stage0/encoder", rate * 8.19e11, 1)]
+        moved = [hlo.Traffic("hbm", "stage0/encoder", rate * 8.19e11, 1)]
         fits = GIB + needed <= 16 * GIB
         return Plan(config, slice_, slots, None, GIB, GIB + needed, fits, moved)
 

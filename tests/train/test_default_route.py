@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 
 from hnet.chunking import routes
-from hnet.chunking.controller import map_offsets
+from hnet.chunking.rate_control import map_offsets
 from hnet.config import ChunkingConfig
 from hnet.data import open_corpus, train_batches
 from hnet.data.row_routes import in_unknown_scripts
 from hnet.errors import ConfigError
-from hnet.train import settle as settling
-from hnet.train.config import ControllerConfig, MeshConfig, TrainConfig
+from hnet.train import exact_offsets as settling
+from hnet.train.compiled_run import put_whole_batch
+from hnet.train.config import MeshConfig, RateControlConfig, TrainConfig
 from hnet.train.default_route import fit_default_route
-from hnet.train.population import build as build_population
-from hnet.train.program import put_whole_batch
-from hnet.train.settle import settle
+from hnet.train.exact_offsets import set_exact_offsets
+from hnet.train.parallel_runs import build as build_population
 from tests.networks import QUICK
 from tests.training import TINY, build, tiny_run
 
@@ -39,7 +39,7 @@ def routed(workdir, ratio=3.0):
             route_groups=GROUPS,
         ),  # fmt: skip
         data=replace(base.data, files=files, batch_size=4, seq_len=64),
-        controller=ControllerConfig(fit_default=True),
+        rate_control=RateControlConfig(fit_default=True),
         train=TrainConfig(steps=STEPS),
         mesh=MeshConfig(data=1),
     )
@@ -60,7 +60,10 @@ def alone(tmp_path_factory):
 def logits(program, params, batches):
     """Logits of each row, without the offset."""
     fed = [put_whole_batch(batch, program.mesh) for batch in batches]
-    found = [program.evaluate(params, batch, capacities=(None,))["free_logits"] for batch in fed]
+    found = [
+        program.evaluate(params, batch, capacities=(None,))["logits_without_offset"]
+        for batch in fed
+    ]
     return np.concatenate([np.asarray(stages[0][0]) for stages in found])
 
 
@@ -72,8 +75,8 @@ def test_rows_come_to_the_target_each_and_nothing_else_changes(alone):
     fitted = fit_default_route(program, start, 0, [3.0], batches * 15, 45)
 
     def spread(params):  # over rows, with all rows together at the target
-        free_BL = logits(program, params, batches)
-        return np.log((free_BL > np.quantile(free_BL, 2 / 3)).mean(axis=1)).std()
+        logit_BL = logits(program, params, batches)
+        return np.log((logit_BL > np.quantile(logit_BL, 2 / 3)).mean(axis=1)).std()
 
     assert spread(fitted) < 0.5 * spread(start)
     own, *others = fitted["backbone"]["boundary_offset"].tolist()
@@ -114,7 +117,9 @@ def test_the_last_update_is_followed_by_a_fit_and_its_offset(alone, monkeypatch)
     monkeypatch.setattr(settling, "UNKNOWN_FRAC", 0.5)
     config, program, corpus, start = alone
     beats = []
-    fitted = settle(program, start, corpus, [config], (None,), beat=lambda: beats.append(1))
+    fitted = set_exact_offsets(
+        program, start, corpus, [config], (None,), beat=lambda: beats.append(1)
+    )
     assert len(beats) == 2 * STEPS  # a fit and a pass over as many batches as were trained on
     assert all(
         (new[0] != old[0]).any()
@@ -122,8 +127,8 @@ def test_the_last_update_is_followed_by_a_fit_and_its_offset(alone, monkeypatch)
             *(jax.tree.leaves(p["backbone"]["routing_module"]) for p in (fitted, start))
         )
     )
-    free_BL = logits(program, fitted, made_up(corpus, config, 12, seed=77))
-    cut_BL = free_BL + fitted["backbone"]["boundary_offset"][0] > 0
+    logit_BL = logits(program, fitted, made_up(corpus, config, 12, seed=77))
+    cut_BL = logit_BL + fitted["backbone"]["boundary_offset"][0] > 0
     assert 1 / cut_BL.mean() == pytest.approx(3, rel=0.2)
 
 
@@ -148,5 +153,5 @@ def test_a_default_route_that_nothing_fits_is_refused(tmp_path):
     outer, inner = config.model.stages
     for change in ({"hold_rate": False}, {"routed_parameters": False}):
         stage = replace(outer, chunking=replace(outer.chunking, **change))
-        with pytest.raises(ConfigError, match="controller.fit_default=True"):
+        with pytest.raises(ConfigError, match="rate_control.fit_default=True"):
             replace(config, model=replace(config.model, stages=(stage, inner)))

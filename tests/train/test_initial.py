@@ -16,7 +16,7 @@ from flax import nnx
 from experiments import evaluate
 from experiments.configs import run_config
 from experiments.finetune import __main__ as finetune
-from hnet.checkpoint import leaves as lv
+from hnet.checkpoint import leaves
 from hnet.config import ChunkingConfig, HNetConfig
 from hnet.errors import ConfigError
 from hnet.interop import to_official
@@ -29,8 +29,8 @@ from hnet.train import loop
 from hnet.train.config import EvalConfig, InitConfig, MeshConfig, OptimConfig, TrainConfig
 from hnet.train.initial import collapsed, matches, module_of, open_start, plan, replaced
 from hnet.train.metrics_file import read_metrics
-from hnet.train.population import build as build_population
-from hnet.train.report import Report
+from hnet.train.parallel_runs import build as build_population
+from hnet.train.run_logger import RunLogger
 from hnet.train.workdir import changes
 from tests.checkpoint.test_checkpoint import biggest_file
 from tests.networks import QUICK, official_network, quick_jit
@@ -49,12 +49,12 @@ DEEP = replace(TINY, stages=(TINY.stages[0], *TINY.stages))
 
 
 def shapes(model):
-    return {path: leaf.shape for path, leaf in lv.flatten(abstract(model)[1])[0].items()}
+    return {path: leaf.shape for path, leaf in leaves.flatten(abstract(model)[1])[0].items()}
 
 
 def planned(model, saved, **fields):
     graph, params = abstract(model)
-    infos = lv.flatten(describe(nnx.merge(graph, params)))[0]
+    infos = leaves.flatten(describe(nnx.merge(graph, params)))[0]
     return plan(InitConfig("old", **fields), shapes(model), infos, shapes(saved))
 
 
@@ -196,8 +196,8 @@ def tuned(old, tmp_path_factory):
         seen[0][step] = evaluation
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Report, "evaluated", evaluated)
-        patch.setattr(Report, "say", lambda self, text: seen[1].append(text))
+        patch.setattr(RunLogger, "evaluated", evaluated)
+        patch.setattr(RunLogger, "say", lambda self, text: seen[1].append(text))
         return config, train(config), *seen
 
 
@@ -211,11 +211,11 @@ def test_a_start_scores_what_the_checkpoint_scores(old, tuned, monkeypatch, caps
 
 def test_frozen_parameters_keep_their_bits_and_have_no_optimizer_state(old, tuned):
     _, outcome, _, lines = tuned
-    before, after = (lv.flatten(o.state.params)[0] for o in (old[1], outcome))
+    before, after = (leaves.flatten(o.state.params)[0] for o in (old[1], outcome))
     for path in before:
         is_same = np.array_equal(before[path], after[path])
         assert is_same == path.startswith("backbone/main_network/"), path
-    moments = list(lv.flatten(outcome.state.opt_state)[0])
+    moments = list(leaves.flatten(outcome.state.opt_state)[0])
     assert len(moments) == 1 + 2 * sum("main_network" not in path for path in before)
     assert not any("main_network" in path for path in moments)
     head = next(i for i, line in enumerate(lines) if line.startswith("starts from "))

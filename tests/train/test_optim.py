@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax import nnx
 
-from hnet.checkpoint import leaves as lv
+from hnet.checkpoint.leaves import flatten
 from hnet.config import PUBLISHED, SSMConfig
 from hnet.data import eval_batches
 from hnet.errors import ConfigError
@@ -19,7 +19,8 @@ from hnet.interop import load
 from hnet.interop.convert import convert
 from hnet.model import abstract, split
 from hnet.nn.parameters import ParameterInfo, describe
-from hnet.train.config import ControllerConfig, InitConfig, MeshConfig, OptimConfig
+from hnet.train.compiled_run import DEVICE_FIELDS, build
+from hnet.train.config import InitConfig, MeshConfig, OptimConfig, RateControlConfig
 from hnet.train.evaluate import evaluate
 from hnet.train.initial import open_start, replaced
 from hnet.train.optim import (
@@ -32,7 +33,6 @@ from hnet.train.optim import (
     schedule,
     targets_at,
 )
-from hnet.train.program import FED, build
 from hnet.train.step import eval_step
 from tests.training import TINY, rows, run, tiny_run
 
@@ -63,7 +63,7 @@ def test_a_run_of_another_length_is_the_same_program(tmp_path):
     held = replace(outer, chunking=replace(outer.chunking, hold_rate=True))
     base = tiny_run(
         tmp_path, model=replace(TINY, stages=(held, main)),
-        controller=ControllerConfig(start_ratios=(2.0,)),
+        rate_control=RateControlConfig(start_ratios=(2.0,)),
     )  # fmt: skip
     traced = []
     for steps in (8, 13):
@@ -231,7 +231,7 @@ def all_options(tmp_path_factory):
         tmp_path_factory.mktemp("run"),
         model=replace(TINY, stages=exportable, ssm=SSMConfig()),
         optim=OptimConfig(name="muon", learning_rate=3e-3, ema_decay=0.7),
-        controller=ControllerConfig(start_ratios=(2.0,), ramp_frac=0.5),
+        rate_control=RateControlConfig(start_ratios=(2.0,), ramp_frac=0.5),
         init=InitConfig(freeze=("encoder",)),
     )
     config = replace(config, eval=replace(config.eval, ema=True))
@@ -253,7 +253,7 @@ def test_everything_of_the_optimizer_is_resumed_bit_for_bit(all_options, tmp_pat
         assert all(map(np.array_equal, leaves(ours), leaves(theirs)))
     first, last = (s.params["backbone"]["encoder"] for s in (whole.program.init(), again.state))
     assert all(map(np.array_equal, leaves(first), leaves(last)))
-    assert "encoder" not in " ".join(lv.flatten(again.state.opt_state)[0])
+    assert "encoder" not in " ".join(flatten(again.state.opt_state)[0])
     assert [row["stage0/target_rate"] for row in rows(config)] == pytest.approx(
         [1 / (2 + x) for x in (0, 1 / 3, 2 / 3, 1, 1, 1, 1, 1)]
     )
@@ -268,7 +268,7 @@ def test_the_average_is_evaluated_loaded_and_exported(all_options, tmp_path):
     assert all(map(np.array_equal, leaves(found), leaves(outcome.state.ema)))
     batches = eval_batches(outcome.corpus.heldout, config.data)
     step = lambda batch, capacities: eval_step(
-        outcome.state.ema, {n: batch[n] for n in FED if n in batch},
+        outcome.state.ema, {n: batch[n] for n in DEVICE_FIELDS if n in batch},
         graph=outcome.program.graph, capacities=capacities,
     )  # fmt: skip
     assert evaluate(batches, step, (None,)).bpb == pytest.approx(outcome.evaluation.bpb, rel=1e-6)
@@ -296,9 +296,9 @@ def test_muon_is_the_same_on_a_mesh(all_options, tmp_path):
 
 @pytest.mark.parametrize(("section", "changes", "told"), [
     ("eval", {"ema": True}, "eval.ema=True, but optim.ema_decay=0.0 keeps no average"),
-    ("controller", {"start_ratios": (2.0, 3.0)}, "start_ratios.* has 2 numbers for 1 stages"),
+    ("rate_control", {"start_ratios": (2.0, 3.0)}, "start_ratios.* has 2 numbers for 1 stages"),
     ("optim", {"ema_decay": 1.0}, "optim.ema_decay=1.0"),
-    ("controller", {"start_ratios": (0.5,)}, "controller.start_ratios"),
+    ("rate_control", {"start_ratios": (0.5,)}, "rate_control.start_ratios"),
 ])  # fmt: skip
 def test_options_that_cannot_work_are_named(tmp_path, section, changes, told):
     config = tiny_run(tmp_path)

@@ -16,8 +16,8 @@ from hnet.config import PUBLISHED
 from hnet.errors import ConfigError
 from hnet.model import abstract
 from hnet.nn.parameters import describe
+from hnet.train.compiled_run import build as build_program
 from hnet.train.config import MeshConfig
-from hnet.train.program import build as build_program
 from hnet.train.sharding import (
     batch_sharding,
     check_batch,

@@ -12,9 +12,9 @@ from hnet.errors import ConfigError
 from hnet.fields import to_json
 from hnet.train import tracker
 from hnet.train.config import TrackerConfig
-from hnet.train.report import Report, Start
+from hnet.train.run_logger import RunLogger, Start
 from hnet.train.tracker import Guarded, find
-from tests.train.test_report import row_of
+from tests.train.test_run_logger import row_of
 from tests.training import tiny_run
 
 LIBRARY = """
@@ -42,7 +42,7 @@ class Broken:
 
 def logged(tmp_path, name):
     config = replace(tiny_run(tmp_path), tracker=TrackerConfig(name, "mine"))
-    with Report(config, open_corpus(config.data), Start()) as told:
+    with RunLogger(config, open_corpus(config.data), Start()) as told:
         for step in (1, 2, 3):
             told.step(row_of(step))
     return config

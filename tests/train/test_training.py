@@ -18,10 +18,10 @@ from hnet.errors import ConfigError
 from hnet.fields import to_json
 from hnet.inspect.tags import tag_of
 from hnet.train import capacity, loop
-from hnet.train.config import ControllerConfig, MeshConfig, TrainConfig, config_from_json
+from hnet.train.compiled_run import put_batch, run_batches
+from hnet.train.config import MeshConfig, RateControlConfig, TrainConfig, config_from_json
+from hnet.train.exact_offsets import SEED, set_exact_offsets
 from hnet.train.optim import schedule
-from hnet.train.program import put_batch, run_batches
-from hnet.train.settle import SEED, settle
 from hnet.train.sharding import replicated
 from hnet.train.workdir import claim_workdir, read_config
 from tests.training import TINY, build, rows, run, tiny_run
@@ -102,8 +102,8 @@ def held(tmp_path_factory):
     ends = ChunkingConfig(2.0, "mlp", "end", pool="mean", losses=("binomial",), hold_rate=True)
     outer = replace(outer, chunking=replace(outer.chunking, hold_rate=True))
     model = replace(TINY, stages=(outer, replace(outer, chunking=ends), inner))
-    controller = ControllerConfig(hold_frac=0.5)
-    config = tiny_run(tmp_path_factory.mktemp("held"), model=model, controller=controller)
+    rate_control = RateControlConfig(hold_frac=0.5)
+    config = tiny_run(tmp_path_factory.mktemp("held"), model=model, rate_control=rate_control)
     return config, run(config)
 
 
@@ -119,7 +119,7 @@ def test_offsets_move_in_the_end_by_the_error_and_the_root_of_the_schedule(held,
     factor = float(schedule(config.optim, jnp.int32(step), program.hparams[0].length))
     for s, (old, new) in enumerate(zip(offsets(before), offsets(bits(state.params)))):
         error = config.model.stages[s].chunking.target_ratio * metrics[f"stage{s}/boundary_rate"]
-        expected = -config.controller.gain * np.sqrt(factor) * np.clip(error - 1, -1, 1)
+        expected = -config.rate_control.gain * np.sqrt(factor) * np.clip(error - 1, -1, 1)
         assert abs(expected) > 0.01 * factor
         acts = step >= 4  # half of 8 updates
         np.testing.assert_allclose(new - old, [expected * acts], rtol=1e-5)
@@ -147,8 +147,10 @@ def test_the_last_update_is_followed_by_exact_offsets(held, tmp_path):
     assert_equal_trees(again.state, outcome.state)
     assert again.evaluation.bpb == outcome.evaluation.bpb
 
-    without = [replace(config, controller=ControllerConfig(settle_bytes=0))]
-    same = settle(outcome.program, outcome.state.params, outcome.corpus, without, (64, 64))
+    without = [replace(config, rate_control=RateControlConfig(offset_bytes=0))]
+    same = set_exact_offsets(
+        outcome.program, outcome.state.params, outcome.corpus, without, (64, 64)
+    )
     assert_equal_trees(same, outcome.state.params)
 
 
@@ -180,8 +182,8 @@ def test_a_stopped_run_resumes_to_the_same_bits_and_the_same_log(whole, tmp_path
 
 def test_a_run_goes_on_with_fewer_devices_whose_rows_share_other_slots(tmp_path, monkeypatch):
     """2 rows share a row of slots on 4 devices, 8 rows on one device: no chunk is clipped."""
-    monkeypatch.setattr(capacity, "PATIENCE", 2)
-    config = tiny_run(tmp_path, train=TrainConfig(steps=6, log_every=1, packed_rows=8))
+    monkeypatch.setattr(capacity, "SHRINK_AFTER", 2)
+    config = tiny_run(tmp_path, train=TrainConfig(steps=6, log_every=1, rows_sharing_slots=8))
 
     class StopAtFour:
         def stop_requested(self, step):
@@ -232,9 +234,9 @@ def test_a_configuration_of_an_earlier_version_is_read_unless_it_would_train_oth
     content["data"]["unknown_script_frac"] = 0.06
     with pytest.raises(ConfigError, match="unknown field data.unknown_script_frac"):
         config_from_json(content)
-    del content["controller"]["hold_frac"]
+    del content["rate_control"]["hold_frac"]
     (tmp_path / "config.json").write_text(json.dumps(content))
-    held = replace(config, controller=replace(config.controller, hold_frac=1.0))
+    held = replace(config, rate_control=replace(config.rate_control, hold_frac=1.0))
     assert read_config(tmp_path) == held  # the configuration of a trained model can still be read
     with pytest.raises(ConfigError, match="unknown_script_frac=0.06, which is not trained with"):
         claim_workdir(config)

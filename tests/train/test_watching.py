@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hnet.checkpoint import leaves as lv
+from hnet.checkpoint import leaves
 from hnet.checkpoint.save import Checkpointer
 from hnet.config import ChunkingConfig, SSMConfig
 from hnet.data import DataConfig
@@ -82,7 +82,7 @@ def test_the_first_tensor_that_is_not_finite():
 
     def found(bad):
         def spoilt(kind, tree):
-            named, treedef = lv.flatten(tree)
+            named, treedef = leaves.flatten(tree)
             word = f"{kind} " if kind else ""
             return jax.tree.unflatten(treedef, [
                 leaf * np.nan if f"{word}{path}".replace("/", ".") in bad else leaf

@@ -15,8 +15,8 @@ from hnet.runtime import distributed
 from hnet.train import loop, workdir
 from hnet.train.config import CheckpointConfig, MeshConfig, ProfileConfig, TrainConfig
 from hnet.train.lock import DirectoryLock, Locked
-from hnet.train.population import train_population
-from hnet.train.report import Report
+from hnet.train.parallel_runs import train_population
+from hnet.train.run_logger import RunLogger
 from hnet.train.workdir import changes, claim_workdir, locked_workdir, read_config, run_inputs
 from tests.training import rows, run, tiny_run
 
@@ -46,7 +46,7 @@ def ended(tmp_path_factory):
 @pytest.fixture
 def said(monkeypatch):
     lines = []
-    monkeypatch.setattr(Report, "say", lambda self, text: lines.append(text))
+    monkeypatch.setattr(RunLogger, "say", lambda self, text: lines.append(text))
     return lines
 
 

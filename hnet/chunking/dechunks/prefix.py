@@ -39,7 +39,7 @@ class Prefix(CrossAttention):
                     "decoder_scope='document' with dechunk='prefix', whose decoder begins again at "
                     "each chunk: use decoder_scope='chunk'"
                 )
-            if chunking.has_null:
+            if chunking.has_null_chunk:
                 return (
                     "null='learned' with dechunk='prefix', whose first chunk is the first position "
                     "of a document: use null='first'"

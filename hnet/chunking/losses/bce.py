@@ -91,7 +91,7 @@ class BCE(Loss):
         )
         on_BLR = positions_on_route(x.boundaries, num_routes)
         n_R = x.whole.positions_R
-        if not x.has_null:  # forced boundaries are not predictions: leave them out
+        if not x.has_null_chunk:  # forced boundaries are not predictions: leave them out
             on_BLR &= ~segment_starts(segment_ids_BL)[..., None]
             n_R = n_R - x.whole.starts_R
         loss_R = sums_over(nats_BL, on_BLR, (0, 1)) / jnp.maximum(n_R, 1.0)

@@ -72,7 +72,7 @@ class PolicyGradient(Loss):
         mean_B1 = jnp.sum(jnp.where(valid_BL, return_BL, 0.0), axis=1, keepdims=True) / n_B1
         drawn_BL = jax.lax.stop_gradient(boundaries.boundary_ste_BL) > 0.5
         surprise_BL = jax.nn.softplus(jnp.where(drawn_BL, -logit_BL, logit_BL))
-        decides_BL = jnp.ones_like(starts_BL) if x.has_null else ~starts_BL
+        decides_BL = jnp.ones_like(starts_BL) if x.has_null_chunk else ~starts_BL
         policy = x.mean(jnp.where(decides_BL, surprise_BL * (return_BL - mean_B1), 0.0))
         rates_R = jnp.sum(x.whole.chunks_R) / jnp.maximum(jnp.sum(x.whole.positions_R), 1.0)
         shares_R = x.whole.positions_R / jnp.maximum(jnp.sum(x.whole.positions_R), 1.0)

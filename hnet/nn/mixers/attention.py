@@ -10,7 +10,7 @@ from hnet.config import HNetConfig, StageConfig
 from hnet.nn.attention import attention, attention_by_queries, cached_attention, share_heads
 from hnet.nn.cache import KVCache, ring, write
 from hnet.nn.context import Context, StepContext
-from hnet.nn.kernels.spread import on_each_device
+from hnet.nn.kernels.sharded import sharded_over_rows
 from hnet.nn.kernels.table import array_block_len, kernel
 from hnet.nn.layers import RMSNorm, fused_linear, linear, rotary, rounded, segment_positions
 from hnet.nn.mixers.base import Mixer
@@ -92,7 +92,7 @@ class Attention(Mixer):
         else:
             blocked = partial(attention, block_len=block_len)
             attend = kernel("attention_backend", self.compute) or blocked
-        out_BLHK = on_each_device(
+        out_BLHK = sharded_over_rows(
             partial(attend, window=self.stage.window_size), tuple(axes), "BLHK", *arrays
         )
         return self.out_proj(out_BLHK.reshape(x_BLD.shape)), k, v

@@ -14,8 +14,8 @@ from hnet.nn.cache import RecurrentCache, in_last_segment, last_positions, read,
 from hnet.nn.context import Context, StepContext
 from hnet.nn.convolution import causal_conv_silu, conv_silu_step
 from hnet.nn.delta import gated_delta, gated_delta_step
-from hnet.nn.kernels.spread import on_each_device
-from hnet.nn.layers import RMSNorm, fused_linear, gated, linear, rms_norm, whole
+from hnet.nn.kernels.sharded import sharded_over_rows
+from hnet.nn.layers import RMSNorm, fused_linear, gated, linear, replicate, rms_norm
 from hnet.nn.mixers.base import Mixer
 from hnet.nn.mixers.mamba2 import init_dt_bias
 from hnet.nn.mixers.settings import delta_problem
@@ -68,7 +68,7 @@ class GatedDeltaNet(Mixer):
 
     def conv_weights(self, dtype) -> list[jax.Array]:
         keys, _ = self.widths
-        weight_WC = whole(self.conv1d_weight[...]).astype(dtype)
+        weight_WC = replicate(self.conv1d_weight[...]).astype(dtype)
         return jnp.split(weight_WC, [keys, 2 * keys], axis=-1)
 
     def heads(self, q, k, v) -> tuple[jax.Array, ...]:
@@ -95,7 +95,9 @@ class GatedDeltaNet(Mixer):
         _, gate, arrays = self.inputs(x_BLD, context.segment_ids_BL)
         run = lambda *arrays: gated_delta(*arrays, block_len=self.block_len)[0]
         axes = ("BLHK", "BLHK", "BLHV", "BLH", "BLH", "BL")
-        return self.finish(on_each_device(run, axes, "BLHV", *arrays, context.segment_ids_BL), gate)
+        return self.finish(
+            sharded_over_rows(run, axes, "BLHV", *arrays, context.segment_ids_BL), gate
+        )
 
     def prefill(
         self, x_BLD: jax.Array, context: Context, lengths_B: jax.Array, max_len: int

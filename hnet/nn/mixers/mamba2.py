@@ -13,16 +13,16 @@ from hnet.config import HNetConfig, StageConfig
 from hnet.nn.cache import RecurrentCache, in_last_segment, last_positions, read, write
 from hnet.nn.context import Context, StepContext
 from hnet.nn.convolution import causal_conv_silu, conv_silu_step
-from hnet.nn.kernels.spread import on_each_device
+from hnet.nn.kernels.sharded import sharded_over_rows
 from hnet.nn.kernels.table import array_block_len, kernel
 from hnet.nn.layers import (
     RMSNorm,
-    by_rows,
+    constrain_rows,
     fused_linear,
     linear,
+    replicate,
     rounded,
     skip_gate_norm,
-    whole,
 )
 from hnet.nn.mixers.base import Mixer
 from hnet.nn.mixers.settings import mamba2_problem
@@ -83,7 +83,7 @@ class Mamba2(Mixer):
 
     def heads(self, x: jax.Array, BC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The activated outputs of the convolution, split into x_BLHP, B_BLN and C_BLN."""
-        B, C = map(by_rows, jnp.split(by_rows(BC), 2, axis=-1))
+        B, C = map(constrain_rows, jnp.split(constrain_rows(BC), 2, axis=-1))
         return x.reshape(*x.shape[:2], self.num_heads, -1), B, C
 
     def finish(self, y_BLHP: jax.Array, x_BLHP: jax.Array, z: jax.Array) -> jax.Array:
@@ -93,7 +93,7 @@ class Mamba2(Mixer):
         return self.out_proj(skip_gate_norm(y_BLD, x_BLD, z, skip_D, self.norm.scale[...]))
 
     def conv_params(self, dtype) -> tuple[jax.Array, jax.Array]:
-        weight_WC, bias_C = whole(self.conv1d_weight[...]), whole(self.conv1d_bias[...])
+        weight_WC, bias_C = replicate(self.conv1d_weight[...]), replicate(self.conv1d_bias[...])
         return weight_WC.astype(dtype), bias_C.astype(dtype)
 
     def __call__(self, x_BLD: jax.Array, context: Context) -> jax.Array:
@@ -114,7 +114,7 @@ class Mamba2(Mixer):
         if other := kernel("ssd_backend", self.compute):
             given = (x, dt_BLH, dt_BLH * A_H[None, None, :], B, C, segment_ids_BL)
             axes = ("BLHP", "BLH", "BLH", "BLN", "BLN", "BL")
-            y = on_each_device(other, axes, "BLHP", *given)
+            y = sharded_over_rows(other, axes, "BLHP", *given)
         else:
             block_len = array_block_len("ssd_backend", self.compute)
             rounded_x = rounded(x, self.compute.inputs)

@@ -13,7 +13,7 @@ from hnet.nn.layers import ROW_AXES
 CUT_BY = {"B": ROW_AXES, "H": ("tensor",)}
 
 
-def on_each_device(
+def sharded_over_rows(
     function: Callable[..., jax.Array], axes: tuple[str, ...], out: str, *arrays: jax.Array
 ) -> jax.Array:
     """`function(*arrays)` under shard_map on the current mesh; a plain call if there is no mesh.

@@ -9,7 +9,7 @@ training. Use it late in training: held from step 0, the model learns more slowl
 
 While the predictor still changes, an offset that adapts within a few updates has the noise of their
 batches, and an offset with a longer average lags. After the last update the predictor is constant,
-and the offsets are set to quantiles of the logits of a long text (`hnet.train.settle`).
+and the offsets are set to quantiles of the logits of a long text (`hnet.train.exact_offsets`).
 """
 
 from collections.abc import Callable, Sequence
@@ -69,7 +69,9 @@ def map_offsets(function: Callable[[int, Any], Any], params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(replaced, params)
 
 
-def free_logits(params: Any, routes: Sequence[Boundaries]) -> dict[int, tuple[jax.Array, ...]]:
+def logits_without_offset(
+    params: Any, routes: Sequence[Boundaries]
+) -> dict[int, tuple[jax.Array, ...]]:
     """(logit of p without the offset, route) of each position, for each stage with an offset.
 
     Float32 and int32, (B, L) of that stage. The logit is NaN on padding and infinite where a
@@ -95,8 +97,8 @@ def exact_offsets(
 ) -> np.ndarray:
     """Offsets with which 1 in `target_ratio` positions of each route is a boundary.
 
-    logit_N, route_N: logits and routes of N positions from `free_logits`, without padding. Returns
-    float32 (R,), NaN for a route with fewer than `MIN_CHUNKS` expected boundaries.
+    logit_N, route_N: logits and routes of N positions from `logits_without_offset`, no
+    padding. Returns float32 (R,), NaN for a route with fewer than `MIN_CHUNKS` expected boundaries.
     """
     offset_R = np.full(len(target_ratios), np.nan, np.float32)
     for r, target_ratio in enumerate(target_ratios):

@@ -8,7 +8,7 @@ from hnet.decode.prompts import MIN_LENGTH, length_bucket
 from hnet.errors import ConfigError
 
 USUAL = 1024  # positions of a cache for shorter texts, so that they share one compiled program
-MAX_POSITIONS = (1 << 31) - 64  # int32 limit minus the null slots that stages add to a row
+MAX_POSITIONS = (1 << 31) - 64  # int32 limit minus the null chunks that stages add to a row
 
 
 def free_memory() -> int | None:

@@ -19,7 +19,7 @@ from hnet.model import abstract, init_params
 from hnet.nn.kernels.table import described, resolved, without
 from hnet.nn.parameters import describe
 from hnet.stage import Numbers
-from hnet.train.capacity import Ladder
+from hnet.train.capacity import CapacitySchedule
 from hnet.train.config import Config
 from hnet.train.evaluate import Evaluation, evaluate
 from hnet.train.initial import frozen_graph
@@ -62,7 +62,7 @@ Change = Callable[[Experiment], Experiment]
 
 
 @dataclass(frozen=True)
-class Program:
+class CompiledRun:
     """Jitted pure functions of a run and the shardings of their arguments."""
 
     mesh: jax.sharding.Mesh
@@ -76,7 +76,7 @@ class Program:
     """structure of the model with the array-code backends, which run on any device"""
     kernels: str
     """line that names the backends of attention and the SSD"""
-    ladder: Ladder
+    ladder: CapacitySchedule
     """capacity schedule of a run that starts at step 0"""
 
     @property
@@ -87,7 +87,7 @@ class Program:
 
 
 # fields of a batch that are sent to the devices
-FED = (
+DEVICE_FIELDS = (
     "input_ids", "segment_ids", "loss_mask", "route_ids", "byte_lengths", "labels", "source_ids",
     "script_ids",
 )  # fmt: skip
@@ -99,7 +99,7 @@ def build(
     devices: list | None = None,
     compiler_options: dict[str, Any] | None = None,
     change: Change | None = None,
-) -> Program:
+) -> CompiledRun:
     """Everything of a run that does not depend on data; nothing is compiled yet.
 
     devices: devices to compile for, possibly of an absent topology (`tpu.plan`); default: all.
@@ -115,9 +115,9 @@ def build(
     plain_graph, _ = abstract(replace(config.model, compute=without(compute)))
     graph = frozen_graph(config.init, graph, params)
     plain_graph = frozen_graph(config.init, plain_graph, params)
-    packed_rows = rows_packed(config, shards)
+    rows_sharing_slots = rows_packed(config, shards)
 
-    run = experiment(config, graph, packed_rows)
+    run = experiment(config, graph, rows_sharing_slots)
     run = change(run) if change else run
     seed_key = jax.random.key(config.seed)
     shapes = jax.eval_shape(run.init, seed_key)
@@ -145,8 +145,10 @@ def build(
     )
     if devices is None:
         hparams = jax.device_put(hparams, replicated(mesh))
-    ladder = Ladder.start(config.model, config.data.seq_len, packed_rows, config.train.accumulate)
-    return Program(
+    ladder = CapacitySchedule.start(
+        config.model, config.data.seq_len, rows_sharing_slots, config.train.accumulate
+    )
+    return CompiledRun(
         mesh, shardings, hparams, init_once, step, evaluate, abstract_state,
         plain_graph, described(compute, platform), ladder,
     )  # fmt: skip
@@ -166,7 +168,7 @@ def check_vocabulary(config: Config) -> None:
         raise ConfigError(f"model.vocab_size={held}: data.tokenizer={path!r} needs {needed}")
 
 
-def experiment(config: Config, graph: Any, packed_rows: int) -> Experiment:
+def experiment(config: Config, graph: Any, rows_sharing_slots: int) -> Experiment:
     """Initialisation, `train_step` and `eval_step` with the settings of a run bound."""
 
     def make_state(key: jax.Array) -> TrainState:
@@ -180,11 +182,11 @@ def experiment(config: Config, graph: Any, packed_rows: int) -> Experiment:
 
     step = partial(
         train_step, graph=graph, model=config.model, optim=config.optim,
-        accumulate=config.train.accumulate, packed_rows=packed_rows,
-        targets_move=bool(config.controller.start_ratios), log_norms=config.train.log_norms,
+        accumulate=config.train.accumulate, rows_sharing_slots=rows_sharing_slots,
+        targets_move=bool(config.rate_control.start_ratios), log_norms=config.train.log_norms,
         spike_window=config.train.spike_window, num_sources=max(1, len(config.data.files)),
     )  # fmt: skip
-    evaluate = partial(eval_step, graph=graph, packed_rows=packed_rows)
+    evaluate = partial(eval_step, graph=graph, rows_sharing_slots=rows_sharing_slots)
     return Experiment(make_state, step, evaluate, traced_numbers(config), graph)
 
 
@@ -195,13 +197,13 @@ def traced_numbers(config: Config) -> tuple[Hyperparams, Numbers]:
             learning_rate=np.float32(config.optim.learning_rate),
             weight_decay=np.float32(config.optim.weight_decay),
             multiplier_S=np.asarray(config.optim.multipliers(config.model), np.float32),
-            controller_gain=np.float32(config.controller.gain),
+            rate_control_gain=np.float32(config.rate_control.gain),
             ema_decay=np.float32(config.optim.ema_decay),
-            start_ratio_S=np.asarray(config.controller.start_ratios, np.float32),
-            ramp_frac=np.float32(config.controller.ramp_frac),
+            start_ratio_S=np.asarray(config.rate_control.start_ratios, np.float32),
+            ramp_frac=np.float32(config.rate_control.ramp_frac),
             spike_deviations=np.float32(config.train.spike_deviations),
             length=Length.of(config.optim, config.train.steps),
-            hold_from=np.int32(config.controller.hold_from(config.train.steps)),
+            hold_from=np.int32(config.rate_control.hold_from(config.train.steps)),
         ),
         config.model.numbers(),
     )
@@ -217,7 +219,7 @@ def untraced(config: Config) -> Config:
     stages = [replace(s, chunking=s.chunking.without_numbers()) for s in config.model.stages[:-1]]
     zero = {"learning_rate": 1.0, "weight_decay": 0.0, "lr_multipliers": "none"}
     zero["ema_decay"] = 0.5 if config.optim.ema_decay else 0.0
-    ratios = (1.0,) * len(config.controller.start_ratios)
+    ratios = (1.0,) * len(config.rate_control.start_ratios)
     deviations = 2.0 if config.train.spike_deviations else 0.0
     return replace(
         config,
@@ -225,7 +227,7 @@ def untraced(config: Config) -> Config:
         seed=0,
         model=replace(config.model, stages=(*stages, config.model.stages[-1])),
         optim=replace(config.optim, **zero),
-        controller=replace(config.controller, gain=0.0, start_ratios=ratios, ramp_frac=1.0),
+        rate_control=replace(config.rate_control, gain=0.0, start_ratios=ratios, ramp_frac=1.0),
         train=replace(config.train, spike_deviations=deviations),
     )
 
@@ -233,7 +235,7 @@ def untraced(config: Config) -> Config:
 def rows_packed(config: Config, shards: int) -> int:
     """Number of rows that share a row of slots if the batch is sharded over `shards` devices."""
     return math.gcd(
-        config.train.packed_rows, config.data.batch_size // config.train.accumulate // shards
+        config.train.rows_sharing_slots, config.data.batch_size // config.train.accumulate // shards
     )
 
 
@@ -253,7 +255,7 @@ def put_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str
     sharding = batch_sharding(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, batch[name])
-        for name in FED
+        for name in DEVICE_FIELDS
         if name in batch
     }
 
@@ -263,13 +265,13 @@ def put_whole_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> di
     sharding = batch_sharding(mesh)
     return {
         name: jax.make_array_from_callback(batch[name].shape, sharding, batch[name].__getitem__)
-        for name in FED
+        for name in DEVICE_FIELDS
         if name in batch
     }
 
 
 def run_evaluation(
-    program: Program,
+    program: CompiledRun,
     params: Any,
     corpus_part: Any,
     config: Config,
@@ -287,7 +289,7 @@ def run_evaluation(
 
 
 def run_batches(
-    program: Program,
+    program: CompiledRun,
     params: Any,
     batches: Iterable[Batch],
     capacities: tuple[int | None, ...],

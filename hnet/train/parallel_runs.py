@@ -28,15 +28,10 @@ from hnet.loss import bits_per_byte
 from hnet.model import abstract
 from hnet.nn.kernels.table import described, resolved, without
 from hnet.runtime.distributed import StopRequest
-from hnet.train.capacity import Ladder
-from hnet.train.config import Config
-from hnet.train.evaluate import Evaluation, OfEachRun
-from hnet.train.initial import frozen_graph, open_start, replaced
-from hnet.train.lock import DirectoryLock
-from hnet.train.memory import check_memory
-from hnet.train.program import (
-    FED,
-    Program,
+from hnet.train.capacity import CapacitySchedule
+from hnet.train.compiled_run import (
+    DEVICE_FIELDS,
+    CompiledRun,
     check,
     experiment,
     rows_packed,
@@ -44,7 +39,12 @@ from hnet.train.program import (
     traced_numbers,
     untraced,
 )
-from hnet.train.settle import settle
+from hnet.train.config import Config
+from hnet.train.evaluate import Evaluation, OfEachRun
+from hnet.train.exact_offsets import set_exact_offsets
+from hnet.train.initial import frozen_graph, open_start, replaced
+from hnet.train.lock import DirectoryLock
+from hnet.train.memory import check_memory
 from hnet.train.step import with_params
 from hnet.train.workdir import check_steps
 
@@ -56,7 +56,7 @@ def build(
     *,
     devices: list | None = None,
     compiler_options: dict[str, Any] | None = None,
-) -> Program:
+) -> CompiledRun:
     """The program of these runs; every array of state, batch and metrics has a leading axis R.
 
     R is a multiple of the number of devices: the last run is repeated as padding. Raises
@@ -80,8 +80,8 @@ def build(
     plain_graph, _ = abstract(replace(config.model, compute=without(compute)))
     graph = frozen_graph(config.init, graph, params)
     plain_graph = frozen_graph(config.init, plain_graph, params)
-    packed_rows = rows_packed(config, shards=1)
-    one = experiment(config, graph, packed_rows)
+    rows_sharing_slots = rows_packed(config, shards=1)
+    one = experiment(config, graph, rows_sharing_slots)
 
     def by_device(function, *specs):
         """Map each device over its own runs, so that kernels see one device."""
@@ -107,7 +107,7 @@ def build(
         return init(keys)
 
     hparams = jax.tree.map(lambda *numbers: np.stack(numbers), *map(traced_numbers, configs))
-    return Program(
+    return CompiledRun(
         mesh=mesh,
         shardings=jax.tree.map(lambda _: by_run, shapes),
         hparams=jax.device_put(hparams, by_run),
@@ -119,8 +119,8 @@ def build(
         ),
         graph=plain_graph,
         kernels=described(compute, platform),
-        ladder=Ladder.start(
-            config.model, config.data.seq_len, packed_rows, config.train.accumulate
+        ladder=CapacitySchedule.start(
+            config.model, config.data.seq_len, rows_sharing_slots, config.train.accumulate
         ),
     )
 
@@ -131,13 +131,13 @@ def put_batches(batches: Sequence[Batch], mesh: Mesh) -> dict[str, jax.Array]:
     sharding = NamedSharding(mesh, P("runs"))
     return {
         name: jax.device_put(np.stack([batch[name] for batch in batches]), sharding)
-        for name in FED
+        for name in DEVICE_FIELDS
         if name in batches[0]
     }
 
 
 @dataclass
-class Progress:
+class RunStates:
     """State of the runs besides their arrays; plain JSON in every checkpoint."""
 
     curve: list[tuple[int, list[float | None]]] = field(default_factory=list)
@@ -159,11 +159,11 @@ class Outcome:
     step: int
     evaluations: tuple[Evaluation, ...] | None
     """last evaluation of each run; None if the runs were stopped by a request"""
-    progress: Progress
+    progress: RunStates
 
 
 Watch = Callable[[int, list[float | None]], bool]
-"""callback for (step, bpb), an entry of `Progress.curve`; if it returns True all runs end"""
+"""callback for (step, bpb), an entry of `RunStates.curve`; if it returns True all runs end"""
 Show = Callable[[dict[str, Any]], None]
 """callback for one row per `train.log_every` steps: step, train/bpb of each run and
 positions_per_sec"""
@@ -180,7 +180,7 @@ def train_population(
     """Train the runs up to `train.steps`, from the newest good checkpoint of `workdir` if any.
 
     A run with `train.max_skipped` skipped updates in a row (non-finite loss or gradient) counts as
-    failed (`Progress.faults`); the other runs continue. Raises ConfigError for settings that
+    failed (`RunStates.faults`); the other runs continue. Raises ConfigError for settings that
     cannot work.
     """
     corpus, config = open_corpus(configs[0].data), configs[0]
@@ -195,14 +195,14 @@ def train_population(
         if config.init.from_ and not checkpoints.steps():
             graph, params = program.graph, program.abstract_state.params
             start = open_start(config.init, graph, params, runs=True)
-        state, progress, done = program.init(), Progress(), 0
+        state, progress, done = program.init(), RunStates(), 0
         if start:
             state = with_params(state, replaced(state.params, start))
         progress.overflow = [[0.0] * config.model.num_chunked for _ in configs]
         if checkpoints.steps():
             restored = checkpoints.restore(program.abstract_state)
             state, done = restored.state, restored.step
-            progress = Progress(**restored.extras["progress"])
+            progress = RunStates(**restored.extras["progress"])
         check_steps(config, workdir, done)
         if before is None:
             _write_inputs(workdir, read)
@@ -246,14 +246,14 @@ class _Runs:
 
     configs: Sequence[Config]
     corpus: Corpus
-    program: Program
+    program: CompiledRun
     checkpoints: Checkpointer
     stop: StopRequest
     watch: Watch
     show: Show
     batches: Iterator[list[Batch]]
 
-    def train(self, state: Any, progress: Progress, done: int) -> Outcome:
+    def train(self, state: Any, progress: RunStates, done: int) -> Outcome:
         """Train in the order of `hnet.train.loop`: evaluate, save, next batch, step, read."""
         config, start, self.shown = self.configs[0], done, (time.monotonic(), done)
         ladder = self.program.ladder
@@ -264,7 +264,7 @@ class _Runs:
             last, ends, evaluations = done == config.train.steps, False, None
             if last and progress.settled != done:
                 settled = partial(
-                    settle, self.program, corpus=self.corpus, configs=self.configs,
+                    set_exact_offsets, self.program, corpus=self.corpus, configs=self.configs,
                     capacities=ladder.capacities,
                 )  # fmt: skip
                 ema = settled(state.ema) if state.ema else state.ema
@@ -310,7 +310,7 @@ class _Runs:
             ),
         )  # fmt: skip
 
-    def _read(self, inflight: tuple[int, dict], progress: Progress) -> tuple[int, ...]:
+    def _read(self, inflight: tuple[int, dict], progress: RunStates) -> tuple[int, ...]:
         """Wait for a step and record it; returns the most slots that a row of any run needed."""
         step, metrics = inflight[0], jax.device_get(inflight[1])
         config, bpb = self.configs[0], []

@@ -22,11 +22,11 @@ SEGMENTS = np.stack(
 
 
 @partial(quick_jit, static_argnums=(0, 4, 5))
-def outputs_and_gradient(graph, params, ids_BL, cotangent_BLV, packed_rows, capacities=None):
+def outputs_and_gradient(graph, params, ids_BL, cotangent_BLV, rows_sharing_slots, capacities=None):
     def scalar(params):
         model = nnx.merge(graph, params)
         logits_BLV, routes = model(
-            ids_BL, SEGMENTS, rows_sharing_slots=packed_rows, capacities=capacities,
+            ids_BL, SEGMENTS, rows_sharing_slots=rows_sharing_slots, capacities=capacities,
             route_ids_BL=ids_BL % 2 if model.config.num_routes > 1 else None,
         )  # fmt: skip
         return jnp.sum(logits_BLV * cotangent_BLV), (logits_BLV, routes)
@@ -79,7 +79,7 @@ def test_slots_are_given_to_packed_rows_in_their_order(seed, capacity, alignment
     rng = np.random.default_rng(seed)
     p_BL = rng.uniform(size=(4, 7)).astype(np.float32)
     segment_ids_BL = np.sort(rng.integers(0, 3, (4, 7)), axis=1)[:, ::-1].astype(np.int32)
-    route = decided(p_BL, segment_ids_BL, capacity, has_null=alignment == "end", rows=2)
+    route = decided(p_BL, segment_ids_BL, capacity, has_null_chunk=alignment == "end", rows=2)
     for first in (0, 2):
         slots = 0
         for row in (first, first + 1):

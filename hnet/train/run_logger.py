@@ -45,7 +45,7 @@ class Start(NamedTuple):
         return self.step == self.evaluated == steps
 
 
-class Report:
+class RunLogger:
     """Logger of a run: process 0 prints and writes, the other processes do neither.
 
     The constructor writes nothing; files are open only inside the context. A run that has already
@@ -66,7 +66,7 @@ class Report:
         self.utilization: Utilization | None = None
         self.is_held = tuple(s.chunking.hold_rate for s in config.model.stages[:-1])
 
-    def __enter__(self) -> "Report":
+    def __enter__(self) -> "RunLogger":
         self.line = LiveLine(self.config.train.steps, self.start.step, enabled=self.speaks)
         try:
             if not self.start.is_end(self.config.train.steps):
@@ -98,7 +98,9 @@ class Report:
     def _start(self, start: Start) -> None:
         """Reset alarms, speed and time left, so that they use only the steps that follow."""
         config = self.config
-        self.alarms = BoundaryAlarms(self.is_held, config.controller.hold_from(config.train.steps))
+        self.alarms = BoundaryAlarms(
+            self.is_held, config.rate_control.hold_from(config.train.steps)
+        )
         self.logged_at, self.logged_bytes = time.monotonic(), start.bytes_seen
         self.logged_wait = self.flops = 0.0
         self.line.restart(start.step)

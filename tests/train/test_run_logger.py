@@ -17,12 +17,13 @@ from hnet.errors import ConfigError
 from hnet.inspect.index import SegmentationIndex
 from hnet.inspect.segmentation import Segmentation
 from hnet.runtime.compile_cache import Compilation
-from hnet.train import report, trace
+from hnet.train import run_logger as report
+from hnet.train import trace
+from hnet.train.compiled_run import build
 from hnet.train.config import ProfileConfig, TrainConfig
 from hnet.train.first_lines import first_lines, last_lines
 from hnet.train.metrics_file import read_metrics
-from hnet.train.program import build
-from hnet.train.report import LiveLine, Report, Start
+from hnet.train.run_logger import LiveLine, RunLogger, Start
 from hnet.train.trace import Trace
 from tests.training import tiny_run
 
@@ -45,7 +46,7 @@ def test_a_run_logs_its_first_step_and_every_tenth(tmp_path, monkeypatch, capsys
     clock = types.SimpleNamespace(monotonic=lambda: now)
     monkeypatch.setattr(report, "time", clock)
     now = 5.0
-    with Report(config, open_corpus(config.data), Start()) as told:
+    with RunLogger(config, open_corpus(config.data), Start()) as told:
         told.utilization = types.SimpleNamespace(peak=1000.0, flops=lambda n_S: 2 * sum(n_S))
         for step in range(1, 21):
             now += 4.0
@@ -83,7 +84,7 @@ def test_rates_per_second_are_of_the_bytes_since_the_start(tmp_path, monkeypatch
     clock = types.SimpleNamespace(monotonic=lambda: now)
     monkeypatch.setattr(report, "time", clock)
     now = 0.0
-    with Report(config, open_corpus(config.data), Start(34, 3400)) as told:
+    with RunLogger(config, open_corpus(config.data), Start(34, 3400)) as told:
         for step in range(35, 51):
             now += 2.0
             told.step(row_of(step))
@@ -121,12 +122,12 @@ def test_every_log_goes_back_with_the_run(tmp_path):
         assert list(index.steps) == [step for step in steps if step % 2 == 0]
         return steps
 
-    with Report(config, corpus, Start()) as told:
+    with RunLogger(config, corpus, Start()) as told:
         log(told, 1, 7)
-    with Report(config, corpus, Start()) as told:
+    with RunLogger(config, corpus, Start()) as told:
         log(told, 1, 3)
     assert logged() == [1, 2, 3]
-    with Report(config, corpus, Start(2, 200)) as told:
+    with RunLogger(config, corpus, Start(2, 200)) as told:
         log(told, 3, 6)
         told.rolled_back(Start(4, 400), "it broke")
         log(told, 5, 5)
@@ -135,7 +136,7 @@ def test_every_log_goes_back_with_the_run(tmp_path):
 
 def test_numbers_that_are_not_finite_are_null(tmp_path):
     config = tiny_run(tmp_path, train=TrainConfig(steps=30, log_every=10))
-    with Report(config, open_corpus(config.data), Start()) as told:
+    with RunLogger(config, open_corpus(config.data), Start()) as told:
         told.step(row_of(1, nats=math.nan, grad_norm=math.inf))
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     row = json.loads(line, parse_constant=pytest.fail)
@@ -145,7 +146,7 @@ def test_numbers_that_are_not_finite_are_null(tmp_path):
 
 def test_a_run_that_has_ended_writes_nothing(tmp_path):
     config = tiny_run(tmp_path, train=TrainConfig(steps=30))
-    with Report(config, open_corpus(config.data), Start(30, 3000, 30)) as told:
+    with RunLogger(config, open_corpus(config.data), Start(30, 3000, 30)) as told:
         told.save()
         told.say("nothing to do")
     assert list(tmp_path.iterdir()) == []

@@ -14,11 +14,11 @@ from hnet.data import open_corpus, train_batches
 from hnet.errors import ConfigError
 from hnet.runtime.compile_cache import CompilationLog
 from hnet.runtime.distributed import StopRequest
-from hnet.train import population
+from hnet.train import parallel_runs
+from hnet.train.compiled_run import put_batch, run_evaluation, untraced
 from hnet.train.config import CheckpointConfig, EvalConfig, MeshConfig, TrainConfig
-from hnet.train.population import build as build_population
-from hnet.train.program import put_batch, run_evaluation, untraced
-from hnet.train.settle import settle
+from hnet.train.exact_offsets import set_exact_offsets
+from hnet.train.parallel_runs import build as build_population
 from tests.networks import QUICK
 from tests.training import TINY, build, tiny_run
 
@@ -34,7 +34,7 @@ def variant(base, seed, rate, ratio, weight, gain, predictor="cosine"):
         seed=seed,
         model=replace(TINY, stages=stages),
         optim=replace(base.optim, learning_rate=rate, weight_decay=weight),
-        controller=replace(base.controller, gain=gain),
+        rate_control=replace(base.rate_control, gain=gain),
     )
 
 
@@ -61,8 +61,8 @@ def built(configs):
 
 def train(configs, workdir, stop=None, program=None, **hooks):
     with pytest.MonkeyPatch.context() as patch, StopRequest() as request:
-        patch.setattr(population, "build", lambda configs: program or built(tuple(configs)))
-        return population.train_population(configs, str(workdir), stop or request, **hooks)
+        patch.setattr(parallel_runs, "build", lambda configs: program or built(tuple(configs)))
+        return parallel_runs.train_population(configs, str(workdir), stop or request, **hooks)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def alone(config):
             fed = put_batch(next(batches), program.mesh)
             state, _ = program.step(state, fed, program.hparams, capacities=(32,))
     held = float(np.abs(state.params["backbone"]["boundary_offset"]).max())
-    params = settle(program, state.params, corpus, [config], (32,))
+    params = set_exact_offsets(program, state.params, corpus, [config], (32,))
     state = state._replace(params=params)
     assert held > 0.01
     return state, run_evaluation(program, state.params, corpus.heldout, config, (32,))
@@ -167,7 +167,7 @@ def test_what_shares_a_program(configs):
     assert len({untraced(config) for config in configs}) == 1
     wider = replace(configs[0], optim=replace(configs[0].optim, b1=0.8))
     with pytest.raises(ConfigError, match="differ in more than traced numbers"):
-        population.build([configs[0], wider])
+        parallel_runs.build([configs[0], wider])
     cut = replace(TINY.stages[0].chunking, predictor="fixed")
     strides = [
         replace(

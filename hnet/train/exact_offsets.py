@@ -1,6 +1,6 @@
 """After the last update: set threshold offsets so that boundary rates equal their targets.
 
-The rates are measured on a long text. With `controller.fit_default` the default route's boundary
+The rates are measured on a long text. With `rate_control.fit_default` the default route's boundary
 predictor is fitted first, for training text with no script of that route.
 """
 
@@ -14,15 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hnet.chunking.controller import exact_offsets, map_offsets
+from hnet.chunking.rate_control import exact_offsets, map_offsets
 from hnet.data import Corpus, train_batches
 from hnet.data.pipeline import Batch
 from hnet.data.row_routes import in_unknown_scripts
 from hnet.nn.parameters import describe, trained, with_frozen
+from hnet.train.compiled_run import CompiledRun, run_batches
 from hnet.train.config import Config
 from hnet.train.default_route import fit_default_route
 from hnet.train.evaluate import OfEachRun
-from hnet.train.program import Program, run_batches
 
 SEED = 0x5E771E  # seed of a data order that no run uses
 UNKNOWN_FRAC = 0.1  # share of rows in synthetic scripts: enough positions of each route
@@ -36,7 +36,7 @@ class Logits:
 
     def add(self, batch: Batch, metrics: dict) -> None:
         del batch
-        logit_BL, route_BL = map(np.asarray, metrics["free_logits"][self.stage])
+        logit_BL, route_BL = map(np.asarray, metrics["logits_without_offset"][self.stage])
         is_padding_BL = np.isnan(logit_BL)
         self.logits.append(logit_BL[~is_padding_BL])
         self.routes.append(route_BL[~is_padding_BL])
@@ -46,8 +46,8 @@ class Logits:
         return exact_offsets(np.concatenate(self.logits), np.concatenate(self.routes), targets)
 
 
-def settle(
-    program: Program,
+def set_exact_offsets(
+    program: CompiledRun,
     params: Any,
     corpus: Corpus,
     configs: Sequence[Config],
@@ -64,8 +64,8 @@ def settle(
     config, model = configs[0], configs[0].model
     before, infos = params, describe(nnx.merge(program.graph, params))
     positions = config.data.batch_size * config.data.seq_len
-    num_batches = min(-(-config.controller.settle_bytes // positions), config.train.steps)
-    fits = config.controller.fit_default
+    num_batches = min(-(-config.rate_control.offset_bytes // positions), config.train.steps)
+    fits = config.rate_control.fit_default
 
     def text(seed: int, unknown_frac: float) -> Iterator[Batch]:
         groups = model.route_groups

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,8 +15,10 @@ from hnet.errors import ConfigError
 from hnet.fields import to_json
 from hnet.flops import param_counts
 from hnet.model import abstract
+from tests.resolved import resolved
 
 NAMES = sorted(named_configs())
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -40,8 +43,14 @@ def test_systems_are_those_of_the_table():
     assert (configs.FOLDER / "SYSTEMS.md").read_text(encoding="utf-8") == table()
     for name, named in named_configs().items():
         assert tuple(named.facts) in ((), configs.FACTS), name
-        for place in re.findall(r"tests/\w+\.py", named.facts.get("Test", "")):
+        for place in re.findall(r"tests/[\w/]+\.py", named.facts.get("Test", "")):
             assert (configs.FOLDER.parents[1] / place).exists(), (name, place)
+
+
+def test_resolved_values_are_those_on_record():
+    """A changed default or helper shows here in every configuration that it changes."""
+    recorded = json.loads((GOLDEN / "configurations.json").read_text(encoding="utf-8"))
+    assert json.loads(json.dumps(resolved())) == recorded
 
 
 def test_names_are_those_of_the_issue():

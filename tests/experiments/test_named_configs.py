@@ -216,6 +216,19 @@ def test_a_function_of_any_module_is_a_configuration():
 # --- words --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ("controller.gain", "rate_control.gain"),
+        ("controller.settle_bytes", "rate_control.offset_bytes"),
+        ("train.packed_rows", "train.rows_sharing_slots"),
+    ],
+)
+def test_the_name_of_an_earlier_version_is_told(before, now):
+    with pytest.raises(ConfigError, match=f"field {before} is called {now} now"):
+        run_config(["tiny", f"--{before}", "1"])
+
+
 def test_words_override_the_named_configuration():
     config = run_config(["reference", "--optim.b2", "0.99", "--data.files", "a*.txt", "b.txt"])
     assert config.optim.b2 == 0.99 and config.optim.schedule == "cosine"

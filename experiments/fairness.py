@@ -29,6 +29,7 @@ from rich.text import Text
 from hnet import load
 from hnet.command_line import parse, run
 from hnet.data.parallel import Lines, read_parallel
+from hnet.data.tokenizers.bpe import read_tokenizer, token_starts, train_bpe
 from hnet.decode.score import logprobs
 from hnet.decode.segment import ROWS, segment_all, segmenter
 from hnet.errors import ConfigError
@@ -44,7 +45,6 @@ from hnet.inspect.fairness_report import (
 )
 from hnet.inspect.gold import read_ud, thin
 from hnet.inspect.segmentation import Segmentation
-from hnet.inspect.tokens import read_tokenizer, token_starts, train_bpe
 from hnet.model import split
 from hnet.outputs import new_files, write_new
 from hnet.printable import printable

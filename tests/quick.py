@@ -36,7 +36,7 @@ MODULES = frozenset(
     inspect/test_segmentation.py
     inspect/test_store.py
     inspect/test_tags.py
-    inspect/test_tokens.py
+    data/test_bpe.py
     nn/test_parameters.py
     parts/test_parts.py
     runtime/test_compile_cache.py

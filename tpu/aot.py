@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
 
+from hnet.chunking.slots import bucket
 from hnet.fields import to_json
 from hnet.flops import stage_lengths
-from hnet.train.capacity import CapacitySchedule, bucket, needed
+from hnet.train.capacity import CapacitySchedule, needed
 from hnet.train.compiled_run import CompiledRun, build
 from hnet.train.config import Config, config_from_json
 from hnet.train.sharding import batch_sharding

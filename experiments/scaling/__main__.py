@@ -39,10 +39,10 @@ from experiments.scaling.ladder import (
 from hnet.command_line import FAILED, OneLineParser, run
 from hnet.data import open_corpus
 from hnet.data.identity import Inputs, check_inputs, inputs, read_inputs
+from hnet.data.tokenizers.bpe import train_bpe
 from hnet.data.tokens import read_vocabulary
 from hnet.errors import ConfigError
 from hnet.fields import parse_json, read_json, to_json
-from hnet.inspect.tokens import train_bpe
 from hnet.outputs import new_files, write_new
 from hnet.runtime.compile_cache import enable_compilation_cache
 from hnet.runtime.distributed import REQUEUE_EXIT_CODE

@@ -39,10 +39,10 @@ from hnet.command_line import parse, run
 from hnet.data.parallel import Lines, read_parallel
 from hnet.data.pipeline import Batch, eval_batches, train_batches
 from hnet.data.row_routes import in_unknown_scripts
+from hnet.data.tokenizers.bpe import train_bpe
 from hnet.errors import ConfigError
 from hnet.fields import Bounds, Count, Natural
 from hnet.inspect.gold import thin
-from hnet.inspect.tokens import train_bpe
 from hnet.parts import settings_of
 from hnet.runtime.compile_cache import enable_compilation_cache
 from hnet.train.command import train_to_end

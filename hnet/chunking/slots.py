@@ -1,5 +1,6 @@
 """Chunk slots: which position opens each slot, and which slot each position reads."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -94,3 +95,10 @@ def position_of_slot(opens_BL: jax.Array, slot_BL: jax.Array, capacity: int) -> 
 def _select(values_BL: jax.Array, index_BM: jax.Array) -> jax.Array:
     """Values at positions, 0 for position L."""
     return jax.vmap(lambda v, i: v.at[i].get(mode="fill", fill_value=0))(values_BL, index_BM)
+
+
+def bucket(full: int, slots: float, per_octave: int = 32, least: int = 8) -> int:
+    """Smallest capacity >= `slots`: `per_octave` (a power of two) values from one power of two to
+    the next, multiples of `least`, at most `full`."""
+    step = max(least, (1 << math.ceil(slots).bit_length() >> 1) // per_octave)
+    return min(full, -(-math.ceil(slots) // step) * step)

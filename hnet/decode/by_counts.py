@@ -16,12 +16,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hnet.chunking.boundaries import Boundaries
-from hnet.chunking.slots import Slots
+from hnet.chunking.slots import Slots, bucket
 from hnet.config import HNetConfig
 from hnet.model import HNetLM, number_runs
 from hnet.nn.context import Context
 from hnet.stage import HNet, Opened, Prompts, StageCache, inner_prompts, most_slots
-from hnet.train.capacity import bucket
 
 PER_OCTAVE = 8  # sizes of slots from one power of two to the next
 

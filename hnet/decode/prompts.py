@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from hnet.chunking.slots import bucket
 from hnet.errors import ConfigError
-from hnet.train.capacity import bucket
 
 MIN_LENGTH = 16
 

@@ -114,6 +114,11 @@ def export(
 def _export_run(source: Source, cast: Callable, own_form: bool, ema: bool) -> Exported:
     run = read_config(source.path)
     check_average(run, source.path, ema)
+    if run.data.tokenizer:
+        raise ConfigError(
+            f"{source.path!r} is a model of the tokens of {run.data.tokenizer!r}, and "
+            "weights are read as a model of bytes: keep its work directory"
+        )
     model = run.model
     try:
         check_official(model)

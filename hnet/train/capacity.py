@@ -1,9 +1,9 @@
 """Chunk slots per row, adapted to measured counts with few distinct capacities per stage."""
 
-import math
 import statistics
 from dataclasses import dataclass, replace
 
+from hnet.chunking.slots import bucket
 from hnet.config import HNetConfig
 
 SHRINK_AFTER = 30  # steps of counts needed before the slots shrink, and between two shrinks
@@ -124,10 +124,3 @@ def needed(counts: tuple[int, ...]) -> float:
 def is_steady(counts: tuple[int, ...]) -> bool:
     """Whether the counts vary little."""
     return statistics.pstdev(counts) <= SETTLED * statistics.fmean(counts)
-
-
-def bucket(full: int, slots: float, per_octave: int = 32, least: int = 8) -> int:
-    """Smallest capacity >= `slots`: `per_octave` (a power of two) values from one power of two to
-    the next, multiples of `least`, at most `full`."""
-    step = max(least, (1 << math.ceil(slots).bit_length() >> 1) // per_octave)
-    return min(full, -(-math.ceil(slots) // step) * step)

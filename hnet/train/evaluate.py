@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from hnet.chunking.slots import bucket
 from hnet.data.pipeline import Batch
 from hnet.data.scripts import SCRIPTS, of_whole_characters, script_ids_of_rows
 from hnet.loss import bits_per_byte
-from hnet.train.capacity import bucket
 
 MOST_SLOTS = 1 << 31  # a model has no more slots than positions
 

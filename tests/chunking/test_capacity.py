@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.configs.systems import magnet
+from hnet.chunking.slots import bucket
 from hnet.train.alarms import PERSISTENCE, WINDOW, BoundaryAlarms, diagnose
-from hnet.train.capacity import SHRINK_AFTER, WORTH, CapacitySchedule, bucket
+from hnet.train.capacity import SHRINK_AFTER, WORTH, CapacitySchedule
 from tests.training import TINY
 
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from hnet.chunking.slots import bucket
 from hnet.config import PUBLISHED
 from hnet.cost import count
 from hnet.decode import by_counts
 from hnet.decode.by_counts import PER_OCTAVE, Fed, Static, forward
 from hnet.flops import forward_flops, stage_lengths, total
-from hnet.train.capacity import bucket
 from tests.networks import NETWORKS, quick_jit, random_params
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

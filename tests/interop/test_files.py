@@ -124,6 +124,17 @@ def test_the_configuration_is_found_or_asked_for(tmp_path, weights):
         load(path)
 
 
+def test_a_model_of_tokens_is_not_written_as_one_of_bytes(tmp_path, weights):
+    run = tmp_path / "run"
+    convert(write(tmp_path, weights), run)
+    content = json.loads((run / "config.json").read_text())
+    content["data"]["tokenizer"] = "words.json"
+    (run / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="model of the tokens of 'words.json'"):
+        convert(run, tmp_path / "back.npz")
+    assert not (tmp_path / "back.npz").exists()
+
+
 def test_nothing_is_overwritten(tmp_path, weights):
     path = write(tmp_path, weights)
     before = path.read_bytes()

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from hnet.data.tokenizers.bpe import train_bpe
 from hnet.data.tokenizers.equal_info import train_equal_info
 from hnet.data.tokenizers.lib import train_lib
 from hnet.data.tokenizers.superbpe import train_superbpe
 from hnet.errors import ConfigError
-from hnet.inspect.tokens import train_bpe
 
 SAMPLE_BYTES = 1 << 20
 """number of bytes at the beginning of a text from which a tokenizer is learned"""

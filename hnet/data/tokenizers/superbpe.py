@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hnet.inspect.tokens import train_bpe
+from hnet.data.tokenizers.bpe import train_bpe
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -2,8 +2,8 @@
 
 import pytest
 
+from hnet.data.tokenizers.bpe import read_tokenizer, token_starts, train_bpe
 from hnet.errors import ConfigError
-from hnet.inspect.tokens import read_tokenizer, token_starts, train_bpe
 
 tokenizers = pytest.importorskip("tokenizers")
 TEXTS = ["the cat, the hat. да да", "日本の日本 🙂 the", "", "a"]

@@ -60,7 +60,9 @@ def pytest_ignore_collect(collection_path, config):
         return True if not _in_quick_tier(collection_path) else None
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("every"):
+        items[:] = [item for item in items if not item.get_closest_marker("every")]
     for item in items:
         if _in_quick_tier(item.path):
             item.add_marker("quick")

@@ -178,7 +178,7 @@ def test_dtp_pool():
         y_BSD = batch_first(found["y_SBD"]) if "y_SBD" in found else np.zeros_like(cot_BSD)
         h_BLD, b_BL = batch_first(found["hidden_LBD"]), found["boundary_BL"]
         (_, (own, chunks_BSD, read_BLD)), grads = run(
-            found["null_chunk_D"], h_BLD, b_BL, y_BSD, cot_BSD, cot_BLD
+            found["null_D"], h_BLD, b_BL, y_BSD, cot_BSD, cot_BLD
         )
         assert np.array_equal(own.boundary_mask_BL, b_BL)
         shortened_BSD = batch_first(found["shortened_SBD"])

@@ -86,7 +86,7 @@ def test_rows_of_parquet_are_read_in_groups(tmp_path):
 def test_a_worker_maps_the_arrays(folder):
     config = DataConfig((str(folder / "many.jsonl"),), num_workers=1)
     corpus = open_corpus(config)
-    batches = _TrainBatches(corpus.train, config, [["Latin"]], 0, (0, 1))
+    batches = _TrainBatches(corpus.train, config, [["Latin"]], 0, (0, 1), False)
     pickled = pickle.dumps(batches)
     assert len(pickled) < 20_000 < corpus.train.documents[0].length_D.nbytes
     copy = pickle.loads(pickled)
@@ -113,7 +113,7 @@ def test_tokens_are_kept_on_the_disk(tmp_path):
     for d, text in enumerate(texts):
         ids = documents.read(d, 0, int(documents.length_D[d]))
         assert ids.tobytes() == np.frombuffer(text.encode(), np.uint8).astype(np.int32).tobytes()
-    batches = _TrainBatches(part, replace(config, num_workers=1), (), 0, (0, 1))
+    batches = _TrainBatches(part, replace(config, num_workers=1), (), 0, (0, 1), False)
     copy = pickle.loads(pickle.dumps(batches))
     np.testing.assert_array_equal(copy[1]["input_ids"], batches[1]["input_ids"])
 

@@ -5,7 +5,6 @@ from dataclasses import replace
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hnet.train.program import check_vocabulary
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from hnet.config import BOS_ID, EOS_ID
@@ -14,6 +13,7 @@ from hnet.data.packing import Stream
 from hnet.data.tokens import TokenDocuments, Vocabulary
 from hnet.errors import ConfigError
 from hnet.loss import scored_bytes
+from hnet.train.compiled_run import check_vocabulary
 from hnet.train.evaluate import Evaluation
 from tests.data_helpers import make_documents
 from tests.training import TINY, tiny_run

@@ -23,6 +23,7 @@ def step(tmp_path_factory):
         return Step(tiny_run(tmp_path_factory.mktemp("run")), 0.25, "tiny")
 
 
+@pytest.mark.every
 def test_figures_of_a_step_and_its_parts(step):
     found = measure_steps([step], repeats=1, parts_of=step)
     (row,) = found["steps"]

@@ -10,7 +10,6 @@ import pytest
 from flax import nnx
 
 from experiments import boundaries
-from hnet.decode import score
 from hnet.decode.segment import segment_all, segmenter
 from hnet.errors import ConfigError
 from hnet.model import split
@@ -36,13 +35,9 @@ def cut(model):
     return lambda text: segment_all(segment, params, [text])[0]
 
 
-quick_score = quick_jit(score._score.__wrapped__, static_argnames="graph")
-
-
 def report_of(model, monkeypatch, capsys, *argv):
     with monkeypatch.context() as m:
         m.setattr(jax, "jit", quick_jit)
-        m.setattr(score, "_score", quick_score)
         m.setattr(boundaries, "load", lambda path, **_: model)
         m.setattr(sys, "argv", ["boundaries", "--checkpoint", "none", *map(str, argv)])
         boundaries.main()

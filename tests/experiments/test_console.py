@@ -31,7 +31,7 @@ def test_usage_says_what_each_command_does(monkeypatch, capsys):
     assert not called(monkeypatch)
     out = capsys.readouterr().out
     assert len(out.splitlines()) == 2 + len(console.COMMANDS)
-    assert "segment    Show the chunks of a trained model in a text." in out
+    assert "segment    Show the chunks of a trained model in a text, or" in out
 
 
 @pytest.mark.parametrize("words", [

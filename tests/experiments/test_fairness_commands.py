@@ -237,6 +237,7 @@ def test_fairness_table_from_text_to_reports(files, tmp_path, monkeypatch, capsy
             call(monkeypatch, fairness_table, *argv, *changes)
 
 
+@pytest.mark.every
 def test_controller_table_holds_the_rate_that_a_fixed_weight_had(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loop, "build", build)
     monkeypatch.setattr(mixed_scripts_single, "config", lambda: held_run(tmp_path))
@@ -254,6 +255,7 @@ def test_controller_table_holds_the_rate_that_a_fixed_weight_had(tmp_path, monke
         call(monkeypatch, controller_table, "mixed_scripts_routed")
 
 
+@pytest.mark.every
 def test_benchmark_routing_compares_both(monkeypatch, capsys, tmp_path):
     timed = []
 

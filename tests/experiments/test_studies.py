@@ -90,6 +90,7 @@ def test_rates_compares_each_target_fixed_and_held(monkeypatch):
 # --- slots ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.every
 def test_slots_that_are_too_few_clip_and_are_not_trained_twice(tmp_path, monkeypatch, capsys):
     run = tiny_run(tmp_path, model=ATTENTION)
     monkeypatch.setattr(slots, "build", build)

@@ -313,6 +313,7 @@ def test_a_host_that_dies_or_fails_ends_the_others_with_a_line_that_names_it(vic
     assert not any("stack trace" in line or "Traceback" in line for line in own), own
 
 
+@pytest.mark.every
 def test_a_host_that_refuses_later_than_host_0_keeps_its_own_code_and_line():
     with Emulation([sys.executable, "-c", DEAD, "0", "refuses"], devices=1, env=ENV) as hosts:
         assert hosts.wait(BOUND, grace=BOUND) == [2, 2], hosts.lines

@@ -5,6 +5,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,10 @@ def tiny(tmp_path):
     file = tmp_path / "tiny.json"
     file.write_text(json.dumps(TINY))
     return [str(file), "--data.seq_len", "128", "--data.batch_size", "64"]
+
+
+TPU = SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
+GPU = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3")
 
 
 # --- the compiler's text ------------------------------------------------------------------------
@@ -306,7 +311,7 @@ def test_published_models_have_settings_for_two_machines(machine):
 
 
 def made_up(config, **fields):
-    slice_ = Slice("v5e:2x2", CHIPS["v5e"], [None] * 4)
+    slice_ = Slice("v5e:2x2", CHIPS["v5e"], [TPU] * 4)
     base = Plan(config, slice_, capacities(config, 1.0), 1.0, 2 * GIB, 10 * GIB, True, [])
     return replace(base, **fields)
 
@@ -341,8 +346,9 @@ def test_rows_that_share_slots_attend_over_all_of_them(tiny):
     main = "stage1/main_network"
     assert shared[main].compute - alone[main].compute == pytest.approx(more)
     # smoothing runs over blocks of the shared slots; everything else is unchanged
-    changed = {part for part in alone if shared[part] != alone[part]}
-    assert shared.keys() == alone.keys() and changed == {main, "stage0/dechunk"}
+    nothing = Bound(0.0, 0.0, 0, 0.0)
+    changed = {part for part in shared if shared[part] != alone.get(part, nothing)}
+    assert alone.keys() <= shared.keys() and changed == {main, "stage0/dechunk"}
 
 
 @pytest.mark.parametrize(
@@ -439,7 +445,7 @@ def test_search_finds_the_fastest_that_fits(tiny, monkeypatch, capsys):
 
 
 def test_search_goes_on_from_settings_that_fit_and_varies_blocks_of_array_code(tiny, monkeypatch):
-    slice_ = Slice("h100:4", CHIPS["h100"], [None] * 4)
+    slice_ = Slice("h100:4", CHIPS["h100"], [GPU] * 4)
     plan = made_up(run_config(tiny), slice_=slice_, capacities=(128,))
     seconds = lambda c: abs((c.model.compute.ssd_block_len or 64) - 256) + 1.0 + c.train.accumulate
     tried = []

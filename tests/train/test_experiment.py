@@ -63,22 +63,17 @@ class Watch(Observer):
         self.lines.append(text)
 
 
-def test_an_observer_sees_the_run(tmp_path):
-    watch = Watch()
-    train.run(config_of(tmp_path, 3), with_shrunk_embeddings, watch)
-    assert watch.steps == [1, 2, 3] and watch.logs == [(1, True), (3, True)]
-    assert [row["step"] for row in rows(config_of(tmp_path, 3))] == [1, 3]
-    assert watch.evaluations == [(3, True, True)]
-    assert watch.lines[0].startswith("workdir")
-    assert any("held-out" in line for line in watch.lines)
-
-
-def test_a_step_of_ones_own_trains_is_logged_and_resumes(tmp_path):
+def test_a_step_of_ones_own_trains_is_logged_observed_and_resumes(tmp_path):
     first = train.run(config_of(tmp_path, 1), with_shrunk_embeddings)
     start = jax.device_get(first.program.init().params["embeddings"]["embedding"])
-    outcome = train.run(config_of(tmp_path, 3), with_shrunk_embeddings)
-    logged = [row["mine"] for row in rows(config_of(tmp_path, 3))]
-    expected = np.mean(np.square(start)) * SHRINK ** (2 * np.arange(1, 4))
+    watch = Watch()
+    outcome = train.run(config_of(tmp_path, 3), with_shrunk_embeddings, watch)
+    logged = {row["step"]: row["mine"] for row in rows(config_of(tmp_path, 3))}
+    assert watch.steps == [2, 3] and watch.logs == [(3, True)] and list(logged) == [1, 3]
+    assert watch.evaluations == [(3, True, True)] and watch.lines[0].startswith("train.steps=3")
+    assert any("held-out" in line for line in watch.lines)
+    logged = list(logged.values())
+    expected = np.mean(np.square(start)) * SHRINK ** (2 * np.array([1, 3]))
     np.testing.assert_allclose(logged, expected, rtol=0.05)  # updates of 3e-3 move them too
     end = np.mean(np.square(outcome.state.params["embeddings"]["embedding"]))
     np.testing.assert_allclose(end, logged[-1], rtol=1e-5)

@@ -375,6 +375,7 @@ def test_spellings_of_a_step(old):
     assert place(f"{run_at}@4") == place(f"{run_at}/checkpoints/4") == (run_at, 4)
 
 
+@pytest.mark.every
 def test_the_study_prints_a_row_for_each_text_and_trains_a_run_once(
     old, tmp_path, monkeypatch, capsys
 ):

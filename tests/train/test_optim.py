@@ -286,6 +286,7 @@ def test_the_average_is_evaluated_loaded_and_exported(all_options, tmp_path):
             what()
 
 
+@pytest.mark.every
 def test_muon_is_the_same_on_a_mesh(all_options, tmp_path):
     config, whole = all_options
     config = replace(config, workdir=str(tmp_path), mesh=MeshConfig(data=2, fsdp=2, tensor=2))

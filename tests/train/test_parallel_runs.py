@@ -103,6 +103,7 @@ def test_a_run_of_many_is_the_run_it_would_be_alone(configs, whole):
     assert together.evaluations[r].bytes_per_chunk(0) == evaluation.bytes_per_chunk(0)
 
 
+@pytest.mark.every
 def test_each_step_of_many_is_that_of_one_and_a_boundary_turns_only_at_a_half(configs):
     runs = [replace(config, mesh=MeshConfig()) for config in configs[:2]]
     for way in compare(runs, jax.devices()[:2], compiler_options=QUICK):

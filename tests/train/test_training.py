@@ -180,6 +180,7 @@ def test_a_stopped_run_resumes_to_the_same_bits_and_the_same_log(whole, tmp_path
     assert rows(config) == rows(whole[0])
 
 
+@pytest.mark.every
 def test_a_run_goes_on_with_fewer_devices_whose_rows_share_other_slots(tmp_path, monkeypatch):
     """2 rows share a row of slots on 4 devices, 8 rows on one device: no chunk is clipped."""
     monkeypatch.setattr(capacity, "SHRINK_AFTER", 2)
@@ -234,7 +235,8 @@ def test_a_configuration_of_an_earlier_version_is_read_unless_it_would_train_oth
     content["data"]["unknown_script_frac"] = 0.06
     with pytest.raises(ConfigError, match="unknown field data.unknown_script_frac"):
         config_from_json(content)
-    del content["rate_control"]["hold_frac"]
+    content["controller"] = content.pop("rate_control")  # its name then
+    del content["controller"]["hold_frac"]
     (tmp_path / "config.json").write_text(json.dumps(content))
     held = replace(config, rate_control=replace(config.rate_control, hold_frac=1.0))
     assert read_config(tmp_path) == held  # the configuration of a trained model can still be read

@@ -94,10 +94,11 @@ import ctypes, signal, sys
 from hnet.runtime.distributed import StopRequest
 with StopRequest() as stop:
     signal.siginterrupt(signal.SIGINT, False)  # a read that is interrupted goes on
+    libc, byte = ctypes.CDLL(None), ctypes.create_string_buffer(1)
+    read, stdin = libc.fread, ctypes.c_void_p.in_dll(libc, "stdin")
     print("compiling", file=sys.stderr, flush=True)
     # Like a compilation this runs no Python in the main thread, whatever signals come.
-    libc, byte = ctypes.CDLL(None), ctypes.create_string_buffer(1)
-    libc.fread(byte, 1, 1, ctypes.c_void_p.in_dll(libc, "stdin"))
+    read(byte, 1, 1, stdin)
     if stop.stop_requested(3):
         print("saved", file=sys.stderr, flush=True)
 """

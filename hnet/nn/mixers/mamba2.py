@@ -19,6 +19,7 @@ from hnet.nn.layers import (
     RMSNorm,
     constrain_rows,
     fused_linear,
+    gated,
     linear,
     replicate,
     rounded,
@@ -88,9 +89,12 @@ class Mamba2(Mixer):
 
     def finish(self, y_BLHP: jax.Array, x_BLHP: jax.Array, z: jax.Array) -> jax.Array:
         """Skip connection, gate, norm and output projection."""
-        y_BLD, x_BLD = y_BLHP.reshape(z.shape), x_BLHP.reshape(z.shape)
-        skip_D = jnp.repeat(self.D[...], z.shape[-1] // self.num_heads)
-        return self.out_proj(skip_gate_norm(y_BLD, x_BLD, z, skip_D, self.norm.scale[...]))
+        if z.dtype == jnp.bfloat16:  # accelerators: the same in fewer passes over memory
+            y_BLD, x_BLD = y_BLHP.reshape(z.shape), x_BLHP.reshape(z.shape)
+            skip_D = jnp.repeat(self.D[...], z.shape[-1] // self.num_heads)
+            return self.out_proj(skip_gate_norm(y_BLD, x_BLD, z, skip_D, self.norm.scale[...]))
+        y_BLHP = y_BLHP + self.D[...][None, None, :, None] * x_BLHP
+        return self.out_proj(self.norm(gated(y_BLHP.reshape(z.shape), z)))
 
     def conv_params(self, dtype) -> tuple[jax.Array, jax.Array]:
         weight_WC, bias_C = replicate(self.conv1d_weight[...]), replicate(self.conv1d_bias[...])

@@ -385,12 +385,15 @@ class HNet(nnx.Module):
             x_BLD, context, capacity,
             key=key, numbers=numbers, rows_sharing_slots=rows_sharing_slots,
         )  # fmt: skip
-        x_BME, inner_context, slots = self.enter(opened, capacity, numbers)
+        with jax.named_scope("chunk"):  # once: the gradients of both uses are added here
+            shared = share_slots(opened.h_BLD, opened.own, opened.context)
+        x_BME, inner_context, slots = self.enter(opened, capacity, numbers, shared)
         with jax.named_scope(f"stage{self.stage_idx + 1}"):
             y_BME, inner = self.main_network(
                 x_BME, inner_context, capacities[1:], key=key, numbers=numbers and numbers[1:]
             )
-        return self.leave(y_BME, opened, slots, numbers=numbers)[0], [opened.own, *inner]
+        x_BLD, _ = self.leave(y_BME, opened, slots, numbers=numbers, shared=shared)
+        return x_BLD, [opened.own, *inner]
 
     def open(
         self,
@@ -421,12 +424,12 @@ class HNet(nnx.Module):
         return Opened(h_BLD, residual_BLD, own, context, encoder)
 
     def enter(
-        self, opened: Opened, capacity: int, numbers: Numbers | None = None
+        self, opened: Opened, capacity: int, numbers: Numbers | None = None, shared: Any = None
     ) -> tuple[jax.Array, Context, Slots]:
         """`chunk` for a stage that was opened: with any capacity that holds its boundaries, as the
-        boundaries in use were clipped when it was opened."""
+        boundaries in use were clipped when it was opened. shared: result of `share_slots`."""
         with jax.named_scope("chunk"):
-            shared = share_slots(opened.h_BLD, opened.own, opened.context)
+            shared = shared or share_slots(opened.h_BLD, opened.own, opened.context)
             h_BLD, boundaries, context = shared
             return self.chunk(h_BLD, context, boundaries, capacity, numbers)
 
@@ -438,10 +441,11 @@ class HNet(nnx.Module):
         *,
         prompts: Prompts | None = None,
         numbers: Numbers | None = None,
+        shared: Any = None,
     ) -> tuple[jax.Array, Any]:
         """(output, cache of the decoder for prompts), from the main network's output."""
         context, rows = opened.context, self._outputs(y_BME)
-        _, shared, _ = share_slots(opened.h_BLD, opened.own, context)
+        _, shared, _ = shared or share_slots(opened.h_BLD, opened.own, context)
         with jax.named_scope("dechunk"):
             config = self._settings("dechunk", numbers)
             x_BLD = self.dechunk_layer(rows, shared, slots, config)

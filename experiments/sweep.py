@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     compiled = CompilationLog()
     with StopRequest() as stop, study:
         done = _work(study, worker, stop)
-        programs = sum("population_step" in e.name or "train_step" in e.name
+        programs = sum("parallel_step" in e.name or "train_step" in e.name
                        for e in compiled.entries)  # fmt: skip
         console.print(f"compiled or loaded {programs} training programs")
         write_results(study, out)

@@ -17,7 +17,7 @@ from hnet.train.config import Config
 from hnet.train.evaluate import Evaluation
 from hnet.train.loop import RunState, StopRun, train
 from hnet.train.metrics_file import MetricsFile, read_metrics
-from hnet.train.parallel_runs import Outcome, train_population
+from hnet.train.parallel_runs import Outcome, train_parallel_runs
 from hnet.train.workdir import claim_workdir, run_inputs
 
 TOGETHER = "together"  # folder of the program that trains several seeds
@@ -75,7 +75,7 @@ def _together(
         log = log or MetricsFile(together, row["step"] - 1)
         log.write(row)
 
-    outcome = train_population(runs, str(together), stop, show=show)
+    outcome = train_parallel_runs(runs, str(together), stop, show=show)
     if outcome.evaluations is None:
         return None
     rows = read_metrics(together)[1:]  # the first one waits for compilation

@@ -26,7 +26,7 @@ from hnet.train.lock import Locked
 from hnet.train.loop import StopRun, train
 from hnet.train.metrics_file import MetricsFile, read_metrics
 from hnet.train.observer import Observer
-from hnet.train.parallel_runs import train_population
+from hnet.train.parallel_runs import train_parallel_runs
 
 SAY_SECONDS = 10.0  # between two progress lines of a group
 console = Console(highlight=False, soft_wrap=True)
@@ -101,7 +101,7 @@ def _train_together(study: Study, claims: list[Claim], options: Options, stop: S
         return _prune(study, claims, step, [_mean(bpb[part]) for part in own])
 
     show = _Progress(folder, configs[0].train.steps)
-    outcome = train_population(configs, str(folder), stop, watch=watch, show=show)
+    outcome = train_parallel_runs(configs, str(folder), stop, watch=watch, show=show)
     ended = outcome.step == configs[0].train.steps or all(claim.pruned for claim in claims)
     if outcome.evaluations is None or not ended:
         return False

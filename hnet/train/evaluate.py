@@ -153,7 +153,7 @@ class Evaluation:
 
 
 class OfEachRun(tuple):
-    """Accumulators, one per run of a population; metrics have a leading axis of runs."""
+    """Accumulators, one per run of one program; metrics have a leading axis of runs."""
 
     @property
     def num_bytes(self) -> int:

@@ -89,11 +89,11 @@ def build(
             function, mesh=mesh, in_specs=specs, out_specs=P("runs"), check_vma=False
         )
 
-    def population_step(state, batch, hparams, *, capacities):
+    def parallel_step(state, batch, hparams, *, capacities):
         step = jax.vmap(partial(one.step, capacities=capacities))
         return by_device(step, *[P("runs")] * 3)(state, batch, hparams)
 
-    def population_eval(params, batch, *, capacities):
+    def parallel_eval(params, batch, *, capacities):
         evaluate = jax.vmap(partial(one.evaluate, capacities=capacities), in_axes=(0, None))
         return by_device(evaluate, P("runs"), P())(params, batch)
 
@@ -112,8 +112,8 @@ def build(
         shardings=jax.tree.map(lambda _: by_run, shapes),
         hparams=jax.device_put(hparams, by_run),
         init=init_all,
-        step=jit(population_step, static_argnames=("capacities",), donate_argnums=0),
-        evaluate=jit(population_eval, static_argnames=("capacities",)),
+        step=jit(parallel_step, static_argnames=("capacities",), donate_argnums=0),
+        evaluate=jit(parallel_eval, static_argnames=("capacities",)),
         abstract_state=jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_run), shapes
         ),
@@ -169,7 +169,7 @@ Show = Callable[[dict[str, Any]], None]
 positions_per_sec"""
 
 
-def train_population(
+def train_parallel_runs(
     configs: Sequence[Config],
     workdir: str,
     stop: StopRequest,

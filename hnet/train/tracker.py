@@ -43,19 +43,19 @@ class Trackio:
     module = "trackio"
 
     def begin(self, config):
-        self.library = importlib.import_module(self.module)
+        self.client = importlib.import_module(self.module)
         project, name = config["tracker"]["project"], config["workdir"]
-        self.library.init(project=project, name=name, config=config, **self.resumed(name))
+        self.client.init(project=project, name=name, config=config, **self.resumed(name))
 
     def resumed(self, name: str) -> dict[str, Any]:
         """Arguments with which a later start of the same run goes on with it."""
         return {"resume": "allow"}
 
     def scalars(self, step, values):
-        self.library.log(values, step=step)
+        self.client.log(values, step=step)
 
     def end(self):
-        self.library.finish()
+        self.client.finish()
 
 
 class Wandb(Trackio):

@@ -147,9 +147,9 @@ def test_points_whose_folder_is_locked_are_returned(tmp_path, monkeypatch):
 
     def held(configs, folder, *_, **__):
         with DirectoryLock(folder):
-            return parallel_runs.train_population(configs, folder, None)
+            return parallel_runs.train_parallel_runs(configs, folder, None)
 
-    monkeypatch.setattr(sweep_train, "train_population", held)
+    monkeypatch.setattr(sweep_train, "train_parallel_runs", held)
     monkeypatch.setattr(sweep_train.time, "sleep", lambda seconds: None)
     claims = study.claim(9)
     options = sweep_train.Options(tmp_path / "out", 4, 60.0)
@@ -256,7 +256,7 @@ def test_a_sweep_leaves_table_plot_hparams_and_a_configuration_to_train(tmp_path
     before = (out / "results.csv").read_bytes()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            sweep_train, "train_population", lambda *_, **__: pytest.fail("trained again")
+            sweep_train, "train_parallel_runs", lambda *_, **__: pytest.fail("trained again")
         )
         assert sweep_in_process(tmp_path, out, RATES, **once) == 0
     assert (out / "results.csv").read_bytes() == before

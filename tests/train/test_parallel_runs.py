@@ -62,7 +62,7 @@ def built(configs):
 def train(configs, workdir, stop=None, program=None, **hooks):
     with pytest.MonkeyPatch.context() as patch, StopRequest() as request:
         patch.setattr(parallel_runs, "build", lambda configs: program or built(tuple(configs)))
-        return parallel_runs.train_population(configs, str(workdir), stop or request, **hooks)
+        return parallel_runs.train_parallel_runs(configs, str(workdir), stop or request, **hooks)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_each_step_of_many_is_that_of_one_and_a_boundary_turns_only_at_a_half(co
 
 def test_one_program_trains_them_all_and_nothing_moves_between_devices(configs, whole):
     _, compiled, shown = whole
-    assert sum("population_step" in name for name in compiled) == 1
+    assert sum("parallel_step" in name for name in compiled) == 1
     assert not any("train_step" in name for name in compiled)
     assert [row["step"] for row in shown] == list(range(1, STEPS + 1))
     assert all(len(row["train/bpb"]) == 3 for row in shown)

@@ -15,7 +15,7 @@ from hnet.runtime import distributed
 from hnet.train import loop, workdir
 from hnet.train.config import CheckpointConfig, MeshConfig, ProfileConfig, TrainConfig
 from hnet.train.lock import DirectoryLock, Locked
-from hnet.train.parallel_runs import train_population
+from hnet.train.parallel_runs import train_parallel_runs
 from hnet.train.run_logger import RunLogger
 from hnet.train.workdir import changes, claim_workdir, locked_workdir, read_config, run_inputs
 from tests.training import rows, run, tiny_run
@@ -119,7 +119,7 @@ def test_a_second_start_is_refused_while_the_first_one_runs(ended, tmp_path):
     config = replace(ended[0], workdir=str(tmp_path))
     with DirectoryLock(tmp_path):
         before = contents(tmp_path)
-        for start in (run, lambda c: train_population([c, c], c.workdir, StopAt(0))):
+        for start in (run, lambda c: train_parallel_runs([c, c], c.workdir, StopAt(0))):
             with pytest.raises(Locked, match="is in use by process"):
                 start(config)
         assert contents(tmp_path) == before
@@ -155,7 +155,7 @@ def test_other_content_of_the_same_name_is_refused_with_both_fingerprints(tmp_pa
     now = run_inputs(config, open_corpus(config.data))
     starts = [run]
     if field == "data.files":  # several runs in one program have no probes
-        starts.append(lambda c: train_population([c, c], c.workdir, StopAt(0)))
+        starts.append(lambda c: train_parallel_runs([c, c], c.workdir, StopAt(0)))
         starts.append(lambda c: _part(EvaluateConfig(c.workdir)))
     for start in starts:
         with pytest.raises(ConfigError, match=f"^{field}: the content has fingerprint ") as e:
@@ -236,7 +236,7 @@ def test_several_runs_in_one_program_are_checked_as_one_is(tmp_path):
     with pytest.raises(ConfigError, match="data.batch_size=8 is not a multiple of") as alone:
         run(config)
     with pytest.raises(ConfigError) as together:
-        train_population(both, config.workdir, StopAt(0))
+        train_parallel_runs(both, config.workdir, StopAt(0))
     assert str(alone.value).partition("=")[0] == str(together.value).partition("=")[0]
     assert list(tmp_path.iterdir()) == []
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from hnet.data.tokenizers.bpe import train_bpe
+from hnet.data.tokenizers.bpe import learned, train_bpe
 from hnet.data.tokenizers.equal_info import train_equal_info
 from hnet.data.tokenizers.lib import train_lib
 from hnet.data.tokenizers.superbpe import train_superbpe
@@ -22,15 +22,7 @@ def train_unigram(texts: Sequence[bytes], vocab_size: int):
     """Unigram language model over bytes, with the pre-tokenization of GPT-2."""
     import tokenizers as lib
 
-    tokenizer = lib.Tokenizer(lib.models.Unigram())
-    tokenizer.pre_tokenizer = lib.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = lib.trainers.UnigramTrainer(
-        vocab_size=vocab_size,
-        initial_alphabet=lib.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator((text.decode() for text in texts), trainer)
-    return tokenizer
+    return learned(lib.models.Unigram(), lib.trainers.UnigramTrainer, texts, vocab_size)
 
 
 TOKENIZERS: dict[str, Callable[[Sequence[bytes], int], str]] = {

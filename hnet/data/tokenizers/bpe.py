@@ -29,14 +29,18 @@ def train_bpe(texts: Sequence[bytes], vocab_size: int) -> "Tokenizer":
     lib = _library()
     if vocab_size < 256:
         raise ConfigError(f"bpe={vocab_size} cannot hold every byte: use 256 or more")
-    tokenizer = lib.Tokenizer(lib.models.BPE())
+    return learned(lib.models.BPE(), lib.trainers.BpeTrainer, texts, vocab_size)
+
+
+def learned(model, trainer: type, texts: Sequence[bytes], vocab_size: int) -> "Tokenizer":
+    """A tokenizer over bytes with this model, learned by a trainer of the library."""
+    lib = _library()
+    tokenizer = lib.Tokenizer(model)
     tokenizer.pre_tokenizer = lib.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = lib.trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        initial_alphabet=lib.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator((_text(data) for data in texts), trainer)
+    alphabet = lib.pre_tokenizers.ByteLevel.alphabet()
+    options = {"initial_alphabet": alphabet, "show_progress": False}
+    own = trainer(vocab_size=vocab_size, **options)
+    tokenizer.train_from_iterator((_text(data) for data in texts), own)
     return tokenizer
 
 

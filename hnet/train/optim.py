@@ -52,19 +52,20 @@ def schedule(config: OptimConfig, step: jax.Array, length: Length) -> jax.Array:
     """Factor of the peak learning rate at update `step` (0 is the first), in (0, 1].
 
     The "20% inverse-square-root decay" of arXiv 2507.07955 is interpreted as 1 - sqrt(x), where x
-    is the fraction of the decay steps done.
+    is the fraction of the decay steps done. Multiplies by reciprocals as XLA does where the divisor
+    is a constant, so that the bits are those of a program that is compiled for one length.
     """
     step = step.astype(jnp.float32)
     total, warmup, decay = length
-    warm = jnp.minimum((step + 1) / warmup, 1.0)
+    warm = jnp.minimum((step + 1) * (1 / warmup), 1.0)
     match config.schedule:
         case "constant":
             return warm
         case "cosine":
-            x = jnp.clip((step - warmup) / jnp.maximum(total - warmup, 1.0), 0.0, 1.0)
+            x = jnp.clip((step - warmup) * (1 / jnp.maximum(total - warmup, 1.0)), 0.0, 1.0)
             return warm * 0.5 * (1 + jnp.cos(jnp.pi * x))
         case "wsd":
-            x = jnp.clip((step + 1 - (total - decay)) / (decay + 1), 0.0, 1.0)
+            x = jnp.clip((step + 1 - (total - decay)) * (1 / (decay + 1)), 0.0, 1.0)
             return warm * (1 - jnp.sqrt(x))
         case other:
             raise ValueError(f"schedule {other!r} is unknown")

@@ -34,6 +34,7 @@ from hnet.train.optim import (
     targets_at,
 )
 from hnet.train.step import eval_step
+from tests.networks import optimized_jit
 from tests.training import TINY, rows, run, tiny_run
 
 
@@ -55,6 +56,18 @@ def test_cosine_goes_to_zero():
     assert factors[9] == pytest.approx(1.0)
     assert factors[55] == pytest.approx(0.5, abs=0.01)
     assert factors[100] == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["wsd", "cosine"])
+def test_bits_of_a_traced_length_are_those_of_a_constant(name):
+    # XLA multiplies by the reciprocal of a constant; a division by a traced number rounds otherwise
+    config = OptimConfig(schedule=name)
+    traced = optimized_jit(lambda step, length: schedule(config, step, length))
+    for num_steps in (180, 113, 7):
+        length = Length.of(config, num_steps)
+        constant = optimized_jit(lambda step, length=length: schedule(config, step, length))
+        for step in map(jnp.int32, range(num_steps)):
+            assert traced(step, length) == constant(step), int(step)
 
 
 def test_a_run_of_another_length_is_the_same_program(tmp_path):

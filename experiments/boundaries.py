@@ -43,7 +43,7 @@ class BoundariesConfig:
     """Which model's boundaries to compare with which annotations."""
 
     checkpoint: str
-    """work directory of a run, or an official checkpoint with its JSON"""
+    """WORKDIR or WORKDIR@STEP of a run, an official checkpoint with its JSON, or hf://OWNER/NAME"""
     gold: tuple[str, ...]
     """annotated files"""
     lexicon: str = ""

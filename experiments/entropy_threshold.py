@@ -23,6 +23,7 @@ from hnet.command_line import parse, run
 from hnet.data import eval_batches, open_corpus, open_part
 from hnet.errors import ConfigError
 from hnet.fields import Bounds, Count
+from hnet.interop.sources import resolve_run
 from hnet.model import HNetLM
 from hnet.nn.layers import segment_positions
 from hnet.runtime.compile_cache import enable_compilation_cache
@@ -97,11 +98,12 @@ def threshold(
 def main() -> None:
     config = parse(ThresholdConfig)
     enable_compilation_cache()
-    data = replace(read_config(config.checkpoint).data, batch_size=config.batch_size)
+    source = resolve_run(config.checkpoint)
+    data = replace(read_config(source.path).data, batch_size=config.batch_size)
     part = open_part(config.files) if config.files else open_corpus(data).heldout
     if not part.num_bytes:
         raise ConfigError(f"checkpoint={config.checkpoint} has no held-out text: give --files")
-    H_N, rise_N, index_N = entropies(load(config.checkpoint), eval_batches(part, data))
+    H_N, rise_N, index_N = entropies(load(source.path, step=source.step), eval_batches(part, data))
     found = threshold(H_N, rise_N, index_N, config)
     field = "increase" if config.rule == "monotonic" else "theta"
     print(f"{len(H_N):,} bytes, mean entropy {H_N.mean():.4f} nats")

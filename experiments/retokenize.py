@@ -32,6 +32,7 @@ from hnet.data.batch_merges import Token, merge_batch
 from hnet.data.tokens import LongestMatch, read_vocabulary
 from hnet.errors import ConfigError
 from hnet.fields import Bounds, Count, Natural
+from hnet.interop.sources import resolve_run
 from hnet.model import HNetLM, split
 from hnet.nn.context import Context
 from hnet.nn.hypernetwork import LONGEST, Hypernetwork
@@ -49,8 +50,8 @@ class Retokenize:
     """numbers of merges per batch"""
     steps: Natural = 100
     """updates of the hypernetwork"""
-    learning_rate: float = 1e-3
-    """of Adam"""
+    learning_rate: Annotated[float, Bounds(above=0, most=1000)] = 1e-3
+    """learning rate of Adam"""
     batches: Count = 8
     """held-out batches that are scored"""
     seed: Annotated[int, Bounds(0, 2**32 - 1)] = 0
@@ -155,13 +156,14 @@ def main() -> None:
 
 def study(config: Retokenize) -> list[dict[str, Any]]:
     """A row for each number of merges."""
-    trained = read_config(config.checkpoint)
-    path = tokenizer_of(config.checkpoint, trained.data)
+    source = resolve_run(config.checkpoint)
+    trained = read_config(source.path)
+    path = tokenizer_of(source.path, trained.data)
     if not path or trained.model.num_chunked:
         raise ConfigError(f"checkpoint={config.checkpoint} is no run of one stage over tokens")
     data, base = replace(trained.data, tokenizer=path), trained.model.vocab_size
     corpus, merger = open_corpus(data), Merger(read_vocabulary(path), max(1, *config.merges))
-    graph, params = split(load(config.checkpoint))
+    graph, params = split(load(source.path, step=source.step))
     hyper = Hypernetwork(trained.model.stages[0].d_model, rngs=nnx.Rngs(config.seed))
     hyper_graph, weights = nnx.split(hyper)
     optimizer = optax.adam(config.learning_rate)

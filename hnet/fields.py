@@ -29,6 +29,7 @@ from hnet.parts import Settings
 
 _MOST = 2**53  # integers up to this are exact in every JSON reader
 _MOST_32 = 2**31 - 1
+_MOST_FLOAT = 3.4e38  # larger numbers are infinite in float32
 
 
 class FieldError(ConfigError):
@@ -64,8 +65,10 @@ Count = Annotated[int, Bounds(1, _MOST_32)]
 Natural = Annotated[int, Bounds(0, _MOST_32)]
 """An integer of at least 0 that fits into 32 bits."""
 Share = Annotated[float, Bounds(0, 1)]
-Positive = Annotated[float, Bounds(above=0)]
-NotNegative = Annotated[float, Bounds(0)]
+Positive = Annotated[float, Bounds(above=0, most=1e12)]
+NotNegative = Annotated[float, Bounds(0, 1e12)]
+Seconds = Annotated[float, Bounds(0, 1e9)]
+"""Seconds that a thread can wait."""
 
 
 def shown(value: Any) -> str:
@@ -259,6 +262,8 @@ def _check_number(value: Any, bounds: Sequence[Any], path: str) -> None:
         raise ConfigError(f"{path}={shown(value)}: use at most 2**53")
     if not math.isfinite(value):
         raise ConfigError(f"{path}={value}: use a finite number")
+    if abs(value) > _MOST_FLOAT:
+        raise ConfigError(f"{path}={value}: use at most {_MOST_FLOAT}")
     for bound in bounds:
         if isinstance(bound, Bounds) and not bound.hold(value):
             raise ConfigError(f"{path}={value}: {bound.remedy(value)}")

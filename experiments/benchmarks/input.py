@@ -17,6 +17,7 @@ from hnet.command_line import parse, run
 from hnet.data import BatchIterator, open_corpus, train_batches
 from hnet.errors import ConfigError
 from hnet.fields import Bounds, Count, parse_json
+from hnet.interop.sources import resolve_run
 from hnet.train.workdir import read_config
 
 
@@ -62,8 +63,9 @@ def consumed(workdir: str) -> tuple[float, float]:
 
 
 def measure(options: InputBenchmark) -> dict[str, float]:
-    config = read_config(options.checkpoint)
-    used, stall = consumed(options.checkpoint)
+    workdir = resolve_run(options.checkpoint).path
+    config = read_config(workdir)
+    used, stall = consumed(workdir)
     groups = config.model.route_groups
     corpus = open_corpus(config.data)
     with train_batches(corpus, config.data, seed=config.seed, route_groups=groups) as batches:

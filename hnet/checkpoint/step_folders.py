@@ -23,13 +23,18 @@ def work_folder(workdir: str | os.PathLike) -> epath.Path:
 
     Raises ConfigError if the bucket cannot be opened, e.g. without its package or credentials.
     """
-    path = epath.Path(workdir)
     if "://" not in os.fspath(workdir):
-        return path.expanduser().absolute()
+        return epath.Path(workdir).expanduser().absolute()
     try:
+        path = epath.Path(workdir)
         path.exists()
+    except KeyError:  # of etils, for a kind of address that it does not know
+        raise ConfigError(
+            f"workdir {shown(os.fspath(workdir))} is an address of an unknown kind: use a local "
+            "folder or gs://BUCKET/FOLDER"
+        ) from None
     except Exception as e:  # each file system raises its own type
-        raise ConfigError(f"workdir {str(path)!r} cannot be opened: {first_line(e)}") from None
+        raise ConfigError(f"workdir {str(workdir)!r} cannot be opened: {first_line(e)}") from None
     return path
 
 

@@ -14,7 +14,6 @@ is an upper bound; --exact True adds exact numbers.
 
 import json
 import math
-import os
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -35,6 +34,7 @@ from hnet.decode.score import logprobs
 from hnet.decode.token_bytes import TokenBytes
 from hnet.errors import ConfigError
 from hnet.fields import Bounds, Count, Natural, shown
+from hnet.interop.sources import Source, resolve
 from hnet.loss import bits_per_byte
 from hnet.model import HNetLM, split
 from hnet.printable import printable
@@ -51,7 +51,7 @@ class EvaluateConfig:
     """What to score and how to print the result."""
 
     checkpoint: str
-    """work directory of a run, or an official checkpoint with its JSON"""
+    """WORKDIR or WORKDIR@STEP of a run, an official checkpoint with its JSON, or hf://OWNER/NAME"""
     files: tuple[str, ...] = ()
     """globs of text to score, in quotes; empty = the held-out text of the run"""
     seq_len: Natural = 0
@@ -92,10 +92,12 @@ def main() -> None:
     enable_compilation_cache()
     if config.suite:
         return _suites(config)
-    model = load(config.checkpoint, bos=config.bos, ema=config.ema)
+    source = resolve(config.checkpoint)
+    model = load(source.path, step=source.step, bos=config.bos, ema=config.ema)
     if config.exact and not model.tokenizer:
         raise ConfigError("exact=True: this model reads bytes, so its bits per byte are exact")
-    data, part = replace(_data_config(config), bos_eos=model.bos), _part(config)
+    data = replace(_data_config(config, source), bos_eos=model.bos)
+    part = _part(config, source)
     graph, params = split(model)
     static = Static(graph, model.config)
 
@@ -130,8 +132,8 @@ def _suites(config: EvaluateConfig) -> None:
     names = list(dict.fromkeys(config.suite))
     settings = Settings(config.items, config.shots, config.seed, config.max_bytes)
     command.check(names, settings)
-    is_run = os.path.exists(os.path.join(config.checkpoint, "config.json"))
-    if is_run and read_config(config.checkpoint).data.tokenizer:
+    source = resolve(config.checkpoint)
+    if source.is_run and read_config(source.path).data.tokenizer:
         raise ConfigError(f"checkpoint={config.checkpoint} reads tokens: suites ask for bytes")
     if needing := command.reads(names, "parallel"):
         if not config.parallel:
@@ -140,8 +142,8 @@ def _suites(config: EvaluateConfig) -> None:
             )
         settings = replace(settings, parallel=read_parallel(config.parallel, field="parallel"))
     if command.reads(names, "texts"):
-        settings = replace(settings, texts=command.passages(_part(config), settings))
-    model = load(config.checkpoint, bos=config.bos, ema=config.ema)
+        settings = replace(settings, texts=command.passages(_part(config, source), settings))
+    model = load(source.path, step=source.step, bos=config.bos, ema=config.ema)
     reports = command.run_suites(model, names, settings, batch_size=config.batch_size)
     if config.json:
         print(json.dumps({"checkpoint": config.checkpoint, "suites": reports}))
@@ -149,11 +151,11 @@ def _suites(config: EvaluateConfig) -> None:
         command.print_reports(reports)
 
 
-def _part(config: EvaluateConfig) -> Part:
+def _part(config: EvaluateConfig, source: Source) -> Part:
     """The text to score. Raises ConfigError if an input of the run has changed since training."""
-    data = _data_config(config)
+    data = _data_config(config, source)
     corpus = None if config.files else open_corpus(data)
-    now, before = inputs(data, corpus), read_inputs(config.checkpoint) or {}
+    now, before = inputs(data, corpus), (read_inputs(source.path) if source.is_run else None) or {}
     check_inputs(
         {name: before.get(name, now[name]) for name in now}, now,
         f"the run in {config.checkpoint}", "give it the same content, or other text by --files",
@@ -164,11 +166,11 @@ def _part(config: EvaluateConfig) -> Part:
     return part
 
 
-def _data_config(config: EvaluateConfig) -> DataConfig:
+def _data_config(config: EvaluateConfig, source: Source) -> DataConfig:
     """The run's data settings, the defaults for an official checkpoint."""
-    if os.path.exists(os.path.join(config.checkpoint, "config.json")):
-        data = read_config(config.checkpoint).data
-        data = replace(data, tokenizer=tokenizer_of(config.checkpoint, data))
+    if source.is_run:
+        data = read_config(source.path).data
+        data = replace(data, tokenizer=tokenizer_of(source.path, data))
     elif config.files:
         data = DataConfig()
     else:

@@ -47,7 +47,7 @@ class GenerateConfig:
     """What to continue and how."""
 
     checkpoint: str
-    """work directory of a run, or an official checkpoint with its JSON"""
+    """WORKDIR or WORKDIR@STEP of a run, an official checkpoint with its JSON, or hf://OWNER/NAME"""
     prompt: str | None = None
     """text to continue, possibly empty; without it, lines are read from the terminal or a pipe, and
     blank lines are skipped"""

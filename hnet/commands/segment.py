@@ -36,7 +36,7 @@ class SegmentConfig:
     """Which text to segment and how to show it."""
 
     checkpoint: str
-    """work directory of a run, or an official checkpoint with its JSON"""
+    """WORKDIR or WORKDIR@STEP of a run, an official checkpoint with its JSON, or hf://OWNER/NAME"""
     text: tuple[str, ...] = ()
     """texts to segment"""
     file: str = ""

@@ -5,8 +5,9 @@
     python -m hnet.interop push SOURCE hf://owner/name[@branch] [--private] [--replace-card]
     python -m hnet.interop pull hf://owner/name[@revision] FOLDER
 
-SOURCE, A and B are work directories or `checkpoints/<step>` in them, files of weights (.pt,
-.safetensors, .npz) with their JSON beside them, folders with one, or hf://owner/name[@revision].
+SOURCE, A and B are work directories, WORKDIR@STEP or WORKDIR/checkpoints/STEP, files of weights
+(.pt, .safetensors, .npz) with their JSON beside them, folders with one, or
+hf://owner/name[@revision].
 TARGET is a new file or a new work directory. The Hub needs the extra `hub` and, to push, a token
 (HF_TOKEN). Exit code 1 if two checkpoints differ, 2 for bad input.
 """
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 
 import jax
 
-from hnet.command_line import OneLineParser, number, one_line
+from hnet.command_line import OneLineParser, number, one_line, run
 from hnet.errors import ConfigError
 from hnet.interop.convert import convert, verify
 from hnet.interop.official import Mismatch
@@ -118,4 +119,4 @@ def _pull(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

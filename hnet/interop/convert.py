@@ -209,13 +209,14 @@ def verify(
     Half of the rows are text-like (few byte values, spaces), half uniform. config: configuration
     for official files; default: the JSON in the same folder.
     """
+    sources = [resolve(path) for path in (first, second)]  # raises before the first is loaded
     rng = np.random.default_rng(0)
     ids_BL = rng.integers(0, 256, (rows, length)).astype(np.int32)
     ids_BL[::2] = rng.choice(np.frombuffer(b"  aeiounrst,.\n", np.uint8), ids_BL[::2].shape)
     answers = []
-    for path in (first, second):
-        own = None if resolve(path).is_run else config
-        answers.append(_answer(load(path, config=own), ids_BL))
+    for source in sources:
+        own = None if source.is_run else config
+        answers.append(_answer(load(source.path, step=source.step, config=own), ids_BL))
     (a, masks_a), (b, masks_b) = answers
     if a.shape != b.shape or len(masks_a) != len(masks_b):
         raise ConfigError(

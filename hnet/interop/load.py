@@ -38,14 +38,14 @@ def load(
 ) -> HNetLM:
     """Load a trained model.
 
-    path: a work directory of ours or `checkpoints/<step>` in it, a file of weights (.pt,
-    .safetensors, .npz), a folder with one, or `hf://owner/name[@revision]`. config: of weights in a
-    file, as an object or its JSON; default is `NAME.json`, `NAME_config.json` or `config.json`
-    in the same folder. dtype: dtype of the matmuls and their weights (default: as configured;
-    float32 for files); parameters that need float32 keep it. step: step of a work directory;
-    default: the newest. bos: whether its texts begin with byte 254; default: as the run was
-    trained, True for files, which do not say. ema: load the moving average of a run's parameters
-    instead of the parameters.
+    path: a work directory of ours, `WORKDIR@STEP` or `WORKDIR/checkpoints/STEP`, a file of weights
+    (.pt, .safetensors, .npz), a folder with one, or `hf://owner/name[@revision]`. config: of
+    weights in a file, as an object or its JSON; default is `NAME.json`, `NAME_config.json` or
+    `config.json` in the same folder. dtype: dtype of the matmuls and their weights (default: as
+    configured; float32 for files); parameters that need float32 keep it. step: step of a work
+    directory; default: the newest. bos: whether its texts begin with byte 254; default: as the run
+    was trained, True for files, which do not say. ema: load the moving average of a run's
+    parameters instead of the parameters.
 
     Raises ConfigError for a missing, damaged or malicious file, or for another architecture.
     """

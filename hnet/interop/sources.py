@@ -1,11 +1,14 @@
 """What a path of weights means: a run, a step of it, a file with its JSON, a folder of the Hub."""
 
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
+from hnet.checkpoint.step_folders import list_saved, work_folder
 from hnet.config import PUBLISHED, HNetConfig
 from hnet.errors import ConfigError
+from hnet.fields import shown
 from hnet.interop.hub import fetch, is_address
 from hnet.interop.tensors import FORMATS
 from hnet.outputs import one_line
@@ -22,38 +25,79 @@ class Source(NamedTuple):
     """whether it is a work directory"""
 
 
-def resolve(path: str | os.PathLike, step: int | None = None) -> Source:
+def resolve(path: str | os.PathLike, step: int | None = None, *, field="checkpoint") -> Source:
     """What to read for a path: `load(source.path, step=source.step)` is the model.
 
-    path: a work directory, its `checkpoints/<step>`, a file of weights (.pt, .safetensors, .npz), a
-    folder with one such file, or `hf://owner/name[@revision]`, which is downloaded into the cache
-    of the Hub's library. step: of a work directory. Nothing is loaded. Raises ConfigError, also
-    for a path that does not exist.
+    path: a work directory, `WORKDIR@STEP` or `WORKDIR/checkpoints/STEP`, a file of weights (.pt,
+    .safetensors, .npz), a folder with one such file, or `hf://owner/name[@revision]`, which is
+    downloaded into the cache of the Hub's library. step: of a work directory. field: setting that
+    errors name. Nothing is loaded. Raises ConfigError, also for a path that does not exist.
     """
-    path = os.fspath(path)
-    if is_address(path):
-        return _file(str(fetch(path)), step)
-    if "://" in path:  # a work directory in a bucket
-        return Source(path, step, True)
-    with one_line(path, "checkpoint"):
-        os.stat(path)
-    if not os.path.isdir(path):
-        return _file(path, step)
-    folder = Path(path)
-    absolute = folder.absolute()
-    if absolute.name.isdecimal() and absolute.parent.name == "checkpoints":
-        if step not in (None, int(absolute.name)):
-            raise ConfigError(f"checkpoint={path!r} is a step, and step={step} another: give one")
-        return Source(str(folder / ".." / ".."), int(absolute.name), True)
-    files = [entry.name for entry in folder.iterdir() if entry.suffix in FORMATS]
-    if files and not (folder / "checkpoints").exists():
-        return _file(str(folder / weights_among(files, path)), step)
-    return Source(path, step, True)
+    given = os.fspath(path)
+    if not given:
+        raise ConfigError(f"{field}='' is no path: give one")
+    if is_address(given):
+        return _file(str(fetch(given)), step, field)
+    workdir, own = split_step(given)
+    if None not in (step, own) and step != own:
+        raise ConfigError(f"{field}={given!r} is a step, and step={step} another: give one")
+    step = step if own is None else own
+    with one_line(given, field):
+        folder = work_folder(workdir)
+        is_folder = folder.is_dir()
+        if not is_folder and folder.exists() and own is None:
+            return _file(given, step, field)
+        names = [entry.name for entry in folder.iterdir()] if is_folder else []
+    if not is_folder:
+        raise ConfigError(
+            f"{field}={shown(given)} does not exist: give a work directory, WORKDIR@STEP, or a "
+            f"file that ends in {', '.join(FORMATS)}"
+        )
+    if any(name.endswith(FORMATS) for name in names) and "checkpoints" not in names:
+        return _file(os.path.join(workdir, weights_among(names, given)), step, field)
+    if "config.json" not in names:
+        raise ConfigError(f"{field}={given!r} has no config.json: it is no work directory")
+    if step is not None and step not in (steps := list_saved(folder / "checkpoints")):
+        raise ConfigError(f"{field}={given!r}: there is no checkpoint of step {step}: {steps}")
+    return Source(workdir, step, True)
 
 
-def _file(path: str, step: int | None) -> Source:
+def resolve_run(path: str | os.PathLike, *, field="checkpoint") -> Source:
+    """`resolve` for a work directory only. Raises ConfigError for a file of weights."""
+    source = resolve(path, field=field)
+    if not source.is_run:
+        raise ConfigError(f"{field}={os.fspath(path)!r} is no work directory: give that of a run")
+    return source
+
+
+def split_step(given: str) -> tuple[str, int | None]:
+    """(work directory, step) of `WORKDIR@STEP` or `WORKDIR/checkpoints/STEP`; another path is
+    (path, None)."""
+    for pattern, text in ((_FOLDER, given), (_FOLDER, _absolute(given)), (_AT, given)):
+        if (found := pattern.fullmatch(text)) and (pattern is _FOLDER or not _exists(given)):
+            return found[1], int(found[2])
+    return given, None
+
+
+_FOLDER = re.compile(r"(.+)/checkpoints/(\d{1,10})/*")
+_AT = re.compile(r"(.+)@(\d{1,10})")
+
+
+def _absolute(given: str) -> str:
+    """A local path as an absolute one: the step folder may be named from inside its run."""
+    return given if "://" in given or not given else os.path.abspath(given)
+
+
+def _exists(given: str) -> bool:
+    try:
+        return os.path.lexists(given)
+    except ValueError:  # it has a zero byte
+        return False
+
+
+def _file(path: str, step: int | None, field: str) -> Source:
     if step is not None:
-        raise ConfigError(f"checkpoint={path!r} is a file, which has no step={step}: leave it out")
+        raise ConfigError(f"{field}={path!r} is a file, which has no step={step}: leave it out")
     return Source(path, None, False)
 
 

@@ -1,10 +1,8 @@
 """Weights that a run can start from, read parameter by parameter: of a run, or official ones."""
 
-import os
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -16,13 +14,13 @@ from hnet.checkpoint.verify import groups, read_arrays
 from hnet.config import HNetConfig
 from hnet.data import DataConfig
 from hnet.errors import ConfigError
-from hnet.interop import hub
 from hnet.interop.load import Weights as FileWeights
 from hnet.interop.official import EMBEDDING, HEAD, leaves, to_ours
 from hnet.interop.own import own_leaves
-from hnet.interop.sources import resolve
-from hnet.interop.tensors import FORMATS
+from hnet.interop.sources import Source, resolve
 from hnet.train.workdir import read_config
+
+FIELD = "init.from"
 
 Shapes = dict[str, tuple[int, ...]]
 """shape of each parameter by its path, such as "backbone/encoder/rmsnorm/scale\""""
@@ -42,84 +40,40 @@ class Weights(Protocol):
         checkpoint has checksums. Raises ConfigError for damaged files."""
 
 
-class Place(NamedTuple):
-    """Where weights are."""
-
-    path: str
-    """a work directory, or a file"""
-    step: int | None = None
-    """step of the work directory; None = the newest good one"""
-
-    @property
-    def is_file(self) -> bool:
-        return Path(self.path).suffix in FORMATS
-
-
-def place(given: str) -> Place:
-    """A place from `WORKDIR`, `WORKDIR@STEP`, `WORKDIR/checkpoints/STEP`, a file of weights, or
-    `hf://owner/name[@revision]`, which is downloaded.
-
-    Raises ConfigError if there is nothing of that kind.
-    """
-    if hub.is_address(given):
-        return Place(resolve(given).path)
-    if found := re.fullmatch(r"(.+)/checkpoints/(\d{1,10})/?", given):
-        at = Place(found[1], int(found[2]))
-    elif (found := re.fullmatch(r"(.+)@(\d{1,10})", given)) and not os.path.exists(given):
-        at = Place(found[1], int(found[2]))
-    else:
-        at = Place(given)
-    if at.is_file and at.step is None:
-        return at
-    if not (folder := step_folders.work_folder(at.path)).is_dir():
-        raise ConfigError(
-            f"init.from={given!r} does not exist: give a work directory, WORKDIR@STEP, or a file "
-            f"that ends in {', '.join(FORMATS)}"
-        )
-    if not (folder / "config.json").exists():
-        raise ConfigError(f"init.from={given!r} has no config.json: it is no work directory")
-    return at
-
-
 def described(given: str) -> tuple[HNetConfig, DataConfig]:
     """Architecture of weights, and the data settings of their run.
 
     Official weights do not say whether their texts began with BOS; as in `load`, they did. Raises
     ConfigError.
     """
-    at = place(given)
-    if at.is_file:
-        return FileWeights.open(at.path).config, DataConfig()
-    config = read_config(at.path)
+    source = resolve(given, field=FIELD)
+    if not source.is_run:
+        return FileWeights.open(source.path).config, DataConfig()
+    config = read_config(source.path)
     return config.model, config.data
 
 
 def open_weights(given: str, ema: bool = False) -> Weights:
-    """The weights at a place. Raises ConfigError if they are missing or damaged.
+    """The weights of a path (`resolve`). Raises ConfigError if they are missing or damaged.
 
     ema: take the moving average of a run's parameters. All processes of a run make the same calls.
     """
-    at = place(given)
-    if at.is_file and ema:
+    source = resolve(given, field=FIELD)
+    if ema and not source.is_run:
         raise ConfigError(
             f"init.ema=True: init.from={given!r} is a file, and only a run keeps an average: use "
             "False, or a work directory"
         )
-    return _File(Path(at.path)) if at.is_file else _Run(given, at, ema)
+    return _Run(given, source, ema) if source.is_run else _File(Path(source.path))
 
 
 class _Run:
     """Parameters of a checkpoint of a run."""
 
-    def __init__(self, given: str, at: Place, ema: bool):
-        self.folder, step = step_folders.checkpoint_folder(at.path), at.step
-        steps = step_folders.list_saved(self.folder)
-        if step is not None and step not in steps:
-            raise ConfigError(
-                f"init.from={given!r}: there is no checkpoint of step {step}: {steps}"
-            )
+    def __init__(self, given: str, at: Source, ema: bool):
+        self.folder = step_folders.checkpoint_folder(at.path)
         with Checkpointer(at.path, CheckpointConfig(asynchronous=False)) as checkpointer:
-            self.manifest = checkpointer.manifest(step)
+            self.manifest = checkpointer.manifest(at.step)
         self.folder /= str(self.manifest.step)
         if why := step_folders.why_not(self.folder):
             raise ConfigError(f"init.from={given!r}: {why}")

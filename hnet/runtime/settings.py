@@ -1,8 +1,9 @@
 """Settings of a run over several processes."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from hnet.fields import Count, Natural, Positive, check
+from hnet.fields import Bounds, Count, Natural, check
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class DistributedConfig:
     """seconds of silence after which a process counts as dead, which ends the others"""
     shutdown_timeout_seconds: Count = 60
     """seconds that a finished process waits for the others"""
-    barrier_timeout_seconds: Positive = 600.0
+    barrier_timeout_seconds: Annotated[float, Bounds(above=0, most=1e9)] = 600.0
     """seconds that a process waits at a barrier before it names the missing ones"""
 
     def __post_init__(self):

@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from hnet.checkpoint.settings import CheckpointConfig
 from hnet.data.config import DataConfig
 from hnet.errors import ConfigError
-from hnet.fields import Bounds, Count, Natural, NotNegative, Positive, Share, check, shown
+from hnet.fields import (
+    Bounds,
+    Count,
+    Natural,
+    NotNegative,
+    Positive,
+    Seconds,
+    Share,
+    check,
+    shown,
+)
 from hnet.runtime.settings import DistributedConfig
 
 if TYPE_CHECKING:
@@ -51,7 +61,7 @@ class OptimConfig:
     name: Literal["adamw", "muon"] = "adamw"
     """update of matrices (the weights of linear layers, without embeddings and head): AdamW, or
     Muon with the size of an AdamW update; all other parameters have AdamW"""
-    learning_rate: Positive = 1e-3
+    learning_rate: Annotated[float, Bounds(above=0, most=1000)] = 1e-3
     """peak learning rate, before the multiplier of each stage"""
     schedule: Literal["wsd", "cosine", "constant"] = "wsd"
     """schedule after warm-up: constant then 1 - sqrt decay, cosine to 0, or constant"""
@@ -67,7 +77,7 @@ class OptimConfig:
     """decay rate of Adam's mean of squared gradients"""
     eps: Positive = 1e-8
     """term in Adam's denominator that prevents division by 0"""
-    weight_decay: NotNegative = 0.1
+    weight_decay: Annotated[float, Bounds(0, 1000)] = 0.1
     """decoupled weight decay; not on norms, biases, A_log, dt_bias and D"""
     clip_norm: Positive = 1.0
     """global gradient norm above which gradients are scaled down"""
@@ -105,7 +115,7 @@ class RateControlConfig:
     hold_frac: Share = 0.3
     """fraction of the updates, at the end, in which offsets move. Before that only the rate loss
     acts: it converges to more chunks than the target, with which a model learns faster at first"""
-    gain: NotNegative = 1.0
+    gain: Annotated[float, Bounds(0, 1000)] = 1.0
     """change of an offset per update at a relative error of 1, that is at twice the target rate. It
     is multiplied by the square root of the learning-rate factor: the slower the predictor changes,
     the more batches are averaged"""
@@ -116,7 +126,7 @@ class RateControlConfig:
     """whether to fit the default route's predictor, then its offset, on offset_bytes positions of
     training text rewritten in synthetic scripts (`hnet.train.default_route`), so that unseen
     scripts are chunked at this route's target; for training text with no script of this route"""
-    start_ratios: tuple[Annotated[float, Bounds(1)], ...] = ()
+    start_ratios: tuple[Annotated[float, Bounds(1, 1e6)], ...] = ()
     """target ratio of each stage at the first update; from there the target moves linearly to the
     stage's own; empty = it is constant"""
     ramp_frac: Share = 1.0
@@ -214,9 +224,9 @@ class MeshConfig:
 class WatchdogConfig:
     """When a run without a heartbeat counts as hanging."""
 
-    timeout_seconds: NotNegative = 600.0
+    timeout_seconds: Seconds = 600.0
     """seconds without a heartbeat before the stacks are written; 0 = no watchdog"""
-    kill_after_seconds: NotNegative = 0.0
+    kill_after_seconds: Seconds = 0.0
     """seconds without a heartbeat before the process ends with the requeue code; 0 = never"""
 
     def __post_init__(self):

@@ -29,15 +29,19 @@ OPTIONS = {
     "hnet.commands.generate": "GenerateConfig",
     "hnet.commands.segment": "SegmentConfig",
     "hnet.data.__main__": "Prepare",
+    "experiments.retokenize": "Retokenize",
+    "experiments.tokenizer": "Tokenizer",
 }
 """Commands configured by their own dataclass."""
-GIVEN = {"checkpoint": "x", "files": ["x"], "gold": ["x"], "out": "x", "train": ["x"]}
+GIVEN = {
+    "checkpoint": "x", "files": ["x"], "gold": ["x"], "kind": "x", "out": "x", "train": ["x"],
+}  # fmt: skip
 """Values of the fields that must be given."""
 MAY_BE_NEGATIVE = ("mesh.data", "mesh.fsdp", "mesh.tensor", "window_size")
 
 WRONG = {
     int: ["x", "1.5", "nan", "1e400", "2e63", str(2**63), "-" + "9" * 400, "-2", ""],
-    float: ["x", "nan", "inf", "-inf", "1e400", ""],
+    float: ["x", "nan", "inf", "-inf", "1e400", "1e300", "-1e300", ""],
     bool: ["yes", "1", ""],
 }
 

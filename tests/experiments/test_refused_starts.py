@@ -1,8 +1,10 @@
 """A start that is refused: exit code 2, one line on stderr, no file left, changed or made."""
 
 import importlib
+import inspect
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -23,6 +25,9 @@ DEEP = "[" * 100_000
 NO_FILES = ("missing", "folder", "/dev/zero", "gs://nowhere/x", LONG, "a\0b", "")
 FEW = ("missing", "folder", "a\0b")
 NO_JSON = ("deep.json", "bytes.json", "list.json", "text.txt", "empty")
+
+# What is no checkpoint, in the forms that every command takes.
+OTHER_RUNS = ("", "run@9", "run/checkpoints/9", "run@x", "missing@1", "http://x/y", "fifo")
 
 RUN = ("experiments.pretrain", "tiny.json")
 AT = ("--checkpoint", "run")
@@ -73,8 +78,15 @@ STARTS = [
             ("experiments.boundaries", ("--gold", "gold.jsonl")),
             ("experiments.fairness", ("--files", "a=text.txt", "b=text.txt", "--out", "new")),
         )
-        for word in ("missing", "folder", "run", "text.txt", LONG, "a\0b", "broken")
+        for word in ("missing", "folder", "run", "text.txt", LONG, "a\0b", "broken", *OTHER_RUNS)
     ),
+    *(("experiments.retokenize", "--checkpoint", word) for word in OTHER_RUNS),
+    *(("experiments.benchmarks.input", "--checkpoint", word) for word in OTHER_RUNS),
+    *(
+        ("experiments.entropy_threshold", "--bytes_per_patch", "4", "--checkpoint", word)
+        for word in OTHER_RUNS
+    ),
+    *((*RUN, "--init.from", word) for word in (*OTHER_RUNS[1:], "run@9")),
     *(
         ("hnet.commands.generate", *AT, "--input", w, "--output", "new")
         for w in (*NO_FILES, *NO_JSON)
@@ -188,12 +200,20 @@ STARTS = [
 ]
 
 
+def test_every_command_reports_its_errors_when_started_as_a_module():
+    for name in {start[0] for start in STARTS} - {"tpu.launch"}:  # which prints them itself
+        module = importlib.import_module(name)
+        last = inspect.getsource(module).partition('if __name__ == "__main__":')[2].strip()
+        assert not last or last in ("run(main)", "main()"), name
+
+
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
     root = tmp_path_factory.mktemp("tree")
     (root / "folder").mkdir()
     (root / "text.txt").write_text("some text of a few words\n" * 99)
     (root / "empty").touch()
+    os.mkfifo(root / "fifo")
     (root / "deep.json").write_text(DEEP)
     (root / "deep.toml").write_text(f"[space]\nseed = {DEEP}")
     (root / "bytes.json").write_bytes(b"\xff\xfe\x00{")

@@ -17,11 +17,12 @@ from experiments import evaluate
 from experiments.configs import run_config
 from experiments.finetune import __main__ as finetune
 from hnet.checkpoint import leaves
+from hnet.chunking.predictors.entropy import Entropy
 from hnet.config import ChunkingConfig, HNetConfig
 from hnet.errors import ConfigError
-from hnet.interop import to_official
+from hnet.interop import load, to_official
+from hnet.interop.sources import resolve
 from hnet.interop.tensors import write_tensors
-from hnet.interop.weights import place
 from hnet.model import abstract, init_params
 from hnet.nn.parameters import describe
 from hnet.runtime.distributed import StopRequest
@@ -369,10 +370,17 @@ def test_another_architecture_and_damage_are_refused_and_nothing_is_written(old,
     assert not (tmp_path / "new").exists()
 
 
-def test_spellings_of_a_step(old):
+def test_spellings_of_a_step(old, monkeypatch):
     run_at = old[0].workdir
-    assert place(run_at) == (run_at, None)
-    assert place(f"{run_at}@4") == place(f"{run_at}/checkpoints/4") == (run_at, 4)
+    assert resolve(run_at) == (run_at, None, True)
+    steps = f"{run_at}@4", f"{run_at}/checkpoints/4", f"{run_at}/checkpoints/4/"
+    assert {resolve(path) for path in steps} == {(run_at, 4, True)}
+    monkeypatch.chdir(f"{run_at}/checkpoints")
+    assert resolve("4") == (run_at, 4, True)
+    for path in (f"{run_at}@5", f"{run_at}/checkpoints/5"):
+        with pytest.raises(ConfigError, match="there is no checkpoint of step 5"):
+            load(path)
+    assert Entropy.Config(f"{run_at}@4").language_model == TINY
 
 
 @pytest.mark.every

@@ -57,7 +57,7 @@ def end_logit(
 
 @lru_cache(maxsize=2)
 def read_model(checkpoint: str) -> tuple[HNetConfig, dict]:
-    """Configuration and parameters of a run's newest checkpoint. Raises ConfigError."""
+    """Configuration and parameters of a checkpoint of a run. Raises ConfigError."""
     from hnet.interop.load import load  # reads whole runs, whose settings import this module
 
     model = load(checkpoint)
@@ -85,7 +85,8 @@ class Entropy(BoundaryPredictor):
         traced = ("theta", "increase")
 
         checkpoint: str = ""
-        """work directory of the second model: a run of a plain stack of layers (one stage)"""
+        """work directory of the second model, perhaps with a step (WORKDIR@STEP): a run of a plain
+        stack of layers (one stage)"""
         rule: Literal["global", "monotonic", "both"] = "global"
         """patches end where the entropy exceeds theta, where it rises by more than increase, or
         where both holds"""
@@ -100,10 +101,15 @@ class Entropy(BoundaryPredictor):
             if self.language_model is None and self._is_run():
                 from hnet.train.workdir import read_config  # settings of a run import this module
 
-                object.__setattr__(self, "language_model", read_config(self.checkpoint).model)
+                object.__setattr__(self, "language_model", read_config(self._workdir()).model)
 
         def _is_run(self) -> bool:
-            return bool(self.checkpoint) and os.path.isfile(f"{self.checkpoint}/config.json")
+            return bool(self.checkpoint) and os.path.isfile(f"{self._workdir()}/config.json")
+
+        def _workdir(self) -> str:
+            from hnet.interop.sources import split_step
+
+            return split_step(self.checkpoint)[0]
 
         @property
         def network(self) -> HNetConfig:

@@ -23,11 +23,11 @@ from hnet.command_line import parse, run
 from hnet.data import eval_batches, open_corpus, open_part
 from hnet.errors import ConfigError
 from hnet.fields import Bounds, Count
-from hnet.interop.sources import resolve_run
 from hnet.model import HNetLM
 from hnet.nn.layers import segment_positions
 from hnet.runtime.compile_cache import enable_compilation_cache
 from hnet.train.workdir import read_config
+from hnet.weights.sources import resolve_run
 
 PREDICTOR = "model.stages.0.chunking.predictor"
 

@@ -32,12 +32,12 @@ from hnet.data.batch_merges import Token, merge_batch
 from hnet.data.tokens import LongestMatch, read_vocabulary
 from hnet.errors import ConfigError
 from hnet.fields import Bounds, Count, Natural
-from hnet.interop.sources import resolve_run
 from hnet.model import HNetLM, split
 from hnet.nn.context import Context
 from hnet.nn.hypernetwork import LONGEST, Hypernetwork
 from hnet.runtime.compile_cache import enable_compilation_cache
 from hnet.train.workdir import read_config, tokenizer_of
+from hnet.weights.sources import resolve_run
 
 
 @dataclass(frozen=True)

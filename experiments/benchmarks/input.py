@@ -17,8 +17,8 @@ from hnet.command_line import parse, run
 from hnet.data import BatchIterator, open_corpus, train_batches
 from hnet.errors import ConfigError
 from hnet.fields import Bounds, Count, parse_json
-from hnet.interop.sources import resolve_run
 from hnet.train.workdir import read_config
+from hnet.weights.sources import resolve_run
 
 
 @dataclass(frozen=True)

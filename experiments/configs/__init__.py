@@ -212,7 +212,7 @@ def _like_weights(base: "Config", argv: Sequence[str]) -> "Config":
 
     A run that has begun needs the weights no longer: its own configuration has all this.
     """
-    from hnet.interop.weights import described
+    from hnet.train.initial_weights import described
     from hnet.train.workdir import read_config
 
     words = split_words(argv)

@@ -41,7 +41,7 @@ def config_1stage_L() -> Config:
     Paper: arXiv 2507.07955
     Fidelity: network, schedule and multipliers as published; betas, weight decay and clipping are
     not published
-    Test: tests/interop/test_official.py, tests/interop/test_parity.py
+    Test: tests/weights/test_official.py, tests/interop/test_parity.py
     """
     return _published("1stage_L", 6.25e-4)
 
@@ -52,7 +52,7 @@ def config_1stage_XL() -> Config:
     Paper: arXiv 2507.07955
     Fidelity: network, schedule and multipliers as published; betas, weight decay and clipping are
     not published
-    Test: tests/interop/test_official.py, tests/interop/test_parity.py
+    Test: tests/weights/test_official.py, tests/interop/test_parity.py
     """
     return _published("1stage_XL", 5e-4)
 
@@ -63,7 +63,7 @@ def config_2stage_L() -> Config:
     Paper: arXiv 2507.07955
     Fidelity: network, schedule and multipliers as published; betas, weight decay and clipping are
     not published
-    Test: tests/interop/test_official.py, tests/interop/test_parity.py
+    Test: tests/weights/test_official.py, tests/interop/test_parity.py
     """
     return _published("2stage_L", 6.25e-4)
 
@@ -74,7 +74,7 @@ def config_2stage_XL() -> Config:
     Paper: arXiv 2507.07955
     Fidelity: network, schedule and multipliers as published; betas, weight decay and clipping are
     not published
-    Test: tests/interop/test_official.py, tests/interop/test_parity.py
+    Test: tests/weights/test_official.py, tests/interop/test_parity.py
     """
     return _published("2stage_XL", 5e-4)
 
@@ -85,7 +85,7 @@ def config_2stage_XL_chinese() -> Config:
     Paper: arXiv 2507.07955
     Fidelity: network, schedule and multipliers as published; betas, weight decay and clipping are
     not published
-    Test: tests/interop/test_official.py, tests/interop/test_parity.py
+    Test: tests/weights/test_official.py, tests/interop/test_parity.py
     """
     return _published("2stage_XL_chinese", 5e-4)
 
@@ -96,7 +96,7 @@ def config_2stage_XL_code() -> Config:
     Paper: arXiv 2507.07955
     Fidelity: network, schedule and multipliers as published; betas, weight decay and clipping are
     not published
-    Test: tests/interop/test_official.py, tests/interop/test_parity.py
+    Test: tests/weights/test_official.py, tests/interop/test_parity.py
     """
     return _published("2stage_XL_code", 5e-4)
 

@@ -34,7 +34,6 @@ from hnet.decode.score import logprobs
 from hnet.decode.token_bytes import TokenBytes
 from hnet.errors import ConfigError
 from hnet.fields import Bounds, Count, Natural, shown
-from hnet.interop.sources import Source, resolve
 from hnet.loss import bits_per_byte
 from hnet.model import HNetLM, split
 from hnet.printable import printable
@@ -44,6 +43,7 @@ from hnet.suites.items import Settings
 from hnet.train.evaluate import Evaluation, evaluate
 from hnet.train.step import eval_metrics
 from hnet.train.workdir import read_config, tokenizer_of
+from hnet.weights.sources import Source, resolve
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from hnet.interop.convert import convert, verify
 from hnet.interop.load import load
-from hnet.interop.official import from_official, to_official
-from hnet.interop.sources import Source, resolve
+from hnet.weights.official import from_official, to_official
+from hnet.weights.sources import Source, resolve
 
 __all__ = ["Source", "convert", "from_official", "load", "resolve", "to_official", "verify"]

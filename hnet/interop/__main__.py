@@ -22,9 +22,9 @@ import jax
 from hnet.command_line import OneLineParser, number, one_line, run
 from hnet.errors import ConfigError
 from hnet.interop.convert import convert, verify
-from hnet.interop.official import Mismatch
 from hnet.interop.publish import pull, push
 from hnet.runtime.compile_cache import enable_compilation_cache
+from hnet.weights.official import Mismatch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

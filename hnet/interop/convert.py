@@ -21,15 +21,16 @@ from hnet.config import HNetConfig
 from hnet.data.config import DataConfig
 from hnet.errors import ConfigError
 from hnet.fields import to_json
-from hnet.interop.load import DType, Weights, check_average, dtypes, load, shown
-from hnet.interop.official import Leaf, check_official, check_runs, entries, leaves
-from hnet.interop.own import own_json, own_leaves
-from hnet.interop.sources import Source, resolve
-from hnet.interop.tensors import FORMATS, write_tensors
+from hnet.interop.load import check_average, load
 from hnet.model import HNetLM, split
 from hnet.outputs import new_file, write_new
 from hnet.train.config import CheckpointConfig, Config
 from hnet.train.workdir import claim_workdir, read_config
+from hnet.weights.file import DType, WeightFile, dtypes, shown
+from hnet.weights.official import Leaf, check_official, check_runs, entries, leaves
+from hnet.weights.own import own_json, own_leaves
+from hnet.weights.sources import Source, resolve
+from hnet.weights.tensors import FORMATS, write_tensors
 
 
 def convert(
@@ -61,7 +62,7 @@ def convert(
     if not is_file:
         if ema:
             raise ConfigError(f"ema=True: {str(source)!r} is no work directory, which may hold one")
-        _write_workdir(target, Weights.open(found.path, config).model(dtype))
+        _write_workdir(target, WeightFile.open(found.path, config).model(dtype))
         return
     exported = export(found, config=config, dtype=dtype, ema=ema)
     write_tensors(target, exported.tensors)
@@ -100,7 +101,7 @@ def export(
         return _export_run(source, cast, own_form, ema)
     if ema:
         raise ConfigError(f"ema=True: {source.path!r} is no work directory, which may hold one")
-    weights = Weights.open(source.path, config)
+    weights = WeightFile.open(source.path, config)
     if weights.is_official:
         content = weights.config.to_json()
         check_runs(weights.config)

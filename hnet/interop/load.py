@@ -1,30 +1,20 @@
 """Load models from our work directories and official checkpoints."""
 
 import os
-from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from rich.console import Console
-from rich.progress import track
 
 from hnet.checkpoint.save import Checkpointer
 from hnet.config import HNetConfig
 from hnet.errors import ConfigError
-from hnet.fields import read_json
-from hnet.interop.official import assemble, check_fit
-from hnet.interop.own import assemble_own, check_own, config_of_own, is_own
-from hnet.interop.sources import beside, resolve
-from hnet.interop.tensors import TensorFile
 from hnet.model import HNetLM, abstract
 from hnet.nn.kernels.table import with_dtypes, without
 from hnet.train.config import CheckpointConfig, Config
 from hnet.train.workdir import check_tokenizer, read_config, tokenizer_of
-
-DType = Literal["float32", "bfloat16"]
+from hnet.weights.file import DType, WeightFile, dtypes
+from hnet.weights.sources import resolve
 
 
 def load(
@@ -60,7 +50,7 @@ def load(
         return model
     if ema:
         raise ConfigError(f"ema=True: {source.path!r} is no work directory, which may hold one")
-    weights = Weights.open(source.path, config)
+    weights = WeightFile.open(source.path, config)
     if dtype:
         compute = replace(weights.config.compute, dtype=dtype)
         weights = weights._replace(config=replace(weights.config, compute=compute))
@@ -75,55 +65,6 @@ def check_average(config: Config, workdir: str | os.PathLike, ema: bool) -> None
         raise ConfigError(
             f"ema=True: the run in {os.fspath(workdir)!r} kept no average (optim.ema_decay=0.0)"
         )
-
-
-class Weights(NamedTuple):
-    """A file of weights and the network that it fits."""
-
-    file: TensorFile
-    config: HNetConfig
-    is_official: bool
-    """whether names and layouts are the official ones, or ours"""
-
-    @classmethod
-    def open(cls, path: str, config: str | os.PathLike | HNetConfig | None = None) -> "Weights":
-        """Open a file without reading its tensors. Raises ConfigError if it does not fit."""
-        file = TensorFile(path)
-        config = beside(file.path) if config is None else config
-        content = None if isinstance(config, HNetConfig) else read_json(config, "configuration")
-        if is_own(content):
-            model = config_of_own(content)
-            check_own(model, file.shapes)
-            return cls(file, model, False)
-        if content is not None:
-            config = HNetConfig.from_json(config)
-        check_fit(config, file.shapes)
-        return cls(file, config, True)
-
-    def model(self, dtype: DType | None = None) -> HNetLM:
-        """The model, whose tensors are read one by one."""
-        make = assemble if self.is_official else assemble_own
-        bar = shown(f"reading {self.file.path}")
-        return make(self.config, self.file, progress=bar, dtype_of=dtypes(dtype))
-
-
-def dtypes(dtype: DType | None) -> Callable[[tuple], jnp.dtype]:
-    """Return path -> dtype: `dtype` for embeddings and the matmuls of stacks, else float32."""
-
-    def dtype_of(path: tuple):
-        in_float32 = {"routing_module", "residual_proj"} & {str(part) for part in path}
-        is_matrix = path[-1] in ("kernel", "embedding") and not in_float32
-        return jnp.dtype(dtype if dtype and is_matrix else "float32")
-
-    return dtype_of
-
-
-def shown(what: str) -> Callable[[list], Iterable]:
-    """A progress bar on stderr if it is a terminal; otherwise nothing is shown."""
-    console = Console(stderr=True)
-    return lambda items: track(
-        items, what, console=console, transient=True, disable=not console.is_terminal
-    )
 
 
 def _load_workdir(

@@ -7,15 +7,15 @@ import tempfile
 from pathlib import Path
 
 from hnet.errors import ConfigError
-from hnet.interop import hub
 from hnet.interop.card import make_card
 from hnet.interop.convert import export
-from hnet.interop.load import DType, Weights
-from hnet.interop.sources import resolve
-from hnet.interop.tensors import write_tensors
 from hnet.outputs import new_file, one_line
 from hnet.train.metrics_file import read_metrics
 from hnet.train.workdir import read_config
+from hnet.weights import hub
+from hnet.weights.file import DType, WeightFile
+from hnet.weights.sources import resolve
+from hnet.weights.tensors import write_tensors
 
 
 def push(
@@ -62,7 +62,7 @@ def pull(address: str, target: str | os.PathLike) -> Path:
     hub.parse(address)
     new_file(target, "target")
     weights = hub.fetch(address)
-    Weights.open(str(weights))
+    WeightFile.open(str(weights))
     with one_line(target, "target"):
         target = Path(target)
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -18,8 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from hnet.checkpoint import leaves
 from hnet.errors import ConfigError
-from hnet.interop.weights import Shapes, Weights, open_weights
 from hnet.nn.parameters import ParameterInfo, describe, set_frozen
+from hnet.train.initial_weights import Shapes, Weights, open_weights
 from hnet.train.sections import InitConfig
 
 _BACKBONE = "backbone."

@@ -19,8 +19,8 @@ from hnet.config import HNetConfig
 from hnet.errors import ConfigError
 from hnet.interop import convert, load, to_official, verify
 from hnet.interop.__main__ import main
-from hnet.interop.official import from_official, official_shapes
-from hnet.interop.tensors import TensorFile, write_tensors
+from hnet.weights.official import from_official, official_shapes
+from hnet.weights.tensors import TensorFile, write_tensors
 from tests.networks import network, official_network, random_params, stage
 
 FILES = [".pt", ".safetensors", ".npz"]

@@ -14,14 +14,14 @@ from hnet.command_line import exit_code
 from hnet.config import HNetConfig
 from hnet.errors import ConfigError
 from hnet.interop import convert, load, resolve, to_official
-from hnet.interop import hub as hub_module
 from hnet.interop.__main__ import main
 from hnet.interop.card import make_card
-from hnet.interop.own import own_json
-from hnet.interop.tensors import TensorFile, write_tensors
 from hnet.model import split
 from hnet.train.config import CheckpointConfig, Config
 from hnet.train.workdir import claim_workdir
+from hnet.weights import hub as hub_module
+from hnet.weights.own import own_json
+from hnet.weights.tensors import TensorFile, write_tensors
 from tests.hub_stub import running
 from tests.networks import MLP_END, network, official_network, random_params, stage
 
@@ -269,7 +269,7 @@ def test_models_with_parts_of_other_modules_are_not_pushed():
     content = own_json(OWN)
     content["model"]["mixers"] = [["k", "my_paper.layers:Kernel"]]
     with pytest.raises(ConfigError, match="another module"):
-        from hnet.interop.own import config_of_own
+        from hnet.weights.own import config_of_own
 
         config_of_own(content)
     assert isinstance(config_of_own(own_json(OWN)), HNetConfig)

@@ -576,7 +576,7 @@ UNOFFICIAL = [
 
 @pytest.mark.parametrize("layout, fields, says", UNOFFICIAL)
 def test_the_official_form_refuses_by_name_what_it_cannot_say(layout, fields, says):
-    from hnet.interop.official import check_official
+    from hnet.weights.official import check_official
 
     config = HNetConfig((StageConfig((layout,), 64, 128, rotary_emb_dim=4, **fields),))
     for refuse in (HNetConfig.to_json, check_official):

@@ -10,11 +10,11 @@ from hnet.config import HNetConfig, StageConfig
 from hnet.decode import stream
 from hnet.errors import ConfigError
 from hnet.flops import forward_flops, param_counts
-from hnet.interop.official import check_official
 from hnet.nn.cache import read, write
 from hnet.nn.layers import segment_starts
 from hnet.nn.parameters import describe, parameter
 from hnet.nn.stack import Stack
+from hnet.weights.official import check_official
 from tests.networks import network, quick_jit, random_params, stage
 
 D, L = 39, 17

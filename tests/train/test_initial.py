@@ -21,8 +21,6 @@ from hnet.chunking.predictors.entropy import Entropy
 from hnet.config import ChunkingConfig, HNetConfig
 from hnet.errors import ConfigError
 from hnet.interop import load, to_official
-from hnet.interop.sources import resolve
-from hnet.interop.tensors import write_tensors
 from hnet.model import abstract, init_params
 from hnet.nn.parameters import describe
 from hnet.runtime.distributed import StopRequest
@@ -33,6 +31,8 @@ from hnet.train.metrics_file import read_metrics
 from hnet.train.parallel_runs import build as build_population
 from hnet.train.run_logger import RunLogger
 from hnet.train.workdir import changes
+from hnet.weights.sources import resolve
+from hnet.weights.tensors import write_tensors
 from tests.checkpoint.test_checkpoint import biggest_file
 from tests.networks import QUICK, official_network, quick_jit
 from tests.train.test_workdir import StopAt, contents

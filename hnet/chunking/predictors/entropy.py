@@ -107,7 +107,7 @@ class Entropy(BoundaryPredictor):
             return bool(self.checkpoint) and os.path.isfile(f"{self._workdir()}/config.json")
 
         def _workdir(self) -> str:
-            from hnet.interop.sources import split_step
+            from hnet.weights.sources import split_step
 
             return split_step(self.checkpoint)[0]
 

@@ -14,10 +14,9 @@ from flax import nnx
 
 from hnet.config import HNetConfig
 from hnet.errors import ConfigError
-from hnet.fields import shown, to_json
-from hnet.interop.official import Leaf, Mismatch
+from hnet.fields import from_json, shown, to_json
 from hnet.model import HNetLM, abstract
-from hnet.train.config import config_from_json
+from hnet.weights.official import Leaf, Mismatch
 
 FORMAT = "hnet-jax"
 
@@ -53,7 +52,7 @@ def config_of_own(content: dict[str, Any]) -> HNetConfig:
                     f"model names {shown(name)}, a class of another module: only a work directory "
                     "may hold such a model"
                 )
-    return config_from_json({"model": content.get("model"), "workdir": "."}).model
+    return from_json(HNetConfig, content.get("model"), "model")
 
 
 def check_own(config: HNetConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:

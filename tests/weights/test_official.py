@@ -10,9 +10,9 @@ from flax import nnx
 from hnet.config import SSMConfig
 from hnet.errors import ConfigError
 from hnet.interop import convert, from_official, to_official
-from hnet.interop.official import entries, leaves
-from hnet.interop.tensors import write_tensors
 from hnet.model import HNetLM
+from hnet.weights.official import entries, leaves
+from hnet.weights.tensors import write_tensors
 from tests.networks import NETWORKS, official_network, random_params
 
 TWO_STAGE = official_network((32, "m2 T1"), (96, "t1m2 m1"), (96, "M1"))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hnet.errors import ConfigError
-from hnet.interop.tensors import TensorFile
+from hnet.weights.tensors import TensorFile
 from tests.torch_archives import (
     dictionary,
     number,
@@ -69,7 +69,7 @@ def test_what_torch_saved_is_what_torch_had(tmp_path, protocol):
 
 def test_torch_is_not_needed(tmp_path):
     path = write_state_dict(tmp_path / "m.pt", {"w": SMALL})
-    code = "import sys; sys.modules['torch'] = None; from hnet.interop.tensors import TensorFile; "
+    code = "import sys; sys.modules['torch'] = None; from hnet.weights.tensors import TensorFile; "
     code += f"print(TensorFile({str(path)!r})['w'].sum())"
     answer = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60

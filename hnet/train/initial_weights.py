@@ -14,11 +14,11 @@ from hnet.checkpoint.verify import groups, read_arrays
 from hnet.config import HNetConfig
 from hnet.data import DataConfig
 from hnet.errors import ConfigError
-from hnet.interop.load import Weights as FileWeights
-from hnet.interop.official import EMBEDDING, HEAD, leaves, to_ours
-from hnet.interop.own import own_leaves
-from hnet.interop.sources import Source, resolve
 from hnet.train.workdir import read_config
+from hnet.weights.file import WeightFile
+from hnet.weights.official import EMBEDDING, HEAD, leaves, to_ours
+from hnet.weights.own import own_leaves
+from hnet.weights.sources import Source, resolve
 
 FIELD = "init.from"
 
@@ -48,7 +48,7 @@ def described(given: str) -> tuple[HNetConfig, DataConfig]:
     """
     source = resolve(given, field=FIELD)
     if not source.is_run:
-        return FileWeights.open(source.path).config, DataConfig()
+        return WeightFile.open(source.path).config, DataConfig()
     config = read_config(source.path)
     return config.model, config.data
 
@@ -112,7 +112,7 @@ class _File:
     """Parameters of an official file, or of one in our own form."""
 
     def __init__(self, path: Path):
-        opened = FileWeights.open(str(path))
+        opened = WeightFile.open(str(path))
         self.name, self.file, config = str(path), opened.file, opened.config
         self.is_official = opened.is_official
         if self.is_official and config.tie_embeddings and HEAD in self.file.shapes:

@@ -17,8 +17,8 @@ import ml_dtypes
 import numpy as np
 
 from hnet.errors import ConfigError
-from hnet.interop.torch_file import Tensor, TorchFile
 from hnet.outputs import new_file, one_line
+from hnet.weights.torch_file import Tensor, TorchFile
 
 FORMATS = (".pt", ".safetensors", ".npz")
 _NO_FLOAT = "not floating point"

@@ -41,7 +41,7 @@ def fetch(address: str) -> Path:
 
     Raises ConfigError, in one line.
     """
-    from hnet.interop.sources import json_names, weights_among
+    from hnet.weights.sources import json_names, weights_among
 
     repository, revision = parse(address)
     with _one_line(address) as hub:

@@ -9,9 +9,9 @@ from hnet.checkpoint.step_folders import list_saved, work_folder
 from hnet.config import PUBLISHED, HNetConfig
 from hnet.errors import ConfigError
 from hnet.fields import shown
-from hnet.interop.hub import fetch, is_address
-from hnet.interop.tensors import FORMATS
 from hnet.outputs import one_line
+from hnet.weights.hub import fetch, is_address
+from hnet.weights.tensors import FORMATS
 
 
 class Source(NamedTuple):

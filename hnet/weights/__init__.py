@@ -1,0 +1,1 @@
+"""Files of weights, official and our own: their tensors, names, configurations and sources."""

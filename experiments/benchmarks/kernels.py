@@ -31,10 +31,12 @@ from hnet.command_line import OneLineParser, number, run
 from hnet.config import HNetConfig, StageConfig, layout_runs
 from hnet.errors import ConfigError
 from hnet.fields import to_json
-from hnet.nn.attention import attention, attention_reference
+from hnet.nn.attention import attention_reference
+from hnet.nn.kernels.attention_blocks import attention_blocks
+from hnet.nn.kernels.ssd_blocks import ssd_blocks
 from hnet.nn.kernels.table import KERNELS
 from hnet.nn.kernels.tuned import Choice, Row, Tuned
-from hnet.nn.ssd import ssd, ssd_reference
+from hnet.nn.ssd import ssd_reference
 from hnet.outputs import new_file, write_new
 from hnet.train.compiled_run import rows_packed
 from hnet.train.config import Config
@@ -105,10 +107,10 @@ def operation(shape: Shape, backend: str, block_len: int | None) -> Callable[...
     """This implementation, as a function of `inputs`."""
     options: dict[str, Any] = {} if block_len is None else {"block_len": block_len}
     if shape.field == "attention_backend":
-        kernel = attention if backend == "xla" else KERNELS[shape.field][backend].run
+        kernel = attention_blocks if backend == "xla" else KERNELS[shape.field][backend].run
         return partial(kernel, window=shape.size("window"), **options)
     if backend == "xla":
-        return partial(ssd, **options)
+        return partial(ssd_blocks, **options)
     kernel = KERNELS[shape.field][backend].run
     return lambda x, dt, A, B, C, segments: kernel(
         x, dt, dt * A[None, None], B, C, segments, **options

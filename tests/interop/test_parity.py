@@ -13,9 +13,9 @@ from hnet.chunking.predictors.cosine import half_cosine_distance
 from hnet.chunking.rates import boundary_rates
 from hnet.interop import from_official, to_official
 from hnet.model import split
-from hnet.nn.attention import attention
+from hnet.nn.kernels.attention_blocks import attention_blocks
+from hnet.nn.kernels.ssd_blocks import ssd_blocks
 from hnet.nn.layers import rotary, segment_positions
-from hnet.nn.ssd import ssd
 from tests import golden_data
 from tests.chunking_pieces import chunked, dechunked, decided, previous
 from tests.golden_data import projections, relative_error
@@ -214,7 +214,7 @@ def test_ssd(pieces, case):
 
     def scalar(x, dt, A, B, C, D, dt_bias):
         dt = jax.nn.softplus(dt + dt_bias[None, None])
-        y = ssd(x, dt, A, B[:, :, 0], C[:, :, 0], segments, block_len=16)
+        y = ssd_blocks(x, dt, A, B[:, :, 0], C[:, :, 0], segments, block_len=16)
         y += D[None, None, :, None] * x
         return jnp.sum(y * inputs["cot"]), y
 
@@ -242,7 +242,7 @@ def test_windowed_attention(pieces, block_len):
     @quick_jit
     def attend(qkv):
         q, k = (rotary(qkv[:, :, i], segment_positions(segments), 16) for i in (0, 1))
-        return attention(q, k, qkv[:, :, 2], segments, window=15, block_len=block_len)
+        return attention_blocks(q, k, qkv[:, :, 2], segments, window=15, block_len=block_len)
 
     out = attend(qkv)
     mixed = np.asarray(out).reshape(1, 64, 96) @ piece["out_proj.weight"].T

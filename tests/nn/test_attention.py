@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from hnet.nn.attention import (
-    attention,
     attention_by_queries,
     attention_reference,
     grouped_attention,
 )
+from hnet.nn.kernels.attention_blocks import attention_blocks
 from tests import oracles
 from tests.golden_data import relative_error
 from tests.networks import quick_jit
@@ -19,7 +19,7 @@ B, L, H, K = 2, 23, 3, 5
 rng = np.random.default_rng(0)
 Q, KEYS, V = (np.float32(rng.normal(size=(B, L, H, K))) for _ in range(3))
 SEGMENTS = np.stack([np.repeat([1, 2], [9, 14]), np.repeat([3, 1, 0], [1, 18, 4])]).astype(np.int32)
-attend = quick_jit(attention, static_argnames=("window", "block_len"))
+attend = quick_jit(attention_blocks, static_argnames=("window", "block_len"))
 
 
 @pytest.mark.parametrize("window", [-1, 0, 3, 22, 99])
@@ -39,7 +39,7 @@ def test_gradients_of_blocks_are_those_of_the_reference(window, block_len):
         return quick_jit(jax.grad(scalar, (0, 1, 2)))(Q, KEYS, V)
 
     for ours, whole in zip(
-        gradients(attention, block_len=block_len), gradients(attention_reference)
+        gradients(attention_blocks, block_len=block_len), gradients(attention_reference)
     ):
         assert relative_error(ours, whole) < 1e-5
 
@@ -67,14 +67,15 @@ def test_keys_of_other_segments_are_never_read():
 
 
 def test_no_gradient_crosses_a_segment():
-    grad = quick_jit(jax.grad(lambda k: jnp.sum(attention(Q, k, V, SEGMENTS, block_len=5)[0, 9:])))
+    of = lambda k: jnp.sum(attention_blocks(Q, k, V, SEGMENTS, block_len=5)[0, 9:])
+    grad = quick_jit(jax.grad(of))
     assert np.all(grad(KEYS)[0, :9] == 0) and np.all(grad(KEYS)[0, 9:22] != 0)
 
 
 def test_program_does_not_grow_with_the_row():
     def equations(length):
         q, segments = jnp.zeros((1, length, 1, 2)), jnp.ones((1, length), jnp.int32)
-        grad = jax.grad(lambda q: jnp.sum(attention(q, q, q, segments, block_len=2)))
+        grad = jax.grad(lambda q: jnp.sum(attention_blocks(q, q, q, segments, block_len=2)))
         return str(jax.make_jaxpr(grad)(q)).count(" = ")
 
     assert equations(8) == equations(64)
@@ -85,7 +86,7 @@ def test_copies_of_a_vmap_share_their_loops():
     segments = np.stack([SEGMENTS, SEGMENTS[::-1]])
 
     def gradient(segments):
-        return jax.grad(lambda q: jnp.sum(attention(q, KEYS, V, segments, block_len=5)))(Q)
+        return jax.grad(lambda q: jnp.sum(attention_blocks(q, KEYS, V, segments, block_len=5)))(Q)
 
     together = quick_jit(jax.vmap(gradient))(segments)
     assert relative_error(together, np.stack([gradient(s) for s in segments])) < 1e-6

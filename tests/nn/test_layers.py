@@ -12,16 +12,14 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from hnet.nn.kernels.derivatives import gated, rms_norm, skip_gate_norm
 from hnet.nn.layers import (
     SwiGLU,
     constrain_rows,
-    gated,
     matmul,
-    rms_norm,
     rotary,
     segment_positions,
     segment_starts,
-    skip_gate_norm,
 )
 from tests import oracles
 from tests.golden_data import relative_error

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hnet.nn.convolution import causal_conv_silu
-from hnet.nn.ssd import ssd, ssd_reference
+from hnet.nn.kernels.convolution import causal_conv_silu
+from hnet.nn.kernels.ssd_blocks import ssd_blocks
+from hnet.nn.ssd import ssd_reference
 from tests import oracles
 from tests.golden_data import relative_error
 from tests.networks import optimized_jit, quick_jit
@@ -27,7 +28,7 @@ INPUTS = {
 INPUTS = {name: np.float32(a) for name, a in INPUTS.items()}
 SEGMENTS = np.stack([np.repeat([1, 2, 3], [7, 9, 13]), np.repeat([4, 4, 0], [3, 20, 6])])
 SEGMENTS = SEGMENTS.astype(np.int32)
-blockwise = quick_jit(ssd, static_argnames="block_len")
+blockwise = quick_jit(ssd_blocks, static_argnames="block_len")
 
 
 def segment_rows(length):
@@ -86,7 +87,7 @@ def test_gradients_are_those_of_the_recurrence(block_len):
 
         return quick_jit(jax.vmap(of))(cotangents)
 
-    ours = gradients(lambda *inputs: ssd(*inputs, block_len=block_len))
+    ours = gradients(lambda *inputs: ssd_blocks(*inputs, block_len=block_len))
     for name, grad, reference in zip(INPUTS, ours, gradients(ssd_reference)):
         if name in ("x", "dt", "A"):  # head by head, so that errors of the forgetting head show
             grad, reference = (
@@ -104,7 +105,9 @@ def test_no_gradient_crosses_a_segment(block_len):
     cotangent[0, 16:] = 1  # the third segment of row 0
 
     def scalar(x, dt, B, C):
-        return jnp.sum(ssd(x, dt, INPUTS["A"], B, C, SEGMENTS, block_len=block_len) * cotangent)
+        return jnp.sum(
+            ssd_blocks(x, dt, INPUTS["A"], B, C, SEGMENTS, block_len=block_len) * cotangent
+        )
 
     inputs = [INPUTS[n] for n in ("x", "dt", "B", "C")]
     for grad in quick_jit(jax.grad(scalar, range(4)))(*inputs):
@@ -117,7 +120,7 @@ def test_passing_states_on_copies_none_of_the_others():
     shapes = (1, blocks * T, 2, 11), (1, blocks * T, 2), (2,), *[(1, blocks * T, N)] * 2
     given = [jnp.ones(shape, jnp.float32) for shape in shapes]
     segment_ids = jnp.ones((1, blocks * T), jnp.int32)
-    run = lambda *inputs: jnp.sum(ssd(*inputs, segment_ids, block_len=T))
+    run = lambda *inputs: jnp.sum(ssd_blocks(*inputs, segment_ids, block_len=T))
     text = optimized_jit(jax.grad(run, range(5))).lower(*given).compile().as_text()
     bodies = set(re.findall(r"body=%?([\w.-]+)", text))
     inside = [c for c in text.split("\n\n") if c.lstrip("%").split(" ")[0] in bodies]

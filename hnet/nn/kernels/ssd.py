@@ -25,7 +25,7 @@ NUM_MARKS = 8  # rows per register; only the first four are used
 def ssd_pallas(
     x_BLHP, dt_BLH, log_a_BLH, B_BLN, C_BLN, segment_ids_BL, *, block_len=LANES, interpret=False
 ) -> jax.Array:
-    """`hnet.nn.ssd.ssd` with log_a = dt A <= 0 and the same arithmetic; y_BLHP in float32.
+    """`ssd_blocks` with log_a = dt A <= 0 and the same arithmetic; y_BLHP in float32.
 
     block_len: a multiple of 128 on a TPU. interpret: run as ordinary JAX, on any device.
     """

@@ -19,7 +19,7 @@ MAX_BLOCKS = 512  # blocks per row; one matrix has an entry per pair of blocks
 def ssd_matmul(
     x_BLHP, dt_BLH, log_a_BLH, B_BLN, C_BLN, segment_ids_BL, *, block_len=BLOCK_LEN
 ) -> jax.Array:
-    """`hnet.nn.ssd.ssd` with log_a = dt A <= 0; y_BLHP in the dtype of x, sums in float32.
+    """`ssd_blocks` with log_a = dt A <= 0; y_BLHP in the dtype of x, sums in float32.
 
     One matmul over all blocks of a row sums the states between blocks, instead of a loop (arXiv
     2405.21060, section 6.2, step 3). These states are rounded to the dtype of x.

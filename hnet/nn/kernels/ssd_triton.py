@@ -29,7 +29,7 @@ NN, NT, TN = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ())), (((0,), (0,)), 
 def ssd_triton(
     x_BLHP, dt_BLH, log_a_BLH, B_BLN, C_BLN, segment_ids_BL, *, block_len=BLOCK_LEN, interpret=False
 ) -> jax.Array:
-    """`hnet.nn.ssd.ssd` with log_a = dt A <= 0; y_BLHP in the dtype of x, sums in float32.
+    """`ssd_blocks` with log_a = dt A <= 0; y_BLHP in the dtype of x, sums in float32.
 
     States between blocks are rounded to the dtype of x. interpret: run as ordinary JAX, on any
     device.

@@ -7,12 +7,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hnet.config import HNetConfig, StageConfig
-from hnet.nn.attention import attention, attention_by_queries, cached_attention, share_heads
+from hnet.nn.attention import attention_by_queries, cached_attention, share_heads
 from hnet.nn.cache import KVCache, ring, write
 from hnet.nn.context import Context, StepContext
+from hnet.nn.kernels.attention_blocks import attention_blocks
+from hnet.nn.kernels.derivatives import rounded
 from hnet.nn.kernels.sharded import sharded_over_rows
 from hnet.nn.kernels.table import array_block_len, kernel
-from hnet.nn.layers import RMSNorm, fused_linear, linear, rotary, rounded, segment_positions
+from hnet.nn.layers import RMSNorm, fused_linear, linear, rotary, segment_positions
 from hnet.nn.mixers.base import Mixer
 from hnet.nn.mixers.settings import attention_problem
 from hnet.nn.parameters import parameter
@@ -90,7 +92,7 @@ class Attention(Mixer):
                     arrays.append(a)
                     axes.append(letters)
         else:
-            blocked = partial(attention, block_len=block_len)
+            blocked = partial(attention_blocks, block_len=block_len)
             attend = kernel("attention_backend", self.compute) or blocked
         out_BLHK = sharded_over_rows(
             partial(attend, window=self.stage.window_size), tuple(axes), "BLHK", *arrays

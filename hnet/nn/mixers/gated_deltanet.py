@@ -12,10 +12,11 @@ from flax import nnx
 from hnet.config import HNetConfig, StageConfig
 from hnet.nn.cache import RecurrentCache, in_last_segment, last_positions, read, write
 from hnet.nn.context import Context, StepContext
-from hnet.nn.convolution import causal_conv_silu, conv_silu_step
 from hnet.nn.delta import gated_delta, gated_delta_step
+from hnet.nn.kernels.convolution import causal_conv_silu, conv_silu_step
+from hnet.nn.kernels.derivatives import gated, rms_norm
 from hnet.nn.kernels.sharded import sharded_over_rows
-from hnet.nn.layers import RMSNorm, fused_linear, gated, linear, replicate, rms_norm
+from hnet.nn.layers import RMSNorm, fused_linear, linear, replicate
 from hnet.nn.mixers.base import Mixer
 from hnet.nn.mixers.mamba2 import init_dt_bias
 from hnet.nn.mixers.settings import delta_problem

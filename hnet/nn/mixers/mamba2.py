@@ -12,23 +12,22 @@ from flax import nnx
 from hnet.config import HNetConfig, StageConfig
 from hnet.nn.cache import RecurrentCache, in_last_segment, last_positions, read, write
 from hnet.nn.context import Context, StepContext
-from hnet.nn.convolution import causal_conv_silu, conv_silu_step
+from hnet.nn.kernels.convolution import causal_conv_silu, conv_silu_step
+from hnet.nn.kernels.derivatives import gated, rounded, skip_gate_norm
 from hnet.nn.kernels.sharded import sharded_over_rows
+from hnet.nn.kernels.ssd_blocks import ssd_blocks
 from hnet.nn.kernels.table import array_block_len, kernel
 from hnet.nn.layers import (
     RMSNorm,
     constrain_rows,
     fused_linear,
-    gated,
     linear,
     replicate,
-    rounded,
-    skip_gate_norm,
 )
 from hnet.nn.mixers.base import Mixer
 from hnet.nn.mixers.settings import mamba2_problem
 from hnet.nn.parameters import parameter
-from hnet.nn.ssd import ssd, ssd_final_state
+from hnet.nn.ssd import ssd_final_state
 
 
 def init_dt_bias(key: jax.Array, heads: int) -> jax.Array:
@@ -122,7 +121,7 @@ class Mamba2(Mixer):
         else:
             block_len = array_block_len("ssd_backend", self.compute)
             rounded_x = rounded(x, self.compute.inputs)
-            y = ssd(rounded_x, dt_BLH, A_H, B, C, segment_ids_BL, block_len=block_len)
+            y = ssd_blocks(rounded_x, dt_BLH, A_H, B, C, segment_ids_BL, block_len=block_len)
         return self.finish(y, x, z), inputs, x, dt_BLH, A_H, B
 
     def prefill(

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from hnet.nn.layers import silu_and_grad, written_once
+from hnet.nn.kernels.derivatives import silu_and_grad, written_once
 
 
 @jax.custom_vjp

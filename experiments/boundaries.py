@@ -12,7 +12,6 @@ with --lexicon the shares of chunks that are words (%TR) and roots or morphemes 
 Characters and whitespace are gold kinds of every text.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +27,7 @@ from hnet.command_line import parse, run
 from hnet.decode.score import logprobs
 from hnet.decode.segment import segment_all, segmenter
 from hnet.errors import ConfigError
-from hnet.fields import Count, Natural
+from hnet.fields import Count, Natural, json_text
 from hnet.inspect import metrics
 from hnet.inspect.gold import annotate, clip, read_annotated, thin
 from hnet.inspect.lexical import lexicon_shares, read_lexicon, turkish_lower, vocabulary_report
@@ -82,7 +81,7 @@ def main() -> None:
             ],
         }
     if config.json:
-        print(json.dumps({"checkpoint": config.checkpoint, "files": reports}))
+        print(json_text({"checkpoint": config.checkpoint, "files": reports}))
     else:
         for path, report in reports.items():
             _print(path, report)

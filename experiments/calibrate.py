@@ -10,7 +10,6 @@ stage 0 gets a target per route: its chunks are then equally many in all languag
 stages keep a single target.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from hnet.command_line import parse, run
 from hnet.data.parallel import Lines, bytes_by_script, read_parallel
 from hnet.data.scripts import SCRIPTS, route_table
 from hnet.errors import ConfigError
-from hnet.fields import Bounds, to_json
+from hnet.fields import Bounds, json_text, to_json
 from hnet.outputs import new_file, write_new
 from hnet.printable import printable
 from hnet.train.config import Config
@@ -136,7 +135,7 @@ def main() -> None:
     _print(found, lines)
     if config.out:
         content = to_json(replace(routed, workdir=f"runs/{Path(config.out).stem}"))
-        write_new(config.out, json.dumps(content, indent=1) + "\n", "out")
+        write_new(config.out, json_text(content, indent=1) + "\n", "out")
         print(f"wrote {config.out}")
 
 

@@ -26,7 +26,7 @@ from hnet.fields import Bounds, Count
 from hnet.model import HNetLM
 from hnet.nn.layers import segment_positions
 from hnet.runtime.compile_cache import enable_compilation_cache
-from hnet.train.workdir import read_config
+from hnet.train.workdir import check_text, read_config
 from hnet.weights.sources import resolve_run
 
 PREDICTOR = "model.stages.0.chunking.predictor"
@@ -100,7 +100,9 @@ def main() -> None:
     enable_compilation_cache()
     source = resolve_run(config.checkpoint)
     data = replace(read_config(source.path).data, batch_size=config.batch_size)
-    part = open_part(config.files) if config.files else open_corpus(data).heldout
+    corpus = None if config.files else open_corpus(data)
+    check_text(source.path, data, corpus, "give it the same content, or other text by --files")
+    part = corpus.heldout if corpus else open_part(config.files)
     if not part.num_bytes:
         raise ConfigError(f"checkpoint={config.checkpoint} has no held-out text: give --files")
     H_N, rise_N, index_N = entropies(load(source.path, step=source.step), eval_batches(part, data))

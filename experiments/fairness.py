@@ -12,7 +12,6 @@ report.md and chunks.svg.
 """
 
 import io
-import json
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -33,7 +32,7 @@ from hnet.data.tokenizers.bpe import read_tokenizer, token_starts, train_bpe
 from hnet.decode.score import logprobs
 from hnet.decode.segment import ROWS, segment_all, segmenter
 from hnet.errors import ConfigError
-from hnet.fields import Natural
+from hnet.fields import Natural, json_text
 from hnet.inspect.fairness import LanguageScore, cut_at, score_language
 from hnet.inspect.fairness_report import (
     Scores,
@@ -98,7 +97,9 @@ def main() -> None:
         raise ConfigError(f"unseen={sorted(known)[0]!r} is in files too: name it once")
     lines = read_parallel([*config.files, *config.unseen], field="files, unseen")
     lines = {language: thin(texts, config.max_lines) for language, texts in lines.items()}
-    gold = {language: list(read_ud(path)) for language, path in _pairs(config.gold)}
+    gold: dict[str, list[Segmentation]] = {}
+    for language, path in _pairs(config.gold):
+        gold.setdefault(language, []).extend(read_ud(path))
     systems = [byte_system()]
     if config.bpe:
         texts = [t for own in read_parallel(config.bpe_files).values() for t in own]
@@ -172,7 +173,7 @@ def write_report(out: Path, scores: Scores, unseen: Collection[str]) -> None:
     """Write report.json, report.md and chunks.svg to a folder and print the tables."""
     chart = io.BytesIO()
     plot(chart, scores, unseen)
-    content = json.dumps(to_json(scores, unseen), indent=1) + "\n"
+    content = json_text(to_json(scores, unseen), indent=1) + "\n"
     for name, text in zip(REPORT, (to_markdown(scores, unseen), chart.getvalue(), content)):
         write_new(out / name, text, "out")
     console = Console(highlight=False)

@@ -11,7 +11,6 @@ the hypernetwork. The merges come from the text that is scored, so a list of the
 about it: its bits, 2 log2 of the number of tokens per merge, are in the last column.
 """
 
-import json
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -31,12 +30,12 @@ from hnet.data import eval_batches, open_corpus, train_batches
 from hnet.data.batch_merges import Token, merge_batch
 from hnet.data.tokens import LongestMatch, read_vocabulary
 from hnet.errors import ConfigError
-from hnet.fields import Bounds, Count, Natural
+from hnet.fields import Bounds, Count, Natural, json_text
 from hnet.model import HNetLM, split
 from hnet.nn.context import Context
 from hnet.nn.hypernetwork import LONGEST, Hypernetwork
 from hnet.runtime.compile_cache import enable_compilation_cache
-from hnet.train.workdir import read_config, tokenizer_of
+from hnet.train.workdir import check_text, read_config, tokenizer_of
 from hnet.weights.sources import resolve_run
 
 
@@ -144,7 +143,7 @@ def main() -> None:
     enable_compilation_cache()
     rows = study(config)
     if config.json:
-        print(json.dumps(rows))
+        print(json_text(rows))
         return
     titles = ("merges", "bytes per position", "bpb, means", "bpb, hypernetwork", "+ merges")
     table = Table(*titles, box=None)
@@ -162,7 +161,9 @@ def study(config: Retokenize) -> list[dict[str, Any]]:
     if not path or trained.model.num_chunked:
         raise ConfigError(f"checkpoint={config.checkpoint} is no run of one stage over tokens")
     data, base = replace(trained.data, tokenizer=path), trained.model.vocab_size
-    corpus, merger = open_corpus(data), Merger(read_vocabulary(path), max(1, *config.merges))
+    corpus = open_corpus(data)
+    check_text(source.path, data, corpus)
+    merger = Merger(read_vocabulary(path), max(1, *config.merges))
     graph, params = split(load(source.path, step=source.step))
     hyper = Hypernetwork(trained.model.stages[0].d_model, rngs=nnx.Rngs(config.seed))
     hyper_graph, weights = nnx.split(hyper)

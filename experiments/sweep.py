@@ -11,7 +11,8 @@ or the URL of a database) and they share the work. The same command again resume
 stay, interrupted ones continue from their checkpoints.
 
 OUT gets results.csv and .parquet, one plot per field, tensorboard/ (HParams), and best.json, a
-configuration for `pretrain`. Exit codes: 0 done, 2 bad input, 75 asked to stop and saved.
+configuration for `pretrain`. Exit codes: 0 done, 1 no point could be trained, 2 bad input, 75 asked
+to stop and saved.
 """
 
 import sys
@@ -19,14 +20,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from optuna.trial import TrialState
 from rich.console import Console
 from rich.markup import escape
 
 from experiments.configs import run_config
-from hnet.command_line import OneLineParser, run
+from hnet.command_line import FAILED, OneLineParser, number, run
 from hnet.data import open_corpus
 from hnet.data.identity import inputs
-from hnet.errors import ConfigError
 from hnet.printable import printable
 from hnet.runtime.compile_cache import CompilationLog, enable_compilation_cache
 from hnet.runtime.distributed import REQUEUE_EXIT_CODE, StopRequest
@@ -35,6 +36,7 @@ from hnet.sweep.space import Point, Space, describe, list_points, read_space
 from hnet.sweep.study import Claim, Study
 from hnet.sweep.train import Options, train_points
 from hnet.train.config import Config
+from hnet.train.run_logger import RunLogger, Start
 
 IDLE_SECONDS = 2.0  # between two checks for points that other workers may have left
 console = Console(highlight=False, soft_wrap=True)
@@ -46,15 +48,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", default="runs/sweep", metavar="DIR", help="default: runs/sweep")
     parser.add_argument("--storage", metavar="FILE_OR_URL", help="default: OUT/journal.log")
     parser.add_argument("--study", metavar="NAME", help="in the storage; default: name of OUT")
-    parser.add_argument("--width", type=int, default=32, help="runs in one program (default 32)")
     parser.add_argument(
-        "--heartbeat-timeout", type=float, default=120.0, metavar="SECONDS",
+        "--width", type=number(int, 1, 100_000), default=32, help="runs in one program (default 32)"
+    )
+    parser.add_argument(
+        "--heartbeat-timeout", type=number(float, 0.01, 1e6), default=120.0, metavar="SECONDS",
         help="silence after which another worker counts as dead (default 120)",
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="show points and groups, end")
     options, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    if options.width < 1 or not options.heartbeat_timeout > 0:
-        raise ConfigError("width and heartbeat-timeout: use numbers above 0")
     base = run_config(rest)
     space, out = read_space(options.space, base), Path(options.out)
     worker = Options(out, options.width, options.heartbeat_timeout)
@@ -63,7 +65,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     check_results(out)
     storage = options.storage or str(out / "journal.log")
-    read = inputs(base.data, open_corpus(base.data))
+    corpus = open_corpus(base.data)
+    RunLogger(base, corpus, Start())  # raises for what each run would be refused for
+    read = inputs(base.data, corpus)
     study = Study(storage, options.study or out.resolve().name, base, space, worker.timeout, read)
     enable_compilation_cache()
     compiled = CompilationLog()
@@ -75,7 +79,8 @@ def main(argv: list[str] | None = None) -> int:
         write_results(study, out)
     if not done:
         console.print("stopped and saved: the same command goes on")
-    return 0 if done else REQUEUE_EXIT_CODE
+        return REQUEUE_EXIT_CODE
+    return FAILED if all(trial.state == TrialState.FAIL for trial in study.finished()) else 0
 
 
 def _show_plan(base: Config, space: Space, options: Options) -> None:

@@ -5,6 +5,7 @@ Arguments are read before large packages are imported, so this module does not n
 
 import argparse
 import contextlib
+import errno
 import gc
 import math
 import os
@@ -24,6 +25,7 @@ FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
 _LINE = 900
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 OUTPUT_CLOSED = 141  # exit code that a shell reports for a program killed by SIGPIPE
 
 
@@ -59,12 +61,26 @@ def exit_code(main: Callable[[], int | None]) -> tuple[int, str]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = INTERRUPTED
+    except OSError as e:
+        if e.errno not in _NO_ROOM:
+            return _of_program(e)
+        what = f"{e.filename or 'a file'} cannot be written ({e.strerror})"
+        reason, code = (
+            f"error: {one_line(Failed(what))}: free some room or use another disk",
+            FAILED,
+        )
+        print(reason, file=sys.stderr)
     except Exception as e:
-        if distributed := sys.modules.get("hnet.runtime.distributed"):
-            distributed.wait_for_dead_host(e)
-        traceback.print_exc()
-        reason, code = f"{type(e).__name__}: {e}", FAILED
+        return _of_program(e)
     return code, reason
+
+
+def _of_program(e: Exception) -> tuple[int, str]:
+    """Exit code and reason of an error that is not the user's; it is printed with its traceback."""
+    if distributed := sys.modules.get("hnet.runtime.distributed"):
+        distributed.wait_for_dead_host(e)
+    traceback.print_exc()
+    return FAILED, f"{type(e).__name__}: {e}"
 
 
 def one_line(error: Exception) -> str:

@@ -76,6 +76,13 @@ def shown(value: Any) -> str:
     return _SHORT.repr(value)
 
 
+def told(value: Any) -> str:
+    """`shown`; for a list of objects, such as stages, their number."""
+    if isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
+        return f"({len(value)} of them)"
+    return shown(value)
+
+
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 3, 80, 80, 40
 _SHORT.maxtuple = _SHORT.maxlist = _SHORT.maxdict = 6
@@ -186,6 +193,27 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+
+
+def without_nan(value: Any) -> Any:
+    """JSON content with NaN and infinity replaced by None, since JSON has neither."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {name: without_nan(v) for name, v in value.items()}
+        case list() | tuple():
+            return [without_nan(v) for v in value]
+        case _:
+            return value
+
+
+def json_text(content: Any, **options: Any) -> str:
+    """`json.dumps` for results: text that every JSON reader accepts (`without_nan`)."""
+    try:
+        return json.dumps(content, allow_nan=False, **options)
+    except ValueError:
+        return json.dumps(without_nan(content), allow_nan=False, **options)
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:

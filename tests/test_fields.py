@@ -1,6 +1,7 @@
 """Configurations as JSON, as dotted fields and as command-line words; parts by name."""
 
 import json
+import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from hnet.fields import (
     differences,
     flatten,
     from_json,
+    json_text,
     read_json,
     shown,
     to_json,
@@ -365,3 +367,17 @@ def test_json_from_outside_is_read_by_one_function():
     paths = [p for folder in ("hnet", "experiments", "tpu") for p in (root / folder).rglob("*.py")]
     found = {str(p.relative_to(root)) for p in paths if re.search(r"json\.loads?\(", p.read_text())}
     assert len(paths) > 100 and found == own
+
+
+def test_results_are_json_for_every_reader():
+    content = {"a": [1.5, math.nan, (math.inf, -math.inf)], "b": {"c": math.nan, "d": "NaN"}}
+    found = json.loads(json_text(content, indent=1), parse_constant=pytest.fail)
+    assert found == {"a": [1.5, None, [None, None]], "b": {"c": None, "d": "NaN"}}
+    assert json_text({"a": 1.5}) == '{"a": 1.5}'
+    root = Path(__file__).parents[1]
+    commands = [*(root / "experiments").rglob("*.py"), *(root / "hnet/commands").glob("*.py")]
+    assert len(commands) > 50
+    for file in commands:  # numbers that are printed or written may not be finite
+        assert not re.search(r"(print|write\w*|replace_file)\(.*json\.dumps", file.read_text()), (
+            file
+        )

@@ -1,5 +1,6 @@
 """No command overwrites, truncates or replaces a user's files; errors come before any work."""
 
+import errno
 import importlib
 import json
 import os
@@ -192,3 +193,24 @@ def test_a_page_names_no_folder_of_the_sender(tmp_path, monkeypatch):
     page = (tmp_path / "page.html").read_text()
     assert "secret" not in page and str(tmp_path) not in page and "run" in page
     assert json.dumps(str(tmp_path)) not in page
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_disk_that_cannot_be_written_is_one_line_in_every_command(number, capsys):
+    def main():
+        raise OSError(number, os.strerror(number), "out/a\nb")
+
+    assert command_line.exit_code(main)[0] == command_line.FAILED
+    assert capsys.readouterr().err == (
+        f"error: out/a b cannot be written ({os.strerror(number)}): free some room or use another "
+        "disk\n"
+    )
+
+
+def test_a_full_disk_is_one_line_also_without_a_name(capsys):
+    def main():
+        with open("/dev/full", "w") as file:
+            file.write("x")
+
+    assert command_line.exit_code(main)[0] == command_line.FAILED
+    assert capsys.readouterr().err.startswith("error: a file cannot be written (No space left on ")

@@ -11,7 +11,6 @@ the slots at the configured rates (`tpu.plan` gives more detail). Rows are writt
 are found: the same command again continues after the last one.
 """
 
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from experiments.configs import run_config
 from hnet.command_line import OneLineParser, run
 from hnet.config import PUBLISHED
 from hnet.errors import ConfigError
-from hnet.fields import parse_json
+from hnet.fields import json_text, parse_json
 from hnet.flops import param_counts
 from hnet.train.config import Config
 from tpu.aot import Plan, capacities, compile_plan
@@ -129,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
                 known[name, topology] = row
                 line = {"model": name, "topology": topology, "code": code, "how": how, "row": row}
                 with open(options.out, "a") as f:
-                    f.write(json.dumps(line) + "\n")
+                    f.write(json_text(line) + "\n")
             print(known[name, topology], flush=True)
     return 0
 

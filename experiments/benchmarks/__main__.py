@@ -12,7 +12,6 @@ step (`pretrain.py`); `decode` is `decode.py`. About 8 minutes on two CPU cores,
 of it compilation.
 """
 
-import json
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -31,7 +30,7 @@ from experiments.configs import base_config
 from hnet.command_line import parse, run
 from hnet.data import open_corpus, train_batches
 from hnet.errors import ConfigError
-from hnet.fields import Count
+from hnet.fields import Count, json_text
 from hnet.outputs import new_file, write_new
 from hnet.runtime.cpu import keep_freed_memory, one_device_per_core
 from hnet.train.config import Config
@@ -187,7 +186,7 @@ def main() -> None:
     found = measure(config)
     show(found)
     if config.json:
-        write_new(config.json, json.dumps(found, indent=1) + "\n", "json")
+        write_new(config.json, json_text(found, indent=1) + "\n", "json")
 
 
 if __name__ == "__main__":

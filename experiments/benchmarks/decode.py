@@ -12,7 +12,6 @@ The main network's weights (453 MB in float32) do not fit into caches, as at all
 one row is bound by reading the weights, and many rows share one read.
 """
 
-import json
 import statistics
 import time
 from collections import defaultdict
@@ -33,7 +32,7 @@ from hnet.config import BOS_ID, EOS_ID, HNetConfig, SSMConfig, StageConfig
 from hnet.decode.decoder import WAIT_SHARE, Decoder
 from hnet.decode.sampling import Controls, Sampling
 from hnet.errors import ConfigError
-from hnet.fields import Bounds, Count
+from hnet.fields import Bounds, Count, json_text
 from hnet.flops_published import published_flops
 from hnet.model import HNetLM, abstract, init_params
 
@@ -205,7 +204,7 @@ def main() -> None:
     config = parse(Command)
     found = measure(config)
     if config.json:
-        print(json.dumps(found))
+        print(json_text(found))
     else:
         show(found, Console(highlight=False))
 

@@ -6,7 +6,6 @@ Builds the batches of that run, starting with the first, and discards them. Abou
 the default job on two CPU cores.
 """
 
-import json
 import statistics
 import time
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Annotated
 from hnet.command_line import parse, run
 from hnet.data import BatchIterator, open_corpus, train_batches
 from hnet.errors import ConfigError
-from hnet.fields import Bounds, Count, parse_json
+from hnet.fields import Bounds, Count, json_text, parse_json
 from hnet.train.workdir import read_config
 from hnet.weights.sources import resolve_run
 
@@ -84,7 +83,7 @@ def main() -> None:
     options = parse(InputBenchmark)
     found = measure(options)
     if options.json:
-        print(json.dumps(found))
+        print(json_text(found))
         return
     print(f"pipeline alone {found['pipeline_bytes_per_sec']:>12,.0f} bytes/s")
     print(f"the run        {found['run_bytes_per_sec']:>12,.0f} bytes/s")

@@ -10,7 +10,6 @@ documents are compared with the reference in float32. The fastest one that is ri
 shapes is written to FILE; `--model.compute.tuned FILE` uses it for `auto`.
 """
 
-import json
 import math
 import shlex
 import sys
@@ -30,7 +29,7 @@ from experiments.configs import run_config
 from hnet.command_line import OneLineParser, number, run
 from hnet.config import HNetConfig, StageConfig, layout_runs
 from hnet.errors import ConfigError
-from hnet.fields import to_json
+from hnet.fields import json_text, to_json
 from hnet.nn.attention import attention_reference
 from hnet.nn.kernels.attention_blocks import attention_blocks
 from hnet.nn.kernels.ssd_blocks import ssd_blocks
@@ -257,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError("no layer of this network has attention or an SSD: nothing to time")
     show(tuned)
     if options.out:
-        write_new(options.out, json.dumps(to_json(tuned), indent=1) + "\n", "out")
+        write_new(options.out, json_text(to_json(tuned), indent=1) + "\n", "out")
         print(f"use it with --model.compute.tuned {shlex.quote(options.out)}")
 
 

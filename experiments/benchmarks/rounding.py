@@ -12,7 +12,6 @@ is the separate run repeated from parameters that are one unit in the last place
 of rounding by itself. About two minutes on one CPU core.
 """
 
-import json
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -26,6 +25,7 @@ from experiments.benchmarks.sweep import SweepBenchmark, learning_rates
 from experiments.configs import run_config
 from hnet.command_line import parse, run
 from hnet.data import open_corpus
+from hnet.fields import json_text
 from hnet.train import parallel_runs
 from hnet.train.compiled_run import CompiledRun, build, put_batch, traced_numbers
 from hnet.train.config import Config
@@ -59,7 +59,7 @@ def main() -> int:
     firsts = [next((t for t, n in enumerate(way.turned) if n), None) for way in ways]
     apart = [way.loss[: t + 1] if t is not None else way.loss for way, t in zip(ways, firsts)]
     after = [way.loss[t + 1 :] for way, t in zip(ways, firsts) if t is not None]
-    print(json.dumps({
+    print(json_text({
         "runs": len(ways),
         "steps": base.train.steps,
         "gradient from the same state, off by at most": _short(w.gradient for w in ways),

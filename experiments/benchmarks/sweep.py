@@ -10,7 +10,6 @@ five minutes on two CPU cores.
 """
 
 import csv
-import json
 import os
 import resource
 import subprocess
@@ -24,7 +23,7 @@ import numpy as np
 
 from hnet.command_line import parse, run
 from hnet.errors import ConfigError
-from hnet.fields import Count
+from hnet.fields import Count, json_text
 from hnet.train.metrics_file import read_metrics
 
 
@@ -65,7 +64,7 @@ def main() -> int:
             for key, workdir in alone.items()
         ]
     programs = [line for line in said.splitlines() if line.startswith("compiled or loaded")]
-    print(json.dumps({
+    print(json_text({
         "runs": len(found),
         "sweep": sweep,
         "separate": separate,

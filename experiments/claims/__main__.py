@@ -31,7 +31,7 @@ from hnet.fields import read_json
 from hnet.suites import command, perturb
 from hnet.suites.items import Settings
 from hnet.suites.scorer import ModelScorer
-from hnet.train.workdir import read_config
+from hnet.train.workdir import check_text, read_config
 
 NAMES = (
     "hnet", "bytes_transformer", "bpe", "superbpe", "hnet_space", "spacebyte",
@@ -130,8 +130,9 @@ def robustness(folder: Path, passages: int) -> list[list[str]]:
         config = read_config(str(path.parent))
         if config.data.tokenizer:
             continue  # suites ask for bytes
-        settings = Settings(passages, max_bytes=256)
-        texts = command.passages(open_corpus(config.data).heldout, settings)
+        settings, corpus = Settings(passages, max_bytes=256), open_corpus(config.data)
+        check_text(path.parent, config.data, corpus)
+        texts = command.passages(corpus.heldout, settings)
         scorer = ModelScorer(load(str(path.parent)), batch_size=8)
         report = perturb.run(scorer, replace(settings, texts=texts))["perturb"]
         remains = [row["byte_robustness"] for row in report]

@@ -4,7 +4,6 @@ import codecs
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from hnet.inspect.fairness import cut_at
 from hnet.inspect.gold import annotate, clip, read_annotated, thin
 from hnet.inspect.metrics import boundary_scores
 from hnet.inspect.segmentation import Segmentation
+from hnet.inspect.tags import without_folders
 from hnet.model import HNetLM, split
 from hnet.suites.command import passages
 from hnet.suites.items import Settings
@@ -80,12 +80,12 @@ def measure(
     found = cut(texts)
     row["chunks"] = [chunk_sizes(found, s) for s in range(len(found[0].stages))] if found else []
     row["agreement"] = agreement([annotate(seg, *RULES) for seg in found], RULES)
-    row["gold"] = {}
+    row["gold"], names = {}, without_folders(gold)
     for path, own in gold.items() if found else ():
         cuts = cut([seg.data for seg in own])
         marked = [replace(seg, gold=text.gold) for seg, text in zip(cuts, own)]
         kinds = sorted({k for seg in own for k, at in seg.gold.items() if at})
-        row["gold"][Path(path).name] = agreement(marked, kinds)
+        row["gold"][names[path]] = agreement(marked, kinds)
     return row | decoding(settings, run, model, texts)
 
 

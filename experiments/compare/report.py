@@ -3,7 +3,6 @@
 import base64
 import html
 import io
-import json
 import os
 import statistics
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hnet.errors import ConfigError
+from hnet.fields import json_text
 from hnet.printable import printable
 from hnet.sweep.interval import interval
 
@@ -164,9 +164,7 @@ def write_report(folder: Path, rows: Sequence[Row], facts: dict[str, str]) -> No
     content = {
         "RESULTS.md": markdown(by_system, facts).encode(),
         "results.html": page(by_system, facts, images).encode(),
-        "results.json": (
-            json.dumps({"facts": facts, "rows": list(rows)}, indent=1) + "\n"
-        ).encode(),
+        "results.json": (json_text({"facts": facts, "rows": list(rows)}, indent=1) + "\n").encode(),
         **images,
     }
     for name, data in content.items():

@@ -1,12 +1,13 @@
 """Systems of a comparison: named networks and token baselines, scaled to one cost."""
 
+import hashlib
 import json
 import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from experiments.compare.match import (
     Rates,
@@ -46,6 +47,9 @@ class System:
     """cost of the network in the unit of the budget"""
     bytes_per_position: float = 1.0
     """source bytes per token; 1 for bytes"""
+    source: str = ""
+    """hash of a configuration that the user wrote; empty for named ones"""
+    KEYS: ClassVar = {"name", "network", "config", "rates", "cost"}
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "config": to_json(self.config)}
@@ -101,6 +105,8 @@ def check_names(names: Sequence[str]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"system {name!r} is named twice: name it once")
+        if twins := [n for n in names if n != name and folder_name(n) == folder_name(name)]:
+            raise ConfigError(f"systems {name!r} and {twins[0]!r} have one folder: rename a file")
         if name in TOKENIZERS:
             try:
                 import tokenizers  # noqa: F401
@@ -110,6 +116,14 @@ def check_names(names: Sequence[str]) -> None:
                 ) from None
         else:
             abstract(base_config(name).model)
+
+
+def source_of(name: str) -> str:
+    """Hash of the configuration that a .json file or a function gives now; "" for other names."""
+    if not (name.lower().endswith(".json") or ":" in name):
+        return ""
+    content = json.dumps(to_json(base_config(name)), sort_keys=True)
+    return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
 
 def common(settings: Compare, name: str) -> Config:
@@ -149,12 +163,8 @@ def texts_of(corpus: Corpus) -> list[bytes]:
 
 def learn_tokenizer(settings: Compare, name: str, corpus: Corpus) -> str:
     """tokenizer.json of a token baseline, from the beginning of the training text."""
-    sample, size = [], 0
-    for text in corpus.train.texts():
-        sample.append(text[: TOKENIZER_BYTES - size].decode(errors="ignore").encode())
-        size += len(sample[-1])
-        if size >= TOKENIZER_BYTES - 4:
-            break
+    texts = corpus.train.beginning(TOKENIZER_BYTES)
+    sample = [text.decode(errors="ignore").encode() for text in texts]
     return Wanted(name, settings.vocabulary).train(sample)
 
 
@@ -219,4 +229,6 @@ class Costs:
             model, found = at_cost(config.model, cost, budget)
         except ConfigError as e:
             raise ConfigError(f"system {name!r}: {e}") from None
-        return System(name, network, replace(config, model=model), rates, found, size)
+        return System(
+            name, network, replace(config, model=model), rates, found, size, source_of(name)
+        )

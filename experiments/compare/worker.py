@@ -1,13 +1,13 @@
 """One process of a comparison: plan the systems, train those that are free, write the tables."""
 
-import json
 import os
 import platform
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 from datetime import UTC, datetime
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,21 @@ from experiments.compare.counts import counts_bpb
 from experiments.compare.measure import measure, read_gold
 from experiments.compare.report import FILES, check_plots, replace_file, write_report
 from experiments.compare.settings import LOCAL, Compare
-from experiments.compare.systems import Costs, System, check_names, folder_name, learn_tokenizer
+from experiments.compare.systems import (
+    Costs,
+    System,
+    check_names,
+    folder_name,
+    learn_tokenizer,
+    source_of,
+)
 from experiments.compare.train import train_system
 from hnet.command_line import FAILED, one_line
-from hnet.data import open_corpus
+from hnet.data import DataConfig, open_corpus
+from hnet.data.identity import check_inputs, inputs
 from hnet.data.tokenizers import TOKENIZERS
 from hnet.errors import ConfigError, Failed
-from hnet.fields import differences, from_json, read_json, to_json
+from hnet.fields import differences, from_json, json_text, read_json, to_json, told
 from hnet.runtime.compile_cache import enable_compilation_cache
 from hnet.runtime.cpu import one_device_per_core
 from hnet.runtime.distributed import REQUEUE_EXIT_CODE, StopRequest
@@ -103,7 +111,7 @@ class Comparison:
             for name in self.names:
                 path = self.folder / folder_name(name) / SYSTEM
                 if path.exists():
-                    systems.append(System.from_json(read_json(path, "system")))
+                    systems.append(self._begun(name, path))
                     continue
                 tokenizer = None
                 if name in TOKENIZERS:
@@ -120,11 +128,27 @@ class Comparison:
                 self._say(system, budget)
         if not content:
             mine = {"settings": to_json(self.settings), "fingerprint": self.corpus.fingerprint}
+            mine |= {"inputs": self._gold_read()}
             files[self.folder / PLAN] = _json(mine | {"budget": budget})
         for path, data in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, data)
         return systems
+
+    def _begun(self, name: str, path: Path) -> System:
+        """A planned system. Raises ConfigError if its configuration has changed since."""
+        system = System.from_json(_read(path, "system", System.KEYS))
+        if system.name != name:
+            raise ConfigError(
+                f"system {name!r} has the folder of {system.name!r} in workdir="
+                f"{str(self.folder)!r}: rename its file, or use another workdir"
+            )
+        if system.source:
+            check_inputs(
+                {f"system {name!r}": system.source}, {f"system {name!r}": source_of(name)},
+                f"the comparison in {self.folder}", "give it another name, or use another workdir",
+            )  # fmt: skip
+        return system
 
     def _stored(self) -> dict[str, Any]:
         """The plan in the folder, {} if there is none. Raises ConfigError for another one."""
@@ -138,7 +162,7 @@ class Comparison:
             if not self.names:
                 raise ConfigError(f"workdir={str(self.folder)!r} holds no comparison: name systems")
             return {}
-        content = read_json(path, "comparison")
+        content = _read(path, "comparison", {"settings", "fingerprint", "budget"})
         theirs = to_json(from_json(Compare, content["settings"]))  # adds newer fields
         mine = to_json(self.settings)
         for part in (mine, theirs):
@@ -148,15 +172,23 @@ class Comparison:
             mine = theirs
         for field, new, old in differences(mine, theirs):
             raise ConfigError(
-                f"workdir={str(self.folder)!r} holds another comparison: {field} is {old!r} there, "
-                f"here {new!r}: use that, or another workdir"
+                f"workdir={str(self.folder)!r} holds another comparison: {field} is {told(old)} "
+                f"there, here {told(new)}: use that, or another workdir"
             )
         if self.names and content["fingerprint"] != self.corpus.fingerprint:
             raise ConfigError(
                 f"workdir={str(self.folder)!r} holds a comparison on another text: fingerprint "
                 f"{content['fingerprint']}, here {self.corpus.fingerprint}: use another workdir"
             )
+        if self.names and "inputs" in content:  # not of an earlier version
+            check_inputs(
+                content["inputs"], self._gold_read(), f"the comparison in {self.folder}",
+                "give it the same content, or use another workdir",
+            )  # fmt: skip
         return content
+
+    def _gold_read(self) -> dict[str, str]:
+        return inputs(DataConfig(), None, {"gold": self.settings.gold})
 
     def _say(self, system: System, budget: float) -> None:
         model = system.config.model
@@ -205,6 +237,7 @@ class Comparison:
             return True
         if records is None:
             return False
+        records = {seed: record for seed, record in records.items() if isfinite(record["bpb"])}
         for seed, record in records.items():
             run = system.run(folder, seed)
             row = measure(self.settings, system, run, record, self.corpus.heldout, self.gold)
@@ -221,12 +254,12 @@ class Comparison:
         files = sorted(self.folder.glob(f"*/seed*/{ROW}"))
         if not files:
             return
-        content = read_json(self.folder / PLAN, "comparison")
+        content = _read(self.folder / PLAN, "comparison", {"settings", "fingerprint", "budget"})
         settings = from_json(Compare, content["settings"])
         unit = UNITS[settings.match][0]
         heldout = self.corpus.heldout.num_bytes
         read = self.corpus.train.beginning(min(settings.bytes or MOST_COUNTED, MOST_COUNTED))
-        yardstick = counts_bpb(read, list(self.corpus.heldout.texts()))
+        yardstick = counts_bpb(read, self.corpus.heldout.beginning(MOST_COUNTED))
         facts = {
             "date": f"{datetime.now(UTC):%Y-%m-%d}",
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, "
@@ -240,9 +273,19 @@ class Comparison:
             f"{sum(map(len, read)):,} training bytes (Witten-Bell)",
             "seeds": f"{settings.seed} to {settings.seed + settings.seeds - 1}",
         }
-        write_report(self.folder, [read_json(path, "row") for path in files], facts)
+        write_report(
+            self.folder, [_read(path, "row", {"system", "seed", "bpb"}) for path in files], facts
+        )
         console.print(escape(f"wrote {self.folder / 'RESULTS.md'} and results.html"))
 
 
+def _read(path: Path, what: str, keys: Set[str]) -> dict[str, Any]:
+    """An object that a worker wrote. Raises ConfigError for a damaged file."""
+    content = read_json(path, what)
+    if not isinstance(content, dict) or not keys <= content.keys():
+        raise ConfigError(f"{what} {str(path)!r} is damaged: restore or remove it")
+    return content
+
+
 def _json(content: Any) -> bytes:
-    return (json.dumps(content, indent=1) + "\n").encode()
+    return (json_text(content, indent=1) + "\n").encode()

@@ -129,7 +129,7 @@ def facts_of(doc: str) -> dict[str, str]:
 
 def base_config(name: str) -> "Config":
     """The configuration given by a name, a JSON file or "package.module:function"."""
-    if name.endswith(".json"):
+    if name.lower().endswith(".json"):
         return _from_file(Path(name))
     if ":" in name:
         return _from_function(name)
@@ -172,7 +172,7 @@ def _from_file(path: Path) -> "Config":
     if not isinstance(content, dict) or "base" not in content:
         return config_from_json(content)
     name = content.pop("base")
-    if not isinstance(name, str) or name.endswith(".json"):
+    if not isinstance(name, str) or name.lower().endswith(".json"):
         raise ConfigError(f"{where}: base={fields.shown(name)} is no name of a configuration")
     base = fields.to_json(base_config(name))
     changes = {"workdir": f"runs/{path.stem}", **fields.flatten(content)}
@@ -192,7 +192,7 @@ def run_config(argv: Sequence[str] | None = None, default: str = "default") -> "
     topic = help_topic(argv)
     if topic is None:
         check_words(Sections, argv)
-    if not name.endswith(".json") and ":" not in name:
+    if not name.lower().endswith(".json") and ":" not in name:
         _named(name)
     with no_collection():  # imports are a fifth faster
         from hnet.train.config import Config

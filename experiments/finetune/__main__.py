@@ -18,12 +18,15 @@ from rich.table import Table
 
 from experiments.configs import run_config
 from hnet.command_line import OneLineParser, number, run
+from hnet.data import open_corpus
 from hnet.errors import ConfigError
+from hnet.printable import printable
 from hnet.runtime.compile_cache import enable_compilation_cache
 from hnet.runtime.cpu import one_device_per_core
 from hnet.train.command import train_to_end
 from hnet.train.config import Config, InitConfig, MeshConfig
 from hnet.train.metrics_file import read_metrics
+from hnet.train.workdir import claim_workdir, run_inputs
 
 ROWS: dict[str, dict | None] = {
     "scratch": None,
@@ -46,6 +49,8 @@ def main() -> int:
     if not base.init.from_:
         raise ConfigError("init.from is empty: give the checkpoint to fine-tune")
     texts = dict(map(_text, options.text))
+    if len(texts) < len(options.text):
+        raise ConfigError(f"text={options.text}: two texts have one name: rename one")
     if base.mesh == MeshConfig():
         one_device_per_core(base.data.batch_size // base.train.accumulate)
     enable_compilation_cache()
@@ -92,11 +97,17 @@ def _config(base: Config, name: str, train: str, heldout: str, row: str, seed: i
 
 
 def _finished(config: Config) -> float | None:
-    """Held-out bits per byte of a run that ended; None if it has not."""
+    """Held-out bits per byte of a run that ended; None if it has not. Settings that differ are
+    printed. Raises ConfigError if it was trained on other text or another network."""
     if not (Path(config.workdir) / "config.json").exists():
         return None
     last = ([{}] + list(read_metrics(config.workdir)))[-1]
-    return last.get("eval/bpb") if last.get("step") == config.train.steps else None
+    if last.get("step") != config.train.steps:
+        return None
+    read = run_inputs(config, open_corpus(config.data))
+    for line in claim_workdir(config, read, done=config.train.steps, ended=True):
+        print(printable(line))
+    return last.get("eval/bpb")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ Exit codes: 0 done, 2 bad input, 75 asked to stop and saved.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, replace
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from experiments.configs import run_config
 from experiments.scaling.fit import draw, fit
@@ -36,19 +36,21 @@ from experiments.scaling.ladder import (
     make_points,
     point_config,
 )
-from hnet.command_line import FAILED, OneLineParser, run
+from hnet.command_line import FAILED, OneLineParser, number, run
 from hnet.data import open_corpus
 from hnet.data.identity import Inputs, check_inputs, inputs, read_inputs
 from hnet.data.tokenizers.bpe import train_bpe
 from hnet.data.tokens import read_vocabulary
 from hnet.errors import ConfigError
-from hnet.fields import parse_json, read_json, to_json
+from hnet.fields import json_text, parse_json, read_json, to_json
 from hnet.outputs import new_files, write_new
+from hnet.printable import printable
 from hnet.runtime.compile_cache import enable_compilation_cache
 from hnet.runtime.distributed import REQUEUE_EXIT_CODE
 from hnet.train.command import train_to_end
 from hnet.train.config import Config, config_from_json
 from hnet.train.metrics_file import read_metrics
+from hnet.train.workdir import claim_workdir
 
 PLANNED = {"name", "runs", "steps", "family", "train_flops"}
 BPE_SAMPLE = 8 << 20  # bytes of training text from which the vocabulary is learned
@@ -59,13 +61,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(prog="python -m experiments.scaling", description=__doc__)
     parser.add_argument("command", choices=("plan", "run", "fit"))
     parser.add_argument("--out", required=True, metavar="DIR")
-    parser.add_argument("--levels", type=int, nargs="+", default=[256, 512, 768, 1024, 1536])
+    parser.add_argument(
+        "--levels", type=number(int, 1, 1 << 20), nargs="+", default=[256, 512, 768, 1024, 1536]
+    )
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument(
-        "--bytes-per-parameter", type=float, default=20 * BYTES_PER_TOKEN, metavar="N",
+        "--bytes-per-parameter", type=number(float, 1e-9, 1e9), default=20 * BYTES_PER_TOKEN,
+        metavar="N",
         help="training bytes per parameter (default: 20 tokens, Hoffmann et al. 2022)",
     )  # fmt: skip
-    parser.add_argument("--bpe", type=int, metavar="SIZE", help="learn a vocabulary of that size")
+    parser.add_argument("--bpe", type=number(int, 257, 1 << 20), metavar="SIZE",
+                        help="learn a vocabulary of that size")  # fmt: skip
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json of a byte-level BPE")
     parser.add_argument("--topology", metavar="KIND:SHAPE", help="TPU slice to compile for")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="run: these models")
@@ -81,8 +87,6 @@ def plan(options: argparse.Namespace, base: Config) -> int:
     out, tokenizer = Path(options.out), ""
     written = ["plan.json", "configs", "tokenizer.json", "fit.json", "scaling.png"]
     new_files(options.out, written, "out")
-    if not options.bytes_per_parameter > 0:
-        raise ConfigError(f"bytes-per-parameter={options.bytes_per_parameter}: use more than 0")
     sizes = {"bytes_per_token": BYTES_PER_TOKEN, "vocab_size": GPT2_VOCABULARY}
     if "bpe" in options.families and (options.bpe or options.tokenizer):
         tokenizer, sizes = _tokenizer(options, base)
@@ -101,7 +105,7 @@ def plan(options: argparse.Namespace, base: Config) -> int:
         runs = point.family != "bpe" or bool(tokenizer)
         if runs:
             file = out / "configs" / f"{point.name}.json"
-            write_new(file, json.dumps(to_json(config), indent=1) + "\n", "out")
+            write_new(file, json_text(to_json(config), indent=1) + "\n", "out")
         rows.append({**asdict(point), "memory": memory, "memory_from": kind, "runs": runs, **sizes})
         table.append([
             point.name, str(point.layers), f"{point.parameters / 1e6:.2f}M",
@@ -110,7 +114,7 @@ def plan(options: argparse.Namespace, base: Config) -> int:
             f"{point.batch_size} x {point.seq_len}", f"{point.learning_rate:.2e}",
             f"{point.train_flops:.2e}", f"{memory / 2**30:.2f} GiB {kind}",
         ])  # fmt: skip
-    write_new(out / "plan.json", json.dumps(rows, indent=1) + "\n", "out")
+    write_new(out / "plan.json", json_text(rows, indent=1) + "\n", "out")
     _print_table(table)
     if off := [point.name for point, _ in points if abs(point.mismatch) > 0.05]:
         console.print(f"off by more than 5%: {', '.join(off)}: leave levels this small out")
@@ -183,11 +187,13 @@ def run_points(options: argparse.Namespace) -> int:
     enable_compilation_cache()
     failed = []
     for name in options.only or rows:
-        if _result(out, rows[name]) is not None:
-            continue
-        console.print(f"training {name}: {rows[name]['steps']} steps")
         file = out / "configs" / f"{name}.json"
         config = config_from_json(read_json(file))
+        if _result(out, rows[name]) is not None:
+            for line in claim_workdir(config, done=rows[name]["steps"], ended=True):
+                console.print(escape(printable(line)))
+            continue
+        console.print(f"training {name}: {rows[name]['steps']} steps")
         _check_same_text(out, rows, inputs(config.data, open_corpus(config.data)))
         outcome = train_to_end(config)
         if outcome == REQUEUE_EXIT_CODE:
@@ -232,7 +238,7 @@ def fit_points(out: Path) -> int:
     _print_table(table)
     console.print("bpb = a + b (C / C0)^-c, 95% by bootstrap; three sizes for a curve, five for it")
     content = {"points": points, "curves": {f: asdict(c) for f, c in curves.items()}}
-    (out / "fit.json").write_text(json.dumps(content, indent=1) + "\n")
+    (out / "fit.json").write_text(json_text(content, indent=1) + "\n")
     if not draw(points, curves, out / "scaling.png"):
         console.print("scaling.png is left out: it needs the extra sweep")
     return 0

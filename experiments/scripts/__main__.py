@@ -41,8 +41,9 @@ from hnet.data.pipeline import Batch, eval_batches, train_batches
 from hnet.data.row_routes import in_unknown_scripts
 from hnet.data.tokenizers.bpe import train_bpe
 from hnet.errors import ConfigError
-from hnet.fields import Bounds, Count, Natural
+from hnet.fields import Bounds, Count, Natural, differences, json_text, read_json, to_json, told
 from hnet.inspect.gold import thin
+from hnet.outputs import write_new
 from hnet.parts import settings_of
 from hnet.runtime.compile_cache import enable_compilation_cache
 from hnet.train.command import train_to_end
@@ -89,6 +90,7 @@ def main() -> int:
     out = Path(config.out)
     train_lines, heldout = split_texts(config)
     runs = run_configs(config, train_lines, out)
+    check_settings(out, config)
     write_text(out, {"train": train_lines, "heldout": heldout["heldout"]})
     tokenizer = train_bpe([t for own in train_lines.values() for t in own], config.bpe)
     enable_compilation_cache()
@@ -108,6 +110,18 @@ def main() -> int:
             print(f"\n{name}:")
             write_report(out / name, measure(systems, lines, {}), set(lines) - set(train_lines))
     return 0
+
+
+def check_settings(out: Path, config: FairnessTableConfig) -> None:
+    """Store the settings of the study in its folder; raise ConfigError if it has other ones."""
+    mine, path = to_json(replace(config, out="")), out / "settings.json"
+    if not path.exists():
+        write_new(path, json_text(mine, indent=1) + "\n", "out")
+    for field, new, old in differences(mine, read_json(path, "settings")):
+        raise ConfigError(
+            f"{field}={told(new)}, but the study in out={str(out)!r} has {told(old)}: use that, "
+            "or another folder"
+        )
 
 
 def print_rates(settings: Config, outcome: Outcome) -> None:

@@ -9,10 +9,10 @@ those of training, the share of clipped chunks, and bytes per second without com
 rows, in WORKDIR/rows, are not trained again.
 """
 
-import json
 import math
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from hnet.command_line import OneLineParser, number, run
 from hnet.config import ChunkingConfig, HNetConfig, StageConfig
 from hnet.data import Corpus, eval_batches, open_corpus, train_batches
 from hnet.errors import ConfigError
-from hnet.fields import read_json, to_json
+from hnet.fields import json_text, read_json, to_json
 from hnet.runtime.compile_cache import enable_compilation_cache
 from hnet.sweep.interval import interval
 from hnet.train.compiled_run import build, put_batch, put_whole_batch, run_evaluation
@@ -73,8 +73,14 @@ def main() -> int:
 
 def cell(rows: list[dict[str, float]], column: str) -> str:
     """Mean and half-width of the 95% confidence interval over seeds."""
-    values = [row[column] for row in rows]
+    values = [math.nan if row[column] is None else row[column] for row in rows]
     return f"{statistics.fmean(values):.4g} ± {interval(values):.2g}"
+
+
+def share(parts: Sequence[tuple[float, float]]) -> float:
+    """Sum of the first numbers of some pairs over that of the second ones; 0 if that is 0."""
+    part, whole = map(math.fsum, zip(*parts))
+    return part / whole if whole else 0.0
 
 
 def row_of(config: Config, corpus: Corpus, share: int, folder: Path) -> dict[str, float]:
@@ -83,13 +89,18 @@ def row_of(config: Config, corpus: Corpus, share: int, folder: Path) -> dict[str
     settings = to_json(replace(config, workdir=""))
     if path.exists():
         content = read_json(path, "row of the study of slots")
+        if (
+            not isinstance(content, dict)
+            or not {"settings", "fingerprint", "row"} <= content.keys()
+        ):
+            raise ConfigError(f"workdir: {str(path)!r} is damaged: remove it")
         if content["settings"] != settings or content["fingerprint"] != corpus.fingerprint:
             raise ConfigError(f"workdir: {str(path)!r} has other settings or text: use another")
         return content["row"]
     row = train(config, corpus, share)
     content = {"settings": settings, "fingerprint": corpus.fingerprint, "row": row}
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, (json.dumps(content, indent=1) + "\n").encode())
+    replace_file(path, (json_text(content, indent=1) + "\n").encode())
     return row
 
 
@@ -111,7 +122,8 @@ def train(config: Config, corpus: Corpus, share: int) -> dict[str, float]:
             if capacities == before:  # otherwise it has been compiled
                 seconds.append(time.perf_counter() - began)
             before = capacities
-            lost.append(float(metrics["stage0/overflow_frac"]))
+            chunks = float(metrics["stage0/chunks"])
+            lost.append((chunks * float(metrics["stage0/overflow_frac"]), chunks))
             ladder = ladder.observe((int(metrics["stage0/max_slots"]),))
     whole = run_evaluation(program, state.params, corpus.heldout, config, (None,))
     clipped = Evaluation()
@@ -122,7 +134,7 @@ def train(config: Config, corpus: Corpus, share: int) -> dict[str, float]:
     return {
         "bpb": whole.bpb,
         "bpb_clipped": clipped.bpb,
-        "clipped": statistics.fmean(lost[len(lost) // 2 :]),
+        "clipped": share(lost[len(lost) // 2 :]),
         "bytes_per_second": positions / statistics.median(seconds) if seconds else math.nan,
     }
 

@@ -12,7 +12,6 @@ runs evaluations from papers (hnet/suites) instead. A model of tokens is scored 
 is an upper bound; --exact True adds exact numbers.
 """
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable
@@ -27,13 +26,12 @@ from rich.text import Text
 from hnet import load
 from hnet.command_line import parse
 from hnet.data import DataConfig, Part, eval_batches, open_corpus, open_part
-from hnet.data.identity import check_inputs, inputs, read_inputs
 from hnet.data.parallel import read_parallel
 from hnet.decode.by_counts import Done, Fed, Static, forward
 from hnet.decode.score import logprobs
 from hnet.decode.token_bytes import TokenBytes
 from hnet.errors import ConfigError
-from hnet.fields import Bounds, Count, Natural, shown
+from hnet.fields import Bounds, Count, Natural, json_text, shown
 from hnet.loss import bits_per_byte
 from hnet.model import HNetLM, split
 from hnet.printable import printable
@@ -42,7 +40,7 @@ from hnet.suites import command
 from hnet.suites.items import Settings
 from hnet.train.evaluate import Evaluation, evaluate
 from hnet.train.step import eval_metrics
-from hnet.train.workdir import read_config, tokenizer_of
+from hnet.train.workdir import check_text, read_config, tokenizer_of
 from hnet.weights.sources import Source, resolve
 
 
@@ -118,7 +116,7 @@ def main() -> None:
     if config.exact:
         report["exact"] = exact_bits(model, part, config)
     if config.json:
-        print(json.dumps(report))
+        print(json_text(report))
     else:
         _print(report, config.documents)
 
@@ -146,7 +144,7 @@ def _suites(config: EvaluateConfig) -> None:
     model = load(source.path, step=source.step, bos=config.bos, ema=config.ema)
     reports = command.run_suites(model, names, settings, batch_size=config.batch_size)
     if config.json:
-        print(json.dumps({"checkpoint": config.checkpoint, "suites": reports}))
+        print(json_text({"checkpoint": config.checkpoint, "suites": reports}))
     else:
         command.print_reports(reports)
 
@@ -155,11 +153,8 @@ def _part(config: EvaluateConfig, source: Source) -> Part:
     """The text to score. Raises ConfigError if an input of the run has changed since training."""
     data = _data_config(config, source)
     corpus = None if config.files else open_corpus(data)
-    now, before = inputs(data, corpus), (read_inputs(source.path) if source.is_run else None) or {}
-    check_inputs(
-        {name: before.get(name, now[name]) for name in now}, now,
-        f"the run in {config.checkpoint}", "give it the same content, or other text by --files",
-    )  # fmt: skip
+    if source.is_run:
+        check_text(source.path, data, corpus, "give it the same content, or other text by --files")
     part = corpus.heldout if corpus else open_part(config.files)
     if not part.num_bytes:
         raise ConfigError(f"checkpoint={config.checkpoint} has no held-out text: give --files")

@@ -8,38 +8,43 @@ A checkpoint is a work directory or an official state dict with its JSON. Text i
 generated, in whole characters; --boundaries True prints it with its chunks once it is complete.
 Input lines are objects with "prompt" and optionally "seed"; output lines repeat the prompt and add
 "text", "finish_reason", "logprobs" (nats, one number per byte) and "starts" (byte offsets in prompt
-+ text at which the chunks of each stage start). A text that is not valid UTF-8 comes as "base64".
++ text at which the chunks of each stage start) and "made_by", a hash of the model and the settings.
+A text that is not valid UTF-8 comes as "base64".
 """
 
 import base64
 import contextlib
 import dataclasses
 import itertools
-import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, BinaryIO
 
 from rich.progress import Progress
 
 from hnet.command_line import parse
+from hnet.commands.prompt_file import (
+    already_done,
+    is_begun_file,
+    made_by,
+    opened,
+    read_prompts,
+)
+from hnet.data.forms import BOM
 from hnet.decode.generate import Generation, chunk_starts, stream_text
 from hnet.decode.prompts import encode
 from hnet.decode.sampling import Sampling
 from hnet.errors import ConfigError
-from hnet.fields import Count, parse_json
+from hnet.fields import Count, json_text
 from hnet.inspect.render import print_segmentations
 from hnet.inspect.segmentation import Segmentation, StageBoundaries
 from hnet.interop import load
 from hnet.model import HNetLM
-from hnet.outputs import new_file, one_line, read_file
+from hnet.outputs import one_line
 from hnet.printable import printable
 from hnet.runtime.compile_cache import enable_compilation_cache
-
-RESULTS = ("text", "base64", "finish_reason", "logprobs", "starts")
 
 
 @dataclass(frozen=True)
@@ -75,16 +80,18 @@ def main() -> None:
     if bool(config.input) != bool(config.output):
         raise ConfigError("input and output belong together: give both, or a prompt")
     if config.input:
-        prompts = _read_prompts(config.input)
-        done = _already_done(config, prompts)
-    enable_compilation_cache()
-    model = load(config.checkpoint, dtype=config.dtype or None, ema=config.ema)
-    if config.input:
-        _run_file(model, config, prompts, done)
-    elif config.prompt is not None:
+        _run_file(config)
+        return
+    model = _load(config)
+    if config.prompt is not None:
         _run_prompt(model, config, encode(config.prompt))
     else:
         _converse(model, config)
+
+
+def _load(config: GenerateConfig) -> HNetLM:
+    enable_compilation_cache()
+    return load(config.checkpoint, dtype=config.dtype or None, ema=config.ema)
 
 
 def _run_prompt(model: HNetLM, config: GenerateConfig, prompt: bytes) -> None:
@@ -131,90 +138,37 @@ def _typed_lines() -> Iterator[bytes]:
 
 def _piped_lines() -> Iterator[bytes]:
     """Lines that are not blank, as raw bytes. Raises ConfigError if there are none."""
-    lines = (line.rstrip(b"\r\n") for line in sys.stdin.buffer)
+    pieces = itertools.chain(sys.stdin.buffer, [b""])  # the first one may begin with a mark
+    first = next(pieces).removeprefix(BOM)
+    lines = (line.rstrip(b"\r\n") for line in itertools.chain([first], pieces))
     lines = (line for line in lines if line.strip())
     if not (first := next(lines, b"")):
         raise ConfigError("there is nothing to continue: give --prompt, or --input and --output")
     yield from itertools.chain([first], lines)
 
 
-def _read_prompts(path: str) -> list[dict[str, Any]]:
-    """The objects of a JSONL file; blank lines are skipped."""
-    prompts = []
-    for number, line in enumerate(read_file(path, "input").split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            item = parse_json(line.decode("utf-8"))
-            valid = isinstance(item["prompt"], str) and 0 <= int(item.get("seed", 0)) < 1 << 32
-            json.dumps(item)
-        except UnicodeDecodeError:
-            raise ConfigError(f"input={path!r}: line {number} is not UTF-8") from None
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
-            valid = False
-        if not valid:
-            raise ConfigError(
-                f'input={path!r}: line {number} is no object with a text "prompt" and perhaps a '
-                'whole number "seed"'
-            )
-        prompts.append(item)
-    if not prompts:
-        raise ConfigError(f'input={path!r}: it is empty: give lines such as {{"prompt": "a"}}')
-    return prompts
+def _run_file(config: GenerateConfig) -> None:
+    """Continue the prompts of a file that have no result yet."""
+    prompts = read_prompts(config.input)
+    if is_begun_file(config.output, resume=config.resume):
+        with opened(config.output, "r+b") as file:
+            begun = already_done(config.input, config.output, prompts, file)
+            model = _load(config)
+            by = made_by(model, config.sampling, config.bos)
+            done = begun.go_on(file, by, config.output)
+            _write_results(model, config, prompts, done, file, by)
+    else:
+        model = _load(config)
+        with opened(config.output, "xb") as file:
+            by = made_by(model, config.sampling, config.bos)
+            _write_results(model, config, prompts, 0, file, by)
+    print(f"wrote {config.output}")
 
 
-def _already_done(config: GenerateConfig, prompts: list[dict[str, Any]]) -> int:
-    """Number of finished lines of the output file. An incomplete last line, left by a killed run,
-    is removed. Raises ConfigError for a file that this command did not write for these prompts."""
-    where = f"output={config.output!r}"
-    if not (config.resume and os.path.lexists(config.output)):
-        if os.path.lexists(config.output):
-            raise ConfigError(
-                f"{where} exists: choose another file, or set resume True to finish it"
-            )
-        new_file(config.output, "output")
-        return 0
-    content = read_file(config.output, "output")
-    *whole, rest = content.split(b"\n")
-    starts = list(map(_line_start, prompts))
-    if (
-        os.path.samefile(config.input, config.output)
-        or len(whole) + bool(rest) > len(prompts)
-        or not all(map(_is_result, whole, starts))
-        or (rest and not _is_begun(rest, starts[len(whole)]))
-    ):
-        raise ConfigError(f"{where} holds no results of these prompts: choose another file")
-    if rest:
-        with one_line(config.output, "output"), open(config.output, "r+b") as file:
-            file.truncate(len(content) - len(rest))
-    return len(whole)
-
-
-def _line_start(prompt: dict[str, Any]) -> bytes:
-    """The beginning of a prompt's output line, which is known before generating."""
-    known = itertools.takewhile(lambda item: item[0] not in RESULTS, prompt.items())
-    return json.dumps(dict(known))[:-1].encode()
-
-
-def _is_result(line: bytes, start: bytes) -> bool:
-    try:
-        return line.startswith(start) and {*RESULTS[2:]} <= parse_json(line).keys()
-    except (ValueError, AttributeError):
-        return False
-
-
-def _is_begun(line: bytes, start: bytes) -> bool:
-    """Whether this may be the incomplete line of a command that was killed while writing it."""
-    try:
-        parse_json(line)
-    except ValueError:
-        return line.startswith(start) or start.startswith(line)
-    return _is_result(line, start)
-
-
-def _run_file(
-    model: HNetLM, config: GenerateConfig, prompts: list[dict[str, Any]], done: int
-) -> None:
+def _write_results(
+    model: HNetLM, config: GenerateConfig, prompts: list[dict[str, Any]], done: int,
+    file: BinaryIO, made_by: str,
+) -> None:  # fmt: skip
     seeds = [int(p.get("seed", config.sampling.seed + i)) for i, p in enumerate(prompts)]
     pieces = stream_text(
         model, [p["prompt"] for p in prompts[done:]], config.sampling,
@@ -224,7 +178,6 @@ def _run_file(
     with (
         Progress(disable=not sys.stderr.isatty(), transient=True) as progress,
         one_line(config.output, "output"),
-        open(config.output, "a" if config.resume else "x", encoding="utf-8") as file,
     ):
         task = progress.add_task("generating", total=len(prompts), completed=done)
         for piece in pieces:
@@ -233,23 +186,21 @@ def _run_file(
             waiting[first + piece.index] = piece.finished
             progress.advance(task)
             while done in waiting:  # write lines in the order of the prompts
-                file.write(_line(model, prompts[done], waiting.pop(done)) + "\n")
+                line = _line(model, prompts[done], waiting.pop(done)) | {"made_by": made_by}
+                file.write(json_text(line).encode() + b"\n")
                 file.flush()
                 done += 1
-    print(f"wrote {config.output}")
 
 
-def _line(model: HNetLM, prompt: dict[str, Any], result: Generation) -> str:
+def _line(model: HNetLM, prompt: dict[str, Any], result: Generation) -> dict[str, Any]:
     try:
         text = {"text": result.data.decode()}
     except UnicodeDecodeError:
         text = {"base64": base64.b64encode(result.data).decode()}
-    return json.dumps(
-        {
-            **prompt,
-            **text,
-            "finish_reason": result.finish_reason,
-            "logprobs": [round(float(x), 5) for x in result.logprobs],
-            "starts": chunk_starts(model.config, result.boundaries),
-        }
-    )
+    return {
+        **prompt,
+        **text,
+        "finish_reason": result.finish_reason,
+        "logprobs": [round(float(x), 5) for x in result.logprobs],
+        "starts": chunk_starts(model.config, result.boundaries),
+    }

@@ -8,24 +8,25 @@ byte offsets and probabilities, --html a self-contained page. Without --text and
 input is read.
 """
 
-import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hnet import load
 from hnet.command_line import parse
+from hnet.data.forms import lines_of
+from hnet.data.parallel import read_lines
 from hnet.data.tokens import read_vocabulary, starts
 from hnet.decode.segment import segment_all, segmenter
 from hnet.errors import ConfigError
-from hnet.fields import Count
+from hnet.fields import Count, json_text
 from hnet.inspect.fairness import cut_at
 from hnet.inspect.gold import annotate
 from hnet.inspect.page import to_html
 from hnet.inspect.render import print_segmentations
 from hnet.inspect.segmentation import Segmentation
 from hnet.model import split
-from hnet.outputs import new_file, read_file, write_new
+from hnet.outputs import new_file, write_new
 from hnet.runtime.compile_cache import enable_compilation_cache
 
 GOLD = ("words", "whitespace", "characters")
@@ -40,7 +41,7 @@ class SegmentConfig:
     text: tuple[str, ...] = ()
     """texts to segment"""
     file: str = ""
-    """file whose lines are segmented one by one; - = standard input"""
+    """file whose lines are segmented one by one, in a form of `data.files`; - = standard input"""
     json: bool = False
     """print one JSON object per text instead"""
     html: str = ""
@@ -71,7 +72,7 @@ def main() -> None:
         _write_page(config, found)
     elif config.json:
         for seg in found:
-            print(json.dumps(seg.to_json()))
+            print(json_text(seg.to_json()))
     else:
         print_segmentations(found)
 
@@ -79,9 +80,9 @@ def main() -> None:
 def _texts(config: SegmentConfig) -> list[bytes]:
     texts = [text.encode("utf-8", "surrogateescape") for text in config.text]
     if config.file == "-" or not (config.text or config.file):
-        texts += sys.stdin.buffer.read().splitlines()
+        texts += lines_of(sys.stdin.buffer.read())
     elif config.file:
-        texts += read_file(config.file, "file").splitlines()
+        texts += read_lines(config.file, "file")
     texts = [text[: config.max_bytes] for text in texts if text]
     if not texts:
         raise ConfigError("there is no text to cut: give --text or --file")

@@ -1,6 +1,8 @@
 """Parallel text in several languages: aligned line by line, or comparable as a whole."""
 
 import gzip
+import os
+import stat
 import zlib
 from collections.abc import Sequence
 
@@ -10,6 +12,7 @@ from hnet.data.forms import form_of, lines_of
 from hnet.data.json_lines import text_of_line
 from hnet.data.scripts import SCRIPTS, script_ids
 from hnet.errors import ConfigError
+from hnet.fields import read_bytes
 
 Lines = dict[str, list[bytes]]
 
@@ -30,7 +33,8 @@ def read_parallel(files: Sequence[str], *, aligned: bool = True, field: str = "f
         language, equals, path = entry.partition("=")
         if not (language and equals and path):
             raise ConfigError(f"{field}={entry!r}: write LANGUAGE=FILE")
-        lines.setdefault(language, []).extend(_read_lines(path, field))
+        own = (line.strip() for line in read_lines(path, field))
+        lines.setdefault(language, []).extend(own)
     if not lines:
         raise ConfigError(f"{field}=(): give LANGUAGE=FILE for each language")
     if not aligned:
@@ -44,16 +48,27 @@ def read_parallel(files: Sequence[str], *, aligned: bool = True, field: str = "f
     return {language: [texts[i] for i in whole] for language, texts in lines.items()}
 
 
-def _read_lines(path: str, field: str) -> list[bytes]:
+def read_lines(path: str, field: str) -> list[bytes]:
+    """The texts of a file, one per line, as stored; of JSON lines, their "text".
+
+    The form is detected as for `data.files`. Raises ConfigError for a file of another form, or one
+    that cannot be read.
+    """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe: it can be read once
+            return lines_of(read_bytes(path))
         kind, gzipped = form_of(path)
         with (gzip.open if gzipped else open)(path, "rb") as f:
             lines = lines_of(f.read())
     except (OSError, EOFError, zlib.error) as e:
         raise ConfigError(f"{field}: {path!r}: {getattr(e, 'strerror', None) or e}") from None
+    except ConfigError:
+        raise
+    except ValueError as e:  # it has a zero byte
+        raise ConfigError(f"{field}: {path!r} is no path ({e}): give another") from None
     match kind:
         case "text":
-            return [line.strip() for line in lines]
+            return lines
         case "lines":
             return [_text_of(path, number, line, field) for number, line in enumerate(lines, 1)]
         case _:
@@ -62,7 +77,7 @@ def _read_lines(path: str, field: str) -> list[bytes]:
 
 def _text_of(path: str, number: int, line: bytes, field: str) -> bytes:
     try:
-        return text_of_line(line).strip() if line.strip() else b""
+        return text_of_line(line) if line.strip() else b""
     except ValueError as e:
         raise ConfigError(
             f'{field}: {path!r}: not every line is an object with "text" (line {number}: {e})'

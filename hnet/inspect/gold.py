@@ -160,7 +160,7 @@ def _cuts_character(data: bytes, offsets: tuple[int, ...]) -> bool:
 def read_code(path: str | os.PathLike) -> Iterator[Segmentation]:
     """Python files with gold ``code_tokens``: a .py file, or {"path", "text"} JSON lines."""
     path = Path(path)
-    if path.suffix != ".jsonl":
+    if path.suffix.lower() != ".jsonl":
         yield annotate(Segmentation(_read(path).removeprefix(BOM), path.name), "code_tokens")
         return
     for number, row in _json_lines(path):

@@ -3,9 +3,9 @@
 import base64
 import hashlib
 import html
-import json
 from collections.abc import Mapping, Sequence
 
+from hnet.fields import json_text
 from hnet.inspect.plugin import assets
 from hnet.inspect.segmentation import Segmentation
 from hnet.inspect.store import text_facts, text_key
@@ -48,7 +48,7 @@ def to_html(
     return _PAGE.format(
         title=html.escape(printable(title)),
         style=assets.style(),
-        data=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
+        data=json_text(data, separators=(",", ":")).replace("<", "\\u003c"),
         script=script,
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
     )

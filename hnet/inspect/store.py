@@ -19,13 +19,13 @@ ignored and counted. One process writes; any number of processes may read at the
 
 import contextlib
 import hashlib
-import json
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hnet.fields import json_text
 from hnet.inspect.index import FOLDER, INDEX, STEPS, TEXTS, SegmentationIndex
 from hnet.inspect.segmentation import Segmentation, step_json, text_json
 
@@ -86,7 +86,7 @@ class SegmentationLog:
         new, rows = [], {}
         for seg in segmentations:
             static, key = text_json(seg), text_key(seg)
-            digest = _digest(json.dumps(static))
+            digest = _digest(json_text(static))
             if self._written.get(key) != digest:  # a new text, or changed routes or gold
                 at = self._append(TEXTS, {"key": key, **static})
                 new.append({"text": key, "digest": digest, "at": at, **text_facts(seg)})
@@ -107,7 +107,7 @@ class SegmentationLog:
 
     def _append(self, name: str, content: dict[str, Any]) -> list[int]:
         """Write a line. Returns its offset and length."""
-        file, line = self._files[name], json.dumps(content, separators=(",", ":")).encode()
+        file, line = self._files[name], json_text(content, separators=(",", ":")).encode()
         offset = file.tell()
         file.write(line + b"\n")
         return [offset, len(line)]
@@ -115,7 +115,7 @@ class SegmentationLog:
 
 def text_key(seg: Segmentation) -> str:
     """Key of a text: the same in all runs, independent of its routes and gold boundaries."""
-    return _digest(json.dumps([seg.name, seg.data.hex()]))
+    return _digest(json_text([seg.name, seg.data.hex()]))
 
 
 def _digest(content: str) -> str:

@@ -24,7 +24,9 @@ from hnet.errors import ConfigError
 from hnet.interop.convert import convert, verify
 from hnet.interop.publish import pull, push
 from hnet.runtime.compile_cache import enable_compilation_cache
+from hnet.train.workdir import read_config
 from hnet.weights.official import Mismatch
+from hnet.weights.sources import resolve
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -87,7 +89,15 @@ def _convert(options: argparse.Namespace) -> int:
         config=options.config, dtype=options.dtype, step=options.step, ema=options.ema,
     )  # fmt: skip
     print(f"wrote {options.target}")
+    _say_bos(options)
     return 0
+
+
+def _say_bos(options: argparse.Namespace) -> None:
+    """Print what the written file cannot tell: that its texts begin without BOS."""
+    found = resolve(options.source, options.step)
+    if found.is_run and not read_config(found.path).data.bos_eos:
+        print("trained with data.bos_eos False, which the file does not say: use --bos False")
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -110,6 +120,7 @@ def _push(options: argparse.Namespace) -> int:
         replace_card=options.replace_card,
     )  # fmt: skip
     print(f"pushed {options.source}: {commit}")
+    _say_bos(options)
     return 0
 
 

@@ -30,7 +30,7 @@ from hnet.weights.file import DType, WeightFile, dtypes, shown
 from hnet.weights.official import Leaf, check_official, check_runs, entries, leaves
 from hnet.weights.own import own_json, own_leaves
 from hnet.weights.sources import Source, resolve
-from hnet.weights.tensors import FORMATS, write_tensors
+from hnet.weights.tensors import FORMATS, is_tensor_file, write_tensors
 
 
 def convert(
@@ -50,7 +50,7 @@ def convert(
     """
     target = Path(target)
     new_file(target, "target")
-    is_file = target.suffix in FORMATS
+    is_file = is_tensor_file(target)
     if is_file:
         new_file(target.with_suffix(".json"), "target")
     found = resolve(source, step)

@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from hnet.data import identity
 from hnet.data.identity import Inputs
 from hnet.errors import ConfigError
-from hnet.fields import differences, parse_json, to_json
+from hnet.fields import differences, parse_json, to_json, told
 from hnet.sweep.space import Point, Space, Values, list_points, make_point, point_key
 from hnet.sweep.storage import open_storage, pruner
 from hnet.train.config import Config, config_from_json
@@ -89,8 +89,8 @@ class Study(contextlib.AbstractContextManager):
         _drop(identity.SPEED, mine, theirs)
         for field, new, old in differences(mine, theirs):
             raise ConfigError(
-                f"{there} is another sweep: {field} is {old!r} there, here "
-                f"{new!r}: use that, or another --study or --out"
+                f"{there} is another sweep: {field} is {told(old)} there, here "
+                f"{told(new)}: use that, or another --study or --out"
             )
 
     def __enter__(self) -> "Study":

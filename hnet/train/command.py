@@ -8,6 +8,7 @@ import time
 
 from hnet.command_line import FAILED
 from hnet.decode.segment import segmenter
+from hnet.errors import ConfigError
 from hnet.inspect.render import print_segmentations
 from hnet.inspect.segmentation import Segmentation
 from hnet.runtime.compile_cache import enable_compilation_cache
@@ -27,12 +28,12 @@ PARAGRAPH_BYTES = 400  # bytes of the held-out paragraph printed with its bounda
 def pretrain(config: Config) -> int:
     """Train to the end or to a stop request and print the result; returns the exit code."""
     initialize(config.distributed)
-    config = with_tokenizer(config)
-    if config.mesh == MeshConfig() and num_hosts() == 1:
-        one_device_per_core(config.data.batch_size // config.train.accumulate)
-    enable_compilation_cache()
-    began = time.monotonic()
-    outcome = train_to_end(config)
+    with with_tokenizer(config) as config:
+        if config.mesh == MeshConfig() and num_hosts() == 1:
+            one_device_per_core(config.data.batch_size // config.train.accumulate)
+        enable_compilation_cache()
+        began = time.monotonic()
+        outcome = train_to_end(config)
     if isinstance(outcome, int):
         return outcome
     if outcome.corpus.heldout.num_bytes:
@@ -72,7 +73,10 @@ def _cut_paragraph(config: Config, outcome: Outcome) -> list[Segmentation]:
         bos=config.data.bos_eos,
     )  # fmt: skip
     params = evaluated_params(config, outcome.state)
-    return segment(params, [paragraph], ["held-out paragraph"])
+    try:
+        return segment(params, [paragraph], ["held-out paragraph"])
+    except ConfigError:  # probabilities that are not finite; the evaluation has said so
+        return []
 
 
 def _conclude(outcome: Outcome, seconds: float) -> None:

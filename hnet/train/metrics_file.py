@@ -1,8 +1,6 @@
 """metrics.jsonl: one JSON object per line, appended by one process; survives disk errors."""
 
 import contextlib
-import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,7 +10,7 @@ from typing import Any
 from etils import epath
 
 from hnet.errors import Failed
-from hnet.fields import parse_json
+from hnet.fields import json_text, parse_json, without_nan
 from hnet.train.log_folder import METRICS
 
 Row = dict[str, Any]
@@ -34,20 +32,7 @@ def _parsed(line: bytes) -> Row | None:
     except ValueError:  # UnicodeDecodeError is a ValueError
         return None
     is_row = isinstance(row, dict) and type(row.get("step")) is int
-    return _finite(row) if is_row else None
-
-
-def _finite(value: Any) -> Any:
-    """`value` with NaN and infinity replaced by None, since JSON has neither."""
-    match value:
-        case float():
-            return value if math.isfinite(value) else None
-        case dict():
-            return {name: _finite(v) for name, v in value.items()}
-        case list() | tuple():
-            return [_finite(v) for v in value]
-        case _:
-            return value
+    return without_nan(row) if is_row else None
 
 
 class MetricsFile:
@@ -149,7 +134,7 @@ class MetricsFile:
 
 
 def _line(row: Row) -> bytes:
-    return json.dumps(_finite(row), allow_nan=False).encode() + b"\n"
+    return json_text(row).encode() + b"\n"
 
 
 def _free_name(path: Path) -> Path:

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hnet.checkpoint.save import Checkpointer
+from hnet.checkpoint.save import Checkpointer, Restored
 from hnet.checkpoint.step_folders import work_folder
 from hnet.data import Corpus, identity, open_corpus, train_batches
 from hnet.data.pipeline import Batch
@@ -45,6 +45,7 @@ from hnet.train.exact_offsets import set_exact_offsets
 from hnet.train.initial import frozen_graph, open_start, replaced
 from hnet.train.lock import DirectoryLock
 from hnet.train.memory import check_memory
+from hnet.train.run_logger import RunLogger, Start
 from hnet.train.step import with_params
 from hnet.train.workdir import check_steps
 
@@ -186,6 +187,7 @@ def train_parallel_runs(
     corpus, config = open_corpus(configs[0].data), configs[0]
     read = identity.inputs(config.data, corpus)
     program = build(configs)
+    RunLogger(config, corpus, Start())  # raises for what a run by itself is refused for
     with DirectoryLock(workdir), Checkpointer(workdir, config.checkpoint) as checkpoints:
         before = identity.read_inputs(work_folder(workdir))
         identity.check_inputs(
@@ -200,7 +202,7 @@ def train_parallel_runs(
             state = with_params(state, replaced(state.params, start))
         progress.overflow = [[0.0] * config.model.num_chunked for _ in configs]
         if checkpoints.steps():
-            restored = checkpoints.restore(program.abstract_state)
+            restored = _restored(checkpoints, program, len(configs))
             state, done = restored.state, restored.step
             progress = RunStates(**restored.extras["progress"])
         check_steps(config, workdir, done)
@@ -211,6 +213,25 @@ def train_parallel_runs(
         with open_batches(configs, corpus, done) as batches:
             runs = _Runs(configs, corpus, program, checkpoints, stop, watch, show, batches)
             return runs.train(state, progress, done)
+
+
+def _restored(checkpoints: Checkpointer, program: CompiledRun, count: int) -> Restored:
+    """The newest good state of `count` runs. It may be padded for another number of devices."""
+    wanted = program.abstract_state
+    step = checkpoints.latest_good_step()
+    leaves = checkpoints.manifest(step).leaves if step is not None else {}
+    saved = next((leaf["shape"][0] for leaf in leaves.values()), program.mesh.shape["runs"])
+    if saved == wanted.step.shape[0] or saved < count:
+        return checkpoints.restore(wanted)
+    everywhere = NamedSharding(program.mesh, P())
+    padded = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((saved, *x.shape[1:]), x.dtype, sharding=everywhere), wanted
+    )
+    restored = checkpoints.restore(padded)
+    runs = np.minimum(np.arange(wanted.step.shape[0]), count - 1)
+    take = jax.jit(lambda state: jax.tree.map(lambda x: x[runs], state),
+                   out_shardings=program.shardings)  # fmt: skip
+    return restored._replace(state=take(restored.state))
 
 
 def _write_inputs(workdir: str, read: identity.Inputs) -> None:

@@ -238,7 +238,11 @@ class RunLogger:
     def _log_evaluation(self, step, results: dict[str, Any], row, segment, params) -> None:
         texts = [probe.data for probe in self.probes]
         names, gold = [p.name for p in self.probes], [dict(p.gold) for p in self.probes]
-        drawn = segment(params, texts, names, gold)
+        try:
+            drawn = segment(params, texts, names, gold)
+        except ConfigError as e:  # probabilities that are not finite; training notices by itself
+            self.say(f"step {step}: the texts are not drawn: {e}")
+            drawn = []
         if self.writer:
             self._scalars(step, results)
             results |= self.writer.write_segmentations(step, drawn)

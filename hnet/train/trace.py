@@ -4,12 +4,12 @@ import contextlib
 import importlib.util
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 
-from hnet.errors import ConfigError
+from hnet.errors import ConfigError, first_line
 from hnet.train.config import ProfileConfig
 
 _IN_VAIN = (
@@ -71,15 +71,27 @@ class Trace:
 
     def _begin(self, done: int, until: int) -> None:
         self.say(f"step {done}: the next {until - done} are profiled, into {self.folder}")
-        jax.profiler.start_trace(str(self.folder))
-        self.is_running, self.until = True, until
+        with self._guarded():
+            jax.profiler.start_trace(str(self.folder))
+            self.is_running, self.until = True, until
+        if not self.is_running:
+            self.last = 0  # not again at the next step
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Say what the profiler raises, as on a full disk; the run goes on."""
+        try:
+            yield
+        except Exception as e:  # the profiler raises errors of several kinds
+            self.say(f"no profile in {self.folder} ({first_line(e)}): the run goes on without it")
 
     def close(self) -> None:
         """End the profile, if one runs."""
         if self.is_running:
             self.is_running = False
-            jax.profiler.stop_trace()
-            self.say(f"profile written: {self.folder}")
+            with self._guarded():
+                jax.profiler.stop_trace()
+                self.say(f"profile written: {self.folder}")
 
 
 def _loads_libtpu_in_vain() -> bool:

@@ -7,14 +7,15 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
-from hnet.checkpoint.step_folders import work_folder
+from hnet.checkpoint.step_folders import checkpoint_folder, work_folder
 from hnet.data import Corpus, DataConfig, identity
 from hnet.data.identity import Inputs, check_inputs, read_inputs, write_inputs
 from hnet.errors import ConfigError, Failed
-from hnet.fields import differences, parse_json, shown, to_json
+from hnet.fields import differences, parse_json, to_json, told
 from hnet.runtime.distributed import on_first_host
 from hnet.train.config import Config, config_from_json
 from hnet.train.lock import DirectoryLock
+from hnet.train.log_folder import METRICS, TENSORBOARD
 
 
 def read_config(workdir: str | os.PathLike) -> Config:
@@ -44,6 +45,18 @@ def check_tokenizer(workdir: str | os.PathLike, data: DataConfig) -> None:
         check_inputs(
             {name: before[name]}, now, f"the run in {os.fspath(workdir)}", "give it the same file"
         )
+
+
+def check_text(
+    workdir: str | os.PathLike, data: DataConfig, corpus: Corpus | None, remedy: str = ""
+) -> None:
+    """Raise ConfigError if the text of a run (None: it is not read), or its tokenizer, has changed
+    since the run. data: its settings, as in its config.json."""
+    now, before = identity.inputs(data, corpus), read_inputs(workdir) or {}
+    check_inputs(
+        {name: before.get(name, now[name]) for name in now}, now,
+        f"the run in {os.fspath(workdir)}", remedy or "give it the same content",
+    )  # fmt: skip
 
 
 def _stored(workdir: str | os.PathLike) -> Any:
@@ -79,11 +92,24 @@ def locked_workdir(config: Config, read: Inputs | None = None) -> Iterator[None]
 
     def enter() -> None:
         stack.enter_context(DirectoryLock(config.workdir))
-        changes(config, read)
+        if changes(config, read) is None:
+            check_free(config.workdir)
 
     with contextlib.ExitStack() as stack:
         on_first_host("lock", enter)
         yield
+
+
+def check_free(workdir: str | os.PathLike) -> None:
+    """Raise ConfigError if a folder without a run has files under names that a run writes to: it
+    would drop their content as steps of an earlier start."""
+    folder = work_folder(workdir)
+    for path in (folder / METRICS, folder / TENSORBOARD, checkpoint_folder(workdir)):
+        if path.is_dir() and any(path.iterdir()) or path.exists() and not path.is_dir():
+            raise ConfigError(
+                f"workdir={os.fspath(workdir)} has {path.name}, but no config.json of a run that "
+                "wrote it: use another workdir"
+            )
 
 
 def check_steps(config: Config, workdir: str, done: int) -> None:
@@ -135,7 +161,7 @@ def changes(config: Config, read: Inputs | None = None) -> list[Change] | None:
         if then and field in _NAMES:
             texts = f" (fingerprint {now_read.get('data.files')}, there {then.get('data.files')})"
         raise ConfigError(
-            f"{path}={_told(new)}, but the run in workdir={config.workdir} has {_told(old)}"
+            f"{path}={told(new)}, but the run in workdir={config.workdir} has {told(old)}"
             f"{texts}: use that value to resume it, or {remedy}"
         )
     check_inputs(
@@ -143,13 +169,6 @@ def changes(config: Config, read: Inputs | None = None) -> list[Change] | None:
         f"give it the same content to resume, or {remedy}",
     )  # fmt: skip
     return found
-
-
-def _told(value: Any) -> str:
-    """A value as one line; for a list of objects their number."""
-    if isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
-        return f"({len(value)} of them)"
-    return shown(value)
 
 
 def claim_workdir(
@@ -164,7 +183,7 @@ def claim_workdir(
     """
     folder = work_folder(config.workdir)
     found = changes(config, read)
-    lines = [f"{path}={_told(new)} (it was {_told(old)})" for path, old, new in found or ()]
+    lines = [f"{path}={told(new)} (it was {told(old)})" for path, old, new in found or ()]
     if ended:
         return [
             f"{line}: no effect, as the run in workdir={config.workdir} ended at step {done}; "

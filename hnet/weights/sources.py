@@ -11,7 +11,7 @@ from hnet.errors import ConfigError
 from hnet.fields import shown
 from hnet.outputs import one_line
 from hnet.weights.hub import fetch, is_address
-from hnet.weights.tensors import FORMATS
+from hnet.weights.tensors import FORMATS, is_tensor_file
 
 
 class Source(NamedTuple):
@@ -53,7 +53,7 @@ def resolve(path: str | os.PathLike, step: int | None = None, *, field="checkpoi
             f"{field}={shown(given)} does not exist: give a work directory, WORKDIR@STEP, or a "
             f"file that ends in {', '.join(FORMATS)}"
         )
-    if any(name.endswith(FORMATS) for name in names) and "checkpoints" not in names:
+    if any(map(is_tensor_file, names)) and "checkpoints" not in names:
         return _file(os.path.join(workdir, weights_among(names, given)), step, field)
     if "config.json" not in names:
         raise ConfigError(f"{field}={given!r} has no config.json: it is no work directory")
@@ -103,7 +103,7 @@ def _file(path: str, step: int | None, field: str) -> Source:
 
 def weights_among(names: list[str], where: str) -> str:
     """The file of weights of a folder. Raises ConfigError if that is not clear."""
-    found = [n for n in names if "/" not in n and n.endswith(FORMATS)]
+    found = [n for n in names if "/" not in n and is_tensor_file(n)]
     if "model.safetensors" in found:
         return "model.safetensors"
     if len(found) != 1:

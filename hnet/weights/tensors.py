@@ -25,6 +25,11 @@ _NO_FLOAT = "not floating point"
 _MOST_HEADER = 1 << 14  # maximum bytes of an array header; numpy itself parses up to 10,000
 
 
+def is_tensor_file(path: str | os.PathLike) -> bool:
+    """Whether the name is that of a file of weights, in capitals too."""
+    return Path(path).suffix.lower() in FORMATS
+
+
 class TensorFile(Mapping[str, np.ndarray]):
     """Mapping from names to tensors; each access reads one tensor from the file as a NumPy array.
 
@@ -34,10 +39,10 @@ class TensorFile(Mapping[str, np.ndarray]):
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        suffix = self.path.suffix
+        suffix = self.path.suffix.lower()
         with one_line(path, "checkpoint"):
             is_file = stat.S_ISREG(os.stat(path).st_mode)
-        if not is_file or suffix not in FORMATS:
+        if not is_file or not is_tensor_file(path):
             raise ConfigError(
                 f"checkpoint {os.fspath(path)!r} is of no known format: give a work directory, or "
                 f"a file that ends in {', '.join(FORMATS)}"
@@ -155,7 +160,7 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
 
     The file gets its name only when it is complete.
     """
-    if path.suffix not in FORMATS:
+    if not is_tensor_file(path):
         raise ConfigError(f"{str(path)!r} is of no known format: use {', '.join(FORMATS)}")
     new_file(path, "target")
     try:
@@ -177,7 +182,7 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
 
 
 def _write(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    match path.suffix:
+    match path.suffix.lower():
         case ".npz":
             _write_npz(path, tensors)
         case ".safetensors":
@@ -193,7 +198,8 @@ def _write(path: Path, tensors: dict[str, np.ndarray]) -> None:
 def _write_npz(path: Path, tensors: dict[str, np.ndarray]) -> None:
     if any(array.dtype == ml_dtypes.bfloat16 for array in tensors.values()):
         raise ConfigError(f"{str(path)!r}: .npz has no bfloat16: use .safetensors, or float32")
-    np.savez(path, **tensors)
+    with open(path, "wb") as file:  # numpy adds a suffix to other names, such as X.NPZ
+        np.savez(file, **tensors)
 
 
 def _write_torch(path: Path, tensors: dict[str, np.ndarray]) -> None:

@@ -186,6 +186,9 @@ def test_what_cannot_be_a_second_model_is_one_line(second, tmp_path):
             model().read_files()
         assert "\n" not in str(error.value)
 
+    run_without_bos = replace(tiny_run(tmp_path).data, bos_eos=False)
+    with pytest.raises(ConfigError, match="trained with data.bos_eos=True, and this run has .*Fal"):
+        tiny_run(tmp_path, model=patched(second), data=run_without_bos)
     refused(lambda: patched(""), "holds no run: train a byte model there")
     refused(lambda: patched(tmp_path), "holds no run")
     refused(lambda: patched(second, language_model=replace(SECOND, tie_embeddings=True)), "another")

@@ -3,7 +3,9 @@
 import gzip
 import io
 import json
+import lzma
 import os
+import pickle
 import tarfile
 import zipfile
 
@@ -119,6 +121,10 @@ def parquet():
         ("books.TGZ", gzip.compress(b""), "packed in a way not read here"),
         ("books.tar.gz", gzip.compress(TEXT), "packed in a way not read here"),
         ("a.txt", zipped(), "a zip archive"),
+        ("a.txt", lzma.compress(b"text", format=lzma.FORMAT_ALONE), "packed with lzma"),
+        ("a.txt", pickle.dumps(["text"]), "a pickle"),
+        ("a.txt", b"\x89PNG\r\n\x1a\n\0\0", "an image"),
+        ("a.txt", b"\x93NUMPY\x01\0", "a NumPy array"),
         ("a.txt.gz", gzip.compress(zipped()), "a zip archive"),
         ("a.ZIP", b"", "packed in a way not read here"),
         ("a.txt", b"BZh91AY&SY" + os.urandom(40), "bzip2"),

@@ -1,11 +1,13 @@
 """Reading parallel text."""
 
 import gzip
+import os
+import threading
 
 import numpy as np
 import pytest
 
-from hnet.data.parallel import bytes_by_script, read_parallel
+from hnet.data.parallel import bytes_by_script, read_lines, read_parallel
 from hnet.data.scripts import SCRIPTS
 from hnet.errors import ConfigError
 from tests.data_helpers import jsonl
@@ -53,6 +55,26 @@ def test_lines_of_every_form(files):
         lines = read_parallel([f"a={files}/a.txt", f"x={files}/{name}"])
         assert lines["a"] == [b"one", b"three", b"four"]
         assert lines["x"] == expected, name
+
+
+def test_lines_are_as_stored_and_packed_text_is_unpacked(files):
+    text = b"\xef\xbb\xbf one\rtwo \r\n\nx\x0by\xe2\x80\xa8z\n"
+    expected = [b" one\rtwo ", b"", b"x\x0by\xe2\x80\xa8z"]
+    (files / "x.txt").write_bytes(text)
+    (files / "x.GZ").write_bytes(gzip.compress(text))
+    (files / "zip").write_bytes(b"PK\x03\x04")
+    for name in ("x.txt", "x.GZ"):
+        assert read_lines(str(files / name), "file") == expected
+    assert read_lines(str(files / "c.jsonl"), "file")[0] == b"eins"
+    with pytest.raises(ConfigError, match="zip' is a zip archive"):
+        read_lines(str(files / "zip"), "file")
+    os.mkfifo(files / "pipe")
+    writer = threading.Thread(target=(files / "pipe").write_bytes, args=(text,))
+    writer.start()
+    assert read_lines(str(files / "pipe"), "file") == expected
+    writer.join()
+    with pytest.raises(ConfigError, match="file: '/dev/zero': it is a device"):
+        read_lines("/dev/zero", "file")
 
 
 @pytest.mark.parametrize(

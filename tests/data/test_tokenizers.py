@@ -1,6 +1,7 @@
 """Tokenizers learned from text, and the one that a run learns into its work directory."""
 
 import random
+from contextlib import ExitStack
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,7 @@ from hnet.data.tokenizers.lib import Reader
 from hnet.data.tokenizers.superbpe import merges_across
 from hnet.data.tokens import read_vocabulary, starts
 from hnet.errors import ConfigError
+from hnet.train.lock import DirectoryLock
 from hnet.train.tokenizer import with_tokenizer
 from hnet.train.workdir import check_tokenizer, tokenizer_of
 from tests.training import TINY, tiny_run
@@ -140,20 +142,27 @@ def test_windows_are_lossless_on_any_bytes(vocabularies, data):
     assert b"".join(vocabulary.pieces[i] for i in vocabulary.encode(data)) == data
 
 
+def learned(config):
+    with with_tokenizer(config) as found:
+        return found
+
+
 def test_a_run_learns_its_tokenizer_once(tmp_path):
     data = DataConfig(("synthetic:latin",), tokenizer="bpe:270")
     model = replace(TINY, vocab_size=270)
     config = tiny_run(tmp_path / "run", data=data, model=model)
-    first = with_tokenizer(config)
+    first = learned(config)
     content = (tmp_path / "run" / "tokenizer.json").read_bytes()
     assert read_vocabulary(first.data.tokenizer).size == 270
-    assert with_tokenizer(config) == first == with_tokenizer(first)
+    assert learned(config) == first == learned(first)
     assert (tmp_path / "run" / "tokenizer.json").read_bytes() == content
     other = replace(config, data=replace(data, tokenizer="bpe:269"))
+    (tmp_path / "run" / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="learned 'bpe:270': use that"):
-        with_tokenizer(other)
+        learned(other)
     with pytest.raises(ConfigError, match="vocab_size=256: data.tokenizer='bpe:270' needs 270"):
-        with_tokenizer(replace(config, model=TINY))
+        learned(replace(config, model=TINY))
+    assert (tmp_path / "run" / "tokenizer.json").read_bytes() == content
     write_inputs(tmp_path / "run", inputs(first.data, None))
     moved = (tmp_path / "run").rename(tmp_path / "moved")
     assert tokenizer_of(moved, first.data) == str(moved / "tokenizer.json")
@@ -164,7 +173,29 @@ def test_a_run_learns_its_tokenizer_once(tmp_path):
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="holds another run"):
-        with_tokenizer(replace(config, workdir=str(tmp_path / "old")))
+        learned(replace(config, workdir=str(tmp_path / "old")))
+
+
+def test_a_refused_start_takes_its_tokenizer_back(tmp_path):
+    data = DataConfig(("synthetic:latin",), tokenizer="bpe:260")
+    config = tiny_run(tmp_path / "a" / "run", data=data, model=replace(TINY, vocab_size=270))
+    with pytest.raises(ConfigError, match="no such probes"), with_tokenizer(config):
+        raise ConfigError("no such probes")
+    assert list(tmp_path.iterdir()) == []
+    learned(config)  # the start is killed here, before its run begins
+    folder = tmp_path / "a" / "run"
+    (folder / "tokenizer.json").unlink()  # or even before the file is whole
+    other = learned(replace(config, data=replace(data, tokenizer="bpe:262")))
+    assert read_vocabulary(other.data.tokenizer).size == 262
+    with ExitStack() as held, pytest.raises(ConfigError, match="in use"), with_tokenizer(config):
+        held.enter_context(DirectoryLock(folder))  # of the start that refuses this one
+        raise ConfigError("in use")
+    with pytest.raises(ConfigError, match="in use"), DirectoryLock(folder):
+        learned(config)
+    assert {path.name for path in folder.iterdir()} == {"tokenizer.json", "tokenizer_source.json"}
+    (folder / "tokenizer_source.json").write_text("[1]")
+    with pytest.raises(ConfigError, match="names no tokenizer"):
+        learned(config)
 
 
 def test_bad_kinds_are_one_line():

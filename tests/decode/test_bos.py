@@ -95,12 +95,12 @@ def test_commands_follow_the_run(workdir, tmp_path, capsys, monkeypatch):
     out = output_of(boundaries, capsys, monkeypatch, *at, *gold)
     (found,) = json.loads(out)["files"][str(tmp_path / "ud.jsonl")]["stages"]
     assert np.isfinite(found["gold"]["words"]["learned"]["f1"])
-    assert "NaN" not in out.replace('"f1": NaN', "")
+    assert "NaN" not in out
     files = ("--files", tmp_path / "text.txt", "--json", "True")
     report = json.loads(output_of(evaluate, capsys, monkeypatch, *at, *files))
     assert np.isfinite(report["bpb"]) and report["unscored_bytes"] == 1
     report = json.loads(output_of(evaluate, capsys, monkeypatch, *at, *files, "--bos", "True"))
-    assert np.isnan(report["bpb"]) and report["unscored_bytes"] == 0
+    assert report["bpb"] is None and report["unscored_bytes"] == 0
     system = fairness.model_system(str(workdir))
     found, nats, scored = system.cut([TEXT])
     assert np.isfinite(nats) and scored == len(TEXT) - 1

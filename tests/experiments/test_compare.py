@@ -278,6 +278,22 @@ def test_another_comparison_or_text_is_refused_and_a_held_system_is_left_alone(
         with pytest.raises(ConfigError, match=says):
             main([MINI, *SMALL, *words])
     assert sorted(Path("w").rglob("*")) == before
+    gold, system = Path("gold.jsonl"), Path("w", systems.folder_name(MINI), "system.json")
+    for file, old, new, says in (
+        (gold, "[3, 5]", "[3, 4]", "^gold: the content has fingerprint .*, but the comparison in"),
+        (system, '"source": "', '"source": "x', f"^system '{MINI}': the content has fingerprint"),
+        (system, f'"name": "{MINI}', '"name": "other', "has the folder of 'other"),
+        (system, '"rates"', '"rate"', "system '.*' is damaged: restore or remove it"),
+        (Path("w", "comparison.json"), '"budget"', '"b"', "comparison.json' is damaged"),
+    ):
+        content = file.read_text()
+        assert old in content
+        file.write_text(content.replace(old, new))
+        with pytest.raises(ConfigError, match=says):
+            main([MINI, *SMALL])
+        file.write_text(content)
+    with pytest.raises(ConfigError, match="have one folder: rename a file"):
+        main(["a/b.json", "a_b.json", *SMALL])
     mine = worker.Comparison([MINI], parse(Compare, Compare(), SMALL))
     system = systems.System.from_json(
         json.loads(Path("w", systems.folder_name(MINI), "system.json").read_text())

@@ -1,6 +1,7 @@
 """`experiments.generate` as users start it: a prompt, a pipe, a file of prompts, and errors."""
 
 import base64
+import fcntl
 import io
 import json
 from dataclasses import replace
@@ -77,6 +78,7 @@ def test_every_line_of_a_pipe_is_continued(run, model):
     both = f"ab{texts[0]}\nc é{texts[1]}\n"
     assert run(stdin="ab\nc é\n") == (0, both, "")
     assert run(stdin="ab\nc é") == (0, both, "")  # truncated, without a newline
+    assert run(stdin="\ufeffab\r\nc é") == (0, both, "")  # a byte order mark is no text
     assert run(stdin="\nab\n  \n\r\nc é\r\n\n") == (0, both, "")  # blank lines do not count
     refused(run(stdin=""), "nothing to continue")
     refused(run(stdin="\n\n"), "nothing to continue")
@@ -106,6 +108,9 @@ def test_a_file_of_prompts_becomes_a_file_of_texts(run, model, tmp_path):
     assert out.read_bytes() == whole
     first, second, _ = whole.splitlines(keepends=True)
     out.write_bytes(first + second[:20])  # killed while it wrote
+    other = (*files, "--resume", "True", "--sampling.temperature", "0.5")
+    refused(run(*other), "was made by another model or with other settings", "fingerprint")
+    assert out.read_bytes() == first + second[:20]
     assert run(*files, "--batch_size", "2", "--resume", "True")[0] == 0
     again = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line.get("text", line.get("base64")) for line in again] == [
@@ -181,9 +186,24 @@ def test_prompts_are_lines_of_the_file_and_of_nothing_else(run, model, tmp_path)
     """Characters that Python treats as line ends are text in JSON."""
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "texts.jsonl"
     text = "a\u2028b\x85c"
-    prompts.write_text(f'{{"prompt": "{text}"}}\r\n\n', encoding="utf-8")
+    prompts.write_text(f'\ufeff{{"prompt": "{text}", "x": NaN}}\r\n\n', encoding="utf-8")
     assert run("--input", str(prompts), "--output", str(out))[0] == 0
-    assert json.loads(out.read_text())["prompt"] == text
+    found = json.loads(out.read_text(), parse_constant=pytest.fail)
+    assert found["prompt"] == text and found["x"] is None
+
+
+def test_an_output_has_one_writer(run, tmp_path):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "texts.jsonl"
+    prompts.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    begun = json.dumps(RESULT) + '\n{"prompt": "b", "te'
+    out.write_text(begun)
+    options = ("--input", str(prompts), "--output", str(out), "--resume", "True")
+    with out.open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        refused(run(*options), f"output='{out}' is being written by another process")
+        assert out.read_text() == begun
+    (tmp_path / "folder").mkdir()
+    refused(run(*options[:3], str(tmp_path / "folder"), *options[4:]), "is no file")
 
 
 def test_files_that_are_missing_or_alone_are_named(run, tmp_path):

@@ -31,8 +31,10 @@ OTHER_RUNS = ("", "run@9", "run/checkpoints/9", "run@x", "missing@1", "http://x/
 
 RUN = ("experiments.pretrain", "tiny.json")
 AT = ("--checkpoint", "run")
+TOKENS = ("--data.tokenizer", "bpe:260", "--model.vocab_size", "260")
+GENERATE = ("hnet.commands.generate", *AT, "--input", "prompts.jsonl")
 SWEEP = ("experiments.sweep", "tiny.json", "--out", "sweep", "--space")
-PLAN = ("experiments.scaling.__main__", "plan", "--out", "ladder", "--levels", "64")
+PLAN = ("experiments.scaling.__main__", "plan", "tiny.json", "--out", "ladder", "--levels", "64")
 PREPARE = ("hnet.data.__main__", "prepare")
 DESCRIBE = ("hnet.data.__main__", "describe", "--files")
 LAUNCH = ("tpu.launch", "slurm", "run", "a", "--state", "state")
@@ -65,6 +67,10 @@ STARTS = [
     (*RUN, "--model.vocab_size", "2000000000"),
     (*RUN, "--data.batch_size", "2000000000"),
     (*RUN, "--train.accumulate", "3"),
+    (*RUN, "--workdir", "foreign"),
+    (*RUN, *TOKENS, "--workdir", "learned", "--train.accumulate", "3"),
+    (*RUN, *TOKENS, "--workdir", "learned", "--eval.probe_files", "missing"),
+    (*RUN, *TOKENS, "--workdir", "foreign"),
     (*RUN, "--mesh.data", "3"),
     (*RUN, "--no.such", "1"),
     (*RUN, "--watchdog.timeout_seconds", "inf"),
@@ -91,10 +97,11 @@ STARTS = [
         ("hnet.commands.generate", *AT, "--input", w, "--output", "new")
         for w in (*NO_FILES, *NO_JSON)
     ),
-    ("hnet.commands.generate", *AT, "--input", "prompts.jsonl", "--output", "text.txt"),
-    ("hnet.commands.generate", *AT, "--input", "prompts.jsonl", "--output", "folder"),
+    *((*GENERATE, "--output", word) for word in ("text.txt", "folder")),
     ("hnet.commands.generate", *AT, "--prompt", "a", "--sampling.max_bytes", "-1"),
-    *(("hnet.commands.segment", *AT, "--file", word) for word in NO_FILES[:-1]),
+    *(("hnet.commands.segment", *AT, "--file", w) for w in NO_FILES[:-1]),
+    (*GENERATE, "--output", "folder", "--resume", "True"),
+    (*GENERATE, "--output", "/dev/zero", "--resume", "True"),
     ("hnet.commands.segment", *AT, "--text", "a", "--html", "text.txt"),
     *(("experiments.boundaries", *AT, "--gold", word) for word in (*NO_FILES, *NO_JSON)),
     ("experiments.boundaries", *AT, "--gold", "gold.jsonl", "--lexicon", "missing"),
@@ -117,13 +124,17 @@ STARTS = [
     ("experiments.fairness", "--files", "a=text.txt", "b=text.txt", "--out", "text.txt"),
     *((*SWEEP, word) for word in (*NO_FILES, *NO_JSON, "many.toml", "trials.toml", "deep.toml")),
     (*SWEEP, "space.toml", "--width", "0"),
+    *((*SWEEP, "space.toml", "--heartbeat-timeout", word) for word in ("inf", "nan", "0", "1e300")),
+    (*SWEEP, "space.toml", "--eval.probe_files", "missing"),
+    (*SWEEP, "space.toml", "--tracker.name", "nosuch:Class"),
     (*SWEEP, "space.toml", "--out", "text.txt"),
     (*SWEEP, "space.toml", "--out", "/dev/null"),
     (*SWEEP, "space.toml", "--storage", "text.txt"),
     (*SWEEP, "space.toml", "--data.files", "missing"),
-    (*PLAN, "tiny.json", "--bytes-per-parameter", "nan"),
-    (*PLAN, "tiny.json", "--tokenizer", "empty_tokens.json"),
-    (*PLAN, "tiny.json", "--levels", "2000000000"),
+    *((*PLAN, "--bytes-per-parameter", word) for word in ("nan", "inf", "1e300", "0")),
+    *((*PLAN, "--bpe", word) for word in ("-1", "0", "999999999")),
+    (*PLAN, "--tokenizer", "empty_tokens.json"),
+    (*PLAN, "--levels", "2000000000"),
     *((*PLAN[:2], "--out", word, "tiny.json") for word in ("text.txt", LONG, "a\0b", "")),
     *(("experiments.scaling.__main__", w, "--out", "plans") for w in ("run", "fit")),
     ("experiments.scaling.__main__", "run", "--out", "missing"),
@@ -244,6 +255,8 @@ def tree(tmp_path_factory):
     (root / "damaged" / "comparison.json").write_text(DEEP)
     (root / "settings" / "a").mkdir(parents=True)
     (root / "settings" / "a" / "settings.json").write_text(DEEP)
+    (root / "foreign").mkdir()
+    (root / "foreign" / "metrics.jsonl").write_text('{"step": 5, "mine": 1}\n')
     (root / "shards").mkdir()
     (root / "shards" / "manifest.json").write_text(DEEP)
     return root

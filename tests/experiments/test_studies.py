@@ -12,10 +12,13 @@ from experiments import rates
 from experiments.claims import __main__ as claims
 from experiments.compare import __main__ as compare
 from experiments.configs import base_config
+from experiments.finetune import __main__ as finetune
 from experiments.rates.__main__ import main as rates_main
+from experiments.scripts import __main__ as scripts
 from experiments.slots import __main__ as slots
 from hnet.data import open_corpus
 from hnet.errors import ConfigError
+from hnet.train.workdir import claim_workdir, run_inputs
 from tests.training import ATTENTION, build, tiny_run
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -87,6 +90,32 @@ def test_rates_compares_each_target_fixed_and_held(monkeypatch):
     assert rates.fixed_8().arch_layout == ["m2", ["T6"], "m2"]
 
 
+# --- finished rows --------------------------------------------------------------------------------
+
+
+def test_a_finished_row_is_not_taken_for_one_of_other_text_or_settings(tmp_path, capsys):
+    text, run = tmp_path / "a.txt", tiny_run(tmp_path / "run")
+    text.write_text("text " * 200)
+    run = replace(run, data=replace(run.data, files=(str(text),)))
+    assert finetune._finished(run) is None
+    claim_workdir(run, run_inputs(run, open_corpus(run.data)))
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 8, "eval/bpb": 2.5}\n')
+    assert finetune._finished(run) == 2.5 and not capsys.readouterr().out
+    assert finetune._finished(replace(run, optim=replace(run.optim, learning_rate=0.25))) == 2.5
+    assert "optim.learning_rate=0.25 (it was 0.003): no effect" in capsys.readouterr().out
+    text.write_text("other " * 200)
+    with pytest.raises(ConfigError, match="^data.files: the content has fingerprint .*: give it"):
+        finetune._finished(run)
+
+
+def test_a_study_told_something_else_is_refused(tmp_path):
+    study = scripts.FairnessTableConfig(("a=x", "b=y"), out=str(tmp_path / "study"))
+    for _ in range(2):
+        scripts.check_settings(tmp_path / "study", study)
+    with pytest.raises(ConfigError, match="^bpe=300, but the study in out='.*' has 4096: use that"):
+        scripts.check_settings(tmp_path / "study", replace(study, bpe=300))
+
+
 # --- slots ----------------------------------------------------------------------------------------
 
 
@@ -109,6 +138,10 @@ def test_slots_that_are_too_few_clip_and_are_not_trained_twice(tmp_path, monkeyp
     other = replace(run, seed=0, optim=replace(run.optim, learning_rate=1.0))
     with pytest.raises(ConfigError, match="share16-seed0.json' has other settings or text"):
         slots.row_of(other, open_corpus(run.data), 16, tmp_path / "rows")
+
+
+def test_a_share_is_of_sums():
+    assert slots.share([(1.0, 10.0), (3.0, 5.0)]) == 4 / 15 and slots.share([(0.0, 0.0)]) == 0
 
 
 def test_slots_names_a_network_of_two_stages(monkeypatch, tmp_path):

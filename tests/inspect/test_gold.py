@@ -189,6 +189,7 @@ def test_annotated_files_are_told_apart(tmp_path):
     contents = {
         "a.py": "x = 1\n",
         "code.jsonl": json.dumps({"path": "b.py", "text": "y=2"}),
+        "CODE.JSONL": json.dumps({"path": "c.py", "text": "y=2"}),
         "ud.jsonl": json.dumps({"id": 1, "text": "a b", "spans": [[0, 1], [2, 3]]}),
         "cut.jsonl": json.dumps(segmented.to_json()),
         "w.words.tsv": "evler\tev ler\t2\texact\n",
@@ -202,6 +203,7 @@ def test_annotated_files_are_told_apart(tmp_path):
     assert {name: dict(seg.gold) for name, seg in found.items()} == {
         "a.py": {"code_tokens": (2, 4)},
         "code.jsonl": {"code_tokens": (1, 2)},
+        "CODE.JSONL": {"code_tokens": (1, 2)},
         "ud.jsonl": {"words": (2,), "word_ends": (1,)},
         "cut.jsonl": {"words": (3,)},
         "w.words.tsv": {"morphemes": (2,)},

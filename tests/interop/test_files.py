@@ -42,7 +42,7 @@ CONFIG = official_config()
 
 def needs(suffix):
     """Skip where the library that reads the format is missing."""
-    if extra := {".pt": "torch", ".safetensors": "safetensors"}.get(suffix):
+    if extra := {".pt": "torch", ".safetensors": "safetensors"}.get(suffix.lower()):
         pytest.importorskip(extra, reason=f"the extra `{extra}` is missing")
 
 
@@ -60,12 +60,15 @@ def assert_same(a, b):
         assert a[name].tobytes() == b[name].tobytes(), name
 
 
-@pytest.mark.parametrize("suffix", FILES)
+@pytest.mark.parametrize("suffix", [*FILES, ".NPZ", ".SafeTensors"])
 def test_files_keep_every_bit(tmp_path, weights, suffix):
     needs(suffix)
     path = write(tmp_path, weights, suffix)
     assert_same(dict(TensorFile(path)), weights)
     assert_same(to_official(load(path))[1], weights)
+    assert {p.name for p in tmp_path.iterdir()} == {f"model{suffix}", "model.json"}
+    convert(path, tmp_path / f"copy{suffix}")
+    assert_same(dict(TensorFile(tmp_path / f"copy{suffix}")), weights)
     assert list(tmp_path.glob(".*")) == []  # no half-written file is left
 
 

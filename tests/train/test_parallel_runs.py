@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.benchmarks.rounding import compare
+from hnet.checkpoint.save import Checkpointer
 from hnet.chunking.losses.ratio import Ratio
 from hnet.config import ChunkingConfig
 from hnet.data import open_corpus, train_batches
@@ -162,6 +163,22 @@ def test_a_watch_may_end_the_runs_and_a_fault_of_one_leaves_the_others(configs, 
     assert outcome.progress.faults.keys() == {"1"}
     many = "non-finite loss or gradient in 2 updates in a row up to step 3"
     assert f"{many}, first in stage0/aux_loss" in outcome.progress.faults["1"]
+
+
+def test_a_state_that_was_padded_for_other_devices_is_restored(configs, tmp_path):
+    """Three runs are four on two devices, and three on three."""
+    two = built(tuple(configs))
+    three = build_population(configs, devices=jax.devices()[:3], compiler_options=QUICK)
+    state = two.init()
+    with Checkpointer(tmp_path, configs[0].checkpoint) as checkpoints:
+        checkpoints.save(5, state, {})
+        checkpoints.wait()
+        for program, runs in ((three, [0, 1, 2]), (two, [0, 1, 2, 3])):
+            restored = parallel_runs._restored(checkpoints, program, 3)
+            assert restored.step == 5
+            for found, kept in zip(*map(jax.tree.leaves, (restored.state.params, state.params))):
+                assert found.sharding.is_equivalent_to(program.shardings.step, found.ndim)
+                np.testing.assert_array_equal(found, np.asarray(kept)[runs])
 
 
 def test_what_shares_a_program(configs):

@@ -1,5 +1,6 @@
 """The logs of a run, line by line; profiles start and stop at the requested steps."""
 
+import errno
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from hnet.train import run_logger as report
 from hnet.train import trace
 from hnet.train.compiled_run import build
 from hnet.train.config import ProfileConfig, TrainConfig
+from hnet.train.evaluate import Evaluation
 from hnet.train.first_lines import first_lines, last_lines
 from hnet.train.metrics_file import read_metrics
 from hnet.train.run_logger import LiveLine, RunLogger, Start
@@ -134,13 +136,22 @@ def test_every_log_goes_back_with_the_run(tmp_path):
     assert logged() == [1, 2, 3, 4, 5]
 
 
-def test_numbers_that_are_not_finite_are_null(tmp_path):
+def refuses(params, texts, names, gold):
+    raise ConfigError("stages.0.probs must lie between 0 and 1")
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path, capsys):
     config = tiny_run(tmp_path, train=TrainConfig(steps=30, log_every=10))
     with RunLogger(config, open_corpus(config.data), Start()) as told:
-        told.step(row_of(1, nats=math.nan, grad_norm=math.inf))
+        row = row_of(1, nats=math.nan, grad_norm=math.inf)
+        evaluation = Evaluation(chunks_by_stage=(3.0,))  # its bits per byte are NaN
+        told.evaluated(1, evaluation, row, refuses, None)
+        told.step(row)
+    said = capsys.readouterr().out
+    assert "step 1: the texts are not drawn: stages.0.probs must lie between" in said
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     row = json.loads(line, parse_constant=pytest.fail)
-    assert row["train/bpb"] is None and row["grad_norm"] is None
+    assert row["train/bpb"] is None and row["grad_norm"] is None and row["eval/bpb"] is None
     assert row["stage0/boundary_rate"] == 0.3
 
 
@@ -205,6 +216,20 @@ def test_a_signal_profiles_the_next_steps_and_a_second_one_meanwhile_does_nothin
     tracing = Trace(ProfileConfig(), tmp_path, said.append)
     tracing.listen()
     assert profiled(tracing, range(9), ["stop"], (3,)) == [] and "libtpu" in said[-1]
+
+
+@pytest.mark.parametrize("name", ["start_trace", "stop_trace"])
+def test_a_profile_that_cannot_be_written_does_not_end_the_run(traced, tmp_path, monkeypatch, name):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(jax.profiler, name, full)
+    said = []
+    profiled(Trace(ProfileConfig("2:4"), tmp_path, said.append), range(6), traced)
+    assert said[1:] == [
+        f"no profile in {tmp_path} (OSError: [Errno 28] No space left on device): the run goes on "
+        "without it"
+    ]
 
 
 @pytest.mark.parametrize(

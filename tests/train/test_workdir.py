@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments import entropy_threshold
 from hnet.checkpoint.step_folders import work_folder
 from hnet.commands.evaluate import EvaluateConfig, _part
 from hnet.data import open_corpus
@@ -18,6 +19,7 @@ from hnet.train.lock import DirectoryLock, Locked
 from hnet.train.parallel_runs import train_parallel_runs
 from hnet.train.run_logger import RunLogger
 from hnet.train.workdir import changes, claim_workdir, locked_workdir, read_config, run_inputs
+from hnet.weights.sources import resolve
 from tests.training import rows, run, tiny_run
 
 
@@ -145,7 +147,9 @@ def run_over(named, workdir):
 
 
 @pytest.mark.parametrize("field", ["data.files", "eval.probe_files"])
-def test_other_content_of_the_same_name_is_refused_with_both_fingerprints(tmp_path, named, field):
+def test_other_content_of_the_same_name_is_refused_with_both_fingerprints(
+    tmp_path, named, field, monkeypatch
+):
     config = run_over(named, tmp_path / "run")
     read = run_inputs(config, open_corpus(config.data))
     claim_workdir(config, read)
@@ -156,7 +160,11 @@ def test_other_content_of_the_same_name_is_refused_with_both_fingerprints(tmp_pa
     starts = [run]
     if field == "data.files":  # several runs in one program have no probes
         starts.append(lambda c: train_parallel_runs([c, c], c.workdir, StopAt(0)))
-        starts.append(lambda c: _part(EvaluateConfig(c.workdir)))
+        starts.append(lambda c: _part(EvaluateConfig(c.workdir), resolve(c.workdir)))
+        words = ["x", "--checkpoint", config.workdir, "--bytes_per_patch", "4"]
+        monkeypatch.setattr("sys.argv", words)
+        monkeypatch.setattr(entropy_threshold, "enable_compilation_cache", lambda: None)
+        starts.append(lambda c: entropy_threshold.main())
     for start in starts:
         with pytest.raises(ConfigError, match=f"^{field}: the content has fingerprint ") as e:
             start(config)
@@ -221,6 +229,17 @@ def test_a_start_that_is_refused_leaves_nothing(tmp_path, name):
     assert "\n" not in str(e.value) and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard/events.1", "checkpoints/3/state"])
+def test_files_that_no_run_wrote_are_left_alone(tmp_path, name):
+    file = tmp_path / "run" / name
+    file.parent.mkdir(parents=True)
+    file.write_text('{"step": 5, "mine": 1}\n')
+    before = contents(tmp_path)
+    with pytest.raises(ConfigError, match=f"has {name.split('/')[0]}, but no config.json of a run"):
+        run(tiny_run(tmp_path / "run"))
+    assert contents(tmp_path) == before
+
+
 def test_a_profile_that_would_kill_the_process_is_refused_before_anything_is_written(
     tmp_path, monkeypatch
 ):
@@ -230,14 +249,21 @@ def test_a_profile_that_would_kill_the_process_is_refused_before_anything_is_wri
     assert list(tmp_path.iterdir()) == []
 
 
-def test_several_runs_in_one_program_are_checked_as_one_is(tmp_path):
-    config = tiny_run(tmp_path / "run", train=TrainConfig(steps=4, accumulate=3))
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("accumulate", "data.batch_size=8 is not a multiple of"),
+        ("probe_files", "No such file"),
+    ],
+)
+def test_several_runs_in_one_program_are_checked_as_one_is(tmp_path, name, says):
+    config = replace(tiny_run(tmp_path / "run"), **REFUSED[name])
     both = [config, replace(config, seed=1)]
-    with pytest.raises(ConfigError, match="data.batch_size=8 is not a multiple of") as alone:
+    with pytest.raises(ConfigError, match=says) as alone:
         run(config)
     with pytest.raises(ConfigError) as together:
         train_parallel_runs(both, config.workdir, StopAt(0))
-    assert str(alone.value).partition("=")[0] == str(together.value).partition("=")[0]
+    assert name != "accumulate" or str(alone.value)[:15] == str(together.value)[:15]
     assert list(tmp_path.iterdir()) == []
 
 

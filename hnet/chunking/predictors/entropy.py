@@ -134,6 +134,19 @@ class Entropy(BoundaryPredictor):
                 )
             return None
 
+        def training_problem(self, data):
+            if not self._is_run():
+                return None
+            from hnet.train.workdir import read_config
+
+            theirs = read_config(self._workdir()).data.bos_eos
+            if theirs == data.bos_eos:
+                return None
+            return (
+                f"predictor.checkpoint={shown(self.checkpoint)} was trained with data.bos_eos="
+                f"{theirs}, and this run has data.bos_eos={data.bos_eos}: use the same"
+            )
+
         def read_files(self):
             if not self._is_run():
                 raise ConfigError(

@@ -8,7 +8,7 @@ of cross-attention before those of the decoder.
 
 from dataclasses import replace
 
-from experiments.configs.systems import hnet
+from experiments.configs.systems import one_stage
 from hnet.chunking.dechunks import cross_attention as dechunks
 from hnet.chunking.pools import cross_attention as pools
 from hnet.config import HNetConfig
@@ -39,7 +39,7 @@ def blt_cross_static() -> HNetConfig:
 
 
 def _crossed(**fields) -> HNetConfig:
-    base = hnet()
+    base = one_stage(6.0)
     outer, *inner = base.stages
     chunking = replace(
         outer.chunking, alignment="end", null="first", residual="add", losses=(), max_chunk_len=32,

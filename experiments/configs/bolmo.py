@@ -6,7 +6,7 @@ python -m experiments.pretrain bolmo --data.files english.txt
 from dataclasses import replace
 
 from experiments.configs import default
-from experiments.configs.systems import hnet, with_chunking
+from experiments.configs.systems import one_stage
 from hnet.chunking.losses.bce import BCE
 from hnet.train.config import Config
 
@@ -26,5 +26,5 @@ def bolmo() -> Config:
     """
     base = default.config()
     loss = BCE.Config(labels="given", late=True)
-    model = with_chunking(hnet(), pool="last_before", dechunk="repeat", losses=(loss,))
+    model = one_stage(6.0, pool="last_before", dechunk="repeat", losses=(loss,))
     return replace(base, model=model, data=replace(base.data, labels="unigram:10000"))

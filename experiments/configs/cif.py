@@ -17,5 +17,10 @@ def cif() -> HNetConfig:
     Test: tests/chunking/test_family.py: weights, fires, chunk vectors and their gradients
     """
     return with_chunking(
-        dtp_gumbel(), target_ratio=6.0, predictor="cif", pool="integrate", losses=("quantity",)
+        dtp_gumbel(),
+        target_ratio=6.0,
+        predictor="cif",
+        pool="integrate",
+        losses=("quantity",),
+        hold_rate=False,
     )

@@ -53,7 +53,7 @@ def dna_small() -> Config:
     Test: tests/experiments/test_named_configs.py
     """
     base = dna()
-    cut = ChunkingConfig(3.0)
+    cut = ChunkingConfig(3.0, hold_rate=True)
     stages = (
         StageConfig(("m1T1", "m2"), 96, 256, num_heads=4, rotary_emb_dim=12, chunking=cut),
         StageConfig(("T3",), 96, 256, num_heads=4, rotary_emb_dim=12),

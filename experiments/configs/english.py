@@ -27,7 +27,7 @@ def english_small() -> Config:
 def twin(name: str, *, main: str) -> Config:
     """A run of a network as 2stage_XL: 64, 96 and 128 channels, targets 3 and 3."""
     base = default.config()
-    cut = ChunkingConfig(3.0)
+    cut = ChunkingConfig(3.0, hold_rate=True)
     stages = (
         StageConfig(("m2", "m2"), 64, num_heads=4, rotary_emb_dim=8, chunking=cut),
         StageConfig(("T1m1", "m1T1"), 96, 256, num_heads=4, rotary_emb_dim=12, chunking=cut),

@@ -8,7 +8,7 @@ training costs as much as without deletion. Evaluation and sampling remove the d
 
 from dataclasses import replace
 
-from experiments.configs.systems import hnet
+from experiments.configs.systems import one_stage
 from hnet.config import AttentionConfig, HNetConfig
 
 
@@ -21,7 +21,7 @@ def mrt5() -> HNetConfig:
     last kept one; no score regulariser; the first byte is always kept
     Test: tests/chunking/test_deletion.py: gate, softmax and controller of its code
     """
-    base = hnet()
+    base = one_stage(6.0)
     outer, inner = base.stages
     chunking = replace(
         outer.chunking, target_ratio=2.0, predictor="deletion_gate", dechunk="repeat",

@@ -38,7 +38,12 @@ def flexitokens_126M() -> Config:
 
 def _large(name: str, model: HNetConfig) -> Config:
     outer = StageConfig(
-        ("T2", "T2"), 768, 2048, num_heads=12, rotary_emb_dim=32, chunking=model.stages[0].chunking
+        ("T2", "T2"),
+        768,
+        2048,
+        num_heads=12,
+        rotary_emb_dim=32,
+        chunking=replace(model.stages[0].chunking, hold_rate=False),
     )
     main = StageConfig(("T12",), 768, 2048, num_heads=12, rotary_emb_dim=32)
     compute = ComputeConfig(dtype="bfloat16", remat="layer")

@@ -16,7 +16,7 @@ and bits per pixel.
 from dataclasses import replace
 
 from experiments.configs import default
-from experiments.configs.systems import hnet, with_chunking
+from experiments.configs.systems import one_stage
 from hnet.train.config import Config
 
 IMAGE_WIDTH = 64
@@ -41,7 +41,7 @@ def _raw(name: str, *, target_ratio: float) -> Config:
     return replace(
         base,
         workdir=f"runs/{name}",
-        model=with_chunking(hnet(), target_ratio=target_ratio, hold_rate=True),
+        model=one_stage(target_ratio, hold_rate=True),
         data=replace(base.data, bos_eos=False),
         train=replace(base.train, steps=270),
         eval=replace(base.eval, every=135),

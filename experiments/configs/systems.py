@@ -14,6 +14,10 @@ their blocks:
   relative attention is replaced by rotary, and the norm after their pooling by the norm before each
   block.
 
+A system with a target and a learned predictor holds its rate (`hold_rate`): in the last updates an
+offset on the logit of p brings the rate to the target, which the losses alone reach only in long
+runs. `--model.stages.0.chunking.hold_rate False` leaves it to the losses.
+
 Script names and targets: MAGNET's shipped priors are .2, .1 and .08 for Latin, Cyrillic and the
 Indic scripts; FlexiTokens scales English .333 by the bytes of parallel sentences.
 """
@@ -38,14 +42,19 @@ def with_chunking(base: HNetConfig, **fields) -> HNetConfig:
     return replace(base, stages=(outer, *inner))
 
 
+def one_stage(target_ratio: float, **fields) -> HNetConfig:
+    """The network that the systems share, with fields of its chunking replaced."""
+    return with_chunking(default.config().model, target_ratio=target_ratio, **fields)
+
+
 def hnet() -> HNetConfig:
     """H-Net with one stage, target 6.
 
     Paper: arXiv 2507.07955
-    Fidelity: as in goombalab/hnet; the rate loss is averaged over valid bytes
+    Fidelity: as in goombalab/hnet; the rate loss is averaged over valid bytes; the rate is held
     Test: tests/interop/test_parity.py: all outputs and gradients of the official model
     """
-    return with_chunking(default.config().model, target_ratio=6.0)
+    return one_stage(6.0, hold_rate=True)
 
 
 def hnet_space() -> HNetConfig:
@@ -55,7 +64,7 @@ def hnet_space() -> HNetConfig:
     Fidelity: from the paper, which has no code for it: H-Net with another router
     Test: tests/test_battery.py
     """
-    return with_chunking(hnet(), predictor="spacelike", dechunk="repeat", losses=())
+    return one_stage(6.0, predictor="spacelike", dechunk="repeat", losses=())
 
 
 def hnet_pool() -> HNetConfig:
@@ -99,12 +108,12 @@ def dtp_gumbel() -> HNetConfig:
 
     Paper: arXiv 2211.09761
     Fidelity: chunking as in PiotrNawrot/dynamic-pooling; pre-norm blocks, no norm after the
-    pool
+    pool; the rate is held
     Test: tests/chunking/test_family.py: predictor, pool, upsampling, loss and their gradients
     """
-    return with_chunking(
-        hnet(), target_ratio=5.0, predictor="mlp", alignment="end", pool="mean", dechunk="repeat",
-        residual="add", losses=("binomial",),
+    return one_stage(
+        5.0, predictor="mlp", alignment="end", pool="mean", dechunk="repeat",
+        residual="add", losses=("binomial",), hold_rate=True,
     )  # fmt: skip
 
 
@@ -119,6 +128,7 @@ def dtp_entropy() -> HNetConfig:
         dtp_gumbel(),
         predictor=MLP.Config(straight_through=False),
         losses=(BCE.Config(reference_double_sigmoid=True),),
+        hold_rate=False,
     )
 
 
@@ -145,7 +155,7 @@ def dtp_whitespace() -> HNetConfig:
     Fidelity: chunking as in its code
     Test: tests/chunking/test_family.py: boundaries, pool and gradients
     """
-    return with_chunking(dtp_gumbel(), predictor="whitespace", losses=())
+    return with_chunking(dtp_gumbel(), predictor="whitespace", losses=(), hold_rate=False)
 
 
 def dtp_fixed() -> HNetConfig:
@@ -163,7 +173,7 @@ def magnet() -> HNetConfig:
 
     Paper: arXiv 2407.08818
     Fidelity: chunking as in pretraining by its code; a position has the script of its text so
-    far, there the first token of a row decides
+    far, there the first token of a row decides; the rate of each script is held
     Test: tests/chunking/test_family.py: predictors by script, pool, loss and their gradients
     """
     base = replace(dtp_gumbel(), route_groups=(("Latin",), ("Cyrillic",), INDIC))
@@ -183,7 +193,7 @@ def flexitokens() -> HNetConfig:
     rates = (0.333, 0.333, 0.17, 0.127)  # of English, Russian and Ukrainian, Hindi and Telugu
     sigmas = (0.023, 0.023, 0.0115, 0.0085)  # of the shipped rates: the band is 3 sigma wide
     return with_chunking(
-        magnet(), routed_parameters=False, losses=(Hinge.Config(sigmas=sigmas),),
+        magnet(), routed_parameters=False, losses=(Hinge.Config(sigmas=sigmas),), hold_rate=False,
         route_target_ratios=tuple(1 / rate for rate in rates),
     )  # fmt: skip
 

@@ -31,9 +31,11 @@ from tests.networks import covering, quick_jit, random_params
 from tests.parts.cheap import SETTINGS, limit_for, settings_for
 
 B, L, V = 3, 19, 256
+CAPACITY = 3  # slots per row where some are clipped
 MEANINGS = (("start", "learned"), ("end", "learned"), ("end", "first"))
 DOCUMENTS = np.repeat(np.int32([1, 2, 3]), (8, 7, 4))
 TEXT = np.frombuffer(b"aZ9  ..,\n\x80\xc3", np.uint8)
+EM_SPACE = np.frombuffer("\u2003".encode(), np.uint8)  # white space of three bytes
 
 # Parts that differ from others only in what tests/parts/test_parts.py compares, and the parts with
 # which they are combined here.
@@ -148,6 +150,18 @@ def bits(a):
     return np.asarray(a, np.float32).view(np.uint32)
 
 
+def expect_clipped(logits, mask, tight, tight_mask, *, has_null_chunk):
+    """A row of DOCUMENTS has exactly CAPACITY slots: nothing changes before the first boundary or
+    null chunk without a slot, which has no effect."""
+    starts = np.diff(DOCUMENTS, prepend=0) != 0
+    opens = mask.astype(np.int32) + (has_null_chunk & starts[None])
+    slots = np.cumsum(opens, axis=1)
+    assert np.array_equal(tight_mask, mask & (slots <= CAPACITY))
+    before, dropped = slots <= CAPACITY, (slots > CAPACITY) & (opens > 0)
+    np.testing.assert_allclose(tight[before], logits[before], rtol=0, atol=1e-5)
+    assert np.any(tight[dropped] != logits[dropped])
+
+
 def test_few_triples_have_every_pair():
     taken = [name.split() for name in few(2)]
     assert len(taken) < len(TRIPLES) / 1.5 and set(map(" ".join, taken)) <= set(TRIPLES)
@@ -195,19 +209,19 @@ def test_triple(triple):
             return (cache, position_B + 1), (logits_BV, found.mask_BS[:, 0], position_B)
 
         steps = jax.lax.scan(one, (cache, jnp.asarray(lengths_B)), length=L)[1]
-        tight = forward(params, (L + 3,))[0]
-        return logits_BLV, record, grads, prompt_BV, steps, tight
+        tight_BLV, tight = forward(params, (CAPACITY,))
+        return logits_BLV, record, grads, prompt_BV, steps, (tight_BLV, tight[0].boundary_mask_BL)
 
     def run(ids, segments, told=external):
         return jax.device_get(everything(params, ids, segments, told))
 
     ids = rng.choice(TEXT, (B, L)).astype(np.int32)
     ones = np.ones((B, L), np.int32)
-    logits, record, grads, prompt, steps, tight = run(ids, ones)
+    ids[:, 10 : 10 + len(EM_SPACE)] = EM_SPACE
+    logits, record, grads, prompt, steps, _ = run(ids, ones)
     mask = record.boundary_mask_BL
 
     assert 0 < mask[:, 1:].sum() < mask[:, 1:].size, "some positions are boundaries, some not"
-    np.testing.assert_allclose(tight, logits, rtol=0, atol=1e-5)
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         assert np.all(np.isfinite(grad)), path
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == sum(param_counts(config).values())
@@ -230,7 +244,9 @@ def test_triple(triple):
         assert np.array_equal(after_record.boundary_mask_BL[b, :t], mask[b, :t])
         assert not np.array_equal(after[b, t], logits[b, t])
 
-    packed, packed_record, *_ = run(ids, np.stack([DOCUMENTS] * B))
+    packed, packed_record, *_, tight = run(ids, np.stack([DOCUMENTS] * B))
+    has_null_chunk = config.stages[0].chunking.has_null_chunk
+    expect_clipped(packed, packed_record.boundary_mask_BL, *tight, has_null_chunk=has_null_chunk)
     apart, told = np.zeros_like(ids), np.zeros_like(external)
     segments = np.zeros_like(ids)
     ends = np.cumsum(np.bincount(DOCUMENTS)[1:])

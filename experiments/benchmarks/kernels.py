@@ -37,7 +37,7 @@ from hnet.nn.kernels.table import KERNELS
 from hnet.nn.kernels.tuned import Choice, Row, Tuned
 from hnet.nn.ssd import ssd_reference
 from hnet.outputs import new_file, write_new
-from hnet.train.compiled_run import rows_packed
+from hnet.train.compiled_run import rows_that_share
 from hnet.train.config import Config
 
 LENGTHS = {"attention_backend": (64, 128, 256, 512, 1024, 2048), "ssd_backend": (32, 64, 128, 256)}
@@ -68,7 +68,7 @@ def shapes(config: Config, num_devices: int) -> dict[Shape, int]:
     model, found = config.model, {}
     rows = config.data.batch_size // config.train.accumulate
     num_devices = min(num_devices, rows)
-    rows, packed = rows // num_devices, rows_packed(config, num_devices)
+    rows, packed = rows // num_devices, rows_that_share(config, num_devices)
     lengths = (config.data.seq_len, *capacities(config, 1.0))
     for i, (stage, length) in enumerate(zip(model.stages, lengths)):
         outer = {"B": rows // packed, "L": packed * length} if i else {"B": rows, "L": length}

@@ -21,7 +21,7 @@ from hnet.decode.segment import segment_all, segmenter
 from hnet.errors import ConfigError
 from hnet.flops import param_counts, stage_lengths, total, training_flops
 from hnet.model import abstract, init_params
-from hnet.train.compiled_run import build, put_batch, rows_packed
+from hnet.train.compiled_run import build, put_batch, rows_that_share
 from hnet.train.config import Config
 
 WIDEST = 4096
@@ -40,7 +40,7 @@ def flops_per_byte(config: Config, rates: Rates, bytes_per_position: float = 1.0
     """Training FLOPs per source byte as executed, at these boundary rates (`hnet.flops`)."""
     length = config.data.seq_len
     lengths = stage_lengths(config.model, length, rates)
-    parts = training_flops(config.model, lengths, rows_packed(config, shards=1))
+    parts = training_flops(config.model, lengths, rows_that_share(config, shards=1))
     return total(parts) / (length * bytes_per_position)
 
 

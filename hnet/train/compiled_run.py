@@ -50,7 +50,8 @@ class Experiment:
     step: Callable[..., tuple[TrainState, dict]]
     """(state, batch, numbers, capacities=...) -> (state, metrics)"""
     evaluate: Callable[..., dict]
-    """(parameters, batch, capacities=...) -> metrics"""
+    """(parameters, batch, capacities=...) -> metrics; of several runs in one program also
+    numbers=..., the second of its traced `numbers`"""
     numbers: Any
     """traced numbers, which a sweep can vary without recompiling"""
     graph: Any
@@ -115,7 +116,7 @@ def build(
     plain_graph, _ = abstract(replace(config.model, compute=without(compute)))
     graph = frozen_graph(config.init, graph, params)
     plain_graph = frozen_graph(config.init, plain_graph, params)
-    rows_sharing_slots = rows_packed(config, shards)
+    rows_sharing_slots = rows_that_share(config, shards)
 
     run = experiment(config, graph, rows_sharing_slots)
     run = change(run) if change else run
@@ -232,7 +233,7 @@ def untraced(config: Config) -> Config:
     )
 
 
-def rows_packed(config: Config, shards: int) -> int:
+def rows_that_share(config: Config, shards: int) -> int:
     """Number of rows that share a row of slots if the batch is sharded over `shards` devices."""
     return math.gcd(
         config.train.rows_sharing_slots, config.data.batch_size // config.train.accumulate // shards

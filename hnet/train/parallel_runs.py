@@ -34,7 +34,7 @@ from hnet.train.compiled_run import (
     CompiledRun,
     check,
     experiment,
-    rows_packed,
+    rows_that_share,
     run_evaluation,
     traced_numbers,
     untraced,
@@ -81,7 +81,7 @@ def build(
     plain_graph, _ = abstract(replace(config.model, compute=without(compute)))
     graph = frozen_graph(config.init, graph, params)
     plain_graph = frozen_graph(config.init, plain_graph, params)
-    rows_sharing_slots = rows_packed(config, shards=1)
+    rows_sharing_slots = rows_that_share(config, shards=1)
     one = experiment(config, graph, rows_sharing_slots)
 
     def by_device(function, *specs):
@@ -94,9 +94,12 @@ def build(
         step = jax.vmap(partial(one.step, capacities=capacities))
         return by_device(step, *[P("runs")] * 3)(state, batch, hparams)
 
-    def parallel_eval(params, batch, *, capacities):
-        evaluate = jax.vmap(partial(one.evaluate, capacities=capacities), in_axes=(0, None))
-        return by_device(evaluate, P("runs"), P())(params, batch)
+    def parallel_eval(params, batch, numbers, *, capacities):
+        def evaluate(params, batch, numbers):
+            return one.evaluate(params, batch, capacities=capacities, numbers=numbers)
+
+        runs = jax.vmap(evaluate, in_axes=(0, None, 0))
+        return by_device(runs, P("runs"), P(), P("runs"))(params, batch, numbers)
 
     jit = partial(jax.jit, out_shardings=by_run, compiler_options=compiler_options)
     init = jit(jax.vmap(one.init))
@@ -108,13 +111,17 @@ def build(
         return init(keys)
 
     hparams = jax.tree.map(lambda *numbers: np.stack(numbers), *map(traced_numbers, configs))
+    hparams = jax.device_put(hparams, by_run)
+    evaluate_all = jit(parallel_eval, static_argnames=("capacities",))
     return CompiledRun(
         mesh=mesh,
         shardings=jax.tree.map(lambda _: by_run, shapes),
-        hparams=jax.device_put(hparams, by_run),
+        hparams=hparams,
         init=init_all,
         step=jit(parallel_step, static_argnames=("capacities",), donate_argnums=0),
-        evaluate=jit(parallel_eval, static_argnames=("capacities",)),
+        evaluate=lambda params, batch, *, capacities: evaluate_all(
+            params, batch, hparams[1], capacities=capacities
+        ),
         abstract_state=jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_run), shapes
         ),

@@ -148,6 +148,31 @@ def train_step(
 
     metrics = batch_metrics(model, sums, numbers) | sums["groups"]
     counts = sums.get("chunks_SR"), sums.get("positions_SR")
+    new_state, found = _updated(
+        state, grads, metrics, counts, (update_numbers, numbers), infos, model=model,
+        optim=optim, log_norms=log_norms, spike_window=spike_window,
+    )  # fmt: skip
+    return new_state, metrics | found | {"batch_hash": jnp.stack(batch_hash(batch))}
+
+
+def _updated(
+    state: TrainState,
+    grads: Any,
+    metrics: Metrics,
+    counts: tuple[jax.Array | None, jax.Array | None],
+    hparams: tuple[Hyperparams, Numbers],
+    infos: Any,
+    *,
+    model: HNetConfig,
+    optim: OptimConfig,
+    log_norms: bool,
+    spike_window: int,
+) -> tuple[TrainState, Metrics]:
+    """The state after the update by these gradients, and what it adds to the metrics.
+
+    counts: chunks and positions (S, R) of the batch; None without stages that chunk.
+    """
+    update_numbers, numbers = hparams
     with jax.named_scope("optimizer"):
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss/total"]) & jnp.isfinite(grad_norm)
@@ -168,7 +193,7 @@ def train_step(
         new, old = (params, opt_state), (state.params, state.opt_state)
         if model.num_routes > 1:
             new = keep_absent(new, old, infos, counts[1])
-        rates = RateCounts(*counts, jnp.zeros_like(counts[0])) if counts[0] is not None else None
+        rates = None if counts[0] is None else RateCounts(*counts, jnp.zeros_like(counts[0]))
         ema = state.ema
         if optim.ema_decay:
             ema = average(ema, new[0], update_numbers.ema_decay, state.step)
@@ -184,15 +209,14 @@ def train_step(
                 found |= norms(name, tree, model.num_chunked)
         find = partial(first_non_finite, state.params, metrics, grads, model.num_chunked)
         found["first_non_finite"] = found_if(~finite, find)
-    metrics |= found | {
-        "batch_hash": jnp.stack(batch_hash(batch)),
+    found |= {
         "grad_norm": grad_norm,
         "learning_rate": update_numbers.learning_rate * factor,
         "skipped_in_a_row": skipped,
     }
     done = state.step + 1
     new_state = TrainState(done, params, opt_state, state.key, skipped, loss_states, ema, spikes)
-    return new_state, metrics
+    return new_state, found
 
 
 def _accumulated(totals: Callable, grad_fn: Callable, params: Any, batch: Batch, key, count: int):
@@ -230,13 +254,17 @@ def eval_step(
     graph: nnx.GraphDef,
     capacities: tuple[int | None, ...],
     rows_sharing_slots: int = 1,
+    numbers: Numbers | None = None,
 ) -> Metrics:
-    """Nats of each byte and chunk statistics of each of the S chunking stages; no update."""
+    """Nats of each byte and chunk statistics of each of the S chunking stages; no update.
+
+    numbers: traced numbers of the parts; None: those of the configuration of `graph`.
+    """
     model = nnx.merge(graph, params)
     logits_BLV, records = model(
         batch["input_ids"], batch["segment_ids"], capacities=capacities,
         rows_sharing_slots=rows_sharing_slots, route_ids_BL=batch.get("route_ids"),
-        boundaries_BL=batch.get("boundaries"),
+        boundaries_BL=batch.get("boundaries"), numbers=numbers,
     )  # fmt: skip
     return eval_metrics(model, params, logits_BLV, records, batch)
 

@@ -19,7 +19,7 @@ from hnet.train.compiled_run import put_whole_batch
 from hnet.train.config import MeshConfig, RateControlConfig, TrainConfig
 from hnet.train.default_route import fit_default_route
 from hnet.train.exact_offsets import set_exact_offsets
-from hnet.train.parallel_runs import build as build_population
+from hnet.train.parallel_runs import build as build_runs
 from tests.networks import QUICK
 from tests.training import TINY, build, tiny_run
 
@@ -136,7 +136,7 @@ def test_runs_fitted_together_are_those_fitted_alone(alone):
     config, program, corpus, start = alone
     configs = [config, replace(routed(config.workdir, 4.0), seed=1)]
     devices = jax.devices()[:1]
-    together = build_population(configs, devices=devices, compiler_options=QUICK)
+    together = build_runs(configs, devices=devices, compiler_options=QUICK)
     params = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x]), start)
     batches = made_up(corpus, config, 3)
 

@@ -28,7 +28,7 @@ from hnet.train import loop
 from hnet.train.config import EvalConfig, InitConfig, MeshConfig, OptimConfig, TrainConfig
 from hnet.train.initial import collapsed, matches, module_of, open_start, plan, replaced
 from hnet.train.metrics_file import read_metrics
-from hnet.train.parallel_runs import build as build_population
+from hnet.train.parallel_runs import build as build_runs
 from hnet.train.run_logger import RunLogger
 from hnet.train.workdir import changes
 from hnet.weights.sources import resolve
@@ -291,7 +291,7 @@ def on_one_device(params):
 def test_all_runs_of_a_program_start_from_the_weights(old, tmp_path):
     config = replace(tuned_config(old, tmp_path), mesh=MeshConfig(data=1))
     both = [config, replace(config, seed=1)]
-    program = build_population(both, devices=jax.devices()[:1], compiler_options=QUICK)
+    program = build_runs(both, devices=jax.devices()[:1], compiler_options=QUICK)
     params = program.abstract_state.params
     start = open_start(config.init, program.graph, params, runs=True)
     found = jax.device_get(replaced(program.init().params, start))

@@ -1,15 +1,18 @@
 """Many runs in one program: same result as separate runs; one compilation; resumable."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments.benchmarks.rounding import compare
 from hnet.checkpoint.save import Checkpointer
+from hnet.chunking.boundaries import Prediction
 from hnet.chunking.losses.ratio import Ratio
+from hnet.chunking.part import BoundaryPredictor, PredictorConfig
 from hnet.config import ChunkingConfig
 from hnet.data import open_corpus, train_batches
 from hnet.errors import ConfigError
@@ -19,7 +22,7 @@ from hnet.train import parallel_runs
 from hnet.train.compiled_run import put_batch, run_evaluation, untraced
 from hnet.train.config import CheckpointConfig, EvalConfig, MeshConfig, TrainConfig
 from hnet.train.exact_offsets import set_exact_offsets
-from hnet.train.parallel_runs import build as build_population
+from hnet.train.parallel_runs import build as build_runs
 from tests.networks import QUICK
 from tests.training import TINY, build, tiny_run
 
@@ -57,7 +60,7 @@ def configs(tmp_path_factory):
 
 @lru_cache
 def built(configs):
-    return build_population(configs, devices=jax.devices()[:2], compiler_options=QUICK)
+    return build_runs(configs, devices=jax.devices()[:2], compiler_options=QUICK)
 
 
 def train(configs, workdir, stop=None, program=None, **hooks):
@@ -102,6 +105,34 @@ def test_a_run_of_many_is_the_run_it_would_be_alone(configs, whole):
     np.testing.assert_allclose(together.evaluations[r].bpb, evaluation.bpb, rtol=1e-5)
     np.testing.assert_allclose(together.state.spikes.mean_K[r], state.spikes.mean_K, rtol=1e-5)
     assert together.evaluations[r].bytes_per_chunk(0) == evaluation.bytes_per_chunk(0)
+
+
+class Constant(BoundaryPredictor):
+    """The same logit everywhere."""
+
+    @dataclass(frozen=True)
+    class Config(PredictorConfig):
+        """A logit."""
+
+        traced = ("logit",)
+
+        logit: float = 0.0
+        """logit of p"""
+
+    def step(self, state, x):
+        return state, Prediction(jnp.full(x.index_R.shape, x.config.logit, jnp.float32))
+
+
+def test_each_run_is_evaluated_with_its_own_numbers(configs):
+    runs = [
+        variant(configs[0], 0, 1e-3, 3.0, 0.03, 0.5, Constant.Config(logit)) for logit in (-1, 1)
+    ]
+    program = build_runs(runs, devices=jax.devices()[:1], compiler_options=QUICK)
+    ones = np.ones((2, 16), np.int32)
+    batch = {"input_ids": ones, "segment_ids": ones}
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), program.abstract_state.params)
+    found = program.evaluate(zeros, batch, capacities=(None,))
+    assert np.array_equal(found["num_chunks_S"][0], [2, 32])  # starts of rows; every position
 
 
 @pytest.mark.every
@@ -168,7 +199,7 @@ def test_a_watch_may_end_the_runs_and_a_fault_of_one_leaves_the_others(configs, 
 def test_a_state_that_was_padded_for_other_devices_is_restored(configs, tmp_path):
     """Three runs are four on two devices, and three on three."""
     two = built(tuple(configs))
-    three = build_population(configs, devices=jax.devices()[:3], compiler_options=QUICK)
+    three = build_runs(configs, devices=jax.devices()[:3], compiler_options=QUICK)
     state = two.init()
     with Checkpointer(tmp_path, configs[0].checkpoint) as checkpoints:
         checkpoints.save(5, state, {})

@@ -416,15 +416,17 @@ def _memory_problem(config: HNetConfig, i: int) -> str | None:
 def _deletion_problem(config: HNetConfig, i: int) -> str | None:
     """One line on inner layers for which positions that are deleted softly would still be there."""
     predictor: Any = config.stages[i].chunking.predictor
-    if predictor.name != "deletion_gate" or not predictor.soft:
+    if not predictor.part.biases_keys(predictor):
         return None
+    has_soft = hasattr(predictor, "soft")
+    said = "predictor.soft=True" if has_soft else f"predictor={predictor.name!r} biases keys"
     for inner, stage in enumerate(config.stages[i + 1 :], i + 1):
         for layout in filter(lambda layout: not is_class(layout), stage.arch_layout):
             if letter := ignores_key_bias(layout, config.mixers):
                 return (
-                    f"predictor.soft=True, but layers {letter!r} of stage {inner} ignore biases of "
-                    "keys, so that deleted positions would still be read: use layers t or T there, "
-                    "or predictor.soft=False"
+                    f"{said}, but layers {letter!r} of stage {inner} ignore biases of keys, so "
+                    "that deleted positions would still be read: use layers t or T there"
+                    f"{', or predictor.soft=False' * has_soft}"
                 )
     return None
 

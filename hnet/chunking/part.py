@@ -146,6 +146,9 @@ class BoundaryPredictor(Part, nnx.Module):
     """Whether an offset of the threshold can change its rate"""
     alignments: ClassVar[tuple[str, ...]] = ("start", "end")
     """Alignments that its boundaries support"""
+    gives_extra: ClassVar[str] = ""
+    """What `extra` of its predictions holds: "weights" (`pools.integrate.Weights`), "gates" or
+    "rewards". Pools and losses that read it accept any predictor that gives it"""
     target_is_static: ClassVar[bool] = True
     """Whether the compiled program depends on the target ratio, as a stride or in the initial
     parameters"""
@@ -199,6 +202,11 @@ class BoundaryPredictor(Part, nnx.Module):
         positions read. None: only boundaries get slots.
         """
         return None
+
+    @classmethod
+    def biases_keys(cls, config: Any) -> bool:
+        """Whether `key_bias` is not always None: inner layers must then read it."""
+        return cls.key_bias is not BoundaryPredictor.key_bias
 
     def passes_gradient(self, config: Any) -> bool:
         """Whether b passes a gradient to the thresholded value (straight-through estimator)."""

@@ -10,7 +10,7 @@ from flax import nnx
 
 from hnet.chunking.config import ChunkingConfig
 from hnet.chunking.losses.gate_mean import GateMean
-from hnet.chunking.part import Place, Positions
+from hnet.chunking.part import BoundaryPredictor, Place, Positions
 from hnet.chunking.predictors.deletion_gate import DeletionGate
 from hnet.chunking.rates import RateCounts
 from hnet.config import AttentionConfig
@@ -145,3 +145,31 @@ def test_soft_deletion_is_refused_with_layers_that_would_still_read_deleted_posi
     with pytest.raises(ConfigError, match=r"stages.0.chunking.predictor.soft=True, but layers"):
         hidden(config)
     hidden(deleting(soft=False))
+
+
+class OwnGate(DeletionGate):
+    """A gate of one's own."""
+
+
+class Biased(BoundaryPredictor):
+    """Biases keys."""
+
+    def key_bias(self, prediction, config, training):
+        return prediction.logit
+
+
+def with_predictor(settings, layers, losses=()):
+    outer, main = deleting().stages
+    chunking = replace(outer.chunking, predictor=settings, losses=losses)
+    stages = (replace(outer, chunking=chunking), replace(main, arch_layout=(layers,)))
+    return replace(deleting(), stages=stages)
+
+
+def test_a_predictor_of_ones_own_counts_by_what_it_gives_and_not_by_its_name():
+    with_predictor(OwnGate.Config(), "T1", (GateMean.Config(),))
+    with pytest.raises(ConfigError, match="which has no gates"):
+        with_predictor(Biased.Config(), "T1", (GateMean.Config(),))
+    with_predictor(Biased.Config(), "T1")
+    with pytest.raises(ConfigError, match=r"predictor='.*:Biased' biases keys, but layers 'm'"):
+        with_predictor(Biased.Config(), "m1")
+    with_predictor(OwnGate.Config(soft=False), "m1")

@@ -31,7 +31,7 @@ class GateMean(Loss):
         """ki"""
 
         def problem_in(self, chunking):
-            if chunking.predictor.name == "deletion_gate":
+            if chunking.predictor.part.gives_extra == "gates":
                 return None
             return (
                 f"losses='gate_mean' with predictor={chunking.predictor.name!r}, which has no "

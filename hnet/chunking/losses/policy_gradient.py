@@ -54,7 +54,7 @@ class PolicyGradient(Loss):
             return super().problem()
 
         def problem_in(self, chunking):
-            if chunking.predictor.name == "policy":
+            if chunking.predictor.part.gives_extra == "rewards":
                 return None
             return (
                 f"losses='policy_gradient' with predictor={chunking.predictor.name!r}, which has "

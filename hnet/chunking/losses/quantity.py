@@ -33,7 +33,7 @@ class Quantity(Loss):
         """weight of a route: its number of positions, or equal for all present routes"""
 
         def problem_in(self, chunking):
-            if chunking.predictor.name == "cif":
+            if chunking.predictor.part.gives_extra == "weights":
                 return None
             return (
                 f"losses='quantity' with predictor={chunking.predictor.name!r}, which has no "

@@ -30,7 +30,7 @@ class Integrate(Pool):
         """Sum over the chunk with weights that add up to 1 (CIF)."""
 
         def problem_in(self, chunking):
-            if chunking.predictor.name != "cif":
+            if chunking.predictor.part.gives_extra != "weights":
                 return (
                     f"pool='integrate' with predictor={chunking.predictor.name!r}, which has no "
                     "weights: use predictor='cif', or pool='mean'"

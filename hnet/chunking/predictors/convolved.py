@@ -79,6 +79,7 @@ class CIF(Convolved):
     """
 
     alignments = ("end",)
+    gives_extra = "weights"
 
     @dataclass(frozen=True)
     class Config(PredictorConfig):

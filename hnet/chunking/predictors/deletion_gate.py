@@ -23,6 +23,7 @@ class DeletionGate(BoundaryPredictor):
     """
 
     alignments = ("start",)
+    gives_extra = "gates"
 
     @dataclass(frozen=True)
     class Config(PredictorConfig):
@@ -58,6 +59,10 @@ class DeletionGate(BoundaryPredictor):
     def __call__(self, rows):
         logit_BL = self.per_group(rows.context, rows.h_BLD)
         return Prediction(logit_BL, extra=gate(logit_BL, rows.config.scale))
+
+    @classmethod
+    def biases_keys(cls, config):
+        return config.soft
 
     def key_bias(self, prediction, config, training):
         return gate(prediction.logit, config.scale) if training and config.soft else None

@@ -23,6 +23,7 @@ class Policy(MLP):
     """
 
     reads_bytes = True
+    gives_extra = "rewards"
 
     @dataclass(frozen=True)
     class Config(PredictorConfig):

@@ -78,11 +78,19 @@ def same_name(cls: type, content: Any, path: str) -> str | None:
 
 # --- texts ----------------------------------------------------------------------------------------
 
+MOST_LINES = 60
+"""number of lines of fields that a help without a topic shows"""
 
-def of_options(cls: type, content: dict[str, Any]) -> str:
-    """Help of a program whose options are one dataclass: what it does, then every field."""
-    module = sys.modules[cls.__module__]
-    return f"{inspect.getdoc(module)}\n\n{level(cls, content, deep=True)}"
+
+def of_options(cls: type, content: dict[str, Any], topic: str = "") -> str:
+    """Help of a program whose options are one dataclass: what it does, then every field, or only
+    the sections if all fields are too many; or the field `topic`."""
+    if topic:
+        return of_topic(cls, content, topic)
+    listed = level(cls, content, deep=True)
+    if len(listed.splitlines()) > MOST_LINES:
+        listed = level(cls, content)
+    return f"{inspect.getdoc(sys.modules[cls.__module__])}\n\n{listed}"
 
 
 def of_topic(cls: type, content: Any, path: str) -> str:
@@ -120,7 +128,7 @@ def parts(kind: type[Settings], path: str) -> str:
     for name in kind.table.names:
         own = fields.part_class(kind, name, path)
         texts += [table([(name, summary(own.part))]), level(own, defaults(own), path)]
-    texts.append(f"  or package.module:Class, a {kind.table.kind} of your own")
+    texts.append(f"  or package.module:Class, {kind.table.a_kind} of your own")
     return "\n".join(filter(None, texts))
 
 

@@ -132,12 +132,13 @@ def no_collection() -> Iterator[None]:
 def parse(cls: type, default: Any = None, argv: Sequence[str] | None = None) -> Any:
     """Read a dataclass from the command line; fields that are not given keep their defaults.
 
-    `--help` prints the docstring of the module of `cls` and all fields. Raises ConfigError.
+    `--help` prints the docstring of the module of `cls` and its fields, `--help FIELD` those of a
+    section. Raises ConfigError.
     """
     argv = sys.argv[1:] if argv is None else argv
     content = command_help.defaults(cls) if default is None else fields.to_json(default)
-    if help_topic(argv) is not None:
-        print(command_help.of_options(cls, content))
+    if (topic := help_topic(argv)) is not None:
+        print(command_help.of_options(cls, content, topic))
         raise SystemExit(0)
     return with_words(cls, content, argv)
 

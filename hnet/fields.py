@@ -323,7 +323,7 @@ def _part(kind: type[Settings], content: Any, path: str) -> Any:
         content = {"name": content}
     if not isinstance(content, dict) or not isinstance(content.get("name"), str):
         names = ", ".join(kind.table.names)
-        raise FieldError(f"{path}={shown(content)}: expected a {kind.table.kind} ({names})")
+        raise FieldError(f"{path}={shown(content)}: expected {kind.table.a_kind} ({names})")
     return _object(
         part_class(kind, content["name"], path),
         {name: value for name, value in content.items() if name != "name"},

@@ -8,9 +8,31 @@ name a class outside of the table as ``"my_paper.hazard:Hazard"``.
 import dataclasses
 import difflib
 import importlib
+import traceback
 from typing import Any, ClassVar
 
-from hnet.errors import ConfigError
+from hnet.errors import ConfigError, first_line
+
+
+def find_object(place: str, what: str) -> Any:
+    """The object "package.module:name"; None if its module does not have it.
+
+    Raises a one-line ConfigError that begins with `what` if the module cannot be imported: it may
+    be a user's, so any error in it names the file and the line.
+    """
+    module, _, name = place.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ImportError as e:
+        why = str(e)
+        if e.name and f"{module}.".startswith(f"{e.name}."):
+            why += ": start in the folder that has it, or set PYTHONPATH"
+    except Exception as e:  # code of the module runs
+        last = traceback.extract_tb(e.__traceback__)[-1]
+        why = first_line(e)
+        if "importlib" not in last.filename:
+            why = f"{last.filename}, line {last.lineno}: {why}"
+    raise ConfigError(f"{what} {place!r} cannot be imported: {why}")
 
 
 class Table:
@@ -19,6 +41,7 @@ class Table:
     def __init__(self, kind: str, names: dict[str, str]):
         """kind: its name in errors ("boundary predictor"). names: name -> "module:Class"."""
         self.kind, self.names = kind, names
+        self.a_kind = f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
     def find(self, name: str) -> Any:
         """The class for a name or a "module:Class". Raises ConfigError if there is none."""
@@ -29,10 +52,7 @@ class Table:
                 f"{self.kind} {name!r} is unknown: use {', '.join(near)}, or package.module:Class"
             )
         module, _, class_name = place.partition(":")
-        try:
-            found: Any = getattr(importlib.import_module(module), class_name, None)
-        except ImportError as e:
-            raise ConfigError(f"{self.kind} {name!r} cannot be imported: {e}") from None
+        found: Any = find_object(place, self.kind)
         settings = getattr(found, "Config", None)
         if not (isinstance(settings, type) and issubclass(settings, Settings)):
             raise ConfigError(
@@ -40,7 +60,7 @@ class Table:
                 "nests its settings as Config"
             )
         if settings.table is not self:
-            raise ConfigError(f"{self.kind} {name!r} is a {settings.table.kind}")
+            raise ConfigError(f"{self.kind} {name!r} is {settings.table.a_kind}")
         return found
 
     def name_of(self, part: type) -> str:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -138,6 +139,29 @@ def test_a_bare_name_is_the_part_with_its_defaults():
     content = {"courses": [{"cook": "baker", "helpers": ["grill", {"name": "baker", "heat": 9}]}]}
     menu = from_json(Menu, content)
     assert menu.courses == (Course(Baker.Config(), (Grill.Config(), Baker.Config(9.0))),)
+
+
+BROKEN = {
+    "def f(:": "SyntaxError: .*broken.py, line 1",
+    "\nx = undefined": "broken.py, line 2: NameError: name 'undefined' is not defined",
+    "raise OSError('no\\nfile')": "broken.py, line 1: OSError: no$",
+    "import no_such_package": "No module named 'no_such_package'$",
+}
+
+
+@pytest.mark.parametrize("source", BROKEN)
+def test_a_part_in_a_broken_module_is_refused_in_one_line(source, tmp_path, monkeypatch):
+    (tmp_path / "broken.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "broken", raising=False)
+    with pytest.raises(ConfigError, match=f"cook 'broken:Thing' cannot.*{BROKEN[source]}"):
+        COOKS.find("broken:Thing")
+
+
+@pytest.mark.parametrize("place", [":Thing", ".here:Thing", "..:", "no_such:Thing"])
+def test_a_part_without_a_module_is_refused_in_one_line(place):
+    with pytest.raises(ConfigError, match="^cook '.*' cannot be imported: [^\n]*$"):
+        COOKS.find(place)
 
 
 REFUSED = [
@@ -338,6 +362,9 @@ def test_help_lists_fields_with_type_value_and_docstring(capsys):
     assert __doc__ in shown_help
     assert "  --cook cook = baker(heat=200.0, trays=1 2)\n        Who makes it." in shown_help
     assert "  --size int (1 or more) = 3\n        Plates." in shown_help
+    with pytest.raises(SystemExit):
+        parse(Course, argv=["--help", "cook"])
+    assert "grill  Grills." in capsys.readouterr().out
     content = to_json(MENU)
     inside = command_help.of_topic(Menu, content, "courses.0.cook")
     assert "Who makes it." in inside and "baker  Bakes." in inside and "grill  Grills." in inside

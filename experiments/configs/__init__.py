@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 from hnet import command_help, fields
 from hnet.command_line import check_words, help_topic, no_collection, split_words, with_words
 from hnet.errors import ConfigError
+from hnet.parts import find_object
 from hnet.train.sections import Sections
 
 if TYPE_CHECKING:
@@ -149,13 +150,10 @@ def _named(name: str) -> Named:
 
 
 def _from_function(place: str) -> "Config":
-    module_name, _, function = place.partition(":")
-    try:
-        made = getattr(importlib.import_module(module_name), function)
-    except (ImportError, ValueError, AttributeError) as e:
-        raise ConfigError(f"configuration {place!r}: {e}") from None
+    made = find_object(place, "configuration")
     if not callable(made):
-        raise ConfigError(f"configuration {place!r}: {function} is no function")
+        module, _, function = place.partition(":")
+        raise ConfigError(f"configuration {place!r}: {module} has no function {function!r}")
     return as_run(made())
 
 
@@ -239,7 +237,9 @@ def help_text(content: Any, topic: str = "") -> str:
     if topic:
         return command_help.of_topic(Config, content, topic)
     program = sys.modules["__main__"].__doc__ or ""
-    return "\n\n".join([program.strip(), list_text(), command_help.level(Config, content)])
+    names = command_help.table([("", ", ".join(named_configs()))])
+    names = f"NAME is one of (experiments.pretrain --list says what each is)\n{names}"
+    return "\n\n".join([program.strip(), names, command_help.level(Config, content)])
 
 
 def list_text() -> str:

@@ -40,7 +40,10 @@ def usage() -> str:
 
 
 def main() -> None:
-    """Entry point of the console command."""
+    """Entry point of the console command; as with `python -m`, imports find the working directory,
+    which may hold the classes that a run names."""
+    if "" not in sys.path:
+        sys.path.insert(0, "")
     command_line.run(dispatch)
 
 

@@ -4,7 +4,6 @@ A configuration names a user's class as the layout of the innermost stage,
 ``arch_layout=("my_paper.nets:Reservoir",)``.
 """
 
-import importlib
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ from flax import nnx
 from hnet.errors import ConfigError
 from hnet.nn.cache import Rows
 from hnet.nn.context import Context, StepContext
+from hnet.parts import find_object
 
 
 class Stack(nnx.Module):
@@ -54,11 +54,7 @@ class Stack(nnx.Module):
 
 def find_stack(place: str) -> type[Stack]:
     """The class of "package.module:Class". Raises ConfigError if there is none."""
-    module, _, name = place.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), name, None)
-    except (ImportError, ValueError) as e:
-        raise ConfigError(f"network {place!r} cannot be imported: {e}") from None
+    found = find_object(place, "network")
     if not (isinstance(found, type) and issubclass(found, Stack)):
         raise ConfigError(f"network {place!r} is no subclass of hnet.nn.stack.Stack")
     return found

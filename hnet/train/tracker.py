@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from hnet.errors import ConfigError, first_line
+from hnet.parts import find_object
 from hnet.train.sections import TrackerConfig
 
 MAX_WAITING = 1000
@@ -80,16 +81,10 @@ def find(name: str) -> type[Tracker]:
                 f"pip install 'hnet-jax[{name}]'"
             )
         return TRACKERS[name]
-    module, _, class_name = name.partition(":")
-    if not class_name:
+    if ":" not in name:
         known = ", ".join(TRACKERS)
         raise ConfigError(f"tracker.name={name!r} is unknown: use {known}, or package.module:Class")
-    try:
-        found = getattr(importlib.import_module(module), class_name, None)
-    except Exception as e:  # code of the module runs
-        raise ConfigError(
-            f"tracker.name={name!r} cannot be imported ({first_line(e)}): give package.module:Class"
-        ) from None
+    found = find_object(name, "tracker")
     missing = [f for f in ("begin", "scalars", "end") if not callable(getattr(found, f, None))]
     if missing:
         raise ConfigError(

@@ -5,11 +5,11 @@ A lower-case letter is the mixer only, upper case the mixer followed by a SwiGLU
 interface. JAX is not imported before a class is looked up.
 """
 
-import importlib
 from typing import TYPE_CHECKING
 
 from hnet.errors import ConfigError
 from hnet.nn.mixers.settings import PROBLEMS
+from hnet.parts import find_object
 
 if TYPE_CHECKING:
     from hnet.config import HNetConfig, StageConfig
@@ -31,11 +31,7 @@ Further = tuple[tuple[str, str], ...]
 def find(letter: str, further: Further = ()) -> type:
     """The mixer class of a letter, in either case. Raises ConfigError if there is none."""
     place = _place(letter, further)
-    module, _, name = place.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), name, None)
-    except ImportError as e:
-        raise ConfigError(f"mixer {place!r} cannot be imported: {e}") from None
+    found = find_object(place, "mixer")
     from hnet.nn.mixers.base import Mixer  # loads JAX
 
     if not (isinstance(found, type) and issubclass(found, Mixer)):

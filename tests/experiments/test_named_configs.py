@@ -205,9 +205,9 @@ def paper():
 def test_a_function_of_any_module_is_a_configuration():
     assert run_config([f"{__name__}:paper"]).model == paper()
     for place, says in (
-        (f"{__name__}:nothing", "has no attribute 'nothing'"),
+        (f"{__name__}:nothing", "has no function 'nothing'"),
         ("no.such:thing", "No module named"),
-        (f"{__name__}:NAMES", "NAMES is no function"),
+        (f"{__name__}:NAMES", "has no function 'NAMES'"),
     ):
         with pytest.raises(ConfigError, match=says):
             run_config([place])

@@ -143,8 +143,8 @@ class ComputeConfig:
     ssd_backend: Literal["auto", "xla", "pallas", "matmul", "triton"] = "auto"
     """implementation of the SSD: matmuls over blocks and a loop over their states (xla), a kernel
     for TPUs (pallas), fewer and larger matmuls for GPUs (matmul), or kernels for GPUs and bfloat16
-    (triton); the last two were not yet run on a GPU; auto: pallas on TPUs, matmul on GPUs, else
-    xla"""
+    (triton), also of the convolution, gate and norm around it; the last two were not yet run on a
+    GPU; auto: pallas on TPUs, matmul on GPUs, else xla"""
     tuned: str = ""
     """file written by `experiments.benchmarks.kernels` on these devices: auto and block lengths
     that are not set use what was fastest there"""

@@ -1,7 +1,8 @@
 """Collectives and memory traffic of a compiled program, read from its HLO text.
 
 XLA's own cost analysis counts the body of a loop once. Here every instruction counts as often as
-the loops around it run. On a GPU each instruction that moves data is a kernel.
+the loops around it run; all branches of a condition count, except in the named scope `rarely`. On a
+GPU each instruction that moves data is a kernel.
 """
 
 import math
@@ -202,6 +203,8 @@ def _runs(computations: dict[str, list[Instruction]], run: _Run) -> Iterator[_Ru
             body, times = one.called("body"), run.times * trips
             yield from _runs(computations, _Run(body, times, run.fused, part, trips))
         elif one.opcode == "conditional":
+            if "rarely" in one.op_name.split("/"):
+                continue
             branches = re.search(r"branch_computations=\{([^}]*)\}", one.attributes)
             names = re.findall(r"[\w.\-]+", branches[1]) if branches else []
             names += [one.called(f"{case}_computation") for case in ("true", "false")]

@@ -84,5 +84,9 @@ def first_non_finite(
 
 
 def found_if(is_wanted: jax.Array, find: Callable[[], jax.Array]) -> jax.Array:
-    """`find()` where wanted, else -1; nothing is computed for the latter."""
-    return jax.lax.cond(is_wanted, find, lambda: jnp.full((), -1, jnp.int32))
+    """`find()` where wanted, else -1; nothing is computed for the latter.
+
+    The scope tells `tpu.plan` not to count this, since few steps want it.
+    """
+    with jax.named_scope("rarely"):
+        return jax.lax.cond(is_wanted, find, lambda: jnp.full((), -1, jnp.int32))

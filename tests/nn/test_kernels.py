@@ -15,7 +15,11 @@ from experiments.configs import base_config
 from hnet.config import ComputeConfig, StageConfig
 from hnet.errors import ConfigError
 from hnet.nn.attention import attention_reference
+from hnet.nn.kernels.conv_triton import conv_silu_triton
+from hnet.nn.kernels.convolution import causal_conv_silu
 from hnet.nn.kernels.cudnn import attention_cudnn
+from hnet.nn.kernels.derivatives import gated, rms_norm
+from hnet.nn.kernels.gate_triton import gate_norm_triton
 from hnet.nn.kernels.sharded import sharded_over_rows
 from hnet.nn.kernels.splash import attention_splash
 from hnet.nn.kernels.ssd import ssd_pallas
@@ -130,15 +134,46 @@ def test_ssd_kernels_are_the_recurrence(name, heads, channels, block_len):
     A[-1] = -40  # forgets within a position: differences of long sums would cancel
     B_BLN, C_BLN = (np.float32(rng.normal(size=(B, L, N))) for _ in range(2))
 
-    def ours(x, dt, A, b, c):
+    def ours(x, dt, A, b, c, *skip):
         log_a = dt * A[None, None]
-        return SSDS[name](x, dt, log_a, b, c, segments, block_len=block_len)
+        return SSDS[name](x, dt, log_a, b, c, segments, *skip, block_len=block_len)
 
-    inputs = (x, dt, A, B_BLN, C_BLN)
-    loop = value_and_gradients(lambda *a: ssd_reference(*a, segments), cotangent, *inputs)
+    inputs, plain = (x, dt, A, B_BLN, C_BLN), lambda *a: ssd_reference(*a, segments)
+    if name == "triton":  # adds the skip connection too
+        inputs += (np.float32(rng.normal(size=heads)),)
+        plain = lambda x, *a: ssd_reference(x, *a[:-1], segments) + a[-1][None, None, :, None] * x
+    loop = value_and_gradients(plain, cotangent, *inputs)
     # "triton" is for bfloat16: its decays are differences of two sums over a block
-    tolerance = 2e-5 if name == "triton" else 4e-6
+    tolerance = 4e-5 if name == "triton" else 4e-6
     assert_same(value_and_gradients(ours, cotangent, *inputs), loop, tolerance)
+
+
+@pytest.mark.parametrize("length, channels", [(24, 6), (13, 7), (2, 4)])
+def test_the_derivative_of_the_convolution(length, channels):
+    """3 blocks of 8 positions and 3 of 2 channels; documents shorter than the taps; odd lengths."""
+    x, cotangent = (np.float32(rng.normal(size=(2, length, channels))) for _ in range(2))
+    documents = np.sort(rng.integers(0, 9, length)), np.ones(length)
+    segments = np.stack(documents).astype(np.int32)
+    inputs = [x, *(np.float32(rng.normal(size=s)) for s in ((4, channels), channels))]
+    ours, plain = (
+        value_and_gradients(lambda *a, f=f: f(*a, segments), cotangent, *inputs)
+        for f in (partial(conv_silu_triton, interpret=True), causal_conv_silu)
+    )
+    assert_same(ours, plain, 4e-6)
+
+
+def test_gate_norm_is_the_norm_of_a_gated_product():
+    """34 rows in blocks of 2; 13 channels in slices of 8, 4 and 1."""
+    y, z, cotangent = (np.float32(rng.normal(size=(2, 17, 13))) for _ in range(3))
+    y[0] *= 3e-3  # so that the epsilon matters
+    inputs = (y, z, np.float32(rng.normal(size=13)))
+    ours = value_and_gradients(partial(gate_norm_triton, interpret=True), cotangent, *inputs)
+    plain = lambda y, z, scale: rms_norm(gated(y, z), scale)
+    assert_same(ours, value_and_gradients(plain, cotangent, *inputs), 2e-6)
+    narrow = gate_norm_triton(
+        *(a.astype(jnp.bfloat16) for a in inputs[:2]), inputs[2], interpret=True
+    )
+    assert narrow.dtype == jnp.bfloat16 and relative_error(np.float32(narrow), ours[0]) < 2e-2
 
 
 @pytest.mark.parametrize(
@@ -166,22 +201,24 @@ def test_each_device_gets_its_rows_and_heads(rows, heads, shape):
     mesh = Mesh(devices, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     seen = []
 
-    def double(a_BLH, b_BL):
+    def product(a_BLH, b_BL, c_L):
         seen.append(a_BLH.shape)
-        return a_BLH * b_BL[..., None]
+        return a_BLH * b_BL[..., None] * c_L[None, :, None]
 
-    def run(a, b):
-        return sharded_over_rows(double, ("BLH", "BL"), "BLH", a, b)
+    def run(*arrays):
+        return sharded_over_rows(product, ("BLH", "BL", "L"), "BLH", *arrays)
 
-    def run_on_mesh(a, b):
+    def run_on_mesh(*arrays):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return run(a, b)
+            return run(*arrays)
 
-    a, b = (np.float32(rng.normal(size=s)) for s in ((rows, 13, heads), (rows, 13)))
+    shapes = (rows, 13, heads), (rows, 13), 13  # the last is replicated, its gradient a sum
+    a, *others = (np.float32(rng.normal(size=s)) for s in shapes)
     place = jax.sharding.NamedSharding(mesh, P())
-    on_mesh = value_and_gradients(run_on_mesh, a, *(jax.device_put(x, place) for x in (a, b)))
+    placed = (jax.device_put(x, place) for x in (a, *others))
+    on_mesh = value_and_gradients(run_on_mesh, a, *placed)
     assert set(seen) == {shape}
-    assert_same(on_mesh, value_and_gradients(run, a, a, b), 1e-6)
+    assert_same(on_mesh, value_and_gradients(run, a, a, *others), 1e-6)
     assert seen[-1] == a.shape
 
 

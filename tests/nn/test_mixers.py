@@ -359,6 +359,27 @@ def test_no_kernel_is_chosen_that_would_leave_an_option_out(monkeypatch):
         assert np.array_equal(run(graph, params, X, context(name, SEGMENTS)), plain)
 
 
+def test_mamba2_with_kernels_around_its_ssd_is_that_of_array_code(monkeypatch):
+    """Interpreted; the values of a stack, and its gradients."""
+    triton = table.KERNELS["ssd_backend"]["triton"]
+    around = table.AroundSSD(*(partial(f, interpret=True) for f in triton.around))
+    ssd = partial(triton.run, interpret=True)
+    interpreted = triton._replace(run=ssd, block_len=16, around=around)
+    monkeypatch.setitem(table.KERNELS["ssd_backend"], "triton", interpreted)
+    graphs = [split(configured("m1", {}, ssd_backend=name), "m1")[0] for name in ("triton", "xla")]
+    params, row = split(configured("m1", {}), "m1")[1], slice(1, 2)  # a row of three segments
+
+    def values(graph):
+        def weighted(params):
+            out = _run(graph, params, X[row], context("mamba2", SEGMENTS[row]))
+            return jnp.sum(out * BIAS[row, :, None]), out
+
+        return quick_jit(jax.grad(weighted, has_aux=True))(params)
+
+    for a, b in zip(*(jax.tree.leaves(values(graph)) for graph in graphs), strict=True):
+        assert relative_error(a, b) < 3e-5
+
+
 def test_a_stack_that_looks_ahead_is_attention_alone_and_has_no_steps():
     for name in ("mamba2", "delta", "mixed"):
         with pytest.raises(ConfigError, match="layers '[mg]' are causal: a stack that looks ahead"):

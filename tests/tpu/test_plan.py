@@ -149,6 +149,31 @@ def test_a_kernel_that_reads_a_slice_of_an_array_counts_the_slice():
     assert [m.num_bytes for m in hlo.moved(SLICED)] == [2 * 16 * 16 * 2]
 
 
+BRANCHES = """\
+HloModule step, is_scheduled=true
+
+%nothing (q: f32[16]) -> f32[16] {
+  ROOT %q = f32[16]{0} parameter(0)
+}
+
+%twice (p: f32[16]) -> f32[16] {
+  %p = f32[16]{0} parameter(0)
+  ROOT %s = f32[16]{0} add(%p, %p)
+}
+
+ENTRY %main (a: f32[16], b: pred[]) -> f32[16] {
+  %a = f32[16]{0} parameter(0)
+  %b = pred[] parameter(1)
+  ROOT %c = f32[16]{0} conditional(%b, %a, %a), true_computation=%twice, false_computation=%nothing, metadata={op_name="jit(f)/SCOPE/cond"}
+}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize("scope, counted", [("optimizer", [3 * 16 * 4]), ("rarely", [])])
+def test_what_runs_rarely_does_not_count(scope, counted):
+    assert [m.num_bytes for m in hlo.moved(BRANCHES.replace("SCOPE", scope))] == counted
+
+
 SPREAD = """\
 HloModule step, is_scheduled=true, num_partitions=4
 

@@ -27,12 +27,13 @@ NN, NT, TN = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ())), (((0,), (0,)), 
 
 
 def ssd_triton(
-    x_BLHP, dt_BLH, log_a_BLH, B_BLN, C_BLN, segment_ids_BL, *, block_len=BLOCK_LEN, interpret=False
-) -> jax.Array:
+    x_BLHP, dt_BLH, log_a_BLH, B_BLN, C_BLN, segment_ids_BL, skip_H=None, *, block_len=BLOCK_LEN,
+    interpret=False,
+) -> jax.Array:  # fmt: skip
     """`ssd_blocks` with log_a = dt A <= 0; y_BLHP in the dtype of x, sums in float32.
 
-    States between blocks are rounded to the dtype of x. interpret: run as ordinary JAX, on any
-    device.
+    skip_H: factors of the skip connection, skip x, that is added to y. States between blocks are
+    rounded to the dtype of x. interpret: run as ordinary JAX, on any device.
     """
     rows, length, H, P = x_BLHP.shape
     N, T = B_BLN.shape[-1], _power_of_2(block_len)
@@ -48,7 +49,8 @@ def ssd_triton(
     dt_BHL, log_a_BHL = (padded(a).swapaxes(1, 2) for a in (dt_BLH, log_a_BLH))
     starts_BL = segment_starts(padded(segment_ids_BL))
     run_BL = jnp.cumsum(starts_BL, axis=1, dtype=jnp.int32)
-    y_BLD = _ssd(T, interpret, x_BLD, dt_BHL, log_a_BHL, B_BLN, C_BLN, run_BL)
+    skip_H = jnp.zeros((H,), jnp.float32) if skip_H is None else skip_H
+    y_BLD = _ssd(T, interpret, x_BLD, dt_BHL, log_a_BHL, B_BLN, C_BLN, skip_H, run_BL)
     return y_BLD.reshape(rows, length + padding, H, -1)[:, :length, :, :P]
 
 
@@ -149,8 +151,8 @@ def _call(T: int, interpret: bool, x_BLD, dt_BHL, B_BLN) -> _Call:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _ssd(T, interpret, x_BLD, dt_BHL, log_a_BHL, B_BLN, C_BLN, run_BL) -> jax.Array:
-    return _forward(T, interpret, x_BLD, dt_BHL, log_a_BHL, B_BLN, C_BLN, run_BL, keep=False)[0]
+def _ssd(T, interpret, *inputs) -> jax.Array:
+    return _forward(T, interpret, *inputs, keep=False)[0]
 
 
 def _ssd_fwd(T, interpret, *inputs):
@@ -158,12 +160,12 @@ def _ssd_fwd(T, interpret, *inputs):
     return y_BLD, (inputs, entering_BKHNP)
 
 
-def _forward(T, interpret, x_BLD, dt_BHL, log_a_BHL, B_BLN, C_BLN, run_BL, *, keep):
+def _forward(T, interpret, x_BLD, dt_BHL, log_a_BHL, B_BLN, C_BLN, skip_H, run_BL, *, keep):
     d, dtype = _factors(log_a_BHL, run_BL, T), x_BLD.dtype
     inputs = {
         "x BLD": x_BLD, "dt BHL": dt_BHL, "total BHL": d.total_BHL, "start BHL": d.from_start_BHL,
         "end BHL": dt_BHL * d.to_end_BHL, "through BHK": d.through_BHK, "B BLN": B_BLN,
-        "C BLN": C_BLN, "run BL": run_BL,
+        "C BLN": C_BLN, "skip H": skip_H, "run BL": run_BL,
     }  # fmt: skip
     outputs = {"y BLD": dtype} | ({"entering BKHNP": dtype} if keep else {})
     call = _call(T, interpret, x_BLD, dt_BHL, B_BLN)
@@ -191,8 +193,8 @@ def _decay(total_T):
     return jnp.exp(jnp.minimum(total_T[:, None] - total_T[None], 0.0))
 
 
-def _forward_kernel(x, dt, total, start, end, through, B, C, run, y, *entering, T):
-    """y = (scores o decay o dt') x + start C h,  h <- through h + B' (end x)."""
+def _forward_kernel(x, dt, total, start, end, through, B, C, skip, run, y, *entering, T):
+    """y = (scores o decay o dt') x + start C h + skip x,  h <- through h + B' (end x)."""
     dtype = x.dtype
 
     def block(k, h_NP):
@@ -201,10 +203,12 @@ def _forward_kernel(x, dt, total, start, end, through, B, C, run, y, *entering, 
         scores_TT = jnp.where(_visible(run[at]), _dot(C_TN, B_TN, NT, dtype), 0.0)
         mixed_TT = scores_TT * _decay(total[at]) * dt[at][None]
         carried_TP = start[at][:, None] * _dot(C_TN, h_NP, NN, dtype)
-        y[at, :] = (_dot(mixed_TT, x_TP, NN, dtype) + carried_TP).astype(dtype)
+        x32_TP = x_TP.astype(jnp.float32)
+        y_TP = _dot(mixed_TT, x_TP, NN, dtype) + carried_TP + skip[...] * x32_TP
+        y[at, :] = y_TP.astype(dtype)
         if entering:
             entering[0][k] = h_NP.astype(dtype)
-        x_end_TP = x_TP.astype(jnp.float32) * end[at][:, None]
+        x_end_TP = x32_TP * end[at][:, None]
         return through[k] * h_NP + _dot(B_TN, x_end_TP, TN, dtype)
 
     zero_NP = jnp.zeros((B.shape[1], x.shape[1]), jnp.float32)
@@ -226,7 +230,7 @@ def _state_gradient_kernel(dy, start, through, C, leaving, *, T):
 
 
 def _gradient_kernel(
-    x, dy, dt, total, start, to_end, B, C, run, entering, leaving,
+    x, dy, dt, total, start, to_end, B, C, skip, run, entering, leaving,
     dx, rows, pairs, same, later, past, dB, dC, *, T,
 ):  # fmt: skip
     """Gradients of one block: of x, B and C, and sums from which those of dt and log_a follow.
@@ -261,7 +265,7 @@ def _gradient_kernel(
         rows[h] = jnp.sum(pairs_TT * dt_T[None], axis=1) + read_T
         end_T = (dt_T * to_end[h])[:, None]
         dx_end_TP = _dot(B_TN, dh_NP, NN, dtype)
-        dx[:, channels] = (dx_TP + dx_end_TP * end_T).astype(dtype)
+        dx[:, channels] = (dx_TP + dx_end_TP * end_T + skip[h] * dy32_TP).astype(dtype)
         later[h] = jnp.sum(dx_end_TP * x32_TP, axis=1) * to_end[h]
         past[h] = jnp.sum(h_NP.astype(f32) * dh_NP.astype(f32))
         dC_TN += _dot(dy_start_TP, h_NP, NT, dtype)
@@ -275,7 +279,7 @@ def _gradient_kernel(
 
 
 def _ssd_bwd(T, interpret, saved, dy_BLD):
-    (x_BLD, dt_BHL, log_a_BHL, B_BLN, C_BLN, run_BL), entering_BKHNP = saved
+    (x_BLD, dt_BHL, log_a_BHL, B_BLN, C_BLN, skip_H, run_BL), entering_BKHNP = saved
     d, f32 = _factors(log_a_BHL, run_BL, T), jnp.float32
     call = _call(T, interpret, x_BLD, dt_BHL, B_BLN)
     inputs = {
@@ -289,7 +293,8 @@ def _ssd_bwd(T, interpret, saved, dy_BLD):
     inputs = {
         "x BLD": x_BLD, "dy BLD": dy_BLD, "dt BHL": dt_BHL, "total BHL": d.total_BHL,
         "start BHL": d.from_start_BHL, "to_end BHL": d.to_end_BHL, "B BLN": B_BLN, "C BLN": C_BLN,
-        "run BL": run_BL, "entering BKHNP": entering_BKHNP, "leaving BKHNP": leaving_BKHNP,
+        "skip H": skip_H, "run BL": run_BL, "entering BKHNP": entering_BKHNP,
+        "leaving BKHNP": leaving_BKHNP,
     }  # fmt: skip
     outputs = {"dx BLD": x_BLD.dtype, **dict.fromkeys(("rows BHL", "pairs BHL"), f32)}
     outputs |= dict.fromkeys(("same BHL", "later BHL", "past BKH", "dB BLN", "dC BLN"), f32)
@@ -311,7 +316,8 @@ def _ssd_bwd(T, interpret, saved, dy_BLD):
     dlog_a_BHKT += position_sums(blocks(later * dt_BHL), np.triu(np.ones((T, T)), 1))
     dlog_a_BHKT += (past_BKH.swapaxes(1, 2) * d.through_BHK)[..., None]
     dlog_a_BHL = dlog_a_BHKT.reshape(log_a_BHL.shape)
-    return dx, ddt_BHL, dlog_a_BHL, dB.astype(B_BLN.dtype), dC.astype(C_BLN.dtype), None
+    dB_BLN, dC_BLN = dB.astype(B_BLN.dtype), dC.astype(C_BLN.dtype)
+    return dx, ddt_BHL, dlog_a_BHL, dB_BLN, dC_BLN, jnp.sum(same, axis=(0, 2)), None
 
 
 # optimize_remat: a forward pass that will be recomputed does not write the states

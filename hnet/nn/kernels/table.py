@@ -12,7 +12,9 @@ import jax
 
 from hnet.config import ComputeConfig
 from hnet.errors import ConfigError
+from hnet.nn.kernels.conv_triton import conv_silu_triton
 from hnet.nn.kernels.cudnn import attention_cudnn
+from hnet.nn.kernels.gate_triton import gate_norm_triton
 from hnet.nn.kernels.splash import attention_splash
 from hnet.nn.kernels.ssd import ssd_pallas
 from hnet.nn.kernels.ssd_matmul import ssd_matmul
@@ -32,6 +34,17 @@ class Kernel(NamedTuple):
     as our array code"""
     block_len: int | None = None
     """positions per block if the configuration sets none; None: the kernel chooses"""
+    around: "AroundSSD | None" = None
+    """kernels for the rest of Mamba-2; an SSD that has them takes the skip connection's factors"""
+
+
+class AroundSSD(NamedTuple):
+    """Kernels for what precedes and follows the SSD in Mamba-2."""
+
+    conv_silu: Callable[..., jax.Array]
+    """instead of `causal_conv_silu`"""
+    gate_norm: Callable[..., jax.Array]
+    """rms_norm(y silu(z)) scale, of the SSD's output with the skip connection"""
 
 
 # Field of ComputeConfig -> kernels by value. "auto" and "xla" (our array code) are not listed.
@@ -43,9 +56,12 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     "ssd_backend": {
         "pallas": Kernel(ssd_pallas, "tpu", is_default=True),
         "matmul": Kernel(ssd_matmul, "gpu", is_default=True, block_len=128),
-        "triton": Kernel(ssd_triton, "gpu", ("bfloat16",), block_len=64),
+        "triton": Kernel(
+            ssd_triton, "gpu", ("bfloat16",), block_len=64,
+            around=AroundSSD(conv_silu_triton, gate_norm_triton),
+        ),
     },
-}
+}  # fmt: skip
 # Positions per block of our array code: large on GPUs, where each operation has a launch cost,
 # small on CPUs, where a block should fit into the cache.
 ARRAY_BLOCK_LEN = {
@@ -127,6 +143,12 @@ def kernel(field: str, compute: ComputeConfig) -> Callable[..., jax.Array] | Non
     if found.block_len is None:
         return found.run
     return partial(found.run, block_len=getattr(compute, BLOCK_FIELD[field]) or found.block_len)
+
+
+def around_ssd(compute: ComputeConfig) -> AroundSSD | None:
+    """Kernels for the rest of Mamba-2, or None: our array code."""
+    found = KERNELS["ssd_backend"].get(compute.ssd_backend)
+    return found.around if found else None
 
 
 def array_block_len(field: str, compute: ComputeConfig) -> int:

@@ -16,13 +16,14 @@ from hnet.nn.kernels.convolution import causal_conv_silu, conv_silu_step
 from hnet.nn.kernels.derivatives import gated, rounded, skip_gate_norm
 from hnet.nn.kernels.sharded import sharded_over_rows
 from hnet.nn.kernels.ssd_blocks import ssd_blocks
-from hnet.nn.kernels.table import array_block_len, kernel
+from hnet.nn.kernels.table import around_ssd, array_block_len, kernel
 from hnet.nn.layers import (
     RMSNorm,
     constrain_rows,
     fused_linear,
     linear,
     replicate,
+    tensor_devices,
 )
 from hnet.nn.mixers.base import Mixer
 from hnet.nn.mixers.settings import mamba2_problem
@@ -110,13 +111,23 @@ class Mamba2(Mixer):
         z, x, BC, dt_BLH = self.split_inputs(x_BLD)
         inputs, d_inner = (x, BC), self.d_inner
         weight_WC, bias_C = self.conv_params(z.dtype)
-        x = causal_conv_silu(x, weight_WC[:, :d_inner], bias_C[:d_inner], segment_ids_BL)
-        BC = causal_conv_silu(BC, weight_WC[:, d_inner:], bias_C[d_inner:], segment_ids_BL)
+        around = around_ssd(self.compute) if tensor_devices() == 1 else None
+        conv_silu = causal_conv_silu
+        if around:
+            axes = ("BLC", "WC", "C", "BL")
+            conv_silu = partial(sharded_over_rows, around.conv_silu, axes, "BLC")
+        x = conv_silu(x, weight_WC[:, :d_inner], bias_C[:d_inner], segment_ids_BL)
+        BC = conv_silu(BC, weight_WC[:, d_inner:], bias_C[d_inner:], segment_ids_BL)
         x, B, C = self.heads(x, BC)
         A_H = -jnp.exp(self.A_log[...])
         if other := kernel("ssd_backend", self.compute):
             given = (x, dt_BLH, dt_BLH * A_H[None, None, :], B, C, segment_ids_BL)
             axes = ("BLHP", "BLH", "BLH", "BLN", "BLN", "BL")
+            if around:
+                y = sharded_over_rows(other, (*axes, "H"), "BLHP", *given, self.D[...])
+                given, axes = (y.reshape(z.shape), z, self.norm.scale[...]), ("BLD", "BLD", "D")
+                out = sharded_over_rows(around.gate_norm, axes, "BLD", *given)
+                return self.out_proj(out), inputs, x, dt_BLH, A_H, B
             y = sharded_over_rows(other, axes, "BLHP", *given)
         else:
             block_len = array_block_len("ssd_backend", self.compute)

@@ -227,7 +227,7 @@ def test_fairness_table_from_text_to_reports(files, tmp_path, monkeypatch, capsy
     assert call(monkeypatch, fairness_table, *argv) == 0
     assert before == {path: path.read_bytes() for path in out.rglob("report.json")}
     for changes, says in [
-        (["--heldout", 4], "holds other text"),
+        (["--heldout", 4], "heldout=4, but the study in out='.*' has 3: use that"),
         (["--heldout", 11], "heldout=11 of 11 lines"),
         (["--train", files["eng"], files["rus"], files["eng"]], "give the same languages"),
         (["--unseen", files["eng"]], "unseen='eng' is in train too"),
@@ -235,6 +235,10 @@ def test_fairness_table_from_text_to_reports(files, tmp_path, monkeypatch, capsy
     ]:
         with pytest.raises(ConfigError, match=says):
             call(monkeypatch, fairness_table, *argv, *changes)
+    text = tmp_path / "eng.txt"
+    text.write_text(text.read_text().replace("e", "i"))
+    with pytest.raises(ConfigError, match="holds other text"):
+        call(monkeypatch, fairness_table, *argv)
 
 
 @pytest.mark.every

@@ -13,10 +13,10 @@ from optuna.study import StudyDirection
 
 from hnet import command_line
 from hnet.errors import ConfigError
-from hnet.interop import tensors
 from hnet.outputs import new_file, new_files, read_file, write_new
 from hnet.sweep.results import RESULTS, check_results
 from hnet.sweep.storage import open_storage
+from hnet.weights import tensors
 
 MINE = b"my own file, line 1\nand a line without an end"
 

@@ -159,7 +159,7 @@ def _finite(values: dict[str, float]) -> dict[str, float | None]:
 
 
 def _print(path: str, report: dict[str, Any]) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     title = f"{path}: {report['texts']} texts, {report['bytes']:,} bytes"
     console.print(Text(printable(title), "bold"), soft_wrap=True)
     gold = Table("stage", "gold", "precision", "recall", "F1", "random", "fixed stride", box=None)
@@ -171,7 +171,7 @@ def _print(path: str, report: dict[str, Any]) -> None:
             learned = found["learned"]
             row = [learned["precision"], learned["recall"], learned["f1"]]
             row += [found["random"]["f1"], found["fixed_stride"]["f1"]]
-            gold.add_row(str(s), kind, *(f"{value:.3f}" for value in row))
+            gold.add_row(str(s), printable(kind), *(f"{value:.3f}" for value in row))
         stats, enrichment = stage["chunk_bytes"], stage["enrichment"]
         tail = " / ".join(f"{stats[name]:.0f}" for name in ("p5", "p50", "p95", "longest"))
         bq, z = ("-" if enrichment[n] is None else f"{enrichment[n]:.2f}" for n in ("bq", "z"))

@@ -21,8 +21,9 @@ from hnet import load
 from hnet.chunking.predictors.entropy import entropy
 from hnet.command_line import parse, run
 from hnet.data import eval_batches, open_corpus, open_part
+from hnet.decode.cache_memory import check_rows
 from hnet.errors import ConfigError
-from hnet.fields import Bounds, Count
+from hnet.fields import Bounds, Rows
 from hnet.model import HNetLM
 from hnet.nn.layers import segment_positions
 from hnet.runtime.compile_cache import enable_compilation_cache
@@ -46,7 +47,7 @@ class ThresholdConfig:
     """rule of the boundary predictor (both: theta is found for the increase given)"""
     increase: float = 0.0
     """threshold on the increase of the entropy, for the rule both"""
-    batch_size: Count = 8
+    batch_size: Rows = 8
     """number of rows read together"""
 
 
@@ -105,7 +106,9 @@ def main() -> None:
     part = corpus.heldout if corpus else open_part(config.files)
     if not part.num_bytes:
         raise ConfigError(f"checkpoint={config.checkpoint} has no held-out text: give --files")
-    H_N, rise_N, index_N = entropies(load(source.path, step=source.step), eval_batches(part, data))
+    model = load(source.path, step=source.step)
+    check_rows(data.batch_size, data.seq_len, model.config.vocab_size)
+    H_N, rise_N, index_N = entropies(model, eval_batches(part, data))
     found = threshold(H_N, rise_N, index_N, config)
     field = "increase" if config.rule == "monotonic" else "theta"
     print(f"{len(H_N):,} bytes, mean entropy {H_N.mean():.4f} nats")

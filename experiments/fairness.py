@@ -32,7 +32,7 @@ from hnet.data.tokenizers.bpe import read_tokenizer, token_starts, train_bpe
 from hnet.decode.score import logprobs
 from hnet.decode.segment import ROWS, segment_all, segmenter
 from hnet.errors import ConfigError
-from hnet.fields import Natural, json_text
+from hnet.fields import Natural, json_text, shown
 from hnet.inspect.fairness import LanguageScore, cut_at, score_language
 from hnet.inspect.fairness_report import (
     Scores,
@@ -89,7 +89,7 @@ class System:
 def main() -> None:
     config = parse(FairnessConfig)
     out = Path(config.out)
-    new_files(out, REPORT, "out")
+    new_files(config.out, REPORT, "out")
     if bool(config.bpe) != bool(config.bpe_files):
         raise ConfigError("bpe and bpe_files belong together: give both, or neither")
     unseen = {entry.partition("=")[0] for entry in config.unseen}
@@ -100,6 +100,8 @@ def main() -> None:
     gold: dict[str, list[Segmentation]] = {}
     for language, path in _pairs(config.gold):
         gold.setdefault(language, []).extend(read_ud(path))
+    if empty := [language for language, found in gold.items() if not found]:
+        raise ConfigError(f"gold: the file of {shown(empty[0])} holds no sentence: give another")
     systems = [byte_system()]
     if config.bpe:
         texts = [t for own in read_parallel(config.bpe_files).values() for t in own]

@@ -18,7 +18,6 @@ to stop and saved.
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from optuna.trial import TrialState
 from rich.console import Console
@@ -28,6 +27,7 @@ from experiments.configs import run_config
 from hnet.command_line import FAILED, OneLineParser, number, run
 from hnet.data import open_corpus
 from hnet.data.identity import inputs
+from hnet.outputs import local_folder
 from hnet.printable import printable
 from hnet.runtime.compile_cache import CompilationLog, enable_compilation_cache
 from hnet.runtime.distributed import REQUEUE_EXIT_CODE, StopRequest
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="show points and groups, end")
     options, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     base = run_config(rest)
-    space, out = read_space(options.space, base), Path(options.out)
+    space, out = read_space(options.space, base), local_folder(options.out, "out")
     worker = Options(out, options.width, options.heartbeat_timeout)
     if options.dry_run:
         _show_plan(base, space, worker)

@@ -17,6 +17,7 @@ import math
 import os
 import reprlib
 import stat
+import threading
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,11 +25,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from hnet.errors import ConfigError
+from hnet.errors import ConfigError, first_line
 from hnet.parts import Settings
 
 _MOST = 2**53  # integers up to this are exact in every JSON reader
 _MOST_32 = 2**31 - 1
+_PIPE_SECONDS = 5.0
 _MOST_FLOAT = 3.4e38  # larger numbers are infinite in float32
 
 
@@ -64,6 +66,8 @@ Count = Annotated[int, Bounds(1, _MOST_32)]
 """An integer of at least 1 that fits into 32 bits."""
 Natural = Annotated[int, Bounds(0, _MOST_32)]
 """An integer of at least 0 that fits into 32 bits."""
+Rows = Annotated[int, Bounds(1, 65536)]
+"""Number of rows that run together."""
 Share = Annotated[float, Bounds(0, 1)]
 Positive = Annotated[float, Bounds(above=0, most=1e12)]
 NotNegative = Annotated[float, Bounds(0, 1e12)]
@@ -217,15 +221,42 @@ def json_text(content: Any, **options: Any) -> str:
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:
-    """Content of a file or pipe. Raises OSError also for what cannot be a path, and for a device,
-    which may have no end."""
+    """Content of a file or pipe, also of one in a bucket. Raises OSError also for what cannot be a
+    path, for a device, which may have no end, and for a pipe that nothing writes to."""
+    if "://" in os.fspath(path):
+        from etils import epath
+
+        try:
+            return epath.Path(path).read_bytes()
+        except OSError:
+            raise
+        except Exception as e:  # each file system raises its own type
+            raise OSError(errno.EINVAL, f"it cannot be opened ({first_line(e)})") from None
     try:
         mode = os.stat(path).st_mode
     except ValueError:
         raise OSError(errno.EINVAL, "it cannot be a path") from None
     if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
         raise OSError(errno.EINVAL, "it is a device: give a file")
+    if stat.S_ISFIFO(mode):
+        return _read_pipe(path)
     return Path(path).read_bytes()
+
+
+def _read_pipe(path: str | os.PathLike) -> bytes:
+    """Content of a pipe, once something has opened it for writing. Raises OSError if nothing does
+    within `_PIPE_SECONDS`."""
+    opened: list[int] = []
+    thread = threading.Thread(target=lambda: opened.append(os.open(path, os.O_RDONLY)), daemon=True)
+    thread.start()
+    thread.join(_PIPE_SECONDS)
+    if not (has_writer := bool(opened)):
+        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))  # ends the thread's `open`
+        thread.join()
+    with open(opened[0], "rb") as file:
+        if not has_writer:
+            raise OSError(errno.EINVAL, "it is a pipe that nothing writes to")
+        return file.read()
 
 
 def read_json(path: str | os.PathLike, what: str = "file") -> Any:
@@ -236,6 +267,24 @@ def read_json(path: str | os.PathLike, what: str = "file") -> Any:
         raise ConfigError(f"{what} {os.fspath(path)!r}: {e.strerror}") from None
     except ValueError as e:
         raise ConfigError(f"{what} {os.fspath(path)!r} is not JSON: {e}") from None
+
+
+def read_object(path: str | os.PathLike, what: str, **kinds: Any) -> dict[str, Any]:
+    """Content of a JSON file that a command wrote: an object with values of these types, by name.
+
+    Raises ConfigError, which calls the file `what`, for other content.
+    """
+    content = read_json(path, what)
+    where = f"{what} {os.fspath(path)!r}"
+    if not isinstance(content, dict):
+        raise ConfigError(f"{where} holds no object: restore or remove it")
+    for name, kind in kinds.items():
+        if not isinstance(content.get(name), kind):
+            raise ConfigError(
+                f"{where}: {name}={shown(content.get(name))} was not written there: restore or "
+                "remove the file"
+            )
+    return content
 
 
 def from_json(hint: Any, content: Any, path: str = "") -> Any:

@@ -22,13 +22,24 @@ def read_file(path: str | os.PathLike, field: str) -> bytes:
 def new_file(path: str | os.PathLike, field: str) -> Path:
     """Check that a new file can be created at `path`, and return the path. Call it before the work
     whose result is written there. Raises ConfigError."""
+    local_folder(path, field, ending=1)
+    with one_line(path, field):
+        if _exists(Path(path)):
+            raise ConfigError(f"{field}={_named(path)} exists: choose another name")
+    return Path(path)
+
+
+def local_folder(path: str | os.PathLike, field: str, *, ending: int = 0) -> Path:
+    """Check that files can be made in a folder, which may not exist yet, and return its path.
+
+    ending: number of names at the end of the path that belong to a file. Raises ConfigError.
+    """
     where = f"{field}={_named(path)}"
     if not os.fspath(path) or "://" in os.fspath(path):
         raise ConfigError(f"{where} is no local path: give one")
     with one_line(path, field):
-        if _exists(Path(path)):
-            raise ConfigError(f"{where} exists: choose another name")
-        folder = next(p for p in Path(path).absolute().parents if _exists(p))
+        absolute = Path(path).absolute()
+        folder = next(p for p in [absolute, *absolute.parents][ending:] if _exists(p))
         if not folder.is_dir():
             raise ConfigError(f"{where}: {_named(folder)} is no folder: choose another name")
         if not os.access(folder, os.W_OK | os.X_OK):
@@ -38,9 +49,7 @@ def new_file(path: str | os.PathLike, field: str) -> Path:
 
 def new_files(folder: str | os.PathLike, names: list[str], field: str) -> list[Path]:
     """Paths of several new files in a folder. Raises ConfigError if one of them exists."""
-    if not os.fspath(folder):
-        raise ConfigError(f"{field}='' is no local path: give one")
-    new_file(Path(folder) / ".new", field)  # raises for a folder that cannot be used
+    local_folder(folder, field)
     return [new_file(Path(folder) / name, field) for name in names]
 
 

@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import re
 import sys
+import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -408,3 +410,14 @@ def test_results_are_json_for_every_reader():
         assert not re.search(r"(print|write\w*|replace_file)\(.*json\.dumps", file.read_text()), (
             file
         )
+
+
+def test_a_pipe_is_read_if_something_writes_to_it(tmp_path, monkeypatch):
+    os.mkfifo(path := tmp_path / "pipe.json")
+    writer = threading.Thread(target=lambda: path.write_text("[3]"))
+    writer.start()
+    assert read_json(path) == [3]
+    writer.join()
+    monkeypatch.setattr(fields, "_PIPE_SECONDS", 0.01)
+    with pytest.raises(ConfigError, match="a pipe that nothing writes to"):
+        read_json(path)

@@ -4,6 +4,8 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiments import boundaries
+from experiments.scaling import __main__ as scaling
 from hnet.commands import evaluate
 from hnet.printable import JOINERS, printable
 from hnet.suites import command
@@ -54,3 +56,20 @@ def test_names_from_outside_are_escaped_in_lines_and_tables(capsys):
     told = capsys.readouterr().out
     assert not set(RAW[1:]) & set(told) - set("[31mb\n")
     assert told.count("a\\u{001b}[31m\\u{202e}\\nb") == 8
+
+
+def test_no_name_from_outside_is_markup(capsys):
+    kind = "[/b]" + RAW
+    scores = dict.fromkeys(("precision", "recall", "f1"), 0.5)
+    stage = {
+        "gold": {kind: dict.fromkeys(("learned", "random", "fixed_stride"), scores)},
+        "chunk_bytes": dict.fromkeys(("mean", "p5", "p50", "p95", "longest"), 1.0),
+        "enrichment": {"bq": None, "z": None},
+        "utf8_split_frac": 0.0,
+        "undecided_frac": 0.0,
+        "classes": {},
+    }
+    boundaries._print("[/i]", {"texts": 1, "bytes": 3, "stages": [stage]})
+    scaling.console.print("[/i]")
+    told = capsys.readouterr().out
+    assert told.count("[/i]") == 2 and "[/b]a\\u{001b}" in told

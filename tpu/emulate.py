@@ -22,6 +22,7 @@ from typing import IO
 
 from hnet.command_line import OneLineParser, number, run
 from hnet.errors import ConfigError
+from hnet.outputs import local_folder
 from hnet.printable import printable
 
 TIMEOUT_EXIT_CODE = 124
@@ -283,6 +284,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     wanted = [*map(str, range(options.hosts)), "all"]
     if options.signal_host not in wanted:
         parser.error(f"--signal-host {options.signal_host}: use one of {', '.join(wanted)}")
+    if options.log_dir is not None:
+        local_folder(options.log_dir, "log-dir")
     return options
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from hnet.command_line import OneLineParser, number, one_line
 from hnet.errors import ConfigError
+from hnet.outputs import local_folder
 from hnet.printable import printable
 from tpu import gke, slurm, tpu_vm
 from tpu.commands import LaunchError, Runner, check_name, check_word
@@ -54,6 +55,7 @@ REQUIRED = {"tpu-vm": ("project", "zone"), "gke": ("project", "zone", "cluster")
 
 def _check(options: argparse.Namespace) -> None:
     """Raise ConfigError for given or recalled options that cannot work."""
+    local_folder(options.state, "state")
     required = REQUIRED.get(options.platform, ())
     if options.platform == "gke" and options.action in ("setup", "run"):
         required += ("image",)

@@ -12,17 +12,18 @@ are found: the same command again continues after the last one.
 """
 
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from experiments.configs import run_config
 from hnet.command_line import OneLineParser, run
 from hnet.config import PUBLISHED
 from hnet.errors import ConfigError
-from hnet.fields import json_text, parse_json
+from hnet.fields import json_text, parse_json, read_bytes
 from hnet.flops import param_counts
+from hnet.outputs import local_folder
 from hnet.train.config import Config
 from tpu.aot import Plan, capacities, compile_plan
 from tpu.bundle import code_hash
@@ -102,15 +103,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(prog="python -m tpu.published", description=__doc__)
     parser.add_argument("--topology", nargs="+", required=True, help="e.g. v5p:4x4x4 h100:8")
     parser.add_argument("--model", nargs="+", choices=PUBLISHED, default=list(PUBLISHED))
-    parser.add_argument("--out", type=Path, default=Path("runs/plan/published.jsonl"))
+    parser.add_argument("--out", default="runs/plan/published.jsonl")
     parser.add_argument("--remat", nargs="+", choices=REMAT, default=REMAT, help="default: all")
     options, words = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    out = local_folder(options.out, "out", ending=1)
     run_config([options.model[0], *words])  # refuse bad words before anything is compiled
     code, known = code_hash(), {}
     how = " ".join((*options.remat, *words))
-    if options.out.exists():
+    if os.path.lexists(out):
         try:
-            rows = [parse_json(line) for line in options.out.read_text().splitlines()]
+            rows = [parse_json(line) for line in read_bytes(out).splitlines()]
             known = {
                 (r["model"], r["topology"]): r["row"]
                 for r in rows
@@ -118,7 +120,6 @@ def main(argv: list[str] | None = None) -> int:
             }
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise ConfigError(f"out={str(options.out)!r} holds no rows of this command: {e}") from e
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     print(HEAD, flush=True)
     for topology in options.topology:
         slice_ = open_slice(topology)
@@ -127,7 +128,8 @@ def main(argv: list[str] | None = None) -> int:
                 row = table_row(name, *find(name, slice_, options.remat, words))
                 known[name, topology] = row
                 line = {"model": name, "topology": topology, "code": code, "how": how, "row": row}
-                with open(options.out, "a") as f:
+                out.parent.mkdir(parents=True, exist_ok=True)
+                with open(out, "a") as f:
                     f.write(json_text(line) + "\n")
             print(known[name, topology], flush=True)
     return 0

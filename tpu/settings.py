@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hnet.errors import ConfigError
-from hnet.fields import parse_json
+from hnet.fields import parse_json, read_bytes
 
 VIA = ("jobset", "xpk")
 _WORD, _SWITCH, _WORDS = "a string", "true or false", "a list of strings"
@@ -71,7 +71,7 @@ def keep(options: argparse.Namespace) -> None:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = parse_json(file.read_text(encoding="utf-8"))
+        content = parse_json(read_bytes(file))
     except FileNotFoundError:
         return {}
     except OSError as e:

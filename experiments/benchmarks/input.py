@@ -15,7 +15,7 @@ from typing import Annotated
 from hnet.command_line import parse, run
 from hnet.data import BatchIterator, open_corpus, train_batches
 from hnet.errors import ConfigError
-from hnet.fields import Bounds, Count, json_text, parse_json
+from hnet.fields import Bounds, Count, json_text, parse_json, read_bytes
 from hnet.train.workdir import read_config
 from hnet.weights.sources import resolve_run
 
@@ -50,7 +50,7 @@ def consumed(workdir: str) -> tuple[float, float]:
     """
     file = Path(workdir) / "metrics.jsonl"
     try:
-        rows = [parse_json(line) for line in file.read_text().splitlines()][1:]
+        rows = [parse_json(line) for line in read_bytes(file).splitlines()][1:]
     except (OSError, ValueError) as e:
         raise ConfigError(f"{str(file)!r} cannot be read ({e}): train first") from None
     if not rows:

@@ -22,12 +22,11 @@ from typing import Any
 from rich.console import Console
 
 from experiments.compare import __main__ as compare
-from experiments.compare.report import grouped, replace_file
+from experiments.compare.report import grouped, read_row, replace_file
 from hnet import load
 from hnet.command_line import OneLineParser, number, run
 from hnet.data import open_corpus
 from hnet.errors import ConfigError
-from hnet.fields import read_json
 from hnet.suites import command, perturb
 from hnet.suites.items import Settings
 from hnet.suites.scorer import ModelScorer
@@ -136,7 +135,7 @@ def robustness(folder: Path, passages: int) -> list[list[str]]:
         scorer = ModelScorer(load(str(path.parent)), batch_size=8)
         report = perturb.run(scorer, replace(settings, texts=texts))["perturb"]
         remains = [row["byte_robustness"] for row in report]
-        row = read_json(path, "row")
+        row = read_row(path)
         shown = ["-" if each is None else f"{each:.0f}" for each in remains]
         rows.append([row["system"], str(row["seed"]), *shown])
     return rows
@@ -152,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     code = 0 if options.report else compare.main([*NAMES, "--workdir", str(folder), *rest])
     if not (paths := sorted(folder.glob("*/seed*/row.json"))):
         raise ConfigError(f"workdir={str(folder)!r} holds no finished run: train some first")
-    found = [read_json(path, "row") for path in paths]
+    found = [read_row(path) for path in paths]
     text = "# Claims\n\n" + markdown(table(found))
     if options.robustness:
         text += "\n## Percentage of byte accuracy that remains\n\n"

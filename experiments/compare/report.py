@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hnet.errors import ConfigError
-from hnet.fields import json_text
+from hnet.fields import json_text, read_object
 from hnet.printable import printable
 from hnet.sweep.interval import interval
 
@@ -29,6 +29,11 @@ def check_plots() -> None:
         raise ConfigError(
             "the plots need the library matplotlib: pip install 'hnet-jax[sweep]'"
         ) from None
+
+
+def read_row(path: str | os.PathLike) -> dict[str, Any]:
+    """The row of a finished run. Raises ConfigError for a damaged file."""
+    return read_object(path, "row", system=str, seed=int, bpb=(int, float))
 
 
 def grouped(rows: Sequence[Row]) -> dict[str, list[Row]]:

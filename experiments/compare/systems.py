@@ -56,8 +56,12 @@ class System:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "System":
+        """Read the JSON form. Raises ConfigError for other fields."""
         config, rates = config_from_json(content["config"]), tuple(content["rates"])
-        return cls(**{**content, "config": config, "rates": rates})
+        try:
+            return cls(**{**content, "config": config, "rates": rates})
+        except TypeError as e:
+            raise ConfigError(f"a system of the comparison has other fields: {e}") from None
 
     @property
     def folder_name(self) -> str:

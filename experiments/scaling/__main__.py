@@ -42,7 +42,7 @@ from hnet.data.identity import Inputs, check_inputs, inputs, read_inputs
 from hnet.data.tokenizers.bpe import train_bpe
 from hnet.data.tokens import read_vocabulary
 from hnet.errors import ConfigError
-from hnet.fields import json_text, parse_json, read_json, to_json
+from hnet.fields import json_text, parse_json, read_bytes, read_json, to_json
 from hnet.outputs import new_files, write_new
 from hnet.printable import printable
 from hnet.runtime.compile_cache import enable_compilation_cache
@@ -54,7 +54,7 @@ from hnet.train.workdir import claim_workdir
 
 PLANNED = {"name", "runs", "steps", "family", "train_flops"}
 BPE_SAMPLE = 8 << 20  # bytes of training text from which the vocabulary is learned
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, markup=False)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -160,7 +160,7 @@ def _memory(config: Config, topology: str | None) -> tuple[float, str]:
 def _planned(out: Path) -> list[dict[str, Any]]:
     """The rows of a plan. Raises ConfigError for a file that `plan` did not write."""
     try:
-        rows = parse_json((out / "plan.json").read_text())
+        rows = parse_json(read_bytes(out / "plan.json"))
         if all(PLANNED <= row.keys() for row in rows):
             return rows
     except OSError as e:

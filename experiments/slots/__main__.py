@@ -26,7 +26,8 @@ from hnet.command_line import OneLineParser, number, run
 from hnet.config import ChunkingConfig, HNetConfig, StageConfig
 from hnet.data import Corpus, eval_batches, open_corpus, train_batches
 from hnet.errors import ConfigError
-from hnet.fields import json_text, read_json, to_json
+from hnet.fields import json_text, read_object, to_json
+from hnet.outputs import local_folder
 from hnet.runtime.compile_cache import enable_compilation_cache
 from hnet.sweep.interval import interval
 from hnet.train.compiled_run import build, put_batch, put_whole_batch, run_evaluation
@@ -59,7 +60,7 @@ def main() -> int:
     if base.model.num_chunked != 1:
         raise ConfigError("model: slots of one stage are compared: use a model with two stages")
     enable_compilation_cache()
-    corpus, folder = open_corpus(base.data), Path(base.workdir) / "rows"
+    corpus, folder = open_corpus(base.data), local_folder(base.workdir, "workdir") / "rows"
     table = Table("slots", "seeds", *COLUMNS, box=None)
     for share in (FOLLOW, *options.shares):
         rows = []
@@ -88,12 +89,8 @@ def row_of(config: Config, corpus: Corpus, share: int, folder: Path) -> dict[str
     path = folder / f"share{share}-seed{config.seed}.json"
     settings = to_json(replace(config, workdir=""))
     if path.exists():
-        content = read_json(path, "row of the study of slots")
-        if (
-            not isinstance(content, dict)
-            or not {"settings", "fingerprint", "row"} <= content.keys()
-        ):
-            raise ConfigError(f"workdir: {str(path)!r} is damaged: remove it")
+        kinds = {"settings": dict, "fingerprint": str, "row": dict}
+        content = read_object(path, "row of the study of slots", **kinds)
         if content["settings"] != settings or content["fingerprint"] != corpus.fingerprint:
             raise ConfigError(f"workdir: {str(path)!r} has other settings or text: use another")
         return content["row"]

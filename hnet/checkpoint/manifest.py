@@ -15,7 +15,7 @@ from typing import Any
 from etils import epath
 
 from hnet.errors import first_line
-from hnet.fields import parse_json
+from hnet.fields import parse_json, read_bytes, shown
 
 FORMAT = 1
 FILE_NAME = "manifest.json"
@@ -97,16 +97,19 @@ def write(folder: epath.Path, manifest: Manifest) -> None:
 def read(folder: epath.Path) -> Manifest:
     """Read the manifest of a step folder and check its digest. Raises Damaged."""
     try:
-        content = parse_json((folder / FILE_NAME).read_text())
+        content = parse_json(read_bytes(folder / FILE_NAME))
     except FileNotFoundError:
         raise Damaged(f"{FILE_NAME} is missing, so its save never finished") from None
     except (OSError, ValueError) as e:
         raise Damaged(f"{FILE_NAME} is unreadable ({first_line(e)})") from None
     if not isinstance(content, dict) or content.pop("digest", None) != json_hash(content):
         raise Damaged(f"{FILE_NAME} does not match its own digest")
-    if content["format"] != FORMAT:
-        raise Damaged(f"{FILE_NAME} has format {content['format']}, this version reads {FORMAT}")
-    return Manifest(**content)
+    if (found := content.get("format")) != FORMAT:
+        raise Damaged(f"{FILE_NAME} has format {shown(found)}, this version reads {FORMAT}")
+    try:
+        return Manifest(**content)
+    except TypeError as e:
+        raise Damaged(f"{FILE_NAME} has other fields ({first_line(e)})") from None
 
 
 def check_files(folder: epath.Path, manifest: Manifest) -> None:

@@ -121,5 +121,5 @@ def verify_workdir(workdir: str) -> int:
                 continue
             good += 1
             size = f"{len(record.leaves)} arrays, {record.num_bytes / 1e6:.1f} MB"
-            print(f"step {step}: good ({size}, saved {record.saved_at})", flush=True)
+            print(f"step {step}: good ({size}, saved {printable(record.saved_at)})", flush=True)
     return 0 if good else 1

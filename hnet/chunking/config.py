@@ -1,7 +1,7 @@
 """Configuration of chunking in one stage: parts, alignment of boundaries, rates and routes."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from hnet.chunking.boundaries import Alignment
 from hnet.chunking.dechunks.ema import EMA
@@ -10,8 +10,10 @@ from hnet.chunking.part import DechunkConfig, LossConfig, PoolConfig, PredictorC
 from hnet.chunking.pools.select import Select
 from hnet.chunking.predictors.cosine import Cosine
 from hnet.chunking.table import DECHUNKS, LOSSES, POOLS, PREDICTORS
-from hnet.fields import Count, Natural
+from hnet.fields import Bounds, Natural, shown
 from hnet.parts import Settings, settings_of
+
+_MOST_RATIO = 10**6
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class ChunkingConfig:
     """rate control in training: hold the boundary rate of each route at 1/N with an offset on the
     logit of p that is part of the model (`hnet.chunking.rate_control`)"""
 
-    routes: Count = 1
+    routes: Annotated[int, Bounds(1, 4096)] = 1
     """number of routes (script groups) of this stage"""
     routed_parameters: bool = True
     """one predictor per route; False: one predictor for all, but targets and statistics per
@@ -247,12 +249,14 @@ class ChunkingConfig:
         return None
 
     def _number_problem(self, route_groups: int) -> str | None:
+        if max(self.target_ratios) > _MOST_RATIO:
+            return f"target_ratio={max(self.target_ratios)}: use at most {_MOST_RATIO:,}"
         if min(self.target_ratios) <= 1:
             name = "route_target_ratios" if self.route_target_ratios else "target_ratio"
-            return f"{name}={getattr(self, name)}: use more than 1 position per chunk"
+            return f"{name}={shown(getattr(self, name))}: use more than 1 position per chunk"
         if self.route_target_ratios and len(self.route_target_ratios) != self.routes:
             return (
-                f"route_target_ratios={self.route_target_ratios} has "
+                f"route_target_ratios={shown(self.route_target_ratios)} has "
                 f"{len(self.route_target_ratios)} numbers for routes={self.routes}: give one each"
             )
         if route_groups and self.routes not in (1, route_groups + 1):

@@ -28,10 +28,11 @@ from hnet.command_line import parse
 from hnet.data import DataConfig, Part, eval_batches, open_corpus, open_part
 from hnet.data.parallel import read_parallel
 from hnet.decode.by_counts import Done, Fed, Static, forward
+from hnet.decode.cache_memory import check_rows
 from hnet.decode.score import logprobs
 from hnet.decode.token_bytes import TokenBytes
 from hnet.errors import ConfigError
-from hnet.fields import Bounds, Count, Natural, json_text, shown
+from hnet.fields import Bounds, Natural, Rows, json_text, shown
 from hnet.loss import bits_per_byte
 from hnet.model import HNetLM, split
 from hnet.printable import printable
@@ -54,7 +55,7 @@ class EvaluateConfig:
     """globs of text to score, in quotes; empty = the held-out text of the run"""
     seq_len: Natural = 0
     """positions per row, which limit the context of a byte; 0 = as trained"""
-    batch_size: Count = 8
+    batch_size: Rows = 8
     """number of rows scored together"""
     ema: bool = False
     """whether to take the moving average of the run's parameters (optim.ema_decay)"""
@@ -73,7 +74,7 @@ class EvaluateConfig:
     suite: tuple[str, ...] = ()
     """evaluations to run instead: perturb, chars, markov, arithmetic, consistency, counting,
     diagnostic, stability, surprise, fairness"""
-    items: Annotated[int, Bounds(1, 1_000_000)] = 200
+    items: Annotated[int, Bounds(1, 100_000)] = 200
     """suites, exact: number of questions per task, or of passages"""
     shots: Annotated[int, Bounds(0, 1000)] = 4
     """suites: number of solved examples before a question"""
@@ -95,6 +96,7 @@ def main() -> None:
     if config.exact and not model.tokenizer:
         raise ConfigError("exact=True: this model reads bytes, so its bits per byte are exact")
     data = replace(_data_config(config, source), bos_eos=model.bos)
+    check_rows(data.batch_size, data.seq_len, model.config.vocab_size)
     part = _part(config, source)
     graph, params = split(model)
     static = Static(graph, model.config)

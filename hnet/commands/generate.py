@@ -37,7 +37,7 @@ from hnet.decode.generate import Generation, chunk_starts, stream_text
 from hnet.decode.prompts import encode
 from hnet.decode.sampling import Sampling
 from hnet.errors import ConfigError
-from hnet.fields import Count, json_text
+from hnet.fields import Rows, json_text
 from hnet.inspect.render import print_segmentations
 from hnet.inspect.segmentation import Segmentation, StageBoundaries
 from hnet.interop import load
@@ -62,7 +62,7 @@ class GenerateConfig:
     """JSONL file of results; it must not exist, except with --resume"""
     resume: bool = False
     """continue an output file that was not finished"""
-    batch_size: Count = 32
+    batch_size: Rows = 32
     """number of prompts of the input file that run together"""
     ema: bool = False
     """whether to take the moving average of the run's parameters (optim.ema_decay)"""

@@ -8,9 +8,9 @@ byte offsets and probabilities, --html a self-contained page. Without --text and
 input is read.
 """
 
+import os
 import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from hnet import load
 from hnet.command_line import parse
@@ -90,7 +90,8 @@ def _texts(config: SegmentConfig) -> list[bytes]:
 
 
 def _write_page(config: SegmentConfig, found: list[Segmentation]) -> None:
-    name = Path(config.checkpoint).name  # the page may be shared: show no folders of this machine
+    # The page may be shared: show no folders of this machine.
+    name = os.path.basename(os.path.abspath(config.checkpoint))
     page = to_html({name: found}, title=f"Chunk boundaries of {name}")
     write_new(config.html, page, "html")
     print(f"wrote {config.html}")

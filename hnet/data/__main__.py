@@ -58,11 +58,12 @@ def describe(config: DataConfig) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
+    # Both accept --files as well as --data.files.
+    words = [w.replace("--data.", "--", 1) if w.startswith("--") else w for w in argv[1:]]
     match argv[:1]:
         case ["prepare"]:
-            parse(Prepare, argv=argv[1:]).run()
-        case ["describe"]:  # accepts --files as well as --data.files
-            words = [w.replace("--data.", "--", 1) if w.startswith("--") else w for w in argv[1:]]
+            parse(Prepare, argv=words).run()
+        case ["describe"]:
             describe(parse(DataConfig, argv=words))
         case ["--help" | "-h"]:
             print(__doc__.strip())

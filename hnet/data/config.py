@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from hnet.errors import ConfigError
 
+_MOST_32 = 2**31 - 1
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -50,15 +52,17 @@ class DataConfig:
     """number of batches built ahead (per worker); bounds the memory of the pipeline"""
 
     def __post_init__(self):
-        for name, least in (
-            ("batch_size", 1),
-            ("seq_len", 2),
-            ("eval_max_bytes", 1),
-            ("num_workers", 0),
-            ("prefetch_batches", 1),
+        for name, least, most in (
+            ("batch_size", 1, _MOST_32),
+            ("seq_len", 2, _MOST_32),
+            ("eval_max_bytes", 1, 1 << 53),
+            ("num_workers", 0, 1024),
+            ("prefetch_batches", 1, 65536),
         ):
             if (value := getattr(self, name)) < least:
                 raise ConfigError(f"data.{name}={value}: use {least} or more")
+            if value > most:
+                raise ConfigError(f"data.{name}={value}: use at most {most}")
         if not 0 <= self.eval_fraction < 1:
             raise ConfigError(
                 f"data.eval_fraction={self.eval_fraction}: use a share from 0 to below 1"

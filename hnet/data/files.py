@@ -83,6 +83,12 @@ def read_chunks(path: str) -> Iterator[Chunk]:
                     yield chunk._replace(start=-1, line=0)
 
 
+def check_form(path: str) -> None:
+    """Raise ConfigError if a file is not text of a known form, judged by its beginning."""
+    with _one_line_errors(path):
+        form_of(path)
+
+
 def _text_chunks(path: str, stream, raw) -> Iterator[Chunk]:
     del path
     text = stream.read(_CHUNK)

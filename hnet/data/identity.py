@@ -73,7 +73,7 @@ def read_inputs(folder: str | os.PathLike) -> dict[str, str] | None:
     """
     file = epath.Path(folder) / FILE_NAME
     try:
-        found = parse_json(file.read_text())
+        found = parse_json(read_bytes(file))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as e:

@@ -12,7 +12,7 @@ from hnet.data.forms import form_of, lines_of
 from hnet.data.json_lines import text_of_line
 from hnet.data.scripts import SCRIPTS, script_ids
 from hnet.errors import ConfigError
-from hnet.fields import read_bytes
+from hnet.fields import read_bytes, shown
 
 Lines = dict[str, list[bytes]]
 
@@ -37,6 +37,8 @@ def read_parallel(files: Sequence[str], *, aligned: bool = True, field: str = "f
         lines.setdefault(language, []).extend(own)
     if not lines:
         raise ConfigError(f"{field}=(): give LANGUAGE=FILE for each language")
+    if empty := [language for language, texts in lines.items() if not any(texts)]:
+        raise ConfigError(f"{field}: the files of {shown(empty[0])} hold no text: give others")
     if not aligned:
         return {language: [t for t in texts if t] for language, texts in lines.items()}
     counts = {language: len(texts) for language, texts in lines.items()}
@@ -44,6 +46,8 @@ def read_parallel(files: Sequence[str], *, aligned: bool = True, field: str = "f
         raise ConfigError(
             f"{field}: the numbers of lines differ ({counts}): give files aligned line by line"
         )
+    if not any(all(texts) for texts in zip(*lines.values())):
+        raise ConfigError(f"{field}: no line has text in all languages: give aligned files")
     whole = [i for i, texts in enumerate(zip(*lines.values())) if all(texts)]
     return {language: [texts[i] for i in whole] for language, texts in lines.items()}
 

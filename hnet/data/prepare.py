@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from hnet.data.files import Chunk, expand, read_chunks
+from hnet.data.files import Chunk, check_form, expand, read_chunks
 from hnet.data.forms import is_shard
 from hnet.data.shards import (
     MANIFEST,
@@ -27,6 +27,7 @@ from hnet.data.shards import (
     replace_file,
 )
 from hnet.errors import ConfigError
+from hnet.outputs import local_folder
 
 _FORMAT = "hnet-shards-1"
 _LOCK = ".lock"
@@ -52,6 +53,7 @@ def prepare(files: tuple[str, ...], out: str, shard_bytes: int = 256 << 20) -> d
     for path in inputs:
         if is_shard(path):
             raise ConfigError(f"files: {path!r} is a shard already: give text to prepare")
+        check_form(path)  # before anything is written
     manifest = {
         "format": _FORMAT,
         "complete": False,
@@ -59,7 +61,7 @@ def prepare(files: tuple[str, ...], out: str, shard_bytes: int = 256 << 20) -> d
         "record_bytes": RECORD_BYTES,
         "inputs": [_describe(path) for path in inputs],
     }
-    folder = Path(out)
+    folder = local_folder(out, "out")
     with _errors_of(folder), _claimed(folder, manifest) as begun:
         if begun["complete"]:
             return begun
@@ -89,12 +91,16 @@ def _errors_of(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _claimed(folder: Path, manifest: dict) -> Iterator[dict]:
-    """Lock the folder against other processes and yield its manifest, written if there is none."""
+    """Lock the folder against other processes and yield its manifest, written if there is none.
+
+    What is new is removed if an input is refused before a shard is finished.
+    """
     begun = read_manifest(folder)
     if begun is None and folder.exists() and set(os.listdir(folder)) - {_LOCK}:
         raise ConfigError(
             f"out={str(folder)!r} holds something else: choose a new or an empty folder"
         )
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / _LOCK, "w") as lock:
         try:
@@ -104,7 +110,7 @@ def _claimed(folder: Path, manifest: dict) -> Iterator[dict]:
                 f"out={str(folder)!r} is being written by another process: wait for it"
             ) from None
         begun = read_manifest(folder)
-        if begun is None:
+        if is_new := begun is None:
             _save(folder, manifest)
             begun = manifest
         for key in ("format", "shard_bytes", "record_bytes", "inputs"):
@@ -113,7 +119,16 @@ def _claimed(folder: Path, manifest: dict) -> Iterator[dict]:
                     f"out={str(folder)!r} was begun with other {key}: choose another folder, or "
                     f"compare {MANIFEST} in it"
                 )
-        yield begun
+        try:
+            yield begun
+        except ConfigError:
+            if is_new and not (shard := _shard_path(folder, 0)).exists():
+                for name in (f"{shard.name}.partial", MANIFEST, _LOCK):
+                    (folder / name).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # somebody put a file there
+                    for path in made:
+                        path.rmdir()
+            raise
 
 
 def _save(folder: Path, manifest: dict) -> None:
@@ -172,7 +187,8 @@ def _remaining(
         DownloadColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(file=sys.stderr)) as progress:
+    console = Console(file=sys.stderr)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("writing shards", total=sum(sizes))
         for i in range(resume_at[0], len(inputs)):
             before, number = sum(sizes[:i]), 1

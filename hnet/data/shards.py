@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 
 from hnet.errors import ConfigError
-from hnet.fields import parse_json
+from hnet.fields import parse_json, read_bytes
 
 RECORD_BYTES = 16_384
 MANIFEST = "manifest.json"
@@ -80,7 +80,7 @@ def read_index(shard: Path) -> ShardIndex:
 def read_manifest(folder: Path) -> dict | None:
     """The manifest of a prepared folder; None if there is none in our format."""
     try:
-        manifest = parse_json((folder / MANIFEST).read_text("utf-8"))
+        manifest = parse_json(read_bytes(folder / MANIFEST))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as e:

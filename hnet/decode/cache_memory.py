@@ -24,6 +24,16 @@ def free_memory() -> int | None:
         return None
 
 
+def check_rows(rows: int, length: int, vocab_size: int) -> None:
+    """Raise ConfigError if the logits of a batch need more than the free memory."""
+    needed, free = 4 * rows * length * vocab_size, free_memory()
+    if free is not None and needed > free:
+        raise ConfigError(
+            f"batch_size={rows}: {rows} rows of {length} positions need at least "
+            f"{needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free: use fewer or shorter rows"
+        )
+
+
 def positions(prompt_len: int, max_bytes: int, rows: int, cache_bytes: Callable[[int], int]) -> int:
     """Number of cache positions for prompts of up to `prompt_len` bytes and their continuations.
 

@@ -23,7 +23,7 @@ from typing import Any
 from hnet.data.forms import BOM, lines_of
 from hnet.data.json_lines import encode, parse
 from hnet.errors import ConfigError
-from hnet.fields import read_bytes
+from hnet.fields import read_bytes, shown
 from hnet.inspect.segmentation import Segmentation, characters, inside, read_segmentations
 
 _LAYOUT_TOKENS = {
@@ -129,7 +129,7 @@ def read_ud(path: str | os.PathLike) -> Iterator[Segmentation]:
     for number, row in _json_lines(path):
         try:
             data = encode(row["text"])
-            spans = [(int(a), int(b)) for a, b in row["spans"]]
+            spans = [(_offset(a), _offset(b)) for a, b in row["spans"]]
             _check_spans(data, spans)
             gold = {
                 "words": inside((a for a, _ in spans), len(data)),
@@ -138,6 +138,12 @@ def read_ud(path: str | os.PathLike) -> Iterator[Segmentation]:
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise _malformed(path, number, e) from None
         yield Segmentation(data, str(row.get("id", number)), gold=gold)
+
+
+def _offset(value: Any) -> int:
+    if type(value) is not int:  # a fraction or Infinity would be rounded, or raise another error
+        raise ValueError(f"{shown(value)} is no offset")
+    return value
 
 
 def _check_spans(data: bytes, spans: Sequence[tuple[int, int]]) -> None:

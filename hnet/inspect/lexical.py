@@ -160,6 +160,8 @@ def read_lexicon(path: str | os.PathLike) -> tuple[set[str], set[str]]:
         word, *columns = line.split("\t")
         words.add(word.strip())
         morphemes |= set(columns[0].split() if columns else ())
+    if not words:
+        raise ConfigError(f"lexicon={os.fspath(path)!r} holds no word: give a word per line")
     return words, morphemes
 
 

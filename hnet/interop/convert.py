@@ -211,6 +211,8 @@ def verify(
     for official files; default: the JSON in the same folder.
     """
     sources = [resolve(path) for path in (first, second)]  # raises before the first is loaded
+    if config is not None and all(source.is_run for source in sources):
+        raise ConfigError(f"config={os.fspath(config)!r}: both are work directories with their own")
     rng = np.random.default_rng(0)
     ids_BL = rng.integers(0, 256, (rows, length)).astype(np.int32)
     ids_BL[::2] = rng.choice(np.frombuffer(b"  aeiounrst,.\n", np.uint8), ids_BL[::2].shape)

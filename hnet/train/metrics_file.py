@@ -10,7 +10,7 @@ from typing import Any
 from etils import epath
 
 from hnet.errors import Failed
-from hnet.fields import json_text, parse_json, without_nan
+from hnet.fields import json_text, parse_json, read_bytes, without_nan
 from hnet.train.log_folder import METRICS
 
 Row = dict[str, Any]
@@ -19,7 +19,7 @@ Row = dict[str, Any]
 def read_metrics(workdir: str | os.PathLike) -> list[Row]:
     """The rows of metrics.jsonl, without incomplete and damaged lines; [] if there is no file."""
     try:
-        content = (epath.Path(workdir) / METRICS).read_bytes()
+        content = read_bytes(epath.Path(workdir) / METRICS)
     except OSError:
         return []
     return [row for row in map(_parsed, content.split(b"\n")) if row is not None]

@@ -11,7 +11,7 @@ from hnet.checkpoint.step_folders import checkpoint_folder, work_folder
 from hnet.data import Corpus, DataConfig, identity
 from hnet.data.identity import Inputs, check_inputs, read_inputs, write_inputs
 from hnet.errors import ConfigError, Failed
-from hnet.fields import differences, parse_json, to_json, told
+from hnet.fields import differences, parse_json, read_bytes, to_json, told
 from hnet.runtime.distributed import on_first_host
 from hnet.train.config import Config, config_from_json
 from hnet.train.lock import DirectoryLock
@@ -62,7 +62,7 @@ def check_text(
 def _stored(workdir: str | os.PathLike) -> Any:
     file = work_folder(workdir) / "config.json"
     try:
-        return parse_json(file.read_text())
+        return parse_json(read_bytes(file))
     except FileNotFoundError:
         raise ConfigError(f"{file} does not exist: give the work directory of a run") from None
     except (OSError, ValueError) as e:

@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 _MOST_DESCRIPTION = 1 << 22  # maximum bytes of data.pkl; a tensor takes about 200 bytes
+_MOST_AXES = 64  # of an array of NumPy
 _PART = 1 << 24  # bytes per read
 _DTYPES = {
     "DoubleStorage": np.float64,
@@ -114,7 +115,7 @@ class TorchFile:
 
 def _content(archive: zipfile.ZipFile, name: str) -> bytes:
     with archive.open(name) as file:
-        return file.read()
+        return file.read(_MOST_DESCRIPTION)  # a small record may expand to any size
 
 
 def _describe(pickled: bytes) -> tuple[Any, list[Tensor]]:
@@ -216,7 +217,8 @@ def _made(name: Any, arguments: Any) -> Any:
             (_Storage() as storage, int(offset), tuple(shape), tuple(strides), *_),
         ):
             numbers = (offset, *shape, *strides)
-            if len(shape) != len(strides) or not all(type(n) is int and n >= 0 for n in numbers):
+            is_size = all(type(n) is int and 0 <= n < 1 << 63 for n in numbers)
+            if len(shape) != len(strides) or len(shape) > _MOST_AXES or not is_size:
                 raise ValueError("it has a tensor without a shape")
             return Tensor(storage, offset, shape, strides)
         case _Name(str(module), str(called)), _:

@@ -215,7 +215,7 @@ def test_damaged_shards(files, tmp_path):
 
 def test_command_line(files, tmp_path, capsys):
     out = str(tmp_path / "out")
-    main(["prepare", "--files", *files, "--out", out])
+    main(["prepare", "--data.files", *files, "--out", out])
     main(["describe", "--data.files", f"{out}/*.array_record", "--data.seq-len", "64"])
     shown = capsys.readouterr().out
     main(["describe", "--files", f"{out}/*.array_record", "--seq_len", "64"])

@@ -7,6 +7,7 @@ from flax import nnx
 
 from experiments.tokenizer import next_bytes
 from hnet.config import BOS_ID
+from hnet.decode.cache_memory import check_rows
 from hnet.decode.score import logprobs
 from hnet.errors import ConfigError
 from hnet.model import HNetLM
@@ -68,3 +69,9 @@ def test_bad_batch_size_is_refused(model):
     with pytest.raises(ConfigError, match="batch_size=0"):
         logprobs(model, ["a"], batch_size=0)
     assert logprobs(model, []) == []
+
+
+def test_rows_that_do_not_fit_into_memory_are_refused():
+    check_rows(8, 512, 256)
+    with pytest.raises(ConfigError, match="batch_size=8: 8 rows of 1099511627776 positions need"):
+        check_rows(8, 1 << 40, 256)

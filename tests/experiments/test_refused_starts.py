@@ -11,6 +11,8 @@ import sys
 
 import pytest
 
+from hnet import fields
+from hnet.checkpoint.manifest import FORMAT, json_hash
 from hnet.checkpoint.step_folders import checkpoint_folder
 from hnet.command_line import exit_code
 from hnet.fields import to_json
@@ -22,12 +24,17 @@ LONG = "x" * 5000
 DEEP = "[" * 100_000
 
 # Words that every setting which names a file or folder is given.
-NO_FILES = ("missing", "folder", "/dev/zero", "gs://nowhere/x", LONG, "a\0b", "")
+NO_FILES = ("missing", "folder", "fifo", "/dev/zero", "gs://nowhere/x", LONG, "a\0b", "")
 FEW = ("missing", "folder", "a\0b")
 NO_JSON = ("deep.json", "bytes.json", "list.json", "text.txt", "empty")
 
+# Content of files that commands store and read again, valid JSON of another shape.
+OTHER_CONTENT = {"a_list": "[1]", "an_object": '{"settings": 1}', "a_deep": DEEP}
+
 # What is no checkpoint, in the forms that every command takes.
-OTHER_RUNS = ("", "run@9", "run/checkpoints/9", "run@x", "missing@1", "http://x/y", "fifo")
+OTHER_RUNS = (
+    "", "run@9", "run/checkpoints/9", "run@x", "missing@1", "http://x/y", "fifo", "piped", "other"
+)  # fmt: skip
 
 RUN = ("experiments.pretrain", "tiny.json")
 AT = ("--checkpoint", "run")
@@ -49,7 +56,24 @@ HNET = "hnet.commands.__main__"
 PUSH = ("hnet.interop.__main__", "push")
 PULL = ("hnet.interop.__main__", "pull")
 
+# Commands that write into a local folder, without the folder.
+INTO = [
+    (*SWEEP, "space.toml", "--out"),
+    (*PLAN[:2], "tiny.json", "--levels", "64", "--out"),
+    ("experiments.scaling.__main__", "run", "--out"),
+    (*PREPARE, "--files", "text.txt", "--out"),
+    ("experiments.fairness", "--files", "a=text.txt", "b=text.txt", "--out"),
+    ("experiments.slots.__main__", "--data.files", "text.txt", "--workdir"),
+    (*COMPARE, *HELD, "--workdir"),
+    ("hnet.interop.__main__", "convert", "run"),
+    (*PULL, "hf://a/b"),
+    ("tpu.published", "--topology", "h100:1", "--model", "1stage_L", "--out"),
+]
+
 STARTS = [
+    *(("tpu.emulate", "--log-dir", word, "--", "x") for word in ("gs://x/y", "text.txt/x", "")),
+    *((*start, word) for start in INTO for word in ("gs://x/y", "text.txt/x", "broken_link", "")),
+    *((*LAUNCH[:-1], word, "--go", *AFTER) for word in ("gs://x/y", "text.txt/x", "broken_link")),
     *((*RUN, "--workdir", word) for word in ("text.txt", "/dev/null", LONG, "a\0b")),
     *((*RUN, "--data.files", word) for word in ("missing", "folder", "/dev/zero", LONG, "a\0b")),
     *((*RUN, "--data.tokenizer", word) for word in (*NO_FILES[:-1], *NO_JSON[:4], "no.json")),
@@ -75,6 +99,9 @@ STARTS = [
     (*RUN, "--no.such", "1"),
     (*RUN, "--watchdog.timeout_seconds", "inf"),
     (*RUN, "--profile.steps", "9:1"),
+    (*RUN, "--optim.learning_rate", "1e300"),
+    (*RUN, "--watchdog.timeout_seconds", "1e300"),
+    (*RUN, "--workdir", "http://x/y"),
     *(
         (name, "--checkpoint", word, *more)
         for name, more in (
@@ -105,8 +132,11 @@ STARTS = [
     ("hnet.commands.segment", *AT, "--text", "a", "--html", "text.txt"),
     *(("experiments.boundaries", *AT, "--gold", word) for word in (*NO_FILES, *NO_JSON)),
     ("experiments.boundaries", *AT, "--gold", "gold.jsonl", "--lexicon", "missing"),
+    ("experiments.boundaries", *AT, "--gold", "gold.jsonl", "--lexicon", "blank"),
     *(("hnet.commands.evaluate", *AT, "--files", word) for word in NO_FILES),
     ("hnet.commands.evaluate", *AT, "--suite", "nosuch"),
+    ("hnet.commands.evaluate", *AT, "--batch_size", "2000000000"),
+    ("hnet.commands.generate", *AT, "--batch_size", "2000000000", "--prompt", "a"),
     ("hnet.commands.evaluate", *AT, "--suite", "fairness", "--parallel", "a=missing", "b=folder"),
     *(
         ("experiments.fairness", "--files", "a=text.txt", "b=text.txt", "--out", "new", *more)
@@ -115,6 +145,10 @@ STARTS = [
             ("--tokenizer", "deep.json"),
             ("--tokenizer", "folder"),
             ("--gold", "a=missing"),
+            ("--gold", "a=empty"),
+            ("--gold", "a=endless.jsonl"),
+            ("--gold", "a=half.jsonl"),
+            ("--bpe", "300", "--bpe_files", "a=empty"),
             ("--bpe", "-1"),
         )
     ),
@@ -142,11 +176,23 @@ STARTS = [
     ("experiments.calibrate", "--mean-ratio", "6", "--files", "a=text.txt", "--out", "text.txt"),
     ("experiments.calibrate", "--mean-ratio", "6", "--files", "a=text.txt", "--base", "deep.json"),
     *(("hnet.interop.__main__", "verify", word, "run") for word in (*NO_FILES, *NO_JSON)),
+    ("hnet.interop.__main__", "verify", "run", "run", "--config", "missing"),
+    (*RUN, "--data.num_workers", "2147483647"),
+    (*RUN, "--data.prefetch_batches", "2147483647"),
     *(("hnet.interop.__main__", "convert", word, "new.npz") for word in (*NO_FILES, *NO_JSON)),
     *((*DESCRIBE, word) for word in NO_FILES),
     *((*PREPARE, "--files", "text.txt", "--out", word) for word in ("text.txt", "shards")),
     *((*PREPARE, "--files", "text.txt", "--out", word) for word in ("/dev/null", LONG, "a\0b")),
-    *((*PREPARE, "--out", "new", "--files", word) for word in NO_FILES),
+    *(
+        (*PREPARE, "--out", "new", "--files", word)
+        for word in (*NO_FILES, "binary", "empty", "torn.jsonl")
+    ),
+    *(
+        ("experiments.calibrate", "--mean-ratio", "6", "--files", f"a={w}")
+        for w in ("empty", "blank")
+    ),
+    (*RUN, "--model.stages.0.chunking.target_ratio", "1e18"),
+    (*RUN, "--model.stages.0.chunking.routes", "2147483647"),
     *(("hnet.checkpoint.__main__", "verify", word) for word in NO_FILES),
     *(("tpu.plan", "tiny.json", "--topology", word) for word in ("x", "v5e:0x4", "h100:-1", "")),
     ("tpu.plan", "missing", "--topology", "h100:8"),
@@ -188,6 +234,12 @@ STARTS = [
     (*COMPARE, *HELD, "--match", "x"),
     (COMPARE[0], "hnet", *COMPARE[1:], *HELD),
     *((COMPARE[0], *COMPARE[4:], *HELD, "--workdir", word) for word in ("plans", "damaged")),
+    *((*COMPARE, *HELD, "--workdir", name) for name in OTHER_CONTENT),
+    *(("experiments.claims.__main__", "--report", "--workdir", name) for name in OTHER_CONTENT),
+    *(
+        ("experiments.slots.__main__", "--data.files", "text.txt", "--workdir", name)
+        for name in OTHER_CONTENT
+    ),
     *((*TUNE, word) for word in ("x", "", "a=", "a=b", "a=b:", "a=text.txt:text.txt", LONG)),
     (*TUNE[:2], "", "--text", "a=text.txt:text.txt"),
     (*TUNE, "a=text.txt:text.txt", "--seeds", "-1"),
@@ -224,7 +276,14 @@ def tree(tmp_path_factory):
     (root / "folder").mkdir()
     (root / "text.txt").write_text("some text of a few words\n" * 99)
     (root / "empty").touch()
+    (root / "blank").write_text(" \n\n")
+    (root / "torn.jsonl").write_text('{"text": "some words"}\n' * 999 + '{"text"')
+    for name, end in (("endless", "Infinity"), ("half", "1.5")):
+        line = f'{{"id": "1", "text": "a b", "spans": [[0, {end}]]}}\n'
+        (root / f"{name}.jsonl").write_text(line)
+    (root / "binary").write_bytes(bytes(range(256)))
     os.mkfifo(root / "fifo")
+    (root / "broken_link").symlink_to("nowhere")
     (root / "deep.json").write_text(DEEP)
     (root / "deep.toml").write_text(f"[space]\nseed = {DEEP}")
     (root / "bytes.json").write_bytes(b"\xff\xfe\x00{")
@@ -245,6 +304,13 @@ def tree(tmp_path_factory):
     config = tiny_run(root / "run")
     claim_workdir(config)  # a run without a checkpoint
     claim_workdir(tiny_run(root / "broken"))
+    (root / "piped").mkdir()
+    os.mkfifo(root / "piped" / "config.json")
+    claim_workdir(tiny_run(root / "other"))
+    content = {"format": FORMAT, "more": 1}
+    step = checkpoint_folder(root / "other") / "4"
+    step.mkdir(parents=True)
+    (step / "manifest.json").write_text(json.dumps(content | {"digest": json_hash(content)}))
     step = checkpoint_folder(root / "broken") / "4"
     (step / "state").mkdir(parents=True)
     (step / "manifest.json").write_text(DEEP)
@@ -253,6 +319,12 @@ def tree(tmp_path_factory):
     (root / "plans" / "plan.json").write_text(DEEP)
     (root / "damaged").mkdir()
     (root / "damaged" / "comparison.json").write_text(DEEP)
+    for name, content in OTHER_CONTENT.items():
+        (root / name / "hnet" / "seed0").mkdir(parents=True)
+        (root / name / "rows").mkdir()
+        (root / name / "comparison.json").write_text(content)
+        (root / name / "hnet" / "seed0" / "row.json").write_text(content)
+        (root / name / "rows" / "share0-seed0.json").write_text(content)
     (root / "settings" / "a").mkdir(parents=True)
     (root / "settings" / "a" / "settings.json").write_text(DEEP)
     (root / "foreign").mkdir()
@@ -284,6 +356,7 @@ def test_a_refused_start_is_one_line_and_changes_nothing(tree, start, monkeypatc
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n")))
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("started something"))
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("started something"))
+    monkeypatch.setattr(fields, "_PIPE_SECONDS", 0.01)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.chdir(tree)
     before = contents(tree)

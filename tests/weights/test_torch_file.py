@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tracemalloc
 
 import ml_dtypes
 import numpy as np
@@ -132,8 +133,17 @@ def test_archives_that_are_wrong_are_refused(tmp_path):
     refused("has 24 bytes, its tensor says", compression=8)  # torch stores records as they are
     refused("byte order", records={**RECORD, "byteorder": b"big"})
     refused("larger than", pickled=text("x" * (1 << 22)))
+    refused("a tensor without a shape", pickled=described((1,) * 65, (1,) * 65))
+    refused("a tensor without a shape", pickled=described((0, 1 << 63), (1, 1)))
     with pytest.warns(UserWarning, match="Duplicate name"):
         refused("no archive that torch.save wrote", records={"data.pkl": b""})
+    wide = {**RECORD, "byteorder": bytes(1 << 26)}  # 64 kB in the file
+    path = write_archive(tmp_path / "m.pt", WELL, wide, compression=8)
+    tracemalloc.start()
+    with pytest.raises(ConfigError, match="byte order"):
+        TensorFile(path)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 25
+    tracemalloc.stop()
     path = write_archive(tmp_path / "m.pt", described(), RECORD)
     content = path.read_bytes()
     path.write_bytes(content.replace(SMALL.tobytes(), (SMALL + 1).tobytes()))

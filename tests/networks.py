@@ -27,9 +27,11 @@ COMPUTE = ComputeConfig(ssd_block_len=8, attention_block_len=19)
 
 
 def stage(layouts: str, width: int, *, window: int = -1, **chunking) -> StageConfig:
-    """`layouts`: "encoder decoder" or one stack. Heads of 13 channels, 6 of them rotated."""
+    """`layouts`: "encoder decoder" or one stack; "-" is an empty one. Heads of 13 channels, 6 of
+    them rotated."""
     chunking = ChunkingConfig(**{"target_ratio": 3.0, **chunking})
-    return StageConfig(tuple(layouts.split()), width, 61, width // 13, 6, window, chunking)
+    layouts = tuple(layout.replace("-", "") for layout in layouts.split())
+    return StageConfig(layouts, width, 61, width // 13, 6, window, chunking)
 
 
 def network(*stages: StageConfig, **fields) -> HNetConfig:

@@ -191,7 +191,10 @@ def slots_asked_for(name, route):
     return opened.cumsum(1)
 
 
-@pytest.mark.parametrize("name", [n for n, c in NETWORKS.items() if c.num_chunked > 1])
+NESTED = [n for n, c in NETWORKS.items() if c.num_chunked > 1]
+
+
+@pytest.mark.few("name", ["two_stage", "levels", "patches"], NESTED)
 def test_capacity_above_need_changes_nothing(name):
     """Of nested stages; tests/parts has all ways to chunk in one."""
     ids = random_bytes(3)
@@ -263,7 +266,7 @@ def is_learned(stage):
 LEARNED = [n for n, c in NETWORKS.items() if c.num_chunked and is_learned(c.stages[0])]
 
 
-@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.few("name", ["two_stage", "routed"], LEARNED)
 @pytest.mark.parametrize("everywhere", [True, False])
 def test_degenerate_boundaries_have_finite_gradients(name, everywhere):
     """All positions are boundaries, or none but those that a segment starts with (START).

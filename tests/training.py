@@ -12,8 +12,8 @@ from hnet.config import ChunkingConfig, ComputeConfig, HNetConfig, SSMConfig, St
 from hnet.data import DataConfig
 from hnet.decode.segment import segmenter
 from hnet.runtime.distributed import StopRequest
-from hnet.train import loop
-from hnet.train.compiled_run import CompiledRun, traced_numbers
+from hnet.train import compiled_run, loop
+from hnet.train.compiled_run import CompiledRun, traced_numbers, untraced
 from hnet.train.compiled_run import build as build_program
 from hnet.train.config import CheckpointConfig, Config, EvalConfig, OptimConfig, TrainConfig
 from hnet.train.loop import Outcome
@@ -25,12 +25,21 @@ _programs: dict[str, CompiledRun] = {}
 
 
 def build_once(config: Config, devices=None, change=None) -> CompiledRun:
-    """`build`, once per process for configurations that differ only in folder and length."""
+    """`build`, once per process for configurations of the same program and seed."""
     if change:
         return build(config, devices=devices, change=change)
-    key = f"{replace(config, workdir='', train=replace(config.train, steps=1))} {devices}"
+    mesh = compiled_run.make_mesh(config.mesh, devices)
+    read, data, trained = untraced(config), config.data, config.train
+    key = repr((
+        mesh.shape, [device.id for device in mesh.devices.flat], config.seed, config.init,
+        read.model, read.optim, len(config.rate_control.start_ratios),
+        data.batch_size, data.seq_len, data.tokenizer, len(data.files),
+        trained.accumulate, trained.rows_sharing_slots, trained.log_norms, trained.spike_window,
+        read.train.spike_deviations,
+    ))  # fmt: skip
     if key not in _programs:
         _programs[key] = build(config, devices=devices)
+    compiled_run.check(config, mesh)
     program = _programs[key]
     numbers = traced_numbers(config)
     return replace(program, hparams=jax.device_put(numbers, replicated(program.mesh)))
@@ -49,7 +58,7 @@ TINY = HNetConfig(
     ssm=SSMConfig(d_state=5, head_dim=8),
     compute=ComputeConfig(ssd_block_len=16),
 )
-ATTENTION = replace(  # compiles in half the time
+ATTENTION = replace(  # compiles in two thirds of the time
     TINY, stages=(replace(TINY.stages[0], arch_layout=("t1", "t1")), TINY.stages[1])
 )
 
@@ -57,7 +66,7 @@ ATTENTION = replace(  # compiles in half the time
 def tiny_run(workdir: Path, **changes) -> Config:
     """Eight updates of 8 rows of 32 bytes of synthetic text; `changes` replace whole sections."""
     base = Config(
-        model=TINY,
+        model=ATTENTION,
         workdir=str(workdir),
         data=DataConfig(files=("synthetic:latin",), batch_size=8, seq_len=32, eval_max_bytes=600),
         optim=OptimConfig(learning_rate=3e-3),

@@ -24,7 +24,7 @@ from hnet.train.workdir import read_config
 from tests.chunking_pieces import chunked, decided
 from tests.golden_data import relative_error
 from tests.networks import quick_jit
-from tests.training import TINY, run, tiny_run
+from tests.training import ATTENTION, run, tiny_run
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "family"
 PATCHES = np.load(GOLDEN / "blt_patching_hash.npz")
@@ -118,18 +118,18 @@ def test_patch_ids_and_pools_are_those_of_blt(pool):
 # --- the second model -----------------------------------------------------------------------------
 
 SECOND = HNetConfig(
-    (StageConfig(("t1", ), 16, num_heads=2, rotary_emb_dim=4, window_size=5),), ssm=TINY.ssm
+    (StageConfig(("t1", ), 16, num_heads=2, rotary_emb_dim=4, window_size=5),), ssm=ATTENTION.ssm
 )  # fmt: skip
 
 
 def patched(checkpoint, **fields) -> HNetConfig:
-    """TINY with patches from the entropies of this run."""
+    """ATTENTION with patches from the entropies of this run."""
     chunking = ChunkingConfig(
         3.0, Entropy.Config(str(checkpoint), **fields), "end", "first", "mean", "repeat", "add",
         losses=(), hold_rate=True,
     )  # fmt: skip
-    outer, main = TINY.stages
-    return replace(TINY, stages=(replace(outer, chunking=chunking), main))
+    outer, main = ATTENTION.stages
+    return replace(ATTENTION, stages=(replace(outer, chunking=chunking), main))
 
 
 @pytest.fixture(scope="module")
@@ -156,18 +156,16 @@ def test_a_run_of_ours_is_the_second_model(second, tmp_path, quick_compilation):
 
     ids = np.random.default_rng(1).integers(97, 123, (2, 29)).astype(np.int32)
     segments = np.stack([np.ones(29), np.repeat([1, 2], [12, 17])]).astype(np.int32)
-    record = model(ids, segments)[1][0]
-    H = np.asarray(entropy(theirs(ids, segments)[0]))
+    read = lambda ids, segments: (model(ids, segments)[1][0], entropy(theirs(ids, segments)[0]))
+    record, H = jax.device_get(quick_jit(read)(ids, segments))
     theta = 1.3354 - float(model.backbone.boundary_offset[0])
     starts = np.diff(segments, axis=1, prepend=0) != 0
     assert np.array_equal(record.boundary_mask_BL, (H > theta) | starts)
-    whole, whole_record = model(ids)
-    lengths = np.int32([7, 0])
-    logits, _, cache = stream.prefill(
-        model, ids[:, :7], lengths, stream.full_lens(model.config, 29)
-    )
+    lengths, lens = np.int32([7, 0]), stream.full_lens(model.config, 29)
+    start = lambda ids: (model(ids), stream.prefill(model, ids[:, :7], lengths, lens))
+    (whole, whole_record), (logits, _, cache) = quick_jit(start)(ids)
     np.testing.assert_allclose(logits[0], whole[0, 6], rtol=0, atol=1e-5)
-    step = jax.jit(lambda cache, byte: stream.step(model, cache, byte))
+    step = quick_jit(lambda cache, byte: stream.step(model, cache, byte))
     for t in range(7, 12):
         logits, found, cache = step(cache, np.stack([ids[0, t], ids[1, t - 7]]))
         np.testing.assert_allclose(logits[0], whole[0, t], rtol=0, atol=1e-5)
@@ -193,7 +191,7 @@ def test_what_cannot_be_a_second_model_is_one_line(second, tmp_path):
     refused(lambda: patched(tmp_path), "holds no run")
     refused(lambda: patched(second, language_model=replace(SECOND, tie_embeddings=True)), "another")
     for changes, says in (
-        ({"stages": TINY.stages}, "its model chunks: use a run of a plain stack"),
+        ({"stages": ATTENTION.stages}, "its model chunks: use a run of a plain stack"),
         ({"vocab_size": 300}, "vocab_size=300: use one of bytes"),
         ({"stages": (replace(SECOND.stages[0], window_size=-1),)}, "window_size 512"),
     ):

@@ -8,7 +8,7 @@ import pytest
 from experiments.benchmarks import pretrain as benchmark_pretrain
 from experiments.benchmarks.pretrain import Paced, measure_pretrain
 from hnet.train import loop
-from tests.training import build, tiny_run
+from tests.training import build_once, tiny_run
 
 
 def set_clock(monkeypatch, readings):
@@ -32,9 +32,9 @@ def test_only_steps_between_two_turns_of_equal_slots_are_timed(monkeypatch, repo
 
 
 def test_a_turn_of_bare_steps(monkeypatch, report):
-    monkeypatch.setattr(benchmark_pretrain, "build", build)
+    monkeypatch.setattr(benchmark_pretrain, "build", build_once)
     set_clock(monkeypatch, [0, 10, 10, 11, 11, 14, 20, 30, 30, 35, 35, 36])
-    report.capacities = (8 * 8,)
+    report.capacities = (32,)
     report._take_turn()
     compiled = report.bare[1]
     report._take_turn()

@@ -27,14 +27,14 @@ from hnet.inspect.fairness import cut_at
 from hnet.train.lock import DirectoryLock
 from hnet.train.metrics_file import read_metrics
 from hnet.train.workdir import read_config
-from tests.training import TINY, run
+from tests.training import ATTENTION, run
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 MINI = f"{__name__}:mini"
 
 
 def mini() -> HNetConfig:
-    return TINY
+    return ATTENTION
 
 
 # --- widths and rates -----------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
@@ -18,7 +19,8 @@ from hnet.command_line import exit_code
 from hnet.fields import to_json
 from hnet.train import command
 from hnet.train.workdir import claim_workdir
-from tests.training import tiny_run
+from tests import training
+from tests.training import TINY
 
 LONG = "x" * 5000
 DEEP = "[" * 100_000
@@ -37,6 +39,7 @@ OTHER_RUNS = (
 )  # fmt: skip
 
 RUN = ("experiments.pretrain", "tiny.json")
+tiny_run = partial(training.tiny_run, model=TINY)
 AT = ("--checkpoint", "run")
 TOKENS = ("--data.tokenizer", "bpe:260", "--model.vocab_size", "260")
 GENERATE = ("hnet.commands.generate", *AT, "--input", "prompts.jsonl")

@@ -22,7 +22,7 @@ from hnet.inspect.index import FOLDER, SegmentationIndex
 from hnet.model import HNetLM, split
 from hnet.train import parallel_runs
 from hnet.train.compiled_run import put_batch, untraced
-from hnet.train.config import MeshConfig, TrainConfig
+from hnet.train.config import MeshConfig
 from tests.networks import QUICK, quick_jit, random_params
 from tests.training import build, run, tiny_run
 
@@ -109,17 +109,18 @@ def test_a_sweep_over_its_traced_number_is_one_program(folder):
     assert program.hparams[1][0]["predictor"]["growth"].tolist() == [0.0, 2.0]
 
 
-def test_it_lies_on_a_mesh_of_two_by_two_and_gives_what_one_device_gives(folder):
-    config = with_hazard(tiny_run(folder, train=TrainConfig(steps=8)))
+def test_it_lies_on_a_mesh_of_two_by_two_and_gives_what_one_device_gives(trained):
+    config, outcome = trained
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 254, (8, 32)).astype(np.int32)
     batch = {"input_ids": ids, "segment_ids": np.ones_like(ids), "loss_mask": ids >= 0}
     found = []
-    for mesh, devices in ((MeshConfig(data=2, fsdp=2), 4), (MeshConfig(), 1)):
-        program = build(replace(config, mesh=mesh), devices=jax.devices()[:devices])
+    meshed = build(replace(config, mesh=MeshConfig(data=2, fsdp=2)), devices=jax.devices()[:4])
+    for program in (meshed, outcome.program):
         state, metrics = program.step(
-            program.init(), put_batch(batch, program.mesh), program.hparams, capacities=(32 * 8,)
-        )
+            program.init(), put_batch(batch, program.mesh), program.hparams,
+            capacities=outcome.program.ladder.capacities,
+        )  # fmt: skip
         found.append((jax.device_get(metrics["loss/ce"]), state.params["backbone"]))
     np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-5)
     weight = found[0][1]["routing_module"]["weight"]

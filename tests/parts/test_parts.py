@@ -134,9 +134,12 @@ def boundaries_of(segments, capacity, has_null_chunk, seed=5, most=0):
     return found, open_slots(found, context, capacity, has_null_chunk=has_null_chunk)
 
 
+SLOTS = [(null, capacity) for null in (False, True) for capacity in (4, 2 * L)]
+SOME = pytest.mark.few("has_null_chunk, capacity", [(False, 2 * L), (True, 4)], SLOTS)
+
+
 @pytest.mark.parametrize("name", POOLS.names)
-@pytest.mark.parametrize("has_null_chunk", [False, True])
-@pytest.mark.parametrize("capacity", [4, 2 * L])
+@SOME
 def test_a_pool_streams_what_it_pools(name, has_null_chunk, capacity):
     settings, most = settings_for(name, POOLS), limit_for(name)
     alignment = "end" if has_null_chunk else alignment_of(settings.part)
@@ -166,8 +169,7 @@ def test_a_pool_streams_what_it_pools(name, has_null_chunk, capacity):
 
 
 @pytest.mark.parametrize("name", DECHUNKS.names)
-@pytest.mark.parametrize("has_null_chunk", [False, True])
-@pytest.mark.parametrize("capacity", [4, 2 * L])
+@SOME
 def test_a_dechunk_streams_what_it_gives_back(name, has_null_chunk, capacity):
     """Also if slots were clipped, with all slots of a document in the second row."""
     settings = settings_of(name, DECHUNKS)
@@ -227,8 +229,12 @@ def test_losses_of_parts_of_a_batch_add_up(name, has_null_chunk):
         )  # fmt: skip
         return settings.part()(x), counts
 
-    everything, counts = loss_of(slice(None), None)
-    parts = [loss_of(slice(row, row + 1), counts)[0] for row in range(B)]
+    @quick_jit
+    def whole_and_parts():
+        everything, counts = loss_of(slice(None), None)
+        return everything, [loss_of(slice(row, row + 1), counts)[0] for row in range(B)]
+
+    everything, parts = whole_and_parts()
     assert float(everything) != 0
     np.testing.assert_allclose(sum(map(float, parts)), float(everything), rtol=1e-5)
 

@@ -28,10 +28,12 @@ from hnet.train import loop, parallel_runs
 from hnet.train.config import CheckpointConfig, EvalConfig, TrainConfig
 from hnet.train.lock import DirectoryLock, process_name
 from hnet.train.metrics_file import read_metrics
+from tests import training
 from tests.quick import QUICK, QUICK_FLAGS
-from tests.training import build, tiny_run
+from tests.training import TINY, build
 
 ROOT = Path(__file__).parents[2]
+tiny_run = partial(training.tiny_run, model=TINY)
 RATES = "[space]\noptim.learning_rate = [1e-3, 4e-3]\nseed = [0, 1]\n"
 
 

@@ -36,17 +36,19 @@ from hnet.weights.tensors import write_tensors
 from tests.checkpoint.test_checkpoint import biggest_file
 from tests.networks import QUICK, official_network, quick_jit
 from tests.train.test_workdir import StopAt, contents
-from tests.training import TINY, build, build_once, rows, run, tiny_run
+from tests.training import ATTENTION, build, build_once, rows, run, tiny_run
 
 STEPS = 4
 FLAT = HNetConfig(
-    (replace(TINY.stages[1], arch_layout=("T1",)),), ssm=TINY.ssm, compute=TINY.compute
+    (replace(ATTENTION.stages[1], arch_layout=("T1",)),),
+    ssm=ATTENTION.ssm,
+    compute=ATTENTION.compute,
 )
-OUTER = replace(TINY.stages[0], chunking=ChunkingConfig(3.0, routes=3, hold_rate=True))
+OUTER = replace(ATTENTION.stages[0], chunking=ChunkingConfig(3.0, routes=3, hold_rate=True))
 ROUTED = replace(
-    TINY, stages=(OUTER, TINY.stages[1]), route_groups=(("Cyrillic",), ("Devanagari",))
+    ATTENTION, stages=(OUTER, ATTENTION.stages[1]), route_groups=(("Cyrillic",), ("Devanagari",))
 )
-DEEP = replace(TINY, stages=(TINY.stages[0], *TINY.stages))
+DEEP = replace(ATTENTION, stages=(ATTENTION.stages[0], *ATTENTION.stages))
 
 
 def shapes(model):
@@ -67,32 +69,32 @@ def refused(model, saved, **fields):
 
 
 def test_equal_architectures_need_no_map():
-    assert planned(TINY, TINY).source == {path: path for path in shapes(TINY)}
-    some = planned(TINY, TINY, new=("routing_module", "*.norm1.scale"))
+    assert planned(ATTENTION, ATTENTION).source == {path: path for path in shapes(ATTENTION)}
+    some = planned(ATTENTION, ATTENTION, new=("routing_module", "*.norm1.scale"))
     assert some.fresh == tuple(
-        sorted(p for p in shapes(TINY) if "routing_module" in p or p.endswith("norm1/scale"))
+        sorted(p for p in shapes(ATTENTION) if "routing_module" in p or p.endswith("norm1/scale"))
     )
-    assert len(some.fresh) == 5 and set(some.source) == set(shapes(TINY)) - set(some.fresh)
+    assert len(some.fresh) == 5 and set(some.source) == set(shapes(ATTENTION)) - set(some.fresh)
 
 
 def test_a_flat_model_becomes_the_innermost_part_of_a_deeper_one():
     wider = replace(FLAT, stages=(replace(FLAT.stages[0], d_model=16),))
-    other = refused(TINY, FLAT)
+    other = refused(ATTENTION, FLAT)
     assert "missing there: decoder, encoder, main_network.main_network, main_network.pad" in other
     assert "only there: main_network.layers, main_network.rmsnorm;" in other
     assert "embeddings.embedding (256, 24) there, (256, 16) here" in other
     fresh = ("encoder", "decoder", "routing_module", "residual_proj", "*.pad_dimension")
     fresh += ("embeddings", "lm_head")
-    grown = planned(TINY, FLAT, map=("main_network=main_network",), new=fresh)
+    grown = planned(ATTENTION, FLAT, map=("main_network=main_network",), new=fresh)
     inner = "backbone/main_network/main_network/"
     assert grown.source == {
-        p: p.replace("main_network/", "", 1) for p in shapes(TINY) if p.startswith(inner)
+        p: p.replace("main_network/", "", 1) for p in shapes(ATTENTION) if p.startswith(inner)
     }
     assert len(grown.source) == 7
-    same = planned(TINY, FLAT, map=("main_network.main_network=main_network",), new=fresh)
+    same = planned(ATTENTION, FLAT, map=("main_network.main_network=main_network",), new=fresh)
     assert same == grown
     assert "Wqkv.kernel (1, 16, 48) there, (1, 24, 72) here" in refused(
-        TINY, wider, map=("main_network=main_network",), new=fresh
+        ATTENTION, wider, map=("main_network=main_network",), new=fresh
     )
 
 
@@ -100,28 +102,28 @@ def test_a_stage_becomes_an_inner_stage_and_is_used_once():
     named = "encoder, residual_proj, routing_module"
     new = ("decoder", "encoder", "residual_proj", "routing_module")
     assert f"missing there: decoder, {named}:" in refused(
-        DEEP, TINY, map=("main_network=backbone",)
+        DEEP, ATTENTION, map=("main_network=backbone",)
     )
-    grown = planned(DEEP, TINY, map=("main_network=backbone",), new=new)
+    grown = planned(DEEP, ATTENTION, map=("main_network=backbone",), new=new)
     assert grown.source["backbone/main_network/encoder/rmsnorm/scale"] == (
         "backbone/encoder/rmsnorm/scale"
     )
-    assert set(grown.source.values()) == set(shapes(TINY))
+    assert set(grown.source.values()) == set(shapes(ATTENTION))
     back = planned(
-        TINY, DEEP, map=("backbone=main_network", "=encoder", "=decoder", "=residual_proj",
+        ATTENTION, DEEP, map=("backbone=main_network", "=encoder", "=decoder", "=residual_proj",
                          "=routing_module")
     )  # fmt: skip
     assert back.source == {v: k for k, v in grown.source.items()}
 
 
 def test_a_router_is_copied_to_each_route_when_told():
-    message = refused(ROUTED, TINY)
+    message = refused(ROUTED, ATTENTION)
     assert "routing_module.q_proj_layer.kernel (16, 16) there, (3, 16, 16) here" in message
     assert "missing there: boundary_offset;" in message
     fields = {"map": ("routing_module=routing_module",), "new": ("boundary_offset",)}
-    assert set(planned(ROUTED, TINY, **fields).source) == set(shapes(TINY))
+    assert set(planned(ROUTED, ATTENTION, **fields).source) == set(shapes(ATTENTION))
     assert "(3, 16, 16) there, (16, 16) here" in refused(
-        TINY, ROUTED, map=("routing_module=routing_module", "=boundary_offset")
+        ATTENTION, ROUTED, map=("routing_module=routing_module", "=boundary_offset")
     )
 
 
@@ -136,7 +138,7 @@ def test_a_router_is_copied_to_each_route_when_told():
     ],
 )
 def test_names_that_are_not_there(fields, message):
-    assert message in refused(TINY, TINY, **fields)
+    assert message in refused(ATTENTION, ATTENTION, **fields)
 
 
 def test_names_of_modules():
@@ -220,10 +222,10 @@ def test_frozen_parameters_keep_their_bits_and_have_no_optimizer_state(old, tune
     assert len(moments) == 1 + 2 * sum("main_network" not in path for path in before)
     assert not any("main_network" in path for path in moments)
     head = next(i for i, line in enumerate(lines) if line.startswith("starts from "))
-    assert lines[head].endswith(f"run, step {STEPS}: 24,668 parameters, 11,600 of them frozen")
+    assert lines[head].endswith(f"run, step {STEPS}: 22,688 parameters, 11,600 of them frozen")
     table = [line.split() for line in lines[head + 1 :]]
     assert ["main_network.main_network", "11,592", "frozen", "main_network.main_network"] in table
-    assert ["encoder", "2,046", "trained", "encoder"] in table
+    assert ["encoder", "1,056", "trained", "encoder"] in table
 
 
 def test_a_stopped_run_resumes_without_the_weights_it_started_from(old, tuned, tmp_path):
@@ -236,7 +238,7 @@ def test_a_stopped_run_resumes_without_the_weights_it_started_from(old, tuned, t
     assert train(config, StopAt(0), program).evaluation is None
     shutil.rmtree(source)
     assert train(config, StopAt(2), program).evaluation is None
-    assert run_config(["--init.from", str(source), "--workdir", config.workdir]).model == TINY
+    assert run_config(["--init.from", str(source), "--workdir", config.workdir]).model == ATTENTION
     resumed = train(config, None, program)
     data = lambda state: jax.device_get(state._replace(key=jax.random.key_data(state.key)))
     jax.tree.map(np.testing.assert_array_equal, data(resumed.state), data(tuned[1].state))
@@ -265,7 +267,7 @@ def test_a_mesh_gets_the_parameters_as_it_shards_them(old, tmp_path):
     expected = jax.device_get(old[1].state.params)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), expected)
     jax.tree.map(lambda x, s: x.sharding == s or pytest.fail(), found, program.shardings.params)
-    sharded = found["backbone"]["encoder"]["layers"][0]["mixer"]["in_proj"]["kernel"]
+    sharded = found["backbone"]["encoder"]["layers"][0]["mixer"]["Wqkv"]["kernel"]
     assert sharded.addressable_shards[0].data.size * 2 == sharded.size
 
 
@@ -310,7 +312,7 @@ def test_one_router_copied_to_each_route_gives_the_same_logits(old, tmp_path):
     @quick_jit
     def both(params, old_params):
         routed, records = nnx.merge(graph, params)(ids_BL, route_ids_BL=routes_BL)
-        single, expected = nnx.merge(abstract(TINY)[0], old_params)(ids_BL)
+        single, expected = nnx.merge(abstract(ATTENTION)[0], old_params)(ids_BL)
         return routed, single, records[0].boundary_mask_BL, expected[0].boundary_mask_BL
 
     routed, single, mask, expected = both(params, jax.device_get(old[1].state.params))
@@ -380,7 +382,7 @@ def test_spellings_of_a_step(old, monkeypatch):
     for path in (f"{run_at}@5", f"{run_at}/checkpoints/5"):
         with pytest.raises(ConfigError, match="there is no checkpoint of step 5"):
             load(path)
-    assert Entropy.Config(f"{run_at}@4").language_model == TINY
+    assert Entropy.Config(f"{run_at}@4").language_model == ATTENTION
 
 
 @pytest.mark.every

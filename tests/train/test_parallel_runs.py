@@ -24,7 +24,7 @@ from hnet.train.config import CheckpointConfig, EvalConfig, MeshConfig, TrainCon
 from hnet.train.exact_offsets import set_exact_offsets
 from hnet.train.parallel_runs import build as build_runs
 from tests.networks import QUICK
-from tests.training import TINY, build, tiny_run
+from tests.training import ATTENTION, build, tiny_run
 
 STEPS = 6
 
@@ -32,11 +32,11 @@ STEPS = 6
 def variant(base, seed, rate, ratio, weight, gain, predictor="cosine"):
     held = predictor == "cosine"
     cut = ChunkingConfig(ratio, predictor, losses=(Ratio.Config(weight),), hold_rate=held)
-    stages = (replace(TINY.stages[0], chunking=cut), TINY.stages[1])
+    stages = (replace(ATTENTION.stages[0], chunking=cut), ATTENTION.stages[1])
     return replace(
         base,
         seed=seed,
-        model=replace(TINY, stages=stages),
+        model=replace(ATTENTION, stages=stages),
         optim=replace(base.optim, learning_rate=rate, weight_decay=weight),
         rate_control=replace(base.rate_control, gain=gain),
     )
@@ -193,7 +193,7 @@ def test_a_watch_may_end_the_runs_and_a_fault_of_one_leaves_the_others(configs, 
     assert outcome.evaluations[0].num_bytes >= 200 and int(outcome.state.step[0]) == 4
     assert outcome.progress.faults.keys() == {"1"}
     many = "non-finite loss or gradient in 2 updates in a row up to step 3"
-    assert f"{many}, first in stage0/aux_loss" in outcome.progress.faults["1"]
+    assert f"{many}, first in gradient decoder.rmsnorm.scale" in outcome.progress.faults["1"]
 
 
 def test_a_state_that_was_padded_for_other_devices_is_restored(configs, tmp_path):
@@ -217,13 +217,13 @@ def test_what_shares_a_program(configs):
     wider = replace(configs[0], optim=replace(configs[0].optim, b1=0.8))
     with pytest.raises(ConfigError, match="differ in more than traced numbers"):
         parallel_runs.build([configs[0], wider])
-    cut = replace(TINY.stages[0].chunking, predictor="fixed")
+    cut = replace(ATTENTION.stages[0].chunking, predictor="fixed")
     strides = [
         replace(
-            TINY,
+            ATTENTION,
             stages=(
-                replace(TINY.stages[0], chunking=replace(cut, target_ratio=n)),
-                *TINY.stages[1:],
+                replace(ATTENTION.stages[0], chunking=replace(cut, target_ratio=n)),
+                *ATTENTION.stages[1:],
             ),
         )
         for n in (2.0, 3.0)

@@ -10,7 +10,7 @@ import numpy as np
 
 from hnet.data import open_corpus
 from hnet.fields import to_json
-from tests.training import ATTENTION, rows, run, tiny_run
+from tests.training import rows, run, tiny_run
 from tpu.emulate import Emulation
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +29,7 @@ def assert_same_run(table, expected):
 
 
 def test_two_hosts_train_the_run_of_one_which_goes_on_with_it(tmp_path):
-    config = tiny_run(tmp_path / "one", model=ATTENTION)
+    config = tiny_run(tmp_path / "one")
     files = ("synthetic:latin", "synthetic:greek:3000")
     config = replace(config, data=replace(config.data, files=files, weights=(0.7, 0.3)))
     run(config, devices=jax.devices()[:4])

@@ -84,11 +84,11 @@ def test_a_run_that_goes_on_with_other_settings_says_which(ended, tmp_path, said
     config = replace(ended[0], workdir=str(tmp_path))
     run(config, StopAt(2))
     former = (tmp_path / "config.json").read_bytes()
-    other = replace(config, optim=replace(config.optim, learning_rate=0.25), mesh=MeshConfig(8))
+    other = replace(config, optim=replace(config.optim, learning_rate=0.25), mesh=MeshConfig(1))
     run(other)
     assert [line.partition(" from step 2 on; former settings: config-1.json")[0]
             for line in said if "former settings" in line] == [
-        "optim.learning_rate=0.25 (it was 0.003)", "mesh.data=8 (it was -1)"
+        "optim.learning_rate=0.25 (it was 0.003)", "mesh.data=1 (it was -1)"
     ]  # fmt: skip
     assert (tmp_path / "config-1.json").read_bytes() == former
     assert read_config(tmp_path) == other

@@ -94,7 +94,7 @@ def test_the_controller_is_mrt5s(kp, ki):
 def deleting(**fields):
     inner = replace(stage("T1", 26), attention=AttentionConfig(sink="one"))
     outer = stage(
-        "t1 t1", 26, predictor=DeletionGate.Config(**fields), inner_positions="original",
+        "t1 -", 26, predictor=DeletionGate.Config(**fields), inner_positions="original",
         dechunk="repeat", residual="add", losses=("gate_mean",),
     )  # fmt: skip
     return network(outer, inner)

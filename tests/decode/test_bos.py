@@ -21,7 +21,7 @@ from hnet.interop.convert import _write_workdir
 from hnet.model import split
 from hnet.suites.scorer import ModelScorer
 from tests import training
-from tests.networks import MLP_END, network, random_params, stage
+from tests.networks import MLP_END, network, quick_jit, random_params, stage
 from tests.training import run, tiny_run
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -77,7 +77,7 @@ def test_segmentation_is_that_of_the_whole_row(alignment, bos):
     graph, params = random_params(config)
     (found,) = segmenter(graph, config, bos=bos)(params, [TEXT])
     fed = np.frombuffer(bytes([BOS_ID] * bos) + TEXT, np.uint8).astype(np.int32)
-    _, (record,) = nnx.merge(graph, params)(jnp.asarray(fed[None]))
+    _, (record,) = quick_jit(lambda params: nnx.merge(graph, params)(fed[None]))(params)
     cuts = np.flatnonzero(np.asarray(record.boundary_mask_BL)[0]) + (alignment == "end") - bos
     assert found.stages[0].starts == tuple(sorted({0, *(c for c in cuts if 0 < c < len(TEXT))}))
     assert len(found.stages[0].starts) > 1

@@ -46,6 +46,7 @@ def model_apart(model: HNetLM) -> HNetLM:
             ]
         stack.layers = nnx.List(layers)
         stack.runs = tuple((kind, 1) for kind, count in stack.runs for _ in range(count))
+        stack.is_apart = True
     return found
 
 
@@ -60,7 +61,7 @@ def _split(stack: Any, caches: Any) -> Any:
     if not isinstance(stack, Isotropic):
         return caches
     return [
-        jax.tree.map(lambda a, i=i: a[i : i + 1], cache)
+        jax.tree.map(lambda a, i=i: a[i], cache)
         for cache, (_, count) in zip(caches, stack.runs)
         for i in range(count)
     ]

@@ -1,7 +1,7 @@
 """The jitted parts of generation: start from prompts, then run blocks of steps on the device."""
 
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import jax
@@ -160,6 +160,7 @@ class Decoder:
             graph, self.step_params = split(apart.model_apart(model))
             self.step_static = Static(graph, model.config)
         self.route_of = route_table(model.config.route_groups, "model.route_groups")
+        self.cache_bytes = lru_cache(self._cache_bytes)
 
     def start(self, prompts: Sequence[bytes], sampling: Sampling) -> tuple[Decoding, np.ndarray]:
         """(state after the prompts, boundaries bool (B, L, chunking stages)); one row per prompt.
@@ -172,7 +173,7 @@ class Decoder:
             script_BL[row, : len(prompt)], script_state_B[row] = script_ids(prompt)
         longest = cache_memory.positions(
             ids_BL.shape[1], sampling.max_bytes, len(prompts),
-            lambda num_bytes: self._cache_bytes(len(prompts), num_bytes),
+            partial(self.cache_bytes, len(prompts)),
         )  # fmt: skip
         segment_ids_BL = (np.arange(ids_BL.shape[1]) < lengths_B[:, None]).astype(np.int32)
         logits_BV, cache, masks = forward(
@@ -209,9 +210,8 @@ class Decoder:
         """Arrays where the parameters are: a block of steps commits its state to the parameters'
         device, and would compile again for a first state that is not."""
         one = jax.tree.leaves(self.params)[0]
-        if one.committed and isinstance(one.sharding, SingleDeviceSharding):
-            return jax.device_put(arrays, one.sharding)
-        return tuple(map(jnp.asarray, arrays))
+        is_placed = one.committed and isinstance(one.sharding, SingleDeviceSharding)
+        return jax.device_put(arrays, one.sharding if is_placed else None)
 
     def run(
         self, state: Decoding, controls: Controls, seed_B: jax.Array, num_ticks: int

@@ -169,8 +169,8 @@ def cached_attention(
     online softmax, up to the last block that the longest of these rows has filled, so the cost
     depends on the length, not on the size of the cache.
     """
-    blocks, T = cache.k.shape[2], cache.k.shape[4]
-    shared = q_RHK.shape[1] // cache.k.shape[3]
+    blocks, T = cache.k.shape[-4], cache.k.shape[-2]
+    shared = q_RHK.shape[1] // cache.k.shape[-3]
     filled = jnp.minimum(jnp.max(positions_R) // T + 1, blocks)
     visible = positions_R if window < 0 else jnp.minimum(positions_R, window)
     if first_R is not None:

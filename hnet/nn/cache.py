@@ -2,7 +2,7 @@
 
 Every array has a leading layer axis (a run of layers is stacked) and a row axis: (layers, B, ...).
 A layer's `step` runs on R of the B rows and finds its state at `at = (layer, rows)`. Reads and
-writes cost O(R).
+writes cost O(R). With layer None the arrays have no layer axis (`hnet.decode.apart`).
 """
 
 from dataclasses import dataclass
@@ -50,23 +50,28 @@ class RecurrentCache(NamedTuple):
 def read(array: jax.Array, at: tuple) -> jax.Array:
     """Entries (R, ...) at `(layer, rows)`, or at `(layer, rows, index of the third axis)`."""
     layer, rows, *inner = at
+    outer = () if layer is None else (layer,)
     if not rows.are_all:
-        return array.at[(layer, rows.index_R, *inner)].get(mode="clip")
-    rest = array.shape[2 + len(inner) :]
-    start = (layer, 0, *inner, *(0 for _ in rest))
-    part = jax.lax.dynamic_slice(array, start, (1, array.shape[1], *(1 for _ in inner), *rest))
-    return part.reshape(array.shape[1], *rest)
+        return array.at[(*outer, rows.index_R, *inner)].get(mode="clip")
+    if not (outer or inner):
+        return array
+    B, *rest = array.shape[len(outer) :]
+    rest = rest[len(inner) :]
+    start = (*outer, 0, *inner, *(0 for _ in rest))
+    size = (*(1 for _ in outer), B, *(1 for _ in inner), *rest)
+    return jax.lax.dynamic_slice(array, start, size).reshape(B, *rest)
 
 
 def write(array: jax.Array, at: tuple, new: jax.Array) -> jax.Array:
     """`array` with `new` (R, ...) at `(layer, rows)`, or at `(layer, rows, *further indices)`."""
     layer, rows, *inner = at
+    outer = () if layer is None else (layer,)
     new = new.astype(array.dtype)
     if inner or not rows.are_all:
-        return array.at[(layer, rows.index_R, *inner)].set(new, mode="drop")
-    is_row = (rows.index_R < array.shape[1]).reshape(-1, *(1,) * (new.ndim - 1))
+        return array.at[(*outer, rows.index_R, *inner)].set(new, mode="drop")
+    is_row = (rows.index_R < len(rows.index_R)).reshape(-1, *(1,) * (new.ndim - 1))
     new = jnp.where(is_row, new, read(array, at))
-    return jax.lax.dynamic_update_index_in_dim(array, new, layer, 0)
+    return jax.lax.dynamic_update_index_in_dim(array, new, layer, 0) if outer else new
 
 
 def last_positions(x_BLD: jax.Array, lengths_B: jax.Array, count: int) -> jax.Array:
@@ -85,10 +90,15 @@ def ring(x_BLHK: jax.Array, lengths_B: jax.Array, size: int) -> jax.Array:
     """Ring buffer with each row's newest positions, (B, blocks, H, T, K); at least `size` slots."""
     T = min(KV_BLOCK, size)
     blocks = -(-size // T)
-    slot_M = jnp.arange(blocks * T, dtype=jnp.int32)[None, :]
-    newest_B1 = lengths_B[:, None] - 1
-    index_BM = newest_B1 - (newest_B1 - slot_M) % (blocks * T)
-    x_BMHK = jax.vmap(_take)(x_BLHK, index_BM)
+    L, slot_M = x_BLHK.shape[1], jnp.arange(blocks * T, dtype=jnp.int32)[None, :]
+    if L <= blocks * T:  # slot t is position t: no gather, which is slow for a long buffer
+        is_used_BL = slot_M[:, :L] < lengths_B[:, None]
+        x_BLHK = jnp.where(is_used_BL[..., None, None], x_BLHK, 0)
+        x_BMHK = jnp.pad(x_BLHK, ((0, 0), (0, blocks * T - L), (0, 0), (0, 0)))
+    else:
+        newest_B1 = lengths_B[:, None] - 1
+        index_BM = newest_B1 - (newest_B1 - slot_M) % (blocks * T)
+        x_BMHK = jax.vmap(_take)(x_BLHK, index_BM)
     return x_BMHK.reshape(len(x_BLHK), blocks, T, *x_BLHK.shape[2:]).swapaxes(2, 3)
 
 

@@ -84,6 +84,7 @@ class Isotropic(Stack):
         ConfigError for a mixer that does not support this.
         """
         self.runs, self.compute, self.causal = parse_layout(layout), config.compute, causal
+        self.is_apart = False  # whether caches have no layer axis, see `hnet.decode.apart`
         out_std = INIT_STD / math.sqrt(max(num_residuals, 1))
 
         def make_run(kind, count):
@@ -150,7 +151,7 @@ class Isotropic(Stack):
 
             if count == 1:
                 only = jax.tree.map(lambda a: a[0], params)
-                (x_R1D, cache), _ = layer((x_R1D, cache), (only, 0))
+                (x_R1D, cache), _ = layer((x_R1D, cache), (only, None if self.is_apart else 0))
             else:
                 index = jnp.arange(count, dtype=jnp.int32)
                 (x_R1D, cache), _ = jax.lax.scan(layer, (x_R1D, cache), (params, index))

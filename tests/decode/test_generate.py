@@ -1,5 +1,6 @@
 """Whole generations: single rows and batches, stops, streams, against the model's own forward."""
 
+import re
 from dataclasses import replace
 
 import jax
@@ -21,7 +22,7 @@ from hnet.decode.score import logprobs
 from hnet.errors import ConfigError
 from hnet.inspect.segmentation import Segmentation
 from hnet.model import HNetLM, split
-from tests.networks import NETWORKS, network, random_params, stage
+from tests.networks import NETWORKS, OPTIMIZED, network, random_params, stage
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -209,6 +210,21 @@ def test_layers_apart_give_the_same_bytes():
     np.testing.assert_array_equal(apart.byte_TB, stacked.byte_TB)
     np.testing.assert_array_equal(apart.boundaries_TBS, stacked.boundaries_TBS)
     np.testing.assert_allclose(apart.logprob_TB, stacked.logprob_TB, rtol=0, atol=1e-5)
+
+
+def test_steps_on_layers_apart_copy_no_recurrent_state():
+    """XLA overwrites a state in place only if one operation reads it; otherwise it copies all."""
+    model = nnx.merge(*random_params(network(stage("m1 m1", 26), stage("T1", 39))))
+    decoder = Decoder(model, layers_apart=True)
+    state, _ = decoder.start([b"ab"], WARM)
+    shape = state.cache.stage.stacks["encoder"][0].state.shape
+    assert len(shape) == 4  # no layer axis
+    compiled = _run.lower(
+        decoder.step_params, state, Controls.of(WARM), jnp.zeros(1, jnp.uint32),
+        jnp.asarray(decoder.route_of), jnp.float32(0), static=decoder.step_static, num_ticks=2,
+    ).compile(compiler_options=OPTIMIZED)  # fmt: skip
+    copied = re.findall(r"= f32\[([\d,]+)\]\S* copy\(", compiled.as_text())
+    assert copied and ",".join(map(str, shape)) not in copied
 
 
 def test_layers_apart_are_views_of_the_weights():

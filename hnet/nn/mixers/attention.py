@@ -119,7 +119,7 @@ class Attention(Mixer):
         positions_R, key_bias_R = context.positions_R, context.key_bias_R
         if (key_bias_R is None) != (cache.bias is None):
             raise ValueError("key biases are given in all of prefill and steps, or in none")
-        blocks, T = cache.k.shape[2], cache.k.shape[4]
+        blocks, T = cache.k.shape[-4], cache.k.shape[-2]
         slot_R = positions_R % (blocks * T)
         newest = (*at, slot_R // T, slice(None), slot_R % T)
         keys, values = write(cache.k, newest, k[:, 0]), write(cache.v, newest, v[:, 0])

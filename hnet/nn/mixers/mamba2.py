@@ -160,12 +160,9 @@ class Mamba2(Mixer):
         decay_RH1 = jnp.exp(dt_RH * -jnp.exp(self.A_log[...])[None])[..., None]
         x_dt_RHP = dt_RH[..., None] * x[:, 0]
         state_RHPN = context.carried(read(cache.state, at))
-        # C h_t = a_t C h_{t-1} + (C B_t) dt_t x_t': y needs only the old state, so the new state is
-        # written without being read
-        B_C_R11 = jnp.sum(B[:, 0] * C[:, 0], axis=-1)[:, None, None]
-        y_RHP = decay_RH1 * jnp.einsum("rhpn,rn->rhp", state_RHPN, C[:, 0]) + B_C_R11 * x_dt_RHP
         state_RHPN = decay_RH1[..., None] * state_RHPN + x_dt_RHP[..., None] * B[:, :, None]
-        cache = RecurrentCache(
-            write(cache.conv, at, taps_RWC[:, 1:]), write(cache.state, at, state_RHPN)
-        )
-        return self.finish(y_RHP[:, None], x, z), cache
+        conv, state = write(cache.conv, at, taps_RWC[:, 1:]), write(cache.state, at, state_RHPN)
+        if at[1].are_all:  # with only one reader, XLA overwrites the old state without a copy
+            state_RHPN = read(state, at)
+        y_RHP = jnp.einsum("rhpn,rn->rhp", state_RHPN, C[:, 0])
+        return self.finish(y_RHP[:, None], x, z), RecurrentCache(conv, state)

@@ -49,7 +49,9 @@ def gradients_agree(ours, theirs):
 
 
 def chunking_of(name, **fields) -> ChunkingConfig:
-    return replace(base_config(name).model.stages[0].chunking, **fields)
+    """Chunking of a named system without the offset that holds its rate, which is ours."""
+    held = base_config(name).model.stages[0].chunking
+    return replace(held, **({"hold_rate": False} | fields))
 
 
 def config_of(chunking: ChunkingConfig, d_model: int) -> HNetConfig:

@@ -18,14 +18,14 @@ def mrt5() -> HNetConfig:
     Paper: arXiv 2410.20771
     Fidelity: gate, soft and hard deletion at original positions, softmax with a sink of 1 and the
     PI controller as in jkallini/mrt5; ours is causal and has a decoder for bytes that reads the
-    last kept one; no score regulariser; the first byte is always kept
+    last kept one; no score regulariser; the first byte is always kept; the rate is held
     Test: tests/chunking/test_deletion.py: gate, softmax and controller of its code
     """
     base = one_stage(6.0)
     outer, inner = base.stages
     chunking = replace(
         outer.chunking, target_ratio=2.0, predictor="deletion_gate", dechunk="repeat",
-        residual="add", inner_positions="original", losses=("gate_mean",),
+        residual="add", inner_positions="original", losses=("gate_mean",), hold_rate=True,
     )  # fmt: skip
     inner = replace(inner, attention=AttentionConfig(sink="one"))
     return replace(base, stages=(replace(outer, chunking=chunking), inner))

@@ -1,10 +1,11 @@
-"""The step folders of a work directory: verify, delete and rename them, clear one for a save.
+"""The step folders of a work directory: find, verify, delete and rename them, clear one for a save.
 
 Only process 0 changes anything here.
 """
 
 import logging
 import os
+import re
 
 from etils import epath
 
@@ -36,6 +37,31 @@ def work_folder(workdir: str | os.PathLike) -> epath.Path:
     except Exception as e:  # each file system raises its own type
         raise ConfigError(f"workdir {str(workdir)!r} cannot be opened: {first_line(e)}") from None
     return path
+
+
+def split_step(given: str) -> tuple[str, int | None]:
+    """(work directory, step) of `WORKDIR@STEP` or `WORKDIR/checkpoints/STEP`; another path is
+    (path, None)."""
+    for pattern, text in ((_FOLDER, given), (_FOLDER, _absolute(given)), (_AT, given)):
+        if (found := pattern.fullmatch(text)) and (pattern is _FOLDER or not _exists(given)):
+            return found[1], int(found[2])
+    return given, None
+
+
+_FOLDER = re.compile(r"(.+)/checkpoints/(\d{1,10})/*")
+_AT = re.compile(r"(.+)@(\d{1,10})")
+
+
+def _absolute(given: str) -> str:
+    """A local path as an absolute one: the step folder may be named from inside its run."""
+    return given if "://" in given or not given else os.path.abspath(given)
+
+
+def _exists(given: str) -> bool:
+    try:
+        return os.path.lexists(given)
+    except ValueError:  # it has a zero byte
+        return False
 
 
 def checkpoint_folder(workdir: str | os.PathLike) -> epath.Path:

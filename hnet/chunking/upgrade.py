@@ -1,8 +1,22 @@
-"""Conversion of the chunking configuration of versions before parts to the current fields."""
+"""Conversion of a model's configuration of earlier versions to the current fields."""
 
 from typing import Any
 
 _RENAMED = {"given": "external", "scatter": "at_boundaries"}
+
+
+def up_to_date(model: Any) -> None:
+    """Convert the JSON content of a model to the current fields, in place."""
+    if not isinstance(model, dict):
+        return
+    compute = model.get("compute")
+    if isinstance(compute, dict) and compute.get("batch_shards") in range(1, 2**20):
+        compute.pop("batch_shards")  # it repeated the mesh
+    stages = model.get("stages")
+    for stage in stages if isinstance(stages, list) else ():
+        chunking = stage.get("chunking") if isinstance(stage, dict) else None
+        if isinstance(chunking, dict) and "router" in chunking:
+            stage["chunking"] = in_parts(chunking)
 
 
 def in_parts(old: dict[str, Any]) -> dict[str, Any]:

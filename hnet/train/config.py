@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from hnet.chunking.upgrade import in_parts
+from hnet.chunking.upgrade import up_to_date
 from hnet.config import HNetConfig
 from hnet.data.scripts import route_table
 from hnet.errors import ConfigError
@@ -84,11 +84,6 @@ class Config(Sections):
                 )
 
 
-# Fields of earlier versions, with the values for which they are dropped: the first repeats the
-# mesh, the second had no effect at 0.
-_GONE = {"model.compute.batch_shards": range(1, 2**20), "data.unknown_script_frac": (0,)}
-
-
 def config_from_json(content: Any) -> Config:
     """A run's configuration from JSON content of this or an earlier version.
 
@@ -103,15 +98,10 @@ def _up_to_date(content: Any) -> Any:
         node, last = _parent(content, path)
         if isinstance(node, dict) and last in node:
             node.setdefault(name, node.pop(last))
-    for path, values in _GONE.items():
-        node, last = _parent(content, path)
-        if isinstance(node, dict) and last in node and node[last] in values:
-            node.pop(last)
-    model = content.get("model") if isinstance(content, dict) else None
-    for stage in model.get("stages", ()) if isinstance(model, dict) else ():
-        chunking = stage.get("chunking") if isinstance(stage, dict) else None
-        if isinstance(chunking, dict) and "router" in chunking:
-            stage["chunking"] = in_parts(chunking)
+    node, last = _parent(content, "data.unknown_script_frac")
+    if isinstance(node, dict) and last in node and node[last] in (0,):
+        node.pop(last)  # it had no effect at 0
+    up_to_date(content.get("model") if isinstance(content, dict) else None)
     return content
 
 

@@ -1,11 +1,10 @@
 """What a path of weights means: a run, a step of it, a file with its JSON, a folder of the Hub."""
 
 import os
-import re
 from pathlib import Path
 from typing import NamedTuple
 
-from hnet.checkpoint.step_folders import list_saved, work_folder
+from hnet.checkpoint.step_folders import list_saved, split_step, work_folder
 from hnet.config import PUBLISHED, HNetConfig
 from hnet.errors import ConfigError
 from hnet.fields import shown
@@ -68,31 +67,6 @@ def resolve_run(path: str | os.PathLike, *, field="checkpoint") -> Source:
     if not source.is_run:
         raise ConfigError(f"{field}={os.fspath(path)!r} is no work directory: give that of a run")
     return source
-
-
-def split_step(given: str) -> tuple[str, int | None]:
-    """(work directory, step) of `WORKDIR@STEP` or `WORKDIR/checkpoints/STEP`; another path is
-    (path, None)."""
-    for pattern, text in ((_FOLDER, given), (_FOLDER, _absolute(given)), (_AT, given)):
-        if (found := pattern.fullmatch(text)) and (pattern is _FOLDER or not _exists(given)):
-            return found[1], int(found[2])
-    return given, None
-
-
-_FOLDER = re.compile(r"(.+)/checkpoints/(\d{1,10})/*")
-_AT = re.compile(r"(.+)@(\d{1,10})")
-
-
-def _absolute(given: str) -> str:
-    """A local path as an absolute one: the step folder may be named from inside its run."""
-    return given if "://" in given or not given else os.path.abspath(given)
-
-
-def _exists(given: str) -> bool:
-    try:
-        return os.path.lexists(given)
-    except ValueError:  # it has a zero byte
-        return False
 
 
 def _file(path: str, step: int | None, field: str) -> Source:

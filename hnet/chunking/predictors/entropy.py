@@ -1,8 +1,6 @@
 """Boundaries from the entropy of a second model's next byte (BLT, arXiv 2412.09871)."""
 
-import os
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any, Literal
 
 import jax
@@ -11,6 +9,7 @@ from flax import nnx
 
 from hnet.chunking.boundaries import Prediction
 from hnet.chunking.part import BoundaryPredictor, PredictorConfig
+from hnet.chunking.predictors.second_model import is_run, read_network, read_parameters, reads_bos
 from hnet.config import HNetConfig, SSMConfig, StageConfig, parse_layout
 from hnet.errors import ConfigError
 from hnet.fields import shown
@@ -55,15 +54,6 @@ def end_logit(
     return jnp.where(index_X == 0, FORCED, found_X)
 
 
-@lru_cache(maxsize=2)
-def read_model(checkpoint: str) -> tuple[HNetConfig, dict]:
-    """Configuration and parameters of a checkpoint of a run. Raises ConfigError."""
-    from hnet.interop.load import load  # reads whole runs, whose settings import this module
-
-    model = load(checkpoint)
-    return model.config, jax.device_get(split(model)[1])
-
-
 class Entropy(BoundaryPredictor):
     """A patch ends where a trained byte model is uncertain about the next byte (BLT).
 
@@ -98,18 +88,8 @@ class Entropy(BoundaryPredictor):
         """network of the second model; None: that of the checkpoint"""
 
         def __post_init__(self):
-            if self.language_model is None and self._is_run():
-                from hnet.train.workdir import read_config  # settings of a run import this module
-
-                object.__setattr__(self, "language_model", read_config(self._workdir()).model)
-
-        def _is_run(self) -> bool:
-            return bool(self.checkpoint) and os.path.isfile(f"{self._workdir()}/config.json")
-
-        def _workdir(self) -> str:
-            from hnet.weights.sources import split_step
-
-            return split_step(self.checkpoint)[0]
+            if self.language_model is None and is_run(self.checkpoint):
+                object.__setattr__(self, "language_model", read_network(self.checkpoint))
 
         @property
         def network(self) -> HNetConfig:
@@ -135,11 +115,9 @@ class Entropy(BoundaryPredictor):
             return None
 
         def training_problem(self, data):
-            if not self._is_run():
+            if not is_run(self.checkpoint):
                 return None
-            from hnet.train.workdir import read_config
-
-            theirs = read_config(self._workdir()).data.bos_eos
+            theirs = reads_bos(self.checkpoint)
             if theirs == data.bos_eos:
                 return None
             return (
@@ -148,17 +126,17 @@ class Entropy(BoundaryPredictor):
             )
 
         def read_files(self):
-            if not self._is_run():
+            if not is_run(self.checkpoint):
                 raise ConfigError(
                     f"predictor.checkpoint={shown(self.checkpoint)} holds no run: train a byte "
                     "model there (python -m experiments.pretrain blt_bytes), or name another"
                 )
-            model, _ = read_model(self.checkpoint)
-            if _function(model) != _function(self.network):
+            if _function(read_network(self.checkpoint)) != _function(self.network):
                 raise ConfigError(
                     f"predictor.checkpoint={shown(self.checkpoint)} holds another network than "
                     "predictor.language_model: leave language_model out"
                 )
+            read_parameters(self.checkpoint, self.network)
 
     def __init__(self, config, place, *, rngs: nnx.Rngs):
         super().__init__(config, place, rngs=rngs)
@@ -166,7 +144,8 @@ class Entropy(BoundaryPredictor):
         graph, params = split(HNetLM(config.network, rngs=rngs))
         if config.checkpoint:
             shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)
-            params = jax.pure_callback(lambda: read_model(config.checkpoint)[1], shapes)
+            read = lambda: read_parameters(config.checkpoint, config.network)
+            params = jax.pure_callback(read, shapes)
         self.language_model = nnx.merge(graph, params)
         set_frozen(self.language_model, lambda path: True)
 

@@ -4,6 +4,8 @@ import json
 import math
 from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
 import pytest
 from scipy import stats
 
@@ -16,8 +18,12 @@ from experiments.finetune import __main__ as finetune
 from experiments.rates.__main__ import main as rates_main
 from experiments.scripts import __main__ as scripts
 from experiments.slots import __main__ as slots
+from hnet.chunking.boundaries import Prediction, decide
+from hnet.chunking.dechunks.ema import EMA
+from hnet.chunking.slots import open_slots
 from hnet.data import open_corpus
 from hnet.errors import ConfigError
+from hnet.nn.context import Context
 from hnet.train.workdir import claim_workdir, run_inputs
 from tests.training import ATTENTION, build, tiny_run
 
@@ -35,6 +41,8 @@ def test_a_difference_has_the_interval_of_welch():
     assert claims.difference([2.0], worse) == (pytest.approx(2.0 - 3.1875), math.inf)
     assert claims.difference([2.0, 2.0], [3.0, 3.0]) == (-1, 0)
     verdicts = [claims.verdict(*pair) for pair in [(-2, 1), (2, 1), (-1, 2), (-1, math.inf)]]
+    assert claims.percentage([50.0, 52.0, 54.0]) == "52 ± 5"  # 4.303 * 2 / sqrt(3)
+    assert claims.percentage([50.0, None]) == "-" and claims.percentage([7.4]) == "7 ± 0"
     unsure = "cannot tell at this size"
     assert verdicts == ["holds", "does not hold", unsure, unsure]
 
@@ -68,10 +76,39 @@ def test_networks_of_claims_differ_from_hnet_as_they_say():
     assert named <= set(claims.NAMES)
     outer = base_config("hnet").model.stages[0]
     models = [base_config(name).model for name in claims.NAMES if ":" in name]
-    assert [m.num_chunked for m in models] == [2, 1, 1] and claimed.two_stages() == models[0]
+    assert [m.num_chunked for m in models] == [2, 1, 1, 1] and claimed.two_stages() == models[0]
     assert math.prod(s.chunking.target_ratio for s in models[0].stages[:-1]) == 6
-    assert models[1].stages[0] == replace(outer, chunking=replace(outer.chunking, dechunk="repeat"))
-    assert replace(models[2].stages[0], arch_layout=outer.arch_layout) == outer
+    for model in models[1:3]:
+        cut = model.stages[0].chunking
+        assert replace(cut, dechunk="ema") == outer.chunking and cut.dechunk.part is not EMA
+    assert replace(models[3].stages[0], arch_layout=outer.arch_layout) == outer
+
+
+def test_ablated_dechunks_lack_one_path_of_the_gradient_each():
+    p_BL, y_BMD = jnp.array([[1.0, 0.2, 0.7, 0.4, 0.6]]), jnp.array([[[2.0], [3.0], [5.0]]])
+    context = Context(jnp.ones((1, 5), jnp.int32), jnp.arange(5)[None])
+
+    def of(cut):
+        def total(p_BL):
+            found = decide(Prediction(prob=p_BL), context, 3)
+            layer = cut.dechunk.part(cut.dechunk, None, rngs=None)
+            out_BLD = layer(y_BMD, found, open_slots(found, context, 3), cut.dechunk)
+            return out_BLD.sum(), out_BLD[0, :, 0]
+
+        (_, out_L), d_p_BL = jax.jit(jax.value_and_grad(total, has_aux=True))(p_BL)
+        return out_L.tolist(), d_p_BL[0].tolist()
+
+    names = ("hnet", "experiments.claims:no_smoothing", "experiments.claims:no_straight_through")
+    whole, unsmoothed, unconfident = (of(base_config(n).model.stages[0].chunking) for n in names)
+    z0 = 2 * (1 - 1e-4)
+    z1 = 0.7 * 3 + 0.3 * z0
+    z2 = 0.6 * 5 + 0.4 * z1
+    by_average = [0, 0, (3 - z0) * 2.4, 0, 5 - z1]  # 2 z0 + 2 z1 + z2
+    assert unsmoothed[0] == [2, 2, 3, 3, 5] and unsmoothed[1] == [0, -2, 3, -3, 5]
+    assert whole[0] == unconfident[0] == pytest.approx([z0, z0, z1, z1, z2])
+    assert unconfident[1] == pytest.approx(by_average)
+    by_confidence = [0, -z0, z1, -z1, z2]
+    assert whole[1] == pytest.approx([a + b for a, b in zip(by_average, by_confidence)])
 
 
 # --- rates ----------------------------------------------------------------------------------------

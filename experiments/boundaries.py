@@ -23,11 +23,12 @@ from rich.table import Table
 from rich.text import Text
 
 from hnet import load
+from hnet.bounds import Count, Natural
 from hnet.command_line import parse, run
 from hnet.decode.score import logprobs
 from hnet.decode.segment import segment_all, segmenter
 from hnet.errors import ConfigError
-from hnet.fields import Count, Natural, json_text
+from hnet.files import json_text
 from hnet.inspect import metrics
 from hnet.inspect.gold import annotate, clip, read_annotated, thin
 from hnet.inspect.lexical import lexicon_shares, read_lexicon, turkish_lower, vocabulary_report

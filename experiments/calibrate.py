@@ -21,12 +21,14 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments.configs import base_config
+from hnet.bounds import Bounds
 from hnet.chunking.targets import equal_chunk_ratios
 from hnet.command_line import parse, run
 from hnet.data.parallel import Lines, bytes_by_script, read_parallel
 from hnet.data.scripts import SCRIPTS, route_table
 from hnet.errors import ConfigError
-from hnet.fields import Bounds, json_text, to_json
+from hnet.fields import to_json
+from hnet.files import json_text
 from hnet.outputs import new_file, write_new
 from hnet.printable import printable
 from hnet.train.config import Config

@@ -18,12 +18,12 @@ import jax
 import numpy as np
 
 from hnet import load
+from hnet.bounds import Bounds, Rows
 from hnet.chunking.predictors.entropy import entropy
 from hnet.command_line import parse, run
 from hnet.data import eval_batches, open_corpus, open_part
 from hnet.decode.cache_memory import check_rows
 from hnet.errors import ConfigError
-from hnet.fields import Bounds, Rows
 from hnet.model import HNetLM
 from hnet.nn.layers import segment_positions
 from hnet.runtime.compile_cache import enable_compilation_cache

@@ -26,13 +26,14 @@ from rich.table import Table
 from rich.text import Text
 
 from hnet import load
+from hnet.bounds import Natural
 from hnet.command_line import parse, run
 from hnet.data.parallel import Lines, read_parallel
 from hnet.data.tokenizers.bpe import read_tokenizer, token_starts, train_bpe
 from hnet.decode.score import logprobs
 from hnet.decode.segment import ROWS, segment_all, segmenter
-from hnet.errors import ConfigError
-from hnet.fields import Natural, json_text, shown
+from hnet.errors import ConfigError, shown
+from hnet.files import json_text
 from hnet.inspect.fairness import LanguageScore, cut_at, score_language
 from hnet.inspect.fairness_report import (
     Scores,

@@ -25,12 +25,13 @@ from rich.console import Console
 from rich.table import Table
 
 from hnet import load
+from hnet.bounds import Bounds, Count, Natural
 from hnet.command_line import parse, run
 from hnet.data import eval_batches, open_corpus, train_batches
 from hnet.data.batch_merges import Token, merge_batch
 from hnet.data.tokens import LongestMatch, read_vocabulary
 from hnet.errors import ConfigError
-from hnet.fields import Bounds, Count, Natural, json_text
+from hnet.files import json_text
 from hnet.model import HNetLM, split
 from hnet.nn.context import Context
 from hnet.nn.hypernetwork import LONGEST, Hypernetwork

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from hnet import fields
+from hnet.dotted import locate
 from hnet.fields import is_part, is_section, join
 from hnet.parts import Settings
 
@@ -95,7 +96,7 @@ def of_options(cls: type, content: dict[str, Any], topic: str = "") -> str:
 
 def of_topic(cls: type, content: Any, path: str) -> str:
     """Help of a dotted field: its inner fields, the parts that it accepts, or the field itself."""
-    parent, key, hint = fields.locate(cls, content, path)
+    parent, key, hint = locate(cls, content, path)
     value = parent[key] if isinstance(parent, list) else parent.get(key)
     inner = fields.plain(hint)
     if is_section(inner):
@@ -115,7 +116,7 @@ def _doc(cls: type, content: Any, path: str) -> str:
     """Docstring of the field at a dotted path."""
     outer, _, name = path.rpartition(".")
     if outer:
-        parent, key, hint = fields.locate(cls, content, outer)
+        parent, key, hint = locate(cls, content, outer)
         cls, content = fields.plain(hint), parent[key]
         if is_part(cls):
             cls = fields.part_class(cls, content["name"], outer)

@@ -16,8 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from hnet import command_help, fields
-from hnet.errors import ConfigError, Failed
-from hnet.fields import FieldError, shown
+from hnet.dotted import locate
+from hnet.errors import ConfigError, Failed, shown
+from hnet.fields import FieldError
+from hnet.files import parse_json
 from hnet.printable import printable
 from hnet.runtime.cpu import keep_freed_memory
 
@@ -163,7 +165,7 @@ def with_words(cls: type, content: Any, argv: Sequence[str]) -> Any:
 
 def _locate(cls: type, content: Any, path: str) -> tuple[Any, str | int, Any]:
     try:
-        return fields.locate(cls, content, path)
+        return locate(cls, content, path)
     except FieldError as e:
         if (now := _renamed(cls, path)) != path:
             raise FieldError(f"field {path} is called {now} now") from None
@@ -255,6 +257,6 @@ def _scalar(hint: Any, word: str) -> Any:
 
 def _from_json_text(text: str, path: str) -> Any:
     try:
-        return fields.parse_json(text)
+        return parse_json(text)
     except ValueError as e:
         raise FieldError(f"{path}={shown(text)} is not JSON: {one_line(e)}") from None

@@ -16,10 +16,12 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
+from hnet.bounds import Bounds, Count, Natural
 from hnet.chunking.config import ChunkingConfig
 from hnet.chunking.part import Place
 from hnet.errors import ConfigError
-from hnet.fields import Bounds, Count, Natural, check, parse_json, read_bytes
+from hnet.fields import check
+from hnet.files import parse_json, read_bytes
 from hnet.nn.embeddings import EMBEDDINGS
 from hnet.nn.embeddings.bytes import Bytes
 from hnet.nn.embeddings.part import EmbeddingConfig

@@ -1,4 +1,4 @@
-"""Configurations as JSON content and as dotted fields.
+"""Configurations as JSON content: the types of their fields, reading, writing and checking.
 
 A configuration is a tree of frozen dataclasses. In JSON a dataclass is an object, a tuple is a list
 and a part (`hnet.parts`) is an object with its name: ``{"name": "mlp", "width": 512}``. A name as a
@@ -10,86 +10,19 @@ remedy.
 
 import dataclasses
 import difflib
-import errno
 import functools
-import json
-import math
-import os
-import reprlib
-import stat
-import threading
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from hnet.errors import ConfigError, first_line
+from hnet.bounds import Bounds, check_number
+from hnet.errors import ConfigError, shown
 from hnet.parts import Settings
-
-_MOST = 2**53  # integers up to this are exact in every JSON reader
-_MOST_32 = 2**31 - 1
-_PIPE_SECONDS = 5.0
-_MOST_FLOAT = 3.4e38  # larger numbers are infinite in float32
 
 
 class FieldError(ConfigError):
     """A field that does not exist, or a value of the wrong type."""
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """Range of the finite numbers that a field accepts: `Annotated[int, Bounds(1)]`."""
-
-    least: float = -math.inf
-    most: float = math.inf
-    above: float = -math.inf
-    below: float = math.inf
-
-    def hold(self, value: float) -> bool:
-        return self.least <= value <= self.most and self.above < value < self.below
-
-    def __str__(self) -> str:
-        low = f"above {self.above:g}" if self.above > -math.inf else f"{self.least:g}"
-        if self.below < math.inf:
-            return f"{low} to below {self.below:g}"
-        if self.most < _MOST_32:
-            return f"{low} to {self.most:g}"
-        return low if self.above > -math.inf else f"{low} or more"
-
-    def remedy(self, value: float) -> str:
-        return f"use at most {self.most}" if value > self.most else f"use {self}"
-
-
-Count = Annotated[int, Bounds(1, _MOST_32)]
-"""An integer of at least 1 that fits into 32 bits."""
-Natural = Annotated[int, Bounds(0, _MOST_32)]
-"""An integer of at least 0 that fits into 32 bits."""
-Rows = Annotated[int, Bounds(1, 65536)]
-"""Number of rows that run together."""
-Share = Annotated[float, Bounds(0, 1)]
-Positive = Annotated[float, Bounds(above=0, most=1e12)]
-NotNegative = Annotated[float, Bounds(0, 1e12)]
-Seconds = Annotated[float, Bounds(0, 1e9)]
-"""Seconds that a thread can wait."""
-
-
-def shown(value: Any) -> str:
-    """`repr`, shortened to fit into a line for a value of any size or depth."""
-    return _SHORT.repr(value)
-
-
-def told(value: Any) -> str:
-    """`shown`; for a list of objects, such as stages, their number."""
-    if isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
-        return f"({len(value)} of them)"
-    return shown(value)
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 3, 80, 80, 40
-_SHORT.maxtuple = _SHORT.maxlist = _SHORT.maxdict = 6
 
 
 def join(path: str, name: str | int) -> str:
@@ -191,102 +124,6 @@ def to_json(value: Any) -> Any:
     return [to_json(v) for v in value] if isinstance(value, tuple | list) else value
 
 
-def parse_json(text: str | bytes) -> Any:
-    """`json.loads` for text from outside: every fault is a ValueError, also deep nesting."""
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
-
-
-def without_nan(value: Any) -> Any:
-    """JSON content with NaN and infinity replaced by None, since JSON has neither."""
-    match value:
-        case float():
-            return value if math.isfinite(value) else None
-        case dict():
-            return {name: without_nan(v) for name, v in value.items()}
-        case list() | tuple():
-            return [without_nan(v) for v in value]
-        case _:
-            return value
-
-
-def json_text(content: Any, **options: Any) -> str:
-    """`json.dumps` for results: text that every JSON reader accepts (`without_nan`)."""
-    try:
-        return json.dumps(content, allow_nan=False, **options)
-    except ValueError:
-        return json.dumps(without_nan(content), allow_nan=False, **options)
-
-
-def read_bytes(path: str | os.PathLike) -> bytes:
-    """Content of a file or pipe, also of one in a bucket. Raises OSError also for what cannot be a
-    path, for a device, which may have no end, and for a pipe that nothing writes to."""
-    if "://" in os.fspath(path):
-        from etils import epath
-
-        try:
-            return epath.Path(path).read_bytes()
-        except OSError:
-            raise
-        except Exception as e:  # each file system raises its own type
-            raise OSError(errno.EINVAL, f"it cannot be opened ({first_line(e)})") from None
-    try:
-        mode = os.stat(path).st_mode
-    except ValueError:
-        raise OSError(errno.EINVAL, "it cannot be a path") from None
-    if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
-        raise OSError(errno.EINVAL, "it is a device: give a file")
-    if stat.S_ISFIFO(mode):
-        return _read_pipe(path)
-    return Path(path).read_bytes()
-
-
-def _read_pipe(path: str | os.PathLike) -> bytes:
-    """Content of a pipe, once something has opened it for writing. Raises OSError if nothing does
-    within `_PIPE_SECONDS`."""
-    opened: list[int] = []
-    thread = threading.Thread(target=lambda: opened.append(os.open(path, os.O_RDONLY)), daemon=True)
-    thread.start()
-    thread.join(_PIPE_SECONDS)
-    if not (has_writer := bool(opened)):
-        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))  # ends the thread's `open`
-        thread.join()
-    with open(opened[0], "rb") as file:
-        if not has_writer:
-            raise OSError(errno.EINVAL, "it is a pipe that nothing writes to")
-        return file.read()
-
-
-def read_json(path: str | os.PathLike, what: str = "file") -> Any:
-    """Content of a JSON file. Raises a one-line ConfigError that calls the file `what`."""
-    try:
-        return parse_json(read_bytes(path))
-    except OSError as e:
-        raise ConfigError(f"{what} {os.fspath(path)!r}: {e.strerror}") from None
-    except ValueError as e:
-        raise ConfigError(f"{what} {os.fspath(path)!r} is not JSON: {e}") from None
-
-
-def read_object(path: str | os.PathLike, what: str, **kinds: Any) -> dict[str, Any]:
-    """Content of a JSON file that a command wrote: an object with values of these types, by name.
-
-    Raises ConfigError, which calls the file `what`, for other content.
-    """
-    content = read_json(path, what)
-    where = f"{what} {os.fspath(path)!r}"
-    if not isinstance(content, dict):
-        raise ConfigError(f"{where} holds no object: restore or remove it")
-    for name, kind in kinds.items():
-        if not isinstance(content.get(name), kind):
-            raise ConfigError(
-                f"{where}: {name}={shown(content.get(name))} was not written there: restore or "
-                "remove the file"
-            )
-    return content
-
-
 def from_json(hint: Any, content: Any, path: str = "") -> Any:
     """The value of type `hint`, usually a dataclass, from JSON content.
 
@@ -296,7 +133,7 @@ def from_json(hint: Any, content: Any, path: str = "") -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         value = from_json(args[0], content, path)
-        _check_number(value, args[1:], path)
+        check_number(value, args[1:], path)
         return value
     if is_part(hint):
         return _part(hint, content, path)
@@ -321,29 +158,14 @@ def from_json(hint: Any, content: Any, path: str = "") -> Any:
             pairs = enumerate(zip(kinds, content))
             return tuple(from_json(kind, v, join(path, i)) for i, (kind, v) in pairs)
     elif hint is float and type(content) in (int, float):
-        _check_number(content, (), path)
+        check_number(content, (), path)
         return float(content)
     elif hint is type(None) and content is None or hint in (str, bool) and type(content) is hint:
         return content
     elif hint is int and type(content) is int:
-        _check_number(content, (), path)
+        check_number(content, (), path)
         return content
     raise FieldError(f"{path}={shown(content)}: expected {type_text(hint)}")
-
-
-def _check_number(value: Any, bounds: Sequence[Any], path: str) -> None:
-    """Raise ConfigError for a number that is not finite, too large for JSON, or out of bounds."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return
-    if abs(value) > _MOST and isinstance(value, int):
-        raise ConfigError(f"{path}={shown(value)}: use at most 2**53")
-    if not math.isfinite(value):
-        raise ConfigError(f"{path}={value}: use a finite number")
-    if abs(value) > _MOST_FLOAT:
-        raise ConfigError(f"{path}={value}: use at most {_MOST_FLOAT}")
-    for bound in bounds:
-        if isinstance(bound, Bounds) and not bound.hold(value):
-            raise ConfigError(f"{path}={value}: {bound.remedy(value)}")
 
 
 def _object(cls: type, content: Any, path: str) -> Any:
@@ -408,92 +230,10 @@ def _check_value(hint: Any, value: Any, path: str) -> None:
             kind = kinds[min(i, len(kinds) - 1)] if kinds else None
             _check_value(kinds[0] if kind is Ellipsis else kind, item, join(path, i))
     else:
-        _check_number(value, _bounds(hint), path)
+        check_number(value, _bounds(hint), path)
 
 
 def _bounds(hint: Any) -> list[Bounds]:
     """All `Bounds` of a type, including those of its options."""
     inner = [bounds for option in typing.get_args(hint) for bounds in _bounds(option)]
     return [hint] if isinstance(hint, Bounds) else inner
-
-
-# --- dotted fields --------------------------------------------------------------------------------
-
-
-def locate(cls: type, content: Any, path: str) -> tuple[Any, str | int, Any]:
-    """Location of a dotted field in the JSON content of a `cls`: (object or list, key, type).
-
-    Raises FieldError, which names the known fields, if the field does not exist.
-    """
-    hint, node, name = cls, content, ""
-    parent: Any = None
-    key: Any = ""
-    for step in path.split("."):
-        parent, hint = node, plain(hint)
-        if typing.get_origin(hint) is tuple and isinstance(node, list):
-            kinds = typing.get_args(hint)
-            kinds = kinds[:1] * len(node) if kinds[-1] is Ellipsis else kinds
-            inner = {str(i): kind for i, kind in enumerate(kinds)}
-        elif is_part(hint) and isinstance(node, dict):
-            part: Any = part_class(hint, node["name"], name)
-            inner = hints(part)
-        elif dataclasses.is_dataclass(hint) and isinstance(node, dict):
-            inner = hints(hint)
-        else:
-            inner = {}
-        if step not in inner:
-            remedy = unknown(step, list(inner), name)
-            raise FieldError(f"unknown field {join(name, step)}: {remedy}")
-        key = int(step) if isinstance(node, list) else step
-        hint, name = inner[step], join(name, step)
-        node = parent[key] if isinstance(parent, list) else parent.get(key)
-        if isinstance(node, str) and is_part(plain(hint)):
-            node = parent[key] = {"name": node}
-    return parent, key, hint
-
-
-def put(cls: type, content: Any, values: Mapping[str, Any]) -> None:
-    """Set dotted fields of JSON content, outer fields first.
-
-    Setting a part replaces it: its fields have the new part's defaults.
-    """
-    for path in sorted(values, key=lambda path: path.count(".")):
-        parent, key, _ = locate(cls, content, path)
-        parent[key] = values[path]
-
-
-def with_fields(config: Any, values: Mapping[str, Any]) -> Any:
-    """The configuration with new values (JSON content) for some dotted fields.
-
-    Raises ConfigError, which names the field, for an unknown field or an invalid value.
-    """
-    content = to_json(config)
-    put(type(config), content, values)
-    return from_json(type(config), content)
-
-
-def flatten(changes: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """Nested changes as dotted fields: ``{"train": {"steps": 5}}`` is ``{"train.steps": 5}``.
-
-    An object with a name replaces a part; an object without a name changes fields of the current
-    part.
-    """
-    found: dict[str, Any] = {}
-    for name, value in changes.items():
-        where = join(path, name)
-        if isinstance(value, dict) and "name" not in value:
-            found |= flatten(value, where)
-        else:
-            found[where] = value
-    return found
-
-
-def differences(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted field, value in a, value in b) for each difference of two JSON contents."""
-    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        a, b = dict(enumerate(a)), dict(enumerate(b))
-    if isinstance(a, dict) and isinstance(b, dict) and a.get("name") == b.get("name"):
-        for key in [*a, *(k for k in b if k not in a)]:
-            yield from differences(a.get(key), b.get(key), join(path, key))
-    elif a != b:
-        yield path, a, b

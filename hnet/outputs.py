@@ -9,8 +9,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from hnet.errors import ConfigError
-from hnet.fields import read_bytes, shown
+from hnet.errors import ConfigError, shown
+from hnet.files import read_bytes
 
 
 def read_file(path: str | os.PathLike, field: str) -> bytes:

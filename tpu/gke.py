@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 from hnet.errors import ConfigError
-from hnet.fields import parse_json
+from hnet.files import parse_json
 from hnet.runtime.distributed import REQUEUE_EXIT_CODE
 from tpu import bundle
 from tpu.commands import HostReport, LaunchError, Runner, Step, verdict, worst_first

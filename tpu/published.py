@@ -21,7 +21,7 @@ from experiments.configs import run_config
 from hnet.command_line import OneLineParser, run
 from hnet.config import PUBLISHED
 from hnet.errors import ConfigError
-from hnet.fields import json_text, parse_json, read_bytes
+from hnet.files import json_text, parse_json, read_bytes
 from hnet.flops import param_counts
 from hnet.outputs import local_folder
 from hnet.train.config import Config

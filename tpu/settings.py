@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hnet.errors import ConfigError
-from hnet.fields import parse_json, read_bytes
+from hnet.files import parse_json, read_bytes
 
 VIA = ("jobset", "xpk")
 _WORD, _SWITCH, _WORDS = "a string", "true or false", "a list of strings"

@@ -27,10 +27,11 @@ from experiments.benchmarks.input import delivered
 from experiments.benchmarks.pretrain import measure_pretrain
 from experiments.benchmarks.step import Step, measure_steps
 from experiments.configs import base_config
+from hnet.bounds import Count
 from hnet.command_line import parse, run
 from hnet.data import open_corpus, train_batches
 from hnet.errors import ConfigError
-from hnet.fields import Count, json_text
+from hnet.files import json_text
 from hnet.outputs import new_file, write_new
 from hnet.runtime.cpu import keep_freed_memory, one_device_per_core
 from hnet.train.config import Config

@@ -25,6 +25,7 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
+from hnet.bounds import Bounds, Count
 from hnet.chunking.config import ChunkingConfig
 from hnet.chunking.predictors.mlp import MLP
 from hnet.command_line import parse, run
@@ -32,7 +33,7 @@ from hnet.config import BOS_ID, EOS_ID, HNetConfig, SSMConfig, StageConfig
 from hnet.decode.decoder import WAIT_SHARE, Decoder
 from hnet.decode.sampling import Controls, Sampling
 from hnet.errors import ConfigError
-from hnet.fields import Bounds, Count, json_text
+from hnet.files import json_text
 from hnet.flops_published import published_flops
 from hnet.model import HNetLM, abstract, init_params
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from hnet.bounds import Bounds, Count
 from hnet.command_line import parse, run
 from hnet.data import BatchIterator, open_corpus, train_batches
 from hnet.errors import ConfigError
-from hnet.fields import Bounds, Count, json_text, parse_json, read_bytes
+from hnet.files import json_text, parse_json, read_bytes
 from hnet.train.workdir import read_config
 from hnet.weights.sources import resolve_run
 

@@ -29,7 +29,8 @@ from experiments.configs import run_config
 from hnet.command_line import OneLineParser, number, run
 from hnet.config import HNetConfig, StageConfig, layout_runs
 from hnet.errors import ConfigError
-from hnet.fields import json_text, to_json
+from hnet.fields import to_json
+from hnet.files import json_text
 from hnet.nn.attention import attention_reference
 from hnet.nn.kernels.attention_blocks import attention_blocks
 from hnet.nn.kernels.ssd_blocks import ssd_blocks

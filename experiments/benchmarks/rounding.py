@@ -25,7 +25,7 @@ from experiments.benchmarks.sweep import SweepBenchmark, learning_rates
 from experiments.configs import run_config
 from hnet.command_line import parse, run
 from hnet.data import open_corpus
-from hnet.fields import json_text
+from hnet.files import json_text
 from hnet.train import parallel_runs
 from hnet.train.compiled_run import CompiledRun, build, put_batch, traced_numbers
 from hnet.train.config import Config

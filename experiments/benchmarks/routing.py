@@ -23,12 +23,12 @@ from rich.table import Table
 
 from experiments.benchmarks.step import random_batch
 from experiments.configs import base_config
+from hnet.bounds import Bounds, Count, Natural
 from hnet.chunking.part import Place, Positions
 from hnet.command_line import parse, run
 from hnet.config import StageConfig
 from hnet.data.scripts import SCRIPTS
 from hnet.errors import ConfigError
-from hnet.fields import Bounds, Count, Natural
 from hnet.nn.context import Context
 from hnet.runtime.cpu import one_device_per_core
 from hnet.stage import make_predictor

@@ -21,9 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
+from hnet.bounds import Count
 from hnet.command_line import parse, run
 from hnet.errors import ConfigError
-from hnet.fields import Count, json_text
+from hnet.files import json_text
 from hnet.train.metrics_file import read_metrics
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hnet.errors import ConfigError
-from hnet.fields import json_text, read_object
+from hnet.files import json_text, read_object
 from hnet.printable import printable
 from hnet.sweep.interval import interval
 

@@ -18,8 +18,8 @@ saved.
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from hnet.bounds import Bounds, Count, Natural
 from hnet.data.config import DataConfig
-from hnet.fields import Bounds, Count, Natural
 from hnet.train.sections import (
     CheckpointConfig,
     EvalConfig,

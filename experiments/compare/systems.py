@@ -23,8 +23,9 @@ from hnet.command_help import value_text
 from hnet.data import Corpus
 from hnet.data.tokenizers import TOKENIZERS, Wanted
 from hnet.data.tokens import read_vocabulary
+from hnet.dotted import differences
 from hnet.errors import ConfigError
-from hnet.fields import differences, to_json
+from hnet.fields import to_json
 from hnet.model import abstract
 from hnet.train.config import Config, RateControlConfig, config_from_json
 

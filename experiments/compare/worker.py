@@ -32,8 +32,10 @@ from hnet.command_line import FAILED, one_line
 from hnet.data import DataConfig, open_corpus
 from hnet.data.identity import check_inputs, inputs
 from hnet.data.tokenizers import TOKENIZERS
-from hnet.errors import ConfigError, Failed
-from hnet.fields import differences, from_json, json_text, read_json, to_json, told
+from hnet.dotted import differences
+from hnet.errors import ConfigError, Failed, told
+from hnet.fields import from_json, to_json
+from hnet.files import json_text, read_json
 from hnet.runtime.compile_cache import enable_compilation_cache
 from hnet.runtime.cpu import one_device_per_core
 from hnet.runtime.distributed import REQUEUE_EXIT_CODE, StopRequest

@@ -31,7 +31,9 @@ from typing import TYPE_CHECKING, Any
 
 from hnet import command_help, fields
 from hnet.command_line import check_words, help_topic, no_collection, split_words, with_words
-from hnet.errors import ConfigError
+from hnet.dotted import flatten, put
+from hnet.errors import ConfigError, shown
+from hnet.files import read_json
 from hnet.parts import find_object
 from hnet.train.sections import Sections
 
@@ -83,7 +85,7 @@ def as_run(found: Any) -> "Config":
     if isinstance(found, HNetConfig):
         return dataclasses.replace(base_config("default"), model=found)
     if not isinstance(found, Config):
-        raise ConfigError(f"{fields.shown(found)} is no Config and no HNetConfig: return one")
+        raise ConfigError(f"{shown(found)} is no Config and no HNetConfig: return one")
     return found
 
 
@@ -143,7 +145,7 @@ def _named(name: str) -> Named:
         near = difflib.get_close_matches(name, known, 1)
         hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}"
         raise ConfigError(
-            f"configuration {fields.shown(name)} is unknown: {hint} (or a .json file, or "
+            f"configuration {shown(name)} is unknown: {hint} (or a .json file, or "
             "package.module:function)"
         )
     return known[name]
@@ -162,7 +164,7 @@ def _from_file(path: Path) -> "Config":
     from hnet.config import HNetConfig
     from hnet.train.config import Config, config_from_json
 
-    content = fields.read_json(path, "configuration file")
+    content = read_json(path, "configuration file")
     where = f"configuration file {str(path)!r}"
     if isinstance(content, dict) and "arch_layout" in content:
         run = as_run(HNetConfig.from_json(content))
@@ -171,10 +173,10 @@ def _from_file(path: Path) -> "Config":
         return config_from_json(content)
     name = content.pop("base")
     if not isinstance(name, str) or name.lower().endswith(".json"):
-        raise ConfigError(f"{where}: base={fields.shown(name)} is no name of a configuration")
+        raise ConfigError(f"{where}: base={shown(name)} is no name of a configuration")
     base = fields.to_json(base_config(name))
-    changes = {"workdir": f"runs/{path.stem}", **fields.flatten(content)}
-    fields.put(Config, base, changes)
+    changes = {"workdir": f"runs/{path.stem}", **flatten(content)}
+    put(Config, base, changes)
     return config_from_json(base)
 
 

@@ -42,7 +42,8 @@ from hnet.data.identity import Inputs, check_inputs, inputs, read_inputs
 from hnet.data.tokenizers.bpe import train_bpe
 from hnet.data.tokens import read_vocabulary
 from hnet.errors import ConfigError
-from hnet.fields import json_text, parse_json, read_bytes, read_json, to_json
+from hnet.fields import to_json
+from hnet.files import json_text, parse_json, read_bytes, read_json
 from hnet.outputs import new_files, write_new
 from hnet.printable import printable
 from hnet.runtime.compile_cache import enable_compilation_cache

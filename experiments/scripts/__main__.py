@@ -30,6 +30,7 @@ from experiments.fairness import (
     token_system,
     write_report,
 )
+from hnet.bounds import Bounds, Count, Natural
 from hnet.chunking.losses.binomial import Binomial
 from hnet.chunking.losses.hinge import Hinge
 from hnet.chunking.losses.parity import Parity
@@ -40,8 +41,10 @@ from hnet.data.parallel import Lines, read_parallel
 from hnet.data.pipeline import Batch, eval_batches, train_batches
 from hnet.data.row_routes import in_unknown_scripts
 from hnet.data.tokenizers.bpe import train_bpe
-from hnet.errors import ConfigError
-from hnet.fields import Bounds, Count, Natural, differences, json_text, read_json, to_json, told
+from hnet.dotted import differences
+from hnet.errors import ConfigError, told
+from hnet.fields import to_json
+from hnet.files import json_text, read_json
 from hnet.inspect.gold import thin
 from hnet.outputs import write_new
 from hnet.parts import settings_of

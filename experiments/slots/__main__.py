@@ -26,7 +26,8 @@ from hnet.command_line import OneLineParser, number, run
 from hnet.config import ChunkingConfig, HNetConfig, StageConfig
 from hnet.data import Corpus, eval_batches, open_corpus, train_batches
 from hnet.errors import ConfigError
-from hnet.fields import json_text, read_object, to_json
+from hnet.fields import to_json
+from hnet.files import json_text, read_object
 from hnet.outputs import local_folder
 from hnet.runtime.compile_cache import enable_compilation_cache
 from hnet.sweep.interval import interval

@@ -14,8 +14,8 @@ from typing import Any
 
 from etils import epath
 
-from hnet.errors import first_line
-from hnet.fields import parse_json, read_bytes, shown
+from hnet.errors import first_line, shown
+from hnet.files import parse_json, read_bytes
 
 FORMAT = 1
 FILE_NAME = "manifest.json"

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from hnet.fields import Count, Natural, check
+from hnet.bounds import Count, Natural
+from hnet.fields import check
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ import re
 from etils import epath
 
 from hnet.checkpoint import manifest
-from hnet.errors import ConfigError, first_line
-from hnet.fields import shown
+from hnet.errors import ConfigError, first_line, shown
 
 log = logging.getLogger(__name__)
 

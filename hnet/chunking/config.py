@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
+from hnet.bounds import Bounds, Natural
 from hnet.chunking.boundaries import Alignment
 from hnet.chunking.dechunks.ema import EMA
 from hnet.chunking.losses.ratio import Ratio
@@ -10,7 +11,7 @@ from hnet.chunking.part import DechunkConfig, LossConfig, PoolConfig, PredictorC
 from hnet.chunking.pools.select import Select
 from hnet.chunking.predictors.cosine import Cosine
 from hnet.chunking.table import DECHUNKS, LOSSES, POOLS, PREDICTORS
-from hnet.fields import Bounds, Natural, shown
+from hnet.errors import shown
 from hnet.parts import Settings, settings_of
 
 _MOST_RATIO = 10**6

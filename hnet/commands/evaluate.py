@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hnet import load
+from hnet.bounds import Bounds, Natural, Rows
 from hnet.command_line import parse
 from hnet.data import DataConfig, Part, eval_batches, open_corpus, open_part
 from hnet.data.parallel import read_parallel
@@ -31,8 +32,8 @@ from hnet.decode.by_counts import Done, Fed, Static, forward
 from hnet.decode.cache_memory import check_rows
 from hnet.decode.score import logprobs
 from hnet.decode.token_bytes import TokenBytes
-from hnet.errors import ConfigError
-from hnet.fields import Bounds, Natural, Rows, json_text, shown
+from hnet.errors import ConfigError, shown
+from hnet.files import json_text
 from hnet.loss import bits_per_byte
 from hnet.model import HNetLM, split
 from hnet.printable import printable

@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 
 from rich.progress import Progress
 
+from hnet.bounds import Rows
 from hnet.command_line import parse
 from hnet.commands.prompt_file import (
     already_done,
@@ -37,7 +38,7 @@ from hnet.decode.generate import Generation, chunk_starts, stream_text
 from hnet.decode.prompts import encode
 from hnet.decode.sampling import Sampling
 from hnet.errors import ConfigError
-from hnet.fields import Rows, json_text
+from hnet.files import json_text
 from hnet.inspect.render import print_segmentations
 from hnet.inspect.segmentation import Segmentation, StageBoundaries
 from hnet.interop import load

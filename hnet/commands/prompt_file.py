@@ -15,7 +15,8 @@ import numpy as np
 from hnet.data.forms import lines_of
 from hnet.decode.sampling import Sampling
 from hnet.errors import ConfigError
-from hnet.fields import json_text, parse_json, to_json
+from hnet.fields import to_json
+from hnet.files import json_text, parse_json
 from hnet.model import HNetLM, split
 from hnet.outputs import new_file, one_line, read_file
 

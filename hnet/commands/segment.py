@@ -13,13 +13,14 @@ import sys
 from dataclasses import dataclass, replace
 
 from hnet import load
+from hnet.bounds import Count
 from hnet.command_line import parse
 from hnet.data.forms import lines_of
 from hnet.data.parallel import read_lines
 from hnet.data.tokens import read_vocabulary, starts
 from hnet.decode.segment import segment_all, segmenter
 from hnet.errors import ConfigError
-from hnet.fields import Count, json_text
+from hnet.files import json_text
 from hnet.inspect.fairness import cut_at
 from hnet.inspect.gold import annotate
 from hnet.inspect.page import to_html

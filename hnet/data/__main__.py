@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hnet.bounds import Count
 from hnet.command_line import parse, run
 from hnet.data import DataConfig, open_corpus
 from hnet.data.prepare import prepare
 from hnet.errors import ConfigError
-from hnet.fields import Count
 from hnet.printable import printable
 
 

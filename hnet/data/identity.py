@@ -14,8 +14,8 @@ from etils import epath
 from hnet.data.config import DataConfig
 from hnet.data.corpus import Corpus
 from hnet.data.labels import unigram_size
-from hnet.errors import ConfigError
-from hnet.fields import parse_json, read_bytes, shown
+from hnet.errors import ConfigError, shown
+from hnet.files import parse_json, read_bytes
 
 NAMES = ("files", "eval_files", "eval_fraction", "eval_max_bytes", "tokenizer", "labels")
 """fields of `DataConfig` that the hashes cover: two spellings of a path are the same text"""

@@ -11,8 +11,8 @@ import numpy as np
 from hnet.data.forms import form_of, lines_of
 from hnet.data.json_lines import text_of_line
 from hnet.data.scripts import SCRIPTS, script_ids
-from hnet.errors import ConfigError
-from hnet.fields import read_bytes, shown
+from hnet.errors import ConfigError, shown
+from hnet.files import read_bytes
 
 Lines = dict[str, list[bytes]]
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 
 from hnet.errors import ConfigError
-from hnet.fields import parse_json, read_bytes
+from hnet.files import parse_json, read_bytes
 
 RECORD_BYTES = 16_384
 MANIFEST = "manifest.json"

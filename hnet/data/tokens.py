@@ -20,7 +20,7 @@ from hnet.data.stores import Spool
 from hnet.data.tokenizers import wanted
 from hnet.data.tokenizers.lib import FORMAT
 from hnet.errors import ConfigError
-from hnet.fields import parse_json, read_bytes
+from hnet.files import parse_json, read_bytes
 
 BYTES = 256
 _MOST_TOKENS = 1 << 24

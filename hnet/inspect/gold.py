@@ -22,8 +22,8 @@ from typing import Any
 
 from hnet.data.forms import BOM, lines_of
 from hnet.data.json_lines import encode, parse
-from hnet.errors import ConfigError
-from hnet.fields import read_bytes, shown
+from hnet.errors import ConfigError, shown
+from hnet.files import read_bytes
 from hnet.inspect.segmentation import Segmentation, characters, inside, read_segmentations
 
 _LAYOUT_TOKENS = {

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hnet.errors import ConfigError
-from hnet.fields import parse_json
+from hnet.files import parse_json
 from hnet.inspect.segmentation import Segmentation
 
 FOLDER = "boundaries"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from hnet.data.forms import lines_of
 from hnet.errors import ConfigError
-from hnet.fields import read_bytes
+from hnet.files import read_bytes
 
 CLASSES = (
     "char_alpha", "char_other", "spaced_alpha", "spaced_other", "inner_alpha", "inner_other",

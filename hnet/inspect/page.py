@@ -5,7 +5,7 @@ import hashlib
 import html
 from collections.abc import Mapping, Sequence
 
-from hnet.fields import json_text
+from hnet.files import json_text
 from hnet.inspect.plugin import assets
 from hnet.inspect.segmentation import Segmentation
 from hnet.inspect.store import text_facts, text_key

@@ -29,7 +29,7 @@ import numpy as np
 
 from hnet.data.forms import lines_of
 from hnet.errors import ConfigError
-from hnet.fields import parse_json, read_bytes
+from hnet.files import parse_json, read_bytes
 
 VERSION = 1
 BITS_DIGITS = 3

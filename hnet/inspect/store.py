@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hnet.fields import json_text
+from hnet.files import json_text
 from hnet.inspect.index import FOLDER, INDEX, STEPS, TEXTS, SegmentationIndex
 from hnet.inspect.segmentation import Segmentation, step_json, text_json
 

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from hnet.fields import Bounds, Count, Natural, check
+from hnet.bounds import Bounds, Count, Natural
+from hnet.fields import check
 
 
 @dataclass(frozen=True)

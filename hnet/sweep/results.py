@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from hnet.dotted import with_fields
 from hnet.errors import ConfigError
-from hnet.fields import to_json, with_fields
+from hnet.fields import to_json
 from hnet.inspect.writer import RunWriter
 from hnet.outputs import new_file, read_file
 from hnet.sweep.interval import interval

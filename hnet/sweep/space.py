@@ -22,8 +22,9 @@ from typing import Any, Literal
 
 import optuna
 
+from hnet.dotted import with_fields
 from hnet.errors import ConfigError
-from hnet.fields import to_json, with_fields
+from hnet.fields import to_json
 from hnet.outputs import read_file
 from hnet.printable import printable
 from hnet.train.compiled_run import untraced

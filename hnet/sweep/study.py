@@ -20,8 +20,10 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from hnet.data import identity
 from hnet.data.identity import Inputs
-from hnet.errors import ConfigError
-from hnet.fields import differences, parse_json, to_json, told
+from hnet.dotted import differences
+from hnet.errors import ConfigError, told
+from hnet.fields import to_json
+from hnet.files import parse_json
 from hnet.sweep.space import Point, Space, Values, list_points, make_point, point_key
 from hnet.sweep.storage import open_storage, pruner
 from hnet.train.config import Config, config_from_json

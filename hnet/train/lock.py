@@ -23,8 +23,8 @@ from typing import Any
 from etils import epath
 
 from hnet.checkpoint.step_folders import work_folder
-from hnet.errors import ConfigError
-from hnet.fields import parse_json, shown
+from hnet.errors import ConfigError, shown
+from hnet.files import parse_json
 from hnet.printable import printable
 
 log = logging.getLogger(__name__)

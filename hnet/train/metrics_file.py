@@ -10,7 +10,7 @@ from typing import Any
 from etils import epath
 
 from hnet.errors import Failed
-from hnet.fields import json_text, parse_json, read_bytes, without_nan
+from hnet.files import json_text, parse_json, read_bytes, without_nan
 from hnet.train.log_folder import METRICS
 
 Row = dict[str, Any]

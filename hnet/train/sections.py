@@ -3,20 +3,11 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from hnet.bounds import Bounds, Count, Natural, NotNegative, Positive, Seconds, Share
 from hnet.checkpoint.settings import CheckpointConfig
 from hnet.data.config import DataConfig
-from hnet.errors import ConfigError
-from hnet.fields import (
-    Bounds,
-    Count,
-    Natural,
-    NotNegative,
-    Positive,
-    Seconds,
-    Share,
-    check,
-    shown,
-)
+from hnet.errors import ConfigError, shown
+from hnet.fields import check
 from hnet.runtime.settings import DistributedConfig
 
 if TYPE_CHECKING:

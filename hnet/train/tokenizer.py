@@ -15,7 +15,7 @@ from hnet.checkpoint.step_folders import work_folder
 from hnet.data import open_corpus
 from hnet.data.tokenizers import SAMPLE_BYTES, Wanted, wanted
 from hnet.errors import ConfigError
-from hnet.fields import read_json
+from hnet.files import read_json
 from hnet.outputs import write_new
 from hnet.runtime.distributed import host_id, on_first_host
 from hnet.train.config import Config

@@ -10,8 +10,10 @@ from typing import Any
 from hnet.checkpoint.step_folders import checkpoint_folder, work_folder
 from hnet.data import Corpus, DataConfig, identity
 from hnet.data.identity import Inputs, check_inputs, read_inputs, write_inputs
-from hnet.errors import ConfigError, Failed
-from hnet.fields import differences, parse_json, read_bytes, to_json, told
+from hnet.dotted import differences
+from hnet.errors import ConfigError, Failed, told
+from hnet.fields import to_json
+from hnet.files import parse_json, read_bytes
 from hnet.runtime.distributed import on_first_host
 from hnet.train.config import Config, config_from_json
 from hnet.train.lock import DirectoryLock

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import track
 
 from hnet.config import HNetConfig
-from hnet.fields import read_json
+from hnet.files import read_json
 from hnet.model import HNetLM
 from hnet.weights.official import assemble, check_fit
 from hnet.weights.own import assemble_own, check_own, config_of_own, is_own

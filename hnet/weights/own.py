@@ -13,8 +13,8 @@ import numpy as np
 from flax import nnx
 
 from hnet.config import HNetConfig
-from hnet.errors import ConfigError
-from hnet.fields import from_json, shown, to_json
+from hnet.errors import ConfigError, shown
+from hnet.fields import from_json, to_json
 from hnet.model import HNetLM, abstract
 from hnet.weights.official import Leaf, Mismatch
 

@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 from hnet.checkpoint.step_folders import list_saved, split_step, work_folder
 from hnet.config import PUBLISHED, HNetConfig
-from hnet.errors import ConfigError
-from hnet.fields import shown
+from hnet.errors import ConfigError, shown
 from hnet.outputs import one_line
 from hnet.weights.hub import fetch, is_address
 from hnet.weights.tensors import FORMATS, is_tensor_file

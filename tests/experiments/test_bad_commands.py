@@ -62,7 +62,7 @@ def GIVEN_OF(cls):
 
 def numbers(cls, content):
     """(path, type) of the fields that take numbers or truth values."""
-    from hnet.fields import locate
+    from hnet.dotted import locate
 
     for path in command_help.leaves(cls, content):
         hint = plain(locate(cls, content, path)[2])

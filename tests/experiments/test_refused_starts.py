@@ -12,7 +12,7 @@ from functools import partial
 
 import pytest
 
-from hnet import fields
+from hnet import files
 from hnet.checkpoint.manifest import FORMAT, json_hash
 from hnet.checkpoint.step_folders import checkpoint_folder
 from hnet.command_line import exit_code
@@ -359,7 +359,7 @@ def test_a_refused_start_is_one_line_and_changes_nothing(tree, start, monkeypatc
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n")))
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("started something"))
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("started something"))
-    monkeypatch.setattr(fields, "_PIPE_SECONDS", 0.01)
+    monkeypatch.setattr(files, "_PIPE_SECONDS", 0.01)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.chdir(tree)
     before = contents(tree)

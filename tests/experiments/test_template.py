@@ -15,8 +15,8 @@ from flax import nnx
 from hnet.decode import stream
 from hnet.decode.generate import generate
 from hnet.decode.sampling import Sampling
+from hnet.dotted import with_fields
 from hnet.errors import ConfigError
-from hnet.fields import with_fields
 from hnet.flops import forward_flops, param_counts, training_flops
 from hnet.inspect.index import FOLDER, SegmentationIndex
 from hnet.model import HNetLM, split

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hnet.bounds import Count
 from hnet.chunking.part import Dechunk, DechunkConfig
-from hnet.fields import Count
 from hnet.nn.layers import linear
 
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from hnet.bounds import Count
 from hnet.chunking.boundaries import Boundaries
 from hnet.chunking.part import Dechunk, DechunkConfig
-from hnet.fields import Count
 from hnet.nn.cache import last_positions
 from hnet.nn.layers import INIT_STD, RMSNorm, linear, matmul, segment_positions
 from hnet.nn.parameters import parameter

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hnet.bounds import Count
 from hnet.chunking.dechunks.cross_attention import CrossAttention
 from hnet.chunking.dechunks.repeat import repeated
 from hnet.chunking.part import DechunkConfig
-from hnet.fields import Count
 from hnet.nn.cache import last_positions
 
 

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from hnet.bounds import NotNegative
 from hnet.chunking.part import Loss, LossConfig
 from hnet.chunking.rates import target_rate
-from hnet.fields import NotNegative
 
 
 class GateMean(Loss):

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from hnet.bounds import Count
 from hnet.chunking.part import Loss, LossConfig
-from hnet.fields import Count
 
 LEAST = 1e-7  # clip of p before its logarithm
 

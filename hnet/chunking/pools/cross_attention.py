@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hnet.bounds import Count
 from hnet.chunking.part import Pool, PoolConfig
 from hnet.chunking.pools.mean import chunk_ids
-from hnet.fields import Count
 from hnet.nn.attention import masked_attention
 from hnet.nn.layers import RMSNorm, linear
 from hnet.nn.parameters import parameter

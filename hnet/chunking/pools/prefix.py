@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hnet.bounds import Count, Natural
 from hnet.chunking.part import Pool, PoolConfig
 from hnet.chunking.pools.mean import chunk_ids
-from hnet.fields import Count, Natural
 from hnet.nn.cache import last_positions
 from hnet.nn.context import Context
 from hnet.nn.layers import linear, segment_starts

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hnet.bounds import Count
 from hnet.chunking.boundaries import Prediction
 from hnet.chunking.part import BoundaryPredictor, PredictorConfig
 from hnet.chunking.pools.integrate import Weights
 from hnet.chunking.predictors.mlp import hard_bernoulli
-from hnet.fields import Count
 from hnet.nn.cache import last_positions
 from hnet.nn.layers import INIT_STD, segment_starts
 from hnet.nn.parameters import metadata, parameter

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hnet.bounds import Natural
 from hnet.chunking.automaton import FIRST_SPECIAL, Automaton
 from hnet.chunking.part import PredictorConfig
 from hnet.chunking.predictors.words import CharacterRule
 from hnet.code_points import completed
-from hnet.fields import Natural
 from hnet.nn.layers import segment_starts
 
 

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from flax import nnx
 
+from hnet.bounds import Count
 from hnet.chunking.part import PredictorConfig
 from hnet.chunking.predictors.cosine import Cosine, half_cosine_distance
-from hnet.fields import Count
 
 
 class MultiCosine(Cosine):

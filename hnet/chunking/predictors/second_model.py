@@ -11,7 +11,8 @@ from hnet.checkpoint.settings import CheckpointConfig
 from hnet.checkpoint.step_folders import split_step
 from hnet.chunking.upgrade import up_to_date
 from hnet.config import HNetConfig
-from hnet.fields import from_json, read_object
+from hnet.fields import from_json
+from hnet.files import read_object
 from hnet.model import abstract
 
 

@@ -7,11 +7,11 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 
+from hnet.bounds import Count
 from hnet.chunking.automaton import Automaton
 from hnet.chunking.boundaries import Prediction
 from hnet.chunking.part import PredictorConfig
 from hnet.chunking.predictors.rules import Rule
-from hnet.fields import Count
 
 
 def _kind(name: str) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hnet.errors import ConfigError
-from hnet.fields import read_bytes
+from hnet.files import read_bytes
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

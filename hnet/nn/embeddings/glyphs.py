@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hnet.errors import ConfigError
-from hnet.fields import Bounds, shown
+from hnet.bounds import Bounds
+from hnet.errors import ConfigError, shown
 from hnet.nn.embeddings.bytes import Bytes
 from hnet.nn.embeddings.part import EmbeddingConfig
 from hnet.nn.parameters import parameter, set_frozen

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hnet.fields import Bounds
+from hnet.bounds import Bounds
 from hnet.nn.embeddings.bytes import Bytes
 from hnet.nn.embeddings.part import EmbeddingConfig
 from hnet.nn.layers import INIT_STD, segment_positions

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
+from hnet.bounds import Count
 from hnet.errors import ConfigError
-from hnet.fields import Count, from_json, read_json
+from hnet.fields import from_json
+from hnet.files import read_json
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from hnet.fields import Bounds, Count, Natural, NotNegative, Positive
+from hnet.bounds import Bounds, Count, Natural, NotNegative, Positive
 
 if TYPE_CHECKING:
     from hnet.config import HNetConfig, StageConfig

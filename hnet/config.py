@@ -31,6 +31,7 @@ from hnet.nn.mixers.settings import (
     AttentionConfig,
     CrossAttentionConfig,
     GatedDeltaNetConfig,
+    MLSTMConfig,
 )
 from hnet.nn.stack import find_stack
 from hnet.parts import settings_of
@@ -112,6 +113,7 @@ class StageConfig:
     attention: AttentionConfig = AttentionConfig()
     cross_attention: CrossAttentionConfig = CrossAttentionConfig()
     delta: GatedDeltaNetConfig = GatedDeltaNetConfig()
+    mlstm: MLSTMConfig = MLSTMConfig()
 
     @property
     def d_mlp(self) -> int:
@@ -135,7 +137,7 @@ class ComputeConfig:
     ssd_block_len: Count | None = None
     """positions per block of the SSD; default: 64, on GPUs 128 (TPU kernels choose their own)"""
     delta_block_len: Count = 64
-    """positions per block of gated DeltaNet"""
+    """positions per block of gated DeltaNet and mLSTM"""
     attention_block_len: Count | None = None
     """positions per block of queries and of keys in attention; default: 128, on GPUs 1024, with
     cudnn 2048 queries (TPU kernels choose their own)"""

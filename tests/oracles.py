@@ -72,6 +72,21 @@ def gated_delta(q_BLHK, k_BLHK, v_BLHV, log_alpha_BLH, beta_BLH, segment_ids_BL)
     return out
 
 
+def mlstm(q_BLHK, k_BLHK, v_BLHV, igate_BLH, fgate_BLH, segment_ids_BL):
+    """y = C q / (max(|n q|, 1) + e), C = f C + i v k', n = f n + i k; e = 1e-6 of the largest i."""
+    out = np.zeros(v_BLHV.shape)
+    for b, h in np.ndindex(len(q_BLHK), q_BLHK.shape[2]):
+        for t in range(q_BLHK.shape[1]):
+            if t == 0 or segment_ids_BL[b, t] != segment_ids_BL[b, t - 1]:
+                C, n, largest = 0, 0, 0
+            q, k, v = (np.float64(a[b, t, h]) for a in (q_BLHK, k_BLHK, v_BLHV))
+            f, i = 1 / (1 + np.exp(-np.float64(fgate_BLH[b, t, h]))), np.exp(igate_BLH[b, t, h])
+            C, n, q = f * C + i * np.outer(v, k), f * n + i * k, q / np.sqrt(len(q))
+            largest = max(f * largest, i)
+            out[b, t, h] = C @ q / (max(abs(n @ q), 1) + 1e-6 * largest)
+    return out
+
+
 def causal_conv_silu(x_BLC, weight_WC, bias_C, segment_ids_BL):
     out = np.zeros(x_BLC.shape)
     for b, t in np.ndindex(x_BLC.shape[:2]):

@@ -82,7 +82,7 @@ REFUSED = [
     (outer(arch_layout=("m2", "q")), "stages.0.arch_layout: layout 'q' .*: use letters of mixers"),
     (
         outer(arch_layout=("m2", "q1")),
-        "stages.0.arch_layout=.* letter 'q' is unknown: use g, m, t, x",
+        "stages.0.arch_layout=.* letter 'q' is unknown: use g, l, m, t, x",
     ),
     (inner(d_model=0), "stages.1.d_model=0: use 1"),
     (

@@ -21,8 +21,10 @@ def bolmo() -> Config:
     Paper: arXiv 2512.15586
     Fidelity: router as in allenai/bolmo-core (p has no floor), read one byte late; the labels are
     cuts of a unigram model of the text, or of any tokenizer.json (data.labels); layers of the
-    default job in place of mLSTM, and the inner network is trained from scratch
-    Test: tests/chunking/test_family.py: boundaries, log p and gradients with lookahead 0 and 1
+    default job in place of mLSTM, which is layer l (--model.stages.0.arch_layout l2 l2), and the
+    inner network is trained from scratch
+    Test: tests/chunking/test_family.py: boundaries, log p and gradients with lookahead 0 and 1;
+    tests/nn/test_mlstm.py: mLSTM
     """
     base = default.config()
     loss = BCE.Config(labels="given", late=True)

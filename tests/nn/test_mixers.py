@@ -29,6 +29,7 @@ from hnet.nn.mixers.settings import (
     AttentionConfig,
     CrossAttentionConfig,
     GatedDeltaNetConfig,
+    MLSTMConfig,
 )
 from hnet.nn.parameters import describe
 from hnet.train.sharding import MeshConfig, make_mesh, state_shardings
@@ -84,6 +85,9 @@ STACKS = {
     "delta": ("g1G1", {}, {}),
     "delta_sizes": (
         "g1", {"delta": GatedDeltaNetConfig(num_heads=3, head_dim=5, expand_v=1, d_conv=2)}, {},
+    ),
+    "mlstm": (
+        "l1L1", {"mlstm": MLSTMConfig(num_heads=4, key_dim=3, input_gate_bias=0.0)}, {},
     ),
     "cross_last": ("x1t1", grouped(relation="last_closed"), {"memory": MEMORY}),
     "cross_equal": ("X1", grouped(window=2), {"memory": MEMORY}),
@@ -271,7 +275,7 @@ def test_steps_of_a_scope_that_starts_again_are_the_forward_pass(name, lengths, 
     np.testing.assert_allclose(out, forward(name, segments=CHUNKS), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["all_options", "delta", "cross_equal", "mixed"])
+@pytest.mark.parametrize("name", ["all_options", "delta", "mlstm", "cross_equal", "mixed"])
 def test_bfloat16_stays_near(name):
     graph, params = build(name, dtype="bfloat16")
     half = run(graph, params, X, context(name, SEGMENTS))
@@ -280,7 +284,17 @@ def test_bfloat16_stays_near(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["kv_heads", "key_bias", "sink_learned", "all_options", "delta", "cross_equal", "mixed"]
+    "name",
+    [
+        "kv_heads",
+        "key_bias",
+        "sink_learned",
+        "all_options",
+        "delta",
+        "mlstm",
+        "cross_equal",
+        "mixed",
+    ],
 )
 def test_a_mesh_changes_nothing(name):
     """Parameters are sharded by their axes, rows over two devices, heads over two."""
@@ -381,8 +395,10 @@ def test_mamba2_with_kernels_around_its_ssd_is_that_of_array_code(monkeypatch):
 
 
 def test_a_stack_that_looks_ahead_is_attention_alone_and_has_no_steps():
-    for name in ("mamba2", "delta", "mixed"):
-        with pytest.raises(ConfigError, match="layers '[mg]' are causal: a stack that looks ahead"):
+    for name in ("mamba2", "delta", "mlstm", "mixed"):
+        with pytest.raises(
+            ConfigError, match="layers '[mgl]' are causal: a stack that looks ahead"
+        ):
             build(name, causal=False)
     graph, params = build("attention", causal=False)
     with pytest.raises(ValueError, match="looks ahead .* has no streaming form"):
@@ -423,6 +439,27 @@ def test_gated_deltanet_is_the_loop():
     y = numpy_norm(y, mixer["norm"]["scale"]).reshape(B, L, H * V) * gate / (1 + np.exp(-gate))
     out = numpy_norm(X + y @ mixer["out_proj"]["kernel"], params["rmsnorm"]["scale"])
     assert relative_error(forward(name), out) < 5e-6
+
+
+# --- mLSTM --------------------------------------------------------------------------------------
+
+
+def test_mlstm_is_the_loop():
+    """The layer of the paper's figure 2, in float64; its recurrence: tests/nn/test_mlstm.py."""
+    params = jax.tree.map(np.float64, build("mlstm")[1])
+    layer, H = jax.tree.map(lambda a: a[0], params["layers"][0]), 4
+    mixer = layer["mixer"]
+    x = numpy_norm(X, layer["norm1"]["scale"])
+    q, k, v, gate = (
+        part for proj in ("qk_proj", "vo_proj")
+        for part in np.split(x @ mixer[proj]["kernel"], 2, axis=-1)
+    )  # fmt: skip
+    q, k, v = (a.reshape(B, L, H, -1) for a in (q, k, v))
+    capped = 15 * np.tanh((x @ mixer["gate_proj"]["kernel"] + mixer["gate_bias"]) / 15)
+    y = oracles.mlstm(q, k, v, *np.split(capped, 2, axis=-1), SEGMENTS)
+    y = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + 1e-5)
+    y = y.reshape(gate.shape) * mixer["norm_scale"] / (1 + np.exp(-gate))
+    assert relative_error(run_first("mlstm"), X + y @ mixer["out_proj"]["kernel"]) < 5e-6
 
 
 # --- cross-attention ----------------------------------------------------------------------------
@@ -521,12 +558,12 @@ def test_a_class_of_ones_own_is_a_letter():
 
 WRONG = [
     ((("Q", "a:B"),), "m1", "model.mixers has 'Q': use one lower-case letter"),
-    ((("t", "a:B"),), "m1", "model.mixers: letter 't' is taken: use another than g, m, t, x"),
+    ((("t", "a:B"),), "m1", "model.mixers: letter 't' is taken: use another than g, l, m, t, x"),
     ((("q", "a:B"), ("q", "a:C")), "m1", "letter 'q' is taken"),
     ((("q", "a.B"),), "m1", "model.mixers has 'a.B': use package.module:Class"),
     ((("q", "no_such.module:B"),), "q1", "arch_layout=.* mixer 'no_such.module:B' cannot be imp"),
     ((("q", "hnet.nn.isotropic:Block"),), "q1", "mixer 'hnet.nn.isotropic:Block' is no subclass"),
-    ((), "q1", r"stages.0.arch_layout=\('q1',\): letter 'q' is unknown: use g, m, t, x \(upper"),
+    ((), "q1", r"stages.0.arch_layout=\('q1',\): letter 'q' is unknown: use g, l, m, t, x \(upper"),
 ]
 
 
@@ -551,6 +588,8 @@ REFUSED = [
     ),
     ("g1", {"delta": GatedDeltaNetConfig(num_heads=5)}, "d_model=64 is not divided by the 5 heads"),
     ("g1", {"num_heads": 0}, "d_model=64 is not divided by the 0 heads of layers g"),
+    ("l1", {"mlstm": MLSTMConfig(num_heads=5)}, "d_model=64 is not divided by the 5 heads of lay"),
+    ("l1", {"mlstm": MLSTMConfig(gate_soft_cap=-1.0)}, "gate_soft_cap=-1.0: use 0 or more"),
     ("g1", {"delta": GatedDeltaNetConfig(expand_v=0)}, "delta.expand_v=0: use 1 or more"),
 ]
 

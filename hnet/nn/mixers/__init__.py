@@ -19,6 +19,7 @@ MEMORY = "x"  # letters of this table that read `Context.memory`
 BIASED = "t"  # letters of this table that read `Context.key_bias_BL`
 MIXERS: dict[str, str] = {
     "g": "hnet.nn.mixers.gated_deltanet:GatedDeltaNet",
+    "l": "hnet.nn.mixers.mlstm:MLSTM",
     "m": "hnet.nn.mixers.mamba2:Mamba2",
     "t": "hnet.nn.mixers.attention:Attention",
     "x": "hnet.nn.mixers.cross_attention:CrossAttention",

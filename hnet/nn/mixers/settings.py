@@ -57,6 +57,22 @@ class GatedDeltaNetConfig:
     """number of taps of the causal convolution"""
 
 
+@dataclass(frozen=True)
+class MLSTMConfig:
+    """mLSTM mixers (layers l and L)."""
+
+    num_heads: Natural = 0
+    """number of heads; 0 = num_heads of the stage"""
+    value_dim: Natural = 0
+    """channels of values per head; 0 = d_model / num_heads"""
+    key_dim: Natural = 0
+    """channels of queries and keys per head; 0 = half of those of values"""
+    gate_soft_cap: NotNegative = 15.0
+    """soft cap c of the gates' preactivations, c tanh(x / c); 0 = none"""
+    input_gate_bias: float = -10.0
+    """initial bias of the input gate, whose weight is exp"""
+
+
 def attention_problem(config: "HNetConfig", stage: "StageConfig") -> str | None:
     if problem := _heads_problem(stage):
         return problem
@@ -112,9 +128,21 @@ def delta_problem(config: "HNetConfig", stage: "StageConfig") -> str | None:
     return None
 
 
+def mlstm_problem(config: "HNetConfig", stage: "StageConfig") -> str | None:
+    options = stage.mlstm
+    heads = options.num_heads or stage.num_heads
+    if heads < 1 or (options.value_dim == 0 and stage.d_model % heads):
+        return (
+            f"d_model={stage.d_model} is not divided by the {heads} heads of layers l: "
+            "give mlstm.value_dim, or another mlstm.num_heads"
+        )
+    return None
+
+
 Check = Callable[["HNetConfig", "StageConfig"], str | None]
 PROBLEMS: dict[str, Check] = {
     "g": delta_problem,
+    "l": mlstm_problem,
     "m": mamba2_problem,
     "t": attention_problem,
     "x": cross_attention_problem,

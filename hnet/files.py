@@ -100,7 +100,7 @@ def read_object(path: str | os.PathLike, what: str, **kinds: Any) -> dict[str, A
     content = read_json(path, what)
     where = f"{what} {os.fspath(path)!r}"
     if not isinstance(content, dict):
-        raise ConfigError(f"{where} holds no object: restore or remove it")
+        raise ConfigError(f"{where} holds no JSON object: restore or remove it")
     for name, kind in kinds.items():
         if not isinstance(content.get(name), kind):
             raise ConfigError(

@@ -5,9 +5,10 @@ boundary prediction, residual projection and smoothing are not counted. Use it f
 published numbers; `hnet.flops` counts the operations of our own program.
 """
 
-from hnet.config import HNetConfig, StageConfig, parse_layout
+from hnet.config import HNetConfig, StageConfig
 from hnet.errors import ConfigError
 from hnet.flops import check_lengths
+from hnet.layout import parse_layout
 
 
 def published_flops(config: HNetConfig, lengths: tuple[float, ...]) -> dict[str, float]:

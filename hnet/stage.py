@@ -19,7 +19,8 @@ from hnet.chunking.dechunks.prefix import insert_prefixes, place_prefixes, read_
 from hnet.chunking.part import BoundaryPredictor, Place, Position, Positions, where_rows
 from hnet.chunking.routes import stack_routes
 from hnet.chunking.slots import Slots, open_slots
-from hnet.config import HNetConfig, is_class, layout_height
+from hnet.config import HNetConfig
+from hnet.layout import is_class, layout_height
 from hnet.nn.active_rows import run_on_active_rows
 from hnet.nn.cache import last_positions
 from hnet.nn.context import Context, Memory, StepContext

@@ -15,11 +15,10 @@ from hnet.config import (
     HNetConfig,
     SSMConfig,
     StageConfig,
-    layout_height,
     lr_multipliers,
-    parse_layout,
 )
 from hnet.errors import ConfigError
+from hnet.layout import layout_height, parse_layout
 from hnet.model import abstract
 
 OUTER = StageConfig(("m2", "T1"), 64, 100, 4, 16, 31)

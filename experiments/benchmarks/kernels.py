@@ -27,10 +27,11 @@ from rich.table import Table
 
 from experiments.configs import run_config
 from hnet.command_line import OneLineParser, number, run
-from hnet.config import HNetConfig, StageConfig, layout_runs
+from hnet.config import HNetConfig, StageConfig
 from hnet.errors import ConfigError
 from hnet.fields import to_json
 from hnet.files import json_text
+from hnet.layout import layout_runs
 from hnet.nn.attention import attention_reference
 from hnet.nn.kernels.attention_blocks import attention_blocks
 from hnet.nn.kernels.ssd_blocks import ssd_blocks

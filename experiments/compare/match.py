@@ -14,12 +14,13 @@ from dataclasses import replace
 import jax
 import numpy as np
 
-from hnet.config import ChunkingConfig, HNetConfig, StageConfig, parse_layout
+from hnet.config import ChunkingConfig, HNetConfig, StageConfig
 from hnet.data import Corpus, train_batches
 from hnet.data.scripts import route_table, script_ids
 from hnet.decode.segment import segment_all, segmenter
 from hnet.errors import ConfigError
 from hnet.flops import param_counts, stage_lengths, total, training_flops
+from hnet.layout import parse_layout
 from hnet.model import abstract, init_params
 from hnet.train.compiled_run import build, put_batch, rows_that_share
 from hnet.train.config import Config

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from hnet.config import ChunkingConfig, HNetConfig, StageConfig, layout_runs
+from hnet.config import ChunkingConfig, HNetConfig, StageConfig
 from hnet.errors import ConfigError
 from hnet.flops import param_counts, stage_lengths
 from hnet.flops_published import published_flops
+from hnet.layout import layout_runs
 from hnet.train.config import Config, OptimConfig
 
 Family = Literal["bpe", "bytes", "hnet1", "hnet2"]

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hnet.config import HNetConfig, StageConfig, parse_layout
+from hnet.config import HNetConfig, StageConfig
 from hnet.errors import ConfigError
+from hnet.layout import parse_layout
 from hnet.nn.cache import Rows
 from hnet.nn.context import Context, StepContext
 from hnet.nn.layers import INIT_STD, MATMUL, RMSNorm, SwiGLU, constrain_rows

@@ -5,7 +5,7 @@ import os
 
 import jax
 
-from hnet.config import approximate_parameters
+from hnet.config_check import approximate_parameters
 from hnet.errors import ConfigError
 from hnet.train.config import Config
 

@@ -17,6 +17,7 @@ from flax import nnx
 from hnet.config import HNetConfig
 from hnet.errors import ConfigError
 from hnet.model import HNetLM
+from hnet.official_config import unofficial_layers
 
 _RENAMED = {
     "embedding": "weight",
@@ -56,7 +57,7 @@ class Leaf(NamedTuple):
 
 def check_official(config: HNetConfig) -> None:
     """Raise ConfigError if the official code cannot express this network."""
-    if problem := config.unofficial_layers():
+    if problem := unofficial_layers(config):
         raise ConfigError(f"{problem}: keep this model in its work directory")
     for s, stage in enumerate(config.stages[: config.num_chunked]):
         for name, (own, official) in stage.chunking.unofficial_fields.items():

@@ -18,11 +18,12 @@ from flax import nnx
 from experiments.configs import default, mixed_scripts_routed, mixed_scripts_single, reference, tiny
 from experiments.configs.systems import SYSTEMS
 from hnet.chunking.predictors.mlp import MLP
-from hnet.config import PUBLISHED, HNetConfig, SSMConfig, layout_height
+from hnet.config import PUBLISHED, HNetConfig, SSMConfig
 from hnet.decode import stream
 from hnet.errors import ConfigError
 from hnet.fields import to_json
 from hnet.interop import from_official
+from hnet.layout import layout_height
 from hnet.nn import active_rows
 from hnet.nn import cache as nn_cache
 from tests import golden_data

@@ -10,8 +10,9 @@ from flax import nnx
 from hnet.chunking.boundaries import Prediction
 from hnet.chunking.part import BoundaryPredictor, PredictorConfig
 from hnet.chunking.predictors.second_model import is_run, read_network, read_parameters, reads_bos
-from hnet.config import HNetConfig, SSMConfig, StageConfig, parse_layout
+from hnet.config import HNetConfig, SSMConfig, StageConfig
 from hnet.errors import ConfigError, shown
+from hnet.layout import parse_layout
 from hnet.model import HNetLM, split
 from hnet.nn.cache import Rows
 from hnet.nn.context import Context, StepContext

@@ -213,7 +213,7 @@ def test_diagnostic_items():
         assert answer == slow[item.tags["task"]](text)
         changed[item.tags["task"]] += len(text) - len(answer)
     # a text has 12.5 pairs, half of them in lower case, and 2.5 sequences on average
-    assert 23 * 6 < changed["contextual vowel removal"] < 23 * 10
+    assert 23 * 6 < changed["contextual vowel removal"] < 23 * 8.5
     assert 23 * 2 * 1.5 < changed["sequence merge"] < 23 * 2 * 3.5
 
 
@@ -412,7 +412,9 @@ def test_markov_with_a_model_that_knows_the_order():
     assert rows[1]["bits_per_symbol"] == pytest.approx(by_hand, rel=1e-5)
     assert rows[1]["found"] == pytest.approx(1, abs=0.15) and rows[0]["found"] < 0.1
     uniform = markov.run(UNIFORM, SETTINGS)["markov"]
-    assert all(row["bits_per_symbol"] == pytest.approx(8) for row in uniform)
+    for row in uniform:
+        found = [row[k] for k in ("bits_per_symbol", "entropy_rate", "over_rate", "found")]
+        assert found == pytest.approx([8, 0.72193, 7.27807, -25.1733], rel=1e-4)
 
 
 def test_wrong_solutions():
@@ -459,6 +461,10 @@ def test_consistency_with_models_whose_preference_is_known():
             else:  # equally likely bytes: only the length of a solution counts
                 assert row["by_mean"] == row["by_first_difference"] == 0.5
                 assert row["nll_right"] == pytest.approx(math.log(256))
+                own = [p for p in pairs if list(p.tags.values()) == [row["problem"], row["error"]]]
+                sizes = [(len(p.right), len(p.wrong)) for p in own]
+                shorter = [0.5 if a == b else float(a < b) for a, b in sizes]
+                assert row["by_sum"] == pytest.approx(np.mean(shorter))
 
 
 def test_the_first_difference_is_where_it_is_decided():

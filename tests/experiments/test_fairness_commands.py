@@ -181,6 +181,9 @@ def test_systems_of_the_study_of_scripts_have_targets_for_equal_chunks(tmp_path)
     assert [cut.target_ratios == chunks for cut in cuts] == [True, False, True, True, True]
     assert [cut.num_predictors for cut in cuts] == [len(chunks), 1, 1, 1, len(chunks)]
     assert [cut.hold_rate for cut in cuts] == [True, True, False, False, False]
+    drawn = [cut.predictor.name == "mlp" for cut in cuts]  # in evaluation too, as in their code
+    assert drawn == [False, False, False, True, True]
+    assert all(cut.predictor.reference_noise_at_evaluation for cut in cuts[3:])
     assert len({run.data for run in runs}) == 1 and runs[2].workdir == str(tmp_path / "parity")
 
 

@@ -20,7 +20,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from experiments.configs import base_config
 from hnet.bounds import Bounds
 from hnet.chunking.targets import equal_chunk_ratios
 from hnet.command_line import parse, run
@@ -32,6 +31,7 @@ from hnet.files import json_text
 from hnet.outputs import new_file, write_new
 from hnet.printable import printable
 from hnet.train.config import Config
+from hnet.train.named import base_config
 
 COMMON_TO_ALL = ("Common", "Unknown")
 LEAST_SHARE = 0.02  # least share of a language's bytes for a script to get a route by default

@@ -13,8 +13,8 @@ NAME in its architecture. Exit codes: 0 done, 1 failed, 2 bad input, 75 asked to
 
 import sys
 
-from experiments.configs import list_text, run_config
 from hnet.command_line import run
+from hnet.train.named import list_text, run_config
 
 
 def main() -> int:

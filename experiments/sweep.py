@@ -23,7 +23,6 @@ from optuna.trial import TrialState
 from rich.console import Console
 from rich.markup import escape
 
-from experiments.configs import run_config
 from hnet.command_line import FAILED, OneLineParser, number, run
 from hnet.data import open_corpus
 from hnet.data.identity import inputs
@@ -36,6 +35,7 @@ from hnet.sweep.space import Point, Space, describe, list_points, read_space
 from hnet.sweep.study import Claim, Study
 from hnet.sweep.train import Options, train_points
 from hnet.train.config import Config
+from hnet.train.named import run_config
 from hnet.train.run_logger import RunLogger, Start
 
 IDLE_SECONDS = 2.0  # between two checks for points that other workers may have left

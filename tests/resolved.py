@@ -6,8 +6,8 @@ After an intended change: `python -m tests.resolved > tests/golden/configuration
 import json
 from typing import Any
 
-from experiments.configs import base_config, named_configs
 from hnet.fields import to_json
+from hnet.train.named import base_config, named_configs
 
 
 def resolved() -> dict[str, dict[str, Any]]:

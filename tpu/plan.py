@@ -19,10 +19,10 @@ import sys
 from operator import le
 from typing import NamedTuple
 
-from experiments.configs import run_config
 from hnet.command_line import OneLineParser, number, parse, run
 from hnet.nn.kernels.table import resolved
 from hnet.train.config import Config
+from hnet.train.named import run_config
 from tpu.aot import Plan, capacities, compile_plan
 from tpu.chips import open_slice
 from tpu.roofline import bytes_per_second, memory, report, size

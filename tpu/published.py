@@ -17,7 +17,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from experiments.configs import run_config
 from hnet.command_line import OneLineParser, run
 from hnet.config import PUBLISHED
 from hnet.errors import ConfigError
@@ -25,6 +24,7 @@ from hnet.files import json_text, parse_json, read_bytes
 from hnet.flops import param_counts
 from hnet.outputs import local_folder
 from hnet.train.config import Config
+from hnet.train.named import run_config
 from tpu.aot import Plan, capacities, compile_plan
 from tpu.bundle import code_hash
 from tpu.chips import GIB, Slice, open_slice

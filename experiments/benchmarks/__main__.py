@@ -26,7 +26,6 @@ from experiments.benchmarks.decode import DecodeBenchmark
 from experiments.benchmarks.input import delivered
 from experiments.benchmarks.pretrain import measure_pretrain
 from experiments.benchmarks.step import Step, measure_steps
-from experiments.configs import base_config
 from hnet.bounds import Count
 from hnet.command_line import parse, run
 from hnet.data import open_corpus, train_batches
@@ -35,6 +34,7 @@ from hnet.files import json_text
 from hnet.outputs import new_file, write_new
 from hnet.runtime.cpu import keep_freed_memory, one_device_per_core
 from hnet.train.config import Config
+from hnet.train.named import base_config
 
 Measure = Literal["step", "parts", "lengths", "pretrain", "input", "decode"]
 

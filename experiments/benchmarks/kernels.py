@@ -25,7 +25,6 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments.configs import run_config
 from hnet.command_line import OneLineParser, number, run
 from hnet.config import HNetConfig, StageConfig
 from hnet.errors import ConfigError
@@ -41,6 +40,7 @@ from hnet.nn.ssd import ssd_reference
 from hnet.outputs import new_file, write_new
 from hnet.train.compiled_run import rows_that_share
 from hnet.train.config import Config
+from hnet.train.named import run_config
 
 LENGTHS = {"attention_backend": (64, 128, 256, 512, 1024, 2048), "ssd_backend": (32, 64, 128, 256)}
 CHECKED = 509  # positions of the row that is compared with the reference

@@ -18,12 +18,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from experiments.configs import run_config
 from hnet.command_line import run
 from hnet.errors import ConfigError
 from hnet.runtime.compile_cache import enable_compilation_cache
 from hnet.runtime.distributed import StopRequest
 from hnet.train.loop import train
+from hnet.train.named import run_config
 from hnet.train.observer import Observer
 
 BLOCK = 5  # steps per block

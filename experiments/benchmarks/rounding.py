@@ -22,13 +22,13 @@ import numpy as np
 from flax import nnx
 
 from experiments.benchmarks.sweep import SweepBenchmark, learning_rates
-from experiments.configs import run_config
 from hnet.command_line import parse, run
 from hnet.data import open_corpus
 from hnet.files import json_text
 from hnet.train import parallel_runs
 from hnet.train.compiled_run import CompiledRun, build, put_batch, traced_numbers
 from hnet.train.config import Config
+from hnet.train.named import run_config
 
 
 @dataclass

@@ -22,7 +22,6 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.benchmarks.step import random_batch
-from experiments.configs import base_config
 from hnet.bounds import Bounds, Count, Natural
 from hnet.chunking.part import Place, Positions
 from hnet.command_line import parse, run
@@ -34,6 +33,7 @@ from hnet.runtime.cpu import one_device_per_core
 from hnet.stage import make_predictor
 from hnet.train.compiled_run import CompiledRun, build, on_mesh, put_batch
 from hnet.train.config import Config
+from hnet.train.named import base_config
 from hnet.train.sharding import replicated
 
 BYTES_PER_CHUNK = 4  # sets the chunk slots of a step

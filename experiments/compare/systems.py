@@ -18,7 +18,6 @@ from experiments.compare.match import (
     seconds_per_byte,
 )
 from experiments.compare.settings import Compare
-from experiments.configs import base_config
 from hnet.command_help import value_text
 from hnet.data import Corpus
 from hnet.data.tokenizers import TOKENIZERS, Wanted
@@ -28,6 +27,7 @@ from hnet.errors import ConfigError
 from hnet.fields import to_json
 from hnet.model import abstract
 from hnet.train.config import Config, RateControlConfig, config_from_json
+from hnet.train.named import base_config
 
 TOKEN_NETWORK = "bytes_transformer"
 SAMPLE_TEXTS, SAMPLE_BYTES = 32, 512  # training text on which rates of rules are counted

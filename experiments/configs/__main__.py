@@ -6,10 +6,10 @@ Parts are read from the configurations, the other columns from the docstrings of
 (see `experiments.configs`).
 """
 
-from experiments.configs import FACTS, Named, named_configs
 from hnet.chunking.config import ChunkingConfig
 from hnet.command_line import run
 from hnet.config import HNetConfig
+from hnet.train.named import FACTS, Named, named_configs
 
 HEAD = """# Named configurations
 

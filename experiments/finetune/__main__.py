@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from experiments.configs import run_config
 from hnet.command_line import OneLineParser, number, run
 from hnet.data import open_corpus
 from hnet.errors import ConfigError
@@ -26,6 +25,7 @@ from hnet.runtime.cpu import one_device_per_core
 from hnet.train.command import train_to_end
 from hnet.train.config import Config, InitConfig, MeshConfig
 from hnet.train.metrics_file import read_metrics
+from hnet.train.named import run_config
 from hnet.train.workdir import claim_workdir, run_inputs
 
 ROWS: dict[str, dict | None] = {

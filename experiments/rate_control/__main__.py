@@ -13,13 +13,13 @@ from dataclasses import replace
 from rich.console import Console
 from rich.table import Table
 
-from experiments.configs import run_config
 from hnet.command_line import run
 from hnet.errors import ConfigError
 from hnet.runtime.compile_cache import enable_compilation_cache
 from hnet.train.command import train_to_end
 from hnet.train.config import Config
 from hnet.train.evaluate import Evaluation
+from hnet.train.named import run_config
 
 
 def main() -> int:

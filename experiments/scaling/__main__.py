@@ -26,7 +26,6 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from experiments.configs import run_config
 from experiments.scaling.fit import draw, fit
 from experiments.scaling.ladder import (
     BYTES_PER_TOKEN,
@@ -51,6 +50,7 @@ from hnet.runtime.distributed import REQUEUE_EXIT_CODE
 from hnet.train.command import train_to_end
 from hnet.train.config import Config, config_from_json
 from hnet.train.metrics_file import read_metrics
+from hnet.train.named import run_config
 from hnet.train.workdir import claim_workdir
 
 PLANNED = {"name", "runs", "steps", "family", "train_flops"}

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.compare.report import replace_file
-from experiments.configs import default, run_config
+from experiments.configs import default
 from hnet.command_line import OneLineParser, number, run
 from hnet.config import ChunkingConfig, HNetConfig, StageConfig
 from hnet.data import Corpus, eval_batches, open_corpus, train_batches
@@ -34,6 +34,7 @@ from hnet.sweep.interval import interval
 from hnet.train.compiled_run import build, put_batch, put_whole_batch, run_evaluation
 from hnet.train.config import Config
 from hnet.train.evaluate import Evaluation
+from hnet.train.named import run_config
 
 FOLLOW = 0  # the share of the row whose slots follow the counts
 COLUMNS = ("bpb", "bpb_clipped", "clipped", "bytes_per_second")

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments.configs import base_config
 from hnet.chunking.boundaries import Prediction, decide
 from hnet.chunking.config import ChunkingConfig
 from hnet.chunking.losses.bce import entropy_spikes
@@ -30,6 +29,7 @@ from hnet.config import HNetConfig, StageConfig
 from hnet.loss import targets_kept
 from hnet.model import abstract
 from hnet.nn.context import Context
+from hnet.train.named import base_config
 from tests.golden_data import load, part, relative_error
 from tests.networks import drawn, quick_jit
 

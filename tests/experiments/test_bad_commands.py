@@ -6,12 +6,12 @@ import typing
 
 import pytest
 
-from experiments.configs import base_config
 from hnet import command_help
 from hnet.command_line import with_words
 from hnet.errors import ConfigError
 from hnet.fields import options, plain, to_json, unwrap
 from hnet.train.config import Config
+from hnet.train.named import base_config
 
 OPTIONS = {
     "experiments.benchmarks.__main__": "Benchmark",

@@ -8,11 +8,11 @@ import pytest
 
 from experiments.benchmarks import kernels
 from experiments.benchmarks.kernels import Shape, candidates, choose, inputs, main, shapes
-from experiments.configs import run_config
 from hnet.config import ComputeConfig
 from hnet.errors import ConfigError
 from hnet.nn.kernels.table import KERNELS, Kernel, described, resolved
 from hnet.nn.kernels.tuned import Choice, Row
+from hnet.train.named import run_config
 from tpu.aot import capacities
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

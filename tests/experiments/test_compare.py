@@ -19,13 +19,13 @@ from experiments.compare.counts import counts_bpb
 from experiments.compare.measure import chunk_sizes, is_utf8
 from experiments.compare.report import grouped, markdown, page, tables
 from experiments.compare.settings import Compare
-from experiments.configs import base_config, run_config
 from hnet.command_line import parse
 from hnet.config import HNetConfig
 from hnet.errors import ConfigError
 from hnet.inspect.fairness import cut_at
 from hnet.train.lock import DirectoryLock
 from hnet.train.metrics_file import read_metrics
+from hnet.train.named import base_config, run_config
 from hnet.train.workdir import read_config
 from tests.training import ATTENTION, run
 

@@ -11,7 +11,7 @@ import pytest
 
 from experiments import calibrate, fairness
 from experiments.benchmarks import routing as benchmark_routing
-from experiments.configs import base_config, mixed_scripts_routed, mixed_scripts_single
+from experiments.configs import mixed_scripts_routed, mixed_scripts_single
 from experiments.rate_control import __main__ as controller_table
 from experiments.scripts import __main__ as fairness_table
 from hnet import load
@@ -19,6 +19,7 @@ from hnet.data import eval_batches, open_corpus, train_batches
 from hnet.data.row_routes import unknown_script
 from hnet.errors import ConfigError
 from hnet.train import loop
+from hnet.train.named import base_config
 from hnet.train.workdir import read_config
 from tests.training import build, rows, tiny_run
 

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from experiments import configs
-from experiments.configs import base_config, help_text, list_text, named_configs, run_config
 from experiments.configs.__main__ import table
 from hnet.config import HNetConfig
 from hnet.errors import ConfigError
 from hnet.fields import to_json
 from hnet.flops import param_counts
 from hnet.model import abstract
+from hnet.train import named
+from hnet.train.named import base_config, help_text, list_text, named_configs, run_config
 from tests.resolved import resolved
 
 NAMES = sorted(named_configs())
@@ -40,11 +41,11 @@ def test_what_cannot_be_trained_says_so_in_one_line():
 
 def test_systems_are_those_of_the_table():
     """SYSTEMS.md is up to date, every published system has its facts, and its tests exist."""
-    assert (configs.FOLDER / "SYSTEMS.md").read_text(encoding="utf-8") == table()
-    for name, named in named_configs().items():
-        assert tuple(named.facts) in ((), configs.FACTS), name
-        for place in re.findall(r"tests/[\w/]+\.py", named.facts.get("Test", "")):
-            assert (configs.FOLDER.parents[1] / place).exists(), (name, place)
+    assert (named.folder() / "SYSTEMS.md").read_text(encoding="utf-8") == table()
+    for name, own in named_configs().items():
+        assert tuple(own.facts) in ((), named.FACTS), name
+        for place in re.findall(r"tests/[\w/]+\.py", own.facts.get("Test", "")):
+            assert (named.folder().parents[1] / place).exists(), (name, place)
 
 
 def test_resolved_values_are_those_on_record():
@@ -114,9 +115,8 @@ BROKEN = {
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A folder of named configurations, including the valid ones."""
-    for file in configs.FOLDER.glob("[a-z]*.py"):
+    for file in named.folder().glob("[a-z]*.py"):
         (tmp_path / file.name).write_text(file.read_text())
-    monkeypatch.setattr(configs, "FOLDER", tmp_path)
     monkeypatch.setattr(configs, "__path__", [str(tmp_path)])
     for name in [n for n in sys.modules if n.startswith("experiments.configs.")]:
         monkeypatch.delitem(sys.modules, name)

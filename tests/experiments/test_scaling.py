@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from experiments.configs import run_config
 from experiments.scaling import __main__ as scaling
 from experiments.scaling.fit import fit
 from experiments.scaling.ladder import FAMILIES, make_points, peak_learning_rate
@@ -16,6 +15,7 @@ from hnet.data import DataConfig
 from hnet.data.identity import write_inputs
 from hnet.errors import ConfigError
 from hnet.runtime.distributed import REQUEUE_EXIT_CODE
+from hnet.train.named import run_config
 from tests.training import tiny_run
 
 LEVELS = (128, 256, 512, 1024, 1536, 2048)

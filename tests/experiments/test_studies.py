@@ -13,7 +13,6 @@ from experiments import claims as claimed
 from experiments import rates
 from experiments.claims import __main__ as claims
 from experiments.compare import __main__ as compare
-from experiments.configs import base_config
 from experiments.finetune import __main__ as finetune
 from experiments.rates.__main__ import main as rates_main
 from experiments.scripts import __main__ as scripts
@@ -24,6 +23,7 @@ from hnet.chunking.slots import open_slots
 from hnet.data import open_corpus
 from hnet.errors import ConfigError
 from hnet.nn.context import Context
+from hnet.train.named import base_config
 from hnet.train.workdir import claim_workdir, run_inputs
 from tests.training import ATTENTION, build, tiny_run
 

@@ -11,7 +11,6 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from experiments.configs import base_config
 from hnet.config import ComputeConfig, StageConfig
 from hnet.errors import ConfigError
 from hnet.nn.attention import attention_reference
@@ -35,6 +34,7 @@ from hnet.nn.kernels.table import (
 )
 from hnet.nn.ssd import ssd_reference
 from hnet.train.config import MeshConfig
+from hnet.train.named import base_config
 from tests import oracles
 from tests.golden_data import relative_error
 from tests.networks import quick_jit

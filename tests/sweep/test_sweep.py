@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 
 from experiments import sweep
-from experiments.configs import run_config
 from hnet.command_line import FAILED
 from hnet.errors import ConfigError
 from hnet.fields import to_json
@@ -28,6 +27,7 @@ from hnet.train import loop, parallel_runs
 from hnet.train.config import CheckpointConfig, EvalConfig, TrainConfig
 from hnet.train.lock import DirectoryLock, process_name
 from hnet.train.metrics_file import read_metrics
+from hnet.train.named import run_config
 from tests import training
 from tests.quick import QUICK, QUICK_FLAGS
 from tests.training import TINY, build

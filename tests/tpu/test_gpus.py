@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from experiments.configs import run_config
 from hnet.errors import ConfigError
+from hnet.train.named import run_config
 from tpu.aot import compile_plan
 from tpu.chips import GPUS, assumed_cudnn, open_slice
 from tpu.plan import main

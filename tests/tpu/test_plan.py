@@ -13,12 +13,12 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments.configs import run_config
 from experiments.configs.published import MESHES
 from hnet.config import PUBLISHED
 from hnet.errors import ConfigError
 from hnet.flops import param_counts
 from hnet.train.capacity import SHRINK_AFTER, CapacitySchedule
+from hnet.train.named import run_config
 from hnet.train.sharding import check_batch
 from tests.networks import optimized_jit
 from tpu import hlo, published

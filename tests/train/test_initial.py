@@ -14,7 +14,6 @@ import pytest
 from flax import nnx
 
 from experiments import evaluate
-from experiments.configs import run_config
 from experiments.finetune import __main__ as finetune
 from hnet.checkpoint import leaves
 from hnet.chunking.predictors.entropy import Entropy
@@ -28,6 +27,7 @@ from hnet.train import loop
 from hnet.train.config import EvalConfig, InitConfig, MeshConfig, OptimConfig, TrainConfig
 from hnet.train.initial import collapsed, matches, module_of, open_start, plan, replaced
 from hnet.train.metrics_file import read_metrics
+from hnet.train.named import run_config
 from hnet.train.parallel_runs import build as build_runs
 from hnet.train.run_logger import RunLogger
 from hnet.train.workdir import changes

@@ -80,7 +80,7 @@ def cell(rows: list[dict[str, float]], column: str) -> str:
     return f"{statistics.fmean(values):.4g} ± {interval(values):.2g}"
 
 
-def share(parts: Sequence[tuple[float, float]]) -> float:
+def share_of_sums(parts: Sequence[tuple[float, float]]) -> float:
     """Sum of the first numbers of some pairs over that of the second ones; 0 if that is 0."""
     part, whole = map(math.fsum, zip(*parts))
     return part / whole if whole else 0.0
@@ -133,7 +133,7 @@ def train(config: Config, corpus: Corpus, share: int) -> dict[str, float]:
     return {
         "bpb": whole.bpb,
         "bpb_clipped": clipped.bpb,
-        "clipped": share(lost[len(lost) // 2 :]),
+        "clipped": share_of_sums(lost[len(lost) // 2 :]),
         "bytes_per_second": positions / statistics.median(seconds) if seconds else math.nan,
     }
 

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -177,8 +178,40 @@ def test_slots_that_are_too_few_clip_and_are_not_trained_twice(tmp_path, monkeyp
         slots.row_of(other, open_corpus(run.data), 16, tmp_path / "rows")
 
 
+def test_clipped_is_the_share_of_all_chunks_in_the_second_half_of_training(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("words " * 2000)
+    run = tiny_run(tmp_path / "run", model=ATTENTION)
+    files = (str(tmp_path / "a.txt"),)
+    run = replace(run, data=replace(run.data, files=files), train=replace(run.train, steps=4))
+    found = iter([(50, 1.0), (50, 1.0), (10, 0.5), (30, 0.1)])  # chunks, share that is clipped
+    used = []
+
+    class Program:
+        mesh, hparams, ladder = None, None, SimpleNamespace(capacities=None)
+
+        def init(self):
+            return SimpleNamespace(params=None)
+
+        def step(self, state, batch, hparams, *, capacities):
+            used.append(capacities)
+            self.ladder.observe = lambda counts: self.ladder
+            names = ("stage0/chunks", "stage0/overflow_frac", "stage0/max_slots")
+            return state, dict(zip(names, (*next(found), 7)))
+
+    monkeypatch.setattr(slots, "build", lambda config: Program())
+    monkeypatch.setattr(slots, "put_batch", lambda batch, mesh: batch)
+    monkeypatch.setattr(slots, "eval_batches", lambda *of: [])
+    monkeypatch.setattr(slots, "run_evaluation", lambda *of: SimpleNamespace(bpb=2.5))
+    row = slots.train(run, open_corpus(run.data), 4)
+    assert row["clipped"] == pytest.approx((10 * 0.5 + 30 * 0.1) / (10 + 30))
+    assert row["bpb"] == 2.5 and used == [(math.ceil(run.data.seq_len / 4),)] * 4
+
+
 def test_a_share_is_of_sums():
-    assert slots.share([(1.0, 10.0), (3.0, 5.0)]) == 4 / 15 and slots.share([(0.0, 0.0)]) == 0
+    assert (
+        slots.share_of_sums([(1.0, 10.0), (3.0, 5.0)]) == 4 / 15
+        and slots.share_of_sums([(0.0, 0.0)]) == 0
+    )
 
 
 def test_slots_names_a_network_of_two_stages(monkeypatch, tmp_path):

@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hnet import load
-from hnet.bounds import Count, Natural
+from hnet.bounds import Count, FilePath, Natural
 from hnet.command_line import parse, run
 from hnet.decode.score import logprobs
 from hnet.decode.segment import segment_all, segmenter
@@ -42,11 +42,11 @@ from hnet.runtime.compile_cache import enable_compilation_cache
 class BoundariesConfig:
     """Which model's boundaries to compare with which annotations."""
 
-    checkpoint: str
+    checkpoint: FilePath
     """WORKDIR or WORKDIR@STEP of a run, an official checkpoint with its JSON, or hf://OWNER/NAME"""
-    gold: tuple[str, ...]
+    gold: tuple[FilePath, ...]
     """annotated files"""
-    lexicon: str = ""
+    lexicon: FilePath | None = None
     """file with one word per line, then a tab and its roots and morphemes, separated by spaces"""
     case: Literal["plain", "turkish"] = "plain"
     """lower-casing of chunks and lexicon; turkish distinguishes dotted from dotless i"""
@@ -65,7 +65,7 @@ class BoundariesConfig:
 def main() -> None:
     config = parse(BoundariesConfig)
     texts = {path: _texts(path, config) for path in config.gold}
-    lexicon = read_lexicon(config.lexicon) if config.lexicon else None
+    lexicon = read_lexicon(config.lexicon) if config.lexicon is not None else None
     enable_compilation_cache()
     model = load(config.checkpoint, bos=config.bos)
     if not model.config.num_chunked:

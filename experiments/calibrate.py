@@ -13,14 +13,13 @@ stages keep a single target.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hnet.bounds import Bounds
+from hnet.bounds import ChunkBytes, FilePath
 from hnet.chunking.targets import equal_chunk_ratios
 from hnet.command_line import parse, run
 from hnet.data.parallel import Lines, bytes_by_script, read_parallel
@@ -43,7 +42,7 @@ class CalibrateConfig:
 
     files: tuple[str, ...]
     """LANGUAGE=FILE for each language, one text per line; or .jsonl with "text\""""
-    mean_ratio: Annotated[float, Bounds(above=1)]
+    mean_ratio: ChunkBytes
     """bytes per chunk of the whole text, over all languages"""
     groups: tuple[str, ...] = ()
     """scripts that share a route, such as Hiragana+Katakana; all others share the default route,
@@ -52,7 +51,7 @@ class CalibrateConfig:
     """whether line i says the same in every file; False: only the files as a whole do"""
     base: str = "default"
     """named configuration or .json file to which the routes are added"""
-    out: str = ""
+    out: FilePath | None = None
     """output file for the configuration; it must not exist"""
 
 
@@ -127,7 +126,7 @@ def with_routes(base: Config, found: Calibration) -> Config:
 
 def main() -> None:
     config = parse(CalibrateConfig)
-    if config.out:
+    if config.out is not None:
         new_file(config.out, "out")
     base = base_config(config.base)
     lines = read_parallel(config.files, aligned=config.aligned)
@@ -135,7 +134,7 @@ def main() -> None:
     found = calibrate(lines, config.mean_ratio, groups)
     routed = with_routes(base, found)
     _print(found, lines)
-    if config.out:
+    if config.out is not None:
         content = to_json(replace(routed, workdir=f"runs/{Path(config.out).stem}"))
         write_new(config.out, json_text(content, indent=1) + "\n", "out")
         print(f"wrote {config.out}")

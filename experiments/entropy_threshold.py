@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from hnet import load
-from hnet.bounds import Bounds, Rows
+from hnet.bounds import Bounds, ChunkBytes, FilePath, Rows
 from hnet.chunking.predictors.entropy import entropy
 from hnet.command_line import parse, run
 from hnet.data import eval_batches, open_corpus, open_part
@@ -37,15 +37,15 @@ PREDICTOR = "model.stages.0.chunking.predictor"
 class ThresholdConfig:
     """Which byte model and text, and which patches."""
 
-    checkpoint: str
+    checkpoint: FilePath
     """work directory of the byte model"""
-    bytes_per_patch: Annotated[float, Bounds(above=1)]
+    bytes_per_patch: ChunkBytes
     """wanted mean number of bytes per patch"""
     files: tuple[str, ...] = ()
     """globs of text, in quotes; empty = the held-out text of the byte model's run"""
     rule: Literal["global", "monotonic", "both"] = "global"
     """rule of the boundary predictor (both: theta is found for the increase given)"""
-    increase: float = 0.0
+    increase: Annotated[float, Bounds(-100, 100)] = 0.0
     """threshold on the increase of the entropy, for the rule both"""
     batch_size: Rows = 8
     """number of rows read together"""

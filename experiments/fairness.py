@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from rich.console import Console
@@ -26,7 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hnet import load
-from hnet.bounds import Natural
+from hnet.bounds import Bounds, FilePath, Natural
 from hnet.command_line import parse, run
 from hnet.data.parallel import Lines, read_parallel
 from hnet.data.tokenizers.bpe import read_tokenizer, token_starts, train_bpe
@@ -61,13 +61,13 @@ class FairnessConfig:
 
     files: tuple[str, ...]
     """LANGUAGE=FILE, one sentence per line, or .jsonl with "text"; line i says the same in all"""
-    out: str
+    out: FilePath
     """folder for the report; it must not contain one yet"""
-    checkpoint: tuple[str, ...] = ()
+    checkpoint: tuple[FilePath, ...] = ()
     """work directories of runs, or official checkpoints"""
-    tokenizer: tuple[str, ...] = ()
+    tokenizer: tuple[FilePath, ...] = ()
     """tokenizer.json files"""
-    bpe: Natural = 0
+    bpe: Annotated[int, Bounds(0, 1 << 20)] = 0
     """vocabulary size of a byte-level BPE to train; 0 = none"""
     bpe_files: tuple[str, ...] = ()
     """LANGUAGE=FILE to train the BPE on"""
@@ -106,7 +106,8 @@ def main() -> None:
     systems = [byte_system()]
     if config.bpe:
         texts = [t for own in read_parallel(config.bpe_files).values() for t in own]
-        systems.append(token_system(f"BPE {config.bpe}", train_bpe(texts, config.bpe)))
+        tokenizer = train_bpe(texts, config.bpe)  # may get fewer tokens from a short text
+        systems.append(token_system(f"BPE {tokenizer.get_vocab_size()}", tokenizer))
     systems += [token_system(Path(path).stem, read_tokenizer(path)) for path in config.tokenizer]
     systems += [model_system(path) for path in config.checkpoint]
     write_report(out, measure(systems, lines, gold), unseen)

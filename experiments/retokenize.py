@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hnet import load
-from hnet.bounds import Bounds, Count, Natural
+from hnet.bounds import Bounds, Count, FilePath
 from hnet.command_line import parse, run
 from hnet.data import eval_batches, open_corpus, train_batches
 from hnet.data.batch_merges import Token, merge_batch
@@ -44,11 +44,11 @@ from hnet.weights.sources import resolve_run
 class Retokenize:
     """Which model, and how many merges."""
 
-    checkpoint: str
+    checkpoint: FilePath
     """work directory of a run over tokens"""
     merges: tuple[Annotated[int, Bounds(0, 1 << 12)], ...] = (0, 16, 64)
     """numbers of merges per batch"""
-    steps: Natural = 100
+    steps: Annotated[int, Bounds(0, 10_000_000)] = 100
     """updates of the hypernetwork"""
     learning_rate: Annotated[float, Bounds(above=0, most=1000)] = 1e-3
     """learning rate of Adam"""

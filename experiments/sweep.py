@@ -23,7 +23,7 @@ from optuna.trial import TrialState
 from rich.console import Console
 from rich.markup import escape
 
-from hnet.command_line import FAILED, OneLineParser, number, run
+from hnet.command_line import FAILED, OneLineParser, file_path, number, run
 from hnet.data import open_corpus
 from hnet.data.identity import inputs
 from hnet.outputs import local_folder
@@ -44,9 +44,13 @@ console = Console(highlight=False, soft_wrap=True)
 
 def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(prog="python -m experiments.sweep", description=__doc__)
-    parser.add_argument("--space", required=True, metavar="FILE", help="TOML")
-    parser.add_argument("--out", default="runs/sweep", metavar="DIR", help="default: runs/sweep")
-    parser.add_argument("--storage", metavar="FILE_OR_URL", help="default: OUT/journal.log")
+    parser.add_argument("--space", type=file_path, required=True, metavar="FILE", help="TOML")
+    parser.add_argument(
+        "--out", type=file_path, default="runs/sweep", metavar="DIR", help="default %(default)s"
+    )
+    parser.add_argument(
+        "--storage", type=file_path, metavar="FILE_OR_URL", help="default: OUT/journal.log"
+    )
     parser.add_argument("--study", metavar="NAME", help="in the storage; default: name of OUT")
     parser.add_argument(
         "--width", type=number(int, 1, 100_000), default=32, help="runs in one program (default 32)"

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from hnet import load
+from hnet.bounds import FilePath
 from hnet.command_line import parse, run
 from hnet.config import BOS_ID
 from hnet.data import open_part
@@ -33,11 +34,11 @@ class Tokenizer:
 
     kind: str
     """kind and number of tokens, such as bpe:2048"""
-    out: str
+    out: FilePath
     """new file"""
     files: tuple[str, ...] = ()
     """globs of text, in quotes"""
-    model: str = ""
+    model: FilePath | None = None
     """equal_info: work directory of a byte model instead of text"""
 
 
@@ -49,11 +50,11 @@ def main() -> None:
             "tokens, such as bpe:2048"
         )
     new_file(config.out, "out")
-    if bool(config.model) == bool(config.files):
+    if (config.model is not None) == bool(config.files):
         raise ConfigError("give --files, or for equal_info --model, and not both")
-    if config.model and asked.kind != "equal_info":
+    if config.model is not None and asked.kind != "equal_info":
         raise ConfigError(f"model={config.model!r}: only equal_info takes a model: give --files")
-    if config.model:
+    if config.model is not None:
         model = load(config.model)
         if model.tokenizer:
             raise ConfigError(f"model={config.model!r} reads tokens: give a model of bytes")

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from hnet import command_help, fields
+from hnet.bounds import NamesFile
 from hnet.dotted import locate
 from hnet.errors import ConfigError, Failed, shown
 from hnet.fields import FieldError
@@ -118,6 +119,13 @@ def number(kind: type, low: float, high: float) -> Callable[[str], int | float]:
         return value
 
     return read
+
+
+def file_path(text: str) -> str:
+    """`type` for an argparse option that names a file or folder."""
+    if problem := NamesFile().problem(text):
+        raise argparse.ArgumentTypeError(f"{shown(text)}: {problem}")
+    return text
 
 
 @contextlib.contextmanager

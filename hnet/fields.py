@@ -16,7 +16,7 @@ import typing
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from hnet.bounds import Bounds, check_number
+from hnet.bounds import Bounds, NamesFile, check_marks, check_number, names_file
 from hnet.errors import ConfigError, shown
 from hnet.parts import Settings
 
@@ -98,7 +98,7 @@ def type_text(hint: Any) -> str:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         bounds = next((a for a in args[1:] if isinstance(a, Bounds)), None)
-        kind = type_text(args[0])
+        kind = "path" if names_file(args[1:]) else type_text(args[0])
         return f"{kind} ({bounds})" if bounds else kind
     if options(hint):
         return " or ".join(type_text(option) for option in args)
@@ -133,7 +133,7 @@ def from_json(hint: Any, content: Any, path: str = "") -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         value = from_json(args[0], content, path)
-        check_number(value, args[1:], path)
+        check_marks(value, args[1:], path)
         return value
     if is_part(hint):
         return _part(hint, content, path)
@@ -230,10 +230,10 @@ def _check_value(hint: Any, value: Any, path: str) -> None:
             kind = kinds[min(i, len(kinds) - 1)] if kinds else None
             _check_value(kinds[0] if kind is Ellipsis else kind, item, join(path, i))
     else:
-        check_number(value, _bounds(hint), path)
+        check_marks(value, marks(hint), path)
 
 
-def _bounds(hint: Any) -> list[Bounds]:
-    """All `Bounds` of a type, including those of its options."""
-    inner = [bounds for option in typing.get_args(hint) for bounds in _bounds(option)]
-    return [hint] if isinstance(hint, Bounds) else inner
+def marks(hint: Any) -> list[Bounds | NamesFile]:
+    """All marks of a type, including those of its options."""
+    inner = [mark for option in typing.get_args(hint) for mark in marks(option)]
+    return [hint] if isinstance(hint, Bounds | NamesFile) else inner

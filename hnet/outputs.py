@@ -6,11 +6,14 @@ remedy.
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from hnet.errors import ConfigError, shown
 from hnet.files import read_bytes
+
+_BELOW = ("x" * 99,) * 4  # names below a folder, longer than those of any run
 
 
 def read_file(path: str | os.PathLike, field: str) -> bytes:
@@ -32,7 +35,9 @@ def new_file(path: str | os.PathLike, field: str) -> Path:
 def local_folder(path: str | os.PathLike, field: str, *, ending: int = 0) -> Path:
     """Check that files can be made in a folder, which may not exist yet, and return its path.
 
-    ending: number of names at the end of the path that belong to a file. Raises ConfigError.
+    Every command calls this, `new_file` or `check_workdir` before any work. It makes and removes an
+    empty folder in the innermost folder that exists. ending: number of names at the end of the
+    path that belong to a file. Raises ConfigError.
     """
     where = f"{field}={_named(path)}"
     if not os.fspath(path) or "://" in os.fspath(path):
@@ -42,9 +47,20 @@ def local_folder(path: str | os.PathLike, field: str, *, ending: int = 0) -> Pat
         folder = next(p for p in [absolute, *absolute.parents][ending:] if _exists(p))
         if not folder.is_dir():
             raise ConfigError(f"{where}: {_named(folder)} is no folder: choose another name")
-        if not os.access(folder, os.W_OK | os.X_OK):
+        if not ending:
+            _exists(absolute.joinpath(*_BELOW))  # raises if names of files in it would be too long
+        if not os.access(folder, os.W_OK | os.X_OK) or not _takes_files(folder):
             raise ConfigError(f"{where}: {_named(folder)} cannot be written to: choose another")
     return Path(path)
+
+
+def _takes_files(folder: Path) -> bool:
+    """Whether something can be made in a folder. /proc, for one, only says that it can."""
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".hnet-", dir=folder))
+    except OSError:
+        return False
+    return True
 
 
 def new_files(folder: str | os.PathLike, names: list[str], field: str) -> list[Path]:

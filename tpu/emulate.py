@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from hnet.command_line import OneLineParser, number, run
+from hnet.command_line import OneLineParser, file_path, number, run
 from hnet.errors import ConfigError
 from hnet.outputs import local_folder
 from hnet.printable import printable
@@ -278,7 +278,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--grace", type=seconds, default=15, help="seconds for the others after a failure"
     )
     parser.add_argument("--signal-host", default="all", help="who gets a SIGTERM: all, or a number")
-    parser.add_argument("--log-dir", help="also write the output of each host to DIR/host<i>.log")
+    parser.add_argument(
+        "--log-dir", type=file_path, help="also write the output of each host to DIR/host<i>.log"
+    )
     parser.add_argument("command", nargs="+", metavar="-- COMMAND")
     options = parser.parse_args(arguments)
     wanted = [*map(str, range(options.hosts)), "all"]

@@ -12,7 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from hnet.command_line import OneLineParser, number, one_line
+from hnet.command_line import OneLineParser, file_path, number, one_line
 from hnet.errors import ConfigError
 from hnet.outputs import local_folder
 from hnet.printable import printable
@@ -111,7 +111,9 @@ def _add_common(parser: argparse.ArgumentParser, action: str) -> None:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--go", action="store_true", help="run the commands")
     how.add_argument("--dry-run", action="store_true", help="only print them (the default)")
-    parser.add_argument("--state", default="runs/launch", help="folder for generated files")
+    parser.add_argument(
+        "--state", type=file_path, default="runs/launch", help="folder for generated files"
+    )
     if action == "run":
         parser.add_argument("--max-restarts", type=_COUNT, default=100, metavar="N")
         parser.add_argument(

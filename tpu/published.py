@@ -8,16 +8,19 @@ optimizer sharded over 16 devices (fewer if there are fewer), in the fewest micr
 with all chunk slots, and with the `remat` that is then the fastest (of those named by --remat).
 Other words are fields of the configuration, as in `experiments.pretrain`. Speeds are bounds with
 the slots at the configured rates (`tpu.plan` gives more detail). Rows are written to --out as they
-are found: the same command again continues after the last one.
+are found: the same command again continues after the last whole one.
 """
 
+import contextlib
 import math
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from hnet.command_line import OneLineParser, run
+from hnet.command_line import OneLineParser, file_path, run
 from hnet.config import PUBLISHED
 from hnet.errors import ConfigError
 from hnet.files import json_text, parse_json, read_bytes
@@ -35,6 +38,8 @@ ROWS, ROW = 256, 8192  # arXiv 2507.07955, section 3.1
 # fsdp devices: enough for the largest state, and a group in which libtpu gathers parameters and
 # scatters gradients. Over all 64 of a slice it sums zeros instead, which moves twice the bytes.
 FSDP = 16
+FIELDS = ("model", "topology", "code", "how", "row")  # of a line of the file
+START = b'{"model": "'
 HEAD = (
     "| model | parameters | slice | remat | micro-batches | GiB per chip: all slots | settled "
     "slots | of | fits | kernels | HBM MB per byte | bound | bytes/s at most | of the peak |\n"
@@ -99,27 +104,35 @@ def _gib(plan: Plan) -> str:
     return ("" if plan.moved else "over ") + f"{plan.hbm_bytes / GIB:.1f}"
 
 
+def _read_rows(out: Path) -> tuple[list[dict[str, Any]], bytes, bytes]:
+    """(rows of the file of an earlier start, what a killed one left of its last line, line end that
+    the last row lacks). Raises ConfigError for another file."""
+    row = lambda line: {name: parse_json(line)[name] for name in FIELDS}
+    try:
+        *whole, torn = read_bytes(out).split(b"\n")
+        rows = [row(line) for line in whole]
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # only its line end is missing
+            return [*rows, row(torn)], b"", b"\n"
+        if torn and not (rows or torn.startswith(START) or START.startswith(torn)):
+            raise ValueError("its only line is of another form")
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ConfigError(f"out={str(out)!r} holds no rows of this command: {e}") from None
+    return rows, torn, b""
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(prog="python -m tpu.published", description=__doc__)
     parser.add_argument("--topology", nargs="+", required=True, help="e.g. v5p:4x4x4 h100:8")
     parser.add_argument("--model", nargs="+", choices=PUBLISHED, default=list(PUBLISHED))
-    parser.add_argument("--out", default="runs/plan/published.jsonl")
+    parser.add_argument("--out", type=file_path, default="runs/plan/published.jsonl")
     parser.add_argument("--remat", nargs="+", choices=REMAT, default=REMAT, help="default: all")
     options, words = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     out = local_folder(options.out, "out", ending=1)
     run_config([options.model[0], *words])  # refuse bad words before anything is compiled
-    code, known = code_hash(), {}
-    how = " ".join((*options.remat, *words))
-    if os.path.lexists(out):
-        try:
-            rows = [parse_json(line) for line in read_bytes(out).splitlines()]
-            known = {
-                (r["model"], r["topology"]): r["row"]
-                for r in rows
-                if (r["code"], r["how"]) == (code, how)
-            }
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise ConfigError(f"out={str(options.out)!r} holds no rows of this command: {e}") from e
+    code, how = code_hash(), " ".join((*options.remat, *words))
+    rows, torn, end = _read_rows(out) if os.path.lexists(out) else ([], b"", b"")
+    same = [row for row in rows if (row["code"], row["how"]) == (code, how)]
+    known = {(row["model"], row["topology"]): row["row"] for row in same}
     print(HEAD, flush=True)
     for topology in options.topology:
         slice_ = open_slice(topology)
@@ -129,8 +142,10 @@ def main(argv: list[str] | None = None) -> int:
                 known[name, topology] = row
                 line = {"model": name, "topology": topology, "code": code, "how": how, "row": row}
                 out.parent.mkdir(parents=True, exist_ok=True)
-                with open(out, "a") as f:
-                    f.write(json_text(line) + "\n")
+                with open(out, "ab") as f:
+                    f.truncate(f.tell() - len(torn))
+                    f.write(end + json_text(line).encode() + b"\n")
+                torn = end = b""
             print(known[name, topology], flush=True)
     return 0
 

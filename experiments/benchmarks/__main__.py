@@ -15,7 +15,7 @@ of it compilation.
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 from rich.console import Console
@@ -26,7 +26,7 @@ from experiments.benchmarks.decode import DecodeBenchmark
 from experiments.benchmarks.input import delivered
 from experiments.benchmarks.pretrain import measure_pretrain
 from experiments.benchmarks.step import Step, measure_steps
-from hnet.bounds import Count
+from hnet.bounds import Bounds, FilePath, Repeats, RowLength, Rows
 from hnet.command_line import parse, run
 from hnet.data import open_corpus, train_batches
 from hnet.errors import ConfigError
@@ -50,28 +50,30 @@ class Benchmark:
     measure: tuple[Measure, ...] = ("step", "parts", "lengths", "input")
     """measurements: training step and forward pass; parts of the step; long rows; pretrain with all
     its logging; the input pipeline by itself; decoding"""
-    fractions: tuple[float, ...] = (1.0, 0.5, 0.25, 0.125)
+    fractions: tuple[Annotated[float, Bounds(above=0, most=1)], ...] = (1.0, 0.5, 0.25, 0.125)
     """chunks per position; parts are measured at the second fraction, or at the only one"""
-    lengths: tuple[int, ...] = (512, 2048, 8192, 32768)
+    lengths: tuple[RowLength, ...] = (512, 2048, 8192, 32768)
     """bytes per row, for `lengths`"""
-    batch_size: Count = 8
+    batch_size: Rows = 8
     """rows per step"""
-    seq_len: Count = 512
+    seq_len: RowLength = 512
     """bytes per row"""
-    repeats: Count = 7
+    repeats: Repeats = 7
     """number of interleaved measurements, of everything but decoding"""
     decode: DecodeBenchmark = DecodeBenchmark()
     """settings of the decoding benchmark, which has its own network"""
-    json: str = ""
+    json: FilePath | None = None
     """output file for all figures"""
 
     def __post_init__(self):
-        if bad := [f for f in self.fractions if not 0 < f <= 1 or round(1 / f) != 1 / f]:
-            raise ConfigError(f"fractions={self.fractions}: {bad[0]} is not 1 / a whole number")
-        if not self.fractions or min(self.lengths, default=0) < 8:
+        if bad := [f for f in self.fractions if round(1 / f) != 1 / f or 1 / f > self.seq_len]:
             raise ConfigError(
-                f"fractions={self.fractions}, lengths={self.lengths}: give at least one of each, "
-                "and rows of 8 bytes or more"
+                f"fractions={self.fractions}: {bad[0]} is not 1 / a whole number up to seq_len="
+                f"{self.seq_len}"
+            )
+        if not self.fractions or not self.lengths:
+            raise ConfigError(
+                f"fractions={self.fractions}, lengths={self.lengths}: give at least one of each"
             )
 
 
@@ -181,12 +183,12 @@ def show(found: dict[str, Any]) -> None:
 
 def main() -> None:
     config = parse(Benchmark)
-    if config.json:
+    if config.json is not None:
         new_file(config.json, "json")
     one_device_per_core(config.batch_size)
     found = measure(config)
     show(found)
-    if config.json:
+    if config.json is not None:
         write_new(config.json, json_text(found, indent=1) + "\n", "json")
 
 

@@ -25,11 +25,19 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from hnet.bounds import Bounds, Count
+from hnet.bounds import Bounds, Repeats, Rows, Share, Width
 from hnet.chunking.config import ChunkingConfig
 from hnet.chunking.predictors.mlp import MLP
 from hnet.command_line import parse, run
-from hnet.config import BOS_ID, EOS_ID, HNetConfig, SSMConfig, StageConfig
+from hnet.config import (
+    BOS_ID,
+    EOS_ID,
+    HNetConfig,
+    SSMConfig,
+    StageConfig,
+)
+from hnet.config_check import approximate_parameters
+from hnet.decode.cache_memory import free_memory
 from hnet.decode.decoder import WAIT_SHARE, Decoder
 from hnet.decode.sampling import Controls, Sampling
 from hnet.errors import ConfigError
@@ -45,21 +53,21 @@ MIN_ROWS = 8  # least rows per figure, so that chance does not decide the bounda
 class DecodeBenchmark:
     """What to decode and how often."""
 
-    batches: tuple[Count, ...] = (1, 8, 32)
+    batches: tuple[Rows, ...] = (1, 8, 32)
     """numbers of rows decoded together; 1 is always measured"""
-    bytes_per_chunk: Annotated[float, Bounds(1)] = 4.5
+    bytes_per_chunk: Annotated[float, Bounds(1, 1000)] = 4.5
     """mean chunk length"""
-    outer_width: Count = 256
+    outer_width: Width = 256
     """d_model of the encoder and decoder, one Mamba-2 layer each"""
-    main_width: Count = 768
+    main_width: Width = 768
     """d_model of the main network"""
-    main_layers: Count = 12
+    main_layers: Annotated[int, Bounds(1, 1000)] = 12
     """number of attention layers with MLP in the main network"""
-    wait_share: float = WAIT_SHARE
+    wait_share: Share = WAIT_SHARE
     """share of the rows that the main network waits for"""
-    bytes: Count = 64
+    bytes: Annotated[int, Bounds(1, 1 << 20)] = 64
     """decoded bytes per row on average, from an empty context"""
-    repeats: Count = 3
+    repeats: Repeats = 3
     """number of interleaved measurements"""
 
     def __post_init__(self):
@@ -97,6 +105,13 @@ def main_share(config: DecodeBenchmark) -> float:
 def make_models(config: DecodeBenchmark) -> tuple[HNetLM, HNetLM]:
     """(network with its router at the wanted rate, the same with a boundary at every byte)."""
     graph, _ = abstract(network(config))
+    needed, free = 4 * approximate_parameters(network(config)), free_memory()
+    if free is not None and needed > free:
+        raise ConfigError(
+            f"outer_width={config.outer_width}, main_width={config.main_width}, main_layers="
+            f"{config.main_layers}: these parameters need {needed / 1e9:,.1f} GB, and "
+            f"{free / 1e9:,.1f} GB are free: use fewer"
+        )
     params = init_params(network(config), jax.random.key(0))
     rng = np.random.default_rng(0)
     ids_BL = rng.integers(0, EOS_ID, (64, 128)).astype(np.int32)

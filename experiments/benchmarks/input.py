@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from hnet.bounds import Bounds, Count
+from hnet.bounds import Bounds, FilePath, Repeats
 from hnet.command_line import parse, run
 from hnet.data import BatchIterator, open_corpus, train_batches
 from hnet.errors import ConfigError
@@ -25,11 +25,11 @@ from hnet.weights.sources import resolve_run
 class InputBenchmark:
     """Which run's input to measure, and how long."""
 
-    checkpoint: str
+    checkpoint: FilePath
     """work directory of a run"""
     seconds: Annotated[float, Bounds(above=0, most=86_400)] = 5.0
     """duration of one measurement"""
-    repeats: Count = 5
+    repeats: Repeats = 5
     """number of measurements; the median is reported"""
     json: bool = False
     """print one JSON object instead of lines"""

@@ -25,7 +25,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from hnet.command_line import OneLineParser, number, run
+from hnet.command_line import OneLineParser, file_path, number, run
 from hnet.config import HNetConfig, StageConfig
 from hnet.errors import ConfigError
 from hnet.fields import to_json
@@ -247,17 +247,17 @@ def show(tuned: Tuned) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = OneLineParser(prog="python -m experiments.benchmarks.kernels", description=__doc__)
-    parser.add_argument("--out", default="", help="file to write; it must not exist")
+    parser.add_argument("--out", type=file_path, help="file to write; it must not exist")
     parser.add_argument("--rounds", type=number(int, 1, 10**4), default=7, help="default 7")
     options, words = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    if options.out:
+    if options.out is not None:
         new_file(options.out, "out")
     config = run_config(words)
     tuned = tune(config, " ".join(words), options.rounds)
     if not tuned.rows:
         raise ConfigError("no layer of this network has attention or an SSD: nothing to time")
     show(tuned)
-    if options.out:
+    if options.out is not None:
         write_new(options.out, json_text(to_json(tuned), indent=1) + "\n", "out")
         print(f"use it with --model.compute.tuned {shlex.quote(options.out)}")
 

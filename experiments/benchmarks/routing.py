@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.benchmarks.step import random_batch
-from hnet.bounds import Bounds, Count, Natural
+from hnet.bounds import Bounds, Count, Repeats
 from hnet.chunking.part import Place, Positions
 from hnet.command_line import parse, run
 from hnet.config import StageConfig
@@ -49,9 +49,9 @@ class RoutingBenchmark:
     """number of routes to compare with"""
     run: Count = 32
     """number of consecutive positions with the same route"""
-    rows: Natural = 0
+    rows: Annotated[int, Bounds(0, 65536)] = 0
     """rows per batch; 0 = as configured"""
-    repeats: Count = 15
+    repeats: Repeats = 15
     """number of interleaved measurements"""
 
 
@@ -95,7 +95,10 @@ def routed_batch(config: Config, routes: int, run: int) -> dict[str, np.ndarray]
     """Random bytes whose route changes every `run` bytes."""
     rng, (rows, length) = np.random.default_rng(0), (config.data.batch_size, config.data.seq_len)
     runs = rng.integers(0, routes, (rows, -(-length // run))).astype(np.int32)
-    return {**random_batch(config), "route_ids": np.repeat(runs, run, axis=1)[:, :length]}
+    return {
+        **random_batch(config),
+        "route_ids": np.repeat(runs, min(run, length), axis=1)[:, :length],
+    }
 
 
 def router_call(

@@ -18,26 +18,36 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
-from hnet.bounds import Count
+from hnet.bounds import Bounds
 from hnet.command_line import parse, run
 from hnet.errors import ConfigError
 from hnet.files import json_text
 from hnet.train.metrics_file import read_metrics
+
+MOST_RUNS = 1000
 
 
 @dataclass(frozen=True)
 class SweepBenchmark:
     """Which sweep to time."""
 
-    rates: Count = 8
+    rates: Annotated[int, Bounds(1, 1000)] = 8
     """number of learning rates"""
-    seeds: Count = 2
+    seeds: Annotated[int, Bounds(1, 1000)] = 2
     """number of runs per learning rate"""
     name: str = "tiny"
     """named configuration, as in `pretrain`"""
+
+    def __post_init__(self):
+        if (runs := self.rates * self.seeds) > MOST_RUNS:
+            raise ConfigError(
+                f"rates={self.rates}, seeds={self.seeds}: these are {runs:,} runs, each of which "
+                f"is trained twice: use at most {MOST_RUNS:,}"
+            )
 
 
 def main() -> int:

@@ -24,7 +24,7 @@ from rich.console import Console
 from experiments.compare import __main__ as compare
 from experiments.compare.report import grouped, read_row, replace_file
 from hnet import load
-from hnet.command_line import OneLineParser, number, run
+from hnet.command_line import OneLineParser, file_path, number, run
 from hnet.data import open_corpus
 from hnet.errors import ConfigError
 from hnet.suites import command, perturb
@@ -157,7 +157,9 @@ def percentage(values: Sequence[float | None]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = OneLineParser(prog="python -m experiments.claims", description=__doc__)
-    parser.add_argument("--workdir", default="runs/claims", help="default: runs/claims")
+    parser.add_argument(
+        "--workdir", type=file_path, default="runs/claims", help="default: runs/claims"
+    )
     parser.add_argument("--report", action="store_true", help="train nothing")
     parser.add_argument("--robustness", type=number(int, 0, 10_000), default=0, metavar="N")
     options, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)

@@ -68,14 +68,15 @@ def seconds_per_byte(
     return statistics.median(seconds[2:]) / (positions * bytes_per_position)
 
 
-def expected_rates(model: HNetConfig, texts: Sequence[bytes]) -> Rates:
+def expected_rates(model: HNetConfig, texts: Sequence[bytes], *, bos: bool) -> Rates:
     """Boundary rate of each stage on texts of this kind.
 
     Rates of learned predictors are the targets of the scripts in the texts. Rates of rules are
-    counted, with the narrowest network of this kind.
+    counted, with the narrowest network of this kind. bos: whether training puts BOS before each
+    text (`data.bos_eos`).
     """
     chunkings = [stage.chunking for stage in model.stages[:-1]]
-    counted = _counted_rates(model, texts) if any(map(_is_counted, chunkings)) else ()
+    counted = _counted_rates(model, texts, bos) if any(map(_is_counted, chunkings)) else ()
     scripts = np.concatenate([script_ids(text)[0] for text in texts])
     routes = route_table(model.route_groups, "model.route_groups")[scripts]
     shares = np.bincount(routes, minlength=model.num_routes) / len(routes)
@@ -92,14 +93,14 @@ def _is_counted(cut: ChunkingConfig) -> bool:
     return not (cut.predictor.part.is_learned or cut.predictor.name == "fixed")
 
 
-def _counted_rates(model: HNetConfig, texts: Sequence[bytes]) -> Rates:
+def _counted_rates(model: HNetConfig, texts: Sequence[bytes], bos: bool) -> Rates:
     """Boundary rates of a narrow random network with these predictors and few layers."""
     small = sizes(model)[0]
     with contextlib.suppress(ConfigError):  # some parts need certain layers
         short = [replace(s, arch_layout=("t1",) * len(s.arch_layout)) for s in small.stages]
         small = replace(small, stages=tuple(short))
     graph, params = abstract(small)[0], init_params(small, jax.random.key(0))
-    found = segment_all(segmenter(graph, small, bos=True), params, texts)
+    found = segment_all(segmenter(graph, small, bos=bos), params, texts)
     rates = []
     for s in range(small.num_chunked):
         chunks = sum(len(seg.stages[s].starts) for seg in found)

@@ -18,7 +18,7 @@ saved.
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from hnet.bounds import Bounds, Count, Natural
+from hnet.bounds import Bounds, Natural, Repeats, Vocabulary
 from hnet.data.config import DataConfig
 from hnet.train.sections import (
     CheckpointConfig,
@@ -51,17 +51,17 @@ class Compare(Sections):
     """number of runs of each system, with seeds from `seed` on; several are one program"""
     bytes: Natural = 1_048_576
     """number of training bytes per run; 0 = train.steps updates"""
-    vocabulary: Annotated[int, Bounds(257, 1_000_000)] = 1024
+    vocabulary: Vocabulary = 1024
     """number of tokens of the token baselines, which are learned from the training text"""
     gold: tuple[str, ...] = ()
     """annotated files with gold words or morphemes, as `experiments.boundaries` reads them"""
-    passages: Count = 64
+    passages: Annotated[int, Bounds(1, 100_000)] = 64
     """number of held-out passages whose boundaries are measured"""
     passage_bytes: Annotated[int, Bounds(16, 1 << 20)] = 500
     """number of bytes per passage, at most; annotated texts are cut to it"""
-    samples: Count = 8
+    samples: Repeats = 8
     """number of texts that are generated to measure decoding"""
-    sample_bytes: Count = 64
+    sample_bytes: Annotated[int, Bounds(1, 1 << 20)] = 64
     """number of bytes per generated text"""
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig(learning_rate=2e-3)

@@ -213,7 +213,7 @@ class Costs:
             return float(self.settings.parameters)
         config = common(self.settings, self.settings.reference)
         model, _ = at_cost(config.model, parameters, self.settings.parameters)
-        rates = expected_rates(config.model, texts_of(self.corpus))
+        rates = expected_rates(config.model, texts_of(self.corpus), bos=config.data.bos_eos)
         return self.of(replace(config, model=model), rates, 1.0)
 
     def system(self, name: str, budget: float, tokenizer: Path | None) -> System:
@@ -225,7 +225,7 @@ class Costs:
             rates: Rates = ()
         else:
             config = common(self.settings, name)
-            rates = expected_rates(config.model, texts_of(self.corpus))
+            rates = expected_rates(config.model, texts_of(self.corpus), bos=config.data.bos_eos)
 
         def cost(model):
             return self.of(replace(config, model=model), rates, size)

@@ -36,6 +36,7 @@ from hnet.dotted import differences
 from hnet.errors import ConfigError, Failed, told
 from hnet.fields import from_json, to_json
 from hnet.files import json_text, read_json
+from hnet.outputs import local_folder
 from hnet.runtime.compile_cache import enable_compilation_cache
 from hnet.runtime.cpu import one_device_per_core
 from hnet.runtime.distributed import REQUEUE_EXIT_CODE, StopRequest
@@ -56,13 +57,11 @@ class Comparison:
     """A comparison in its folder. Raises ConfigError before anything is written."""
 
     def __init__(self, names: Sequence[str], settings: Compare):
-        if "://" in settings.workdir:
-            raise ConfigError(f"workdir={settings.workdir!r} is no local folder: give one")
+        self.folder = local_folder(settings.workdir, "workdir")
         check_plots()
         check_names([settings.reference])
         check_names(names)
         self.names, self.settings = list(names), settings
-        self.folder = Path(settings.workdir)
         self.seeds = range(settings.seed, settings.seed + settings.seeds)
         self.gold = read_gold(settings)
         self.corpus = open_corpus(settings.data)

@@ -26,7 +26,7 @@ from hnet.train.command import train_to_end
 from hnet.train.config import Config, InitConfig, MeshConfig
 from hnet.train.metrics_file import read_metrics
 from hnet.train.named import run_config
-from hnet.train.workdir import claim_workdir, run_inputs
+from hnet.train.workdir import check_workdir, claim_workdir, run_inputs
 
 ROWS: dict[str, dict | None] = {
     "scratch": None,
@@ -51,6 +51,8 @@ def main() -> int:
     texts = dict(map(_text, options.text))
     if len(texts) < len(options.text):
         raise ConfigError(f"text={options.text}: two texts have one name: rename one")
+    for name in texts:
+        check_workdir(Path(base.workdir) / name)
     if base.mesh == MeshConfig():
         one_device_per_core(base.data.batch_size // base.train.accumulate)
     enable_compilation_cache()

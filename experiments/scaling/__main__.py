@@ -35,7 +35,7 @@ from experiments.scaling.ladder import (
     make_points,
     point_config,
 )
-from hnet.command_line import FAILED, OneLineParser, number, run
+from hnet.command_line import FAILED, OneLineParser, file_path, number, run
 from hnet.data import open_corpus
 from hnet.data.identity import Inputs, check_inputs, inputs, read_inputs
 from hnet.data.tokenizers.bpe import train_bpe
@@ -61,7 +61,7 @@ console = Console(highlight=False, soft_wrap=True, markup=False)
 def main(argv: list[str] | None = None) -> int:
     parser = OneLineParser(prog="python -m experiments.scaling", description=__doc__)
     parser.add_argument("command", choices=("plan", "run", "fit"))
-    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument("--out", type=file_path, required=True, metavar="DIR")
     parser.add_argument(
         "--levels", type=number(int, 1, 1 << 20), nargs="+", default=[256, 512, 768, 1024, 1536]
     )
@@ -73,7 +73,9 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--bpe", type=number(int, 257, 1 << 20), metavar="SIZE",
                         help="learn a vocabulary of that size")  # fmt: skip
-    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json of a byte-level BPE")
+    parser.add_argument(
+        "--tokenizer", type=file_path, metavar="FILE", help="tokenizer.json of a byte-level BPE"
+    )
     parser.add_argument("--topology", metavar="KIND:SHAPE", help="TPU slice to compile for")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="run: these models")
     options, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)

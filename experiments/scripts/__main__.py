@@ -30,7 +30,7 @@ from experiments.fairness import (
     token_system,
     write_report,
 )
-from hnet.bounds import Bounds, Count, Natural
+from hnet.bounds import Bounds, ChunkBytes, Count, FilePath, Natural, Vocabulary
 from hnet.chunking.losses.binomial import Binomial
 from hnet.chunking.losses.hinge import Hinge
 from hnet.chunking.losses.parity import Parity
@@ -47,7 +47,7 @@ from hnet.errors import ConfigError, told
 from hnet.fields import to_json
 from hnet.files import json_text, read_json
 from hnet.inspect.gold import thin
-from hnet.outputs import write_new
+from hnet.outputs import local_folder, write_new
 from hnet.parts import settings_of
 from hnet.runtime.compile_cache import enable_compilation_cache
 from hnet.train.command import train_to_end
@@ -69,17 +69,17 @@ class FairnessTableConfig:
     """LANGUAGE=FILE aligned with the last text, of languages that are measured, not trained on"""
     groups: tuple[str, ...] = ()
     """scripts that share a route, such as Hiragana+Katakana; see `experiments.calibrate`"""
-    out: str = "runs/fairness"
+    out: FilePath = "runs/fairness"
     """folder for the text, both runs and the reports"""
     systems: tuple[str, ...] = ("routed", "single")
     """systems to train: routed, single, parity, flexitokens, magnet"""
-    mean_ratio: Annotated[float, Bounds(above=1)] = 6.0
+    mean_ratio: ChunkBytes = 6.0
     """bytes per chunk over all languages, for all models"""
     steps: Natural = 0
     """number of updates per model; 0 = as configured"""
     seed: Annotated[int, Bounds(0, 2**32 - 1)] = 0
     """seed of all runs"""
-    bpe: Count = 4096
+    bpe: Vocabulary = 4096
     """vocabulary size of the BPE"""
     max_lines: Count = 2000
     """number of lines used per text, spread evenly over it"""
@@ -91,7 +91,7 @@ def main() -> int:
     config = parse(FairnessTableConfig)
     if unknown := [name for name in config.systems if name not in SYSTEMS]:
         raise ConfigError(f"systems={unknown[0]!r} is unknown: use some of {', '.join(SYSTEMS)}")
-    out = Path(config.out)
+    out = local_folder(config.out, "out")
     train_lines, heldout = split_texts(config)
     runs = run_configs(config, train_lines, out)
     check_settings(out, config)
@@ -107,7 +107,7 @@ def main() -> int:
         print(f"{settings.workdir} took {wall:.0f} s, {cpu:.0f} s of all cores")
         if settings.model.num_routes > 1:
             print_rates(settings, outcome)
-    systems = [byte_system(), token_system(f"BPE {config.bpe}", tokenizer)]
+    systems = [byte_system(), token_system(f"BPE {tokenizer.get_vocab_size()}", tokenizer)]
     systems += [model_system(settings.workdir) for settings in runs]
     for name, lines in heldout.items():
         if not (out / name / "report.json").exists():
@@ -118,7 +118,7 @@ def main() -> int:
 
 def check_settings(out: Path, config: FairnessTableConfig) -> None:
     """Store the settings of the study in its folder; raise ConfigError if it has other ones."""
-    mine, path = to_json(replace(config, out="")), out / "settings.json"
+    mine, path = to_json(config) | {"out": ""}, out / "settings.json"
     if not path.exists():
         write_new(path, json_text(mine, indent=1) + "\n", "out")
     for field, new, old in differences(mine, read_json(path, "settings")):

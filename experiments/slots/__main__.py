@@ -61,8 +61,9 @@ def main() -> int:
         base = replace(base, workdir="runs/slots")
     if base.model.num_chunked != 1:
         raise ConfigError("model: slots of one stage are compared: use a model with two stages")
+    folder = local_folder(base.workdir, "workdir") / "rows"
     enable_compilation_cache()
-    corpus, folder = open_corpus(base.data), local_folder(base.workdir, "workdir") / "rows"
+    corpus = open_corpus(base.data)
     table = Table("slots", "seeds", *COLUMNS, box=None)
     for share in (FOLLOW, *options.shares):
         rows = []
@@ -89,7 +90,7 @@ def share_of_sums(parts: Sequence[tuple[float, float]]) -> float:
 def row_of(config: Config, corpus: Corpus, share: int, folder: Path) -> dict[str, float]:
     """The stored row of these settings, or a new one. Raises ConfigError for other settings."""
     path = folder / f"share{share}-seed{config.seed}.json"
-    settings = to_json(replace(config, workdir=""))
+    settings = to_json(config) | {"workdir": ""}
     if path.exists():
         kinds = {"settings": dict, "fingerprint": str, "row": dict}
         content = read_object(path, "row of the study of slots", **kinds)

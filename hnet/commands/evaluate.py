@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hnet import load
-from hnet.bounds import Bounds, Natural, Rows
+from hnet.bounds import Bounds, FilePath, Rows
 from hnet.command_line import parse
 from hnet.data import DataConfig, Part, eval_batches, open_corpus, open_part
 from hnet.data.parallel import read_parallel
@@ -50,11 +50,11 @@ from hnet.weights.sources import Source, resolve
 class EvaluateConfig:
     """What to score and how to print the result."""
 
-    checkpoint: str
+    checkpoint: FilePath
     """WORKDIR or WORKDIR@STEP of a run, an official checkpoint with its JSON, or hf://OWNER/NAME"""
     files: tuple[str, ...] = ()
     """globs of text to score, in quotes; empty = the held-out text of the run"""
-    seq_len: Natural = 0
+    seq_len: Annotated[int, Bounds(0, 1 << 24)] = 0
     """positions per row, which limit the context of a byte; 0 = as trained"""
     batch_size: Rows = 8
     """number of rows scored together"""

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 from rich.progress import Progress
 
-from hnet.bounds import Rows
+from hnet.bounds import FilePath, Rows
 from hnet.command_line import parse
 from hnet.commands.prompt_file import (
     already_done,
@@ -52,14 +52,14 @@ from hnet.runtime.compile_cache import enable_compilation_cache
 class GenerateConfig:
     """What to continue and how."""
 
-    checkpoint: str
+    checkpoint: FilePath
     """WORKDIR or WORKDIR@STEP of a run, an official checkpoint with its JSON, or hf://OWNER/NAME"""
     prompt: str | None = None
     """text to continue, possibly empty; without it, lines are read from the terminal or a pipe, and
     blank lines are skipped"""
-    input: str = ""
+    input: FilePath | None = None
     """JSONL file of prompts"""
-    output: str = ""
+    output: FilePath | None = None
     """JSONL file of results; it must not exist, except with --resume"""
     resume: bool = False
     """continue an output file that was not finished"""
@@ -78,9 +78,9 @@ class GenerateConfig:
 
 def main() -> None:
     config = parse(GenerateConfig)
-    if bool(config.input) != bool(config.output):
+    if (config.input is None) != (config.output is None):
         raise ConfigError("input and output belong together: give both, or a prompt")
-    if config.input:
+    if config.input is not None:
         _run_file(config)
         return
     model = _load(config)

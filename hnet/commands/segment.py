@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass, replace
 
 from hnet import load
-from hnet.bounds import Count
+from hnet.bounds import Count, FilePath
 from hnet.command_line import parse
 from hnet.data.forms import lines_of
 from hnet.data.parallel import read_lines
@@ -37,15 +37,15 @@ GOLD = ("words", "whitespace", "characters")
 class SegmentConfig:
     """Which text to segment and how to show it."""
 
-    checkpoint: str
+    checkpoint: FilePath
     """WORKDIR or WORKDIR@STEP of a run, an official checkpoint with its JSON, or hf://OWNER/NAME"""
     text: tuple[str, ...] = ()
     """texts to segment"""
-    file: str = ""
+    file: FilePath | None = None
     """file whose lines are segmented one by one, in a form of `data.files`; - = standard input"""
     json: bool = False
     """print one JSON object per text instead"""
-    html: str = ""
+    html: FilePath | None = None
     """output file for a page; it must not exist"""
     ema: bool = False
     """whether to take the moving average of the run's parameters (optim.ema_decay)"""
@@ -57,7 +57,7 @@ class SegmentConfig:
 
 def main() -> None:
     config = parse(SegmentConfig)
-    if config.html:
+    if config.html is not None:
         new_file(config.html, "html")
     texts = _texts(config)
     enable_compilation_cache()
@@ -69,7 +69,7 @@ def main() -> None:
         graph, params = split(model)
         found = segment_all(segmenter(graph, model.config, bos=model.bos), params, texts)
     found = [annotate(replace(seg, name=f"text {n}"), *GOLD) for n, seg in enumerate(found, 1)]
-    if config.html:
+    if config.html is not None:
         _write_page(config, found)
     elif config.json:
         for seg in found:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hnet.bounds import Count
+from hnet.bounds import Count, FilePath
 from hnet.command_line import parse, run
 from hnet.data import DataConfig, open_corpus
 from hnet.data.prepare import prepare
@@ -31,7 +31,7 @@ class Prepare:
 
     files: tuple[str, ...]
     """quoted globs of .txt, .jsonl, .gz of both, or .parquet files"""
-    out: str
+    out: FilePath
     """new folder; read it with --data.files 'OUT/*.array_record'"""
     shard_bytes: Count = 256 << 20
     """number of bytes of text per shard"""

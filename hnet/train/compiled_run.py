@@ -224,7 +224,7 @@ def untraced(config: Config) -> Config:
     deviations = 2.0 if config.train.spike_deviations else 0.0
     return replace(
         config,
-        workdir="",
+        workdir=".",
         seed=0,
         model=replace(config.model, stages=(*stages, config.model.stages[-1])),
         optim=replace(config.optim, **zero),

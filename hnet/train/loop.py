@@ -29,7 +29,13 @@ from hnet.train.spikes import no_spikes
 from hnet.train.step import TrainState, with_params
 from hnet.train.utilization import Utilization, peak_of
 from hnet.train.watchdog import Watchdog
-from hnet.train.workdir import check_steps, claim_workdir, locked_workdir, run_inputs
+from hnet.train.workdir import (
+    check_steps,
+    check_workdir,
+    claim_workdir,
+    locked_workdir,
+    run_inputs,
+)
 
 log = logging.getLogger(__name__)
 MAX_ROLLBACKS = 3
@@ -121,6 +127,7 @@ def train(
     Raises ConfigError for settings that cannot work, before any file is written, and StopRun if
     training fails.
     """
+    distributed.on_first_host("workdir", lambda: check_workdir(config.workdir))
     corpus = open_corpus(config.data)
     read = run_inputs(config, corpus)
     program = build(config, change=change) if change else build(config)

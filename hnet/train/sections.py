@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from hnet.bounds import Bounds, Count, Natural, NotNegative, Positive, Seconds, Share
+from hnet.bounds import Bounds, Count, FilePath, Natural, NotNegative, Positive, Seconds, Share
 from hnet.checkpoint.settings import CheckpointConfig
 from hnet.data.config import DataConfig
 from hnet.errors import ConfigError, shown
@@ -270,7 +270,7 @@ class Sections:
         "train.packed_rows": "rows_sharing_slots",
     }
 
-    workdir: str = "runs/default"
+    workdir: FilePath = "runs/default"
     """folder of this run, local or gs://bucket/folder; the same command again resumes the run"""
     seed: Annotated[int, Bounds(0, 2**32 - 1)] = 0
     """seed of the initialisation, the noise and the order of the data"""

@@ -14,6 +14,7 @@ from hnet.dotted import differences
 from hnet.errors import ConfigError, Failed, told
 from hnet.fields import to_json
 from hnet.files import parse_json, read_bytes
+from hnet.outputs import local_folder
 from hnet.runtime.distributed import on_first_host
 from hnet.train.config import Config, config_from_json
 from hnet.train.lock import DirectoryLock
@@ -24,6 +25,7 @@ def read_config(workdir: str | os.PathLike) -> Config:
     """The configuration of the run in a work directory. Raises ConfigError if there is none."""
     content = _stored(workdir)
     if isinstance(content, dict):  # defaults of an earlier version
+        content["workdir"] = content.get("workdir") or "."
         if isinstance(controller := content.get("controller"), dict):
             controller.setdefault("hold_frac", 1.0)
         if isinstance(data := content.get("data"), dict):
@@ -100,6 +102,13 @@ def locked_workdir(config: Config, read: Inputs | None = None) -> Iterator[None]
     with contextlib.ExitStack() as stack:
         on_first_host("lock", enter)
         yield
+
+
+def check_workdir(workdir: str | os.PathLike) -> None:
+    """Raise ConfigError unless files can be made in a work directory, which may not exist yet."""
+    folder = work_folder(workdir)
+    if "://" not in os.fspath(workdir):
+        local_folder(folder, "workdir")
 
 
 def check_free(workdir: str | os.PathLike) -> None:

@@ -7,9 +7,10 @@ import typing
 import pytest
 
 from hnet import command_help
+from hnet.bounds import NamesFile
 from hnet.command_line import with_words
 from hnet.errors import ConfigError
-from hnet.fields import options, plain, to_json, unwrap
+from hnet.fields import marks, options, plain, to_json, unwrap
 from hnet.train.config import Config
 from hnet.train.named import base_config
 
@@ -43,7 +44,15 @@ WRONG = {
     int: ["x", "1.5", "nan", "1e400", "2e63", str(2**63), "-" + "9" * 400, "-2", ""],
     float: ["x", "nan", "inf", "-inf", "1e400", "1e300", "-1e300", ""],
     bool: ["yes", "1", ""],
+    NamesFile: ["", "a\0b", "x" * 4000],
 }
+ABSURD = {int: str(2**31 - 1), float: "1e11"}
+MAY_BE_ABSURD = (
+    "seed", "max_bytes", "max_texts", "max_lines", "heldout", "shard_bytes", "steps", "batches",
+    "compare.settings:bytes", "reference_parameters", "routing:run", "temperature",
+    "repetition_penalty", "repetition_window", "top_k",
+)  # fmt: skip
+"""Seeds, upper limits of what a text or a plan has, and numbers that any work allows."""
 
 
 def cases():
@@ -65,7 +74,10 @@ def numbers(cls, content):
     from hnet.dotted import locate
 
     for path in command_help.leaves(cls, content):
-        hint = plain(locate(cls, content, path)[2])
+        hint = locate(cls, content, path)[2]
+        if any(isinstance(mark, NamesFile) for mark in marks(hint)):
+            yield path, NamesFile
+        hint = plain(hint)
         kinds = [unwrap(option) for option in options(hint)] or [hint]
         for kind in kinds:
             if typing.get_origin(kind) is tuple:
@@ -82,7 +94,7 @@ CASES = list(cases())
     [case[1:] for case in CASES],
     ids=[f"{case[0]}:{case[3]}" for case in CASES],
 )
-def test_every_number_of_every_command_refuses_what_it_is_not(cls, content, path, kind):
+def test_every_field_of_every_command_refuses_what_it_is_not(cls, content, path, kind):
     content = json.dumps(content)
     for word in WRONG[kind]:
         if word == "-2" and path.endswith(MAY_BE_NEGATIVE):
@@ -92,3 +104,24 @@ def test_every_number_of_every_command_refuses_what_it_is_not(cls, content, path
             pytest.fail(f"--{path} {word} was taken")
         message = str(error.value)
         assert path.split(".")[-1] in message and "\n" not in message and len(message) < 400
+
+
+LARGE = [
+    case
+    for case in CASES
+    if case[0] != "run"
+    and case[4] in ABSURD
+    and not f"{case[0].removeprefix('experiments.')}:{case[3]}".endswith(MAY_BE_ABSURD)
+    and case[3].partition(".")[0] not in typing.get_type_hints(Config)  # a run's: see its own
+]
+
+
+@pytest.mark.parametrize(
+    ("cls", "content", "path", "kind"),
+    [case[1:] for case in LARGE],
+    ids=[f"{case[0]}:{case[3]}" for case in LARGE],
+)
+def test_numbers_that_no_work_allows_are_refused(cls, content, path, kind):
+    with pytest.raises(ConfigError, match=path.split(".")[-1]):
+        with_words(cls, json.loads(json.dumps(content)), [f"--{path}", ABSURD[kind]])
+        pytest.fail(f"--{path} {ABSURD[kind]} was taken")

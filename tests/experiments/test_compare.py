@@ -6,6 +6,7 @@ import random
 import shlex
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from experiments.compare.report import grouped, markdown, page, tables
 from experiments.compare.settings import Compare
 from hnet.command_line import parse
 from hnet.config import HNetConfig
+from hnet.data import DataConfig
 from hnet.errors import ConfigError
 from hnet.inspect.fairness import cut_at
 from hnet.train.lock import DirectoryLock
@@ -64,14 +66,32 @@ def test_the_network_at_a_cost_is_the_nearest_of_all_widths(name):
 
 def test_rates_are_targets_of_the_scripts_or_counts_of_a_rule():
     texts = [b"some words of English text", "слово".encode() * 3]
-    rates = match.expected_rates(base_config("magnet").model, texts)
+    expected_rates = partial(match.expected_rates, bos=True)
+    rates = expected_rates(base_config("magnet").model, texts)
     # The first byte of the second text completes no character, so it has the default route.
     assert rates == pytest.approx([(27 / 5 + 29 / 10) / 56])
-    assert match.expected_rates(base_config("dtp_fixed").model, texts) == (0.25,)
+    assert expected_rates(base_config("dtp_fixed").model, texts) == (0.25,)
     texts = [b"a b  c de fgh", b"no, end. "]
     spaces = [cut_at(t, [i + 1 for i, c in enumerate(t) if c == 32]) for t in texts]
     counted = sum(len(seg.stages[0].starts) for seg in spaces) / sum(map(len, texts))
-    assert match.expected_rates(base_config("dtp_whitespace").model, texts) == (counted,)
+    assert expected_rates(base_config("dtp_whitespace").model, texts) == (counted,)
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_rates_are_counted_with_the_bos_of_the_runs(bos, monkeypatch):
+    asked = []
+
+    def segmenter(graph, config, *, bos):
+        asked.append(bos)
+        return match_segmenter(graph, config, bos=bos)
+
+    match_segmenter = match.segmenter
+    monkeypatch.setattr(match, "segmenter", segmenter)
+    monkeypatch.setattr(systems, "texts_of", lambda corpus: [b"a b  c de fgh"])
+    settings = Compare(data=DataConfig(bos_eos=bos), reference="dtp_whitespace")
+    costs = systems.Costs(settings, corpus=None)
+    costs.system("dtp_whitespace", costs.budget(), None)
+    assert asked == [bos, bos]
 
 
 def test_flops_per_byte_are_of_source_bytes_at_the_rate(monkeypatch):

@@ -71,11 +71,30 @@ INTO = [
     ("hnet.interop.__main__", "convert", "run"),
     (*PULL, "hf://a/b"),
     ("tpu.published", "--topology", "h100:1", "--model", "1stage_L", "--out"),
+    ("experiments.scripts.__main__", "--train", "a=text.txt", "b=text.txt", "--out"),
+    ("experiments.claims.__main__", "--data.files", *HELD, "--workdir"),
+    ("experiments.rates.__main__", "--data.files", *HELD, "--workdir"),
+    (*TUNE[:1], "tiny.json", "--init.from", "run", "--text", "a=text.txt:text.txt", "--workdir"),
+    ("experiments.benchmarks.__main__", "--json"),
+    ("experiments.benchmarks.kernels", "--out"),
+    ("experiments.calibrate", "--mean-ratio", "6", "--files", "a=text.txt", "--out"),
+    ("experiments.tokenizer", "--kind", "bpe:300", "--files", "text.txt", "--out"),
+    ("hnet.commands.segment", *AT, "--text", "a", "--html"),
+    (*GENERATE, "--output"),
+    (*SWEEP, "space.toml", "--storage"),
+    (*LAUNCH[:-1],),
 ]
+BUCKET_TOO = [(*RUN, "--workdir"), ("experiments.rate_control.__main__", "tiny.json", "--workdir")]
 
 STARTS = [
     *(("tpu.emulate", "--log-dir", word, "--", "x") for word in ("gs://x/y", "text.txt/x", "")),
-    *((*start, word) for start in INTO for word in ("gs://x/y", "text.txt/x", "broken_link", "")),
+    *(
+        (*start, word)
+        for start in INTO
+        for word in ("gs://x/y", "text.txt/x", "broken_link", "", "/proc/x", LONG, "x" * 300)
+        if (start[-1], word) != ("--storage", "gs://x/y")
+    ),
+    *((*start, word) for start in BUCKET_TOO for word in ("", "text.txt/x", "/proc/x", LONG)),
     *((*LAUNCH[:-1], word, "--go", *AFTER) for word in ("gs://x/y", "text.txt/x", "broken_link")),
     *((*RUN, "--workdir", word) for word in ("text.txt", "/dev/null", LONG, "a\0b")),
     *((*RUN, "--data.files", word) for word in ("missing", "folder", "/dev/zero", LONG, "a\0b")),
@@ -122,7 +141,7 @@ STARTS = [
         ("experiments.entropy_threshold", "--bytes_per_patch", "4", "--checkpoint", word)
         for word in OTHER_RUNS
     ),
-    *((*RUN, "--init.from", word) for word in (*OTHER_RUNS[1:], "run@9")),
+    *((*RUN, "--init.from", word) for word in ("run@9", "missing@1", "http://x/y", "other")),
     *(
         ("hnet.commands.generate", *AT, "--input", w, "--output", "new")
         for w in (*NO_FILES, *NO_JSON)
@@ -153,6 +172,8 @@ STARTS = [
             ("--gold", "a=half.jsonl"),
             ("--bpe", "300", "--bpe_files", "a=empty"),
             ("--bpe", "-1"),
+            ("--bpe", "2147483647", "--bpe_files", "a=text.txt"),
+            ("--bpe", "255", "--bpe_files", "a=text.txt"),
         )
     ),
     ("experiments.fairness", "--files", "a=missing", "b=text.txt", "--out", "new"),

@@ -517,8 +517,25 @@ def test_the_published_table_takes_the_fastest_remat_with_the_fewest_micro_batch
     tried.clear()
     assert published.main([*words, "1stage_L"]) == 0 and not tried
     assert capsys.readouterr().out.splitlines()[-1] == row
+    torn, file = tmp_path / "rows.jsonl", (tmp_path / "rows.jsonl").read_bytes()
+    for rest in (b"", file[:1], file[:40], file[:-1], b"[1]\n", b'{"mine": 1}'):
+        torn.write_bytes(rest)
+        if rest in (b"[1]\n", b'{"mine": 1}'):
+            with pytest.raises(ConfigError, match="no rows of this command"):
+                published.main([*words, "1stage_L"])
+            assert torn.read_bytes() == rest
+            continue
+        tried.clear()
+        assert published.main([*words, "1stage_L"]) == 0
+        assert len(tried) == (0 if rest == file[:-1] else 7), rest
+        assert torn.read_bytes() + b"\n" * (rest == file[:-1]) == file
+    torn.write_bytes(file + file[:40])
     monkeypatch.setattr(published, "code_hash", lambda: "other code")
+    tried.clear()
     assert published.main([*words, "1stage_L"]) == 0 and len(tried) == 7
+    assert [json.loads(line)["code"] for line in torn.read_text().splitlines()][1:] == [
+        "other code"
+    ]
 
 
 # --- topologies ---------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ from hnet.files import read_bytes
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+MOST_TOKENS = 1 << 20
+
 
 def _library():
     try:
@@ -27,8 +29,8 @@ def _library():
 def train_bpe(texts: Sequence[bytes], vocab_size: int) -> "Tokenizer":
     """Train a byte-level BPE on texts, with the pre-tokenization of GPT-2."""
     lib = _library()
-    if vocab_size < 256:
-        raise ConfigError(f"bpe={vocab_size} cannot hold every byte: use 256 or more")
+    if not 256 <= vocab_size <= MOST_TOKENS:  # the library reserves memory for all of them
+        raise ConfigError(f"bpe={vocab_size}: use 256, which hold every byte, to {MOST_TOKENS}")
     return learned(lib.models.BPE(), lib.trainers.BpeTrainer, texts, vocab_size)
 
 

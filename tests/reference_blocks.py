@@ -1,12 +1,19 @@
 """Networks of other codes in our blocks: their parameters in ours, and what our stacks lack.
 
+Stacks that ours do not have are functions of parameters by their names in torch, in a `Written`.
+
 Blocks of LLaMA (BLT, AU-Net) are our layers T: queries and keys rotate neighbouring channels there,
 so their channels are reordered, and an MLP is padded with zeros to a multiple of 128.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+
+from hnet.nn.attention import attention_reference
 
 
 class Same(nnx.Module):
@@ -36,6 +43,57 @@ class Doubled(nnx.Module):
 
     def __call__(self, x_BLD, context):
         return x_BLD + self.layer(x_BLD, context)
+
+
+class Written(nnx.Module):
+    """A stack that is a function run(parameters, x, context)."""
+
+    def __init__(self, run: Callable, params: dict[str, np.ndarray]):
+        self.run, self.w = run, nnx.Dict({k: nnx.Param(jnp.asarray(a)) for k, a in params.items()})
+
+    def __call__(self, x_BLD, context):
+        return self.run({k: a[...] for k, a in self.w.items()}, x_BLD, context)
+
+
+def layer_norm(w: dict, name: str, x_BLD: jax.Array) -> jax.Array:
+    x_BLD = x_BLD - jnp.mean(x_BLD, axis=-1, keepdims=True)
+    x_BLD = x_BLD * jax.lax.rsqrt(jnp.mean(jnp.square(x_BLD), axis=-1, keepdims=True) + 1e-5)
+    return x_BLD * w[f"{name}.weight"][None, None] + w[f"{name}.bias"][None, None]
+
+
+def affine(w: dict, name: str, x_BLD: jax.Array) -> jax.Array:
+    return x_BLD @ w[f"{name}.weight"].T + w[f"{name}.bias"][None, None]
+
+
+def attend(q, k, v, segment_ids_BL, heads: int, **options) -> jax.Array:
+    """Attention of one document each, of arrays (B, L, D)."""
+    parts = (a.reshape(*a.shape[:2], heads, -1) for a in (q, k, v))
+    return attention_reference(*parts, segment_ids_BL, **options).reshape(q.shape)
+
+
+def gpt(w: dict, name: str, x_BLD: jax.Array, segment_ids_BL: jax.Array, heads: int) -> jax.Array:
+    """One block with layer norms in front and biases (avi-jit/eTok)."""
+    h = layer_norm(w, f"{name}.ln1", x_BLD)
+    q, k, v = (affine(w, f"{name}.attn.{part}", h) for part in ("query", "key", "value"))
+    x_BLD = x_BLD + affine(w, f"{name}.attn.proj", attend(q, k, v, segment_ids_BL, heads))
+    h = affine(w, f"{name}.mlp.0", layer_norm(w, f"{name}.ln2", x_BLD))
+    return x_BLD + affine(w, f"{name}.mlp.2", jax.nn.gelu(h, approximate=False))
+
+
+def post_norm(w: dict, name: str, x_BLD: jax.Array, segment_ids_BL, heads: int) -> jax.Array:
+    """torch's TransformerEncoderLayer, which looks in both directions."""
+    qkv = x_BLD @ w[f"{name}.self_attn.in_proj_weight"].T
+    qkv = jnp.split(qkv + w[f"{name}.self_attn.in_proj_bias"][None, None], 3, axis=-1)
+    y = attend(*qkv, segment_ids_BL, heads, causal=False)
+    x_BLD = layer_norm(w, f"{name}.norm1", x_BLD + affine(w, f"{name}.self_attn.out_proj", y))
+    h = jax.nn.relu(affine(w, f"{name}.linear1", x_BLD))
+    return layer_norm(w, f"{name}.norm2", x_BLD + affine(w, f"{name}.linear2", h))
+
+
+def layers_of(w: dict, prefix: str) -> list[str]:
+    """Names of the layers `prefix.0`, `prefix.1`, ... of these parameters."""
+    found = {int(k.removeprefix(f"{prefix}.").split(".")[0]) for k in w if k.startswith(prefix)}
+    return [f"{prefix}.{i}" for i in sorted(found)]
 
 
 def halves(weight_OI: jax.Array, width: int) -> jax.Array:

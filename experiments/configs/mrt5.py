@@ -18,8 +18,9 @@ def mrt5() -> HNetConfig:
     Paper: arXiv 2410.20771
     Fidelity: gate, soft and hard deletion at original positions, softmax with a sink of 1 and the
     PI controller as in jkallini/mrt5; ours is causal and has a decoder for bytes that reads the
-    last kept one; no score regulariser; the first byte is always kept; the rate is held
-    Test: tests/chunking/test_deletion.py: gate, softmax and controller of its code
+    last kept one; no score or entropy regulariser; the first byte is always kept; the rate is held
+    Test: tests/chunking/test_deletion.py: gate, softmax and controller of its code;
+    tests/chunking/test_mrt5_network.py: these parts in its whole network
     """
     base = one_stage(6.0)
     outer, inner = base.stages

@@ -76,7 +76,8 @@ def learn_your_tokens() -> HNetConfig:
     Fidelity: encoder of tokens and bytes, 4 positions of the main network for each word, decoder
     restarted at each word after the 4 outputs for the word before, as in avi-jit/eTok; words of at
     most 12 bytes; there is no padded canvas, so padding does not end a word
-    Test: tests/test_battery.py, tests/parts, tests/chunking/test_dechunk.py
+    Test: tests/chunking/test_reference_networks.py: its whole network, with its blocks;
+    tests/test_battery.py, tests/parts, tests/chunking/test_dechunk.py
     """
     pool = Prefix.Config(4, 12, 2, num_heads=4, d_intermediate=256)
     return _of_words(pool, 5.0, dechunks.Prefix.Config(4))

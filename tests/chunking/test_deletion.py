@@ -23,9 +23,12 @@ from tests.networks import network, quick_jit, random_params, stage
 VALUE, GRADIENT = 2e-5, 1e-4
 
 
-def test_the_gate_is_mrt5s():
+@pytest.mark.parametrize(
+    ("kind", "k"), [("scaled_sigmoid", -30.0), ("scaled_sigmoid_default", -10.0)]
+)
+def test_the_gate_is_mrt5s(kind, k):
     numbers = load("family/mrt5_gate")
-    found, config = part(numbers, "scaled_sigmoid"), DeletionGate.Config()
+    found, config = part(numbers, kind), DeletionGate.Config(scale=k)
     gate = DeletionGate(config, Place(0, 24, 24, ChunkingConfig()), rngs=nnx.Rngs(0))
     assert np.array_equal(gate.feed_forward.bias[...], numbers["init_bias"])
     graph, _ = nnx.split(gate)
@@ -48,7 +51,7 @@ def test_the_gate_is_mrt5s():
     (_, ours), (grads, dh_BLD) = run(params, h_BLD)
     assert relative_error(ours.logit, found["logit_BL1"][..., 0]) < VALUE
     assert relative_error(ours.extra[seen_BL], found["gate_BL1"][..., 0][seen_BL]) < VALUE
-    kept = found["gate_BL1"][..., 0][seen_BL] > -15
+    kept = found["gate_BL1"][..., 0][seen_BL] > k / 2
     assert np.array_equal((ours.probability > 0.5)[seen_BL], kept) and 0 < kept.sum() < kept.size
     assert relative_error(dh_BLD, found["grad_hidden_BLD"]) < GRADIENT
     linear = grads["feed_forward"]

@@ -136,33 +136,6 @@ def test_pool_and_dechunk_by_linear_maps_have_the_values_and_gradients_of_au_net
     assert full.any() and close(grad_hidden[full], z["down/grad_hidden_BLD"][full], 1e-4)
 
 
-@pytest.mark.parametrize("stage", [0, 1])
-def test_stages_of_au_net(stage):
-    """Masks of both stages from the levels, and the ways down and up between its own states."""
-    z = golden_data.part(golden(), "net")
-    level_BL = z["in/level_BL"].copy()
-    level_BL[:, 0] = level_BL.max()  # the first position is a boundary of all stages
-    segments_BL = np.ones_like(level_BL)
-    for outer in range(stage):
-        M = z[f"inter/{outer}/index_BM"].shape[1]
-        _, _, slots = boundaries_of(level_BL > outer, segments_BL, M)
-        segments_BL = np.asarray(slots.context.segment_ids_BL)
-        level_BL = np.asarray(slots.gather(jnp.asarray(level_BL)))
-    h, y = z[f"inter/{stage}/enc_BLD"], z[f"inter/{stage}/inner_out_BME"]
-    pool, dechunk = loaded(f"net/param/transitions.{stage}.", h.shape[-1], y.shape[-1])
-    context, found, slots = boundaries_of(level_BL > stage, segments_BL, y.shape[1])
-    used, valid = np.asarray(slots.context.segment_ids_BL) != 0, segments_BL != 0
-    assert used.sum() == z[f"out/pool_mask{stage}_BL"].sum()
-    assert np.array_equal(np.asarray(slots.opened_at_BM)[used], z[f"inter/{stage}/index_BM"][used])
-    down = pool(Positions(jnp.asarray(h), context, pool.config), found, slots)
-    up = dechunk(jnp.asarray(y), found, slots, dechunk.config)
-    for ours, theirs in (
-        (np.asarray(down)[used], z[f"inter/{stage}/down_BME"][used]),
-        (np.asarray(up)[valid], z[f"inter/{stage}/up_BLD"][valid]),
-    ):
-        assert golden_data.relative_error(ours, theirs) < 2e-5
-
-
 @pytest.mark.parametrize("limit", [0, 4, 10, 100])
 def test_words_of_hat(limit):
     """Each word but the first is known at the last byte of its first character."""

@@ -57,7 +57,9 @@ def set_exact_offsets(
     """`params` with exact offsets in every stage that holds its rate, outermost stage first.
 
     The input of a stage depends on the boundaries of the stages around it, so there is one pass
-    over the text per stage. Predictors draw no noise, as in inference.
+    over the text per stage. Predictors draw no noise, as in inference. Boundaries that
+    `max_chunk_len` forces count too, and change with the offset: such a stage has three passes,
+    each from the offset of the one before.
     configs: the run's, or those of all runs trained together (arrays have a leading axis of runs).
     beat: called once per batch, as a heartbeat, because this can take long.
     """
@@ -82,11 +84,12 @@ def set_exact_offsets(
             targets = [c.model.stages[s].chunking.target_ratios[0] for c in configs]
             made_up = text(SEED + 1, 1.0)
             params = fit_default_route(program, params, s, targets, made_up, num_batches)
-        found = OfEachRun(Logits(s) for _ in configs)
-        into = found if "runs" in program.mesh.shape else found[0]
-        run_batches(program, params, text(SEED, fits * UNKNOWN_FRAC), capacities, into=into)
-        exact = [logits.exact_offsets(config) for logits, config in zip(found, configs)]
-        params = map_offsets(partial(_set, s, exact), params)
+        for _ in range(3 if stage.chunking.max_chunk_len else 1):
+            found = OfEachRun(Logits(s) for _ in configs)
+            into = found if "runs" in program.mesh.shape else found[0]
+            run_batches(program, params, text(SEED, fits * UNKNOWN_FRAC), capacities, into=into)
+            exact = [logits.exact_offsets(config) for logits, config in zip(found, configs)]
+            params = map_offsets(partial(_set, s, exact), params)
         params = with_frozen(trained(infos, params), before)
     return params
 

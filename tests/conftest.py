@@ -5,6 +5,7 @@ commands that tests start compile a program once. The process that pytest starts
 and removes it; the others inherit its path in their environment.
 """
 
+import gc
 import math
 import os
 import shutil
@@ -66,6 +67,13 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if _in_quick_tier(item.path):
             item.add_marker("quick")
+
+
+def pytest_collection_finish(session):
+    """Collect garbage seldom: tracing makes many objects, and each search of them looks at all."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_generate_tests(metafunc):

@@ -244,7 +244,7 @@ def streamed(name: str, scopes: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     first = np.maximum.accumulate(np.where(starts, np.arange(L), 0), axis=1)
     for i in range(L - lengths.min()):
         t = np.minimum(lengths + i, L - 1)
-        at = lambda a, t=t: None if a is None else jnp.asarray(a)[np.arange(B), t]
+        at = lambda a, t=t: None if a is None else np.asarray(a)[np.arange(B), t]
         memory = beside.memory and beside.memory._replace(
             query_group_BL=at(beside.memory.query_group_BL)[:, None]
         )
@@ -267,7 +267,7 @@ def test_steps_are_the_forward_pass(name, monkeypatch):
 
 
 @EACH
-@pytest.mark.parametrize("lengths", [(0, 0, 0), (11, 4, 2), (18, 3, 11)])
+@pytest.mark.few("lengths", [(18, 4, 11)], [(0, 0, 0), (11, 4, 2), (18, 3, 11)])
 def test_steps_of_a_scope_that_starts_again_are_the_forward_pass(name, lengths, monkeypatch):
     """Also if the prompt ends inside a scope, or with one."""
     monkeypatch.setattr(nn_cache, "KV_BLOCK", 4)

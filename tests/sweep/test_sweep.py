@@ -28,12 +28,10 @@ from hnet.train.config import CheckpointConfig, EvalConfig, TrainConfig
 from hnet.train.lock import DirectoryLock, process_name
 from hnet.train.metrics_file import read_metrics
 from hnet.train.named import run_config
-from tests import training
 from tests.quick import QUICK, QUICK_FLAGS
-from tests.training import TINY, build
+from tests.training import build_once, tiny_run
 
 ROOT = Path(__file__).parents[2]
-tiny_run = partial(training.tiny_run, model=TINY)
 RATES = "[space]\noptim.learning_rate = [1e-3, 4e-3]\nseed = [0, 1]\n"
 
 
@@ -239,7 +237,7 @@ def sweep_in_process(folder: Path, out: Path, space: str, *argv: str, **changes)
     quick = partial(parallel_runs.build, compiler_options=QUICK)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parallel_runs, "build", quick)
-        patch.setattr(loop, "build", build)
+        patch.setattr(loop, "build", build_once)
         patch.setattr(sweep, "enable_compilation_cache", lambda: None)
         start = [str(folder / "tiny.json"), "--space", write(folder, space), "--out", str(out)]
         return sweep.main([*start, *argv])
@@ -393,8 +391,8 @@ def test_a_sweep_killed_at_any_time_repeats_nothing_that_was_done(tmp_path):
             time.sleep(rng.uniform(0, 0.01))
             process.kill()
 
-    for _ in range(5):
-        worker(rng.uniform(0, 40_000))
+    for _ in range(3):
+        worker(rng.uniform(0, 60_000))
         # the dead worker's lock: the next worker would wait 30 s before it removes it
         (tmp_path / "journal.lock").unlink(missing_ok=True)
         if journal.exists():  # a kill seldom interrupts a write, so simulate one
@@ -408,7 +406,7 @@ def test_a_sweep_killed_at_any_time_repeats_nothing_that_was_done(tmp_path):
     keys, starts = [study._key(t) for t in study.finished()], started.read_text().splitlines()
     assert sorted(keys) == sorted(point.key for point in study.points) and not study.is_pending()
     assert all(t.value == t.params["optim.learning_rate"] for t in study.finished())
-    assert 2 < len({len(done) for done, _ in looks})  # workers died in the middle of the sweep
+    assert 1 < len({len(done) for done, _ in looks})  # workers died in the middle of the sweep
     for done, count in looks:
         assert done <= set(keys) and not done & set(starts[count:])
     assert len(starts) <= len(keys) + 3 * len(looks)

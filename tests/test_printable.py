@@ -10,7 +10,7 @@ from hnet.commands import evaluate
 from hnet.printable import JOINERS, printable
 from hnet.suites import command
 from hnet.sweep.space import describe
-from hnet.train.run_logger import LiveLine
+from hnet.train.live_line import LiveLine
 
 
 def test_what_steers_a_terminal_or_turns_text_is_written_as_its_number():

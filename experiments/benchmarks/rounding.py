@@ -25,7 +25,7 @@ from experiments.benchmarks.sweep import SweepBenchmark, learning_rates
 from hnet.command_line import parse, run
 from hnet.data import open_corpus
 from hnet.files import json_text
-from hnet.train import parallel_runs
+from hnet.train import parallel_program, parallel_runs
 from hnet.train.compiled_run import CompiledRun, build, put_batch, traced_numbers
 from hnet.train.config import Config
 from hnet.train.named import run_config
@@ -84,7 +84,7 @@ def _short(columns) -> float:
 def compare(configs: list[Config], devices: list | None = None, **build_options: Any) -> list[Run]:
     """Train the runs in one program and separately, with all chunk slots."""
     devices = jax.devices() if devices is None else devices
-    together = parallel_runs.build(configs, devices=devices, **build_options)
+    together = parallel_program.build(configs, devices=devices, **build_options)
     by_seed = {c.seed: build(c, devices=devices, **build_options) for c in configs}
     alone = by_seed[configs[0].seed]  # the others differ only in traced values
     hparams = [traced_numbers(config) for config in configs]
@@ -131,7 +131,7 @@ def _cut(params: Any, input_ids_BL: jax.Array, segment_ids_BL: jax.Array, *, gra
 
 
 def _step(program: CompiledRun, state: Any, batch: list, hparams: Any):
-    fed = parallel_runs.put_batches(batch, program.mesh)
+    fed = parallel_program.put_batches(batch, program.mesh)
     return program.step(state, fed, hparams, capacities=program.ladder.capacities)
 
 

@@ -40,9 +40,9 @@ from hnet.train.step import TrainState, eval_step, init_state, train_step
 class Experiment:
     """A run as pure functions of pytrees, before jit, sharding and donation.
 
-    `build` jits it for a mesh, `parallel_runs.build` jits several runs as one program. For another
-    step, loss or state, replace its functions (`Change`). State and batch may have any content, as
-    long as the state is a `TrainState` with its first five fields.
+    `build` jits it for a mesh, `parallel_program.build` jits several runs as one program. For
+    another step, loss or state, replace its functions (`Change`). State and batch may have any
+    content, as long as the state is a `TrainState` with its first five fields.
     """
 
     init: Callable[[jax.Array], TrainState]

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,12 +21,11 @@ from hnet.train.config import Config
 from hnet.train.evaluate import Evaluation
 from hnet.train.exact_offsets import set_exact_offsets
 from hnet.train.first_lines import first_lines
-from hnet.train.initial import open_start, replaced, table
 from hnet.train.observer import Observer
 from hnet.train.run_logger import RunLogger, Start
+from hnet.train.run_state import RunState, first_state, restored
 from hnet.train.sharding import replicated
-from hnet.train.spikes import no_spikes
-from hnet.train.step import TrainState, with_params
+from hnet.train.step import TrainState
 from hnet.train.utilization import Utilization, peak_of
 from hnet.train.watchdog import Watchdog
 from hnet.train.workdir import (
@@ -43,27 +42,6 @@ MAX_ROLLBACKS = 3
 
 class StopRun(Failed):
     """Training failed; the message is one line with the fault and a remedy."""
-
-
-@dataclass
-class RunState:
-    """State of a run besides its arrays; plain JSON in every checkpoint."""
-
-    data: int = 0
-    """number of the next batch"""
-    bytes_seen: int = 0
-    """number of source bytes scored so far"""
-    source_bytes: tuple[int, ...] = ()
-    """bytes_seen of each source of a mixture, in the order of data.files"""
-    rollbacks: int = 0
-    ladder: dict = field(default_factory=dict)
-    settled: int = 0
-    """step whose parameters got exact boundary offsets"""
-    evaluated: int = -1
-    """step of the last evaluation that was logged"""
-    new_counts: tuple[int, ...] = ()
-    """largest number of slots that a row of slots needed in the last step read, by stage; passed to
-    the ladder one step later"""
 
 
 @dataclass
@@ -137,7 +115,7 @@ def train(
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked_workdir(config, read))
         checkpoints = stack.enter_context(Checkpointer(config.workdir, config.checkpoint))
-        state, position, origin = _first_state(config, checkpoints, program)
+        state, position, origin = first_state(config, checkpoints, program)
         start = Start(int(state.step), position.bytes_seen, position.evaluated)
         check_steps(config, config.workdir, start.step)
         batches = _open_batches(config, corpus, position.data)
@@ -321,43 +299,6 @@ def _open_batches(config: Config, corpus: Corpus, start: int) -> BatchIterator:
     )  # fmt: skip
 
 
-def _first_state(
-    config: Config, checkpoints: Checkpointer, program: CompiledRun
-) -> tuple[TrainState, RunState, list[str]]:
-    """State and position of the start, and lines that say what its parameters are."""
-    start = None
-    if checkpoints.steps():
-        state, position = _restored(checkpoints, program)
-    else:
-        if config.init.from_:
-            start = open_start(config.init, program.graph, program.abstract_state.params)
-        state, position = program.init(), RunState()
-        if start:
-            state = with_params(state, replaced(state.params, start))
-    if not (start or config.init.freeze):
-        return state, position, []
-    return state, position, table(program.graph, state.params, start)
-
-
-def _restored(
-    checkpoints: Checkpointer, program: CompiledRun, *, latest: int | None = None
-) -> tuple[TrainState, RunState]:
-    """The newest good state. The spike rule may be turned on or off between two starts."""
-    wanted = program.abstract_state
-    step = checkpoints.latest_good_step(latest)
-    saved = () if step is None else checkpoints.manifest(step).leaves
-    has_rule = any(path.startswith("spikes/") for path in saved)
-    is_other = step is not None and has_rule != bool(wanted.spikes)
-    if is_other:
-        spikes = jax.device_put(no_spikes(), replicated(program.mesh))
-        wanted = wanted._replace(spikes=spikes if has_rule else ())
-    restored = checkpoints.restore(wanted, latest=latest)
-    state = restored.state
-    if is_other:
-        state = state._replace(spikes=() if has_rule else spikes)
-    return state, RunState(**restored.extras["position"])
-
-
 def _roll_back(session: Session, failed: RunState, fault: NonFinite) -> tuple[TrainState, RunState]:
     """Restore the last good checkpoint before the fault; data continue after it. Raises StopRun.
 
@@ -371,7 +312,7 @@ def _roll_back(session: Session, failed: RunState, fault: NonFinite) -> tuple[Tr
         raise StopRun(
             f"{fault}, and there is no checkpoint of before to go back to: lower checkpoint.every"
         )
-    state, position = _restored(checkpoints, session.program, latest=fault.good_step)
+    state, position = restored(checkpoints, session.program, latest=fault.good_step)
     checkpoints.set_aside_after(int(state.step))
     position.data, position.rollbacks = failed.data, failed.rollbacks + 1
     start = Start(int(state.step), position.bytes_seen, position.evaluated)

@@ -17,7 +17,7 @@ import pytest
 import hnet
 from hnet.config import BOS_ID
 from hnet.data import DataConfig, batch_fingerprint, eval_batches, open_corpus, train_batches
-from hnet.data.pipeline import _PERIOD, RowOrder
+from hnet.data.row_order import _PERIOD, RowOrder
 from hnet.errors import ConfigError
 from tests.data_helpers import jsonl
 

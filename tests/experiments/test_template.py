@@ -20,7 +20,7 @@ from hnet.errors import ConfigError
 from hnet.flops import forward_flops, param_counts, training_flops
 from hnet.inspect.index import FOLDER, SegmentationIndex
 from hnet.model import HNetLM, split
-from hnet.train import parallel_runs
+from hnet.train import parallel_program
 from hnet.train.compiled_run import put_batch, untraced
 from hnet.train.config import MeshConfig
 from tests.networks import QUICK, quick_jit, random_params
@@ -105,7 +105,7 @@ def test_it_streams_as_it_computes(folder):
 def test_a_sweep_over_its_traced_number_is_one_program(folder):
     configs = [with_hazard(tiny_run(folder), growth=growth) for growth in (0.0, 2.0)]
     assert untraced(configs[0]) == untraced(configs[1])
-    program = parallel_runs.build(configs, devices=jax.devices()[:2], compiler_options=QUICK)
+    program = parallel_program.build(configs, devices=jax.devices()[:2], compiler_options=QUICK)
     assert program.hparams[1][0]["predictor"]["growth"].tolist() == [0.0, 2.0]
 
 

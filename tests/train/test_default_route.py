@@ -19,7 +19,7 @@ from hnet.train.compiled_run import put_whole_batch
 from hnet.train.config import MeshConfig, RateControlConfig, TrainConfig
 from hnet.train.default_route import fit_default_route
 from hnet.train.exact_offsets import set_exact_offsets
-from hnet.train.parallel_runs import build as build_runs
+from hnet.train.parallel_program import build as build_runs
 from tests.networks import QUICK
 from tests.training import TINY, build, tiny_run
 

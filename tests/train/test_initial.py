@@ -28,7 +28,7 @@ from hnet.train.config import EvalConfig, InitConfig, MeshConfig, OptimConfig, T
 from hnet.train.initial import collapsed, matches, module_of, open_start, plan, replaced
 from hnet.train.metrics_file import read_metrics
 from hnet.train.named import run_config
-from hnet.train.parallel_runs import build as build_runs
+from hnet.train.parallel_program import build as build_runs
 from hnet.train.run_logger import RunLogger
 from hnet.train.workdir import changes
 from hnet.weights.sources import resolve

@@ -18,11 +18,11 @@ from hnet.data import open_corpus, train_batches
 from hnet.errors import ConfigError
 from hnet.runtime.compile_cache import CompilationLog
 from hnet.runtime.distributed import StopRequest
-from hnet.train import parallel_runs
+from hnet.train import parallel_program, parallel_runs
 from hnet.train.compiled_run import put_batch, run_evaluation, untraced
 from hnet.train.config import CheckpointConfig, EvalConfig, MeshConfig, TrainConfig
 from hnet.train.exact_offsets import set_exact_offsets
-from hnet.train.parallel_runs import build as build_runs
+from hnet.train.parallel_program import build as build_runs
 from tests.networks import QUICK
 from tests.training import ATTENTION, build, tiny_run
 
@@ -216,7 +216,7 @@ def test_what_shares_a_program(configs):
     assert len({untraced(config) for config in configs}) == 1
     wider = replace(configs[0], optim=replace(configs[0].optim, b1=0.8))
     with pytest.raises(ConfigError, match="differ in more than traced numbers"):
-        parallel_runs.build([configs[0], wider])
+        parallel_program.build([configs[0], wider])
     cut = replace(ATTENTION.stages[0].chunking, predictor="fixed")
     strides = [
         replace(

@@ -18,14 +18,15 @@ from hnet.errors import ConfigError
 from hnet.inspect.index import SegmentationIndex
 from hnet.inspect.segmentation import Segmentation
 from hnet.runtime.compile_cache import Compilation
+from hnet.train import live_line, trace
 from hnet.train import run_logger as report
-from hnet.train import trace
 from hnet.train.compiled_run import build
 from hnet.train.config import ProfileConfig, TrainConfig
 from hnet.train.evaluate import Evaluation
 from hnet.train.first_lines import first_lines, last_lines
+from hnet.train.live_line import LiveLine
 from hnet.train.metrics_file import read_metrics
-from hnet.train.run_logger import LiveLine, RunLogger, Start
+from hnet.train.run_logger import RunLogger, Start
 from hnet.train.trace import Trace
 from tests.training import tiny_run
 
@@ -263,7 +264,7 @@ def test_other_windows_are_refused(steps):
 
 def test_the_time_left_counts_neither_the_first_step_nor_compilation(monkeypatch, capsys):
     now = [100.0]
-    monkeypatch.setattr(report, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(live_line, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
     line = LiveLine(10, 2, seconds=0.0)
     row = {"train/bpb": 2.0, "bytes_per_sec": 1.0}
 

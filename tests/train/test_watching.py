@@ -14,7 +14,7 @@ from hnet.config import ChunkingConfig, SSMConfig
 from hnet.data import DataConfig
 from hnet.errors import ConfigError
 from hnet.flops import training_flops
-from hnet.train import loop
+from hnet.train import loop, run_state
 from hnet.train.config import CheckpointConfig, EvalConfig, TrainConfig
 from hnet.train.norms import first_non_finite, watched
 from hnet.train.spikes import no_spikes, watch
@@ -186,7 +186,7 @@ def test_the_rule_may_be_turned_on_and_off_between_two_starts(whole, tmp_path):
             checkpoints.save(15, saved, extras)
             checkpoints.wait()
             changed = replace(program, abstract_state=wanted)
-            found, position = loop._restored(checkpoints, changed)
+            found, position = run_state.restored(checkpoints, changed)
         assert position.data == 7 and len(found.spikes) == len(wanted.spikes)
         jax.tree.map(np.testing.assert_array_equal, found.params, state.params)
     assert int(found.spikes.seen) == 0

@@ -71,10 +71,23 @@ class StageConfig:
     cross_attention: CrossAttentionConfig = CrossAttentionConfig()
     delta: GatedDeltaNetConfig = GatedDeltaNetConfig()
     mlstm: MLSTMConfig = MLSTMConfig()
+    passes: Count = 1
+    """number of times that chunk vectors pass a main network and positions a decoder that reads
+    them. Each further pass has parameters of its own: the vectors read the states of their chunk,
+    pass a main network like the first, and are read by the next decoder"""
+    vectors: Count = 1
+    """number of vectors side by side that a position of the innermost stage consists of, each
+    d_model / vectors wide: heads and MLPs are those of one vector, and attention sees all vectors
+    of a position"""
 
     @property
     def d_mlp(self) -> int:
         return -(-self.d_intermediate // 128) * 128
+
+    @property
+    def of_one_vector(self) -> "StageConfig":
+        """This stage with the width of one of its `vectors`."""
+        return replace(self, d_model=self.d_model // self.vectors) if self.vectors > 1 else self
 
 
 @dataclass(frozen=True)

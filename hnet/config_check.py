@@ -43,6 +43,8 @@ def _check_stage(config: "HNetConfig", i: int, stage: "StageConfig") -> None:
             "parts: "
             + ("the innermost stage has one stack" if inner else "give an encoder and a decoder")
         )
+    if problem := _passes_problem(config, i):
+        raise ConfigError(f"{where}.{problem}")
     try:
         runs = layout_runs if inner else parse_layout
         kinds = {k for part in stage.arch_layout for k, _ in runs(part)}
@@ -58,7 +60,7 @@ def _check_stage(config: "HNetConfig", i: int, stage: "StageConfig") -> None:
         )
     for letter in sorted(kinds):
         try:
-            problem = mixer_problem(config, stage, letter)
+            problem = mixer_problem(config, stage.of_one_vector, letter)
         except ConfigError as e:
             raise ConfigError(
                 f"{where}.arch_layout={reprlib.repr(stage.arch_layout)}: {e}"
@@ -89,6 +91,46 @@ def _check_stage(config: "HNetConfig", i: int, stage: "StageConfig") -> None:
             raise ConfigError(f"{where}.chunking.{at}.{problem}")
     if problem := _width_problem(config, i):
         raise ConfigError(f"model.stages.{problem}")
+
+
+def _passes_problem(config: "HNetConfig", i: int) -> str | None:
+    """One line on passes or vectors that the parts or layers of a stage do not support."""
+    stage, *inner = config.stages[i:]
+    if stage.vectors > 1:
+        if inner:
+            return f"vectors={stage.vectors} outside of the innermost stage: use 1"
+        if stage.d_model % stage.vectors:
+            return f"vectors={stage.vectors} does not divide d_model={stage.d_model}: use a divisor"
+        if is_class(layout := stage.arch_layout[0]) or set(layout) - set("tT0123456789"):
+            return f"vectors={stage.vectors} with arch_layout={stage.arch_layout!r}: use t, T"
+    if stage.passes == 1:
+        return None
+    if not inner:
+        return f"passes={stage.passes} in the innermost stage, which has no chunks: use 1"
+    pool: Any = stage.chunking.pool
+    if not pool.part.reads_chunk_again:
+        return (
+            f"passes={stage.passes} with chunking.pool={pool.name!r}, whose vectors cannot read "
+            "their chunk again: use 'latents'"
+        )
+    if len(inner) > 1 or is_class(inner[0].arch_layout[0]):
+        return (
+            f"passes={stage.passes} around stages that chunk, or a class: use one inner stage of "
+            "layers"
+        )
+    if not reads_memory(stage.arch_layout[1], config.mixers):
+        return (
+            f"passes={stage.passes} with decoder {stage.arch_layout[1]!r}, which reads no chunk "
+            "vectors: use layers x or X in it, such as 'x1T1'"
+        )
+    width = stage.cross_attention.memory_width or stage.d_model
+    if width * pool.num_queries != inner[0].d_model:
+        return (
+            f"passes={stage.passes}: the decoder must read the chunk vectors themselves, so "
+            f"cross_attention.memory_width={width} times chunking.pool.num_queries="
+            f"{pool.num_queries} must be {i + 1}.d_model={inner[0].d_model}"
+        )
+    return None
 
 
 def _memory_problem(config: "HNetConfig", i: int) -> str | None:
@@ -170,6 +212,9 @@ def _width_problem(config: "HNetConfig", i: int) -> str | None:
     place = Place(i, stage.d_model, inner.d_model, chunking)
     pool: Any = chunking.pool
     dechunk: Any = chunking.dechunk
+    for at, part in (("pool", pool), ("dechunk", dechunk)):
+        if problem := part.problem_at(place):
+            return f"{i}.chunking.{at}.{problem}"
     for part, width in (
         (f"pool={pool.name!r} gives", pool.part.d_out(pool, place)),
         (f"dechunk={dechunk.name!r} reads", dechunk.part.d_in(dechunk, place)),
@@ -211,7 +256,8 @@ def approximate_parameters(config: "HNetConfig") -> int:
         D, inner = stage.d_model, config.ssm.expand * stage.d_model
         mixed, heads = inner + 2 * config.ssm.d_state, inner // config.ssm.head_dim
         ssm = D * (2 * inner + mixed + heads) + config.ssm.d_conv * mixed
-        for kind, count in (run for part in stage.arch_layout for run in layout_runs(part)):
+        layouts = (*stage.arch_layout, *stage.arch_layout[1:] * (stage.passes - 1))
+        for kind, count in (run for part in layouts for run in layout_runs(part)):
             mixer = ssm if kind in "mM" else 4 * D * D
             total += count * (mixer + 3 * D * stage.d_mlp * kind.isupper())
         total += 3 * D * D * (len(stage.arch_layout) == 2)

@@ -31,6 +31,8 @@ def published_flops(config: HNetConfig, lengths: tuple[float, ...]) -> dict[str,
 
 
 def _stack(config: HNetConfig, stage: StageConfig, layout: str, S: float) -> float:
+    if stage.vectors > 1:
+        raise ConfigError(f"vectors={stage.vectors}: no published count, use 1")
     total = 0.0
     for kind, layers in parse_layout(layout):
         match kind:

@@ -60,6 +60,9 @@ def unofficial_layers(config: "HNetConfig") -> str | None:
     if (own := config.embedding.name) != (official := Bytes.Config().name):
         return f"model.embedding={own!r} has no official form, which is {official!r}"
     for i, stage in enumerate(config.stages):
+        for field in ("passes", "vectors"):
+            if (value := getattr(stage, field)) > 1:
+                return f"model.stages.{i}.{field}={value} has no official form, which is 1"
         if is_class(stage.arch_layout[0]):
             return (
                 f"model.stages.{i}.arch_layout={stage.arch_layout!r} is a class, and the "

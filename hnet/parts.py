@@ -98,6 +98,10 @@ class Settings:
         """The same for a setting that does not fit the width of the part's stage."""
         return None
 
+    def problem_at(self, place: Any) -> str | None:
+        """The same for a setting that does not fit the widths at the part's `Place`."""
+        return None
+
     def streaming_problem(self) -> str | None:
         """The same for a setting that supports whole rows, but not streaming."""
         return None

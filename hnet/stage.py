@@ -23,12 +23,13 @@ from hnet.config import HNetConfig
 from hnet.layout import is_class, layout_height
 from hnet.nn.active_rows import run_on_active_rows
 from hnet.nn.cache import last_positions
-from hnet.nn.context import Context, Memory, StepContext
+from hnet.nn.context import ChunkMemory, Context, Memory, StepContext, apart, together
 from hnet.nn.isotropic import Isotropic
 from hnet.nn.layers import segment_positions
 from hnet.nn.mixers import reads_memory
 from hnet.nn.parameters import metadata, parameter, set_stage
 from hnet.nn.stack import find_stack
+from hnet.passes import Passes
 
 Numbers = tuple[dict[str, Any], ...]
 """Traced numbers of the parts, one dict per stage, from a stage inwards: for each part
@@ -59,39 +60,6 @@ class Waiting(NamedTuple):
     residual_BD: jax.Array
     level_B: jax.Array | None = None
     """level of the position, from a predictor that gives levels"""
-
-
-class ChunkMemory(NamedTuple):
-    """Chunk vectors that the decoder's cross-attention layers read in a stream: a ring buffer."""
-
-    x_BCND: jax.Array
-    """N vectors of the last C chunks; chunk m is at index m mod C"""
-    count_B: jax.Array
-    """number of chunks so far"""
-
-    @property
-    def now(self) -> Memory:
-        """The memory of the next position, which reads the last chunk."""
-        C, newest_B1 = self.x_BCND.shape[1], self.count_B[:, None] - 1
-        age_BC = (newest_B1 - jnp.arange(C, dtype=jnp.int32)[None]) % C
-        return Memory(self.x_BCND, newest_B1, newest_B1 - age_BC)
-
-    def append(self, x_BND: jax.Array, on_B: jax.Array) -> "ChunkMemory":
-        """The memory after one more chunk of the rows `on_B`."""
-        B, C = self.x_BCND.shape[:2]
-        row_B = jnp.where(on_B, jnp.arange(B, dtype=jnp.int32), B)
-        x_BCND = self.x_BCND.at[row_B, self.count_B % C].set(x_BND, mode="drop")
-        return ChunkMemory(x_BCND, self.count_B + on_B.astype(jnp.int32))
-
-    @classmethod
-    def after(cls, x_BMND: jax.Array, count_B: jax.Array, size: int) -> "ChunkMemory":
-        """The memory after rows with these chunks, of which `count_B` are used."""
-        index_C = jnp.arange(size, dtype=jnp.int32)[None]
-        newest_B1 = count_B[:, None] - 1
-        index_BC = newest_B1 - (newest_B1 - index_C) % size
-        index_BC = jnp.where(index_BC < 0, x_BMND.shape[1], index_BC)
-        take = jax.vmap(lambda x_MND, m_C: x_MND.at[m_C].get(mode="fill", fill_value=0))
-        return cls(take(x_BMND, index_BC), count_B)
 
 
 class StageCache(NamedTuple):
@@ -176,6 +144,10 @@ class HNet(nnx.Module):
         stage = config.stages[stage_idx]
         D, chunking = stage.d_model, stage.chunking
         num_residuals = outer + sum(layout_height(part) for part in stage.arch_layout)
+        inner_residuals = 0  # of further passes, in the main networks there
+        if (further := stage.passes - 1) > 0:
+            num_residuals += further * layout_height(stage.arch_layout[1])
+            inner_residuals = further * layout_height(config.stages[stage_idx + 1].arch_layout[0])
 
         def stack(layout):
             make = find_stack(layout) if is_class(layout) else Isotropic
@@ -193,7 +165,11 @@ class HNet(nnx.Module):
         d_inner, dtype = config.stages[stage_idx + 1].d_model, config.compute.dtype
         place = Place(stage_idx, D, d_inner, chunking, dtype)
         self.encoder = stack(stage.arch_layout[0])
-        self.decoder = stack(stage.arch_layout[1])
+        self.decoder = (
+            Passes(config, stage_idx, num_residuals=num_residuals, rngs=rngs)
+            if stage.passes > 1
+            else stack(stage.arch_layout[1])
+        )
         self.routing_module = make_predictor(chunking, place, rngs=rngs)
         # one offset per route, added to the logit of p; set by the controller, not by a gradient
         offsets = jnp.zeros((chunking.routes,), jnp.float32)
@@ -215,8 +191,9 @@ class HNet(nnx.Module):
             else None
         )
         self.main_network = HNet(
-            config, stage_idx + 1, d_input=d_chunk, outer=num_residuals, rngs=rngs
-        )
+            config, stage_idx + 1, d_input=d_chunk, outer=num_residuals + inner_residuals,
+            rngs=rngs,
+        )  # fmt: skip
         self.chunk_layer = chunking.pool.part(chunking.pool, place, rngs=rngs)
         self.dechunk_layer = chunking.dechunk.part(chunking.dechunk, place, rngs=rngs)
         self.num_prefixes = 0  # positions of the decoder before each chunk
@@ -357,7 +334,7 @@ class HNet(nnx.Module):
                 positions_BL = segment_positions(context.segment_ids_BL)
             positions_BM = slots.gather(positions_BL)
         inner = slots.context._replace(positions_BL=positions_BM)
-        return *_apart(x_BME, inner, self.chunking.slots_per_chunk), slots
+        return *apart(x_BME, inner, self.chunking.slots_per_chunk), slots
 
     def __call__(
         self,
@@ -489,11 +466,17 @@ class HNet(nnx.Module):
         """(output of a stack, its cache for prompts)."""
         if prompts is None:
             return getattr(self, name)(x_BLD, context), ()
+        if name == "decoder" and isinstance(self.decoder, Passes):
+            max_len, max_slots = prompts.max_lens[:2]
+            return self.decoder.prefill(
+                x_BLD, context, prompts.lengths_B, max_len,
+                max_slots=max_slots, window=self._memory_size(max_slots),
+            )  # fmt: skip
         return getattr(self, name).prefill(x_BLD, context, prompts.lengths_B, prompts.max_lens[0])
 
     def _outputs(self, y_BME: jax.Array) -> jax.Array:
         """The channels that this stage reads of the main network's output, one row per chunk."""
-        return _together(y_BME[..., : self.d_read], self.chunking.slots_per_chunk)
+        return together(y_BME[..., : self.d_read], self.chunking.slots_per_chunk)
 
     def _encoder_chunks(self, boundaries: Boundaries) -> jax.Array:
         """Segment ids (B, L), one per chunk that positions belong to; 0 on padding."""
@@ -583,18 +566,19 @@ class HNet(nnx.Module):
     def _next_encoder_chunk(self, boundaries: Boundaries, lengths_B: jax.Array) -> jax.Array:
         """First position of the chunk that the next position of a stream continues."""
         index_L = jnp.arange(boundaries.boundary_mask_BL.shape[1], dtype=jnp.int32)[None]
-        begins_L = index_L + (self.chunking.alignment == "end")
+        begins_L = index_L + int(self.chunking.alignment == "end")
         return jnp.max(jnp.where(boundaries.boundary_mask_BL, begins_L, 0), axis=1)
 
     def _memory_after(self, y_BME: jax.Array, count_B: jax.Array, most: int) -> ChunkMemory | None:
         """Memory of a stream after these chunks; most: maximum number of chunks of a row."""
         if (x_BMND := self.chunk_vectors(y_BME)) is None:
             return None
-        window = self.cross_attention.window
-        if window < 0:
-            return ChunkMemory.after(x_BMND, count_B, most)
-        older = self.cross_attention.relation == "last_closed"
-        return ChunkMemory.after(x_BMND, count_B, min(window + older, most))
+        return ChunkMemory.after(x_BMND, count_B, self._memory_size(most))
+
+    def _memory_size(self, most: int) -> int:
+        """Number of chunks whose vectors a stream keeps, of at most `most` chunks."""
+        window, older = self.cross_attention.window, self.cross_attention.relation == "last_closed"
+        return most if window < 0 else min(window + older, most)
 
     def _missing_after(self, context: Context, lengths_B: jax.Array) -> jax.Array | None:
         """Number of bytes that the last character of each row still lacks."""
@@ -862,25 +846,6 @@ def inner_prompts(inner_context: Context, prompts: Prompts) -> Prompts:
     """Prompts of the main network: the slots in use are its rows."""
     num_slots_B = jnp.sum(inner_context.segment_ids_BL != 0, axis=1, dtype=jnp.int32)
     return Prompts(num_slots_B, prompts.max_lens[1:])
-
-
-def _apart(x_BME: jax.Array, context: Context, k: int) -> tuple[jax.Array, Context]:
-    """Split chunks of k concatenated vectors into k positions each, (B, M k, E)."""
-    if k == 1:
-        return x_BME, context
-    B, M, width = x_BME.shape
-    repeated = {
-        name: jnp.repeat(a, k, axis=1)
-        for name, a in context._asdict().items()
-        if name.endswith("_BL") and a is not None
-    }
-    return x_BME.reshape(B, M * k, width // k), context._replace(**repeated)
-
-
-def _together(y_BME: jax.Array, k: int) -> jax.Array:
-    """The inverse of `_apart` for states."""
-    B, M, width = y_BME.shape
-    return y_BME.reshape(B, M // k, k * width)
 
 
 def _decoder_chunks(context: Context, slots: Slots) -> jax.Array:

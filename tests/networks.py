@@ -10,10 +10,19 @@ import numpy as np
 from flax import nnx
 
 from hnet.chunking.dechunks import prefix as dechunks
+from hnet.chunking.dechunks.cross_attention import CrossAttention
 from hnet.chunking.dechunks.indexed import Indexed
 from hnet.chunking.pools.concat import Concat
+from hnet.chunking.pools.latents import Latents
 from hnet.chunking.pools.prefix import Prefix
-from hnet.config import ChunkingConfig, ComputeConfig, HNetConfig, SSMConfig, StageConfig
+from hnet.config import (
+    ChunkingConfig,
+    ComputeConfig,
+    CrossAttentionConfig,
+    HNetConfig,
+    SSMConfig,
+    StageConfig,
+)
 from hnet.fields import to_json
 from hnet.model import abstract
 from hnet.nn.embeddings.hash_ngrams import HashNgrams
@@ -26,12 +35,20 @@ optimized_jit = partial(jax.jit, compiler_options=OPTIMIZED)  # as users compile
 COMPUTE = ComputeConfig(ssd_block_len=8, attention_block_len=19)
 
 
-def stage(layouts: str, width: int, *, window: int = -1, **chunking) -> StageConfig:
+def stage(
+    layouts: str, width: int, *, window: int = -1, passes: int = 1, vectors: int = 1,
+    memory_width: int = 0, **chunking,
+) -> StageConfig:  # fmt: skip
     """`layouts`: "encoder decoder" or one stack; "-" is an empty one. Heads of 13 channels, 6 of
     them rotated."""
     chunking = ChunkingConfig(**{"target_ratio": 3.0, **chunking})
     layouts = tuple(layout.replace("-", "") for layout in layouts.split())
-    return StageConfig(layouts, width, 61, width // 13, 6, window, chunking)
+    memory = CrossAttentionConfig(memory_width=memory_width)
+    heads = width // vectors // 13
+    return StageConfig(
+        layouts, width, 61, heads, 6, window, chunking, cross_attention=memory, passes=passes,
+        vectors=vectors,
+    )  # fmt: skip
 
 
 def network(*stages: StageConfig, **fields) -> HNetConfig:
@@ -92,6 +109,12 @@ NETWORKS = {
               pool=Prefix.Config(2, 3), dechunk=dechunks.Prefix.Config(3),
               decoder_scope="chunk", max_chunk_len=5),
         stage("t1", 39),
+    ),
+    "passes": network(
+        stage("t1 x1t1", 26, predictor="fixed", residual="add", pool=Latents.Config(3, 1, 4),
+              dechunk=CrossAttention.Config(3, projection=False, width=13), encoder_scope="chunk",
+              decoder_scope="chunk", max_chunk_len=3, passes=2, memory_width=13),
+        stage("T1", 39, vectors=3),
     ),
     "hat_words": network(
         stage("t1 t1", 26, predictor="hat_words", residual="add", decoder_scope="chunk",

@@ -3,7 +3,8 @@
 Stacks that ours do not have are functions of parameters by their names in torch, in a `Written`.
 
 Blocks of LLaMA (BLT, AU-Net) are our layers T: queries and keys rotate neighbouring channels there,
-so their channels are reordered, and an MLP is padded with zeros to a multiple of 128.
+so their channels are reordered, and an MLP is padded with zeros to a multiple of 128. Blocks of FIT
+are layers T with biases in norms and linear layers, and GELU.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from hnet.nn.attention import attention_reference
+from hnet.nn.layers import RMSNorm, SwiGLU
 
 
 class Same(nnx.Module):
@@ -143,3 +145,65 @@ def crossed(w: dict, prefix: str) -> dict:
         },
     }
     return jax.tree.map(lambda a: a[None], layer)
+
+
+# --- blocks with biases -------------------------------------------------------------------------
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm with a bias. stacked: sizes of leading axes, those of a run of layers."""
+
+    def __init__(self, width: int, stacked: tuple[int, ...] = ()):
+        self.scale = parameter_of(jnp.ones((*stacked, width)))
+        self.bias = parameter_of(jnp.zeros((*stacked, width)))
+
+    def __call__(self, x_BLD):
+        x_BLD = x_BLD - jnp.mean(x_BLD, axis=-1, keepdims=True)
+        variance_BL1 = jnp.mean(jnp.square(x_BLD), axis=-1, keepdims=True)
+        scaled_BLD = x_BLD * jax.lax.rsqrt(variance_BL1 + 1e-6) * self.scale[...][None, None]
+        return scaled_BLD + self.bias[...][None, None]
+
+
+class GELU(nnx.Module):
+    """fc2(gelu(fc1(x))) for the linear layers of a SwiGLU, the first with half as many outputs."""
+
+    def __init__(self, mlp: nnx.Module, width: int):
+        self.fc1, self.fc2 = mlp.fc1, mlp.fc2
+        for layer, shape in ((self.fc1, (-1, width)), (self.fc2, (width, -1))):
+            kernel = layer.kernel[...]
+            size = [n if m < 0 else m for n, m in zip(kernel.shape[-2:], shape)]
+            layer.kernel = parameter_of(jnp.zeros((*kernel.shape[:-2], *size)))
+
+    def __call__(self, x_BLD):
+        return self.fc2(jax.nn.gelu(self.fc1(x_BLD), approximate=False))
+
+
+class AfterFirst(nnx.Module):
+    """A stack that does not see the first position of a row, whose output is 0."""
+
+    def __init__(self, stack: nnx.Module):
+        self.stack = stack
+
+    def __call__(self, x_BLD, context):
+        ids_BL = context.segment_ids_BL[:, 1:]
+        later_BLD = self.stack(x_BLD[:, 1:], context._replace(segment_ids_BL=ids_BL))
+        return jnp.pad(later_BLD, ((0, 0), (1, 0), (0, 0)))
+
+
+def parameter_of(value: jax.Array) -> nnx.Param:
+    return nnx.Param(value.astype(jnp.float32))
+
+
+def with_biases(module: nnx.Module, mlp_width: int = 0) -> None:
+    """Put biases into all linear layers and norms of the module, and GELU into MLPs."""
+    for _, node in list(nnx.iter_modules(module)):
+        for name, child in list(vars(node).items()):
+            if isinstance(child, RMSNorm):
+                scale = child.scale[...]
+                setattr(node, name, LayerNorm(scale.shape[-1], scale.shape[:-1]))
+            elif isinstance(child, SwiGLU):
+                setattr(node, name, GELU(child, mlp_width))
+    for _, node in list(nnx.iter_modules(module)):
+        if isinstance(node, nnx.Linear) and node.bias is None:
+            *stacked, _, d_out = node.kernel[...].shape
+            node.bias, node.use_bias = parameter_of(jnp.zeros((*stacked, d_out))), True

@@ -110,23 +110,34 @@ def _counted_rates(model: HNetConfig, texts: Sequence[bytes], bos: bool) -> Rate
 
 def scaled_stage(stage: StageConfig, width: int) -> StageConfig:
     """The stage with another width; heads, rotary channels and MLPs in proportion."""
-    heads, rotary = stage.num_heads, stage.rotary_emb_dim
+    heads, rotary, total = stage.num_heads, stage.rotary_emb_dim, width
+    named, width = stage.of_one_vector.d_model, width // stage.vectors
     if heads:
-        share = rotary * heads / stage.d_model
+        share = rotary * heads / named
         heads = next(h for h in range(min(heads, width), 0, -1) if width % h == 0)
         rotary = min(width // heads // 2, max(1, round(share * width / heads / 2))) * 2
         rotary = rotary if stage.rotary_emb_dim else 0
-    wide = stage.d_intermediate / stage.d_model * width
+    wide = stage.d_intermediate / named * width
     d_mlp = max(128, round(wide / 128) * 128) if wide else 0
     return replace(
-        stage, d_model=width, d_intermediate=d_mlp, num_heads=heads, rotary_emb_dim=rotary
+        stage, d_model=total, d_intermediate=d_mlp, num_heads=heads, rotary_emb_dim=rotary
     )
+
+
+def _reading(stage: StageConfig, width: int) -> StageConfig:
+    """A stage with several passes, whose decoder reads vectors of this width."""
+    chunking, memory = stage.chunking, replace(stage.cross_attention, memory_width=width)
+    dechunk = replace(chunking.dechunk, width=width)
+    return replace(stage, chunking=replace(chunking, dechunk=dechunk), cross_attention=memory)
 
 
 def with_widths(model: HNetConfig, widths: Sequence[int]) -> HNetConfig | None:
     """The network with these widths of its stages; None if its layers do not allow them."""
     try:
-        stages = tuple(scaled_stage(s, width) for s, width in zip(model.stages, widths))
+        stages = [scaled_stage(s, width) for s, width in zip(model.stages, widths)]
+        for i, stage in enumerate(stages[:-1]):
+            if stage.passes > 1:
+                stages[i] = _reading(stage, stages[i + 1].of_one_vector.d_model)
         inner = [
             model.ssm.expand * stage.d_model
             for stage in stages
@@ -138,7 +149,7 @@ def with_widths(model: HNetConfig, widths: Sequence[int]) -> HNetConfig | None:
             divisors = [d for d in range(1, common + 1) if common % d == 0]
             near = min(divisors, key=lambda d: abs(math.log(d / ssm.head_dim)))
             ssm = replace(ssm, head_dim=near)
-        return replace(model, stages=stages, ssm=ssm)
+        return replace(model, stages=tuple(stages), ssm=ssm)
     except ConfigError:
         return None
 

@@ -38,9 +38,11 @@ def _row(name: str, named: Named) -> list[str]:
 def parts_text(model: HNetConfig) -> str:
     """The layers, parts and widths of a network, in one line."""
     *chunked, core = model.stages
-    text = core.arch_layout[0]
+    text = core.arch_layout[0] + (f" ({core.vectors} vectors)" if core.vectors > 1 else "")
     for stage in reversed(chunked):
         encoder, decoder = stage.arch_layout
+        if stage.passes > 1:
+            decoder += f" ({stage.passes} passes)"
         text = f"{encoder} [{chunking_text(stage.chunking)}] {text} {decoder}"
     return f"{text}: {' / '.join(str(stage.d_model) for stage in model.stages)}"
 

@@ -228,6 +228,9 @@ class Pool(Part, nnx.Module):
     gives with alignment start the vectors of the chunk before"""
     slots_per_chunk: ClassVar[int] = 1
     """k: positions of the main network per chunk"""
+    reads_chunk_again: ClassVar[bool] = False
+    """Whether vectors of a chunk can read its positions again after the main network, in further
+    passes; it then has `make_reader(config, place, rngs)`, as `pools.latents.Latents`"""
 
     def __init__(self, config: Any, place: Place, *, rngs: nnx.Rngs):
         self.config = config

@@ -34,6 +34,7 @@ POOLS = Table(
         "linear": "hnet.chunking.pools.linear:Linear",
         "concat": "hnet.chunking.pools.concat:Concat",
         "prefix": "hnet.chunking.pools.prefix:Prefix",
+        "latents": "hnet.chunking.pools.latents:Latents",
         "attention": "hnet.chunking.pools.attention:Attention",
         "smoothed": "hnet.chunking.pools.smoothed:Smoothed",
         "last_before": "hnet.chunking.pools.before:LastBefore",

@@ -52,15 +52,19 @@ def attention_reference(
     causal: bool = True,
     soft_cap: float = 0.0,
     offset: int | jax.Array = 0,
+    vectors: int = 1,
 ) -> jax.Array:
     """`masked_attention` over the visible keys, in one block.
 
     A query at i sees the keys j of its own segment with i - window <= j <= i (all j <= i if window
     is -1); with causal=False also those with i <= j <= i + window. `q_BLHK` may be a slice of the
-    rows that starts at `offset`; keys start at 0.
+    rows that starts at `offset`; keys start at 0. vectors: number of neighbouring entries that are
+    one position, and see each other.
     """
     query_index = offset + jnp.arange(q_BLHK.shape[1], dtype=jnp.int32)[:, None]
     key_index = jnp.arange(k_BLHK.shape[1], dtype=jnp.int32)[None, :]
+    if vectors > 1:
+        query_index, key_index = query_index // vectors, key_index // vectors
     age_LM = query_index - key_index
     visible_LM = age_LM >= 0 if causal else jnp.ones_like(age_LM, bool)
     if window >= 0:

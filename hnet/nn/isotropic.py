@@ -11,7 +11,7 @@ from hnet.config import HNetConfig, StageConfig
 from hnet.errors import ConfigError
 from hnet.layout import parse_layout
 from hnet.nn.cache import Rows
-from hnet.nn.context import Context, StepContext
+from hnet.nn.context import Context, StepContext, apart, together
 from hnet.nn.layers import INIT_STD, MATMUL, RMSNorm, SwiGLU, constrain_rows
 from hnet.nn.mixers import find
 from hnet.nn.stack import Stack
@@ -50,10 +50,10 @@ class Block(nnx.Module):
         return self.feed_forward(x_BLD + mixed.astype(jnp.float32)), cache
 
     def step(
-        self, x_R1D: jax.Array, cache: Any, at: tuple, context: StepContext
+        self, x_RVD: jax.Array, cache: Any, at: tuple, context: StepContext
     ) -> tuple[jax.Array, Any]:
-        mixed, cache = self.mixer.step(self.norm1(x_R1D), cache, at, context)
-        return self.feed_forward(x_R1D + mixed.astype(jnp.float32)), cache
+        mixed, cache = self.mixer.step(self.norm1(x_RVD), cache, at, context)
+        return self.feed_forward(x_RVD + mixed.astype(jnp.float32)), cache
 
     def feed_forward(self, x_BLD: jax.Array) -> jax.Array:
         if not self.has_mlp:
@@ -65,7 +65,8 @@ class Isotropic(Stack):
     """Blocks of one width, then an RMSNorm.
 
     `layers[r]` is run r of the layout ("T1m4" has two runs), with parameters stacked along a
-    leading layer axis, so that each run is one scan.
+    leading layer axis, so that each run is one scan. A position of several vectors (`vectors`) is
+    as many neighbouring entries in the layers.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Isotropic(Stack):
         ConfigError for a mixer that does not support this.
         """
         self.runs, self.compute, self.causal = parse_layout(layout), config.compute, causal
+        self.vectors, stage = stage.vectors, stage.of_one_vector
         self.is_apart = False  # whether caches have no layer axis, see `hnet.decode.apart`
         out_std = INIT_STD / math.sqrt(max(num_residuals, 1))
 
@@ -100,7 +102,7 @@ class Isotropic(Stack):
         self.rmsnorm = RMSNorm(stage.d_model)
 
     def __call__(self, x_BLD: jax.Array, context: Context) -> jax.Array:
-        x_BLD = x_BLD.astype(jnp.float32)
+        x_BLD, context = apart(x_BLD.astype(jnp.float32), context, self.vectors)
         for (_, count), run in zip(self.runs, self.layers):
             graph, params = nnx.split(run)
             params = _in_compute_dtype(run, params)
@@ -111,7 +113,7 @@ class Isotropic(Stack):
             layer = _rematerialised(layer, self.compute.remat)
             unroll = 1 if self.compute.scan_layers else count
             x_BLD, _ = jax.lax.scan(layer, x_BLD, params, unroll=unroll)
-        return self.rmsnorm(x_BLD)
+        return together(self.rmsnorm(x_BLD), self.vectors)
 
     def prefill(
         self, x_BLD: jax.Array, context: Context, lengths_B: jax.Array, max_len: int
@@ -121,7 +123,8 @@ class Isotropic(Stack):
         Segment ids are 0 from lengths_B on; later steps continue the last segment before that.
         """
         self._check_causal()
-        x_BLD, caches = x_BLD.astype(jnp.float32), []
+        x_BLD, context = apart(x_BLD.astype(jnp.float32), context, self.vectors)
+        lengths_B, max_len, caches = self.vectors * lengths_B, self.vectors * max_len, []
         for run in self.layers:
             graph, params = nnx.split(run)
 
@@ -130,7 +133,7 @@ class Isotropic(Stack):
 
             x_BLD, cache = jax.lax.scan(layer, x_BLD, params)
             caches.append(cache)
-        return self.rmsnorm(x_BLD), caches
+        return together(self.rmsnorm(x_BLD), self.vectors), caches
 
     def step(
         self, x_RD: jax.Array, caches: list, rows: Rows, context: StepContext
@@ -141,7 +144,8 @@ class Isotropic(Stack):
         run of one layer needs no scan (`hnet.decode.apart`).
         """
         self._check_causal()
-        x_R1D, new_caches = x_RD.astype(jnp.float32)[:, None], []
+        x_RVD = x_RD.astype(jnp.float32).reshape(len(x_RD), self.vectors, -1)
+        new_caches = []
         for (_, count), run, cache in zip(self.runs, self.layers, caches):
             graph, params = nnx.split(run)
 
@@ -152,12 +156,12 @@ class Isotropic(Stack):
 
             if count == 1:
                 only = jax.tree.map(lambda a: a[0], params)
-                (x_R1D, cache), _ = layer((x_R1D, cache), (only, None if self.is_apart else 0))
+                (x_RVD, cache), _ = layer((x_RVD, cache), (only, None if self.is_apart else 0))
             else:
                 index = jnp.arange(count, dtype=jnp.int32)
-                (x_R1D, cache), _ = jax.lax.scan(layer, (x_R1D, cache), (params, index))
+                (x_RVD, cache), _ = jax.lax.scan(layer, (x_RVD, cache), (params, index))
             new_caches.append(cache)
-        return self.rmsnorm(x_R1D)[:, 0], new_caches
+        return self.rmsnorm(x_RVD).reshape(x_RD.shape), new_caches
 
     def _check_causal(self) -> None:
         if not self.causal:

@@ -98,7 +98,8 @@ def fused_linear(
     heads: int,
     cut: int | None = None,
 ) -> list[jax.Array]:
-    """Output of a linear layer, split into parts of `widths`; the smaller array is split.
+    """Output of a linear layer, bias included, split into parts of `widths`; the smaller array is
+    split.
 
     With many positions this is the weight: each output and its gradient is then a separate array,
     without a concatenation or a split. With few positions it is the output.
@@ -115,10 +116,11 @@ def fused_linear(
         return jnp.split(layer(x_BLD), ends[:-1], axis=-1)
     x_BLD, kernel = x_BLD.astype(layer.dtype), kernel.astype(layer.dtype)
     if devices == 1:
-        return [
+        parts = [
             layer.dot_general(x_BLD, kernel[:, end - width : end])
             for width, end in zip(widths, ends)
         ]
+        return _with_bias(layer, parts, ends)
     place = jax.lax.with_sharding_constraint
     stored = P("tensor" if x_BLD.shape[-1] % devices == 0 else None, None)
     kernel = place(kernel, stored)
@@ -133,7 +135,14 @@ def fused_linear(
         parts += [y_BLPF[:, :, i] for i in range(cut)]
     for width, end in zip(widths[cut:], ends[cut:]):
         parts.append(constrain_rows(x_BLD @ place(kernel[:, end - width : end], P())))
-    return parts
+    return _with_bias(layer, parts, ends)
+
+
+def _with_bias(layer: nnx.Linear, parts: list[jax.Array], ends: list[int]) -> list[jax.Array]:
+    if layer.bias is None:
+        return parts
+    biases = jnp.split(layer.bias[...].astype(layer.dtype), ends[:-1])
+    return [part + bias[None, None] for part, bias in zip(parts, biases)]
 
 
 class SwiGLU(nnx.Module):

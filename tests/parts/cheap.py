@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hnet.chunking.pools import cross_attention as pools
+from hnet.chunking.pools.latents import Latents
 from hnet.chunking.predictors.convolved import Hazard
 from hnet.chunking.predictors.deletion_gate import DeletionGate
 from hnet.chunking.predictors.entropy import Entropy
@@ -18,7 +19,10 @@ from hnet.parts import Table, settings_of
 
 MOST = 4
 """`max_chunk_len` of parts that need a limit"""
-FITTING = {"cross_attention pool": pools.CrossAttention.Config(2, 1)}
+FITTING = {
+    "cross_attention pool": pools.CrossAttention.Config(2, 1),
+    "latents pool": Latents.Config(2, 1, 3),
+}
 """Settings of parts whose defaults do not fit the widths of these tests"""
 
 
@@ -28,7 +32,7 @@ def settings_for(name: str, table: Table):
 
 def limit_for(pool) -> int:
     """`max_chunk_len` for a pool: its settings or its name."""
-    return MOST if settings_of(pool, POOLS).part is pools.CrossAttention else 0
+    return MOST if settings_of(pool, POOLS).part in (pools.CrossAttention, Latents) else 0
 
 
 SETTINGS = {

@@ -6,6 +6,7 @@ tests/parts --every-triple` runs all.
 """
 
 import itertools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from hnet.chunking.config import ChunkingConfig
 from hnet.chunking.dechunks import prefix
 from hnet.chunking.dechunks.cross_attention import CrossAttention
 from hnet.chunking.pools import cross_attention as pools
+from hnet.chunking.pools.latents import Latents
 from hnet.chunking.pools.prefix import Prefix
 from hnet.chunking.table import DECHUNKS, POOLS, PREDICTORS
 from hnet.config import CrossAttentionConfig, HNetConfig, StageConfig
@@ -95,6 +97,19 @@ def legal() -> dict[str, HNetConfig]:
     return found
 
 
+def in_passes() -> HNetConfig:
+    """Two passes, boundaries of a learned predictor."""
+    base = config_of("cosine", "start", "learned", "select", "repeat", 1, max_chunk_len=3)
+    outer, inner = base.stages
+    chunking = replace(
+        outer.chunking, pool=Latents.Config(1, 1, 2),
+        dechunk=CrossAttention.Config(projection=False, width=7),
+    )  # fmt: skip
+    memory = CrossAttentionConfig(memory_width=7)
+    outer = replace(outer, chunking=chunking, passes=2, cross_attention=memory)
+    return replace(base, stages=(outer, inner))
+
+
 def choices_of(triple: str, size: int) -> set[tuple]:
     """Its sets of `size` choices; a pool sees only where a rule has boundaries, not which rule."""
     predictor, meaning, pool, dechunk = triple.split()
@@ -149,6 +164,7 @@ MORE = {
         decoder_scope="chunk",
         max_chunk_len=5,
     ),
+    "two passes of latents": in_passes(),
     "memory of all chunks": config_of("spacelike", "end", "first", "mean", "repeat", -1),
 }
 

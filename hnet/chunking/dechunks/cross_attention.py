@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hnet.bounds import Count
+from hnet.bounds import Count, Natural
 from hnet.chunking.part import Dechunk, DechunkConfig
 from hnet.nn.layers import linear
 
@@ -29,12 +29,14 @@ class CrossAttention(Dechunk):
         """number of vectors per chunk"""
         projection: bool = True
         """linear map of the main network's output to the vectors; False: its channels, split"""
+        width: Natural = 0
+        """width of a vector; 0 = d_model"""
 
     def __init__(self, config, place, *, rngs: nnx.Rngs):
         super().__init__(config, place, rngs=rngs)
         self.d_model = place.d_model
         d_in = place.chunking.slots_per_chunk * place.d_inner
-        d_out = config.num_vectors * place.d_model
+        d_out = self.memory_width(config, place)
         self.projection = (
             linear(d_in, d_out, "embed out", std=d_in**-0.5, dtype=jnp.float32, rngs=rngs)
             if config.projection
@@ -45,11 +47,11 @@ class CrossAttention(Dechunk):
     def d_in(cls, config, place):
         if config.projection:
             return place.d_inner
-        return config.num_vectors * place.d_model // place.chunking.slots_per_chunk
+        return cls.memory_width(config, place) // place.chunking.slots_per_chunk
 
     @classmethod
     def memory_width(cls, config, place):
-        return config.num_vectors * place.d_model
+        return config.num_vectors * (getattr(config, "width", 0) or place.d_model)
 
     def memory(self, y_BMD: jax.Array) -> jax.Array:
         return y_BMD if self.projection is None else self.projection(y_BMD)

@@ -74,18 +74,19 @@ class Attention(Mixer):
         """The output, and the keys and values that it used."""
         segment_ids_BL, positions_BL = context.segment_ids_BL, context.positions_BL
         if positions_BL is None:
-            positions_BL = segment_positions(segment_ids_BL)
+            positions_BL = segment_positions(segment_ids_BL) // self.stage.vectors
         q, k, v = self.qkv(x_BLD, positions_BL)
         shared = self.stage.num_heads // self.num_kv_heads
         arrays = [q, share_heads(k, shared, axis=2), share_heads(v, shared, axis=2), segment_ids_BL]
         axes, soft_cap = ["BLHK", "BLHK", "BLHK", "BL"], self.options.logit_soft_cap
         block_len = array_block_len("attention_backend", self.compute)
-        sink_H = self.sink_logits()
-        if context.key_bias_BL is not None or sink_H is not None or soft_cap or not self.causal:
+        sink_H, vectors = self.sink_logits(), self.stage.vectors
+        has_options = sink_H is not None or soft_cap or vectors > 1
+        if context.key_bias_BL is not None or has_options or not self.causal:
             # no kernel of the table supports these options
             attend = partial(
                 _with_options, has_bias=context.key_bias_BL is not None, block_len=block_len,
-                causal=self.causal, soft_cap=soft_cap,
+                causal=self.causal, soft_cap=soft_cap, vectors=vectors,
             )  # fmt: skip
             for a, letters in ((context.key_bias_BL, "BL"), (sink_H, "H")):
                 if a is not None:
@@ -107,32 +108,42 @@ class Attention(Mixer):
     ) -> tuple[jax.Array, KVCache]:
         out_BLD, k, v = self.attend(x_BLD, context)
         window, bias = self.stage.window_size, None
+        if window >= 0:
+            window = self.stage.vectors * (window + 1) - 1
         size = max_len if window < 0 else min(max_len, window + 1)
         if context.key_bias_BL is not None:
             bias = ring(context.key_bias_BL[..., None, None], lengths_B, size)[:, :, 0, :, 0]
         return out_BLD, KVCache(ring(k, lengths_B, size), ring(v, lengths_B, size), bias)
 
     def step(
-        self, x_R1D: jax.Array, cache: KVCache, at: tuple, context: StepContext
+        self, x_RVD: jax.Array, cache: KVCache, at: tuple, context: StepContext
     ) -> tuple[jax.Array, KVCache]:
-        q, k, v = self.qkv(x_R1D, context.rotary[:, None])
-        positions_R, key_bias_R = context.positions_R, context.key_bias_R
+        """One position of R rows, which has V = `vectors` vectors."""
+        R, V, _ = x_RVD.shape
+        q, k, v = self.qkv(x_RVD, jnp.broadcast_to(context.rotary[:, None], (R, V)))
+        key_bias_R, window, first_R = context.key_bias_R, self.stage.window_size, context.first_R
         if (key_bias_R is None) != (cache.bias is None):
             raise ValueError("key biases are given in all of prefill and steps, or in none")
         blocks, T = cache.k.shape[-4], cache.k.shape[-2]
-        slot_R = positions_R % (blocks * T)
-        newest = (*at, slot_R // T, slice(None), slot_R % T)
-        keys, values = write(cache.k, newest, k[:, 0]), write(cache.v, newest, v[:, 0])
-        bias = None
-        if cache.bias is not None:
-            bias = write(cache.bias, (*at, slot_R // T, slot_R % T), key_bias_R)
+        keys, values, bias = cache
+        for i in range(V):  # each vector has a slot of its own
+            slot_R = (V * context.positions_R + i) % (blocks * T)
+            newest = (*at, slot_R // T, slice(None), slot_R % T)
+            keys, values = write(keys, newest, k[:, i]), write(values, newest, v[:, i])
+            if bias is not None:
+                bias = write(bias, (*at, slot_R // T, slot_R % T), key_bias_R)
         cache = KVCache(keys, values, bias)
-        out_RHK = cached_attention(
-            q[:, 0], cache, at, positions_R, window=self.stage.window_size,
-            first_R=context.first_R, sink_H=self.sink_logits(),
+        sink_H = self.sink_logits()
+        out_RXK = cached_attention(
+            q.swapaxes(1, 2).reshape(R, -1, q.shape[-1]), cache, at,
+            V * context.positions_R + (V - 1),
+            window=window if window < 0 else V * (window + 1) - 1,
+            first_R=None if first_R is None else V * first_R,
+            sink_H=sink_H if sink_H is None or V == 1 else jnp.repeat(sink_H, V),
             soft_cap=self.options.logit_soft_cap,
         )  # fmt: skip
-        return self.out_proj(out_RHK.reshape(x_R1D.shape)), cache
+        out_RVHK = out_RXK.reshape(R, -1, V, out_RXK.shape[-1]).swapaxes(1, 2)
+        return self.out_proj(out_RVHK.reshape(x_RVD.shape)), cache
 
 
 def _with_options(q, k, v, segment_ids_BL, *more, has_bias, **options):

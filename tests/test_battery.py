@@ -4,6 +4,7 @@ T1 causality, T3 capacity, T4 packing, T6 degenerate boundaries, T7 the rate los
 T8 rate accounting. (T2 streaming, T5 identity and T9 bits per byte have tests of their own.)
 """
 
+import sys
 from functools import cache, partial
 
 import jax
@@ -19,7 +20,7 @@ from tests.networks import NETWORKS, optimized_jit, quick_jit, random_params
 L = 37  # positions per row; every test uses three rows, so that programs are shared
 DOCUMENTS = (17, 13, 7)  # lengths that fill a row
 SLOTS = 4  # slots per row in the tests of overflow, in which rows want many more
-AS_RUN = ("one_stage", "routed")  # compiled with all optimizations; the others quickly
+AS_RUN = ("one_stage",)  # compiled with all optimizations; the others quickly
 CLIPPED = ("one_stage", "pooled_ends")  # START and END; the others in the forward pass only
 
 ALL = pytest.mark.parametrize("name", NETWORKS)
@@ -109,7 +110,14 @@ def test_causality_bit_for_bit(name, change):
                 assert np.array_equal(bits(old), bits(new))
 
 
-@pytest.mark.parametrize("length", [1, 8, 20])
+@pytest.mark.every
+def test_causality_of_routes_as_run(monkeypatch):
+    """With all optimizations; `one_stage` and tests/nn/test_mixers.py have other parts so."""
+    monkeypatch.setattr(sys.modules[__name__], "AS_RUN", ("routed",))
+    test_causality_bit_for_bit("routed", "one byte")
+
+
+@pytest.mark.few("length", [1, 20], [1, 8, 20])
 def test_a_row_may_be_of_any_length(length):
     """One byte, whole blocks, a ragged last block: the result is a prefix of a longer row's."""
     ids = random_bytes(13)
@@ -155,7 +163,7 @@ def test_only_where_ids_change_counts_and_padding_is_not_seen(name):
 
 @pytest.mark.few(
     ("name", "clip"),
-    [(n, False) for n in ("two_stage", "routed", "levels", "prefix")],
+    [(n, False) for n in ("routed", "prefix")],
     [(n, False) for n in NETWORKS],
     beside=[(n, True) for n in CLIPPED],
 )
@@ -194,7 +202,7 @@ def slots_asked_for(name, route):
 NESTED = [n for n, c in NETWORKS.items() if c.num_chunked > 1]
 
 
-@pytest.mark.few("name", ["two_stage", "levels", "patches"], NESTED)
+@pytest.mark.few("name", ["two_stage"], NESTED)
 def test_capacity_above_need_changes_nothing(name):
     """Of nested stages; tests/parts has all ways to chunk in one."""
     ids = random_bytes(3)

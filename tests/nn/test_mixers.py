@@ -95,7 +95,10 @@ STACKS = {
     "cross_all": ("x1", grouped(window=-1), {"memory": NUMBERED}),
     "mixed": ("m1g1T1", {"window_size": 5}, {}),
 }  # fmt: skip
-EACH = pytest.mark.parametrize("name", STACKS)
+# `all_options` has what these have, `mixed` the layers of others; what each option computes is
+# compared with loops below.
+REPEATED = ("kv_heads", "qk_norm", "soft_cap", "sink_learned", "key_bias", "delta_sizes", "mixed")
+EACH = pytest.mark.few("name", [name for name in STACKS if name not in REPEATED], [*STACKS])
 
 
 def configured(layout, fields, **compute) -> HNetConfig:
@@ -135,7 +138,7 @@ def _run(graph, params, x, context):
 
 run = quick_jit(_run, static_argnums=0)
 run_as_people_do = optimized_jit(_run, static_argnums=0)
-AS_PEOPLE_DO = ("all_options", "cross_equal", "mixed")  # the others without optimizations
+AS_PEOPLE_DO = ("all_options", "cross_equal", "delta")  # the others without optimizations
 
 
 def forward(name, x=X, segments=SEGMENTS, causal=True):
@@ -275,7 +278,7 @@ def test_steps_of_a_scope_that_starts_again_are_the_forward_pass(name, lengths, 
     np.testing.assert_allclose(out, forward(name, segments=CHUNKS), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["all_options", "delta", "mlstm", "cross_equal", "mixed"])
+@pytest.mark.parametrize("name", ["all_options", "delta", "mlstm", "cross_equal", "mamba2"])
 def test_bfloat16_stays_near(name):
     graph, params = build(name, dtype="bfloat16")
     half = run(graph, params, X, context(name, SEGMENTS))
@@ -293,7 +296,7 @@ def test_bfloat16_stays_near(name):
         "delta",
         "mlstm",
         "cross_equal",
-        "mixed",
+        "mamba2",
     ],
 )
 def test_a_mesh_changes_nothing(name):
@@ -367,6 +370,8 @@ def test_no_kernel_is_chosen_that_would_leave_an_option_out(monkeypatch):
         out = run(graph, build(name)[1], X, context(name, SEGMENTS))
         knows = name in ("attention", "kv_heads", "qk_norm", "positions")
         assert (relative_error(out, forward(name)) > 1e-2) == knows, name
+        if name != "attention":
+            continue
         graph, params = split(configured(layout, fields), layout, causal=False)
         plain = run(graph, params, X, context(name, SEGMENTS))
         graph, _ = split(configured(layout, fields, attention_backend="cudnn"), layout, False)

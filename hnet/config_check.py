@@ -123,12 +123,16 @@ def _passes_problem(config: "HNetConfig", i: int) -> str | None:
             f"passes={stage.passes} with decoder {stage.arch_layout[1]!r}, which reads no chunk "
             "vectors: use layers x or X in it, such as 'x1T1'"
         )
-    width = stage.cross_attention.memory_width or stage.d_model
-    if width * pool.num_queries != inner[0].d_model:
+    dechunk: Any = stage.chunking.dechunk
+    width, wanted = stage.cross_attention.memory_width or stage.d_model, inner[0].d_model
+    place = Place(i, stage.d_model, wanted, stage.chunking)
+    read = dechunk.part.memory_width(dechunk, place)
+    if not width * pool.num_queries == read == wanted:
         return (
-            f"passes={stage.passes}: the decoder must read the chunk vectors themselves, so "
-            f"cross_attention.memory_width={width} times chunking.pool.num_queries="
-            f"{pool.num_queries} must be {i + 1}.d_model={inner[0].d_model}"
+            f"passes={stage.passes}: the decoder must read what the main network gives, so "
+            f"{pool.num_queries} vectors (chunking.pool.num_queries) of {width} channels "
+            f"(cross_attention.memory_width) and the {read} channels of chunking.dechunk="
+            f"{dechunk.name!r} must be {wanted} channels, stage {i + 1}'s d_model"
         )
     return None
 

@@ -6,12 +6,13 @@ import pytest
 
 from experiments.configs.systems import SYSTEMS
 from hnet.chunking.config import ChunkingConfig
+from hnet.chunking.pools.latents import Latents
 from hnet.chunking.pools.linear import Linear
 from hnet.chunking.pools.prefix import Prefix
 from hnet.chunking.predictors.mlp import MLP
 from hnet.chunking.predictors.words import Words
 from hnet.errors import ConfigError
-from tests.networks import network, stage
+from tests.networks import NETWORKS, network, stage
 
 
 def two_stages(**chunking):
@@ -68,6 +69,32 @@ def test_levels_need_a_rule_that_gives_as_many():
         stages = (replace(stage("t1 t1", 26), chunking=c) for c in (outer, inner))
         with pytest.raises(ConfigError, match=f"stages.1.chunking.predictor='levels'.*{says}"):
             network(*stages, stage("t1", 26))
+
+
+WITH_PASSES = [
+    (0, {"vectors": 2}, "vectors=2 outside of the innermost stage: use 1"),
+    (1, {"vectors": 4}, "vectors=4 does not divide d_model=39: use a divisor"),
+    (1, {"arch_layout": ("t1m1",)}, r"vectors=3 with arch_layout=\('t1m1',\): use t, T"),
+    (1, {"passes": 2}, "passes=2 in the innermost stage, which has no chunks: use 1"),
+    (0, {"pool": "select"}, "passes=2 with chunking.pool='select', .* use 'latents'"),
+    (0, {"arch_layout": ("t1", "t1")}, "passes=2 with decoder 't1', which reads no .*'x1T1'"),
+    (0, {"pool": Latents.Config(2)}, r"passes=2: .*2 vectors \(chunking.pool.num_queries\) of 13"),
+    (0, {"dechunk": "repeat"}, "the 26 channels of chunking.dechunk='repeat' must be 39"),
+    (0, {"pool": Latents.Config(3, 2)}, "pool.num_heads=2 does not divide 13, the width of atten"),
+    (0, {"max_chunk_len": 0}, "max_chunk_len=0 with pool='latents'"),
+]
+
+
+@pytest.mark.parametrize("i, fields, says", WITH_PASSES)
+def test_passes_need_their_parts(i, fields, says):
+    stages = [*NETWORKS["passes"].stages]
+    parts = {k: v for k, v in fields.items() if k in ("pool", "dechunk", "max_chunk_len")}
+    fields = {k: v for k, v in fields.items() if k not in parts}
+    chunking = replace(stages[i].chunking, **parts)
+    with pytest.raises(ConfigError, match=f"model.stages.*{says}") as error:
+        stages[i] = replace(stages[i], chunking=chunking, **fields)
+        network(*stages)
+    assert "\n" not in str(error.value)
 
 
 def test_routes_must_fit_the_named_groups():

@@ -35,7 +35,7 @@ def outputs_and_gradient(graph, params, ids_BL, cotangent_BLV, rows_sharing_slot
     return outputs, grads
 
 
-ALL = ["one_stage", "two_stage", "pooled_ends", "routed"]
+ALL = ["one_stage", "two_stage", "pooled_ends", "routed", "passes"]
 
 
 @pytest.mark.few("name", ["two_stage", "pooled_ends"], ALL)

@@ -1,13 +1,13 @@
 """Content from outside: bytes of files, of pipes and of files in buckets, and JSON."""
 
 import errno
+import io
 import json
 import math
 import os
 import stat
 import threading
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from hnet.errors import ConfigError, first_line, shown
 
@@ -44,13 +44,20 @@ def json_text(content: Any, **options: Any) -> str:
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:
-    """Content of a file or pipe, also of one in a bucket. Raises OSError also for what cannot be a
-    path, for a device, which may have no end, and for a pipe that nothing writes to."""
+    """Content of a file or pipe, also of one in a bucket. Raises OSError like `open_bytes`."""
+    with open_bytes(path) as file:
+        return file.read()
+
+
+def open_bytes(path: str | os.PathLike) -> BinaryIO:
+    """A file or pipe opened for reading; one in a bucket is read whole. Raises OSError also for
+    what cannot be a path, for a device, which may have no end, and for a pipe that nothing writes
+    to."""
     if "://" in os.fspath(path):
         from etils import epath
 
         try:
-            return epath.Path(path).read_bytes()
+            return io.BytesIO(epath.Path(path).read_bytes())
         except OSError:
             raise
         except Exception as e:  # each file system raises its own type
@@ -62,13 +69,13 @@ def read_bytes(path: str | os.PathLike) -> bytes:
     if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
         raise OSError(errno.EINVAL, "it is a device: give a file")
     if stat.S_ISFIFO(mode):
-        return _read_pipe(path)
-    return Path(path).read_bytes()
+        return _open_pipe(path)
+    return open(path, "rb")
 
 
-def _read_pipe(path: str | os.PathLike) -> bytes:
-    """Content of a pipe, once something has opened it for writing. Raises OSError if nothing does
-    within `_PIPE_SECONDS`."""
+def _open_pipe(path: str | os.PathLike) -> BinaryIO:
+    """A pipe, once something has opened it for writing. Raises OSError if nothing does within
+    `_PIPE_SECONDS`."""
     opened: list[int] = []
     thread = threading.Thread(target=lambda: opened.append(os.open(path, os.O_RDONLY)), daemon=True)
     thread.start()
@@ -76,10 +83,10 @@ def _read_pipe(path: str | os.PathLike) -> bytes:
     if not (has_writer := bool(opened)):
         os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))  # ends the thread's `open`
         thread.join()
-    with open(opened[0], "rb") as file:
-        if not has_writer:
-            raise OSError(errno.EINVAL, "it is a pipe that nothing writes to")
-        return file.read()
+    if not has_writer:
+        os.close(opened[0])
+        raise OSError(errno.EINVAL, "it is a pipe that nothing writes to")
+    return open(opened[0], "rb")
 
 
 def read_json(path: str | os.PathLike, what: str = "file") -> Any:

@@ -31,7 +31,7 @@ from hnet.commands.prompt_file import (
     is_begun_file,
     made_by,
     opened,
-    read_prompts,
+    opened_prompts,
 )
 from hnet.data.forms import BOM
 from hnet.decode.generate import Generation, chunk_starts, stream_text
@@ -150,44 +150,54 @@ def _piped_lines() -> Iterator[bytes]:
 
 def _run_file(config: GenerateConfig) -> None:
     """Continue the prompts of a file that have no result yet."""
-    prompts = read_prompts(config.input)
-    if is_begun_file(config.output, resume=config.resume):
-        with opened(config.output, "r+b") as file:
-            begun = already_done(config.input, config.output, prompts, file)
+    with opened_prompts(config.input) as (prompts, total):
+        if is_begun_file(config.output, resume=config.resume):
+            with opened(config.output, "r+b") as file:
+                begun = already_done(config.input, config.output, prompts, file)
+                model = _load(config)
+                by = made_by(model, config.sampling, config.bos)
+                done = begun.go_on(file, by, config.output)
+                _write_results(model, config, begun.prompts, done, total, file, by)
+        else:
             model = _load(config)
-            by = made_by(model, config.sampling, config.bos)
-            done = begun.go_on(file, by, config.output)
-            _write_results(model, config, prompts, done, file, by)
-    else:
-        model = _load(config)
-        with opened(config.output, "xb") as file:
-            by = made_by(model, config.sampling, config.bos)
-            _write_results(model, config, prompts, 0, file, by)
+            with opened(config.output, "xb") as file:
+                by = made_by(model, config.sampling, config.bos)
+                _write_results(model, config, prompts, 0, total, file, by)
     print(f"wrote {config.output}")
 
 
 def _write_results(
-    model: HNetLM, config: GenerateConfig, prompts: list[dict[str, Any]], done: int,
-    file: BinaryIO, made_by: str,
+    model: HNetLM, config: GenerateConfig, prompts: Iterator[dict[str, Any]], done: int,
+    total: int | None, file: BinaryIO, made_by: str,
 ) -> None:  # fmt: skip
-    seeds = [int(p.get("seed", config.sampling.seed + i)) for i, p in enumerate(prompts)]
+    """Continue prompts, of which `done` came before, and write a line for each in their order."""
+    first, taken, finished = done, {}, {}
+
+    def texts() -> Iterator[str]:
+        for i, prompt in enumerate(prompts, first):
+            taken[i] = prompt
+            yield prompt["prompt"]
+
+    def seeds() -> Iterator[int]:  # asked for after the prompt
+        for i in itertools.count(first):
+            yield int(taken[i].get("seed", config.sampling.seed + i))
+
     pieces = stream_text(
-        model, [p["prompt"] for p in prompts[done:]], config.sampling,
-        seeds=seeds[done:], bos=config.bos, batch_size=config.batch_size,
+        model, texts(), config.sampling, seeds=seeds(), bos=config.bos,
+        batch_size=config.batch_size,
     )  # fmt: skip
-    first, waiting = done, {}
     with (
         Progress(disable=not sys.stderr.isatty(), transient=True) as progress,
         one_line(config.output, "output"),
     ):
-        task = progress.add_task("generating", total=len(prompts), completed=done)
+        task = progress.add_task("generating", total=total, completed=done)
         for piece in pieces:
             if piece.finished is None:
                 continue
-            waiting[first + piece.index] = piece.finished
+            finished[first + piece.index] = piece.finished
             progress.advance(task)
-            while done in waiting:  # write lines in the order of the prompts
-                line = _line(model, prompts[done], waiting.pop(done)) | {"made_by": made_by}
+            while done in finished:
+                line = _line(model, taken.pop(done), finished.pop(done)) | {"made_by": made_by}
                 file.write(json_text(line).encode() + b"\n")
                 file.flush()
                 done += 1

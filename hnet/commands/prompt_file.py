@@ -6,22 +6,25 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 import jax
 import numpy as np
 
-from hnet.data.forms import lines_of
+from hnet.data.forms import BOM
+from hnet.decode.prompts import encode
 from hnet.decode.sampling import Sampling
 from hnet.errors import ConfigError
 from hnet.fields import to_json
-from hnet.files import json_text, parse_json
+from hnet.files import json_text, open_bytes, parse_json
 from hnet.model import HNetLM, split
-from hnet.outputs import new_file, one_line, read_file
+from hnet.outputs import new_file, one_line
 
 RESULTS = ("text", "base64", "finish_reason", "logprobs", "starts")
 """fields of an output line besides those of its prompt and "made_by\""""
+MOST_LINE = 64 << 20  # bytes of a line of prompts
+READ_AHEAD = 16 << 20  # characters of the prompts of a pipe that are checked before any work
 HASHED = 4096  # values of each parameter that the hash of a model covers
 
 
@@ -33,7 +36,9 @@ class Begun(NamedTuple):
     size: int
     """their bytes; an incomplete line, left by a killed command, follows"""
     made_by: str | None
-    """hash in these lines (`made_by`); None if unknown"""
+    """hash in these lines (`made_by`); None if there is none, or of an earlier version"""
+    prompts: Iterator[dict[str, Any]]
+    """those without a finished line"""
 
     def go_on(self, file: BinaryIO, made_by: str, output: str) -> int:
         """Remove the incomplete line; returns `done`. Raises ConfigError if another model, or other
@@ -58,15 +63,44 @@ def made_by(model: HNetLM, sampling: Sampling, bos: bool | None) -> str:
     return digest.hexdigest()
 
 
-def read_prompts(path: str) -> list[dict[str, Any]]:
-    """The objects of a JSONL file; blank lines are skipped."""
-    prompts = []
-    for number, line in enumerate(lines_of(read_file(path, "input")), 1):
+@contextlib.contextmanager
+def opened_prompts(path: str) -> Iterator[tuple[Iterator[dict[str, Any]], int | None]]:
+    """(objects of a JSONL file or pipe, read while they are taken; their number, None if unknown).
+
+    A file is read to its end before, so that a bad line is named before any work; a pipe up to
+    `READ_AHEAD` bytes. Blank lines are skipped. Raises ConfigError, also while objects are taken.
+    """
+    with contextlib.ExitStack() as stack:
+        with one_line(path, "input"):
+            file = stack.enter_context(open_bytes(path))
+        prompts = _prompts(path, file)
+        if file.seekable():
+            total = sum(1 for _ in prompts)
+            file.seek(0)
+            yield _prompts(path, file), total
+            return
+        ahead, size = [], 0
+        for prompt in prompts:
+            ahead.append(prompt)
+            size += len(prompt["prompt"])
+            if size >= READ_AHEAD:
+                yield itertools.chain(ahead, prompts), None
+                return
+        yield iter(ahead), len(ahead)
+
+
+def _prompts(path: str, file: BinaryIO) -> Iterator[dict[str, Any]]:
+    """The objects of the lines from here on, at least one."""
+    number, found = 0, False
+    while line := _line(path, file, number + 1):
+        number += 1
+        line = line.removeprefix(BOM) if number == 1 else line
         if not line.strip():
             continue
         try:
             item = parse_json(line.decode("utf-8"))
             valid = isinstance(item["prompt"], str) and 0 <= int(item.get("seed", 0)) < 1 << 32
+            encode(item["prompt"])
             json.dumps(item)
         except UnicodeDecodeError:
             raise ConfigError(f"input={path!r}: line {number} is not UTF-8") from None
@@ -77,10 +111,19 @@ def read_prompts(path: str) -> list[dict[str, Any]]:
                 f'input={path!r}: line {number} is no object with a text "prompt" and perhaps a '
                 'whole number "seed"'
             )
-        prompts.append(item)
-    if not prompts:
+        found = True
+        yield item
+    if not found:
         raise ConfigError(f'input={path!r}: it is empty: give lines such as {{"prompt": "a"}}')
-    return prompts
+
+
+def _line(path: str, file: BinaryIO, number: int) -> bytes:
+    """The next line; empty at the end."""
+    with one_line(path, "input"):
+        line = file.readline(MOST_LINE)
+    if len(line) == MOST_LINE:
+        raise ConfigError(f"input={path!r}: line {number} is longer than {MOST_LINE >> 20} MiB")
+    return line
 
 
 def is_begun_file(output: str, *, resume: bool) -> bool:
@@ -112,27 +155,31 @@ def opened(output: str, mode: str) -> Iterator[BinaryIO]:
         yield file
 
 
-def already_done(input_: str, output: str, prompts: list[dict[str, Any]], file: BinaryIO) -> Begun:
-    """What an output file has. Raises ConfigError for a file that this command did not write for
-    these prompts."""
-    where = f"output={output!r}"
-    content = file.read()
-    *whole, rest = content.split(b"\n")
-    starts = list(map(_line_start, prompts))
-    if (
-        os.path.samefile(input_, output)
-        or len(whole) + bool(rest) > len(prompts)
-        or not all(map(_is_result, whole, starts))
-        or (rest and not _is_begun(rest, starts[len(whole)]))
-    ):
-        raise ConfigError(f"{where} holds no results of these prompts: choose another file")
-    return Begun(len(whole), len(content) - len(rest), _maker(whole))
-
-
-def _maker(lines: Sequence[bytes]) -> str | None:
-    """The "made_by" of finished lines; None if there is none, or of an earlier version."""
-    found = [parse_json(line).get("made_by") for line in lines]
-    return "several" if any(each != found[0] for each in found) else next(iter(found), None)
+def already_done(
+    input_: str, output: str, prompts: Iterator[dict[str, Any]], file: BinaryIO
+) -> Begun:
+    """What an output file has; takes the prompts of its lines. Raises ConfigError for a file that
+    this command did not write for these prompts."""
+    done, size, makers = 0, 0, set()
+    other = ConfigError(f"output={output!r} holds no results of these prompts: choose another file")
+    with one_line(input_, "input"):
+        if "://" not in input_ and os.path.samefile(input_, output):
+            raise other
+    for line in file:
+        if (prompt := next(prompts, None)) is None:
+            raise other
+        start = _line_start(prompt)
+        if not line.endswith(b"\n"):
+            if not _is_begun(line, start):
+                raise other
+            prompts = itertools.chain([prompt], prompts)
+            break
+        if not _is_result(line, start):
+            raise other
+        makers.add(parse_json(line).get("made_by"))
+        done, size = done + 1, size + len(line)
+    made_by = "several" if len(makers) > 1 else next(iter(makers), None)
+    return Begun(done, size, made_by, prompts)
 
 
 def _line_start(prompt: dict[str, Any]) -> bytes:

@@ -1,6 +1,7 @@
 """Continue prompts of any lengths in batches; returns bytes, text and boundaries."""
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -145,10 +146,10 @@ def generate(
 
 def stream_text(
     model: HNetLM,
-    prompts: Sequence[str | bytes],
+    prompts: Iterable[str | bytes],
     sampling: Sampling = DEFAULT,
     *,
-    seeds: Sequence[int] | None = None,
+    seeds: Iterable[int] | None = None,
     bos: bool | None = None,
     batch_size: int = 32,
     block_len: int = 16,
@@ -156,7 +157,8 @@ def stream_text(
     """Continue every prompt and yield new text after every `block_len` ticks. A row gets one byte
     per tick, or none while it waits for other rows at a boundary.
 
-    seeds: one per prompt (default: sampling.seed + its index). bos: whether to prepend byte
+    prompts, seeds: taken a batch at a time, one seed per prompt (default: sampling.seed + its
+    index). bos: whether to prepend byte
     254 (default: as the model was trained); without it the first byte of an empty prompt is drawn
     uniformly. batch_size: number of prompts per batch; the result of a prompt does not depend
     on the other prompts. Raises ConfigError for bad arguments.
@@ -164,17 +166,20 @@ def stream_text(
     if batch_size < 1 or block_len < 1:
         raise ConfigError(f"batch_size={batch_size}, block_len={block_len}: use 1 or more")
     if seeds is None:
-        seeds = range(sampling.seed, sampling.seed + len(prompts))
-    if len(seeds) != len(prompts):
+        seeds = itertools.count(sampling.seed)
+    elif isinstance(prompts, Sized) and isinstance(seeds, Sized) and len(seeds) != len(prompts):
         raise ConfigError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one each")
-    texts = [encode(p) for p in prompts]
+    if isinstance(prompts, Sequence):
+        prompts = [encode(p) for p in prompts]  # raises before any work
     decoder = TokenDecoder(model) if model.tokenizer else Decoder(model)
     bos = model.bos if bos is None else bos
-    size = max(1, min(batch_size, len(texts)))
-    for first in range(0, len(texts), size):
-        part = slice(first, first + size)
-        for piece in _run(decoder, texts[part], seeds[part], sampling, bos, size, block_len):
+    pairs, first, size = zip(prompts, seeds), 0, 0
+    while batch := list(itertools.islice(pairs, batch_size)):
+        size = size or len(batch)
+        texts, own = [encode(prompt) for prompt, _ in batch], [seed for _, seed in batch]
+        for piece in _run(decoder, texts, own, sampling, bos, size, block_len):
             yield piece._replace(index=first + piece.index)
+        first += len(batch)
 
 
 def _run(decoder, texts, seeds, sampling, bos, size, block_len) -> Iterator[Piece]:

@@ -4,6 +4,9 @@ import base64
 import fcntl
 import io
 import json
+import os
+import threading
+import tracemalloc
 from dataclasses import replace
 
 import jax
@@ -13,6 +16,7 @@ from flax import nnx
 
 from hnet import command_line
 from hnet.commands import generate as command
+from hnet.commands import prompt_file
 from hnet.decode import cache_memory
 from hnet.decode.decoder import Decoder
 from hnet.decode.generate import chunk_starts, generate, stream_text
@@ -250,3 +254,63 @@ def test_a_cache_that_does_not_grow_streams_as_long_as_it_is_told():
     pieces = stream_text(model, ["ab"], Sampling(max_bytes=1 << 30, eos=False), block_len=4)
     texts = [next(pieces) for _ in range(6)]
     assert all(piece.finished is None for piece in texts) and "".join(p.text for p in texts)
+
+
+# --- prompts that are many ------------------------------------------------------------------------
+
+
+def lines_of(number, bad=""):
+    yield from (b'{"prompt": "%s"}\n' % (b"x" * 100) for _ in range(number))
+    yield bad.encode()
+
+
+@pytest.mark.parametrize("is_pipe", [False, True])
+def test_prompts_are_read_while_they_are_needed(tmp_path, monkeypatch, is_pipe):
+    """Memory for a file of prompts does not grow with their number."""
+    source, number = tmp_path / "prompts.jsonl", 20_000
+    if is_pipe:
+        os.mkfifo(source)
+        monkeypatch.setattr(prompt_file, "READ_AHEAD", 10_000)
+
+    def fill():
+        with source.open("wb") as file:
+            file.writelines(lines_of(number))
+
+    write = threading.Thread(target=fill)
+    write.start()
+    if not is_pipe:
+        write.join()
+    tracemalloc.start()
+    with prompt_file.opened_prompts(str(source)) as (prompts, total):
+        assert total == (None if is_pipe else number)
+        assert sum(prompt["prompt"] == "x" * 100 for prompt in prompts) == number
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000  # a list of them needs 9 MB
+    tracemalloc.stop()
+    write.join()
+
+
+def test_a_bad_line_is_found_before_any_work_unless_a_pipe_is_long(tmp_path, monkeypatch):
+    source = tmp_path / "prompts.jsonl"
+    source.write_bytes(b"".join(lines_of(300, bad="{")))
+    with pytest.raises(ConfigError, match="line 301 is no object"):
+        with prompt_file.opened_prompts(str(source)):
+            pytest.fail("it was taken")
+    monkeypatch.setattr(prompt_file, "MOST_LINE", 100)
+    with pytest.raises(ConfigError, match="line 1 is longer than"):
+        with prompt_file.opened_prompts(str(source)):
+            pytest.fail("it was taken")
+
+
+def test_only_a_batch_of_prompts_is_taken_at_a_time(model):
+    taken = []
+
+    def prompts():
+        for i in range(9):
+            taken.append(i)
+            yield "ab"
+
+    finished = 0
+    for piece in stream_text(model, prompts(), SAMPLING, batch_size=2):
+        finished += piece.finished is not None
+        assert len(taken) <= 2 * (finished // 2) + 2
+    assert finished == 9

@@ -71,7 +71,7 @@ def main() -> int:
             rows.append(row_of(replace(base, seed=seed), corpus, share, folder))
         name = f"L/{share}" if share else "follow the counts"
         table.add_row(name, str(len(rows)), *(cell(rows, column) for column in COLUMNS))
-    Console(highlight=False).print(table)
+    Console(highlight=False, width=100).print(table)
     return 0
 
 

@@ -49,7 +49,7 @@ def test_the_tour_runs(tmp_path, monkeypatch, quick_compilation):
     assert len(code) == 4 and "steps=60" in code[0]
     monkeypatch.chdir(tmp_path)
     own = {"tiny": tiny_run(tmp_path)}
-    monkeypatch.setattr("experiments.configs.base_config", own.__getitem__)
+    monkeypatch.setattr("hnet.train.named.base_config", own.__getitem__)
     monkeypatch.setattr(loop, "build", build_once)
     names = {"__name__": "tour"}
     for source in (code[0].replace("steps=60", "steps=3"), *code[1:]):

@@ -17,6 +17,7 @@ from flax import nnx
 from hnet.chunking.boundaries import Prediction, decide
 from hnet.chunking.config import ChunkingConfig
 from hnet.chunking.losses.bce import entropy_spikes
+from hnet.chunking.losses.binomial import Binomial, binomial_nll
 from hnet.chunking.losses.cab import CAB
 from hnet.chunking.losses.hazard import Hazard, no_start
 from hnet.chunking.losses.hinge import hinge
@@ -25,6 +26,7 @@ from hnet.chunking.part import LossInputs
 from hnet.chunking.predictors.convolved import fired
 from hnet.chunking.predictors.mlp import MLP
 from hnet.chunking.rates import rate_counts
+from hnet.chunking.slots import open_slots
 from hnet.config import HNetConfig, StageConfig
 from hnet.loss import targets_kept
 from hnet.model import abstract
@@ -349,6 +351,35 @@ def test_hinge_of_padded_rows_as_its_code_has_it(sigmas):
     gradients_agree(grad, found["grad_preds_BL"])
 
 
+def test_binomial_with_the_rates_of_languages():
+    """`use_binomial` of FlexiTokens; its other use is in MAGNET's code for rows with padding, where
+    it is not divided by the number of positions."""
+    found, upper_R = part(LOSSES, "flexi_binomial"), part(LOSSES, "hinge")["upper_B"]
+    ratios = tuple(float(1 / upper) for upper in upper_R)
+    named = chunking_of("flexitokens")
+    chunking = replace(
+        named, routes=len(ratios), route_target_ratios=ratios, losses=(Binomial.Config(),)
+    )
+    routes_BL = np.repeat(np.arange(len(ratios), dtype=np.int32)[:, None], 64, 1)
+    loss, grad = loss_and_gradient(
+        lambda b_BL: loss_sum(chunking, given_boundaries(b_BL, routes_BL=routes_BL)),
+        found["preds_BL"],
+    )
+    agree(loss, found["loss"])
+    gradients_agree(grad, found["grad_preds_BL"])
+
+    found, mask_BL = part(LOSSES, "magnet_padded_binomial"), LOSSES["hinge/attention_mask_BL"]
+    mask_BL = found.get("attention_mask_BL", mask_BL).astype(np.float32)
+
+    def not_divided(b_BL):
+        n_B = mask_BL.sum(1)
+        return jnp.mean(binomial_nll(jnp.sum(b_BL * mask_BL, axis=1), n_B, np.float32(0.2)))
+
+    loss, grad = loss_and_gradient(not_divided, found["preds_BL"])
+    agree(loss, found["loss"])
+    gradients_agree(grad, found["grad_preds_BL"])
+
+
 # --- MAGNET and FlexiTokens ---------------------------------------------------------------------
 
 
@@ -490,10 +521,6 @@ def test_spacebyte_network(kind):
 CIF_NUMBERS = load("family/cif")
 
 
-GIVEN_WEIGHTS = {"free": False, "tail": False, "noncausal": True, "train": True}
-"""kinds of weights, and whether they are scaled to a target number of chunks"""
-
-
 def torch_cif(found) -> dict:
     """Parameters of our predictor from those of CifPredictor."""
     return {
@@ -539,34 +566,118 @@ def test_cif():
     jax.tree.map(gradients_agree, grads, expected)
 
 
-def test_cif_integrates_given_weights():
-    """Weights of both predictors: free, with a tail, not causal, and scaled to a target number of
-    chunks, with which rounding decides whether the last position fires."""
-    kinds = [f"CifPredictor{v}_{how}" for v in ("", "V2") for how in GIVEN_WEIGHTS]
+def cif_weights(found: dict, h_BLD, right: jax.Array, scale: jax.Array, tail: jax.Array):
+    """Weights as in both versions of its code: `right` positions of right context, scaled to the
+    target or not, with a weight after the end or not. h_BLD has room for it."""
+    w, target_B = part(found, "param"), found.get("in/target_B", np.ones(3, np.float32))
+    L, length_B1 = h_BLD.shape[1], found["in/lengths_B"][:, None]
+    is_full = w["cif_conv1d.weight"].shape[1] > 1
+    padded = jnp.pad(h_BLD, ((0, 0), (2, 2), (0, 0)))
+    taps = [jax.lax.dynamic_slice_in_dim(padded, right + i, L, axis=1) for i in range(3)]
+    spec = "bld,ed->ble" if is_full else "bld,d->bld"
+    kernel = w["cif_conv1d.weight"] if is_full else w["cif_conv1d.weight"][:, 0]
+    convolved = sum(jnp.einsum(spec, x, kernel[..., i]) for i, x in enumerate(taps))
+    convolved = convolved + w["cif_conv1d.bias"][None, None] + (0 if is_full else h_BLD)
+    out = w["cif_output.weight"][0][None, None]
+    weight_BL = jax.nn.sigmoid(
+        jnp.sum(jax.nn.relu(convolved) * out, axis=-1) + w["cif_output.bias"][None]
+    )
+    index_1L = jnp.arange(L, dtype=jnp.int32)[None]
+    weight_BL = jnp.where(index_1L < length_B1, weight_BL, 0.0)
+    sum_B = jnp.sum(weight_BL, axis=1)
+    scaled_BL = weight_BL * (target_B / sum_B)[:, None]
+    weight_BL = jnp.where(scale, scaled_BL, weight_BL)
+    tail_BL = jnp.where(index_1L == length_B1, CIF_TAIL, 0.0)
+    return weight_BL + jnp.where(tail, tail_BL, 0.0), sum_B
+
+
+CIF_TAIL = 0.45  # threshold of its tail, added after the end
+
+
+@pytest.mark.few("version", [""], ["", "V2"])
+def test_cif_integrates(version):
+    """Chunk vectors and gradients of both predictors: free, with a tail, not causal, and scaled to
+    a target number of chunks, with which rounding decides whether the last position fires. The
+    weights are theirs; ours are causal, not scaled, and have no tail."""
     graph, params = chunking_stage(chunking_of("cif"), 8)
     L, M = 27, 24
     ids_BL = np.ones((3, L), np.int32)
     context = Context(ids_BL)
 
     @quick_jit
-    def run(h_BLD, weight_BL):
-        own = decide(fired(weight_BL, ids_BL), context, M, has_null_chunk=True)
-        chunks_BMD, _, _ = nnx.merge(graph, params).chunk(h_BLD, context, own, M)
-        return own, chunks_BMD[:, 1:]
+    def run(found, h_BLD, cot_BMD, right, scale, tail):
+        def scalar(weights, h_BLD):
+            weight_BL, sum_B = cif_weights(found | weights, h_BLD, right, scale, tail)
+            own = decide(fired(weight_BL, ids_BL), context, M, has_null_chunk=True)
+            chunks_BMD, _, _ = nnx.merge(graph, params).chunk(h_BLD, context, own, M)
+            used_BM = jnp.arange(M - 1, dtype=jnp.int32)[None] < own.num_boundaries_B[:, None]
+            vectors_BMD = jnp.where(used_BM[..., None], chunks_BMD[:, 1:], 0.0)
+            # its code adds |number of chunks - target|, here above the target; floored with a tail
+            over = jnp.where(tail, 0.0, jnp.mean(sum_B))
+            return jnp.sum(vectors_BMD * cot_BMD) + over, (own, weight_BL, vectors_BMD, sum_B)
 
-    for kind in kinds:
-        found = part(CIF_NUMBERS, kind)
-        weight_BL, is_scaled = found["out/alphas_BL"], GIVEN_WEIGHTS[kind.split("_")[1]]
-        more = ((0, 0), (0, L - weight_BL.shape[1]))
+        weights = {k: a for k, a in found.items() if k.startswith("param/")}
+        return jax.value_and_grad(scalar, (0, 1), has_aux=True)(weights, h_BLD)
+
+    for kind in ("free", "tail", "noncausal", "train"):
+        found = part(CIF_NUMBERS, f"CifPredictor{version}_free")  # others have its inputs
+        found = {k: a for k, a in found.items() if k.startswith(("in/", "param/"))}
+        found |= part(CIF_NUMBERS, f"CifPredictor{version}_{kind}")
+        is_scaled, has_tail = kind in ("noncausal", "train"), kind == "tail"
+        right = np.int32(kind == "noncausal")
         h_BLD = np.pad(found["in/hidden_BLD"], ((0, 0), (0, L - 26), (0, 0)))
-        own, vectors_BMD = run(h_BLD, np.pad(weight_BL, more))
-        fires_BL = np.pad((found["out/fires_BL"] >= 1) & (weight_BL > 0), more)
+        cot_BMD = np.zeros((3, M - 1, 8), np.float32)
+        cot_BMD[:, : found["in/cot_BMD"].shape[1]] = found["in/cot_BMD"]
+        inputs = {k: a for k, a in found.items() if k.startswith(("in/len", "in/tar", "param/"))}
+        inputs.setdefault("in/target_B", np.ones(3, np.float32))
+        (_, out), (grads, grad_h_BLD) = run(
+            inputs, h_BLD, cot_BMD, right, np.bool_(is_scaled), np.bool_(has_tail)
+        )
+        own, weight_BL, vectors_BMD, sum_B = jax.device_get(out)
+        more = ((0, 0), (0, L - found["out/alphas_BL"].shape[1]))
+        agree(weight_BL, np.pad(found["out/alphas_BL"], more))
+        number_B = np.floor(sum_B + CIF_TAIL) if has_tail else sum_B
+        agree(number_B, found["out/token_num_B"])
+        if is_scaled:
+            quantity = np.abs(number_B - found["in/target_B"]).mean()
+            agree(quantity, found["out/quantity_loss"])
+        fires_BL = np.pad((found["out/fires_BL"] >= 1), more) & (weight_BL > 0)
         for row, fires_L in enumerate(fires_BL):
-            end = np.flatnonzero(np.pad(weight_BL, more)[row])[-1] + (not is_scaled)
+            end = np.flatnonzero(weight_BL[row])[-1] + (not is_scaled)
             assert np.array_equal(own.boundary_mask_BL[row, :end], fires_L[:end])
             used = fires_L[:end].sum()
             assert used > 4
             agree(vectors_BMD[row, :used], found["out/embeds_BMD"][row, :used])
+        gradients_agree(grad_h_BLD[:, :26], found["grad/hidden_BLD"])
+        for name, ours in grads.items():
+            gradients_agree(ours, found[f"grad/{name}"])
+
+
+def test_cif_integrators():
+    """Both of its integrators, on given weights, with gradients; row 0 fires at exactly 1."""
+    found, ids_BL = part(CIF_NUMBERS, "integrate"), np.ones((3, 26), np.int32)
+    graph, params = chunking_stage(chunking_of("cif"), 8)
+    told = {kind: part(CIF_NUMBERS, f"integrate_{kind}") for kind in ("loop", "prefix_sums")}
+    M = told["loop"]["embeds_BMD"].shape[1]
+
+    @quick_jit
+    def run(weight_BL, h_BLD, cot_BMD):
+        def scalar(weight_BL, h_BLD):
+            own = decide(fired(weight_BL, ids_BL), Context(ids_BL), 26, has_null_chunk=True)
+            chunks_BMD, _, _ = nnx.merge(graph, params).chunk(h_BLD, Context(ids_BL), own, 26)
+            used_BM = jnp.arange(M, dtype=jnp.int32)[None] < own.num_boundaries_B[:, None]
+            vectors_BMD = jnp.where(used_BM[..., None], chunks_BMD[:, 1 : M + 1], 0.0)
+            return jnp.sum(vectors_BMD * cot_BMD), (own, vectors_BMD)
+
+        return jax.value_and_grad(scalar, (0, 1), has_aux=True)(weight_BL, h_BLD)
+
+    for numbers in told.values():
+        inputs = found["alphas_BL"], found["hidden_BLD"], numbers["cot_BMD"]
+        (_, (own, vectors_BMD)), (grad_BL, grad_h_BLD) = run(*inputs)
+        assert np.array_equal(own.boundary_mask_BL[1:], numbers["fires_BL"][1:] >= 1)
+        agree(vectors_BMD[1:], numbers["embeds_BMD"][1:])
+        gradients_agree(grad_h_BLD[1:], numbers["grad_hidden_BLD"][1:])
+        gradients_agree(grad_BL[1:], numbers["grad_alphas_BL"][1:])
 
 
 # --- Bolmo --------------------------------------------------------------------------------------
@@ -574,8 +685,11 @@ def test_cif_integrates_given_weights():
 
 @pytest.mark.parametrize("lookahead", [0, 1])
 def test_bolmo(lookahead):
-    """log p, boundaries, pooled states and gradients. With one byte of lookahead its boundary at t
-    is ours at t + 1; its position 0 is always a boundary and its last one never."""
+    """log p, boundaries, pooled and repeated states, and gradients; rows that begin late.
+
+    With one byte of lookahead its boundary at t is ours at t + 1; its first position is always a
+    boundary and its last one never. Its boundaries of the k largest p of a row are not followed.
+    """
     found = load("family/bolmo")
     told = part(found, f"lookahead{lookahead}")
     chunking = chunking_of("bolmo")
@@ -596,11 +710,21 @@ def test_bolmo(lookahead):
             log_p_BL = jnp.log(own.boundary_prob_BL)
             value = jnp.sum(log_p_BL[:, ours] * cot_BL[:, theirs])
             chunks_BMD, inner, _ = stage.chunk(h_BLD, context, own, 31)
-            return value, (own, log_p_BL, chunks_BMD)
+            late = stage.boundaries(h_BLD, Context(late_ids_BL), 31)
+            return value, (own, log_p_BL, chunks_BMD, late)
 
         return jax.value_and_grad(scalar, (0, 1), has_aux=True)(predictor, h_BLD)
 
-    (_, (own, log_p_BL, chunks_BMD)), (grads, grad_h_BLD) = run(projections, h_BLD)
+    start_B = told["start_B"]
+    late_ids_BL = (np.arange(h_BLD.shape[1])[None] >= start_B[:, None]).astype(np.int32)
+    (_, (own, log_p_BL, chunks_BMD, late)), (grads, grad_h_BLD) = run(projections, h_BLD)
+    for row, start in enumerate(start_B):
+        at = slice(start + 1 + lookahead, None), slice(start + 1, -1 if lookahead else None)
+        late_p_L, late_L = late.boundary_prob_BL[row], late.boundary_mask_BL[row]
+        agree(jnp.log(late_p_L[at[0]]), told["logprob_with_start_BL"][row, at[1]])
+        wanted_L = told["mask_with_start_BL"][row]
+        assert np.array_equal(late_L[at[0]], wanted_L[at[1]])
+        assert late_L[start] and wanted_L[start] and not wanted_L[:start].any()
     agree(log_p_BL[:, ours], told["logprob_BL"][:, theirs])
     assert np.array_equal(own.boundary_mask_BL[:, ours], told["mask_BL"][:, theirs])
     gradients_agree(grad_h_BLD, told["grad_hidden_BLD"])
@@ -613,6 +737,14 @@ def test_bolmo(lookahead):
             mine_MD = chunks_BMD[row, skipped : skipped + len(wanted_MD)]
             used = min(int(told["mask_BL"][row].sum()) - 1, len(wanted_MD))
             assert np.array_equal(mine_MD[:used], wanted_MD[:used])
+        mask_BL = told["mask_BL"]
+        stage = nnx.merge(graph, params)
+        told_mask = own._replace(boundary_mask_BL=mask_BL, boundary_prob_BL=mask_BL + np.float32(0))
+        slots = open_slots(told_mask, context, found["depool/y_BMD"].shape[1])
+        read = lambda y_BMD: stage.dechunk_layer(y_BMD, told_mask, slots, chunking.dechunk)
+        read_BLD, pull = jax.vjp(read, jnp.asarray(found["depool/y_BMD"]))
+        agree(read_BLD + found["depool/byte_embeds_BLD"], found["depool/out_BLD"])
+        gradients_agree(pull(found["depool/cot_BLD"])[0], found["depool/grad_y_BMD"])
 
 
 def test_labels_of_a_late_predictor_are_those_of_the_position_before():

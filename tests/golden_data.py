@@ -43,3 +43,26 @@ def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
     """Largest difference over the largest reference value (0 / 0 counts as 0)."""
     difference = np.max(np.abs(np.asarray(ours, np.float64) - theirs))
     return float(difference / max(np.max(np.abs(theirs)), 1e-30))
+
+
+def compare_gradients(grads: dict, found: dict, signs: dict, tolerance: float = 1e-4) -> set[str]:
+    """Assert that gradients by parameters are those stored under `grad/param`; their names.
+
+    Biases of keys have no gradient but rounding, in both.
+    """
+    stored = part(found, "grad/param")
+    largest = max(np.abs(a).max() for a in stored.values())
+    names = {name.removesuffix("/rows").removesuffix("/columns") for name in stored}
+    for name in names:
+        gradient = np.asarray(grads[name])
+        if name in stored and stored[name].ndim < gradient.ndim:  # of some embeddings: sums
+            gradient = gradient.sum(axis=-1)
+        for tail, ours in (projections(gradient, signs) if signs else {"": gradient}).items():
+            if name + tail not in stored:  # of some networks only one of the two sums
+                continue
+            theirs = stored[name + tail]
+            if np.abs(theirs).max() < 1e-6 * largest:
+                assert np.abs(ours).max() < 1e-6 * largest, name
+                continue
+            assert relative_error(ours, theirs) < tolerance, name + tail
+    return names

@@ -73,6 +73,24 @@ def attend(q, k, v, segment_ids_BL, heads: int, **options) -> jax.Array:
     return attention_reference(*parts, segment_ids_BL, **options).reshape(q.shape)
 
 
+def spacebyte(w: dict, name: str, x_BLD: jax.Array, segment_ids_BL, window: int) -> jax.Array:
+    """One block with layer norms without biases, of queries and keys too (kjslag/spacebyte)."""
+    norm = lambda name, x: layer_norm(
+        {"n.weight": w[f"{name}.scale"], "n.bias": jnp.zeros(x.shape[-1])}, "n", x
+    )
+    B, D, at, ff = len(x_BLD), x_BLD.shape[-1], f"{name}.attention", f"{name}.feedforward"
+    qkv = norm(f"{at}.layer_norm", x_BLD) @ w[f"{at}.QKV_linear.weight"].T
+    q, k, v = jnp.split(qkv, 3, axis=-1)
+    width = w[f"{at}.Q_layer_norm.scale"].shape[0]
+    by_head = lambda x, name: norm(f"{at}.{name}_layer_norm", x.reshape(B, -1, width)).reshape(
+        x.shape
+    )
+    y = attend(by_head(q, "Q"), by_head(k, "K"), v, segment_ids_BL, D // width, window=window)
+    x_BLD = x_BLD + y @ w[f"{at}.linear.weight"].T
+    h = jax.nn.relu(norm(f"{ff}.layer_norm", x_BLD) @ w[f"{ff}.linear_1.weight"].T)
+    return x_BLD + h @ w[f"{ff}.linear_2.weight"].T
+
+
 def gpt(w: dict, name: str, x_BLD: jax.Array, segment_ids_BL: jax.Array, heads: int) -> jax.Array:
     """One block with layer norms in front and biases (avi-jit/eTok)."""
     h = layer_norm(w, f"{name}.ln1", x_BLD)
@@ -90,6 +108,29 @@ def post_norm(w: dict, name: str, x_BLD: jax.Array, segment_ids_BL, heads: int) 
     x_BLD = layer_norm(w, f"{name}.norm1", x_BLD + affine(w, f"{name}.self_attn.out_proj", y))
     h = jax.nn.relu(affine(w, f"{name}.linear1", x_BLD))
     return layer_norm(w, f"{name}.norm2", x_BLD + affine(w, f"{name}.linear2", h))
+
+
+def transformer_xl(w: dict, name: str, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
+    """One block with relative positions and norms after its parts (PiotrNawrot/dynamic-pooling)."""
+    (B, L, D), (H, K), at = x_BLD.shape, w["r_w_bias"].shape, f"{name}.dec_attn"
+    frequency_C = 10000 ** (-np.arange(0, D, 2) / D)
+    angle_LC = np.arange(L)[:, None] * frequency_C[None]
+    r_1LD = np.float32(np.concatenate([np.sin(angle_LC), np.cos(angle_LC)], axis=-1))[None]
+    r_LHK = affine(w, f"{at}.r_net", r_1LD).reshape(L, H, K)
+    qkv = jnp.split(affine(w, f"{at}.qkv_net", x_BLD), 3, axis=-1)
+    q, k, v = (a.reshape(B, L, H, K) for a in qkv)
+    of_keys = jnp.einsum("blhk,bmhk->bhlm", q + w["r_w_bias"][None, None], k)
+    of_distances = jnp.einsum("blhk,dhk->bhld", q + w["r_r_bias"][None, None], r_LHK)
+    distance_LM = np.arange(L)[:, None] - np.arange(L)[None]
+    scores = of_keys + of_distances[:, :, np.arange(L)[:, None], np.maximum(distance_LM, 0)]
+    same_BLM = segment_ids_BL[:, :, None] == segment_ids_BL[:, None, :]
+    seen_B1LM = (same_BLM & (distance_LM >= 0)[None])[:, None]
+    scores = jnp.where(seen_B1LM, scores * np.float32(K**-0.5), jnp.finfo(jnp.float32).min)
+    y = jnp.einsum("bhlm,bmhk->blhk", jax.nn.softmax(scores, axis=-1), v).reshape(B, L, D)
+    x_BLD = layer_norm(w, f"{at}.layer_norm", x_BLD + affine(w, f"{at}.o_net", y))
+    h = jax.nn.gelu(affine(w, f"{name}.pos_ff.CoreNet.0", x_BLD), approximate=False)
+    y = affine(w, f"{name}.pos_ff.CoreNet.3", h)
+    return layer_norm(w, f"{name}.pos_ff.layer_norm", x_BLD + y)
 
 
 def layers_of(w: dict, prefix: str) -> list[str]:
@@ -145,6 +186,20 @@ def crossed(w: dict, prefix: str) -> dict:
         },
     }
     return jax.tree.map(lambda a: a[None], layer)
+
+
+def placed(tree: dict, values: dict) -> dict:
+    """The tree with values at their paths ("a/b/0/c")."""
+    tree = jax.tree.map(lambda a: a, tree)
+    for path, value in values.items():
+        *at, last = (int(key) if key.isdigit() else key for key in path.split("/"))
+        node = tree
+        for key in at:
+            node = node[key]
+        assert jax.tree.structure(node[last]) == jax.tree.structure(value), path
+        assert jax.tree.map(jnp.shape, node[last]) == jax.tree.map(jnp.shape, value), path
+        node[last] = value
+    return tree
 
 
 # --- blocks with biases -------------------------------------------------------------------------

@@ -113,7 +113,7 @@ NETWORKS = {
     "passes": network(
         stage("t1 x1t1", 26, predictor="fixed", residual="add", pool=Latents.Config(3, 1, 4),
               dechunk=CrossAttention.Config(3, projection=False, width=13), encoder_scope="chunk",
-              decoder_scope="chunk", max_chunk_len=3, passes=2, memory_width=13),
+              decoder_scope="chunk", max_chunk_len=4, passes=2, memory_width=13),
         stage("T1", 39, vectors=3),
     ),
     "hat_words": network(

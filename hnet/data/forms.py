@@ -32,12 +32,19 @@ _OTHERS = (  # formats recognised by their first bytes, even in short files
     (rb"\x7fELF", "a program"),
     (rb"\xff\xfe|\xfe\xff|\x00\x00\xfe\xff", "UTF-16 or UTF-32"),
     (_GZIP, "packed with gzip a second time"),
+    (rb"Obj\x01", "an Avro table"),
+    (rb"WARC/\d", "a WARC archive of web pages"),
+    (rb"!<arch>\n", "an ar archive"),
+    (rb"\{\\rtf\d", "an RTF document"),
+    (rb"version https://git-lfs", "a pointer of Git LFS (git lfs pull gets the file)"),
 )
 _HEAD = 1 << 16
 _CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")  # not ESC, which colours logs
 _BINARY_FROM, _BINARY_SHARE = 256, 0.05
+_FRAMED = re.compile(rb"\x00\x00|\A(?:[^\x00]\x00){2}")  # numbers or padding; UTF-16
+_FRAMED_WITHIN = 8000  # bytes
 _OPENS_LINES = re.compile(rb'\s*\{[^\n]*"text"\s*:\s*"')
-_ARRAY = re.compile(rb'\s*\[\s*\{[^\x00]*"text"\s*:')
+_OTHER_JSON = re.compile(rb'\s*[\[{].*"text"\s*:\s*"', re.DOTALL)
 
 
 class Form(NamedTuple):
@@ -83,9 +90,10 @@ def form_of(path: str) -> Form:
     lines = name.endswith(_LINES_SUFFIXES)
     if not name.endswith((*_LINES_SUFFIXES, ".txt", RAW_SUFFIX)):
         lines = _has_json_lines(head)
-        if not lines and name.endswith(".json") and _ARRAY.match(head):
+        if not lines and name.endswith(".json") and _OTHER_JSON.match(head):
             raise ConfigError(
-                f"data file {path!r} is one array of JSON: write an object per line (.jsonl)"
+                f'data file {path!r} is JSON without an object with a string "text" per line: '
+                "write it so (.jsonl)"
             )
     return Form("lines" if lines else "text", gzipped)
 
@@ -98,6 +106,8 @@ def _check_text(path: str, name: str, head: bytes) -> None:
         share = len(_CONTROL.findall(head)) / len(head)
         if share >= _BINARY_SHARE:
             found = f"not text ({share:.0%} of its first bytes are control characters)"
+    if not found and _FRAMED.search(head[:_FRAMED_WITHIN]):
+        found = "not text (bytes of value 0 are near its beginning)"
     if found:
         raise ConfigError(
             f"data file {path!r} is {found}: give text, JSON lines, .gz of both, or Parquet; "

@@ -70,15 +70,15 @@ def open_source(
 ) -> Source:
     """Open the source that one entry of ``data.files`` names.
 
-    leave_out: real paths of files to skip. Raises ConfigError, in one line, when nothing matches or
-    a file cannot be read.
+    leave_out: paths of files to skip, whatever links to them are called. Raises ConfigError, in one
+    line, when nothing matches or a file cannot be read.
     """
     if pattern == pythondocs.NAME:
         return _built_in(pattern, pythondocs.documents())
     if pattern.startswith(synthetic.PREFIX):
         return _built_in(pattern, synthetic.documents(pattern))
-    left_out = set(leave_out)
-    paths = [p for p in files.expand(pattern, field) if os.path.realpath(p) not in left_out]
+    left_out = set(map(_identity, leave_out))
+    paths = [p for p in files.expand(pattern, field) if _identity(p) not in left_out]
     if not paths:
         raise ConfigError(f"{field}: all files of {pattern!r} are in data.eval_files too")
     shards = [is_shard(p) for p in paths]
@@ -87,6 +87,15 @@ def open_source(
     if any(shards):
         raise ConfigError(f"{field}: {pattern!r} mixes shards with text: give a glob for each")
     return _from_files(pattern, paths)
+
+
+def _identity(path: str) -> tuple[int, int] | str:
+    """What is the same for all links to a file; the path if there is no such file."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return path
+    return status.st_dev, status.st_ino
 
 
 def is_built_in(pattern: str) -> bool:

@@ -7,6 +7,7 @@ import shlex
 import jax
 
 from hnet.data import Corpus
+from hnet.data.sources import is_built_in
 from hnet.runtime.distributed import num_hosts
 from hnet.train.compiled_run import CompiledRun
 from hnet.train.config import Config
@@ -18,7 +19,8 @@ def first_lines(config: Config, corpus: Corpus, program: CompiledRun, start: int
     """Work directory, model, devices, data and how to look, for a run that begins at this step."""
     data, steps = config.data, config.train.steps
     unit = "tokens" if data.tokenizer else "bytes"
-    files = sum(len(documents.sources) for documents in corpus.train.documents)
+    sources = [s for documents in corpus.train.documents for s in documents.sources]
+    files = sum(1 if is_built_in(s.name) else len(s.files) for s in sources)
     lines = {
         "workdir": f"{config.workdir} ({f'resuming at step {start}' if start else 'new'})",
         "model": f"{_parameters(program):,} parameters, {json.dumps(config.model.arch_layout)}",

@@ -1,5 +1,6 @@
 """Opening text and splitting it into training and held-out parts."""
 
+import os
 from collections import Counter
 from dataclasses import replace
 
@@ -99,6 +100,21 @@ def test_one_file_is_divided_at_its_end(tmp_path):
 def test_nothing_held_out(many):
     corpus = open_corpus(DataConfig(files=(f"{many}/*",), eval_fraction=0))
     assert corpus.heldout.num_bytes == corpus.heldout.num_documents == 0
+
+
+def test_eval_files_are_not_trained_on_by_the_name_of_a_link(tmp_path):
+    (tmp_path / "held").write_bytes(b"held out" * 20)
+    (tmp_path / "text").write_bytes(b"trained on" * 20)
+    os.link(tmp_path / "held", tmp_path / "hard")
+    (tmp_path / "soft").symlink_to("held")
+    files = {name: (str(tmp_path / name),) for name in ("held", "text", "hard", "soft")}
+    for name in ("hard", "soft"):
+        config = DataConfig(files["text"] + files["held"], eval_files=files[name], seq_len=9)
+        with pytest.raises(ConfigError, match="are in data.eval_files too"):
+            open_corpus(config)
+    (tmp_path / "soft").unlink()
+    config = DataConfig((f"{tmp_path}/*",), eval_files=files["hard"], seq_len=9)
+    assert open_corpus(config).train.num_bytes == 200
 
 
 def test_eval_files_are_never_trained_on(many):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hnet.data import open_corpus
+from hnet.data import DataConfig, open_corpus
 from hnet.errors import ConfigError
 from hnet.inspect.index import SegmentationIndex
 from hnet.inspect.segmentation import Segmentation
@@ -297,3 +297,7 @@ def test_first_lines_say_what_the_run_is_and_last_ones_what_can_be_done(tmp_path
     assert found["data"] == f"{total[0]:,} bytes in 1 file, {total[1]:,} bytes held out"
     assert found["look"] == f"tensorboard --logdir {tmp_path}"
     assert f"--checkpoint '{tmp_path}/a b'" in last_lines(config)[2]
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("some text" * 9)
+    two = open_corpus(DataConfig((f"{tmp_path}/*.txt",), seq_len=9))
+    assert "bytes in 2 files, " in first_lines(config, two, program, 7)[3]

@@ -68,8 +68,14 @@ def test_every_position_has_a_place_of_its_own_in_a_block_of_its_route(data):
     assert np.array_equal(place[:cut], pack(changed.astype(np.int32), R, T).place_N[:cut])
 
 
-@pytest.mark.parametrize("kind", ["cosine", "mlp"])
-@pytest.mark.parametrize("devices, together", [(0, 0), (0, 2**23), (1, 0), (3, 2**23), (3, 0)])
+WAYS = [(0, 0), (0, 2**23), (1, 0), (3, 2**23), (3, 0)]
+
+
+@pytest.mark.few(
+    "kind, devices, together",
+    [*[("cosine", *way) for way in WAYS], ("mlp", 0, 0), ("mlp", 3, 2**23)],
+    [(kind, *way) for kind in ("cosine", "mlp") for way in WAYS],
+)
 def test_routed_router_is_the_router_of_each_positions_route(kind, devices, together, monkeypatch):
     """Without a mesh and on one; blocks one after the other, and side by side."""
     monkeypatch.setattr(routes, "SIDE_BY_SIDE", together)
@@ -142,8 +148,11 @@ def dot_flops(jaxpr) -> int:
     return total
 
 
-@pytest.mark.parametrize("kind", ["cosine", "mlp"])
-@pytest.mark.parametrize("together", [0, 2**23])
+@pytest.mark.few(
+    "kind, together",
+    [("cosine", 0), ("mlp", 2**23)],
+    [(kind, together) for kind in ("cosine", "mlp") for together in (0, 2**23)],
+)
 def test_sixteen_routes_cost_little_more_than_one(kind, together, monkeypatch):
     """Counted, not timed: every route at every position would be 16 times one."""
     monkeypatch.setattr(routes, "SIDE_BY_SIDE", together)

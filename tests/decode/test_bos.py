@@ -70,8 +70,11 @@ def test_scores_and_texts_follow_the_model(workdir):
     assert text.data == expected.data and np.isfinite(text.logprobs).all()
 
 
-@pytest.mark.parametrize("alignment", ["start", "end"])
-@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.few(
+    "alignment, bos",
+    [("start", True), ("end", False), ("end", True)],
+    [(alignment, bos) for alignment in ("start", "end") for bos in (True, False)],
+)
 def test_segmentation_is_that_of_the_whole_row(alignment, bos):
     config = network(stage("t1 t1", 26, **(MLP_END if alignment == "end" else {})), stage("t1", 26))
     graph, params = random_params(config)

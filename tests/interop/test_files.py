@@ -227,8 +227,11 @@ def test_truncated_files_are_refused(tmp_path, weights, suffix, share):
     refused(path, "cannot be read safely")
 
 
-@pytest.mark.parametrize("suffix", FILES)
-@pytest.mark.parametrize("value", [np.nan, -np.inf])
+@pytest.mark.few(
+    "suffix, value",
+    [*[(suffix, np.nan) for suffix in FILES], (".npz", -np.inf)],
+    [(suffix, value) for suffix in FILES for value in (np.nan, -np.inf)],
+)
 def test_values_that_are_no_numbers_are_refused(tmp_path, weights, suffix, value):
     needs(suffix)
     bad = weights[WEIGHT].copy()
@@ -379,13 +382,14 @@ def test_every_command_refuses_in_one_line(tmp_path, weights, command, monkeypat
         assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
 
 
-def test_verify_tells_same_from_different(tmp_path, weights, capsys):
+def test_verify_tells_same_from_different(tmp_path, weights, capsys, monkeypatch):
     a = write(tmp_path, weights)
     moved = weights | {WEIGHT: weights[WEIGHT] * np.float32(1.01)}
     b = write(tmp_path, moved, name="moved")
     assert main(["verify", str(a), str(a)]) == 0
     assert capsys.readouterr().out.startswith("same: largest difference of a logit 0.00e+00")
-    assert main(["verify", str(a), str(b)]) == 1
-    assert capsys.readouterr().out.startswith("DIFFERENT")
     found = verify(a, b)
     assert found.max_difference > 1e-3 and found.positions == 1024
+    monkeypatch.setattr("hnet.interop.__main__.verify", lambda *paths, config: found)
+    assert main(["verify", str(a), str(b)]) == 1
+    assert capsys.readouterr().out.startswith("DIFFERENT")

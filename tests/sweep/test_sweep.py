@@ -373,8 +373,12 @@ class Never:
         return False
 
 
+@pytest.mark.every
 def test_a_sweep_killed_at_any_time_repeats_nothing_that_was_done(tmp_path):
-    """Workers are killed (SIGKILL) one by one, each after a random number of journal bytes."""
+    """Workers are killed (SIGKILL) one by one, each after a random number of journal bytes.
+
+    The next tests, and those of dead workers above, have the faults that this leads to one by one.
+    """
     code = "import pathlib, sys; from tests.sweep.test_sweep import work_on_many as work\n"
     code += "work(pathlib.Path(sys.argv[1]))"
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"}

@@ -1,12 +1,22 @@
 """Implementation of `experiments.evaluate --suite`: passages of text, progress, tables."""
 
+import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -19,6 +29,7 @@ from hnet.suites.items import Report, Settings
 from hnet.suites.scorer import ModelScorer
 
 SHORTEST = 16  # least bytes per passage
+LINE_SECONDS = 60.0  # between two lines of progress without a terminal
 
 
 def check(names: Sequence[str], settings: Settings) -> None:
@@ -69,24 +80,40 @@ def whole_characters(data: bytes) -> bytes:
 def run_suites(
     model: HNetLM, names: Sequence[str], settings: Settings, *, batch_size: int
 ) -> dict[str, Report]:
-    """The report of each suite. Progress is shown if stderr is a terminal."""
+    """The report of each suite. Progress is shown on stderr: a bar on a terminal, else a line every
+    `LINE_SECONDS`."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(
-        *columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal
-    ) as bar:
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, *times, console=console, disable=not console.is_terminal) as bar:
         reports = {}
         for name in names:
-            task = bar.add_task(name, total=0)
-            done = [0, 0]
-
-            def progress(asked, finished, task=task, done=done):
-                done[0], done[1] = done[0] + asked, done[1] + finished
-                bar.update(task, total=done[0], completed=done[1])
-
-            scorer = ModelScorer(model, batch_size=batch_size, progress=progress)
+            told = Told(name, bar, bar.add_task(name, total=0))
+            scorer = ModelScorer(model, batch_size=batch_size, progress=told)
             reports[name] = SUITES[name].run(scorer, settings)
     return reports
+
+
+class Told:
+    """Progress of a suite; call it with the numbers of texts that were asked and finished now."""
+
+    def __init__(self, name: str, bar: Progress, task: TaskID):
+        self.name, self.bar, self.task = name, bar, task
+        self.asked = self.done = 0
+        self.began = self.said = time.monotonic()
+
+    def __call__(self, asked: int, done: int) -> None:
+        self.asked, self.done = self.asked + asked, self.done + done
+        self.bar.update(self.task, total=self.asked, completed=self.done)
+        now = time.monotonic()
+        if self.bar.disable and self.done and now - self.said >= LINE_SECONDS:
+            self.said, seconds = now, now - self.began
+            left = seconds * (self.asked - self.done) / self.done
+            print(
+                f"{self.name}: {self.done:,} of {self.asked:,} texts asked so far, after "
+                f"{seconds:,.0f} s; about {left:,.0f} s are left for these",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
 
 
 def print_reports(reports: dict[str, Report]) -> None:

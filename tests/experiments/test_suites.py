@@ -594,6 +594,19 @@ def test_a_model_writes_up_to_a_newline(model):
     assert found == [one.data for one in generate(model, [b"abc", b"xy"], sampling)]
 
 
+def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, capsys):
+    clock = iter(range(0, 1000, 40))
+    monkeypatch.setattr(command.time, "monotonic", lambda: next(clock))
+    told = command.Told("counting", command.Progress(disable=True), command.TaskID(0))
+    told.bar.add_task("counting")
+    for asked, done in ((30, 0), (0, 10), (0, 5), (0, 15)):
+        told(asked, done)
+    assert capsys.readouterr().err.splitlines() == [
+        "counting: 10 of 30 texts asked so far, after 80 s; about 160 s are left for these",
+        "counting: 30 of 30 texts asked so far, after 160 s; about 0 s are left for these",
+    ]
+
+
 def test_every_report_is_tables_and_json(monkeypatch, capsys):
     made = {}
     monkeypatch.setattr(command, "ModelScorer", lambda model, **how: made.update(how) or UNIFORM)

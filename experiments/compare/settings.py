@@ -18,7 +18,7 @@ saved.
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from hnet.bounds import Bounds, Natural, Repeats, Vocabulary
+from hnet.bounds import Bounds, FilePath, Natural, Repeats, Vocabulary
 from hnet.data.config import DataConfig
 from hnet.train.sections import (
     CheckpointConfig,
@@ -53,7 +53,7 @@ class Compare(Sections):
     """number of training bytes per run; 0 = train.steps updates"""
     vocabulary: Vocabulary = 1024
     """number of tokens of the token baselines, which are learned from the training text"""
-    gold: tuple[str, ...] = ()
+    gold: tuple[FilePath, ...] = ()
     """annotated files with gold words or morphemes, as `experiments.boundaries` reads them"""
     passages: Annotated[int, Bounds(1, 100_000)] = 64
     """number of held-out passages whose boundaries are measured"""

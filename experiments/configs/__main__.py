@@ -7,7 +7,7 @@ Parts are read from the configurations, the other columns from the docstrings of
 """
 
 from hnet.chunking.config import ChunkingConfig
-from hnet.command_line import run
+from hnet.command_line import OneLineParser, run
 from hnet.config import HNetConfig
 from hnet.train.named import FACTS, Named, named_configs
 
@@ -64,6 +64,7 @@ def chunking_text(chunking: ChunkingConfig) -> str:
 
 
 def main() -> int:
+    OneLineParser(prog="python -m experiments.configs", description=__doc__).parse_args()
     print(table(), end="")
     return 0
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 
 from hnet.checkpoint.verify import verify_workdir
-from hnet.command_line import OneLineParser, run
+from hnet.command_line import OneLineParser, file_path, run
 from hnet.runtime.compile_cache import enable_compilation_cache
 
 
@@ -19,7 +19,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = OneLineParser(prog="python -m hnet.checkpoint", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     verify = commands.add_parser("verify", help="read every checkpoint back, one line each")
-    verify.add_argument("workdir", metavar="WORKDIR", help="local folder or gs://bucket/folder")
+    verify.add_argument(
+        "workdir", type=file_path, metavar="WORKDIR", help="local folder or gs://bucket/folder"
+    )
     options = parser.parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")  # the run itself may occupy the accelerator
     enable_compilation_cache()

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 import jax
 
-from hnet.command_line import OneLineParser, number, one_line, run
+from hnet.command_line import OneLineParser, file_path, number, one_line, run
 from hnet.errors import ConfigError
 from hnet.interop.convert import convert, verify
 from hnet.interop.publish import pull, push
@@ -57,20 +57,22 @@ def _parser() -> argparse.ArgumentParser:
     verify_ = command("verify", _verify, "compare the logits of two checkpoints")
     push_ = command("push", _push, "put weights, configuration and a model card on the Hub")
     pull_ = command("pull", _pull, "get such a folder from the Hub")
-    convert_.add_argument("source")
-    convert_.add_argument("target", help="a new .pt, .safetensors, .npz or work directory")
-    verify_.add_argument("first")
-    verify_.add_argument("second")
+    convert_.add_argument("source", type=file_path)
+    convert_.add_argument(
+        "target", type=file_path, help="a new .pt, .safetensors, .npz or work directory"
+    )
+    verify_.add_argument("first", type=file_path)
+    verify_.add_argument("second", type=file_path)
     tolerance = number(float, 0, 1e9)
     verify_.add_argument(
         "--tolerance", type=tolerance, default=1e-4, help="of a logit (default 1e-4)"
     )
-    push_.add_argument("source")
+    push_.add_argument("source", type=file_path)
     push_.add_argument("address", help="hf://owner/name[@branch]")
     push_.add_argument("--private", action="store_true", help="if the repository is made")
     push_.add_argument("--replace-card", action="store_true", help="also where there is one")
     pull_.add_argument("address", help="hf://owner/name[@revision]")
-    pull_.add_argument("target", help="a new folder")
+    pull_.add_argument("target", type=file_path, help="a new folder")
     for added in (convert_, push_):
         added.add_argument("--dtype", choices=("float32", "bfloat16"), help="of matmul weights")
         step = number(int, 0, 2**31)
@@ -79,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
             "--ema", action="store_true", help="the average of a run's parameters (optim.ema_decay)"
         )
     for added in (convert_, verify_, push_):
-        added.add_argument("--config", help="JSON of a file that has none beside it")
+        added.add_argument(
+            "--config", type=file_path, help="JSON of a file that has none beside it"
+        )
     return parser
 
 

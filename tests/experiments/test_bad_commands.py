@@ -1,12 +1,13 @@
 """Bad command lines for all commands: exit code 2, one line, no work done, nothing written."""
 
+import argparse
 import importlib
 import json
 import typing
 
 import pytest
 
-from hnet import command_help
+from hnet import command_help, command_line
 from hnet.bounds import NamesFile
 from hnet.command_line import with_words
 from hnet.errors import ConfigError
@@ -125,3 +126,60 @@ def test_numbers_that_no_work_allows_are_refused(cls, content, path, kind):
     with pytest.raises(ConfigError, match=path.split(".")[-1]):
         with_words(cls, json.loads(json.dumps(content)), [f"--{path}", ABSURD[kind]])
         pytest.fail(f"--{path} {ABSURD[kind]} was taken")
+
+
+# --- every option that names a file is known as one -----------------------------------------------
+
+OTHER_TEXT = {
+    "config", "compare", "base", "name", "kind", "prompt", "dtype", "alphabet", "reference",
+    "groups", "suite", "systems", "text", "stop",
+    "files", "train", "unseen", "bpe_files", "parallel",
+    "project", "zone", "accelerator", "runtime_version", "bucket", "cluster", "service_account",
+    "image", "home", "time", "partition", "account", "command", "topology", "address", "study",
+    "only", "signal_host", "create_arg", "ssh_arg",
+}  # fmt: skip
+"""Names, words, globs, LANGUAGE=FILE, addresses, and places on other machines."""
+
+PARSERS = (
+    "experiments.benchmarks.kernels", "experiments.claims.__main__",
+    "experiments.finetune.__main__", "experiments.scaling.__main__", "experiments.slots.__main__",
+    "experiments.sweep", "hnet.checkpoint.__main__", "hnet.interop.__main__", "tpu.emulate",
+    "tpu.launch", "tpu.plan", "tpu.published",
+)  # fmt: skip
+
+
+def test_fields_of_text_are_paths_or_known_as_something_else():
+    for module, name in OPTIONS.items():
+        cls = getattr(importlib.import_module(module), name)
+        own = typing.get_type_hints(cls, include_extras=True)
+        for field, hint in own.items():
+            if "str" in str(hint) and field not in (*Config.__dataclass_fields__, *OTHER_TEXT):
+                is_path = any(isinstance(mark, NamesFile) for mark in marks(hint))
+                of_language = (name, field) == ("FairnessConfig", "gold")  # LANGUAGE=FILE
+                assert is_path or of_language or "Literal" in str(hint), (name, field)
+
+
+@pytest.mark.parametrize("module", PARSERS)
+def test_options_of_text_are_paths_or_known_as_something_else(module, monkeypatch):
+    class Found(Exception):
+        pass
+
+    def parse_known_args(parser, *_):
+        raise Found(parser)
+
+    monkeypatch.setattr(command_line.OneLineParser, "parse_known_args", parse_known_args)
+    monkeypatch.setattr("sys.argv", ["command", "verify"])
+    main = importlib.import_module(module).main
+    with pytest.raises(Found) as found:
+        main()
+    open_, options = [found.value.args[0]], []
+    while open_:
+        for action in open_.pop()._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                open_ += action.choices.values()
+            elif action.nargs != 0 and not action.choices:
+                options.append(action)
+    assert options
+    for action in options:
+        assert action.type or action.dest in OTHER_TEXT, action.dest
+        assert action.type is not str

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -102,6 +103,13 @@ STARTS = [
     *((*RUN, "--data.tokenizer", word) for word in ("empty_tokens.json", "huge_id.json")),
     *((*RUN, "--eval.probe_files", word) for word in (*NO_FILES, *NO_JSON[:4])),
     *(("experiments.pretrain", word) for word in (*NO_FILES, *NO_JSON, "nobody:home")),
+    ("experiments.benchmarks.decode", "--wait_share", "-1"),
+    ("experiments.benchmarks.decode", "--main_width", "65536", "--main_layers", "1000"),
+    ("experiments.benchmarks.logging", "tiny.json", "--train.steps", "0"),
+    ("experiments.benchmarks.rounding", "--rates", "0"),
+    ("experiments.benchmarks.routing", "--repeats", "2147483647"),
+    ("experiments.benchmarks.sweep", "--rates", "1000", "--seeds", "1000"),
+    ("experiments.configs.__main__", "nosuch"),
     (*RUN, "--eval.max_bytes", "-1"),
     (*RUN, "--train.steps", "2e63"),
     (*RUN, "--seed", "-1"),
@@ -292,6 +300,23 @@ def test_every_command_reports_its_errors_when_started_as_a_module():
         module = importlib.import_module(name)
         last = inspect.getsource(module).partition('if __name__ == "__main__":')[2].strip()
         assert not last or last in ("run(main)", "main()"), name
+
+
+NO_STARTS = {
+    "experiments.evaluate", "experiments.generate", "experiments.segment",  # hnet.commands
+    "hnet.data.script_table",  # takes no words
+    "hnet.interop.lm_eval",  # reads words by the library that it calls
+    "tpu.aot",  # a part of tpu.plan in a process of its own
+}  # fmt: skip
+
+
+def test_every_command_is_started():
+    root, names = Path(__file__).parents[2], set()
+    for package in ("experiments", "hnet", "tpu"):
+        for path in (root / package).rglob("*.py"):
+            if 'if __name__ == "__main__":' in path.read_text():
+                names.add(".".join(path.relative_to(root).with_suffix("").parts))
+    assert names - {start[0] for start in STARTS} == NO_STARTS
 
 
 @pytest.fixture(scope="module")

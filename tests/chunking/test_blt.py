@@ -11,8 +11,9 @@ import pytest
 
 from experiments.entropy_threshold import ThresholdConfig, threshold
 from hnet.chunking.boundaries import Prediction, decide
+from hnet.chunking.part import Place, Positions
 from hnet.chunking.predictors.entropy import Entropy, end_logit, entropy
-from hnet.chunking.predictors.rules import spacelike
+from hnet.chunking.predictors.rules import Fixed, spacelike
 from hnet.config import ChunkingConfig, HNetConfig, StageConfig
 from hnet.decode import stream
 from hnet.errors import ConfigError
@@ -62,6 +63,19 @@ def test_patches_are_those_of_blt(name):
     last = 39 if name != "global_next" else 40  # without the next token the last patch ends at L
     assert np.array_equal(found.boundary_mask_BL[:, :last], expected[:, :last])
     assert 30 < expected.sum() < 60
+
+
+def test_patches_of_equal_length_are_those_of_blt():
+    """The rule gives the positions at which they begin."""
+    for name, stride in (("static", 4), ("byte", 1)):
+        place = Place(0, 1, 1, ChunkingConfig(float(stride)))
+        rule = Fixed(Fixed.Config(), place, rngs=None)
+        shape = (*PATCHES["entropies_BL"].shape, 1)
+        context = Context(jnp.ones(shape[:2], jnp.int32))
+        found = rule(Positions(jnp.zeros(shape), context, rule.config)).probability > 0.5
+        starts = np.pad(ends(PATCHES[f"patch_lengths/{name}"], 40)[:, :-1], ((0, 0), (1, 0)))
+        starts[:, 0] = True
+        assert np.array_equal(found, starts)
 
 
 @pytest.mark.parametrize("rule", ["global", "monotonic", "both"])

@@ -136,6 +136,42 @@ def test_pool_and_dechunk_by_linear_maps_have_the_values_and_gradients_of_au_net
     assert full.any() and close(grad_hidden[full], z["down/grad_hidden_BLD"][full], 1e-4)
 
 
+@pytest.mark.parametrize("kind", ["repeat", "scatter"])
+def test_other_ways_up_of_au_net_are_indexed_maps(kind):
+    """Repeated with embeddings of distances: a bias for each; scattered: only at boundaries."""
+    z = golden_data.part(golden_data.load("family/aunet_transition"), kind)
+    M, E, D = *z["y_BME"].shape[1:], z["up/out_BLD"].shape[-1]
+    config = Indexed.Config(bias=kind == "repeat", at_boundaries=kind == "scatter")
+    dechunk = Indexed(config, Place(0, D, E, ChunkingConfig()), rngs=nnx.Rngs(0))
+    graph, tree = nnx.split(dechunk)
+    tree = nnx.to_pure_dict(tree)
+    weights = golden_data.part(z, "param")
+    weights = {k: jnp.asarray(a) for k, a in weights.items() if "down" not in k}
+    _, found, slots = boundaries_of(z["mask_BL"], np.ones(z["mask_BL"].shape), M)
+
+    @quick_jit
+    def run(weights, y_BME):
+        def up(weights, y_BME):
+            own = tree | {
+                "norm": {"scale": weights["up_norm.weight"]},
+                "proj": {"kernel": weights["trans_up.weight"].T},
+                "maps": jnp.zeros_like(tree["maps"]),
+            }
+            if config.bias:
+                own["bias"] = weights["pos_encoding.weight"] @ weights["trans_up.weight"].T
+            return nnx.merge(graph, own)(y_BME, found, slots, config)
+
+        out_BLD, pull = jax.vjp(up, weights, y_BME)
+        return out_BLD, pull(z["up/cot_BLD"])
+
+    out_BLD, (grads, grad_BME) = jax.device_get(run(weights, z["y_BME"]))
+    assert golden_data.relative_error(out_BLD, z["up/out_BLD"]) < 2e-5
+    used = np.asarray(slots.context.segment_ids_BL) != 0
+    assert golden_data.relative_error(grad_BME[used], z["up/grad_y_BME"][used]) < 1e-4
+    for name, ours in grads.items():
+        assert golden_data.relative_error(ours, z[f"up/grad_param/{name}"]) < 1e-4, name
+
+
 @pytest.mark.parametrize("limit", [0, 4, 10, 100])
 def test_words_of_hat(limit):
     """Each word but the first is known at the last byte of its first character."""

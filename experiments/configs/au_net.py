@@ -34,7 +34,8 @@ def au_net_2() -> HNetConfig:
     Paper: arXiv 2506.14761
     Fidelity: levels, pool and way back as in facebookresearch/lingua at commit 437d680, but a
     newline after other white space does not change an earlier byte; blocks of the default
-    Test: tests/chunking/test_words.py: levels of 153 texts, masks, pool, dechunk, gradients
+    Test: tests/chunking/test_words.py: levels of 153 texts, pool, dechunk, gradients;
+    tests/chunking/test_reference_networks.py: the network of 3 stages
     """
     base = default.config().model
     outer, main = base.stages

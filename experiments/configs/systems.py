@@ -83,7 +83,8 @@ def spacebyte() -> HNetConfig:
     Paper: arXiv 2404.14408
     Fidelity: boundaries and insertion as in kjslag/spacebyte if BOS begins a document; a wider
     stage is padded behind, not in front; rotary positions
-    Test: tests/chunking/test_family.py: boundaries, gather, insertion, overflow, gradients
+    Test: tests/chunking/test_family.py: boundaries, gather, insertion, overflow, gradients;
+    tests/chunking/test_reference_networks.py: its whole network, with its blocks
     """
     return with_chunking(hnet_space(), dechunk="at_boundaries", residual="add", overflow="ignore")
 
@@ -109,7 +110,7 @@ def dtp_gumbel() -> HNetConfig:
     Paper: arXiv 2211.09761
     Fidelity: chunking as in PiotrNawrot/dynamic-pooling; pre-norm blocks, no norm after the
     pool; the rate is held
-    Test: tests/chunking/test_family.py: predictor, pool, upsampling, loss and their gradients
+    Test: tests/chunking/test_family.py: its whole network, with its blocks
     """
     return one_stage(
         5.0, predictor="mlp", alignment="end", pool="mean", dechunk="repeat",
@@ -122,7 +123,7 @@ def dtp_entropy() -> HNetConfig:
 
     Paper: arXiv 2211.09761
     Fidelity: chunking as in its code: the loss takes the sigmoid of p itself
-    Test: tests/chunking/test_family.py: predictor, spikes, pool, loss and their gradients
+    Test: tests/chunking/test_family.py: its whole network, with its blocks
     """
     return with_chunking(
         dtp_gumbel(),
@@ -138,7 +139,7 @@ def dtp_unigram() -> Config:
     Paper: arXiv 2211.09761
     Fidelity: chunking as in its code: the loss takes the sigmoid of p itself; the unigram model is
     trained on the text of the run, and cuts in the first word of a row are not shifted
-    Test: tests/chunking/test_family.py: labels, predictor, pool, loss and their gradients
+    Test: tests/chunking/test_family.py: its whole network, with its blocks
     """
     base, loss = default.config(), BCE.Config(labels="given", reference_double_sigmoid=True)
     return replace(
@@ -153,7 +154,7 @@ def dtp_whitespace() -> HNetConfig:
 
     Paper: arXiv 2211.09761
     Fidelity: chunking as in its code
-    Test: tests/chunking/test_family.py: boundaries, pool and gradients
+    Test: tests/chunking/test_family.py: its whole network, with its blocks
     """
     return with_chunking(dtp_gumbel(), predictor="whitespace", losses=(), hold_rate=False)
 
@@ -163,7 +164,7 @@ def dtp_fixed() -> HNetConfig:
 
     Paper: arXiv 2211.09761
     Fidelity: chunking as in its code
-    Test: tests/chunking/test_family.py: boundaries, pool and gradients
+    Test: tests/chunking/test_family.py: its whole network, with its blocks
     """
     return with_chunking(dtp_whitespace(), predictor="fixed", target_ratio=4.0)
 

@@ -5,10 +5,12 @@ remedy.
 """
 
 import contextlib
+import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from hnet.errors import ConfigError, shown
 from hnet.files import read_bytes
@@ -81,6 +83,17 @@ def write_new(path: str | os.PathLike, content: str | bytes, field: str) -> None
             except BaseException:
                 os.unlink(path)
                 raise
+
+
+def lock(file: IO, where: str) -> None:
+    """Let no other process write an output, `where` in messages, until this file is closed.
+
+    Raises ConfigError if another process has it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends
+    except BlockingIOError:
+        raise ConfigError(f"{where} is being written by another process: wait for it") from None
 
 
 @contextlib.contextmanager

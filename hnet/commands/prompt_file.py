@@ -1,7 +1,6 @@
 """Files of prompts and of their results, as `generate --input FILE --output FILE` uses them."""
 
 import contextlib
-import fcntl
 import hashlib
 import itertools
 import json
@@ -19,7 +18,7 @@ from hnet.errors import ConfigError
 from hnet.fields import to_json
 from hnet.files import json_text, open_bytes, parse_json
 from hnet.model import HNetLM, split
-from hnet.outputs import new_file, one_line
+from hnet.outputs import lock, new_file, one_line
 
 RESULTS = ("text", "base64", "finish_reason", "logprobs", "starts")
 """fields of an output line besides those of its prompt and "made_by\""""
@@ -146,12 +145,7 @@ def opened(output: str, mode: str) -> Iterator[BinaryIO]:
     with contextlib.ExitStack() as stack:
         with one_line(output, "output"):
             file = stack.enter_context(open(output, mode))
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends
-        except BlockingIOError:
-            raise ConfigError(
-                f"output={output!r} is being written by another process: wait for it"
-            ) from None
+        lock(file, f"output={output!r}")
         yield file
 
 

@@ -6,7 +6,6 @@ when it is complete, so an interrupted run resumes after the last complete shard
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import sys
@@ -27,7 +26,7 @@ from hnet.data.shards import (
     replace_file,
 )
 from hnet.errors import ConfigError
-from hnet.outputs import local_folder
+from hnet.outputs import local_folder, lock
 
 _FORMAT = "hnet-shards-1"
 _LOCK = ".lock"
@@ -102,13 +101,8 @@ def _claimed(folder: Path, manifest: dict) -> Iterator[dict]:
         )
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / _LOCK, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends
-        except BlockingIOError:
-            raise ConfigError(
-                f"out={str(folder)!r} is being written by another process: wait for it"
-            ) from None
+    with open(folder / _LOCK, "w") as file:
+        lock(file, f"out={str(folder)!r}")
         begun = read_manifest(folder)
         if is_new := begun is None:
             _save(folder, manifest)

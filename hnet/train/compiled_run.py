@@ -94,6 +94,17 @@ DEVICE_FIELDS = (
 )  # fmt: skip
 
 
+def graphs(config: Config, device: jax.Device) -> tuple[nnx.GraphDef, nnx.GraphDef, dict, str]:
+    """(structure of the model on this device, the same with array code only, shapes of its
+    parameters, description of its kernels)."""
+    compute = resolved(config.model.compute, device.platform, device.device_kind)
+    graph, params = abstract(replace(config.model, compute=compute))
+    plain_graph, _ = abstract(replace(config.model, compute=without(compute)))
+    graph = frozen_graph(config.init, graph, params)
+    plain_graph = frozen_graph(config.init, plain_graph, params)
+    return graph, plain_graph, params, described(compute, device.platform)
+
+
 def build(
     config: Config,
     *,
@@ -109,13 +120,7 @@ def build(
     mesh = make_mesh(config.mesh, devices)
     check(config, mesh)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    device = mesh.devices.flat[0]
-    platform = device.platform
-    compute = resolved(config.model.compute, platform, device.device_kind)
-    graph, params = abstract(replace(config.model, compute=compute))
-    plain_graph, _ = abstract(replace(config.model, compute=without(compute)))
-    graph = frozen_graph(config.init, graph, params)
-    plain_graph = frozen_graph(config.init, plain_graph, params)
+    graph, plain_graph, params, kernels = graphs(config, mesh.devices.flat[0])
     rows_sharing_slots = rows_that_share(config, shards)
 
     run = experiment(config, graph, rows_sharing_slots)
@@ -151,7 +156,7 @@ def build(
     )
     return CompiledRun(
         mesh, shardings, hparams, init_once, step, evaluate, abstract_state,
-        plain_graph, described(compute, platform), ladder,
+        plain_graph, kernels, ladder,
     )  # fmt: skip
 
 

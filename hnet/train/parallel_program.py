@@ -1,7 +1,6 @@
 """Many runs as one compiled program: one run mapped over a leading axis, sharded over devices."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,8 +11,6 @@ from jax.sharding import PartitionSpec as P
 
 from hnet.data.pipeline import Batch
 from hnet.errors import ConfigError
-from hnet.model import abstract
-from hnet.nn.kernels.table import described, resolved, without
 from hnet.train.capacity import CapacitySchedule
 from hnet.train.compiled_run import (
     DEVICE_FIELDS,
@@ -21,12 +18,12 @@ from hnet.train.compiled_run import (
     Experiment,
     check,
     experiment,
+    graphs,
     rows_that_share,
     traced_numbers,
     untraced,
 )
 from hnet.train.config import Config
-from hnet.train.initial import frozen_graph
 from hnet.train.memory import check_memory
 
 AXES = ("runs", "data", "fsdp", "tensor")  # each run is on one device, so the last three are 1
@@ -54,13 +51,8 @@ def build(
     check(configs[0], mesh)
     check_memory(configs[0], mesh, runs=len(configs))
 
-    config, device = configs[0], mesh.devices.flat[0]
-    platform = device.platform
-    compute = resolved(config.model.compute, platform, device.device_kind)
-    graph, params = abstract(replace(config.model, compute=compute))
-    plain_graph, _ = abstract(replace(config.model, compute=without(compute)))
-    graph = frozen_graph(config.init, graph, params)
-    plain_graph = frozen_graph(config.init, plain_graph, params)
+    config = configs[0]
+    graph, plain_graph, _, kernels = graphs(config, mesh.devices.flat[0])
     rows_sharing_slots = rows_that_share(config, shards=1)
     one = experiment(config, graph, rows_sharing_slots)
 
@@ -90,7 +82,7 @@ def build(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_run), shapes
         ),
         graph=plain_graph,
-        kernels=described(compute, platform),
+        kernels=kernels,
         ladder=CapacitySchedule.start(
             config.model, config.data.seq_len, rows_sharing_slots, config.train.accumulate
         ),

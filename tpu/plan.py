@@ -151,7 +151,7 @@ def advice(plan: Plan) -> str:
     if plan.state_bytes > plan.hbm_per_device:
         needed = math.ceil(plan.state_bytes / (0.7 * plan.hbm_per_device)) * plan.config.mesh.fsdp
         return (
-            f"parameters and optimizer alone are too much: cut them, --mesh.fsdp {needed} or more"
+            f"parameters and optimizer are already too much: cut them, --mesh.fsdp {needed} or more"
         )
     return (
         "try --model.compute.remat layer, --train.accumulate 2 or more, --mesh.fsdp, a smaller "

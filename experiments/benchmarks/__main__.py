@@ -170,7 +170,7 @@ def show(found: dict[str, Any]) -> None:
         share, whole = found["routing_chunk_dechunk_share"], found["parts_over_step"]
         console.print(f"routing, chunk and dechunk {share:.1%}; all parts {whole:.0%} of the step")
     if "input" in found:
-        console.print(f"input alone {found['input']['bytes_per_sec']:,.0f} bytes/s")
+        console.print(f"input only {found['input']['bytes_per_sec']:,.0f} bytes/s")
     if row := found.get("pretrain"):
         console.print(
             f"pretrain {row['bytes_per_sec']:,.0f} bytes/s, {row['over_bare_step']:.1%} of the "

@@ -86,7 +86,7 @@ def main() -> None:
     if options.json:
         print(json_text(found))
         return
-    print(f"pipeline alone {found['pipeline_bytes_per_sec']:>12,.0f} bytes/s")
+    print(f"pipeline only  {found['pipeline_bytes_per_sec']:>12,.0f} bytes/s")
     print(f"the run        {found['run_bytes_per_sec']:>12,.0f} bytes/s")
     print(f"ratio          {found['ratio']:>12,.1f}")
     print(f"run waited     {found['run_stall_frac']:>12.3%} of its time for input")

@@ -70,7 +70,7 @@ def main() -> int:
         ),
         "loss after that, off by at most": _short(after),
         "loss by step, off by at most": [_short([d]) for d in zip(*(w.loss for w in ways))],
-        "the same of a run alone that starts one last place away": [
+        "the same of a separate run that starts one last place away": [
             _short([d]) for d in zip(*(w.control for w in ways))
         ],
     }, indent=1))  # fmt: skip

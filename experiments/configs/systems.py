@@ -15,7 +15,7 @@ their blocks:
   block.
 
 A system with a target and a learned predictor holds its rate (`hold_rate`): in the last updates an
-offset on the logit of p brings the rate to the target, which the losses alone reach only in long
+offset on the logit of p brings the rate to the target, which the losses reach only in long
 runs. `--model.stages.0.chunking.hold_rate False` leaves it to the losses.
 
 Script names and targets: MAGNET's shipped priors are .2, .1 and .08 for Latin, Cyrillic and the
@@ -82,7 +82,7 @@ def spacebyte() -> HNetConfig:
 
     Paper: arXiv 2404.14408
     Fidelity: boundaries and insertion as in kjslag/spacebyte if BOS begins a document; a wider
-    stage is padded behind, not in front; rotary positions
+    stage is padded at the end, not in front; rotary positions
     Test: tests/chunking/test_family.py: boundaries, gather, insertion, overflow, gradients;
     tests/chunking/test_reference_networks.py: its whole network, with its blocks
     """

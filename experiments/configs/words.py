@@ -6,7 +6,7 @@ All have the main network of the default configuration, about 5 minutes on two C
 ends at a white space character, which belongs to it, or after its maximal length (hat_words has
 another rule). Tokens before the bytes of a word are encoded with them in both directions; their
 outputs are positions of the main network. Vectors of its outputs are the first positions of a
-decoder that sees only them and the next word; the last of them stands in the place of the word's
+decoder that sees only them and the next word; the last of them replaces the word's
 last byte. So there is no end-of-word symbol: the byte of white space ends a word. Streams work: no
 rule needs a later byte.
 """

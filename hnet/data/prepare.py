@@ -84,7 +84,7 @@ def _errors_of(folder: Path) -> Iterator[None]:
         reason = (str(e).splitlines() or [type(e).__name__])[0]
         raise ConfigError(
             f"out={str(folder)!r} cannot be written ({reason}): finished shards are kept, the "
-            "same command goes on behind them"
+            "same command goes on after them"
         ) from e
 
 

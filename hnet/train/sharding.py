@@ -52,10 +52,6 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * 3)
 
 
-def path_name(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
 def parameter_spec(names: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
     """Spec of a parameter whose trailing axes have these names.
 

@@ -416,7 +416,7 @@ def fit(found: dict, weights: dict) -> Case:
 
 def space_byte(found: dict, weights: dict) -> Case:
     """Its boundaries are given, as its BOS is one inside a document. Its wider states have zeros in
-    front, ours learned numbers behind; only the local blocks have a window (8 keys on a CPU)."""
+    front, ours learned numbers at the end; only local blocks have a window (8 keys on a CPU)."""
     (_, D), (M, E) = (weights[f"{at}_position_encoding"].shape for at in ("local", "global"))
     names = ("initial_blocks", "global_blocks", "final_blocks", "local_position", "global_position")
     of = {name: {n: a for n, a in weights.items() if n.startswith(name)} for name in names}

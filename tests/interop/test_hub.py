@@ -176,7 +176,7 @@ def test_a_hub_that_does_not_answer_is_given_up(tmp_path, monkeypatch, capsys, c
         port = silent.getsockname()[1]
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
         refused(capsys, command, *arguments, says="the Hub cannot be used")
-    refused(capsys, command, *arguments, says="the Hub cannot be used")  # nobody listens
+    refused(capsys, command, *arguments, says="the Hub cannot be used")  # no server
     assert not new.exists()
 
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -23,12 +24,13 @@ from hnet.train.sharding import (
     check_batch,
     make_mesh,
     parameter_spec,
-    path_name,
     state_shardings,
 )
 from tests.networks import QUICK
 from tests.training import build, tiny_run
 from tpu import hlo
+
+path_name = partial(jax.tree_util.keystr, simple=True, separator="/")
 
 
 def test_the_open_axis_takes_the_devices_that_are_left():

@@ -16,7 +16,7 @@ from hnet.nn.cache import last_positions
 class Prefix(CrossAttention):
     """Adds nothing to positions; `num_vectors` vectors of a chunk precede what is decoded from it.
 
-    With alignment end they stand in the place of the chunk's last position, whose input the decoder
+    With alignment end they replace the chunk's last position, whose input the decoder
     does not get, and the last of them predicts the next position (HAT, arXiv 2501.10322; Learn Your
     Tokens, avi-jit/eTok). With alignment start they stand before the chunk's first position.
     """

@@ -67,12 +67,13 @@ def main(argv: list[str] | None = None) -> int:
     if options.dry_run:
         _show_plan(base, space, worker)
         return 0
-    check_results(out)
+    name = options.study or out.resolve().name
+    check_results(out, name)
     storage = options.storage or str(out / "journal.log")
     corpus = open_corpus(base.data)
     RunLogger(base, corpus, Start())  # raises for what each run would be refused for
     read = inputs(base.data, corpus)
-    study = Study(storage, options.study or out.resolve().name, base, space, worker.timeout, read)
+    study = Study(storage, name, base, space, worker.timeout, read)
     enable_compilation_cache()
     compiled = CompilationLog()
     with StopRequest() as stop, study:

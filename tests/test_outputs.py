@@ -164,7 +164,11 @@ def test_results_of_a_sweep_are_replaced_and_no_others(tmp_path):
     check_results(tmp_path / "new")
     (tmp_path / "results.csv").write_text("point,state,seed\n")
     (tmp_path / "best.json").write_text("{}")
-    check_results(tmp_path)
+    check_results(tmp_path, "of an earlier version")
+    (tmp_path / "results.csv").write_text("point,state,fault,study\n0,done,,a\n")
+    check_results(tmp_path, "a")
+    with pytest.raises(ConfigError, match="has the results of study 'a', not of 'b'"):
+        check_results(tmp_path, "b")
     (tmp_path / "results.csv").unlink()
     with pytest.raises(ConfigError, match="no sweep wrote its best.json"):
         check_results(tmp_path)

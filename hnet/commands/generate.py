@@ -32,6 +32,7 @@ from hnet.commands.prompt_file import (
     made_by,
     opened,
     opened_prompts,
+    own_fields,
 )
 from hnet.data.forms import BOM
 from hnet.decode.generate import Generation, chunk_starts, stream_text
@@ -209,7 +210,7 @@ def _line(model: HNetLM, prompt: dict[str, Any], result: Generation) -> dict[str
     except UnicodeDecodeError:
         text = {"base64": base64.b64encode(result.data).decode()}
     return {
-        **prompt,
+        **own_fields(prompt),
         **text,
         "finish_reason": result.finish_reason,
         "logprobs": [round(float(x), 5) for x in result.logprobs],

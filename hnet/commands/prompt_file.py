@@ -176,10 +176,14 @@ def already_done(
     return Begun(done, size, made_by, prompts)
 
 
+def own_fields(prompt: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a prompt that its output line repeats: those that are no results."""
+    return {k: v for k, v in prompt.items() if k not in (*RESULTS, "made_by")}
+
+
 def _line_start(prompt: dict[str, Any]) -> bytes:
     """The beginning of a prompt's output line, which is known before generating."""
-    known = itertools.takewhile(lambda item: item[0] not in (*RESULTS, "made_by"), prompt.items())
-    return json_text(dict(known))[:-1].encode()
+    return json_text(own_fields(prompt))[:-1].encode()
 
 
 def _is_result(line: bytes, start: bytes) -> bool:

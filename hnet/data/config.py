@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from hnet.errors import ConfigError
+from hnet.errors import ConfigError, shown
 
 _MOST_32 = 2**31 - 1
 
@@ -69,8 +69,8 @@ class DataConfig:
             )
         if self.weights and len(self.weights) != max(1, len(self.files)):
             raise ConfigError(
-                f"data.weights={self.weights} has {len(self.weights)} numbers for "
-                f"{len(self.files)} globs in data.files: give one weight a glob"
+                f"data.weights={shown(self.weights)} has {len(self.weights)} numbers for "
+                f"{len(self.files)} globs in data.files: give one weight per glob"
             )
         if self.labels and self.tokenizer:
             raise ConfigError(
@@ -79,5 +79,5 @@ class DataConfig:
             )
         if bad := [w for w in self.weights if not (math.isfinite(w) and w > 0)]:
             raise ConfigError(
-                f"data.weights={self.weights}: {bad[0]} is not a share; use positive numbers"
+                f"data.weights={shown(self.weights)}: {bad[0]} is not a share; use positive numbers"
             )

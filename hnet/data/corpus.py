@@ -13,7 +13,7 @@ from hnet.data import files, pythondocs
 from hnet.data.config import DataConfig
 from hnet.data.sources import Source, is_built_in, open_source
 from hnet.data.tokens import TokenDocuments, read_vocabulary
-from hnet.errors import ConfigError
+from hnet.errors import ConfigError, shown
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,9 @@ def open_corpus(config: DataConfig) -> Corpus:
     sources = [open_source(p, leave_out=heldout_texts) for p in patterns]
     whole = _whole(sources, mixed=bool(config.weights))
     if not whole.num_bytes:
-        raise ConfigError(f"data.files={config.files}: the corpus is empty; give files with text")
+        raise ConfigError(
+            f"data.files={shown(config.files)}: the corpus is empty; give files with text"
+        )
     if config.eval_files:
         train, heldout = whole, open_part(config.eval_files, field="data.eval_files")
     else:
@@ -206,7 +208,7 @@ def open_part(patterns: tuple[str, ...], *, field: str = "data.files") -> Part:
     _texts(patterns, field)
     part = _whole([open_source(p, field=field) for p in patterns], mixed=False)
     if not part.num_bytes:
-        raise ConfigError(f"{field}={patterns} holds no byte: give files with text")
+        raise ConfigError(f"{field}={shown(patterns)} holds no byte: give files with text")
     return part
 
 

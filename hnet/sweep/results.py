@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import statistics
 import tempfile
 from collections.abc import Iterator
@@ -46,7 +47,7 @@ def result_rows(study: Study) -> list[dict[str, Any]]:
                 row[f"eval/stage{s}/bytes_per_chunk"] = size
             for s, lost in enumerate(run.get("overflow", ())):
                 row[f"stage{s}/overflow_frac"] = lost
-            rows.append({**row, "fault": fault})
+            rows.append({**row, "fault": fault, "study": study.study.study_name})
     columns = dict.fromkeys(name for row in rows for name in row)
     return [{name: row.get(name) for name in columns} for row in rows]
 
@@ -55,9 +56,9 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, bool | int | float | str)
 
 
-def check_results(out: Path) -> None:
+def check_results(out: Path, study: str = "") -> None:
     """Raise ConfigError if a folder contains files that `write_results` would replace but no sweep
-    wrote."""
+    wrote, or another study did. study: name of the study, empty to allow any."""
     files = [out / name for name in RESULTS if os.path.lexists(out / name)]
     if not files:
         new_file(out / RESULTS[0], "out")
@@ -65,6 +66,17 @@ def check_results(out: Path) -> None:
         b"point,state,"
     ):
         raise ConfigError(f"out={str(out)!r}: no sweep wrote its {files[0].name}: choose another")
+    elif study and (others := _studies(out / RESULTS[0]) - {study}):
+        raise ConfigError(
+            f"out={str(out)!r} has the results of study {others.pop()!r}, not of {study!r}: use "
+            "that --study, or another --out"
+        )
+
+
+def _studies(table: Path) -> set[str]:
+    """Names of the studies in results.csv; earlier versions stored none."""
+    rows = csv.DictReader(io.StringIO(read_file(table, "out").decode(errors="replace")))
+    return {row["study"] for row in rows if row.get("study")}
 
 
 def write_results(study: Study, out: Path) -> None:
@@ -162,8 +174,10 @@ def _write_hparams(study: Study, folder: Path) -> None:
                 f"eval/stage{s}/bytes_per_chunk": n for s, n in enumerate(run["bytes_per_chunk"])
             }
             writer.scalars(run["step"], {n: v for n, v in ends.items() if v is not None})
-        with contextlib.suppress(OSError):  # another worker was faster
+        try:
             unfinished.rename(place)
+        except OSError:  # another worker was faster
+            shutil.rmtree(unfinished)
 
 
 def _runs(study: Study) -> Iterator[tuple]:

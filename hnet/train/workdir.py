@@ -30,7 +30,10 @@ def read_config(workdir: str | os.PathLike) -> Config:
             controller.setdefault("hold_frac", 1.0)
         if isinstance(data := content.get("data"), dict):
             data.pop("unknown_script_frac", None)
-    return config_from_json(content)
+    try:
+        return config_from_json(content)
+    except ConfigError as e:
+        raise ConfigError(f"{work_folder(workdir) / 'config.json'} cannot be read: {e}") from None
 
 
 def tokenizer_of(workdir: str | os.PathLike, data: DataConfig) -> str:

@@ -125,6 +125,12 @@ def test_eval_files_are_never_trained_on(many):
     assert corpus.train.num_documents == 101
 
 
+def test_long_lists_are_not_printed(many):
+    with pytest.raises(ConfigError) as e:
+        DataConfig(files=("a",) * 300, weights=(1.0,) * 299)
+    assert "299 numbers" in str(e.value) and len(str(e.value)) < 200
+
+
 def test_without_weights_globs_are_one_text(many):
     joined = open_corpus(DataConfig(files=(f"{many}/a*", f"{many}/b*"), eval_fraction=0))
     assert joined.train.source_names == ("all",)

@@ -19,7 +19,7 @@ from hnet.commands import generate as command
 from hnet.commands import prompt_file
 from hnet.decode import cache_memory
 from hnet.decode.decoder import Decoder
-from hnet.decode.generate import chunk_starts, generate, stream_text
+from hnet.decode.generate import Generation, chunk_starts, generate, stream_text
 from hnet.decode.sampling import Sampling
 from hnet.errors import ConfigError
 from tests.networks import network, random_params, stage
@@ -158,6 +158,19 @@ def test_a_file_that_is_not_of_these_prompts_is_left_alone(run, tmp_path, conten
     options = ("--input", str(prompts), "--output", str(out), "--resume", "True")
     refused(run(*options), "output=", "no results of these prompts")
     assert out.read_bytes() == content
+
+
+def test_results_in_a_prompt_are_not_repeated_and_recognise_no_file(run, model, tmp_path):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "mine"
+    prompts.write_text('{"text": "former", "prompt": "a", "id": 7}\n')
+    for content in ('{"my": "not', '{"text": "of mine'):
+        out.write_text(content)
+        options = ("--input", str(prompts), "--output", str(out), "--resume", "True")
+        refused(run(*options), "no results of these prompts")
+        assert out.read_text() == content
+    raw = Generation(b"a", b"\xff", np.zeros(1), np.zeros((2, 1), bool), "length")
+    line = command._line(model, json.loads(prompts.read_text()), raw)
+    assert "text" not in line and (line["base64"], line["id"]) == ("/w==", 7)
 
 
 @pytest.mark.parametrize("end", ["", "\n"])

@@ -268,6 +268,8 @@ def test_a_sweep_leaves_table_plot_hparams_and_a_configuration_to_train(tmp_path
             sweep_train, "train_parallel_runs", lambda *_, **__: pytest.fail("trained again")
         )
         assert sweep_in_process(tmp_path, out, RATES, **once) == 0
+        with pytest.raises(ConfigError, match="has the results of study 'out', not of 'new'"):
+            sweep_in_process(tmp_path, out, RATES, "--study", "new", **once)
     assert (out / "results.csv").read_bytes() == before
 
 

@@ -117,6 +117,13 @@ def test_the_deepest_field_that_differs_is_named_with_its_two_values(tmp_path):
     assert changes(replace(config, workdir=str(tmp_path / "."))) == []
 
 
+def test_a_file_that_is_no_configuration_is_named(tmp_path):
+    for content in ('{"my": "settings"}', "{}", "[1]"):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ConfigError, match=f"^{tmp_path}/config.json cannot be read: "):
+            read_config(tmp_path)
+
+
 def test_a_second_start_is_refused_while_the_first_one_runs(ended, tmp_path):
     config = replace(ended[0], workdir=str(tmp_path))
     with DirectoryLock(tmp_path):

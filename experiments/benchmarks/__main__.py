@@ -113,16 +113,13 @@ def measure_decode(config: DecodeBenchmark) -> dict[str, Any]:
 
 def measure(config: Benchmark) -> dict[str, Any]:
     """All figures, as plain JSON content."""
-    base = measured_config(config.config, config.batch_size, config.seq_len)
+    names = [config.config] + [config.compare] * bool(config.compare)
+    named = {name: measured_config(name, config.batch_size, config.seq_len) for name in names}
+    base = named[config.config]
     found: dict[str, Any] = {"device": jax.devices()[0].device_kind}
     if {"step", "parts"} & set(config.measure):
-        names = [config.config] + [config.compare] * bool(config.compare)
         steps = [
-            Step(
-                measured_config(name, config.batch_size, config.seq_len), f, name or "this network"
-            )
-            for f in config.fractions
-            for name in names
+            Step(named[name], f, name or "this network") for f in config.fractions for name in names
         ]
         chosen = steps[len(names)] if len(config.fractions) > 1 else steps[0]
         with_parts = "parts" in config.measure and base.model.num_chunked

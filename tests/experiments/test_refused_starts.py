@@ -103,6 +103,7 @@ STARTS = [
     *((*RUN, "--data.tokenizer", word) for word in ("empty_tokens.json", "huge_id.json")),
     *((*RUN, "--eval.probe_files", word) for word in (*NO_FILES, *NO_JSON[:4])),
     *(("experiments.pretrain", word) for word in (*NO_FILES, *NO_JSON, "nobody:home")),
+    ("experiments.benchmarks.__main__", "--measure", "step", "--compare", "nosuch"),
     ("experiments.benchmarks.decode", "--wait_share", "-1"),
     ("experiments.benchmarks.decode", "--main_width", "65536", "--main_layers", "1000"),
     ("experiments.benchmarks.logging", "tiny.json", "--train.steps", "0"),

@@ -105,8 +105,11 @@ OPTIONS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o))
-@pytest.mark.parametrize("block_len", [5, 23, 64])
+EVERY_OPTION = [(options, block_len) for options in OPTIONS for block_len in (5, 23, 64)]
+SOME_OPTIONS = [pair for pair in EVERY_OPTION if pair[1] == 5 or pair[0] is OPTIONS[-1]]
+
+
+@pytest.mark.few("options, block_len", SOME_OPTIONS, EVERY_OPTION)
 def test_options_are_those_of_the_loop_and_of_one_block(options, block_len):
     options = dict(options)
     more = options.pop("bias", None), options.pop("sink", None)

@@ -210,9 +210,12 @@ def verify(
     Half of the rows are text-like (few byte values, spaces), half uniform. config: configuration
     for official files; default: the JSON in the same folder.
     """
-    sources = [resolve(path) for path in (first, second)]  # raises before the first is loaded
+    sources = [resolve(path) for path in (first, second)]
     if config is not None and all(source.is_run for source in sources):
         raise ConfigError(f"config={os.fspath(config)!r}: both are work directories with their own")
+    for source in sources:  # raises before the first is loaded
+        if not source.is_run:
+            WeightFile.open(source.path, config)
     rng = np.random.default_rng(0)
     ids_BL = rng.integers(0, 256, (rows, length)).astype(np.int32)
     ids_BL[::2] = rng.choice(np.frombuffer(b"  aeiounrst,.\n", np.uint8), ids_BL[::2].shape)

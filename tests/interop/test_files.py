@@ -393,3 +393,11 @@ def test_verify_tells_same_from_different(tmp_path, weights, capsys, monkeypatch
     monkeypatch.setattr("hnet.interop.__main__.verify", lambda *paths, config: found)
     assert main(["verify", str(a), str(b)]) == 1
     assert capsys.readouterr().out.startswith("DIFFERENT")
+
+
+def test_both_sources_are_checked_before_one_is_loaded(tmp_path, weights, monkeypatch):
+    module = importlib.import_module("hnet.interop.convert")
+    monkeypatch.setattr(module, "_answer", lambda *_: pytest.fail("worked already"))
+    (tmp_path / "text.txt").write_text("text")
+    with pytest.raises(ConfigError, match="text.txt' is of no known format"):
+        verify(write(tmp_path, weights), tmp_path / "text.txt")

@@ -55,9 +55,11 @@ def compare_gradients(grads: dict, found: dict, signs: dict, tolerance: float = 
     names = {name.removesuffix("/rows").removesuffix("/columns") for name in stored}
     for name in names:
         gradient = np.asarray(grads[name])
-        if name in stored and stored[name].ndim < gradient.ndim:  # of some embeddings: sums
+        is_sum = name in stored and stored[name].ndim < gradient.ndim  # of some embeddings
+        if is_sum:
             gradient = gradient.sum(axis=-1)
-        for tail, ours in (projections(gradient, signs) if signs else {"": gradient}).items():
+        is_whole = is_sum or not signs
+        for tail, ours in ({"": gradient} if is_whole else projections(gradient, signs)).items():
             if name + tail not in stored:  # of some networks only one of the two sums
                 continue
             theirs = stored[name + tail]

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from hnet.nn.attention import attention_reference
-from hnet.nn.layers import RMSNorm, SwiGLU
+from hnet.nn.layers import RMSNorm, SwiGLU, rotary
 
 
 class Same(nnx.Module):
@@ -131,6 +131,34 @@ def transformer_xl(w: dict, name: str, x_BLD: jax.Array, segment_ids_BL: jax.Arr
     h = jax.nn.gelu(affine(w, f"{name}.pos_ff.CoreNet.0", x_BLD), approximate=False)
     y = affine(w, f"{name}.pos_ff.CoreNet.3", h)
     return layer_norm(w, f"{name}.pos_ff.layer_norm", x_BLD + y)
+
+
+def megabyte(w: dict, name: str, x_BLD: jax.Array, heads: int) -> jax.Array:
+    """Transformer of lucidrains' MEGABYTE: layers read half of their channels of the position
+    before (token shift)."""
+    (B, L, D), index_BL = x_BLD.shape, jnp.broadcast_to(jnp.arange(x_BLD.shape[1]), x_BLD.shape[:2])
+
+    def rms(at, x):
+        norm = jnp.sqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True))
+        return x / norm * w[f"{at}.g"][None, None]
+
+    def shifted(x):
+        return jnp.concatenate(
+            [x[..., : D // 2], jnp.pad(x[:, :-1, D // 2 :], ((0, 0), (1, 0), (0, 0)))], axis=-1
+        )
+
+    for at in layers_of(w, f"{name}.layers"):
+        h = rms(f"{at}.0.norm", shifted(x_BLD))
+        q = h @ w[f"{at}.0.to_q.weight"].T
+        k, v = jnp.split(h @ w[f"{at}.0.to_kv.weight"].T, 2, axis=-1)
+        q = q.reshape(B, L, heads, -1)
+        k, v = (a.reshape(q.shape) for a in (k, v))
+        q, k = (rotary(a, index_BL, q.shape[-1]) for a in (q, k))
+        out = attention_reference(q, k, v, jnp.ones((B, L), jnp.int32))
+        x_BLD = x_BLD + out.reshape(B, L, -1) @ w[f"{at}.0.to_out.weight"].T
+        h = affine(w, f"{at}.1.1", rms(f"{at}.1.0", shifted(x_BLD)))
+        x_BLD = x_BLD + affine(w, f"{at}.1.4", jax.nn.gelu(h, approximate=False))
+    return rms(f"{name}.norm", x_BLD)
 
 
 def layers_of(w: dict, prefix: str) -> list[str]:

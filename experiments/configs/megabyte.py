@@ -26,7 +26,9 @@ def megabyte_2() -> HNetConfig:
     Fidelity: patches, pool and way back as in lucidrains/MEGABYTE-pytorch at commit 21eec73, the
     position of the global state as in the paper; one table of byte embeddings, which are normed,
     rotary positions, no token shift
-    Test: tests/chunking/test_words.py: patch vectors and the states added to bytes
+    Test: tests/chunking/test_words.py: patch vectors and the states added to bytes;
+    tests/chunking/test_reference_networks.py: logits, loss and gradients with the alignment and
+    the layers of its code
     """
     base = default.config().model
     local = StageConfig(

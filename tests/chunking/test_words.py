@@ -236,7 +236,7 @@ def test_patches_of_megabyte(sizes):
         found = {key: jnp.asarray(z[f"param/{key}"]) for key in weights_of(own, added)}
         E, width = found[own + "3.weight"].shape
         ratio, D = P // sizes[s + 1], len(found[added + "bias"]) * sizes[s + 1] // P
-        place = Place(0, width // P, E, ChunkingConfig())
+        place = Place(0, width // P, E, ChunkingConfig(alignment="end"))
         pool = Concat(Concat.Config(P), place, rngs=nnx.Rngs(0))
         maps = Indexed.Config(ratio, shared=False, bias=True)
         dechunk = Indexed(maps, place._replace(d_model=D), rngs=nnx.Rngs(0))

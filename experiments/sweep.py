@@ -24,8 +24,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from hnet.command_line import FAILED, OneLineParser, file_path, number, run
-from hnet.data import open_corpus
-from hnet.data.identity import inputs
+from hnet.data import Corpus, open_corpus, train_batches
+from hnet.data.identity import Inputs, inputs
+from hnet.errors import ConfigError
 from hnet.outputs import local_folder
 from hnet.printable import printable
 from hnet.runtime.compile_cache import CompilationLog, enable_compilation_cache
@@ -35,6 +36,7 @@ from hnet.sweep.space import Point, Space, describe, list_points, read_space
 from hnet.sweep.study import Claim, Study
 from hnet.sweep.train import Options, train_points
 from hnet.train.config import Config
+from hnet.train.initial_weights import open_weights
 from hnet.train.named import run_config
 from hnet.train.run_logger import RunLogger, Start
 
@@ -70,9 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     name = options.study or out.resolve().name
     check_results(out, name)
     storage = options.storage or str(out / "journal.log")
-    corpus = open_corpus(base.data)
-    RunLogger(base, corpus, Start())  # raises for what each run would be refused for
-    read = inputs(base.data, corpus)
+    read = _check_starts(base, space)
     study = Study(storage, name, base, space, worker.timeout, read)
     enable_compilation_cache()
     compiled = CompilationLog()
@@ -86,6 +86,42 @@ def main(argv: list[str] | None = None) -> int:
         console.print("stopped and saved: the same command goes on")
         return REQUEUE_EXIT_CODE
     return FAILED if all(trial.state == TrialState.FAIL for trial in study.finished()) else 0
+
+
+def _check_starts(base: Config, space: Space) -> Inputs:
+    """Fingerprints of the text of `base`. Raises ConfigError if a run would be refused.
+
+    Looks at the text, tokenizer or labels, probe files, tracker and weights of every listed point.
+    """
+    corpora: dict[str, Corpus] = {}
+
+    def check(config: Config) -> None:
+        text = repr(config.data)
+        if text not in corpora:
+            corpora[text] = open_corpus(config.data)
+            groups = config.model.route_groups
+            train_batches(corpora[text], config.data, seed=0, route_groups=groups).close()
+        RunLogger(config, corpora[text], Start())
+        if config.init.from_:
+            open_weights(config.init.from_, config.init.ema)
+
+    check(base)
+    seen = {_read_by(base)}
+    for point in list_points(base, space) or ():
+        config = point.runs[0]
+        if _read_by(config) in seen:
+            continue
+        seen.add(_read_by(config))
+        try:
+            check(config)
+        except ConfigError as e:
+            raise ConfigError(f"{describe(point.values)}: {e}") from None
+    return inputs(base.data, corpora[repr(base.data)])
+
+
+def _read_by(config: Config) -> str:
+    """The settings that name files or outside services."""
+    return repr((config.data, config.eval, config.init, config.tracker, config.profile))
 
 
 def _show_plan(base: Config, space: Space, options: Options) -> None:

@@ -45,6 +45,13 @@ AT = ("--checkpoint", "run")
 TOKENS = ("--data.tokenizer", "bpe:260", "--model.vocab_size", "260")
 GENERATE = ("hnet.commands.generate", *AT, "--input", "prompts.jsonl")
 SWEEP = ("experiments.sweep", "tiny.json", "--out", "sweep", "--space")
+POINTS = {  # a sweep of two points, of which the second cannot start
+    "second_tokenizer": 'data.tokenizer = ["bytes", "missing"]',
+    "second_text": 'data.files = [["text.txt"], ["missing"]]',
+    "second_probe": 'eval.probe_files = [[], ["missing"]]',
+    "second_tracker": 'tracker.name = ["", "nosuch:Class"]',
+    "second_start": 'init.from = ["", "missing"]',
+}
 PLAN = ("experiments.scaling.__main__", "plan", "tiny.json", "--out", "ladder", "--levels", "64")
 PREPARE = ("hnet.data.__main__", "prepare")
 DESCRIBE = ("hnet.data.__main__", "describe", "--files")
@@ -194,6 +201,7 @@ STARTS = [
     *((*SWEEP, "space.toml", "--heartbeat-timeout", word) for word in ("inf", "nan", "0", "1e300")),
     (*SWEEP, "space.toml", "--eval.probe_files", "missing"),
     (*SWEEP, "space.toml", "--tracker.name", "nosuch:Class"),
+    *((*SWEEP, f"{name}.toml") for name in POINTS),
     (*SWEEP, "space.toml", "--out", "text.txt"),
     (*SWEEP, "space.toml", "--out", "/dev/null"),
     (*SWEEP, "space.toml", "--storage", "text.txt"),
@@ -346,6 +354,8 @@ def tree(tmp_path_factory):
     bpe["vocab"] = {"a": 2**32 - 2}
     (root / "huge_id.json").write_text(json.dumps({"version": "1.0", "model": bpe}))
     (root / "space.toml").write_text("[space]\noptim.learning_rate = [1e-3, 2e-3]\n")
+    for name, field in POINTS.items():
+        (root / f"{name}.toml").write_text(f"[space]\n{field}\n")
     ranges = "\n".join(
         f"optim.{name} = {{ low = 0.1, high = 0.5, num = 2000 }}" for name in ("b1", "b2")
     )

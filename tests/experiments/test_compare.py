@@ -282,7 +282,7 @@ def test_the_command_of_a_row_reproduces_it(compared, monkeypatch, tmp_path):
     outcome = run(replace(config, workdir=str(tmp_path / "again")), devices=one)
     assert outcome.evaluation.bpb == pytest.approx(stored["bpb"], rel=1e-4)
     kept = read_config(Path("w", systems.folder_name(MINI), "seed1"))
-    assert replace(kept, workdir="") == replace(config, workdir="")
+    assert replace(kept, workdir="runs") == replace(config, workdir="runs")
 
 
 def test_another_comparison_or_text_is_refused_and_a_held_system_is_left_alone(
@@ -340,7 +340,7 @@ def test_another_comparison_or_text_is_refused_and_a_held_system_is_left_alone(
         (["hnet", "--gold", "none.py"], "none.py.*No such file"),
         (["hnet", "--data.files", "none*.txt"], "none.*txt"),
         (["hnet", "--data.eval_fraction", "0"], "no held-out text: give --data.eval_files"),
-        (["hnet", "--workdir", "gs://b/c"], "workdir='gs://b/c' is no local folder"),
+        (["hnet", "--workdir", "gs://b/c"], "workdir='gs://b/c' is no local path"),
         ([], "holds no comparison: name systems"),
         (["hnet", "--reference_parameters", "1000"], "choose another size"),
     ],

@@ -274,7 +274,7 @@ def is_learned(stage):
 LEARNED = [n for n, c in NETWORKS.items() if c.num_chunked and is_learned(c.stages[0])]
 
 
-@pytest.mark.few("name", ["two_stage", "routed"], LEARNED)
+@pytest.mark.few("name", ["routed"], LEARNED)
 @pytest.mark.parametrize("everywhere", [True, False])
 def test_degenerate_boundaries_have_finite_gradients(name, everywhere):
     """All positions are boundaries, or none but those that a segment starts with (START).

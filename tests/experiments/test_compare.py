@@ -77,7 +77,7 @@ def test_rates_are_targets_of_the_scripts_or_counts_of_a_rule():
     assert expected_rates(base_config("dtp_whitespace").model, texts) == (counted,)
 
 
-@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.few("bos", [False], [True, False])
 def test_rates_are_counted_with_the_bos_of_the_runs(bos, monkeypatch):
     asked = []
 

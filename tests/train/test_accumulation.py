@@ -56,7 +56,7 @@ def numbers(model: HNetConfig) -> tuple[Hyperparams, Numbers]:
     )
 
 
-@pytest.mark.few("name", ["labels", "routed"], [*NETWORKS])
+@pytest.mark.few("name", ["labels"], [*NETWORKS])
 def test_micro_batches_make_the_update_and_the_metrics_of_one_batch(name):
     model, optim = NETWORKS[name], OptimConfig(clip_norm=1e-3)
     graph, params = random_params(model)

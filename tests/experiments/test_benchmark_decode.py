@@ -18,6 +18,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 TINY = DecodeBenchmark((1,), outer_width=32, main_width=64, main_layers=1, bytes=8, repeats=2)
 
 
+@pytest.mark.every
 def test_figures_are_those_of_the_rates(monkeypatch):
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "True")  # for the process that decodes
     found = measure(Benchmark(measure=("decode",), decode=TINY))["decode"]

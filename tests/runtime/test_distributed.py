@@ -298,7 +298,10 @@ run(main)
 """
 
 
-@pytest.mark.parametrize("victim, how, code", [(0, "dies", 137), (1, "dies", 137), (1, "fails", 1)])
+@pytest.mark.few(
+    "victim, how, code", [(0, "dies", 137), (1, "fails", 1)],
+    [(0, "dies", 137), (1, "dies", 137), (1, "fails", 1)],
+)  # fmt: skip
 def test_a_host_that_dies_or_fails_ends_the_others_with_a_line_that_names_it(victim, how, code):
     command = [sys.executable, "-c", DEAD, str(victim), how]
     with Emulation(command, devices=1, env=ENV) as hosts:

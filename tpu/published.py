@@ -25,7 +25,7 @@ from hnet.config import PUBLISHED
 from hnet.errors import ConfigError
 from hnet.files import json_text, parse_json, read_bytes
 from hnet.flops import param_counts
-from hnet.outputs import local_folder
+from hnet.outputs import local_folder, lock
 from hnet.train.config import Config
 from hnet.train.named import run_config
 from tpu.aot import Plan, capacities, compile_plan
@@ -130,23 +130,36 @@ def main(argv: list[str] | None = None) -> int:
     out = local_folder(options.out, "out", ending=1)
     run_config([options.model[0], *words])  # refuse bad words before anything is compiled
     code, how = code_hash(), " ".join((*options.remat, *words))
-    rows, torn, end = _read_rows(out) if os.path.lexists(out) else ([], b"", b"")
-    same = [row for row in rows if (row["code"], row["how"]) == (code, how)]
-    known = {(row["model"], row["topology"]): row["row"] for row in same}
+
+    def known(rows: list[dict[str, Any]]) -> dict[tuple[str, str], str]:
+        same = [row for row in rows if (row["code"], row["how"]) == (code, how)]
+        return {(row["model"], row["topology"]): row["row"] for row in same}
+
+    found = known(_read_rows(out)[0]) if os.path.lexists(out) else {}
     print(HEAD, flush=True)
-    for topology in options.topology:
-        slice_ = open_slice(topology)
-        for name in options.model:
-            if (name, topology) not in known:
-                row = table_row(name, *find(name, slice_, options.remat, words))
-                known[name, topology] = row
-                line = {"model": name, "topology": topology, "code": code, "how": how, "row": row}
-                out.parent.mkdir(parents=True, exist_ok=True)
-                with open(out, "ab") as f:
-                    f.truncate(f.tell() - len(torn))
-                    f.write(end + json_text(line).encode() + b"\n")
-                torn = end = b""
-            print(known[name, topology], flush=True)
+    with contextlib.ExitStack() as stack:
+        file = None
+        for topology in options.topology:
+            slice_ = open_slice(topology)
+            for name in options.model:
+                if (name, topology) not in found and file is None:
+                    out.parent.mkdir(parents=True, exist_ok=True)
+                    file = stack.enter_context(open(out, "ab"))
+                    lock(file, f"out={str(out)!r}")
+                    rows, torn, end = _read_rows(out)  # another start may have added some
+                    found = known(rows)
+                if (name, topology) not in found:
+                    row = table_row(name, *find(name, slice_, options.remat, words))
+                    found[name, topology] = row
+                    line = {
+                        "model": name, "topology": topology, "code": code, "how": how, "row": row,
+                    }  # fmt: skip
+                    if torn:
+                        file.truncate(file.tell() - len(torn))
+                    file.write(end + json_text(line).encode() + b"\n")
+                    file.flush()
+                    torn = end = b""
+                print(found[name, topology], flush=True)
     return 0
 
 

@@ -17,6 +17,7 @@ from experiments.configs.published import MESHES
 from hnet.config import PUBLISHED
 from hnet.errors import ConfigError
 from hnet.flops import param_counts
+from hnet.outputs import lock
 from hnet.train.capacity import SHRINK_AFTER, CapacitySchedule
 from hnet.train.named import run_config
 from hnet.train.sharding import check_batch
@@ -531,6 +532,10 @@ def test_the_published_table_takes_the_fastest_remat_with_the_fewest_micro_batch
         assert torn.read_bytes() + b"\n" * (rest == file[:-1]) == file
     torn.write_bytes(file + file[:40])
     monkeypatch.setattr(published, "code_hash", lambda: "other code")
+    with open(torn, "rb") as other, pytest.raises(ConfigError, match="written by another process"):
+        lock(other, "out")
+        published.main([*words, "1stage_L"])
+    assert torn.read_bytes() == file + file[:40]
     tried.clear()
     assert published.main([*words, "1stage_L"]) == 0 and len(tried) == 7
     assert [json.loads(line)["code"] for line in torn.read_text().splitlines()][1:] == [

@@ -6,6 +6,7 @@ and removes it; the others inherit its path in their environment.
 """
 
 import gc
+import importlib.util
 import math
 import os
 import shutil
@@ -64,6 +65,11 @@ def pytest_ignore_collect(collection_path, config):
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("every"):
         items[:] = [item for item in items if not item.get_closest_marker("every")]
+    if importlib.util.find_spec("libtpu") is None:
+        skip = pytest.mark.skip(reason="libtpu is not installed (the extra tpu)")
+        for item in items:
+            if item.get_closest_marker("libtpu"):
+                item.add_marker(skip)
     for item in items:
         if _in_quick_tier(item.path):
             item.add_marker("quick")

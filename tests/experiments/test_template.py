@@ -109,6 +109,7 @@ def test_a_sweep_over_its_traced_number_is_one_program(folder):
     assert program.hparams[1][0]["predictor"]["growth"].tolist() == [0.0, 2.0]
 
 
+@pytest.mark.every
 def test_it_lies_on_a_mesh_of_two_by_two_and_gives_what_one_device_gives(trained):
     config, outcome = trained
     rng = np.random.default_rng(0)

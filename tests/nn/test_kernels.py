@@ -1,6 +1,5 @@
 """Kernels in interpret mode against plain loops and array code; the table; compiling for a TPU."""
 
-import importlib.util
 from dataclasses import replace
 from functools import partial
 
@@ -42,9 +41,6 @@ from tpu import hlo
 from tpu.aot import compile_plan
 from tpu.chips import open_slice
 
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (the extra tpu)"
-)
 rng = np.random.default_rng(0)
 
 
@@ -285,7 +281,7 @@ def test_every_kernel_is_a_value_of_its_field():
 # --- compiled for a TPU -------------------------------------------------------------------------
 
 
-@needs_libtpu
+@pytest.mark.libtpu
 def test_the_training_step_compiles_with_kernels_for_a_tpu():
     """On data x fsdp = 2 x 2: no collective moves more than with the array code."""
     config = base_config("default")

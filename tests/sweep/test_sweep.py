@@ -326,6 +326,7 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 200) -> None
     assert condition(), process.communicate(timeout=10)
 
 
+@pytest.mark.every
 def test_a_killed_sweep_goes_on_where_it_was_and_a_terminated_one_says_so(tmp_path):
     out = tmp_path / "out"
     process = start(tmp_path)

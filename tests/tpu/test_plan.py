@@ -1,6 +1,5 @@
 """Plans for slices without having them: the compiler's text, the roofline, four topologies."""
 
-import importlib.util
 import json
 import math
 import re
@@ -35,10 +34,6 @@ from tpu.roofline import (
     size,
     step_bound,
     step_seconds,
-)
-
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (the extra tpu)"
 )
 
 TINY = {
@@ -546,7 +541,7 @@ def test_the_published_table_takes_the_fastest_remat_with_the_fewest_micro_batch
 # --- topologies ---------------------------------------------------------------------------------
 
 
-@needs_libtpu
+@pytest.mark.libtpu
 @pytest.mark.parametrize("topology, devices", [("v5e:2x2", 4), ("v5p:4x4x4", 64)])
 def test_plan_of_a_small_model(tiny, capsys, topology, devices):
     once = ["--rate", "1"] if devices == 64 else []
@@ -560,7 +555,7 @@ def test_plan_of_a_small_model(tiny, capsys, topology, devices):
     assert re.search(r"mostly bound by \w+: [\d,]+ bytes/s and \d+% of the peak at most", out)
 
 
-@needs_libtpu
+@pytest.mark.libtpu
 def test_gradients_are_reduced_once_and_the_state_is_counted(tiny):
     config = run_config(tiny)
     plan = compile_plan(config, open_slice("v5e:4x4"), (32,), to_code=False)
@@ -575,7 +570,7 @@ def test_gradients_are_reduced_once_and_the_state_is_counted(tiny):
     assert {"stage0/encoder", "stage1/main_network", "optimizer", "lm_head"} <= parts
 
 
-@needs_libtpu
+@pytest.mark.libtpu
 def test_fsdp_gathers_parameters_and_leaves_rows_where_they_are(tiny):
     wide = ["--model.stages.0.d_model", "256", "--model.stages.1.d_model", "512"]
     config = run_config([*tiny, *wide, "--mesh.data", "1", "--mesh.fsdp", "4"])
@@ -597,7 +592,7 @@ def test_fsdp_gathers_parameters_and_leaves_rows_where_they_are(tiny):
     assert plan.state_bytes < plan.hbm_bytes < compiled.hbm_bytes  # the code is counted too
 
 
-@needs_libtpu
+@pytest.mark.libtpu
 def test_too_much_is_said_and_fails(tiny, capsys):
     words = ["--topology", "v5e:2x2", "--rate", "1", *tiny, "--data.batch_size", "1048576"]
     assert main(words) == 1
@@ -628,7 +623,7 @@ def test_unknown_topologies_get_one_line(topology):
     assert "\n" not in str(e.value)
 
 
-@needs_libtpu
+@pytest.mark.libtpu
 def test_impossible_topologies_and_batches_get_one_line(tiny):
     with pytest.raises(ConfigError, match="cannot be compiled for") as e:
         open_slice("v5e:3x7")

@@ -155,6 +155,7 @@ def second(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.every
 def test_a_run_of_ours_is_the_second_model(second, tmp_path, quick_compilation):
     """Its parameters are copied, stay as they are, and decide; afterwards the run may be gone."""
     lent = shutil.copytree(second, tmp_path / "lent")

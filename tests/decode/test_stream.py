@@ -219,7 +219,7 @@ FEW = ["one_stage", "routed", *(name for name in REPOSITORY if "default" in name
 FEW += covering(SEEN, set().union(*(SEEN[name] for name in FEW)))
 
 
-@pytest.mark.few("name", FEW, [*ALL])
+@pytest.mark.few("name", FEW[:4], [*ALL])
 def test_steps_equal_the_forward_pass(name):
     expected, bytes_BLS, found = answers(name)
     seen, fed = np.arange(L) >= LENGTHS[:, None] - 1, np.arange(L) >= LENGTHS[:, None]

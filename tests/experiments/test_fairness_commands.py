@@ -188,6 +188,7 @@ def test_systems_of_the_study_of_scripts_have_targets_for_equal_chunks(tmp_path)
     assert len({run.data for run in runs}) == 1 and runs[2].workdir == str(tmp_path / "parity")
 
 
+@pytest.mark.every
 def test_fairness_table_from_text_to_reports(files, tmp_path, monkeypatch, capsys):
     """Two texts of three languages, of mixed scripts; both models; a second call trains nothing."""
     single = held_run(tmp_path)

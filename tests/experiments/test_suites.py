@@ -569,6 +569,7 @@ def model() -> HNetLM:
     return nnx.merge(*random_params(config))
 
 
+@pytest.mark.every
 def test_a_model_is_asked_in_batches(model):
     calls = []
     scorer = ModelScorer(model, batch_size=2, progress=lambda *n: calls.append(n))

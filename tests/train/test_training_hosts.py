@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 from hnet.data import open_corpus
 from hnet.fields import to_json
@@ -28,6 +29,7 @@ def assert_same_run(table, expected):
                 assert row[name] == value, name
 
 
+@pytest.mark.every
 def test_two_hosts_train_the_run_of_one_which_goes_on_with_it(tmp_path):
     config = tiny_run(tmp_path / "one")
     files = ("synthetic:latin", "synthetic:greek:3000")

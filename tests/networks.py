@@ -1,6 +1,5 @@
 """Small networks shared by several tests, and how tests compile them."""
 
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 
@@ -23,7 +22,6 @@ from hnet.config import (
     SSMConfig,
     StageConfig,
 )
-from hnet.fields import to_json
 from hnet.model import abstract
 from hnet.nn.embeddings.hash_ngrams import HashNgrams
 from tests.quick import OPTIMIZED, QUICK
@@ -129,34 +127,13 @@ NETWORKS = {
 }  # fmt: skip
 
 
-def covering(choices: dict[str, set], covered: Iterable = ()) -> list[str]:
-    """Few of the names, so that each choice that one has, and `covered` has not, occurs in one."""
-    missing, taken = set().union(*choices.values()) - set(covered), []
+def covering(choices: dict[str, set]) -> list[str]:
+    """Few of the names, so that each choice that one has occurs in one."""
+    missing, taken = set().union(*choices.values()), []
     while missing:
         taken.append(max(choices, key=lambda name: len(choices[name] & missing)))
         missing -= choices[taken[-1]]
     return taken
-
-
-def choices(config: HNetConfig) -> set[str]:
-    """Named parts, yes or no, and layers of a network, but not its numbers."""
-
-    def leaves(name, value):
-        match value:
-            case dict():
-                return set().union(*(leaves(f"{name}.{k}", v) for k, v in value.items()), ())
-            case list() | tuple() if name.endswith("arch_layout"):
-                return {f"layer {letter}" for text in value for letter in text if letter.isalpha()}
-            case list() | tuple():
-                return set().union(*(leaves(name, v) for v in value), ())
-            case str() | bool():
-                return {f"{name}={value}"}
-        return set()
-
-    return leaves("", {"stage": [to_json(stage) for stage in config.stages]}) | {
-        f"{config.num_chunked} chunking stages",
-        f"embedding {config.embedding.name}",
-    }
 
 
 def random_params(config: HNetConfig, seed: int = 3) -> tuple[nnx.GraphDef, dict]:

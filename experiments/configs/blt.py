@@ -63,7 +63,7 @@ def blt() -> HNetConfig:
         dechunk=dechunks.CrossAttention.Config(2), max_chunk_len=32,
     )  # fmt: skip
     outer = replace(
-        outer, arch_layout=("T1", "x1T1x1T1x1T1"), window_size=127, chunking=chunking,
+        outer, arch_layout=("m1", "x1m1x1m1x1m1"), window_size=127, chunking=chunking,
         d_intermediate=384, num_heads=4, rotary_emb_dim=32,
     )  # fmt: skip
     return replace(base, stages=(outer, inner))

@@ -38,7 +38,7 @@ def fit() -> HNetConfig:
         encoder_scope="chunk", decoder_scope="chunk", max_chunk_len=GROUP,
     )  # fmt: skip
     local = StageConfig(
-        ("T1", "x1T1"), 128, 256, num_heads=4, rotary_emb_dim=16, chunking=chunking, passes=2,
+        ("m1", "x1m1"), 128, 256, num_heads=4, rotary_emb_dim=16, chunking=chunking, passes=2,
         cross_attention=CrossAttentionConfig(memory_width=WIDTH),
     )  # fmt: skip
     latents = StageConfig(

@@ -32,7 +32,7 @@ def megabyte_2() -> HNetConfig:
     """
     base = default.config().model
     local = StageConfig(
-        ("", "T2"), 128, 256, num_heads=4, rotary_emb_dim=16, chunking=_patches(8)
+        ("", "m2"), 128, 256, num_heads=4, rotary_emb_dim=16, chunking=_patches(8)
     )  # fmt: skip
     return replace(base, stages=(local, base.stages[-1]))
 
@@ -46,7 +46,7 @@ def megabyte_3() -> HNetConfig:
     """
     base = megabyte_2()
     local, main = base.stages
-    local = replace(local, arch_layout=("", "T1"), chunking=_patches(4))
+    local = replace(local, arch_layout=("", "m2"), chunking=_patches(4))
     middle = StageConfig(
         ("", "T2"), 192, 384, num_heads=4, rotary_emb_dim=24, chunking=_patches(4)
     )  # fmt: skip

@@ -20,7 +20,7 @@ from hnet.chunking.pools.prefix import Prefix
 from hnet.chunking.predictors.hat_words import HatWords
 from hnet.config import HNetConfig, StageConfig
 
-READER = "x1T1x1T1"
+READER = "x1m1x1m1"
 """layers of a decoder that reads the vectors of words"""
 
 
@@ -103,5 +103,5 @@ def _of_words(
         dechunk or dechunks.Prefix.Config(), "add", decoder_scope="chunk",
         max_chunk_len=pool.length, losses=(),
     )  # fmt: skip
-    outer = StageConfig(("", "T2"), 128, 256, num_heads=4, rotary_emb_dim=16, chunking=chunking)
+    outer = StageConfig(("", "m2"), 128, 256, num_heads=4, rotary_emb_dim=16, chunking=chunking)
     return replace(base, stages=(outer, base.stages[-1]))

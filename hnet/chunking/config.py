@@ -155,6 +155,17 @@ class ChunkingConfig:
         """
         return length * (2 if self.has_null_chunk else 1)
 
+    def first_slots(self, length: int) -> float:
+        """Number of slots of a row of `length` positions in a run's first updates.
+
+        All, for a predictor may pass through every rate. One that keeps its target has a quarter
+        more than its boundaries in one long document need; many short documents need more.
+        """
+        most = self.max_slots(length)
+        if not self.predictor.part.keeps_target:
+            return most
+        return min(most, 1.25 * length / self.target_ratio)
+
     def without_numbers(self) -> "ChunkingConfig":
         """The part that a compiled program depends on: numbers that are its inputs are reset."""
         target = {}

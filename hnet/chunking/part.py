@@ -152,6 +152,8 @@ class BoundaryPredictor(Part, nnx.Module):
     target_is_static: ClassVar[bool] = True
     """Whether the compiled program depends on the target ratio, as a stride or in the initial
     parameters"""
+    keeps_target: ClassVar[bool] = False
+    """Whether a document of n positions has n / target_ratio boundaries, rounded up"""
 
     def __init__(self, config: Any, place: Place, *, rngs: nnx.Rngs):
         self.config, self.num_groups = config, 1

@@ -19,8 +19,8 @@ class CapacitySchedule:
     """Current capacity of every stage that chunks, and the recent counts that determine the next.
 
     A pure value: the next capacities depend only on the observed counts, so a resumed run repeats
-    them. A run starts with all slots, because the first updates pass through every rate. A
-    capacity grows as soon as the safety factor is used up and shrinks at most once per SHRINK_AFTER
+    them. A run starts with all slots, because the first updates pass through every rate, or with
+    those of a rate that is known (`ChunkingConfig.first_slots`). A capacity grows as soon as the safety factor is used up and shrinks at most once per SHRINK_AFTER
     steps.
     """
 
@@ -40,13 +40,15 @@ class CapacitySchedule:
     def start(
         cls, model: HNetConfig, seq_len: int, rows_sharing_slots: int = 1, stride: int = 1
     ) -> "CapacitySchedule":
-        full, length = [], rows_sharing_slots * seq_len
+        full, first = [], []
+        length = used = rows_sharing_slots * seq_len
         for stage in model.stages[:-1]:
-            full.append(stage.chunking.max_slots(length))
-            length = full[-1] * stage.chunking.slots_per_chunk
-        return cls(
-            tuple(full), tuple(full), rows_sharing_slots, stride if rows_sharing_slots > 1 else 1
-        )
+            cut = stage.chunking
+            full.append(cut.max_slots(length))
+            first.append(bucket(full[-1], cut.first_slots(used)))
+            length, used = (n[-1] * cut.slots_per_chunk for n in (full, first))
+        stride = stride if rows_sharing_slots > 1 else 1
+        return cls(tuple(full), tuple(first), rows_sharing_slots, stride)
 
     def observe(self, max_slots: tuple[int, ...]) -> "CapacitySchedule":
         """The schedule after a step whose fullest row of slots needed `max_slots` of each stage."""

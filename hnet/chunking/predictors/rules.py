@@ -89,6 +89,7 @@ class Fixed(Rule):
     """
 
     target_is_static = True
+    keeps_target = True
 
     @dataclass(frozen=True)
     class Config(PredictorConfig):

@@ -5,7 +5,9 @@
 A row is divided into groups of 16 bytes. Each has 4 latents, which are the positions of the main
 network: they read the bytes of their group, pass layers that see all latents of their own and of
 earlier groups, and are read by the bytes of the next group. This takes place twice (`passes`), with
-parameters of its own each time; layers over bytes see only their group.
+parameters of its own each time; layers over bytes see only their group. These are Mamba-2, the
+common layers of bytes, around cross-attention; Transformers as in the paper are
+--model.stages.0.arch_layout T1 x1T1.
 """
 
 from dataclasses import replace
@@ -26,9 +28,10 @@ def fit() -> HNetConfig:
 
     Paper: arXiv 2305.12689
     Fidelity: the autoregressive form (FITAR of google-research/pix2seq at commit eabd4e9): latents
-    persist, attend to their group, to each other and are read one group late; rotary positions and
-    the same learned latents for every group instead of learned positions; SwiGLU, no biases; the
-    first group reads learned latents instead of zeros, and so do all later latents
+    persist, attend to their group, to each other and are read one group late; Mamba-2 over bytes
+    (attention by option), rotary positions in place of learned ones and the same learned latents
+    for every group; SwiGLU, no biases; the first group reads learned latents instead of zeros, and
+    so do all later latents
     Test: tests/chunking/test_reference_networks.py: logits, loss and all gradients of a whole
     network, and the logits that one byte changes
     """

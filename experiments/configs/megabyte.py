@@ -8,6 +8,9 @@ model starts again at each patch, and reads its bytes plus one linear map of the
 each position in the patch. As in the paper, the last byte of a patch already predicts the next
 patch's first byte from the global state of its own patch; in lucidrains/MEGABYTE-pytorch it sees
 only the patch before.
+
+The local model has layers of Mamba-2, the common layers of bytes; Transformers as in the paper are
+--model.stages.0.arch_layout '' T2 (megabyte_3: '' T1).
 """
 
 from dataclasses import replace
@@ -25,7 +28,7 @@ def megabyte_2() -> HNetConfig:
     Paper: arXiv 2305.07185
     Fidelity: patches, pool and way back as in lucidrains/MEGABYTE-pytorch at commit 21eec73, the
     position of the global state as in the paper; one table of byte embeddings, which are normed,
-    rotary positions, no token shift
+    Mamba-2 in the local model (a Transformer by option), no token shift
     Test: tests/chunking/test_words.py: patch vectors and the states added to bytes;
     tests/chunking/test_reference_networks.py: logits, loss and gradients with the alignment and
     the layers of its code

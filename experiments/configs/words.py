@@ -9,6 +9,11 @@ outputs are positions of the main network. Vectors of its outputs are the first 
 decoder that sees only them and the next word; the last of them replaces the word's
 last byte. So there is no end-of-word symbol: the byte of white space ends a word. Streams work: no
 rule needs a later byte.
+
+The decoder has two layers of Mamba-2, the common layers of bytes, with which 100 updates are below
+a model of order 2. The papers have Transformers there:
+
+    --model.stages.0.arch_layout '' T2          (tfree_hat: '' x1T1x1T1)
 """
 
 from dataclasses import replace
@@ -25,12 +30,12 @@ READER = "x1m1x1m1"
 
 
 def hat_whitespace() -> HNetConfig:
-    """HAT: words by white space, encoded and decoded by Transformers of their own.
+    """HAT: words by white space, with an encoder and a decoder of each word.
 
     Paper: arXiv 2501.10322
     Fidelity: from the paper, which has no code of its network: encoder, backbone, decoder restarted
     at each word, with the vector of the word before as its first position; no end-of-word symbol,
-    words of at most 32 bytes
+    words of at most 32 bytes; Mamba-2 in the decoder, a Transformer by option
     Test: tests/test_battery.py, tests/parts, tests/chunking/test_dechunk.py
     """
     return _of_words(Prefix.Config(1, 32, 2, num_heads=4, d_intermediate=256), 5.7)
@@ -75,7 +80,8 @@ def learn_your_tokens() -> HNetConfig:
     Paper: arXiv 2310.11628
     Fidelity: encoder of tokens and bytes, 4 positions of the main network for each word, decoder
     restarted at each word after the 4 outputs for the word before, as in avi-jit/eTok; words of at
-    most 12 bytes; there is no padded canvas, so padding does not end a word
+    most 12 bytes; Mamba-2 in the decoder, a Transformer by option; there is no padded canvas, so
+    padding does not end a word
     Test: tests/chunking/test_reference_networks.py: its whole network, with its blocks;
     tests/test_battery.py, tests/parts, tests/chunking/test_dechunk.py
     """

@@ -12,18 +12,19 @@ common layers of bytes, around cross-attention; Transformers as in the paper are
 
 from dataclasses import replace
 
-from experiments.configs.systems import one_stage
+from experiments.configs import default
 from hnet.chunking.config import ChunkingConfig
 from hnet.chunking.dechunks.cross_attention import CrossAttention
 from hnet.chunking.pools.latents import Latents
-from hnet.config import HNetConfig, StageConfig
+from hnet.config import StageConfig
 from hnet.nn.mixers.settings import CrossAttentionConfig
+from hnet.train.config import Config
 
 GROUP, LATENTS, WIDTH = 16, 4, 192
 """bytes per group, latents per group, and the width of a latent"""
 
 
-def fit() -> HNetConfig:
+def fit() -> Config:
     """FIT: layers in groups of bytes and layers over latents of the groups take turns.
 
     Paper: arXiv 2305.12689
@@ -47,4 +48,9 @@ def fit() -> HNetConfig:
     latents = StageConfig(
         ("T2",), LATENTS * WIDTH, 384, num_heads=4, rotary_emb_dim=24, vectors=LATENTS
     )
-    return replace(one_stage(float(GROUP)), stages=(local, latents))
+    base = default.config()
+    return replace(
+        base,
+        model=replace(base.model, stages=(local, latents)),
+        optim=replace(base.optim, learning_rate=4e-3, lr_multipliers="none"),  # 5 times apart else
+    )

@@ -54,7 +54,8 @@ def blt() -> HNetConfig:
     Fidelity: as in facebookresearch/blt with a pool and vectors of 2 queries, but queries are added
     once, patches have at most 32 bytes, and their threshold is held at 4.5 bytes per patch while
     training; local layers are Mamba-2, or by option Transformers that see 128 bytes
-    (--model.stages.0.arch_layout T1 x1T1x1T1x1T1)
+    (--model.stages.0.arch_layout T1 x1T1x1T1x1T1); no boundaries at the k highest entropies, which
+    need the whole row, and no n-grams looked up in a list
     Test: tests/chunking/test_reference_networks.py: logits, loss and all gradients of its network
     """
     base = blt_entropy()

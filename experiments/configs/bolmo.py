@@ -22,7 +22,8 @@ def bolmo() -> Config:
     Fidelity: router as in allenai/bolmo-core (p has no floor), read one byte late; the labels are
     cuts of a unigram model of the text, or of any tokenizer.json (data.labels); layers of the
     default job in place of mLSTM, which is layer l (--model.stages.0.arch_layout l2 l2), and the
-    inner network is trained from scratch
+    inner network is trained from scratch; no boundaries at the k highest p, which need the whole
+    row
     Test: tests/chunking/test_family.py: boundaries, log p and gradients with lookahead 0 and 1;
     tests/nn/test_mlstm.py: mLSTM
     """

@@ -158,13 +158,11 @@ class ChunkingConfig:
     def first_slots(self, length: int) -> float:
         """Number of slots of a row of `length` positions in a run's first updates.
 
-        All, for a predictor may pass through every rate. One that keeps its target has a quarter
-        more than its boundaries in one long document need; many short documents need more.
+        All, for a learned predictor may pass through every rate; less for a rule, whose slots grow
+        after the first update if its text has more boundaries.
         """
-        most = self.max_slots(length)
-        if not self.predictor.part.keeps_target:
-            return most
-        return min(most, 1.25 * length / self.target_ratio)
+        rate = self.predictor.part.most_at_first / min(self.target_ratios)
+        return min(self.max_slots(length), rate * length)
 
     def without_numbers(self) -> "ChunkingConfig":
         """The part that a compiled program depends on: numbers that are its inputs are reset."""

@@ -8,6 +8,7 @@ R: rows with a position in a step. States are pytrees of arrays (R, ...). Each d
 the state that `init` returns, so documents are independent.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -152,8 +153,9 @@ class BoundaryPredictor(Part, nnx.Module):
     target_is_static: ClassVar[bool] = True
     """Whether the compiled program depends on the target ratio, as a stride or in the initial
     parameters"""
-    keeps_target: ClassVar[bool] = False
-    """Whether a document of n positions has n / target_ratio boundaries, rounded up"""
+    most_at_first: ClassVar[float] = math.inf
+    """Multiple of the target rate that the rate of a row hardly exceeds in a run's first updates,
+    before boundaries are counted; inf: any rate"""
 
     def __init__(self, config: Any, place: Place, *, rngs: nnx.Rngs):
         self.config, self.num_groups = config, 1

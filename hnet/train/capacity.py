@@ -20,7 +20,7 @@ class CapacitySchedule:
 
     A pure value: the next capacities depend only on the observed counts, so a resumed run repeats
     them. A run starts with all slots, because the first updates pass through every rate, or with
-    those of a rate that is known (`ChunkingConfig.first_slots`). A capacity grows as soon as the
+    fewer if a rule makes them (`ChunkingConfig.first_slots`). A capacity grows as soon as the
     safety factor is used up and shrinks at most once per SHRINK_AFTER steps.
     """
 

@@ -47,6 +47,7 @@ class Spacelike(Rule):
     """The first spacelike byte of each run (SpaceByte, arXiv 2404.14408)."""
 
     reads_bytes = True
+    most_at_first = 2.0
 
     @dataclass(frozen=True)
     class Config(PredictorConfig):
@@ -70,6 +71,7 @@ class Whitespace(Rule):
     """Every space (0x20), the only white space in dynamic pooling's text (arXiv 2211.09761)."""
 
     reads_bytes = True
+    most_at_first = 2.0
 
     @dataclass(frozen=True)
     class Config(PredictorConfig):
@@ -89,7 +91,7 @@ class Fixed(Rule):
     """
 
     target_is_static = True
-    keeps_target = True
+    most_at_first = 1.25  # many short documents have more
 
     @dataclass(frozen=True)
     class Config(PredictorConfig):

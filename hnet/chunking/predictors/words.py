@@ -67,6 +67,7 @@ class CharacterRule(Rule):
     """Base of rules of characters: a finite automaton, whose output is the level of a byte."""
 
     reads_bytes = True
+    most_at_first = 2.0
     automaton: Automaton
 
     def init(self, rows):
@@ -146,6 +147,7 @@ class Levels(Rule):
     """Boundaries of an inner stage where the level of a rule in stage 0 is above its index."""
 
     reads_levels = True
+    most_at_first = 2.0
 
     @dataclass(frozen=True)
     class Config(PredictorConfig):

@@ -34,7 +34,7 @@ def test_a_run_of_a_known_rate_starts_with_its_slots():
     """Rows of 512 bytes in patches of 4 bytes, then of 4 patches; words of 5 bytes, then pairs;
     a learned rate has all slots."""
     start = CapacitySchedule.start(megabyte_3(), 512)
-    assert (start.full, start.capacities) == ((512, 512), (160, 56))
+    assert (start.full, start.capacities) == ((512, 512), (144, 40))
     assert all(room >= -(-n // 4) for n, room in zip((512, 128), start.capacities))
     start = CapacitySchedule.start(au_net_3(), 512)
     assert (start.full, start.capacities) == ((512, 512), (208, 208))

@@ -59,8 +59,9 @@ FULLEST = 1.2  # chunks of the fullest row of a batch, over the mean
 def capacities(config: Config, factor: float = math.inf) -> tuple[int, ...]:
     """Expected slots per row in training at `factor` times the configured boundary rates.
 
-    The default is all slots, with which training starts. The slots are per row even if rows share
-    slots (`train.rows_sharing_slots`): such a run needs no more.
+    The default is all slots, with which training starts (with fewer if a rule makes the
+    boundaries). The slots are per row even if rows share slots (`train.rows_sharing_slots`): such a
+    run needs no more.
     """
     model, L = config.model, config.data.seq_len
     full = CapacitySchedule.start(model, L).full

@@ -14,11 +14,10 @@ def zonkey() -> HNetConfig:
     """Zonkey's splitter: a hazard of new chunks, weights by existence, at most 27 positions.
 
     Paper: arXiv 2601.21768
-    Fidelity: hazard with its initial rate, drawn starts, and the loss for long chunks of
-    ARozental/Zonkey; windows that overlap, its diffusion or flow over latents and the stitching
-    are left out, and so is its loss for short windows: ours is for short chunks; convolutions are
-    causal, and existence weights run backwards from a boundary
-    Test: tests/chunking/test_family.py: probability of long chunks and its gradient
+    Fidelity: hazard with its initial rate, drawn starts, and the losses for long and short chunks
+    of ARozental/Zonkey; windows that overlap, its diffusion or flow over latents and the stitching
+    are left out, convolutions are causal, and existence weights run backwards from a boundary
+    Test: tests/chunking/test_family.py: probabilities of long and of short chunks, gradients
     """
     return with_chunking(
         hnet(), predictor=Hazard.Config(longest=27), pool="existence", dechunk="repeat",

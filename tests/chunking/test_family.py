@@ -21,7 +21,7 @@ from hnet.chunking.config import ChunkingConfig
 from hnet.chunking.losses.bce import entropy_spikes
 from hnet.chunking.losses.binomial import Binomial, binomial_nll
 from hnet.chunking.losses.cab import CAB
-from hnet.chunking.losses.hazard import Hazard, no_start
+from hnet.chunking.losses.hazard import Hazard, no_start, too_short
 from hnet.chunking.losses.hinge import hinge
 from hnet.chunking.losses.policy_gradient import PolicyGradient
 from hnet.chunking.part import LossInputs
@@ -815,6 +815,22 @@ def test_zonkey_probability_of_long_chunks():
     gradients_agree(grad, found["grad_patch_loss/p_BL"])
 
 
+def test_zonkey_probability_of_short_chunks():
+    """Its code knows that position 0 starts a chunk, and divides by the sum of p over windows."""
+    found = load("family/zonkey_splitter")
+    shortest = int(found["in/max_len_min_len"][1])
+    ids_BL = found["in/is_real_BL"].astype(np.int32)
+
+    def loss(p_BL):
+        p_BL = jnp.where(np.arange(p_BL.shape[1]) == 0, 1.0, p_BL)
+        parts = (too_short(p_BL, ids_BL, max(shortest - less, 1)) for less in (1, 2, 3))
+        return sum(jnp.sum(short_BL) / jnp.sum(start_BL) for short_BL, start_BL in parts)
+
+    value, grad = loss_and_gradient(loss, found["in/p_BL"])
+    agree(value, found["out/short_loss"])
+    gradients_agree(grad, found["grad_short_loss/p_BL"])
+
+
 IDS = np.int32([[1, 1, 1, 1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1, 1, 1, 1]])
 
 
@@ -852,8 +868,9 @@ def test_losses_without_public_code_equal_loops():
         for width in (3, 4, 5):
             if t + width <= 9 and len(set(IDS[b, t : t + width])) == 1:
                 total += 2 * np.prod(1 - sure_BL[b, t : t + width])
-        if t + 3 <= 9 and len(set(IDS[b, t : t + 3])) == 1:
-            total += 5 * sure_BL[b, t] * (1 - np.prod(1 - sure_BL[b, t + 1 : t + 3]))
+        for more in (2, 1, 1):
+            if t + more < 9 and len(set(IDS[b, t : t + more + 1])) == 1:
+                total += 5 * sure_BL[b, t] * (1 - np.prod(1 - sure_BL[b, t + 1 : t + 1 + more]))
     np.testing.assert_allclose(loss_of(settings, own, nll_BL), total / len(places), rtol=1e-5)
 
     settings = PolicyGradient.Config(discount=0.9, head=3.0, rate=2.0)

@@ -27,12 +27,28 @@ def no_start(p_BL: jax.Array, segment_ids_BL: jax.Array, width: int) -> jax.Arra
     return jnp.where(inside_BL, jnp.exp(sums_BL), 0.0)
 
 
-class Hazard(Loss):
-    """long * sum over w in (W, W + 1, W + 2) of P(no start in w positions) + short * P(length < C).
+def too_short(p_BL: jax.Array, segment_ids_BL: jax.Array, width: int) -> tuple[jax.Array, ...]:
+    """(P(a chunk starts at t and another one in the `width` positions after t), P(starts at t)).
 
-    W = longest, C = shortest. P(length < C) at t is p_t times the probability that a chunk starts
-    in the C - 1 positions after t. Both are means over all positions; Zonkey's code divides by the
-    number of windows. (arXiv 2601.21768; ARozental/Zonkey.)
+    Each (B, L), written at position t + width, and 0 where t and t + width are not in one segment
+    (ARozental/Zonkey).
+    """
+    inside_BL = no_start(p_BL, segment_ids_BL, width)
+    pad = ((0, 0), (width, 0))
+    start_BL, first_BL = (jnp.pad(x_BL, pad)[:, : p_BL.shape[1]] for x_BL in (p_BL, segment_ids_BL))
+    same_BL = (first_BL == segment_ids_BL) & (segment_ids_BL != 0)
+    start_BL = jnp.where(same_BL, start_BL, 0.0)
+    return start_BL * (1 - inside_BL), start_BL
+
+
+class Hazard(Loss):
+    """long * (sum of P(no start in w positions)) + short * (sum of P(length <= v)).
+
+    The sums have three terms each: w = W, W + 1, W + 2 and v = C - 1, C - 2, C - 3, at least 1,
+    where W = longest and C = shortest. P(length <= v) at t is p_t times the probability that a
+    chunk starts in the v positions after t. All are means over all positions; Zonkey's code divides
+    the first by the number of windows and the second by the sum of p_t over windows. (arXiv
+    2601.21768; ARozental/Zonkey.)
     """
 
     @dataclass(frozen=True)
@@ -69,10 +85,6 @@ class Hazard(Loss):
         loss = config.long * x.mean(too_long_BL)
         if config.shortest == 1:
             return loss
-        width = config.shortest - 1
-        inside_BL = no_start(p_BL, ids_BL, width)
-        short_BL = jnp.where(inside_BL > 0, 1 - inside_BL, 0.0)
-        start_BL = jnp.pad(p_BL[:, :-width], ((0, 0), (width, 0)))[:, : p_BL.shape[1]]
-        same_BL = jnp.pad(ids_BL[:, width:] == ids_BL[:, :-width], ((0, 0), (width, 0)))
-        same_BL = same_BL[:, : p_BL.shape[1]]
-        return loss + config.short * x.mean(jnp.where(same_BL, start_BL * short_BL, 0.0))
+        widths = (max(config.shortest - less, 1) for less in (1, 2, 3))
+        short_BL = sum(too_short(p_BL, ids_BL, width)[0] for width in widths)
+        return loss + config.short * x.mean(short_BL)

@@ -18,8 +18,10 @@ def mrt5() -> HNetConfig:
     Paper: arXiv 2410.20771
     Fidelity: gate, soft and hard deletion at original positions, softmax with a sink of 1 and the
     PI controller as in jkallini/mrt5; ours is causal and has a decoder for bytes that reads the
-    last kept one; no score or entropy regulariser; the first byte is always kept; the rate is held
-    Test: tests/chunking/test_deletion.py: gate, softmax and controller of its code;
+    last kept one; its entropy regularizer is the loss gate_entropy (off, as there by default), its
+    score regularizer is left out; the first byte is always kept; the rate is held
+    Test: tests/chunking/test_deletion.py: gate, softmax, controller and entropy of its
+    code;
     tests/chunking/test_mrt5_network.py: these parts in its whole network
     """
     base = one_stage(6.0)

@@ -60,6 +60,7 @@ LOSSES = Table(
         "ratio": "hnet.chunking.losses.ratio:Ratio",
         "binomial": "hnet.chunking.losses.binomial:Binomial",
         "gate_mean": "hnet.chunking.losses.gate_mean:GateMean",
+        "gate_entropy": "hnet.chunking.losses.gate_mean:GateEntropy",
         "hinge": "hnet.chunking.losses.hinge:Hinge",
         "parity": "hnet.chunking.losses.parity:Parity",
         "cab": "hnet.chunking.losses.cab:CAB",

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from hnet.chunking.boundaries import Prediction, decide
 from hnet.chunking.config import ChunkingConfig
-from hnet.chunking.losses.gate_mean import GateMean
-from hnet.chunking.part import BoundaryPredictor, Place, Positions
+from hnet.chunking.losses.gate_mean import GateEntropy, GateMean, entropy
+from hnet.chunking.part import BoundaryPredictor, LossInputs, Place, Positions
 from hnet.chunking.predictors.deletion_gate import DeletionGate
-from hnet.chunking.rates import RateCounts
+from hnet.chunking.rates import RateCounts, rate_counts
 from hnet.config import AttentionConfig
 from hnet.errors import ConfigError
 from hnet.nn.attention import masked_attention
@@ -75,6 +76,20 @@ def test_a_sink_of_one_is_mrt5s_softmax():
     (_, out), gradient = jax.value_and_grad(weights, has_aux=True)(jnp.asarray(scores))
     assert relative_error(out, numbers["out"]) < VALUE
     assert relative_error(gradient, numbers["grad"]) < GRADIENT
+
+
+def test_the_entropy_of_gates_is_mrt5s():
+    found = part(load("family/mrt5_controller"), "entropy_reg")
+    gate_BL, p_BL = found["gate_BL"], np.exp(found["gate_BL"])
+    assert relative_error(np.mean(entropy(p_BL), 1), found["H1_B"]) < VALUE
+    assert relative_error(entropy(np.mean(p_BL, 1)), found["H2_B"]) < VALUE
+    ids_BL = np.int32(np.arange(23) < 20) * np.ones((3, 1), np.int32)  # 3 positions of padding
+    padded_BL = np.pad(gate_BL, ((0, 0), (0, 3)))
+    own = decide(Prediction(padded_BL, extra=padded_BL), Context(ids_BL), 23)
+    counts = rate_counts(own, 1)
+    x = LossInputs(own, GateEntropy.Config(), np.float32([2]), False, counts, counts)
+    expected = np.mean(found["H1_B"] - found["H2_B"])
+    np.testing.assert_allclose(GateEntropy()(x), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("kp", "ki"), [(0.5, 1e-5), (1.0, 0.01)])

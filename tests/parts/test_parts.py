@@ -212,7 +212,7 @@ def test_losses_of_parts_of_a_batch_add_up(name, has_null_chunk):
 
     def loss_of(rows, whole):
         found, _ = boundaries_of(SEGMENTS, 2 * L, has_null_chunk)
-        if name == "gate_mean":
+        if name.startswith("gate_"):
             found = found._replace(extra=-30 * (1 - found.boundary_prob_BL))
         if name == "policy_gradient":
             logit_BL = jnp.log(found.boundary_prob_BL + 0.1)

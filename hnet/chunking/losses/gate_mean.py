@@ -1,12 +1,22 @@
-"""The deletion loss of MrT5, whose weight a PI controller sets."""
+"""The losses of MrT5 on its delete gates: mean, with a PI controller as weight, and entropy."""
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 
 from hnet.bounds import NotNegative
 from hnet.chunking.part import Loss, LossConfig
 from hnet.chunking.rates import target_rate
+
+
+def _without_gates(name, chunking) -> str | None:
+    if chunking.predictor.part.gives_extra == "gates":
+        return None
+    return (
+        f"losses={name!r} with predictor={chunking.predictor.name!r}, which has no gates: use "
+        "predictor='deletion_gate'"
+    )
 
 
 class GateMean(Loss):
@@ -31,12 +41,7 @@ class GateMean(Loss):
         """ki"""
 
         def problem_in(self, chunking):
-            if chunking.predictor.part.gives_extra == "gates":
-                return None
-            return (
-                f"losses='gate_mean' with predictor={chunking.predictor.name!r}, which has no "
-                "gates: use predictor='deletion_gate'"
-            )
+            return _without_gates("gate_mean", chunking)
 
     def init(self):
         return jnp.zeros(()), jnp.zeros(()), jnp.zeros((), jnp.int32)
@@ -53,3 +58,36 @@ class GateMean(Loss):
         error = 1 - target_rate(counts.positions_R, target_ratio_R) - deleted
         P = 0.9 * P + 0.1 * config.proportional_gain * error
         return P, I + config.integral_gain * error, updates + 1
+
+
+def entropy(p: jax.Array) -> jax.Array:
+    """Entropy of a Bernoulli variable in nats; 0, with gradient 0, within 1e-6 of 0 and 1."""
+    inside = (p > 1e-6) & (p < 1 - 1e-6)
+    p = jnp.where(inside, p, 0.5)
+    return jnp.where(inside, -p * jnp.log(p) - (1 - p) * jnp.log1p(-p), 0.0)
+
+
+class GateEntropy(Loss):
+    """Mean of H(e^G) minus H of the row's mean of e^G, where H is the entropy of a Bernoulli.
+
+    e^G is the factor that a gate G gives the attention to its position. The first term makes gates
+    certain, the second keeps them from being all equal (the entropy regularizer of jkallini/mrt5;
+    arXiv 2410.20771).
+    """
+
+    @dataclass(frozen=True)
+    class Config(LossConfig):
+        """Certain and different delete gates (MrT5's entropy regularizer)."""
+
+        weight: float = 0.1
+        """weight of the loss relative to cross-entropy"""
+
+        def problem_in(self, chunking):
+            return _without_gates("gate_entropy", chunking)
+
+    def __call__(self, x):
+        valid_BL = x.boundaries.segment_ids_BL != 0
+        kept_BL = jnp.where(valid_BL, jnp.exp(x.boundaries.extra), 0.0)
+        n_B1 = jnp.maximum(jnp.sum(valid_BL, 1, keepdims=True, dtype=jnp.float32), 1.0)
+        mean_B1 = jnp.sum(kept_BL, 1, keepdims=True) / n_B1
+        return x.mean(entropy(kept_BL) - entropy(mean_B1))

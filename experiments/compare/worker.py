@@ -71,9 +71,7 @@ class Comparison:
 
     def run(self) -> int:
         """Train what is free and write the tables; returns the exit code."""
-        alone = len(self.seeds) == 1
-        rows = self.settings.data.batch_size // self.settings.train.accumulate
-        one_device_per_core(rows if alone else len(self.seeds))
+        one_device_per_core(self.settings.data.batch_size // self.settings.train.accumulate)
         enable_compilation_cache()
         with StopRequest() as stop:
             systems = self._planned(stop)

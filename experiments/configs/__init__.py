@@ -10,7 +10,7 @@ of `hnet.train.named.FACTS` that begins with its name and a colon:
 
     Paper: arXiv 2407.08818
     Fidelity: what is as in the paper's code, what differs and why
-    Test: tests/chunking/test_family.py, the numbers that it is compared with
+    Test: tests/chunking/systems/test_magnet.py, the numbers that it is compared with
 
 `python -m experiments.configs` prints SYSTEMS.md, the table of these facts beside the parts of each
 configuration; after a change: `python -m experiments.configs > experiments/configs/SYSTEMS.md`.

@@ -35,7 +35,7 @@ def au_net_2() -> HNetConfig:
     Fidelity: levels, pool and way back as in facebookresearch/lingua at commit 437d680, but a
     newline after other white space does not change an earlier byte; blocks of the default
     Test: tests/chunking/test_words.py: levels of 153 texts, pool, dechunk, gradients;
-    tests/chunking/test_reference_networks.py: the network of 3 stages
+    tests/chunking/systems/test_au_net.py: the network of 3 stages
     """
     base = default.config().model
     outer, main = base.stages
@@ -50,7 +50,7 @@ def au_net_3() -> HNetConfig:
     Fidelity: levels, pool and way back as in facebookresearch/lingua at commit 437d680, but a
     newline after other white space does not change an earlier byte; blocks of the default
     Test: tests/chunking/test_words.py: levels of 153 texts, masks, pool, dechunk, gradients;
-    tests/chunking/test_reference_networks.py: logits, loss and all gradients of its network
+    tests/chunking/systems/test_au_net.py: logits, loss and all gradients of its network
     """
     base = au_net_2()
     outer, main = base.stages

@@ -56,7 +56,7 @@ def blt() -> HNetConfig:
     training; local layers are Mamba-2, or by option Transformers that see 128 bytes
     (--model.stages.0.arch_layout T1 x1T1x1T1x1T1); no boundaries at the k highest entropies, which
     need the whole row, and no n-grams looked up in a list
-    Test: tests/chunking/test_reference_networks.py: logits, loss and all gradients of its network
+    Test: tests/chunking/systems/test_blt.py: logits, loss and all gradients of its network
     """
     base = blt_entropy()
     outer, inner = base.stages

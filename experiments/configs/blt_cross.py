@@ -23,7 +23,7 @@ def blt_cross() -> HNetConfig:
     adds queries twice, ours once (option of the pool); patches by spaces instead of entropy, of at
     most 32 bytes; no hashed n-grams (`blt` has both)
     Test: tests/chunking/test_cross_attention.py: pool, layers and masks of its code;
-    tests/chunking/test_reference_networks.py: a whole network
+    tests/chunking/systems/test_blt.py: a whole network
     """
     return _crossed(predictor="spacelike")
 

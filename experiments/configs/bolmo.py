@@ -24,8 +24,8 @@ def bolmo() -> Config:
     default job in place of mLSTM, which is layer l (--model.stages.0.arch_layout l2 l2), and the
     inner network is trained from scratch; no boundaries at the k highest p, which need the whole
     row
-    Test: tests/chunking/test_family.py: boundaries, log p and gradients with lookahead 0 and 1;
-    tests/nn/test_mlstm.py: mLSTM
+    Test: tests/chunking/systems/test_bolmo.py: boundaries, log p and gradients with lookahead 0
+    and 1; tests/nn/test_mlstm.py: mLSTM
     """
     base = default.config()
     loss = BCE.Config(labels="given", late=True)

@@ -14,7 +14,7 @@ def cif() -> HNetConfig:
     Fidelity: predictor and integration as CifPredictor of modelscope/FunASR without right context;
     weights are not scaled to the target number in training, which is not causal, there is no tail,
     and the target number of chunks is a rate
-    Test: tests/chunking/test_family.py: weights, fires, chunk vectors and their gradients
+    Test: tests/chunking/systems/test_cif.py: weights, fires, chunk vectors and their gradients
     """
     return with_chunking(
         dtp_gumbel(),

@@ -33,7 +33,7 @@ def fit() -> Config:
     (attention by option), rotary positions in place of learned ones and the same learned latents
     for every group; SwiGLU, no biases; the first group reads learned latents instead of zeros, and
     so do all later latents
-    Test: tests/chunking/test_reference_networks.py: logits, loss and all gradients of a whole
+    Test: tests/chunking/systems/test_fit.py: logits, loss and all gradients of a whole
     network, and the logits that one byte changes
     """
     chunking = ChunkingConfig(

@@ -65,7 +65,8 @@ def rl_tokenisation() -> HNetConfig:
     Paper: arXiv 2602.13940
     Fidelity: reward, discount and weights of the paper; the policy does not read its last
     actions, returns are centred over a row, and evaluation puts boundaries where p > .5
-    Test: tests/parts/test_parts.py, tests/parts/test_combinations.py, tests/chunking/test_family.py
+    Test: tests/parts/test_parts.py, tests/parts/test_combinations.py,
+    tests/chunking/systems/test_zonkey_rl_sombrero.py
     """
     return with_chunking(
         hnet(), target_ratio=5.0, predictor="policy", dechunk="repeat", residual="add",

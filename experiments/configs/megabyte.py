@@ -30,7 +30,7 @@ def megabyte_2() -> HNetConfig:
     position of the global state as in the paper; one table of byte embeddings, which are normed,
     Mamba-2 in the local model (a Transformer by option), no token shift
     Test: tests/chunking/test_words.py: patch vectors and the states added to bytes;
-    tests/chunking/test_reference_networks.py: logits, loss and gradients with the alignment and
+    tests/chunking/systems/test_megabyte.py: logits, loss and gradients with the alignment and
     the layers of its code
     """
     base = default.config().model

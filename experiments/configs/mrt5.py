@@ -22,7 +22,7 @@ def mrt5() -> HNetConfig:
     score regularizer is left out; the first byte is always kept; the rate is held
     Test: tests/chunking/test_deletion.py: gate, softmax, controller and entropy of its
     code;
-    tests/chunking/test_mrt5_network.py: these parts in its whole network
+    tests/chunking/systems/test_mrt5.py: these parts in its whole network
     """
     base = one_stage(6.0)
     outer, inner = base.stages

@@ -83,8 +83,8 @@ def spacebyte() -> HNetConfig:
     Paper: arXiv 2404.14408
     Fidelity: boundaries and insertion as in kjslag/spacebyte if BOS begins a document; a wider
     stage is padded at the end, not in front; rotary positions
-    Test: tests/chunking/test_family.py: boundaries, gather, insertion, overflow, gradients;
-    tests/chunking/test_reference_networks.py: its whole network, with its blocks
+    Test: tests/chunking/systems/test_spacebyte.py: boundaries, gather, insertion, overflow,
+    gradients; its whole network, with its blocks
     """
     return with_chunking(hnet_space(), dechunk="at_boundaries", residual="add", overflow="ignore")
 
@@ -96,7 +96,8 @@ def spacebyte_plus() -> HNetConfig:
     Fidelity: a baseline of the H-Net paper, which has no code for it: M4+T28+M4 there, M2+T4+M2
     here; boundaries and insertion of SpaceByte, no norms or projections around the main network but
     those of our stacks
-    Test: tests/chunking/test_family.py: SpaceByte's boundaries, gather, insertion, gradients
+    Test: tests/chunking/systems/test_spacebyte.py: SpaceByte's boundaries, gather, insertion,
+    gradients
     """
     base = spacebyte()
     outer, *inner = base.stages
@@ -110,7 +111,7 @@ def dtp_gumbel() -> HNetConfig:
     Paper: arXiv 2211.09761
     Fidelity: chunking as in PiotrNawrot/dynamic-pooling; pre-norm blocks, no norm after the
     pool; the rate is held
-    Test: tests/chunking/test_family.py: its whole network, with its blocks
+    Test: tests/chunking/systems/test_dtp.py: its whole network, with its blocks
     """
     return one_stage(
         5.0, predictor="mlp", alignment="end", pool="mean", dechunk="repeat",
@@ -123,7 +124,7 @@ def dtp_entropy() -> HNetConfig:
 
     Paper: arXiv 2211.09761
     Fidelity: chunking as in its code: the loss takes the sigmoid of p itself
-    Test: tests/chunking/test_family.py: its whole network, with its blocks
+    Test: tests/chunking/systems/test_dtp.py: its whole network, with its blocks
     """
     return with_chunking(
         dtp_gumbel(),
@@ -139,7 +140,7 @@ def dtp_unigram() -> Config:
     Paper: arXiv 2211.09761
     Fidelity: chunking as in its code: the loss takes the sigmoid of p itself; the unigram model is
     trained on the text of the run, and cuts in the first word of a row are not shifted
-    Test: tests/chunking/test_family.py: its whole network, with its blocks
+    Test: tests/chunking/systems/test_dtp.py: its whole network, with its blocks
     """
     base, loss = default.config(), BCE.Config(labels="given", reference_double_sigmoid=True)
     return replace(
@@ -154,7 +155,7 @@ def dtp_whitespace() -> HNetConfig:
 
     Paper: arXiv 2211.09761
     Fidelity: chunking as in its code
-    Test: tests/chunking/test_family.py: its whole network, with its blocks
+    Test: tests/chunking/systems/test_dtp.py: its whole network, with its blocks
     """
     return with_chunking(dtp_gumbel(), predictor="whitespace", losses=(), hold_rate=False)
 
@@ -164,7 +165,7 @@ def dtp_fixed() -> HNetConfig:
 
     Paper: arXiv 2211.09761
     Fidelity: chunking as in its code
-    Test: tests/chunking/test_family.py: its whole network, with its blocks
+    Test: tests/chunking/systems/test_dtp.py: its whole network, with its blocks
     """
     return with_chunking(dtp_whitespace(), predictor="fixed", target_ratio=4.0)
 
@@ -175,7 +176,8 @@ def magnet() -> HNetConfig:
     Paper: arXiv 2407.08818
     Fidelity: chunking as in pretraining by its code; a position has the script of its text so
     far, there the first token of a row decides; the rate of each script is held
-    Test: tests/chunking/test_family.py: predictors by script, pool, loss and their gradients
+    Test: tests/chunking/systems/test_magnet.py: predictors by script, pool, loss and their
+    gradients
     """
     base = replace(dtp_gumbel(), route_groups=(("Latin",), ("Cyrillic",), INDIC))
     ratios = (5.0, 5.0, 10.0, 12.5)  # the first is for all other scripts
@@ -189,7 +191,7 @@ def flexitokens() -> HNetConfig:
 
     Paper: arXiv 2507.12720
     Fidelity: chunking as in owos/flexitokens, band 1/N - 3 sigma to 1/N of each script
-    Test: tests/chunking/test_family.py: boundaries, hinge and its gradients
+    Test: tests/chunking/systems/test_magnet.py: boundaries, hinge and its gradients
     """
     rates = (0.333, 0.333, 0.17, 0.127)  # of English, Russian and Ukrainian, Hindi and Telugu
     sigmas = (0.023, 0.023, 0.0115, 0.0085)  # of the shipped rates: the band is 3 sigma wide

@@ -82,7 +82,7 @@ def learn_your_tokens() -> HNetConfig:
     restarted at each word after the 4 outputs for the word before, as in avi-jit/eTok; words of at
     most 12 bytes; Mamba-2 in the decoder, a Transformer by option; there is no padded canvas, so
     padding does not end a word
-    Test: tests/chunking/test_reference_networks.py: its whole network, with its blocks;
+    Test: tests/chunking/systems/test_learn_your_tokens.py: its whole network, with its blocks;
     tests/test_battery.py, tests/parts, tests/chunking/test_dechunk.py
     """
     pool = Prefix.Config(4, 12, 2, num_heads=4, d_intermediate=256)

@@ -17,7 +17,8 @@ def zonkey() -> HNetConfig:
     Fidelity: hazard with its initial rate, drawn starts, and the losses for long and short chunks
     of ARozental/Zonkey; windows that overlap, its diffusion or flow over latents and the stitching
     are left out, convolutions are causal, and existence weights run backwards from a boundary
-    Test: tests/chunking/test_family.py: probabilities of long and of short chunks, gradients
+    Test: tests/chunking/systems/test_zonkey_rl_sombrero.py: probabilities of long and of short
+    chunks, gradients
     """
     return with_chunking(
         hnet(), predictor=Hazard.Config(longest=27), pool="existence", dechunk="repeat",

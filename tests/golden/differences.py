@@ -18,9 +18,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 FILES = (
-    "chunking/test_family", "chunking/test_blt", "chunking/test_words",
-    "chunking/test_cross_attention", "chunking/test_deletion", "chunking/test_mrt5_network",
-    "chunking/test_reference_networks", "nn/test_mlstm",
+    "chunking/systems", "chunking/test_blt.py", "chunking/test_words.py",
+    "chunking/test_cross_attention.py", "chunking/test_deletion.py", "nn/test_mlstm.py",
 )  # fmt: skip
 worst: dict[tuple[str, str], float] = defaultdict(lambda: -1.0)
 
@@ -96,7 +95,7 @@ def main(options: list[str]) -> int:
 
     golden_data.relative_error, np.array_equal = recorded_error, recorded_equal
     np.load, np.ascontiguousarray = recorded_load, recorded_contiguous
-    tests = [str(ROOT / f"tests/{name}.py") for name in FILES]
+    tests = [str(ROOT / f"tests/{name}") for name in FILES]
     code = pytest.main(["-q", "-n", "0", "--no-header", *tests, *options])
     print("\n| file | quantity | largest difference |\n| --- | --- | --- |")
     for (file, name), error in sorted(worst.items()):

@@ -10,10 +10,11 @@ import pytest
 from flax import nnx
 
 from experiments import boundaries
-from hnet.decode.segment import segment_all, segmenter
+from hnet.decode.segment import segment_all
 from hnet.errors import ConfigError
 from hnet.model import split
 from tests.networks import MLP_END, network, quick_jit, random_params, stage
+from tests.training import segmenter_once
 
 UD = {"id": "s1", "text": "Çay, iç de git", "spans": [[0, 4], [4, 5], [6, 9], [10, 12], [13, 16]]}
 WORDS = "strides\tstride s\t6\texact\t100\tdev\nevler\tev ler\t2\texact\t100\tdev\n"
@@ -29,15 +30,14 @@ def model():
 def cut(model):
     """A function from a text to its segmentation."""
     graph, params = split(model)
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(jax, "jit", quick_jit)
-        segment = segmenter(graph, model.config, bos=True)
+    segment = segmenter_once(graph, model.config, bos=True)
     return lambda text: segment_all(segment, params, [text])[0]
 
 
 def report_of(model, monkeypatch, capsys, *argv):
     with monkeypatch.context() as m:
         m.setattr(jax, "jit", quick_jit)
+        m.setattr(boundaries, "segmenter", segmenter_once)
         m.setattr(boundaries, "load", lambda path, **_: model)
         m.setattr(sys, "argv", ["boundaries", "--checkpoint", "none", *map(str, argv)])
         boundaries.main()

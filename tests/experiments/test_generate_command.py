@@ -37,7 +37,7 @@ LINES = [
 
 @pytest.fixture(scope="module")
 def model():
-    return nnx.merge(*random_params(network(stage("m1 m1", 26), stage("t1", 26))))
+    return nnx.merge(*random_params(network(stage("t1 t1", 26), stage("t1", 26))))
 
 
 @pytest.fixture

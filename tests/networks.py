@@ -103,13 +103,13 @@ NETWORKS = {
         replace(stage("t1", 39, **PATCHES), arch_layout=("", "t1")), stage("t1", 52),
     ),
     "prefix": network(
-        stage("t1 t1", 26, predictor="whitespace", alignment="end", null="first", residual="add",
+        stage("t1 m1", 26, predictor="whitespace", alignment="end", null="first", residual="add",
               pool=Prefix.Config(2, 3), dechunk=dechunks.Prefix.Config(3),
               decoder_scope="chunk", max_chunk_len=5),
         stage("t1", 39),
     ),
     "passes": network(
-        stage("t1 x1t1", 26, predictor="fixed", residual="add", pool=Latents.Config(3, 1, 4),
+        stage("m1 x1m1", 26, predictor="fixed", residual="add", pool=Latents.Config(3, 1, 4),
               dechunk=CrossAttention.Config(3, projection=False, width=13), encoder_scope="chunk",
               decoder_scope="chunk", max_chunk_len=4, passes=2, memory_width=13),
         stage("T1", 39, vectors=3),

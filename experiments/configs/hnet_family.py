@@ -7,10 +7,29 @@ shows only the effect of chunking. None of these papers has public code that was
 where a docstring says so.
 """
 
+from dataclasses import replace
+
 from experiments.configs.systems import hnet, with_chunking
 from hnet.chunking.losses.cab import CAB
 from hnet.chunking.losses.ratio import Ratio
-from hnet.config import HNetConfig
+from hnet.config import HNetConfig, StageConfig
+
+
+def hnet_3() -> HNetConfig:
+    """H-Net with three stages, targets 3, 2 and 2.
+
+    Paper: arXiv 2507.07955
+    Fidelity: as hnet; the paper has one and two stages, and a third is made in the same way, with
+    attention and Mamba-2 around the innermost network; the rates are held
+    Test: tests/test_battery.py: a network of three stages
+    """
+    base = hnet()
+    outer, main = base.stages
+    first, second = (replace(outer.chunking, target_ratio=n) for n in (3.0, 2.0))
+    middle = StageConfig(("m1", "m1"), 160, num_heads=4, rotary_emb_dim=20, chunking=second)
+    inner = replace(middle, arch_layout=("T1", "T1"), d_model=192, d_intermediate=384)
+    outer = replace(outer, chunking=first)
+    return replace(base, stages=(outer, middle, inner, replace(main, arch_layout=("T3",))))
 
 
 def sombrero() -> HNetConfig:

@@ -102,7 +102,7 @@ def held(tmp_path_factory):
     outer, inner = TINY.stages
     ends = ChunkingConfig(2.0, "mlp", "end", pool="mean", losses=("binomial",), hold_rate=True)
     held = replace(outer.chunking, hold_rate=True, max_chunk_len=8)
-    outer = replace(outer, chunking=held, arch_layout=("t1", ""))
+    outer = replace(outer, chunking=held, arch_layout=("m1", ""))
     middle = replace(outer, chunking=ends, arch_layout=("t1", ""))
     model = replace(TINY, stages=(outer, middle, inner))
     rate_control = RateControlConfig(hold_frac=0.5)

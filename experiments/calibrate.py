@@ -142,7 +142,7 @@ def main() -> None:
 
 def _print(found: Calibration, lines: Lines) -> None:
     console = Console(highlight=False)
-    languages = Table("language", "texts", "bytes a text", "chunks a text", box=None)
+    languages = Table("language", "texts", "bytes per text", "chunks per text", box=None)
     for language, chunks, num_bytes in zip(lines, found.chunks_L, found.bytes_LR.sum(axis=1)):
         count = len(lines[language])
         figures = f"{count:,}", f"{num_bytes / count:.1f}", f"{chunks / count:.2f}"

@@ -30,7 +30,8 @@ from hnet.errors import ConfigError
 from hnet.outputs import local_folder
 from hnet.printable import printable
 from hnet.runtime.compile_cache import CompilationLog, enable_compilation_cache
-from hnet.runtime.distributed import REQUEUE_EXIT_CODE, StopRequest
+from hnet.runtime.distributed import REQUEUE_EXIT_CODE
+from hnet.runtime.stop_request import StopRequest
 from hnet.sweep.results import check_results, write_results
 from hnet.sweep.space import Point, Space, describe, list_points, read_space
 from hnet.sweep.study import Claim, Study

@@ -95,6 +95,23 @@ def pytest_unconfigure():
         shutil.rmtree(OWN_CACHE, ignore_errors=True)
 
 
+# Folders and modules whose programs are compiled once: to write them costs a tenth of their time.
+COMPILED_ONCE = ("chunking", "nn", "parts", "test_battery.py", "decode/test_stream.py")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def only_programs_that_are_compiled_again_are_stored(request):
+    path = request.path.relative_to(Path(__file__).parent).as_posix()
+    if not path.startswith(COMPILED_ONCE):
+        yield
+        return
+    for is_stored in (False, True):
+        jax.config.update("jax_enable_compilation_cache", is_stored)
+        compilation_cache.reset_cache()
+        if not is_stored:
+            yield
+
+
 @pytest.fixture(autouse=True)
 def the_compilation_cache_of_the_session():
     """Commands that a test calls may turn on another cache, and set what is kept in it."""

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from hnet.data.corpus import Documents
+from hnet.data.documents import Documents
 from hnet.data.sources import Source
 
 

@@ -4,8 +4,9 @@ from importlib.util import find_spec
 
 import jax
 
-# A fifth of the default's compile time; tests/conftest.py sets the same by XLA_FLAGS.
-QUICK = {"xla_backend_optimization_level": 0}
+# A fifth of the default's compile time; tests/conftest.py sets the same by XLA_FLAGS. LLVM compiles
+# a program of our size faster as one module than as 32.
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_parallel_codegen_split_count": 1}
 OPTIMIZED = {"xla_backend_optimization_level": 3}
 if jax.__version_info__ < (0, 11):
     QUICK["xla_cpu_use_fusion_emitters"] = False

@@ -24,7 +24,10 @@ AS_RUN = ("one_stage",)  # compiled with all optimizations; the others quickly
 CLIPPED = ("one_stage", "pooled_ends")  # START and END; the others in the forward pass only
 
 ALL = pytest.mark.parametrize("name", NETWORKS)
-CHUNKED = pytest.mark.parametrize("name", [n for n, c in NETWORKS.items() if c.num_chunked])
+CHUNKED = [n for n, c in NETWORKS.items() if c.num_chunked]
+# tests/parts/test_combinations.py clips every pool and dechunk of one stage
+FULL = pytest.mark.few("name", ["one_stage", "two_stage", "levels", "routed"], CHUNKED)
+CHUNKED = pytest.mark.parametrize("name", CHUNKED)
 
 
 @cache
@@ -217,7 +220,7 @@ def test_capacity_above_need_changes_nothing(name):
         assert np.array_equal(free_route.num_boundaries_B, tight_route.num_boundaries_B)
 
 
-@CHUNKED
+@FULL
 def test_overflow_is_clipped_and_counted(name):
     """Too many boundaries: the first are kept; nothing changes before the first clipped one."""
     ids = random_bytes(4)
@@ -235,7 +238,7 @@ def test_overflow_is_clipped_and_counted(name):
         assert np.abs(free[row, t:] - clipped[row, t:]).max() > 1e-2
 
 
-@CHUNKED
+@FULL
 def test_position_clipped_with_its_segment_start_reads_no_other_document(name):
     """Documents whose slots were all clipped do not see the document that used the slots."""
     results = []

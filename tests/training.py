@@ -11,27 +11,28 @@ import pytest
 from hnet.config import ChunkingConfig, ComputeConfig, HNetConfig, SSMConfig, StageConfig
 from hnet.data import DataConfig
 from hnet.decode.segment import segmenter
-from hnet.runtime.distributed import StopRequest
+from hnet.runtime.stop_request import StopRequest
 from hnet.train import compiled_run, loop
 from hnet.train.compiled_run import CompiledRun, traced_numbers, untraced
 from hnet.train.compiled_run import build as build_program
 from hnet.train.config import CheckpointConfig, Config, EvalConfig, OptimConfig, TrainConfig
-from hnet.train.loop import Outcome
+from hnet.train.session import Outcome
 from hnet.train.sharding import replicated
 from tests.networks import QUICK
 
 build = partial(build_program, compiler_options=QUICK)
 _programs: dict[str, CompiledRun] = {}
+_seeds: dict[str, int] = {}
 
 
 def build_once(config: Config, devices=None, change=None) -> CompiledRun:
-    """`build`, once per process for configurations of the same program and seed."""
+    """`build`, once per process for configurations of the same program."""
     if change:
         return build(config, devices=devices, change=change)
     mesh = compiled_run.make_mesh(config.mesh, devices)
     read, data, trained = untraced(config), config.data, config.train
     key = repr((
-        mesh.shape, [device.id for device in mesh.devices.flat], config.seed, config.init,
+        mesh.shape, [device.id for device in mesh.devices.flat], config.init,
         read.model, read.optim, len(config.rate_control.start_ratios),
         data.batch_size, data.seq_len, data.tokenizer, len(data.files),
         trained.accumulate, trained.rows_sharing_slots, trained.log_norms, trained.spike_window,
@@ -39,8 +40,11 @@ def build_once(config: Config, devices=None, change=None) -> CompiledRun:
     ))  # fmt: skip
     if key not in _programs:
         _programs[key] = build(config, devices=devices)
+        _seeds[key] = config.seed
     compiled_run.check(config, mesh)
     program = _programs[key]
+    if config.seed != _seeds[key]:
+        program = replace(program, init=build(config, devices=devices).init)
     numbers = traced_numbers(config)
     return replace(program, hparams=jax.device_put(numbers, replicated(program.mesh)))
 

@@ -21,7 +21,7 @@ import numpy as np
 from hnet.command_line import run
 from hnet.errors import ConfigError
 from hnet.runtime.compile_cache import enable_compilation_cache
-from hnet.runtime.distributed import StopRequest
+from hnet.runtime.stop_request import StopRequest
 from hnet.train.loop import train
 from hnet.train.named import run_config
 from hnet.train.observer import Observer

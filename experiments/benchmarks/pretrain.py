@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from experiments.benchmarks.step import random_batch
-from hnet.runtime.distributed import StopRequest
+from hnet.runtime.stop_request import StopRequest
 from hnet.train import loop
 from hnet.train.compiled_run import build, put_batch
 from hnet.train.config import Config

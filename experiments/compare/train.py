@@ -12,13 +12,14 @@ from experiments.compare.systems import System
 from hnet.checkpoint.save import Checkpointer
 from hnet.data import Corpus
 from hnet.fields import to_json
-from hnet.runtime.distributed import StopRequest
+from hnet.runtime.stop_request import StopRequest
 from hnet.train.config import Config
 from hnet.train.evaluate import Evaluation
-from hnet.train.loop import StopRun, train
+from hnet.train.loop import train
 from hnet.train.metrics_file import MetricsFile, read_metrics
 from hnet.train.parallel_runs import Outcome, train_parallel_runs
 from hnet.train.run_state import RunState
+from hnet.train.session import StopRun
 from hnet.train.workdir import claim_workdir, run_inputs
 
 TOGETHER = "together"  # folder of the program that trains several seeds

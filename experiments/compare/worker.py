@@ -39,7 +39,8 @@ from hnet.files import json_text, read_json
 from hnet.outputs import local_folder
 from hnet.runtime.compile_cache import enable_compilation_cache
 from hnet.runtime.cpu import one_device_per_core
-from hnet.runtime.distributed import REQUEUE_EXIT_CODE, StopRequest
+from hnet.runtime.distributed import REQUEUE_EXIT_CODE
+from hnet.runtime.stop_request import StopRequest
 from hnet.train.lock import DirectoryLock, Locked
 
 MOST_COUNTED = 1 << 24  # training bytes of the order-2 model: its arrays are ten times as large

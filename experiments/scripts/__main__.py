@@ -53,7 +53,7 @@ from hnet.runtime.compile_cache import enable_compilation_cache
 from hnet.train.command import train_to_end
 from hnet.train.compiled_run import run_batches
 from hnet.train.config import Config, RateControlConfig
-from hnet.train.loop import Outcome
+from hnet.train.session import Outcome
 
 LINES_A_DOCUMENT = 8
 LAST = 100  # number of last updates whose batches the rates are measured on

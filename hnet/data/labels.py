@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from hnet.data.corpus import Part
+from hnet.data.documents import Part
 from hnet.data.packing import Stream
 from hnet.errors import ConfigError
 

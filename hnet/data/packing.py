@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hnet.config import BOS_ID, EOS_ID
-from hnet.data.corpus import Documents
+from hnet.data.documents import Documents
 
 
 class Row(NamedTuple):

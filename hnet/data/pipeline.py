@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hnet.data.config import DataConfig
-from hnet.data.corpus import Corpus, Part
+from hnet.data.corpus import Corpus
+from hnet.data.documents import Part
 from hnet.data.labels import RowLabels, open_cuts
 from hnet.data.packing import Stream
 from hnet.data.row_order import RowOrder

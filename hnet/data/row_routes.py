@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from hnet.data.corpus import Documents
+from hnet.data.documents import Documents
 from hnet.data.packing import Row, Stream
 from hnet.data.scripts import route_table, script_ids, script_ids_of_rows
 

@@ -89,16 +89,6 @@ def boundary_scores(
     return BoundaryScores(*(Score(*map(float, row)) for row in totals))
 
 
-def boundary_f1_between(
-    a: Sequence[Segmentation], b: Sequence[Segmentation], stage: int = 0
-) -> float:
-    """F1 between the boundaries of two models on the same texts; 1 - F1 is their divergence."""
-    if [s.data for s in a] != [s.data for s in b]:
-        raise ConfigError("boundaries of two models compare only on the same texts in one order")
-    scores = [score_offsets(x.boundaries(stage), y.boundaries(stage)) for x, y in zip(a, b)]
-    return Score(*(sum(getattr(s, f) for s in scores) for f in ("hits", "predicted", "gold"))).f1
-
-
 @dataclass(frozen=True)
 class Enrichment:
     """Boundary enrichment: mean surprisal of bytes after a boundary over the overall mean."""

@@ -1,4 +1,4 @@
-"""Several processes as one run: start-up, stop requests, barriers that name missing hosts.
+"""Several processes as one run: start-up, barriers that name missing hosts.
 
 All communication here uses the coordination service that ``jax.distributed`` starts on process 0,
 never the devices: a device collective has no timeout and cannot name the process that is late.
@@ -7,12 +7,10 @@ With one process every function is local.
 
 import contextlib
 import hashlib
-import itertools
 import json
 import logging
 import os
 import re
-import signal
 import socket
 import sys
 import threading
@@ -25,12 +23,10 @@ from typing import Any
 import jax
 import jaxlib
 from jax._src import distributed as jax_distributed  # the only access to the key-value store
-from jax.experimental import multihost_utils
 
 import hnet
 from hnet.errors import ConfigError, Failed, first_line
 from hnet.runtime.guard import POLL_SECONDS, Guard, name_the_end
-from hnet.runtime.interrupts import Interrupts
 from hnet.runtime.settings import DistributedConfig
 
 log = logging.getLogger(__name__)
@@ -145,6 +141,12 @@ def wait_for_dead_host(error: Exception) -> None:
 
 
 _LOST = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|UNKNOWN: Gloo|.*Gloo .* failed")
+
+
+def note_step(step: int) -> None:
+    """Note the step that this host is at, for the line that it ends with if another is lost."""
+    if _guard:
+        _guard.step = step
 
 
 def _client():
@@ -269,66 +271,3 @@ def assert_same_on_all_hosts(values: dict[str, str], timeout_seconds: float | No
                 f"hosts differ in {name}: {_describe_host(odd[0])} has {seen[odd[0]]!r}, "
                 f"{len(seen) - len(odd)} of {len(seen)} have {usual!r}: make them equal"
             )
-
-
-# Number of each query to JAX's sync point. A step number would not change during an evaluation.
-_questions = itertools.count(1)
-
-
-class StopRequest(contextlib.AbstractContextManager):
-    """Whether this run should save and end. One object per program, queried by every loop.
-
-    Several processes: SIGTERM to any host makes ``stop_requested`` true on all hosts at the same
-    query, through JAX's preemption service (which polls about once per second). One process: its
-    own handler of SIGTERM. The first Ctrl-C also requests a stop, the second one interrupts; both
-    are acknowledged at once (`hnet.runtime.interrupts`).
-    """
-
-    def __init__(self):
-        self._stopped = False
-        self._reason: str | None = None
-        self._several = num_hosts() > 1
-        # With several processes JAX's own handler of SIGTERM must stay.
-        numbers = [signal.SIGINT] + [signal.SIGTERM] * (not self._several)
-        self._old = {number: signal.signal(number, self._on_signal) for number in numbers}
-        self._interrupts = Interrupts()
-
-    def __exit__(self, *exc_info) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Restore the former signal handlers."""
-        self._interrupts.close()
-        for number, handler in self._old.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._old = {}
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        if number == signal.SIGINT and self._reason is not None:
-            raise KeyboardInterrupt
-        self.request(signal.Signals(number).name)
-
-    def request(self, reason: str) -> None:
-        """Request that the whole run stops, from any host, e.g. for a time limit or an alarm."""
-        self._reason = reason
-        if self._several:
-            signal.raise_signal(signal.SIGTERM)  # JAX passes it on to the other hosts
-
-    def stop_requested(self, step: int) -> bool:
-        """True from the agreed query on: save ``step`` and exit with REQUEUE_EXIT_CODE.
-
-        Every host must query equally often, in train, warm-up, evaluation and sweep loops, and
-        often enough for the grace period of the scheduler (once per training step, once per slice
-        of an evaluation).
-        """
-        if _guard:
-            _guard.step = step
-        if not self._stopped:
-            if self._several:
-                self._stopped = multihost_utils.reached_preemption_sync_point(next(_questions))
-            else:
-                self._stopped = self._reason is not None
-            if self._stopped:
-                reason = self._reason or "SIGTERM to one of the hosts"
-                log.warning("stop requested at step %d (%s)", step, reason)
-        return self._stopped

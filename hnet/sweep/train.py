@@ -17,16 +17,17 @@ from rich.markup import escape
 
 from hnet.errors import ConfigError
 from hnet.printable import printable
-from hnet.runtime.distributed import StopRequest
+from hnet.runtime.stop_request import StopRequest
 from hnet.sweep.space import describe
 from hnet.sweep.study import Claim, Study
 from hnet.train.config import Config
 from hnet.train.evaluate import Evaluation
 from hnet.train.lock import Locked
-from hnet.train.loop import StopRun, train
+from hnet.train.loop import train
 from hnet.train.metrics_file import MetricsFile, read_metrics
 from hnet.train.observer import Observer
 from hnet.train.parallel_runs import train_parallel_runs
+from hnet.train.session import StopRun
 
 SAY_SECONDS = 10.0  # between two progress lines of a group
 console = Console(highlight=False, soft_wrap=True)

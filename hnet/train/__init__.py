@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from hnet.train.compiled_run import Change
     from hnet.train.config import Config
-    from hnet.train.loop import Outcome
     from hnet.train.observer import Observer
+    from hnet.train.session import Outcome
 
 
 def run(
@@ -20,10 +20,10 @@ def run(
     observer: object whose functions are called at each step, evaluation and line.
     A stop signal saves the state and ends the run; the same call resumes it.
 
-    Raises ConfigError for settings that cannot work and `hnet.train.loop.StopRun` if training
+    Raises ConfigError for settings that cannot work and `hnet.train.session.StopRun` if training
     fails.
     """
-    from hnet.runtime.distributed import StopRequest  # loads JAX
+    from hnet.runtime.stop_request import StopRequest  # loads JAX
     from hnet.train.loop import train
 
     with StopRequest() as stop:

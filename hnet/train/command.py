@@ -13,10 +13,12 @@ from hnet.inspect.render import print_segmentations
 from hnet.inspect.segmentation import Segmentation
 from hnet.runtime.compile_cache import enable_compilation_cache
 from hnet.runtime.cpu import one_device_per_core
-from hnet.runtime.distributed import REQUEUE_EXIT_CODE, StopRequest, host_id, initialize, num_hosts
+from hnet.runtime.distributed import REQUEUE_EXIT_CODE, host_id, initialize, num_hosts
+from hnet.runtime.stop_request import StopRequest
 from hnet.train.config import Config, MeshConfig
 from hnet.train.first_lines import last_lines
-from hnet.train.loop import Outcome, StopRun, evaluated_params, train
+from hnet.train.loop import evaluated_params, train
+from hnet.train.session import Outcome, StopRun
 from hnet.train.sharding import replicated
 from hnet.train.tokenizer import with_tokenizer
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -12,11 +12,11 @@ from hnet.checkpoint.save import Checkpointer
 from hnet.data import BatchIterator, Corpus, open_corpus, train_batches
 from hnet.data.fingerprint import fingerprint
 from hnet.decode.segment import segmenter
-from hnet.errors import Failed
 from hnet.fields import to_json
 from hnet.runtime import distributed
+from hnet.runtime.stop_request import StopRequest
 from hnet.train.capacity import CapacitySchedule
-from hnet.train.compiled_run import Change, CompiledRun, build, put_batch, run_evaluation
+from hnet.train.compiled_run import Change, build, put_batch, run_evaluation
 from hnet.train.config import Config
 from hnet.train.evaluate import Evaluation
 from hnet.train.exact_offsets import set_exact_offsets
@@ -24,6 +24,7 @@ from hnet.train.first_lines import first_lines
 from hnet.train.observer import Observer
 from hnet.train.run_logger import RunLogger, Start
 from hnet.train.run_state import RunState, first_state, restored
+from hnet.train.session import InFlight, NonFinite, Outcome, Session, StopRun
 from hnet.train.sharding import replicated
 from hnet.train.step import TrainState
 from hnet.train.utilization import Utilization, peak_of
@@ -40,60 +41,9 @@ log = logging.getLogger(__name__)
 MAX_ROLLBACKS = 3
 
 
-class StopRun(Failed):
-    """Training failed; the message is one line with the fault and a remedy."""
-
-
-@dataclass
-class InFlight:
-    """A dispatched step; its metrics are read while the next step runs."""
-
-    step: int
-    metrics: dict[str, Any]
-    capacities: tuple[int, ...]
-    batch: int
-    """number of its batch"""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Result of a run."""
-
-    state: TrainState
-    evaluation: Evaluation | None
-    """evaluation on the whole held-out text; None if the run was stopped before its end"""
-    program: CompiledRun
-    corpus: Corpus
-
-
-@dataclass(frozen=True)
-class Session:
-    """Objects that one process uses from the first step to the last."""
-
-    config: Config
-    corpus: Corpus
-    program: CompiledRun
-    checkpoints: Checkpointer
-    report: RunLogger
-    watchdog: Watchdog
-    stop: distributed.StopRequest
-
-
-class NonFinite(RuntimeError):
-    """Loss or gradient was not finite for train.max_skipped updates in a row."""
-
-    def __init__(self, skipped: int, step: int, tensor: str = ""):
-        first = f", first in {tensor}" if tensor else ""
-        super().__init__(
-            f"non-finite loss or gradient in {skipped} updates in a row up to {step}{first}"
-        )
-        self.good_step = step - skipped
-        """number of updates before the first skipped one"""
-
-
 def train(
     config: Config,
-    stop: distributed.StopRequest,
+    stop: StopRequest,
     observer: Observer | None = None,
     change: Change | None = None,
 ) -> Outcome:
@@ -170,7 +120,7 @@ def _loop(
             if inflight:
                 row, inflight = _read(session, inflight, position, batches), None
             if last and position.settled != done:
-                state = _settled(session, state, ladder)
+                state = _with_exact_offsets(session, state, ladder)
                 position.settled = done
             evaluation = _evaluate(session, state, done, ladder, whole=last)
             if evaluation:
@@ -217,15 +167,17 @@ def evaluated_params(config: Config, state: TrainState) -> Any:
     return state.ema if config.eval.ema else state.params
 
 
-def _settled(session: Session, state: TrainState, ladder: CapacitySchedule) -> TrainState:
-    def settled(params):
+def _with_exact_offsets(
+    session: Session, state: TrainState, ladder: CapacitySchedule
+) -> TrainState:
+    def exact(params):
         return set_exact_offsets(
             session.program, params, session.corpus, [session.config], ladder.capacities,
             beat=partial(session.watchdog.beat, "settle"),
         )  # fmt: skip
 
     return state._replace(
-        params=settled(state.params), ema=settled(state.ema) if state.ema else state.ema
+        params=exact(state.params), ema=exact(state.ema) if state.ema else state.ema
     )
 
 

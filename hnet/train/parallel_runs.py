@@ -25,7 +25,7 @@ from hnet.data import Corpus, identity, open_corpus, train_batches
 from hnet.data.pipeline import Batch
 from hnet.errors import Failed
 from hnet.loss import bits_per_byte
-from hnet.runtime.distributed import StopRequest
+from hnet.runtime.stop_request import StopRequest
 from hnet.train.compiled_run import (
     CompiledRun,
     run_evaluation,

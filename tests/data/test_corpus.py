@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 
 from hnet.data import DataConfig, open_corpus, open_part
-from hnet.data.corpus import Part, _divide
+from hnet.data.corpus import _divide
+from hnet.data.documents import Part
 from hnet.errors import ConfigError
 from tests.data_helpers import jsonl, make_documents
 

@@ -88,6 +88,7 @@ def test_rates_are_counted_with_the_bos_of_the_runs(bos, monkeypatch):
     match_segmenter = match.segmenter
     monkeypatch.setattr(match, "segmenter", segmenter)
     monkeypatch.setattr(systems, "texts_of", lambda corpus: [b"a b  c de fgh"])
+    monkeypatch.setattr(systems, "flops_per_byte", lambda config, *_: size(config.model))
     settings = Compare(data=DataConfig(bos_eos=bos), reference="dtp_whitespace")
     costs = systems.Costs(settings, corpus=None)
     costs.system("dtp_whitespace", costs.budget(), None)

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,12 +14,10 @@ from etils import epath
 from hnet.checkpoint.step_folders import list_steps
 from hnet.fields import to_json
 from hnet.runtime.distributed import REQUEUE_EXIT_CODE
-from tests import training
 from tests.quick import QUICK_FLAGS
-from tests.training import TINY, rows
+from tests.training import rows, tiny_run
 
 ROOT = Path(__file__).parents[2]
-tiny_run = partial(training.tiny_run, model=TINY)
 
 
 def start(folder: Path, *settings: str) -> subprocess.Popen:

@@ -131,13 +131,6 @@ def test_splits_and_undecided():
     assert metrics.utf8_split_frac([]) == metrics.undecided_frac([]) == 0
 
 
-def test_agreement_between_models():
-    a, b = [cut_at(9, (2, 4))], [cut_at(9, (4, 6, 7))]
-    assert metrics.boundary_f1_between(a, b) == pytest.approx(2 / 5)
-    with pytest.raises(ConfigError, match="same texts"):
-        metrics.boundary_f1_between(a, [cut_at(8, (2,))])
-
-
 def test_summary_by_stage_gold_and_route():
     text = cut_at(12, (4, 6), {"words": (4,)}, routes=((0, "Latin"), (5, "Han")))
     found = metrics.summarize([text])

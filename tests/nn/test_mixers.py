@@ -286,19 +286,10 @@ def test_bfloat16_stays_near(name):
     assert 1e-4 < relative_error(half, forward(name)) < 0.1
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "kv_heads",
-        "key_bias",
-        "sink_learned",
-        "all_options",
-        "delta",
-        "mlstm",
-        "cross_equal",
-        "mamba2",
-    ],
-)
+MESH = ["all_options", "delta", "mlstm", "cross_equal", "mamba2"]
+
+
+@pytest.mark.few("name", MESH, [*MESH, "kv_heads", "key_bias", "sink_learned"])
 def test_a_mesh_changes_nothing(name):
     """Parameters are sharded by their axes, rows over two devices, heads over two."""
     graph, params = build(name)

@@ -14,7 +14,7 @@ import pytest
 from hnet.checkpoint.save import Checkpointer
 from hnet.errors import ConfigError
 from hnet.runtime import distributed
-from hnet.runtime.distributed import StopRequest
+from hnet.runtime.stop_request import StopRequest
 from hnet.train.config import DistributedConfig
 from tpu import emulate
 from tpu.emulate import Emulation
@@ -91,7 +91,7 @@ def test_stop_request_of_one_process():
 
 PAUSES = """
 import ctypes, signal, sys
-from hnet.runtime.distributed import StopRequest
+from hnet.runtime.stop_request import StopRequest
 with StopRequest() as stop:
     signal.siginterrupt(signal.SIGINT, False)  # a read that is interrupted goes on
     libc, byte = ctypes.CDLL(None), ctypes.create_string_buffer(1)
@@ -134,7 +134,7 @@ import jax
 from hnet.errors import ConfigError
 from hnet.runtime import distributed
 from hnet.checkpoint.save import Checkpointer
-from hnet.runtime.distributed import StopRequest
+from hnet.runtime.stop_request import StopRequest
 from hnet.train.config import WatchdogConfig
 from hnet.train.watchdog import Watchdog
 distributed.initialize()
@@ -269,6 +269,7 @@ from hnet.command_line import run
 from hnet.errors import ConfigError
 from hnet.runtime import distributed, guard
 from hnet.runtime.settings import DistributedConfig
+from hnet.runtime.stop_request import StopRequest
 
 def main():
     distributed.initialize(DistributedConfig(heartbeat_timeout_seconds=6))
@@ -281,7 +282,7 @@ def main():
     if how == "fails":
         guard.GRACE_SECONDS = 0.5
     distributed.barrier("ready")
-    with distributed.StopRequest() as stop:
+    with StopRequest() as stop:
         for step in range(1, 1000):
             if step == 7 and how == "refuses":
                 time.sleep(3 * (distributed.host_id() != victim))

@@ -28,6 +28,7 @@ from hnet.train.config import CheckpointConfig, EvalConfig, TrainConfig
 from hnet.train.lock import DirectoryLock, process_name
 from hnet.train.metrics_file import read_metrics
 from hnet.train.named import run_config
+from hnet.train.session import StopRun
 from tests.quick import QUICK, QUICK_FLAGS
 from tests.training import build_once, tiny_run
 
@@ -279,7 +280,7 @@ def test_a_point_alone_is_a_run_of_its_own_and_a_fault_leaves_the_others(tmp_pat
 
     def fails_once(config, *arguments):
         if config.optim.learning_rate == 9e-3:
-            raise loop.StopRun("non-finite loss: lower optim.learning_rate")
+            raise StopRun("non-finite loss: lower optim.learning_rate")
         return train(config, *arguments)
 
     monkeypatch.setattr(sweep_train, "train", fails_once)

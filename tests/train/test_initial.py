@@ -22,7 +22,7 @@ from hnet.errors import ConfigError
 from hnet.interop import load, to_official
 from hnet.model import abstract, init_params
 from hnet.nn.parameters import describe
-from hnet.runtime.distributed import StopRequest
+from hnet.runtime.stop_request import StopRequest
 from hnet.train import loop
 from hnet.train.config import EvalConfig, InitConfig, MeshConfig, OptimConfig, TrainConfig
 from hnet.train.initial import collapsed, matches, module_of, open_start, plan, replaced

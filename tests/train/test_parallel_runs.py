@@ -17,7 +17,7 @@ from hnet.config import ChunkingConfig
 from hnet.data import open_corpus, train_batches
 from hnet.errors import ConfigError
 from hnet.runtime.compile_cache import CompilationLog
-from hnet.runtime.distributed import StopRequest
+from hnet.runtime.stop_request import StopRequest
 from hnet.train import parallel_program, parallel_runs
 from hnet.train.compiled_run import put_batch, run_evaluation, untraced
 from hnet.train.config import CheckpointConfig, EvalConfig, MeshConfig, TrainConfig

@@ -23,6 +23,7 @@ from hnet.train.compiled_run import put_batch, run_batches
 from hnet.train.config import MeshConfig, RateControlConfig, TrainConfig, config_from_json
 from hnet.train.exact_offsets import SEED, set_exact_offsets
 from hnet.train.optim import schedule
+from hnet.train.session import StopRun
 from hnet.train.sharding import replicated
 from hnet.train.workdir import claim_workdir, read_config
 from tests.training import TINY, build, rows, run, tiny_run
@@ -102,7 +103,7 @@ def held(tmp_path_factory):
     outer, inner = TINY.stages
     ends = ChunkingConfig(2.0, "mlp", "end", pool="mean", losses=("binomial",), hold_rate=True)
     held = replace(outer.chunking, hold_rate=True, max_chunk_len=8)
-    outer = replace(outer, chunking=held, arch_layout=("m1", ""))
+    outer = replace(outer, chunking=held, arch_layout=("t1", ""))
     middle = replace(outer, chunking=ends, arch_layout=("t1", ""))
     model = replace(TINY, stages=(outer, middle, inner))
     rate_control = RateControlConfig(hold_frac=0.5)
@@ -379,7 +380,7 @@ def test_faults_in_a_row_roll_back_once_and_end_the_run_with_a_name(tmp_path, mo
     stop = replace(config, workdir=str(tmp_path / "other"))
     stop = replace(stop, train=replace(stop.train, on_non_finite="stop"))
     told = "non-finite loss or gradient in 2 updates in a row up to 2, first in stage0/aux_loss"
-    with pytest.raises(loop.StopRun, match=told):
+    with pytest.raises(StopRun, match=told):
         run(stop)
     assert [row["non_finite"] for row in rows(stop)] == ["stage0/aux_loss"]
 

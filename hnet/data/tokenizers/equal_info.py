@@ -5,7 +5,7 @@ window owns an interval of numbers, of which one says that the window ends there
 divided among its next bytes by their probability. A window ends before the first byte that gets no
 number. So every token stands for fixed bytes, with about log2 N bits of information, and encoding
 is a greedy longest match, lossless for any bytes. As in the paper the model sees only its window;
-the stop numbers are ours, in place of its padding.
+the stop numbers are ours, instead of its padding.
 """
 
 import json

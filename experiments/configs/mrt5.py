@@ -20,8 +20,7 @@ def mrt5() -> HNetConfig:
     PI controller as in jkallini/mrt5; ours is causal and has a decoder for bytes that reads the
     last kept one; its entropy regularizer is the loss gate_entropy (off, as there by default), its
     score regularizer is left out; the first byte is always kept; the rate is held
-    Test: tests/chunking/test_deletion.py: gate, softmax, controller and entropy of its
-    code;
+    Test: tests/chunking/test_deletion.py: gate, softmax, controller, entropy;
     tests/chunking/systems/test_mrt5.py: these parts in its whole network
     """
     base = one_stage(6.0)

@@ -8,7 +8,7 @@ from hnet.inspect.segmentation import Segmentation
 HOSTILE = "<img src=x onerror=\"document.title='pwned'\"> & <b>bold</b> </script> [a](javascript:x)"
 TEXTS = {
     "english": ("Latin", "The lighthouse keeper counted seven ships before the unbreakable fog "
-                "rolled in, and nobody on the pier remembered how quietly the evening began."),
+                "rolled in, and no one on the pier remembered how quietly the evening began."),
     "arabic": ("Arabic", "كتب الولد رسالة طويلة إلى صديقته في المدينة القديمة ثم عاد إلى البيت."),
     "hebrew": ("Hebrew", "בַּבֹּקֶר יָצְאוּ הַיְלָדִים אֶל הַשָּׂדֶה, and 3 English words."),
     "hindi": ("Devanagari", "बच्चे नदी के किनारे खेल रहे थे और सूरज धीरे-धीरे डूब रहा था।"),

@@ -136,16 +136,16 @@ def test_a_row_may_be_of_any_length(length):
 def test_packed_documents_equal_documents_alone(name):
     ids = random_bytes(2)
     packed, packed_routes = forward(name, ids, PACKED_ROWS)
-    alone_ids, alone_segments = np.zeros((3, L), np.int32), np.zeros((3, L), np.int32)
+    separate_ids, separate_segments = np.zeros((3, L), np.int32), np.zeros((3, L), np.int32)
     for row, (start, end) in enumerate(zip(STARTS, ENDS)):
-        alone_ids[row, : end - start] = ids[0, start:end]
-        alone_segments[row, : end - start] = 1
-    alone, alone_routes = forward(name, alone_ids, alone_segments)
+        separate_ids[row, : end - start] = ids[0, start:end]
+        separate_segments[row, : end - start] = 1
+    separate, separate_routes = forward(name, separate_ids, separate_segments)
     for row, (start, end) in enumerate(zip(STARTS, ENDS)):
-        assert_close(packed[0, start:end], alone[row, : end - start])
+        assert_close(packed[0, start:end], separate[row, : end - start])
         if packed_routes:
             ours = packed_routes[0].boundary_mask_BL[0, start:end]
-            assert np.array_equal(ours, alone_routes[0].boundary_mask_BL[row, : end - start])
+            assert np.array_equal(ours, separate_routes[0].boundary_mask_BL[row, : end - start])
 
 
 @ALL

@@ -86,9 +86,9 @@ def compare(configs: list[Config], devices: list | None = None, **build_options:
     devices = jax.devices() if devices is None else devices
     together = parallel_program.build(configs, devices=devices, **build_options)
     by_seed = {c.seed: build(c, devices=devices, **build_options) for c in configs}
-    alone = by_seed[configs[0].seed]  # the others differ only in traced values
+    separate = by_seed[configs[0].seed]  # the others differ only in traced values
     hparams = [traced_numbers(config) for config in configs]
-    cut = jax.jit(partial(_cut, graph=alone.graph))
+    cut = jax.jit(partial(_cut, graph=separate.graph))
     corpus, ways = open_corpus(configs[0].data), [Run([], [], [], [], []) for _ in configs]
     many = together.init()
     one = [by_seed[config.seed].init() for config in configs]
@@ -104,14 +104,14 @@ def compare(configs: list[Config], devices: list | None = None, **build_options:
             forced_moment, many_params = _moment(forced), jax.device_get(many.params)
             following = next(batches)
             for r, way in enumerate(ways):
-                fed, capacities = put_batch(batch[r], alone.mesh), alone.ladder.capacities
-                one[r], metrics = alone.step(one[r], fed, hparams[r], capacities=capacities)
+                fed, capacities = put_batch(batch[r], separate.mesh), separate.ladder.capacities
+                one[r], metrics = separate.step(one[r], fed, hparams[r], capacities=capacities)
                 new = _moment(one[r])
                 scale = np.linalg.norm(new - configs[r].optim.b1 * old[r])
                 way.gradient.append(float(np.linalg.norm(forced_moment[r] - new) / scale))
                 loss = float(metrics["loss/total"])
                 way.loss.append(abs(float(many_metrics["loss/total"][r]) - loss) / loss)
-                near[r], metrics = alone.step(near[r], fed, hparams[r], capacities=capacities)
+                near[r], metrics = separate.step(near[r], fed, hparams[r], capacities=capacities)
                 way.control.append(abs(float(metrics["loss/total"]) - loss) / loss)
                 ids = [jnp.asarray(following[r][name]) for name in ("input_ids", "segment_ids")]
                 p, mine = cut(jax.device_get(one[r].params), *ids)

@@ -63,16 +63,16 @@ def main() -> int:
         with (place / "out" / "results.csv").open() as f:
             rows = csv.DictReader(f)
             found = {(float(r["optim.learning_rate"]), int(r["seed"])): r for r in rows}
-        alone = {key: place / f"run-{n}" for n, key in enumerate(found)}
+        folders = {key: place / f"run-{n}" for n, key in enumerate(found)}
         commands = [
             ["experiments.pretrain", options.name, "--workdir", str(workdir),
              "--optim.learning_rate", str(rate), "--seed", str(seed)]
-            for (rate, seed), workdir in alone.items()
+            for (rate, seed), workdir in folders.items()
         ]  # fmt: skip
         separate, _ = _timed(commands, place / "cache-runs")
         differences = [
             abs(float(found[key]["eval/bpb"]) - read_metrics(workdir)[-1]["eval/bpb"])
-            for key, workdir in alone.items()
+            for key, workdir in folders.items()
         ]
     programs = [line for line in said.splitlines() if line.startswith("compiled or loaded")]
     print(json_text({

@@ -51,14 +51,14 @@ def chunk_starts(config: HNetConfig, boundaries_TS: np.ndarray) -> list[list[int
         cuts = [t for t in np.flatnonzero(boundaries_TS[:, s]).tolist() if t in opens]
         edges = sorted({0, *((closes if at_end else opens)[t] for t in cuts)} - {length})
         starts.append(edges)
-        behind = dict(zip(edges, [*edges[1:], length]))
-        before = {end: start for start, end in behind.items()}
+        ends = dict(zip(edges, [*edges[1:], length]))
+        before = {end: start for start, end in ends.items()}
         if at_end:
             closes = {t: closes[t] for t in cuts}
             opens = {t: before[end] for t, end in closes.items()}
         else:
             opens = {t: opens[t] for t in cuts}
-            closes = {t: behind[start] for t, start in opens.items()}
+            closes = {t: ends[start] for t, start in opens.items()}
     return starts
 
 

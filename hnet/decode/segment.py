@@ -131,7 +131,7 @@ def as_starts(
     """
     found, ends = [], [stage.chunking.has_null_chunk for stage in model.stages[:-1]]
     for s, (mask, prob) in enumerate(outputs):
-        in_front, behind = sum(ends[s:]) + ends[s], int(s > 0 and ends[s - 1])
-        pad = partial(np.pad, pad_width=(in_front, behind), constant_values=(1, 0))
+        before, after = sum(ends[s:]) + ends[s], int(s > 0 and ends[s - 1])
+        pad = partial(np.pad, pad_width=(before, after), constant_values=(1, 0))
         found.append((pad(mask), pad(prob)))
     return found, sum(ends)

@@ -85,8 +85,8 @@ def initialize(config: DistributedConfig = DistributedConfig()) -> None:
             )
     except (ValueError, RuntimeError, OSError) as e:
         # No cluster, or JAX has already computed in this interpreter (a notebook, a test).
-        alone = ("coordinator_address should be defined", "must be called before")
-        if len(missing) == 3 and any(text in str(e) for text in alone):
+        one_process = ("coordinator_address should be defined", "must be called before")
+        if len(missing) == 3 and any(text in str(e) for text in one_process):
             return
         raise ConfigError(
             f"distributed ({what}) could not start: {first_line(e)}; give all of coordinator, "

@@ -100,13 +100,13 @@ def test_a_model_without_routes_names_scripts_and_cuts_in_batches_as_alone(monke
     longest = max(map(len, texts))
     nll = quick_jit(lambda ids: -jax.nn.log_softmax(nnx.merge(graph, params)(ids)[0]))
     for i in (0, 3, len(texts) - 1):
-        (alone,) = segment(params, [texts[i]])
-        assert [s.starts for s in alone.stages] == [s.starts for s in found[i].stages]
-        np.testing.assert_allclose(alone.bits, found[i].bits, atol=2e-3)
+        (separate,) = segment(params, [texts[i]])
+        assert [s.starts for s in separate.stages] == [s.starts for s in found[i].stages]
+        np.testing.assert_allclose(separate.bits, found[i].bits, atol=2e-3)
         ids = np.array([[BOS_ID, *texts[i]]], np.int32)
         padded = np.pad(ids, ((0, 0), (0, longest + 1 - ids.shape[1])))
         exact = np.asarray(nll(padded))[0][np.arange(len(texts[i])), ids[0, 1:]]
-        np.testing.assert_allclose(alone.bits, exact / np.log(2), atol=2e-3)
+        np.testing.assert_allclose(separate.bits, exact / np.log(2), atol=2e-3)
 
 
 def test_long_texts_run_in_smaller_batches():

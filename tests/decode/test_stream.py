@@ -247,12 +247,12 @@ def test_a_row_does_not_depend_on_its_neighbours():
     ids_BL, extra = draw(NETWORKS["one_stage"])
     _, _, together = answers("one_stage")
     one = slice(17, 18)
-    alone = streamed(graph, params, ids_BL[one], extra, LENGTHS[one], (L, L), wait_shares=(0,))[0][
+    separate = streamed(graph, params, ids_BL[one], extra, LENGTHS[one], (L, L), wait_shares=(0,))[
         0
-    ]
+    ][0]
     for logits, *_ in together.values():
         # one row has other shapes than 64 rows, with different rounding
-        np.testing.assert_allclose(alone[0], logits[17], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(separate[0], logits[17], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("batch", [1, 7, 16])

@@ -86,8 +86,10 @@ def test_enrichment_pairs_a_boundary_with_the_byte_behind_the_one_that_decided(c
     config = boundaries.BoundariesConfig("none", ())
     for alignment, shift in (("start", 1), ("end", 0)):
         report = boundaries.stage_report([found], [surprisal], 0, alignment, config, None)
-        behind = [surprisal[c + shift] for c in cuts if c + shift < len(text)]
-        assert report["enrichment"]["bq"] == pytest.approx(np.mean(behind) / surprisal[1:].mean())
+        after_cuts = [surprisal[c + shift] for c in cuts if c + shift < len(text)]
+        assert report["enrichment"]["bq"] == pytest.approx(
+            np.mean(after_cuts) / surprisal[1:].mean()
+        )
         assert math.isfinite(report["enrichment"]["null_mean"])
 
 

@@ -109,7 +109,7 @@ STARTS = [
     *((*RUN, "--data.tokenizer", word) for word in (*NO_FILES[:-1], *NO_JSON[:4], "no.json")),
     *((*RUN, "--data.tokenizer", word) for word in ("empty_tokens.json", "huge_id.json")),
     *((*RUN, "--eval.probe_files", word) for word in (*NO_FILES, *NO_JSON[:4])),
-    *(("experiments.pretrain", word) for word in (*NO_FILES, *NO_JSON, "nobody:home")),
+    *(("experiments.pretrain", word) for word in (*NO_FILES, *NO_JSON, "missing:name")),
     ("experiments.benchmarks.__main__", "--measure", "step", "--compare", "nosuch"),
     ("experiments.benchmarks.decode", "--wait_share", "-1"),
     ("experiments.benchmarks.decode", "--main_width", "65536", "--main_layers", "1000"),
@@ -263,7 +263,7 @@ STARTS = [
     *((*COMPARE, *HELD, "--workdir", w) for w in ("text.txt", "/dev/null", LONG, "a\0b", "gs://x")),
     *(
         (*COMPARE[:1], word, *COMPARE[2:], *HELD)
-        for word in ("missing", "deep.json", "nobody:home")
+        for word in ("missing", "deep.json", "missing:name")
     ),
     *((*COMPARE, *HELD, "--reference", word) for word in (*FEW, "deep.json")),
     *((*COMPARE, *HELD, "--seeds", word) for word in ("0", "-1", "1000000", "nan")),

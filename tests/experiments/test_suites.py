@@ -329,8 +329,8 @@ def test_index_questions_know_the_chunk_that_holds_the_letter():
         asked, answer = question(item)
         asked = asked.rstrip(" ")
         word = asked.rstrip("?").split()[-1]
-        behind = len(word) - int(answer) + 2  # bytes from the letter to the end of "word? "
-        size = 3 if behind <= 3 else 4 if behind <= 7 else len(item.prompt) - 7
+        left = len(word) - int(answer) + 2  # bytes from the letter to the end of "word? "
+        size = 3 if left <= 3 else 4 if left <= 7 else len(item.prompt) - 7
         assert item.tags["chunk_bytes"] == size
 
 

@@ -205,19 +205,19 @@ def _signs(data, first, last, edges):
         boxes = [rf"\x{byte:02X}" for byte in data[max(start, first) : min(end, last)]]
         category = unicodedata.category(char)
         hidden = category in ("Cc", "Cf", "Zl", "Zp", "Co", "Cn")
-        alone = "◌" + char if category[0] == "M" else char
+        separate = "◌" + char if category[0] == "M" else char
         if is_invalid(char):
             yield boxes[0]
         elif set(edges) & set(range(start + 1, end)):
             if start >= first:
-                yield f"U+{ord(char):04X}" if hidden else alone
+                yield f"U+{ord(char):04X}" if hidden else separate
             yield from boxes
         elif char in "\t\n":
             yield {"\t": "⇥\t", "\n": "↵\n"}[char]
         elif hidden and char != "\u200d":
             yield f"U+{ord(char):04X}"
         else:
-            yield alone if start == first else char
+            yield separate if start == first else char
 
 
 def is_inside(seg, offset):

@@ -194,10 +194,10 @@ def test_a_segment_does_not_notice_its_neighbours(name):
     if given.memory:
         x, query_group, *others = (a if a is None else np.asarray(a) for a in given.memory)
         memory = Memory(x[[1, 1, 1]], moved(query_group), *others)
-    alone = given._replace(
+    separate = given._replace(
         positions_BL=moved(given.positions_BL), key_bias_BL=moved(given.key_bias_BL), memory=memory
     )
-    out = run(*build(name), moved(X), alone)
+    out = run(*build(name), moved(X), separate)
     np.testing.assert_allclose(out[0, :7], whole[1, 9:16], rtol=0, atol=2e-5)
 
 
@@ -511,11 +511,11 @@ def test_memory_of_other_documents_is_not_read(name):
 
 def test_rows_may_share_a_memory():
     graph, params = build("cross_equal")
-    alone = run(graph, params, X[:2], Context(ONE[:2], memory=MEMORY._replace(
+    separate = run(graph, params, X[:2], Context(ONE[:2], memory=MEMORY._replace(
         x_GMND=MEMORY.x_GMND[:1].repeat(2, 0), query_group_BL=MEMORY.query_group_BL[:2]
     )))  # fmt: skip
     one = Context(ONE[:2], memory=Memory(MEMORY.x_GMND[:1], MEMORY.query_group_BL[:2]))
-    np.testing.assert_allclose(run(graph, params, X[:2], one), alone, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(run(graph, params, X[:2], one), separate, rtol=0, atol=1e-6)
 
 
 def test_cross_attention_without_memory_says_so():

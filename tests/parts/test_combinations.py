@@ -282,12 +282,12 @@ def test_triple(triple):
         apart[row, : end - start] = ids[0, start:end]
         told[row, : end - start] = external[0, start:end]
         segments[row, : end - start] = 1
-    alone, alone_record, *_ = run(apart, segments, told)
+    separate, separate_record, *_ = run(apart, segments, told)
     for row, (start, end) in enumerate(zip((0, *ends), ends)):
         n = end - start
-        np.testing.assert_allclose(packed[0, start:end], alone[row, :n], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(packed[0, start:end], separate[row, :n], rtol=0, atol=1e-5)
         ours = packed_record.boundary_mask_BL[0, start:end]
-        assert np.array_equal(ours, alone_record.boundary_mask_BL[row, :n])
+        assert np.array_equal(ours, separate_record.boundary_mask_BL[row, :n])
 
 
 @pytest.mark.parametrize("name", few(1))

@@ -151,19 +151,19 @@ def test_two_workers_share_the_points_and_none_is_done_twice(tmp_path):
 @pytest.mark.parametrize("name", ["train_parallel_runs", "train"])
 def test_points_whose_folder_is_locked_are_returned(tmp_path, monkeypatch, name):
     """A worker that counted as dead still trains them: they are neither failed nor done twice."""
-    alone = name == "train"
-    study = open_study(tmp_path, "a", RATES.replace(", 1]", "]") if alone else RATES)
+    separate = name == "train"
+    study = open_study(tmp_path, "a", RATES.replace(", 1]", "]") if separate else RATES)
     trains = getattr(sweep_train, name)
 
     def held(first, *others, **hooks):
-        with DirectoryLock(first.workdir if alone else others[0]):
+        with DirectoryLock(first.workdir if separate else others[0]):
             return trains(first, *others, **hooks)
 
     monkeypatch.setattr(sweep_train, name, held)
     monkeypatch.setattr(sweep_train.time, "sleep", lambda seconds: None)
-    claims = study.claim(1 if alone else 9)
+    claims = study.claim(1 if separate else 9)
     options = sweep_train.Options(tmp_path / "out", 4, 60.0)
-    assert len(claims) == 2 - alone and sweep_train.train_points(study, claims, options, None)
+    assert len(claims) == 2 - separate and sweep_train.train_points(study, claims, options, None)
     assert study.num_done() == 0
     again = study.claim(9)
     assert {c.point.key for c in again} >= {c.point.key for c in claims} and len(again) == 2

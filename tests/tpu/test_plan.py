@@ -360,16 +360,16 @@ def test_roofline_takes_the_slowest_resource(tiny):
 
 
 def test_rows_that_share_slots_attend_over_all_of_them(tiny):
-    alone = roofline(made_up(run_config(tiny), capacities=(24,)))
+    separate = roofline(made_up(run_config(tiny), capacities=(24,)))
     shared = roofline(made_up(run_config(tiny), capacities=(24,), rows_sharing_slots=4))
     # 96 x 96 scores for four rows; two operations per channel, three times plus one recomputation
     more = (96 * 96 / 4 - 24 * 24) * 2 * 64 * (4 + 3) * 16 / 197e12
     main = "stage1/main_network"
-    assert shared[main].compute - alone[main].compute == pytest.approx(more)
+    assert shared[main].compute - separate[main].compute == pytest.approx(more)
     # smoothing runs over blocks of the shared slots; everything else is unchanged
     nothing = Bound(0.0, 0.0, 0, 0.0)
-    changed = {part for part in shared if shared[part] != alone.get(part, nothing)}
-    assert alone.keys() <= shared.keys() and changed == {main, "stage0/dechunk"}
+    changed = {part for part in shared if shared[part] != separate.get(part, nothing)}
+    assert separate.keys() <= shared.keys() and changed == {main, "stage0/dechunk"}
 
 
 @pytest.mark.parametrize(

@@ -51,8 +51,8 @@ def made_up(corpus, config, count, seed=5):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    config = routed(tmp_path_factory.mktemp("alone"))
+def separate(tmp_path_factory):
+    config = routed(tmp_path_factory.mktemp("separate"))
     program = build(config, devices=jax.devices()[:1])
     return config, program, open_corpus(config.data), program.init().params
 
@@ -67,9 +67,9 @@ def logits(program, params, batches):
     return np.concatenate([np.asarray(stages[0][0]) for stages in found])
 
 
-def test_rows_come_to_the_target_each_and_nothing_else_changes(alone):
+def test_rows_come_to_the_target_each_and_nothing_else_changes(separate):
     """For any previous offset, since no text was on this route."""
-    config, program, corpus, start = alone
+    config, program, corpus, start = separate
     start = map_offsets(lambda stage, offset_R: offset_R - 8.0, start)
     batches = made_up(corpus, config, 3)
     fitted = fit_default_route(program, start, 0, [3.0], batches * 15, 45)
@@ -92,8 +92,8 @@ def test_rows_come_to_the_target_each_and_nothing_else_changes(alone):
         np.testing.assert_array_equal(new[is_router:], old[is_router:])
 
 
-def test_each_device_packs_its_own_rows_by_route(alone, monkeypatch):
-    config, program, corpus, start = alone
+def test_each_device_packs_its_own_rows_by_route(separate, monkeypatch):
+    config, program, corpus, start = separate
     packed, pack = [], routes.pack_by_route
     monkeypatch.setattr(
         routes,
@@ -112,10 +112,10 @@ def test_each_device_packs_its_own_rows_by_route(alone, monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), fitted, own)
 
 
-def test_the_last_update_is_followed_by_a_fit_and_its_offset(alone, monkeypatch):
+def test_the_last_update_is_followed_by_a_fit_and_its_offset(separate, monkeypatch):
     """The offset is exact for the fitted router, on text that was not used to set it."""
     monkeypatch.setattr(settling, "UNKNOWN_FRAC", 0.5)
-    config, program, corpus, start = alone
+    config, program, corpus, start = separate
     beats = []
     fitted = set_exact_offsets(
         program, start, corpus, [config], (None,), beat=lambda: beats.append(1)
@@ -132,8 +132,8 @@ def test_the_last_update_is_followed_by_a_fit_and_its_offset(alone, monkeypatch)
     assert 1 / cut_BL.mean() == pytest.approx(3, rel=0.2)
 
 
-def test_runs_fitted_together_are_those_fitted_alone(alone):
-    config, program, corpus, start = alone
+def test_runs_fitted_together_are_those_fitted_alone(separate):
+    config, program, corpus, start = separate
     configs = [config, replace(routed(config.workdir, 4.0), seed=1)]
     devices = jax.devices()[:1]
     together = build_runs(configs, devices=devices, compiler_options=QUICK)

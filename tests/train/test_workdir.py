@@ -266,11 +266,11 @@ def test_a_profile_that_would_kill_the_process_is_refused_before_anything_is_wri
 def test_several_runs_in_one_program_are_checked_as_one_is(tmp_path, name, says):
     config = replace(tiny_run(tmp_path / "run"), **REFUSED[name])
     both = [config, replace(config, seed=1)]
-    with pytest.raises(ConfigError, match=says) as alone:
+    with pytest.raises(ConfigError, match=says) as separate:
         run(config)
     with pytest.raises(ConfigError) as together:
         train_parallel_runs(both, config.workdir, StopAt(0))
-    assert name != "accumulate" or str(alone.value)[:15] == str(together.value)[:15]
+    assert name != "accumulate" or str(separate.value)[:15] == str(together.value)[:15]
     assert list(tmp_path.iterdir()) == []
 
 

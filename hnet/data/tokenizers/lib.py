@@ -98,11 +98,11 @@ class Reader:
         ends = [at + len(chunk) for chunk in pair]
         costs = [[0, 1, rank.get(chunk, len(rank))] for chunk in pair]
         while ends[0] != ends[1]:
-            behind = int(ends[1] < ends[0])
-            chunk, _ = self.matches(text, ends[behind])
+            shorter = int(ends[1] < ends[0])
+            chunk, _ = self.matches(text, ends[shorter])
             new = (not chunk, 1, rank.get(chunk, len(rank)))
-            costs[behind] = [old + more for old, more in zip(costs[behind], new)]
-            ends[behind] += len(chunk) or 1
+            costs[shorter] = [old + more for old, more in zip(costs[shorter], new)]
+            ends[shorter] += len(chunk) or 1
         return costs[0] > costs[1]
 
     def _move(self, votes: Counter, rank: dict[bytes, int]) -> None:

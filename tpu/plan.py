@@ -92,8 +92,8 @@ class Search:
     def consider(self, plan: Plan) -> float:
         """Keep a plan that fits if it is the fastest so far; returns its speed."""
         slots = capacities(plan.config, self.rate)
-        settled = compile_plan(plan.config, plan.slice_, slots, to_code=False)
-        speed = bytes_per_second(settled) if settled.moved else 0.0
+        expected = compile_plan(plan.config, plan.slice_, slots, to_code=False)
+        speed = bytes_per_second(expected) if expected.moved else 0.0
         if self.best is None or speed > self.speed:
             self.best, self.speed = plan, speed
         return speed

@@ -41,7 +41,7 @@ FSDP = 16
 FIELDS = ("model", "topology", "code", "how", "row")  # of a line of the file
 START = b'{"model": "'
 HEAD = (
-    "| model | parameters | slice | remat | micro-batches | GiB per chip: all slots | settled "
+    "| model | parameters | slice | remat | micro-batches | GiB per chip: all slots | expected "
     "slots | of | fits | kernels | HBM MB per byte | bound | bytes/s at most | of the peak |\n"
     f"|{'---|' * 14}"
 )
@@ -59,13 +59,13 @@ def find(
     """(plan with all slots, plan with those at the configured rates) of the fastest that fits."""
     settings = [["--model.compute.remat", remat, *words] for remat in remats]
     found = [fewest_micro_batches(name, slice_, each) for each in settings]
-    pairs = [(full, _settled(full)) for full in found if full.fits] or [
-        (full, _settled(full)) for full in found[-1:]
+    pairs = [(full, _expected(full)) for full in found if full.fits] or [
+        (full, _expected(full)) for full in found[-1:]
     ]
     return max(pairs, key=lambda pair: bytes_per_second(pair[1]) if pair[1].moved else 0.0)
 
 
-def _settled(full: Plan) -> Plan:
+def _expected(full: Plan) -> Plan:
     slots = capacities(full.config, 1.0)
     return compile_plan(full.config, full.slice_, slots, to_code=False)
 
@@ -84,18 +84,18 @@ def fewest_micro_batches(name: str, slice_: Slice, words: list[str]) -> Plan:
             accumulate, needed = 2 * accumulate, needed / 2
 
 
-def table_row(name: str, full: Plan, settled: Plan) -> str:
+def table_row(name: str, full: Plan, expected: Plan) -> str:
     config, params = full.config, sum(param_counts(full.config.model).values())
-    fits = "yes" if full.fits else "settled only" if settled.fits else "no"
+    fits = "yes" if full.fits else "expected only" if expected.fits else "no"
     speed = (
-        f"{kernels(settled):,.0f}", f"{hbm_per_byte(settled) / 1e6:.1f}", step_bound(settled),
-        f"{bytes_per_second(settled):,.0f}", f"{peak_share(settled):.0%}",
+        f"{kernels(expected):,.0f}", f"{hbm_per_byte(expected) / 1e6:.1f}", step_bound(expected),
+        f"{bytes_per_second(expected):,.0f}", f"{peak_share(expected):.0%}",
     )  # fmt: skip
     cells = [
         name, f"{params / 1e6:,.0f}M", full.slice_.name,
         config.model.compute.remat, config.train.accumulate,
-        _gib(full), _gib(settled), f"{full.hbm_per_device / GIB:.3g}", fits,
-        *(speed if settled.moved else ("-",) * 5),
+        _gib(full), _gib(expected), f"{full.hbm_per_device / GIB:.3g}", fits,
+        *(speed if expected.moved else ("-",) * 5),
     ]  # fmt: skip
     return "| " + " | ".join(map(str, cells)) + " |"
 

@@ -5,9 +5,9 @@
 NAME and fields are those of `experiments.pretrain`. Measured are the attention and the SSD of every
 stage, forward, and forward and backward: by our array code and by each row of the table of kernels
 (`hnet.nn.kernels.table`) at several block lengths, with the rows that one device has and the slots
-that training settles on; candidates take turns. Values and gradients of a shorter row of three
-documents are compared with the reference in float32. The fastest one that is right at all of its
-shapes is written to FILE; `--model.compute.tuned FILE` uses it for `auto`.
+expected at the configured rates; candidates take turns. Values and gradients of a shorter row of
+three documents are compared with the reference in float32. The fastest one that is right at all of
+its shapes is written to FILE; `--model.compute.tuned FILE` uses it for `auto`.
 """
 
 import math

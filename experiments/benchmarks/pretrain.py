@@ -23,15 +23,15 @@ class Paced(Observer):
     bare steps: the same program on a separate state, without input, metrics, log or files.
     """
 
-    def __init__(self, config: Config, *, settled: int, turn: int):
-        self.config, self.settled, self.turn = config, settled, turn
+    def __init__(self, config: Config, *, warmup: int, turn: int):
+        self.config, self.warmup, self.turn = config, warmup, turn
         self.bare, self.seconds = None, {"run": [], "bare": []}
         self.steps, self.capacities = [], None
 
     def logged(self, row: dict[str, Any], seconds: float) -> None:
         capacities = tuple(row[f"stage{s}/capacity"] for s in range(self.config.model.num_chunked))
         self.steps.append(time.perf_counter())
-        if row["step"] <= self.settled or capacities != self.capacities:
+        if row["step"] <= self.warmup or capacities != self.capacities:
             self.capacities, self.steps = capacities, []
         elif len(self.steps) > self.turn + 1:  # the first began before the run resumed
             self.seconds["run"].append((self.steps[-1] - self.steps[1]) / (len(self.steps) - 2))
@@ -55,23 +55,23 @@ class Paced(Observer):
 
 
 def measure_pretrain(
-    config: Config, turns: int, settled: int = 100, turn: int = 10
+    config: Config, turns: int, warmup: int = 100, turn: int = 10
 ) -> dict[str, float]:
     """Bytes per second of `pretrain` with input, logging and metrics, relative to the bare step."""
     with tempfile.TemporaryDirectory() as folder:
         config = replace(
             config,
             workdir=folder,
-            train=replace(config.train, steps=settled + turns * (turn + 2) + 1),
+            train=replace(config.train, steps=warmup + turns * (turn + 2) + 1),
             eval=replace(config.eval, every=0, max_bytes=1024),
             checkpoint=replace(config.checkpoint, every=0),
         )
-        paced = Paced(config, settled=settled, turn=turn)
+        paced = Paced(config, warmup=warmup, turn=turn)
         with StopRequest() as stop:
             loop.train(config, stop, paced)
     seconds = paced.seconds
     if not seconds["bare"]:
-        raise RuntimeError(f"the chunk slots did not settle within {config.train.steps} steps")
+        raise RuntimeError(f"the chunk slots were not steady within {config.train.steps} steps")
     ratios = [bare / run for run, bare in zip(seconds["run"], seconds["bare"])]
     per_batch = config.data.batch_size * config.data.seq_len
     return {

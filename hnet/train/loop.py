@@ -173,7 +173,7 @@ def _with_exact_offsets(
     def exact(params):
         return set_exact_offsets(
             session.program, params, session.corpus, [session.config], ladder.capacities,
-            beat=partial(session.watchdog.beat, "settle"),
+            beat=partial(session.watchdog.beat, "offsets"),
         )  # fmt: skip
 
     return state._replace(

@@ -188,12 +188,12 @@ class _Runs:
         while True:
             last, ends, evaluations = done == config.train.steps, False, None
             if last and progress.settled != done:
-                settled = partial(
+                exact = partial(
                     set_exact_offsets, self.program, corpus=self.corpus, configs=self.configs,
                     capacities=ladder.capacities,
                 )  # fmt: skip
-                ema = settled(state.ema) if state.ema else state.ema
-                state = state._replace(params=settled(state.params), ema=ema)
+                ema = exact(state.ema) if state.ema else state.ema
+                state = state._replace(params=exact(state.params), ema=ema)
                 progress.settled = done
             if last or (_due(done, config.eval.every) and done not in dict(progress.curve)):
                 shown = state.ema if self.configs[0].eval.ema else state.params

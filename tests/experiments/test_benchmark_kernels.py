@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 SSD = Shape("ssd_backend", (("B", 1), ("L", 11), ("H", 2), ("P", 4), ("N", 3)))
 
 
-def test_shapes_are_those_of_one_device_at_settled_slots():
+def test_shapes_are_those_of_one_device_at_expected_slots():
     words = ["2stage_L", "--data.seq_len", "8192", "--data.batch_size", "64"]
     found = shapes(run_config([*words, "--train.rows_sharing_slots", "1"]), num_devices=8)
     one, two = capacities(run_config(words), 1.0)

@@ -18,7 +18,7 @@ def set_clock(monkeypatch, readings):
 
 @pytest.fixture
 def report(tmp_path):
-    return Paced(tiny_run(tmp_path), settled=4, turn=2)
+    return Paced(tiny_run(tmp_path), warmup=4, turn=2)
 
 
 def test_only_steps_between_two_turns_of_equal_slots_are_timed(monkeypatch, report):
@@ -49,7 +49,7 @@ def test_figures_are_those_of_the_turns(monkeypatch, report, tmp_path):
         report.seconds = {"run": [2.0, 4.0, 5.0], "bare": [1.0, 4.0, 4.0]}
 
     monkeypatch.setattr(loop, "train", train)
-    measure = partial(measure_pretrain, tiny_run(tmp_path), turns=3, settled=4, turn=2)
+    measure = partial(measure_pretrain, tiny_run(tmp_path), turns=3, warmup=4, turn=2)
     assert measure() == {
         "bytes_per_sec": 8 * 32 / 4.0,
         "bare_step": 8 * 32 / 4.0,
@@ -58,5 +58,5 @@ def test_figures_are_those_of_the_turns(monkeypatch, report, tmp_path):
         "highest_turn": 1.0,
     }
     monkeypatch.setattr(loop, "train", lambda config, stop, report: None)
-    with pytest.raises(RuntimeError, match="did not settle within 17 steps"):
+    with pytest.raises(RuntimeError, match="were not steady within 17 steps"):
         measure()

@@ -479,7 +479,7 @@ def test_the_published_table_takes_the_fastest_remat_with_the_fewest_micro_batch
     tmp_path, monkeypatch, capsys
 ):
     tried = []
-    settled = capacities(run_config(["1stage_L", "--data.seq_len", "8192"]), 1.0)
+    expected = capacities(run_config(["1stage_L", "--data.seq_len", "8192"]), 1.0)
 
     def compiled(config, slice_, slots, *, to_code):
         remat, accumulate = config.model.compute.remat, config.train.accumulate
@@ -503,8 +503,8 @@ def test_the_published_table_takes_the_fastest_remat_with_the_fewest_micro_batch
         ("dots", 1, (8192,)),
         ("dots", 4, (8192,)),
         ("layer", 1, (8192,)),
-        ("dots", 4, settled),
-        ("layer", 1, settled),
+        ("dots", 4, expected),
+        ("layer", 1, expected),
     ]
     row = capsys.readouterr().out.splitlines()[-1]
     start = "| 1stage_L | 679M | v5e:8x8 | dots | 4 | 15.0 | 15.0 | 16 | yes | 1 | 12.5 | hbm | "

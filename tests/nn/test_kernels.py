@@ -34,6 +34,7 @@ from hnet.nn.kernels.table import (
 from hnet.nn.ssd import ssd_reference
 from hnet.train.config import MeshConfig
 from hnet.train.named import base_config
+from hnet.train.sharding import batch_sharding, make_mesh
 from tests import oracles
 from tests.golden_data import relative_error
 from tests.networks import quick_jit
@@ -280,9 +281,46 @@ def test_every_kernel_is_a_value_of_its_field():
 
 # --- compiled for a TPU -------------------------------------------------------------------------
 
+ROWS = [
+    (field, name) for field, kernels in KERNELS.items()
+    for name, row in kernels.items() if row.platform == "tpu"
+]  # fmt: skip
+AXES = {
+    "attention_backend": ("BLHK", ["BLHK", "BLHK", "BLHK", "BL"]),
+    "ssd_backend": ("BLHP", ["BLHP", "BLH", "BLH", "BLN", "BLN", "BL"]),
+}  # of the result and of the inputs
+
 
 @pytest.mark.libtpu
-def test_the_training_step_compiles_with_kernels_for_a_tpu():
+@pytest.mark.parametrize("field, name", ROWS)
+def test_a_row_of_the_table_compiles_for_a_tpu(field, name):
+    """Values and gradients, to machine code; each of four devices has one row of several blocks."""
+    mesh = make_mesh(MeshConfig(2, 2), open_slice("v5e:2x2").devices)
+    sizes = {"B": 4, "L": 1000, "H": 2, "K": 64, "P": 64, "N": 16}
+    dtypes = {"BL": jnp.int32, "BLH": jnp.float32}
+    out, axes = AXES[field]
+    *inputs, segments = (
+        jax.ShapeDtypeStruct(
+            [sizes[a] for a in letters], dtypes.get(letters, jnp.bfloat16),
+            sharding=batch_sharding(mesh),
+        )
+        for letters in axes
+    )  # fmt: skip
+
+    @jax.jit
+    def both(segments, *inputs):
+        run = partial(sharded_over_rows, KERNELS[field][name].run, axes, out)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            y, gradients = jax.vjp(lambda *inputs: run(*inputs, segments), *inputs)
+            return y, gradients(y)
+
+    lowered = both.lower(segments, *inputs)
+    assert lowered.as_text().count("tpu_custom_call") >= 2  # a kernel forward, a kernel backward
+    assert lowered.compile().memory_analysis().generated_code_size_in_bytes > 0
+
+
+@pytest.mark.libtpu
+def test_kernels_move_nothing_between_the_tpus_of_a_training_step():
     """On data x fsdp = 2 x 2: no collective moves more than with the array code."""
     config = base_config("default")
     stage = StageConfig(("m1t1",), 64, num_heads=1, rotary_emb_dim=16, window_size=31)
@@ -292,7 +330,7 @@ def test_the_training_step_compiles_with_kernels_for_a_tpu():
     for compute in (ComputeConfig("bfloat16"), without(ComputeConfig("bfloat16"))):
         model = replace(config.model, stages=(stage,), compute=compute)
         made = replace(config, model=model, data=data, mesh=MeshConfig(2, 2))
-        plan = compile_plan(made, slice_, ())
+        plan = compile_plan(made, slice_, (), to_code=False)
         assert plan.fits
         sums.append(
             {k: sum(m.num_bytes for m in plan.moved if m.kind == k) for k in hlo.COLLECTIVES}

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from hnet.data import Part
+
 
 def counts_bpb(train: Sequence[bytes], heldout: Sequence[bytes], order: int = 2) -> float:
     """Bits per byte of `heldout` under counts of `order` + 1 successive bytes in `train`.
@@ -27,6 +29,12 @@ def counts_bpb(train: Sequence[bytes], heldout: Sequence[bytes], order: int = 2)
         mixed_N = (n_N + distinct_N * prob_N) / np.maximum(total_N + distinct_N, 1)
         prob_N = np.where(seen_N, mixed_N, prob_N)
     return float(-np.log2(prob_N).mean()) if len(prob_N) else math.nan
+
+
+def same_share(part: Part, most: int) -> list[bytes]:
+    """The beginning of each document, the same share of all: at most `most` bytes in total."""
+    share = min(1.0, most / max(part.num_bytes, 1))
+    return [part.begin(d, int(share * part.document_bytes(d))) for d in range(part.num_documents)]
 
 
 def _pairs(texts: Sequence[bytes], k: int) -> tuple[np.ndarray, np.ndarray]:

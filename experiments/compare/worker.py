@@ -15,7 +15,7 @@ import jax
 from rich.console import Console
 from rich.markup import escape
 
-from experiments.compare.counts import counts_bpb
+from experiments.compare.counts import counts_bpb, same_share
 from experiments.compare.measure import measure, read_gold
 from experiments.compare.report import FILES, check_plots, replace_file, write_report
 from experiments.compare.settings import LOCAL, Compare
@@ -258,7 +258,7 @@ class Comparison:
         settings = from_json(Compare, content["settings"])
         unit = UNITS[settings.match][0]
         heldout = self.corpus.heldout.num_bytes
-        read = self.corpus.train.beginning(min(settings.bytes or MOST_COUNTED, MOST_COUNTED))
+        read = same_share(self.corpus.train, min(settings.bytes or MOST_COUNTED, MOST_COUNTED))
         yardstick = counts_bpb(read, self.corpus.heldout.beginning(MOST_COUNTED))
         facts = {
             "date": f"{datetime.now(UTC):%Y-%m-%d}",
@@ -269,8 +269,8 @@ class Comparison:
             "held-out text": f"{heldout:,} bytes (fingerprint {content['fingerprint']})",
             "learning rate": f"{settings.optim.learning_rate:g}, multipliers of the stages: "
             f"{settings.optim.lr_multipliers}",
-            "order-2 model": f"{yardstick:.4f} bits per byte, by counts in the first "
-            f"{sum(map(len, read)):,} training bytes (Witten-Bell)",
+            "order-2 model": f"{yardstick:.4f} bits per byte, by counts in "
+            f"{sum(map(len, read)):,} training bytes, the same share of each document",
             "seeds": f"{settings.seed} to {settings.seed + settings.seeds - 1}",
         }
         write_report(

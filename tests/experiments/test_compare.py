@@ -16,13 +16,13 @@ import pytest
 
 from experiments.compare import match, measure, systems, worker
 from experiments.compare.__main__ import main
-from experiments.compare.counts import counts_bpb
+from experiments.compare.counts import counts_bpb, same_share
 from experiments.compare.measure import chunk_sizes, is_utf8
 from experiments.compare.report import grouped, markdown, page, tables
 from experiments.compare.settings import Compare
 from hnet.command_line import parse
 from hnet.config import HNetConfig
-from hnet.data import DataConfig
+from hnet.data import DataConfig, open_corpus
 from hnet.errors import ConfigError
 from hnet.inspect.fairness import cut_at
 from hnet.train.lock import DirectoryLock
@@ -361,6 +361,18 @@ def test_a_folder_with_other_results_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="no comparison wrote its RESULTS.md: choose another"):
         main(["hnet", "--workdir", ".", "--data.files", "synthetic:latin"])
     assert [p.name for p in Path().iterdir()] == ["RESULTS.md"]
+
+
+@pytest.mark.parametrize("most, lengths", [(60, (15, 44)), (7, (1, 5)), (1000, (31, 89))])
+def test_counted_text_has_the_same_share_of_each_document(tmp_path, most, lengths):
+    texts = b"a" * 31, b"b" * 89
+    for name, text in zip("xy", texts):
+        (tmp_path / name).write_bytes(text)
+    corpus = open_corpus(
+        DataConfig((str(tmp_path / "x"), str(tmp_path / "y")), eval_fraction=0, seq_len=8)
+    )
+    found = same_share(corpus.train, most)
+    assert found == [text[:n] for text, n in zip(texts, lengths)]
 
 
 @pytest.mark.parametrize("order", [0, 1, 3])

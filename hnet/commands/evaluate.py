@@ -35,7 +35,7 @@ from hnet.decode.token_bytes import TokenBytes
 from hnet.errors import ConfigError, shown
 from hnet.files import json_text
 from hnet.loss import bits_per_byte
-from hnet.model import HNetLM, split
+from hnet.model import HNetLM
 from hnet.printable import printable
 from hnet.runtime.compile_cache import enable_compilation_cache
 from hnet.suites import command
@@ -99,8 +99,7 @@ def main() -> None:
     data = replace(_data_config(config, source), bos_eos=model.bos)
     check_rows(data.batch_size, data.seq_len, model.config.vocab_size)
     part = _part(config, source)
-    graph, params = split(model)
-    static = Static(graph, model.config)
+    static, params = Static.of(model)
 
     def run_batch(batch, _):  # as many slots as the batch needs
         fed = Fed(

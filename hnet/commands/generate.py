@@ -98,7 +98,7 @@ def _load(config: GenerateConfig) -> HNetLM:
 
 def _run_prompt(model: HNetLM, config: GenerateConfig, prompt: bytes) -> None:
     """Print the continuation as it is generated, or all of it with its chunks at the end."""
-    pieces = stream_text(model, [prompt], config.sampling, bos=config.bos, block_len=8)
+    pieces = stream_text(model, [prompt], config.sampling, bos=config.bos)
     if config.boundaries:
         *_, last = pieces
         print_segmentations([_segmentation(model, last.finished)])

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
 from hnet.config import EOS_ID
@@ -23,6 +22,10 @@ from hnet.model import HNetLM, split
 # main network takes most of its time; both values were the fastest of those measured on a CPU.
 WAIT_SHARE = 0.7
 WAIT_SHARE_IN_CACHE = 0.3
+MOST_TICKS = 64  # steps between two checks by the host that one compiled program can do
+# A step has hundreds of small operations, most of which need the one before: XLA's default order
+# of them lets a second thread run some, and the handover takes longer than they do.
+STEP_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 CACHE_BYTES = 32 << 20  # weights of a main network that stay in a processor's cache
 
 
@@ -73,13 +76,16 @@ def _after_prompts_apart(done: Done, lengths_B: jax.Array):
 
 @partial(jax.jit, static_argnames=("static", "max_lens"))
 def _empty_cache(params, ids_B1, lengths_B, *, static, max_lens):
-    model = nnx.merge(static.graph, params)
+    model = static.merge(params)
     return stream.prefill(model, ids_B1, lengths_B, max_lens, route_ids_BL=ids_B1)[2]
 
 
-@partial(jax.jit, static_argnames=("static", "num_ticks"), donate_argnames="state")
-def _run(params, state, controls, seed_B, route_of, wait_share, *, static, num_ticks):
-    model = nnx.merge(static.graph, params)
+@partial(
+    jax.jit, static_argnames=("static", "most_ticks"), donate_argnames="state",
+    compiler_options=STEP_OPTIONS,
+)  # fmt: skip
+def _run(params, state, controls, seed_B, route_of, wait_share, num_ticks, *, static, most_ticks):
+    model = static.merge(params)
 
     def wants_B(state: Decoding):
         return state.running_B & (state.count_B < controls.max_bytes)
@@ -127,7 +133,7 @@ def _run(params, state, controls, seed_B, route_of, wait_share, *, static, num_t
         return i + 1, state, jax.tree.map(lambda all_T, one: all_T.at[i].set(one), outputs, new)
 
     shapes = jax.eval_shape(tick, state)[1]
-    nothing = jax.tree.map(lambda a: jnp.zeros((num_ticks, *a.shape), a.dtype), shapes)
+    nothing = jax.tree.map(lambda a: jnp.zeros((most_ticks, *a.shape), a.dtype), shapes)
     return jax.lax.while_loop(goes_on, collect, (jnp.int32(0), state, nothing))[1:]
 
 
@@ -148,18 +154,17 @@ class Decoder:
                 "model.stages.0.chunking.predictor='external' is told its boundaries, which are "
                 "not known for a text that is yet to come: use a model with another predictor"
             )
-        graph, self.params = split(model)
         stream.check_streams(model.config)
-        self.static = Static(graph, model.config)
-        main = jax.tree.leaves(self.params["backbone"]["main_network"])
+        self.static, self.params = Static.of(model)
+        main = jax.tree.leaves(split(model)[1]["backbone"]["main_network"])
         by_size = WAIT_SHARE if sum(a.nbytes for a in main) > CACHE_BYTES else WAIT_SHARE_IN_CACHE
         self.wait_share = by_size if wait_share is None else wait_share
         self.is_apart = apart.can_be_apart(self.params) if layers_apart is None else layers_apart
         self.step_static, self.step_params = self.static, self.params
         if self.is_apart:
-            graph, self.step_params = split(apart.model_apart(model))
-            self.step_static = Static(graph, model.config)
+            self.step_static, self.step_params = Static.of(apart.model_apart(model))
         self.route_of = route_table(model.config.route_groups, "model.route_groups")
+        self._numbers = jnp.asarray(self.route_of), jnp.float32(self.wait_share)
         self.cache_bytes = lru_cache(self._cache_bytes)
 
     def start(self, prompts: Sequence[bytes], sampling: Sampling) -> tuple[Decoding, np.ndarray]:
@@ -218,9 +223,10 @@ class Decoder:
     ) -> tuple[Decoding, Outputs]:
         """Draw up to `num_ticks` more bytes for every row; donates `state`.
 
-        A row that waits at a boundary gets fewer bytes, see `hnet.decode.stream.advance`.
+        A row that waits at a boundary gets fewer bytes, see `hnet.decode.stream.advance`. The
+        outputs have at least `MOST_TICKS` ticks; no row gets a byte after the first `num_ticks`.
         """
         return _run(
-            self.step_params, state, controls, seed_B, jnp.asarray(self.route_of),
-            jnp.float32(self.wait_share), static=self.step_static, num_ticks=num_ticks,
+            self.step_params, state, controls, seed_B, *self._numbers, np.int32(num_ticks),
+            static=self.step_static, most_ticks=max(MOST_TICKS, num_ticks),
         )  # fmt: skip

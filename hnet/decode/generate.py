@@ -1,6 +1,7 @@
 """Continue prompts of any lengths in batches; returns bytes, text and boundaries."""
 
 import itertools
+import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -11,12 +12,15 @@ import numpy as np
 
 from hnet.config import BOS_ID, EOS_ID, HNetConfig
 from hnet.decode import utf8
-from hnet.decode.decoder import Decoder
+from hnet.decode.decoder import MOST_TICKS, Decoder
 from hnet.decode.prompts import encode
 from hnet.decode.sampling import DEFAULT, Controls, Sampling
 from hnet.decode.token_bytes import TokenDecoder
 from hnet.errors import ConfigError
 from hnet.model import HNetLM
+
+BLOCK_SECONDS = 0.05  # time between two pieces of a text
+MIN_TICKS = 8
 
 
 @dataclass(frozen=True)
@@ -152,10 +156,12 @@ def stream_text(
     seeds: Iterable[int] | None = None,
     bos: bool | None = None,
     batch_size: int = 32,
-    block_len: int = 16,
+    block_len: int | None = None,
 ) -> Iterator[Piece]:
     """Continue every prompt and yield new text after every `block_len` ticks. A row gets one byte
     per tick, or none while it waits for other rows at a boundary.
+
+    block_len: None: as many ticks as take about `BLOCK_SECONDS`.
 
     prompts, seeds: taken a batch at a time, one seed per prompt (default: sampling.seed + its
     index). bos: whether to prepend byte
@@ -163,7 +169,7 @@ def stream_text(
     uniformly. batch_size: number of prompts per batch; the result of a prompt does not depend
     on the other prompts. Raises ConfigError for bad arguments.
     """
-    if batch_size < 1 or block_len < 1:
+    if batch_size < 1 or (block_len is not None and block_len < 1):
         raise ConfigError(f"batch_size={batch_size}, block_len={block_len}: use 1 or more")
     if seeds is None:
         seeds = itertools.count(sampling.seed)
@@ -193,10 +199,15 @@ def _run(decoder, texts, seeds, sampling, bos, size, block_len) -> Iterator[Piec
     starts = [boundaries_BLS[i, len(prefix) : len(fed[i])] for i in range(len(texts))]
     rows = [_Row(text, start, sampling) for text, start in zip(texts, starts)]
     controls = Controls.of(sampling)
+    num_ticks = block_len or MIN_TICKS
     while running_B.any():
+        began = time.perf_counter()
         state = state._replace(running_B=state.running_B & jnp.asarray(running_B))
-        state, outputs = decoder.run(state, controls, seed_B, block_len)
+        state, outputs = decoder.run(state, controls, seed_B, num_ticks)
         byte_TB, logprob_TB, boundaries_TBS, given_TB = jax.device_get(outputs)
+        if block_len is None:
+            wanted = int(num_ticks * BLOCK_SECONDS / (time.perf_counter() - began))
+            num_ticks = max(MIN_TICKS, min(wanted, 2 * num_ticks, MOST_TICKS))
         for i in np.flatnonzero(running_B):
             given_T = given_TB[:, i]
             new = (byte_TB[given_T, i], logprob_TB[given_T, i], boundaries_TBS[given_T, i])

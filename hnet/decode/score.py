@@ -13,7 +13,7 @@ from hnet.decode.by_counts import Done, Fed, Static, forward
 from hnet.decode.prompts import encode, pad, row_length
 from hnet.decode.token_bytes import TokenBytes
 from hnet.errors import ConfigError
-from hnet.model import HNetLM, split
+from hnet.model import HNetLM
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,7 @@ def logprobs(
         raise ConfigError(f"batch_size={batch_size}: use 1 or more")
     if model.tokenizer:
         return _of_tokens(model, [encode(text) for text in texts], bos, batch_size)
-    graph, params = split(model)
-    static = Static(graph, model.config)
+    static, params = Static.of(model)
     route_of = route_table(model.config.route_groups, "model.route_groups")
     prefix = bytes([BOS_ID]) if (model.bos if bos is None else bos) else b""
     fed = [prefix + encode(text) for text in texts]

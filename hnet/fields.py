@@ -233,7 +233,8 @@ def _check_value(hint: Any, value: Any, path: str) -> None:
         check_marks(value, marks(hint), path)
 
 
-def marks(hint: Any) -> list[Bounds | NamesFile]:
+@functools.cache
+def marks(hint: Any) -> tuple[Bounds | NamesFile, ...]:
     """All marks of a type, including those of its options."""
-    inner = [mark for option in typing.get_args(hint) for mark in marks(option)]
-    return [hint] if isinstance(hint, Bounds | NamesFile) else inner
+    inner = (mark for option in typing.get_args(hint) for mark in marks(option))
+    return (hint,) if isinstance(hint, Bounds | NamesFile) else tuple(inner)

@@ -144,7 +144,7 @@ class HNet(nnx.Module):
         stage = config.stages[stage_idx]
         D, chunking = stage.d_model, stage.chunking
         num_residuals = outer + sum(layout_height(part) for part in stage.arch_layout)
-        inner_residuals = 0  # of further passes, in the main networks there
+        inner_residuals = 0  # those of further passes, in the main networks there
         if (further := stage.passes - 1) > 0:
             num_residuals += further * layout_height(stage.arch_layout[1])
             inner_residuals = further * layout_height(config.stages[stage_idx + 1].arch_layout[0])

@@ -55,12 +55,12 @@ def compare_gradients(grads: dict, found: dict, signs: dict, tolerance: float = 
     names = {name.removesuffix("/rows").removesuffix("/columns") for name in stored}
     for name in names:
         gradient = np.asarray(grads[name])
-        is_sum = name in stored and stored[name].ndim < gradient.ndim  # of some embeddings
+        is_sum = name in stored and stored[name].ndim < gradient.ndim  # as for some embeddings
         if is_sum:
             gradient = gradient.sum(axis=-1)
         is_whole = is_sum or not signs
         for tail, ours in ({"": gradient} if is_whole else projections(gradient, signs)).items():
-            if name + tail not in stored:  # of some networks only one of the two sums
+            if name + tail not in stored:  # some networks have only one of the two sums
                 continue
             theirs = stored[name + tail]
             if np.abs(theirs).max() < 1e-6 * largest:

@@ -23,11 +23,14 @@ SLOTS = 4  # slots per row in the tests of overflow, in which rows want many mor
 AS_RUN = ("one_stage",)  # compiled with all optimizations; the others quickly
 CLIPPED = ("one_stage", "pooled_ends")  # START and END; the others in the forward pass only
 
-ALL = pytest.mark.parametrize("name", NETWORKS)
+# Networks of parts that tests/parts/test_parts.py (documents, padding) and test_combinations.py
+# (causality, packing) have too; others here have stages within stages and their own layers.
+REPEATED = ("three_stage", "pooled_ends", "spacelike_tied", "hat_words", "routed_offsets")
+ALL = pytest.mark.few("name", [n for n in NETWORKS if n not in REPEATED], [*NETWORKS])
 CHUNKED = [n for n, c in NETWORKS.items() if c.num_chunked]
 # tests/parts/test_combinations.py clips every pool and dechunk of one stage
 FULL = pytest.mark.few("name", ["one_stage", "two_stage", "levels", "routed"], CHUNKED)
-CHUNKED = pytest.mark.parametrize("name", CHUNKED)
+CHUNKED = pytest.mark.few("name", [n for n in CHUNKED if n not in REPEATED], CHUNKED)
 
 
 @cache
@@ -133,7 +136,7 @@ def test_a_row_may_be_of_any_length(length):
 
 
 @ALL
-def test_packed_documents_equal_documents_alone(name):
+def test_packed_documents_equal_separate_documents(name):
     ids = random_bytes(2)
     packed, packed_routes = forward(name, ids, PACKED_ROWS)
     separate_ids, separate_segments = np.zeros((3, L), np.int32), np.zeros((3, L), np.int32)

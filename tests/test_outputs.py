@@ -123,7 +123,7 @@ COMMANDS = [  # (options, existing file)
 
 
 @pytest.mark.parametrize(("command", "options", "mine"), COMMANDS)
-def test_commands_leave_a_file_of_the_user_alone(
+def test_commands_do_not_change_a_file_of_the_user(
     tmp_path, command, options, mine, monkeypatch, capsys
 ):
     (tmp_path / mine).parent.mkdir(exist_ok=True)

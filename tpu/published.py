@@ -38,7 +38,7 @@ ROWS, ROW = 256, 8192  # arXiv 2507.07955, section 3.1
 # fsdp devices: enough for the largest state, and a group in which libtpu gathers parameters and
 # scatters gradients. Over all 64 of a slice it sums zeros instead, which moves twice the bytes.
 FSDP = 16
-FIELDS = ("model", "topology", "code", "how", "row")  # of a line of the file
+FIELDS = ("model", "topology", "code", "how", "row")  # in each line of the file
 START = b'{"model": "'
 HEAD = (
     "| model | parameters | slice | remat | micro-batches | GiB per chip: all slots | expected "

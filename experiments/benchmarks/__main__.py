@@ -144,7 +144,7 @@ def show(found: dict[str, Any]) -> None:
             continue
         console.print(f"{title}; large matmul {part['matmul_gflops']:.0f} GFLOP/s")
         table = Table(
-            "what", "fraction", "MFLOP a byte", "bytes/s", "over GFLOP/s", "of matmul rate",
+            "what", "fraction", "MFLOP per byte", "bytes/s", "over GFLOP/s", "of matmul rate",
             "main network ms", "forward bytes/s", "compile s", "temp MB per device", box=None,
         )  # fmt: skip
         for row in part["steps"]:

@@ -196,7 +196,7 @@ def measure(config: DecodeBenchmark) -> dict[str, Any]:
 
 def show(found: dict[str, Any], console: Console) -> None:
     share = found["main_share_of_flops"]
-    console.print(f"decoding; main network {share:.1%} of the FLOPs of a byte without chunking")
+    console.print(f"decoding; main network {share:.1%} of the FLOPs per byte without chunking")
     table = Table(
         "rows", "bytes/s", "bytes/chunk", "layers stacked", "over it", "rows in step",
         "main at every byte", "over it", "over 1 row", box=None,

@@ -193,8 +193,8 @@ def flexitokens() -> HNetConfig:
     Fidelity: chunking as in owos/flexitokens, band 1/N - 3 sigma to 1/N of each script
     Test: tests/chunking/systems/test_magnet.py: boundaries, hinge and its gradients
     """
-    rates = (0.333, 0.333, 0.17, 0.127)  # of English, Russian and Ukrainian, Hindi and Telugu
-    sigmas = (0.023, 0.023, 0.0115, 0.0085)  # of the shipped rates: the band is 3 sigma wide
+    rates = (0.333, 0.333, 0.17, 0.127)  # English, Russian and Ukrainian, Hindi and Telugu
+    sigmas = (0.023, 0.023, 0.0115, 0.0085)  # the shipped rates: the band is 3 sigma wide
     return with_chunking(
         magnet(), routed_parameters=False, losses=(Hinge.Config(sigmas=sigmas),), hold_rate=False,
         route_target_ratios=tuple(1 / rate for rate in rates),

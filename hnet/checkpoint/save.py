@@ -10,9 +10,8 @@ for each; exit code 1 if none is good, 2 for bad input.
 import contextlib
 import logging
 import os
-import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -49,26 +48,12 @@ class Restored(NamedTuple):
     """messages, one per newer step that could not be used"""
 
 
-@dataclass(frozen=True)
-class SaveTimes:
-    """Cost of the last finished save, to compare with the grace period of the scheduler."""
-
-    step: int
-    blocking_seconds: float
-    """seconds that the training loop waited"""
-    total_seconds: float
-    """seconds until the checkpoint was durable"""
-    num_bytes: int
-    """bytes written by all hosts; counted on process 0 only, 0 on the others"""
-
-
 class Checkpointer(contextlib.AbstractContextManager):
     """Saves to and restores from ``workdir``; all processes make the same calls."""
 
     def __init__(self, workdir: str | os.PathLike, config: CheckpointConfig = CheckpointConfig()):
         self.folder = step_folders.checkpoint_folder(workdir)
         self.config = config
-        self.last_save: SaveTimes | None = None
         # A synchronous save copies at most 1 GB of arrays to the host at a time, not all of them.
         most_copied_gb = None if config.asynchronous else 1
         import orbax.checkpoint as ocp  # imported late: commands parse arguments first
@@ -123,7 +108,6 @@ class Checkpointer(contextlib.AbstractContextManager):
         run went back), the old folder is renamed.
         Raises CheckpointError if this save fails or the previous one failed in the background.
         """
-        start = time.monotonic()
         error = self._outcome(wait=True)
         named, _ = leaves.flatten(state)
         arrays = {path: leaves.raw(leaf) for path, leaf in named.items()}
@@ -150,17 +134,15 @@ class Checkpointer(contextlib.AbstractContextManager):
         except Exception as e:
             self._has_failed = True
             raise CheckpointError(_failure(step, e)) from e
-        blocking = time.monotonic() - start
         self._saving_step = step
-        self._saving = self._pool.submit(self._finish, record, start, blocking)
+        self._saving = self._pool.submit(self._finish, record)
         if not self.config.asynchronous:
             self.wait()
         return True
 
-    def _finish(self, record: Manifest, start: float, blocking: float) -> None:
+    def _finish(self, record: Manifest) -> None:
         """In the background: wait for all hosts' arrays, write the manifest, delete old steps."""
         self._orbax.wait_until_finished()
-        num_bytes = 0
         if distributed.host_id() == 0:
             folder = self.folder / str(record.step)
             record = replace(record, files=manifest.list_files(folder))
@@ -169,13 +151,10 @@ class Checkpointer(contextlib.AbstractContextManager):
             manifest.check_files(
                 folder, manifest.read(folder)
             )  # read back before old ones are deleted
-            num_bytes = record.num_bytes
             try:
                 step_folders.tidy(folder, self.config.keep, self.config.keep_every)
             except OSError as e:
                 log.warning("old checkpoints could not be deleted: %s", first_line(e))
-        total = time.monotonic() - start
-        self.last_save = SaveTimes(record.step, blocking, total, num_bytes)
 
     def _make_room(self, step: int, leaf_of: dict[str, dict]) -> str:
         """Process 0 prepares the folder; returns "", _SAVED (nothing to do) or an error message."""

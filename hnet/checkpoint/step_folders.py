@@ -28,7 +28,7 @@ def work_folder(workdir: str | os.PathLike) -> epath.Path:
     try:
         path = epath.Path(workdir)
         path.exists()
-    except KeyError:  # of etils, for a kind of address that it does not know
+    except KeyError:  # etils does not know this kind of address
         raise ConfigError(
             f"workdir {shown(os.fspath(workdir))} is an address of an unknown kind: use a local "
             "folder or gs://BUCKET/FOLDER"

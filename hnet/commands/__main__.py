@@ -25,7 +25,7 @@ def dispatch() -> int | None:
     if name not in COMMANDS:
         raise ConfigError(f"command {name!r} is unknown: use {', '.join(COMMANDS)}")
     module = COMMANDS[name]
-    if module != "hnet.interop.__main__":  # which reads its command's name itself
+    if module != "hnet.interop.__main__":  # it reads its command's name itself
         sys.argv = [f"hnet {name}", *sys.argv[2:]]
     return importlib.import_module(module).main()
 

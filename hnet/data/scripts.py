@@ -17,8 +17,7 @@ A lead byte is never a continuation byte. So a decoder that restarts after each 
 an ill-formed sequence finds exactly the windows of one to four bytes that are well formed, and the
 last four bytes determine whether a character ends here and which one. Hence the state of a stream
 is one 32-bit number: the script id in the highest byte, then the last three bytes; 0 at a document
-start. `script_ids` (whole texts), `script_step` (one byte, NumPy or JAX) and `ScriptStream` use the
-same state.
+start. `script_ids` (whole texts) and `script_step` (one byte, NumPy or JAX) use the same state.
 """
 
 import difflib
@@ -72,19 +71,6 @@ def script_step(
     found = _completed(window, xp)
     script_id = xp.where(found != COMMON, found, (state >> 24).astype(np.uint8))
     return (script_id.astype(np.uint32) << 24) | (window & 0xFFFFFF), script_id
-
-
-class ScriptStream:
-    """Script ids of one text that arrives byte by byte, on the host."""
-
-    def __init__(self, state: int = START_STATE):
-        self.state = state
-
-    def step(self, byte: int) -> int:
-        """Script id of the text up to and including this byte."""
-        state, script_id = script_step(np.uint32(self.state), np.int64(byte))
-        self.state = int(state)
-        return int(script_id)
 
 
 def script_ids(data: bytes | np.ndarray, state: int = START_STATE) -> tuple[np.ndarray, int]:

@@ -23,7 +23,7 @@ class Spread:
     max_over_min: float
     """ratio of maximum to minimum; 1 = equal"""
     cv: float
-    """population standard deviation over mean; 0 = equal"""
+    """standard deviation (divided by n, not n - 1) over mean; 0 = equal"""
     gini: float
     """mean absolute difference of all pairs over twice the mean; 0 = equal"""
 

@@ -73,31 +73,6 @@ def _mark(level: int) -> str:
     return MARKS[min(level, len(MARKS) - 1)] if level >= 0 else ""
 
 
-_TOKEN = re.compile(r"\\x(..)|\\u\{(\w+)\}|\\n\n|\\([tr])|\\(.)|(.)", re.DOTALL)
-
-
-def from_plain(text: str) -> tuple[bytes, tuple[tuple[int, ...], ...]]:
-    """Inverse of `to_plain`: (bytes, chunk starts of each stage that has marks)."""
-    data, levels = bytearray(), []
-    for match in _TOKEN.finditer(text):
-        byte, code, blank, literal, char = match.groups()
-        if char and char in MARKS:
-            levels.append((len(data), MARKS.index(char)))
-        elif byte:
-            data.append(int(byte, 16))
-        elif code:
-            data += chr(int(code, 16)).encode()
-        elif blank:
-            data += {"t": b"\t", "r": b"\r"}[blank]
-        else:
-            data += (literal or char or "\n").encode()
-    depth = 1 + max((level for _, level in levels), default=-1)
-    starts = (
-        (0, *(offset for offset, level in levels if level >= stage)) for stage in range(depth)
-    )
-    return bytes(data), tuple(starts)
-
-
 def to_rich(seg: Segmentation) -> Text:
     """Chunks of stage 0 in two tints, deeper boundaries as marks between them."""
     # One span per run of a style: a letter in a span of its own loses its joined shape.

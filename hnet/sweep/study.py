@@ -84,7 +84,7 @@ class Study(contextlib.AbstractContextManager):
             for section in _LOCAL:
                 del content["config"][section]
         there = f"study {name!r} in {storage}"
-        if self.inputs is None or theirs.get("inputs") is None:  # of an earlier version
+        if self.inputs is None or theirs.get("inputs") is None:  # written by an earlier version
             mine["inputs"] = theirs["inputs"] = None
         elif self.inputs == theirs["inputs"]:  # may be spelled in another way
             _drop(identity.NAMES, mine, theirs)

@@ -53,7 +53,7 @@ def train_points(study: Study, claims: list[Claim], options: Options, stop: Stop
     )
     try:
         if len(runs) == 1:
-            return _train_alone(study, claims[0], options, stop)
+            return _train_one(study, claims[0], options, stop)
         return _train_together(study, claims, options, stop)
     except Locked as e:  # a worker that counted as dead still trains these points
         study.release(claims)
@@ -124,7 +124,7 @@ def _train_together(study: Study, claims: list[Claim], options: Options, stop: S
     return True
 
 
-def _train_alone(study: Study, claim: Claim, options: Options, stop: StopRequest) -> bool:
+def _train_one(study: Study, claim: Claim, options: Options, stop: StopRequest) -> bool:
     name = f"{re.sub(r'[^A-Za-z0-9_.=,-]+', '_', describe(claim.point.values))[:80]}"
     folder = options.out / "runs" / f"{name}-{_digest(claim.point.key)}"
     config = replace(claim.point.runs[0], workdir=str(folder))

@@ -76,7 +76,7 @@ def _learn(folder: Path, config: Config, asked: Wanted) -> None:
                 "tokenizer: use another workdir"
             )
         learned = asked.train(open_corpus(config.data).train.beginning(SAMPLE_BYTES))
-        _undo(folder)  # of a start that was killed before its run began
+        _undo(folder)  # what a start left that was killed before its run began
         write_new(folder / LEARNED, json.dumps({"tokenizer": name}), "workdir")
         write_new(folder / FILE, learned, "workdir")
 

@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 _MOST_DESCRIPTION = 1 << 22  # maximum bytes of data.pkl; a tensor takes about 200 bytes
-_MOST_AXES = 64  # of an array of NumPy
+_MOST_AXES = 64  # NumPy's limit
 _PART = 1 << 24  # bytes per read
 _DTYPES = {
     "DoubleStorage": np.float64,

@@ -136,7 +136,7 @@ def test_death_before_the_folder_is_declared_complete(files, tmp_path, monkeypat
     assert list(open_part(shards_of(out)).texts()) == list(open_part(files).texts())
 
 
-def test_complete_folder_is_left_alone(files, tmp_path):
+def test_complete_folder_is_not_changed(files, tmp_path):
     out = tmp_path / "out"
     manifest = prepare(files, str(out), 7000)
     before = {p: p.stat().st_mtime_ns for p in out.iterdir() if p.name != ".lock"}

@@ -14,7 +14,7 @@ from hnet.data import script_table, scripts
 from hnet.data.script_table import TABLE_FILE, make_table, read_table
 from hnet.data.scripts import (
     SCRIPTS,
-    ScriptStream,
+    START_STATE,
     route_table,
     script_ids,
     script_ids_of_rows,
@@ -117,9 +117,11 @@ def test_every_window_at_the_bounds_of_the_forms():
 def test_equals_the_slow_loop(data):
     ids, state = script_ids(data)
     assert ids.dtype == np.uint8 and ids.tolist() == slow_ids(data)
-    stream = ScriptStream()
-    assert [stream.step(byte) for byte in data] == slow_ids(data)
-    assert stream.state == state
+    by_steps, one_by_one = np.uint32(START_STATE), []
+    for byte in data:
+        by_steps, script_id = script_step(by_steps, np.int64(byte))
+        one_by_one.append(int(script_id))
+    assert one_by_one == slow_ids(data) and by_steps == state
 
 
 @pytest.mark.usefixtures("block_len")

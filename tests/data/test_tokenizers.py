@@ -188,7 +188,7 @@ def test_a_refused_start_takes_its_tokenizer_back(tmp_path):
     other = learned(replace(config, data=replace(data, tokenizer="bpe:262")))
     assert read_vocabulary(other.data.tokenizer).size == 262
     with ExitStack() as held, pytest.raises(ConfigError, match="in use"), with_tokenizer(config):
-        held.enter_context(DirectoryLock(folder))  # of the start that refuses this one
+        held.enter_context(DirectoryLock(folder))  # the start that refuses this one holds it
         raise ConfigError("in use")
     with pytest.raises(ConfigError, match="in use"), DirectoryLock(folder):
         learned(config)

@@ -46,7 +46,7 @@ def results(model):
     return generate(model, PROMPTS, WARM, batch_size=ROWS)
 
 
-def test_a_result_depends_on_its_prompt_and_seed_alone(model, results):
+def test_a_result_depends_only_on_its_prompt_and_seed(model, results):
     order = [4, 2, 0, 3, 1]
     others = generate(
         model, [PROMPTS[i] for i in order], WARM, seeds=[11 + i for i in order], batch_size=ROWS

@@ -56,7 +56,7 @@ def test_filters_keep_what_their_definitions_say(seed, top_k, top_p, min_p):
     np.testing.assert_array_equal(kept[finite], logits[finite])
 
 
-def test_repetition_penalty_touches_recent_bytes_alone():
+def test_repetition_penalty_touches_only_recent_bytes():
     logits = logits_of(1, 2)
     recent = np.array([[-1, 5, 5], [7, 255, 0]], np.int32)
     out = np.array(jax.jit(penalise)(logits, recent, np.float32(1.7)))

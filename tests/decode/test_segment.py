@@ -88,7 +88,7 @@ def test_each_byte_is_cut_by_the_router_of_its_script(routed, monkeypatch):
     assert found[1].routes == ((0, "default"),) and found[1].stages[0].starts == (0,)
 
 
-def test_a_model_without_routes_names_scripts_and_cuts_in_batches_as_alone(monkeypatch):
+def test_a_model_without_routes_names_scripts_and_segments_in_batches_as_one_by_one(monkeypatch):
     monkeypatch.setattr(jax, "jit", quick_jit)
     model = network(stage("t1 t1", 26), stage("t1", 26))
     graph, params = random_params(model)

@@ -204,7 +204,7 @@ LENGTHS = np.random.default_rng(3).permutation([*range(L + 1), *[0, 1] * 9, *[5,
 LENGTHS = LENGTHS.astype(np.int32)
 
 
-# of parameters, for boundaries at about half of the bytes: rows are to wait for each other
+# Seeds of parameters with boundaries at about half of the bytes, so that rows wait for each other.
 SEEDS = {"mixed_scripts_single": 4, "hnet": 7}
 
 # tests/parts compares the stream of every part but levels, tests/nn/test_mixers.py that of layers

@@ -31,7 +31,7 @@ def test_what_the_run_consumed_is_read_from_its_log(workdir):
     assert stall == pytest.approx((10 * 0.04 + 30 * 0.0 + 10 * 0.01) / 50)
 
 
-def test_the_pipeline_alone_counts_source_bytes(workdir, monkeypatch):
+def test_the_pipeline_without_a_model_counts_source_bytes(workdir, monkeypatch):
     clock = iter(range(100))
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     batch = {"loss_mask": np.array([[False, True, True], [True, False, True]])}

@@ -77,7 +77,7 @@ def test_the_report_says_what_the_chunks_are(model, cut, tmp_path, monkeypatch, 
     assert out["files"][str(files[1])]["stages"][0]["gold"].keys() == {"characters", "morphemes"}
 
 
-def test_enrichment_pairs_a_boundary_with_the_byte_behind_the_one_that_decided(cut):
+def test_enrichment_pairs_a_boundary_with_the_byte_after_the_one_that_decided(cut):
     """A START boundary decides at its own byte, an END one at the byte before its chunk."""
     text = b"abcdefg"
     found = cut(text)

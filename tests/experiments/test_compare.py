@@ -286,9 +286,7 @@ def test_the_command_of_a_row_reproduces_it(compared, monkeypatch, tmp_path):
     assert replace(kept, workdir="runs") == replace(config, workdir="runs")
 
 
-def test_another_comparison_or_text_is_refused_and_a_held_system_is_left_alone(
-    compared, monkeypatch
-):
+def test_another_comparison_or_text_is_refused_and_a_held_system_is_skipped(compared, monkeypatch):
     monkeypatch.chdir(compared[0])
     monkeypatch.setattr(worker, "IDLE_SECONDS", 0.0)
     before = sorted(Path("w").rglob("*"))

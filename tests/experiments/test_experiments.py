@@ -40,7 +40,7 @@ def test_bad_input_exits_with_2_and_one_line_on_stderr(tmp_path):
 
 
 @pytest.mark.parametrize("length", [1, 1_000_000])
-def test_output_that_nobody_reads_ends_without_a_word(length):
+def test_output_without_a_reader_ends_without_a_word(length):
     """Output that stays in the buffer until the end, and output that does not."""
     code = f"from hnet.command_line import run; run(lambda: print({length} * 'x'))"
     how = {"cwd": ROOT, "text": True, "env": os.environ | {"PYTHONUNBUFFERED": ""}}

@@ -151,7 +151,7 @@ RESULT = {"prompt": "a", "text": "b", "finish_reason": "eos", "logprobs": [], "s
         b"\x00" * 100,
     ],
 )
-def test_a_file_that_is_not_of_these_prompts_is_left_alone(run, tmp_path, content):
+def test_a_file_that_is_not_of_these_prompts_is_not_changed(run, tmp_path, content):
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "mine"
     prompts.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
     out.write_bytes(content)
@@ -223,7 +223,7 @@ def test_an_output_has_one_writer(run, tmp_path):
     refused(run(*options[:3], str(tmp_path / "folder"), *options[4:]), "is no file")
 
 
-def test_files_that_are_missing_or_alone_are_named(run, tmp_path):
+def test_files_that_are_missing_or_without_a_partner_are_named(run, tmp_path):
     out = tmp_path / "texts.jsonl"
     missing = tmp_path / "missing.jsonl"
     refused(run("--input", str(missing)), "input and output belong together")

@@ -244,7 +244,7 @@ def mlp_stage(**chunking):
     return run
 
 
-def test_noise_comes_with_a_key_and_from_it_alone():
+def test_noise_comes_only_from_a_key():
     run = mlp_stage(predictor="mlp")
     (first, _), (again, _), (second, _) = (run(jax.random.key(k)) for k in (1, 1, 2))
     quiet, gradient = run(None)

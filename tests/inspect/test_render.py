@@ -10,7 +10,6 @@ from hnet.inspect.page import to_html
 from hnet.inspect.render import (
     MARKS,
     describe,
-    from_plain,
     print_segmentations,
     to_markdown,
     to_plain,
@@ -31,6 +30,31 @@ def cut(data, *stages):
         built.append(StageBoundaries((0, *starts), (0.0,) * count))
         count = len(starts) + 1
     return Segmentation(data, "t", tuple(built))
+
+
+_TOKEN = re.compile(r"\\x(..)|\\u\{(\w+)\}|\\n\n|\\([tr])|\\(.)|(.)", re.DOTALL)
+
+
+def from_plain(text: str) -> tuple[bytes, tuple[tuple[int, ...], ...]]:
+    """Inverse of `to_plain`: (bytes, chunk starts of each stage that has marks)."""
+    data, levels = bytearray(), []
+    for match in _TOKEN.finditer(text):
+        byte, code, blank, literal, char = match.groups()
+        if char and char in MARKS:
+            levels.append((len(data), MARKS.index(char)))
+        elif byte:
+            data.append(int(byte, 16))
+        elif code:
+            data += chr(int(code, 16)).encode()
+        elif blank:
+            data += {"t": b"\t", "r": b"\r"}[blank]
+        else:
+            data += (literal or char or "\n").encode()
+    depth = 1 + max((level for _, level in levels), default=-1)
+    starts = (
+        (0, *(offset for offset, level in levels if level >= stage)) for stage in range(depth)
+    )
+    return bytes(data), tuple(starts)
 
 
 @given(routed())

@@ -256,6 +256,6 @@ def test_mirror_survives_a_network_that_is_down(tmp_path, caplog, monkeypatch):
     assert mirror.fs.cat("/down/a") == b"1"
 
 
-def test_a_mirror_nobody_can_open_is_refused_at_once(tmp_path):
+def test_a_mirror_that_cannot_be_opened_is_refused_at_once(tmp_path):
     with pytest.raises(ConfigError, match="nonsense://x"):
         RunWriter(tmp_path, mirror="nonsense://x")

@@ -92,7 +92,7 @@ def test_attention_kernels_are_the_reference(f, rows, window):
     assert_same(value_and_gradients(ours, cotangent, q, k, v), expected, 2e-6)
 
 
-def test_a_row_alone_skips_blocks_without_a_common_segment():
+def test_a_single_row_skips_blocks_without_a_common_segment():
     """A key of another document, in a block that must not run, is NaN and has no effect."""
     segments = rows_of((0, 128, 128, 41))
     q, k, v = (np.float32(rng.normal(size=(1, 297, H, K))) for _ in range(3))
@@ -288,7 +288,7 @@ ROWS = [
 AXES = {
     "attention_backend": ("BLHK", ["BLHK", "BLHK", "BLHK", "BL"]),
     "ssd_backend": ("BLHP", ["BLHP", "BLH", "BLH", "BLN", "BLN", "BL"]),
-}  # of the result and of the inputs
+}  # axes of the result and of the inputs
 
 
 @pytest.mark.libtpu

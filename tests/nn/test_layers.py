@@ -126,7 +126,7 @@ def test_rotary(rotary_dim):
     assert np.array_equal(out[..., rotary_dim:], np.float32(x)[..., rotary_dim:])
 
 
-def test_rotary_scores_depend_on_distance_alone():
+def test_rotary_scores_depend_only_on_distance():
     q, k = (jnp.float32(rng.normal(size=(1, 1, 1, 8))) for _ in range(2))
 
     def score(at_q, at_k):

@@ -274,7 +274,7 @@ def test_a_sweep_leaves_table_plot_hparams_and_a_configuration_to_train(tmp_path
     assert (out / "results.csv").read_bytes() == before
 
 
-def test_a_point_alone_is_a_run_of_its_own_and_a_fault_leaves_the_others(tmp_path, monkeypatch):
+def test_a_single_point_is_a_run_of_its_own_and_a_fault_leaves_the_others(tmp_path, monkeypatch):
     text = "[space]\noptim.learning_rate = [9e-3, 1e-3]\n"
     train = sweep_train.train
 

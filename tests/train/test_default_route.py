@@ -132,7 +132,7 @@ def test_the_last_update_is_followed_by_a_fit_and_its_offset(separate, monkeypat
     assert 1 / cut_BL.mean() == pytest.approx(3, rel=0.2)
 
 
-def test_runs_fitted_together_are_those_fitted_alone(separate):
+def test_runs_fitted_together_are_those_fitted_separately(separate):
     config, program, corpus, start = separate
     configs = [config, replace(routed(config.workdir, 4.0), seed=1)]
     devices = jax.devices()[:1]

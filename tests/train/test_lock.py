@@ -38,7 +38,7 @@ def test_the_second_is_refused_until_the_first_has_ended(tmp_path):
     assert [p.name for p in folder.iterdir()] == ["file"]
 
 
-def test_a_holder_that_was_killed_blocks_nobody(tmp_path):
+def test_a_holder_that_was_killed_blocks_no_other_process(tmp_path):
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=env) as child:

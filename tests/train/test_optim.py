@@ -137,7 +137,7 @@ def test_update_equals_optax_adamw_when_all_stages_are_alike():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, theirs)
 
 
-def test_multiplier_scales_the_step_of_its_stage_alone():
+def test_multiplier_scales_only_the_step_of_its_stage():
     params = {"backbone": {"encoder": jnp.ones(2), "main_network": {"w": jnp.ones(2)}}}
     hparams = Hyperparams(jnp.float32(0.1), jnp.float32(0.0), jnp.array([3.0, 0.5]), 0.0)
     outer, inner = (ParameterInfo(("out",), stage=stage) for stage in (0, 1))

@@ -92,7 +92,7 @@ def separate(config):
     return state, run_evaluation(program, state.params, corpus.heldout, config, (32,))
 
 
-def test_a_run_of_many_is_the_run_it_would_be_alone(configs, whole):
+def test_a_run_of_many_is_the_separate_run(configs, whole):
     r = 1
     state, evaluation = separate(configs[r])
     together = whole[0]

@@ -318,7 +318,7 @@ def test_losses_metrics_and_updates_depend_on_neither_mesh_nor_micro_batches(
     expected_state, expected = single[1], single[2]
     assert metrics.keys() == expected.keys()
     for name, value in jax.device_get(expected).items():
-        if not name.endswith("max_slots"):  # of the rows of slots of a micro-batch
+        if not name.endswith("max_slots"):  # a micro-batch has other rows of slots
             np.testing.assert_allclose(metrics[name], value, rtol=2e-4, atol=1e-5, err_msg=name)
     compare = partial(np.testing.assert_allclose, rtol=0, atol=2e-4)
     jax.tree.map(compare, jax.device_get(state.params), jax.device_get(expected_state.params))

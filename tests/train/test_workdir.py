@@ -237,7 +237,7 @@ def test_a_start_that_is_refused_leaves_nothing(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard/events.1", "checkpoints/3/state"])
-def test_files_that_no_run_wrote_are_left_alone(tmp_path, name):
+def test_files_that_no_run_wrote_are_not_changed(tmp_path, name):
     file = tmp_path / "run" / name
     file.parent.mkdir(parents=True)
     file.write_text('{"step": 5, "mine": 1}\n')

@@ -142,7 +142,7 @@ def test_what_the_official_kernels_cannot_run_is_not_exported(config, says, tmp_
     path = tmp_path / "theirs.npz"  # as written by hand
     write_tensors(path, dict(entries(config, params_of(model))))
     path.with_suffix(".json").write_text(json.dumps(config.to_json()))
-    convert(path, tmp_path / "run")  # which our own code runs
+    convert(path, tmp_path / "run")  # our own code runs it
     for source in (path, tmp_path / "run"):
         with pytest.raises(ConfigError, match=says):
             convert(source, tmp_path / "out.npz")

@@ -69,7 +69,7 @@ class MeanBefore(Pool):
         return (mean_RD, count_R + 1, x.h_RD), chunk_RD
 
     def restart(self, state, rows, d_model):
-        last_RD = state[2]  # of the boundary, the first position of the new chunk
+        last_RD = state[2]  # at the boundary, the first position of the new chunk
         return last_RD, jnp.ones_like(state[1]), last_RD
 
     def __call__(self, rows, boundaries, slots):

@@ -10,7 +10,7 @@ from hnet.chunking.boundaries import Prediction
 from hnet.chunking.part import BoundaryPredictor, PredictorConfig
 from hnet.nn.parameters import metadata, parameter
 
-EPS = 1e-6  # of T5's norm
+EPS = 1e-6  # T5's norm
 
 
 class DeletionGate(BoundaryPredictor):

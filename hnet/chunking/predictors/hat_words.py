@@ -182,7 +182,7 @@ def cut_at(
     """
     code_R = completed(window_R, jnp)
     width_R = 1 + sum((code_R >= least).astype(jnp.int32) for least in (0x80, 0x800, 0x10000))
-    ends_R = (code_R != 0) | (byte_R == 0)  # of characters
+    ends_R = (code_R != 0) | (byte_R == 0)  # ends of characters
     length_R = length_R + 1
     is_long_R = ends_R & (length_R > limit) & (length_R > width_R)
     starts_R = ((starts_R > 0) | is_long_R).astype(jnp.int32)

@@ -22,7 +22,7 @@ TESTED = 1e-4  # share of the list at its end whose chunks must be used to stay
 LIFE = 10  # batches that such a chunk has
 BATCH = 200  # texts
 ROUNDS = 3  # times that all texts are read
-READ_BYTES = 1 << 17  # of the texts
+READ_BYTES = 1 << 17  # bytes of the texts that are read
 FORMAT = "hnet longest match"
 
 

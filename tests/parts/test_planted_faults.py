@@ -7,7 +7,7 @@ from hnet.chunking.boundaries import decide
 from hnet.chunking.part import BoundaryPredictor, Pool
 from hnet.chunking.slots import open_slots
 from hnet.chunking.table import DECHUNKS, POOLS, PREDICTORS
-from tests.parts.test_combinations import TRIPLES, few
+from tests.parts.test_combinations import TRIPLES, choices_of, few
 from tests.parts.test_combinations import test_triple as check_triple
 
 PARTS = {
@@ -23,7 +23,7 @@ def forgetful() -> list[str]:
     found = []
     for field, (index, table, base) in PARTS.items():
         for name in table.names:
-            with_it = [t for t in [*few(2), *TRIPLES] if t.split()[index] == name]
+            with_it = [t for t in [*few(choices_of), *TRIPLES] if t.split()[index] == name]
             with_it.sort(key=lambda t: " end-" not in t)  # some pools need state for ends only
             stateless = name in STATELESS if base is None else table.find(name).init is base.init
             if with_it and not stateless:

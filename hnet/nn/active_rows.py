@@ -33,7 +33,8 @@ def run_on_active_rows(
     nearly always all active): `fn` runs on all rows, and outputs of inactive rows are undefined.
 
     Each size is a loop of zero or one iterations, not a conditional: XLA updates a loop carry in
-    place, but copies the result of a conditional, which here is the whole cache.
+    place, but copies the result of a conditional, which here is the whole cache. What a loop would
+    compute from its rows alone must depend on the iteration, or XLA computes it for every size.
     """
     B = active_B.shape[0]
     all_rows_B = jnp.arange(B, dtype=jnp.int32)
@@ -46,10 +47,11 @@ def run_on_active_rows(
     outputs = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
 
     def run_on(size):
-        rows_R = jnp.where(all_rows_B[:size] < num_active, order_B[:size], B)
+        first_R = jnp.where(all_rows_B[:size] < num_active, order_B[:size], B)
 
-        def run(_, carry):
+        def run(i, carry):
             outputs, state = carry
+            rows_R = jnp.where(i == 0, first_R, B)
             inputs_R = jax.tree.map(lambda a: a.at[rows_R].get(mode="clip"), inputs_B)
             new, state = fn(inputs_R, state, Rows(rows_R))
             place = lambda out_B, new_R: out_B.at[rows_R].set(new_R, mode="drop")

@@ -51,8 +51,8 @@ def made_up(corpus, config, count, seed=5):
 
 
 @pytest.fixture(scope="module")
-def separate(tmp_path_factory):
-    config = routed(tmp_path_factory.mktemp("separate"))
+def one_run(tmp_path_factory):
+    config = routed(tmp_path_factory.mktemp("one_run"))
     program = build(config, devices=jax.devices()[:1])
     return config, program, open_corpus(config.data), program.init().params
 
@@ -67,9 +67,9 @@ def logits(program, params, batches):
     return np.concatenate([np.asarray(stages[0][0]) for stages in found])
 
 
-def test_rows_come_to_the_target_each_and_nothing_else_changes(separate):
+def test_rows_come_to_the_target_each_and_nothing_else_changes(one_run):
     """For any previous offset, since no text was on this route."""
-    config, program, corpus, start = separate
+    config, program, corpus, start = one_run
     start = map_offsets(lambda stage, offset_R: offset_R - 8.0, start)
     batches = made_up(corpus, config, 3)
     fitted = fit_default_route(program, start, 0, [3.0], batches * 15, 45)
@@ -92,8 +92,8 @@ def test_rows_come_to_the_target_each_and_nothing_else_changes(separate):
         np.testing.assert_array_equal(new[is_router:], old[is_router:])
 
 
-def test_each_device_packs_its_own_rows_by_route(separate, monkeypatch):
-    config, program, corpus, start = separate
+def test_each_device_packs_its_own_rows_by_route(one_run, monkeypatch):
+    config, program, corpus, start = one_run
     packed, pack = [], routes.pack_by_route
     monkeypatch.setattr(
         routes,
@@ -112,10 +112,10 @@ def test_each_device_packs_its_own_rows_by_route(separate, monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), fitted, own)
 
 
-def test_the_last_update_is_followed_by_a_fit_and_its_offset(separate, monkeypatch):
+def test_the_last_update_is_followed_by_a_fit_and_its_offset(one_run, monkeypatch):
     """The offset is exact for the fitted router, on text that was not used to set it."""
     monkeypatch.setattr(settling, "UNKNOWN_FRAC", 0.5)
-    config, program, corpus, start = separate
+    config, program, corpus, start = one_run
     beats = []
     fitted = set_exact_offsets(
         program, start, corpus, [config], (None,), beat=lambda: beats.append(1)
@@ -132,8 +132,8 @@ def test_the_last_update_is_followed_by_a_fit_and_its_offset(separate, monkeypat
     assert 1 / cut_BL.mean() == pytest.approx(3, rel=0.2)
 
 
-def test_runs_fitted_together_are_those_fitted_separately(separate):
-    config, program, corpus, start = separate
+def test_runs_fitted_together_are_those_fitted_separately(one_run):
+    config, program, corpus, start = one_run
     configs = [config, replace(routed(config.workdir, 4.0), seed=1)]
     devices = jax.devices()[:1]
     together = build_runs(configs, devices=devices, compiler_options=QUICK)

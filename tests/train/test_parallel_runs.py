@@ -77,7 +77,7 @@ def whole(configs, tmp_path_factory):
     return outcome, [entry.name for entry in compiled.entries], shown
 
 
-def separate(config):
+def separate_run(config):
     """A plain loop over one run on one device."""
     program = build(config)
     corpus, state = open_corpus(config.data), program.init()
@@ -94,7 +94,7 @@ def separate(config):
 
 def test_a_run_of_many_is_the_separate_run(configs, whole):
     r = 1
-    state, evaluation = separate(configs[r])
+    state, evaluation = separate_run(configs[r])
     together = whole[0]
     # Adam divides a gradient by its own size: if the gradient is close to rounding error, the
     # relative error of the update (up to 3e-3 per update, 6 updates) is large.

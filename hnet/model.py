@@ -1,5 +1,7 @@
 """The language model: bytes -> embeddings -> stages -> logits for the next byte."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -152,6 +154,12 @@ def split(model: HNetLM) -> tuple[nnx.GraphDef, dict]:
 
 def abstract(config: HNetConfig) -> tuple[nnx.GraphDef, dict]:
     """`split` of a model whose parameters are shapes: needs no memory for any model size."""
+    graph, shapes = _abstract(config)
+    return graph, jax.tree.map(lambda leaf: leaf, shapes)  # dicts that a caller may change
+
+
+@functools.lru_cache(maxsize=256)
+def _abstract(config: HNetConfig) -> tuple[nnx.GraphDef, dict]:
     graph, state = nnx.split(nnx.eval_shape(lambda: HNetLM(config, rngs=nnx.Rngs(0))))
     return graph, nnx.to_pure_dict(state)
 

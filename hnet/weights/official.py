@@ -16,7 +16,7 @@ from flax import nnx
 
 from hnet.config import HNetConfig
 from hnet.errors import ConfigError
-from hnet.model import HNetLM
+from hnet.model import HNetLM, abstract
 from hnet.official_config import unofficial_layers
 
 _RENAMED = {
@@ -88,8 +88,7 @@ def check_runs(config: HNetConfig) -> None:
 def leaves(config: HNetConfig) -> list[Leaf]:
     """All parameters of a configuration, without allocating them."""
     check_official(config)
-    model = nnx.eval_shape(lambda: HNetLM(config, rngs=nnx.Rngs(0)))
-    found = []
+    model, found = nnx.merge(*abstract(config)), []
     for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         *modules, leaf_name = (str(part) for part in path)
         modules.append(_RENAMED.get(leaf_name, leaf_name))
@@ -161,8 +160,7 @@ def assemble(
 
     progress: wraps the list of leaves; dtype_of: path -> dtype of the parameter.
     """
-    model = nnx.eval_shape(lambda: HNetLM(config, rngs=nnx.Rngs(0)))
-    graph, state = nnx.split(model)
+    graph, state = nnx.split(nnx.merge(*abstract(config)))
     variables, filled = dict(nnx.to_flat_state(state)), {}
     for leaf in progress(leaves(config)):
         dtype = dtype_of(leaf.path)

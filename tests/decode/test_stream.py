@@ -148,7 +148,7 @@ def answers(name):
         params = scaled_by_depth(config, params)
     ids_BL, extra = draw(config)
     expected, masks = forward(graph, params, ids_BL, extra)
-    fractions = (0.3,) if name in ("one_stage", "routed") else ()
+    fractions = (0.3,) if name == "routed" else ()
     lens = stream.full_lens(config, L)
     found = streamed(graph, params, ids_BL, extra, LENGTHS, lens, fractions)
     return expected, stream.boundaries_at_bytes(config, masks, ids_BL.shape), found

@@ -4,7 +4,8 @@ The number of slots is a shape, so it must be known before the main network is c
 is therefore divided at every predictor: one program runs the encoder and the predictor of a stage,
 the host reads how many slots the fullest row needs, and the next program continues with the
 smallest of a few sizes that holds them. No layer runs twice. The programs are compiled once per
-shape; sizes grow by an eighth at most, so unused slots are at most an eighth.
+shape; sizes are multiples of 32 and grow by an eighth at most from 256 on, so that short texts need
+few programs and long ones have few unused slots.
 """
 
 from collections.abc import Callable
@@ -22,7 +23,8 @@ from hnet.model import HNetLM, number_runs, split
 from hnet.nn.context import Context
 from hnet.stage import HNet, Opened, Prompts, StageCache, inner_prompts, most_slots
 
-PER_OCTAVE = 8  # sizes of slots from one power of two to the next
+PER_OCTAVE = 8  # sizes of slots from one power of two to the next, all multiples of
+LEAST = 32
 
 
 class Static:
@@ -115,7 +117,7 @@ def forward(
     for s, stage in enumerate(static.config.stages[:-1]):
         frames, count = _open(params, fed, lengths_B, frames, capacity=capacity, **how)
         most = most_slots(stage.chunking, frames[-1].opened.h_BLD.shape[1], max_lens[s:])
-        capacity = bucket(most, int(count), PER_OCTAVE)
+        capacity = bucket(most, int(count), PER_OCTAVE, LEAST)
     return _finish(params, fed, lengths_B, frames, more, capacity=capacity, then=then, **how)
 
 

@@ -16,7 +16,7 @@ from hnet.decode.by_counts import Done, Fed, Static, forward
 from hnet.decode.prompts import pad
 from hnet.decode.sampling import Controls, Sampling, sample
 from hnet.errors import ConfigError
-from hnet.model import HNetLM, split
+from hnet.model import HNetLM
 
 # Rows at a boundary wait until this share is at one. Waiting pays where reading the weights of the
 # main network takes most of its time; both values were the fastest of those measured on a CPU.
@@ -156,7 +156,7 @@ class Decoder:
             )
         stream.check_streams(model.config)
         self.static, self.params = Static.of(model)
-        main = jax.tree.leaves(split(model)[1]["backbone"]["main_network"])
+        main = jax.tree.leaves(self.static.nested(self.params)["backbone"]["main_network"])
         by_size = WAIT_SHARE if sum(a.nbytes for a in main) > CACHE_BYTES else WAIT_SHARE_IN_CACHE
         self.wait_share = by_size if wait_share is None else wait_share
         self.is_apart = apart.can_be_apart(self.params) if layers_apart is None else layers_apart

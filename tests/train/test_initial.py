@@ -33,7 +33,7 @@ from hnet.train.run_logger import RunLogger
 from hnet.train.workdir import changes
 from hnet.weights.sources import resolve
 from hnet.weights.tensors import write_tensors
-from tests.checkpoint.test_checkpoint import biggest_file
+from tests.checkpoint.states import biggest_file
 from tests.networks import QUICK, official_network, quick_jit
 from tests.train.test_workdir import StopAt, contents
 from tests.training import ATTENTION, build, build_once, rows, run, tiny_run

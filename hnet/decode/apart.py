@@ -16,7 +16,7 @@ from flax import nnx
 
 from hnet.model import HNetLM
 from hnet.nn.isotropic import Isotropic
-from hnet.stage import HNet, StageCache
+from hnet.stage import HNet
 
 ALIGNMENT = 64  # bytes; XLA copies arrays that lie otherwise
 
@@ -48,23 +48,6 @@ def model_apart(model: HNetLM) -> HNetLM:
         stack.runs = tuple((kind, 1) for kind, count in stack.runs for _ in range(count))
         stack.is_apart = True
     return found
-
-
-def cache_apart(stage: HNet, cache: StageCache) -> StageCache:
-    """The cache of `model_apart`, from that of the model whose outermost stage this is."""
-    stacks = {name: _split(getattr(stage, name), caches) for name, caches in cache.stacks.items()}
-    inner = None if cache.inner is None else cache_apart(stage.main_network, cache.inner)
-    return cache._replace(stacks=stacks, inner=inner)
-
-
-def _split(stack: Any, caches: Any) -> Any:
-    if not isinstance(stack, Isotropic):
-        return caches
-    return [
-        jax.tree.map(lambda a, i=i: a[i], cache)
-        for cache, (_, count) in zip(caches, stack.runs)
-        for i in range(count)
-    ]
 
 
 def _stacks(stage: HNet) -> Iterator[Isotropic]:

@@ -4,7 +4,7 @@ The number of slots is a shape, so it must be known before the main network is c
 is therefore divided at every predictor: one program runs the encoder and the predictor of a stage,
 the host reads how many slots the fullest row needs, and the next program continues with the
 smallest of a few sizes that holds them. No layer runs twice. The programs are compiled once per
-shape; sizes are multiples of 32 and grow by an eighth at most from 256 on, so that short texts need
+shape; sizes are multiples of 16 and grow by an eighth at most from 128 on, so that short texts need
 few programs and long ones have few unused slots.
 """
 
@@ -24,7 +24,7 @@ from hnet.nn.context import Context
 from hnet.stage import HNet, Opened, Prompts, StageCache, inner_prompts, most_slots
 
 PER_OCTAVE = 8  # sizes of slots from one power of two to the next, all multiples of
-LEAST = 32
+LEAST = 16
 
 
 class Static:

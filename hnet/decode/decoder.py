@@ -7,7 +7,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
 
 from hnet.config import EOS_ID
 from hnet.data.scripts import route_table, script_ids, script_step
@@ -16,7 +15,7 @@ from hnet.decode.by_counts import Done, Fed, Static, forward
 from hnet.decode.prompts import pad
 from hnet.decode.sampling import Controls, Sampling, sample
 from hnet.errors import ConfigError
-from hnet.model import HNetLM
+from hnet.model import HNetLM, split
 
 # Rows at a boundary wait until this share is at one. Waiting pays where reading the weights of the
 # main network takes most of its time; both values were the fastest of those measured on a CPU.
@@ -61,17 +60,14 @@ class Outputs(NamedTuple):
     """whether the row got a byte"""
 
 
-def _after_prompts(done: Done, lengths_B: jax.Array):
-    """(logits after the prompts, cache, boundaries)."""
+def _first_state(done: Done, lengths_B: jax.Array, rest: tuple):
+    """(state after the prompts, boundaries). rest: the other fields of the state, passed through
+    so that they are where the parameters are: a block of steps would compile again otherwise."""
     ids_BL = done.fed.input_ids_BL
     after = (done.model, done.x_BLD, done.context, ids_BL, lengths_B, done.cache)
-    return *stream.after_prompts(*after), [found.boundary_mask_BL for found in done.boundaries]
-
-
-def _after_prompts_apart(done: Done, lengths_B: jax.Array):
-    """`_after_prompts`, and the cache is the one of `hnet.decode.apart.model_apart`."""
-    cache = apart.cache_apart(done.model.backbone, done.cache)
-    return _after_prompts(done._replace(cache=cache), lengths_B)
+    logits_BV, cache = stream.after_prompts(*after)
+    masks = [found.boundary_mask_BL for found in done.boundaries]
+    return Decoding(cache, logits_BV, *rest), masks
 
 
 @partial(jax.jit, static_argnames=("static", "max_lens"))
@@ -144,7 +140,7 @@ class Decoder:
         self, model: HNetLM, wait_share: float | None = None, layers_apart: bool | None = None
     ):
         """wait_share: see `hnet.decode.stream.advance`; with 0 no row waits; None: by the size of
-        the main network. layers_apart: whether steps run on layers apart (`hnet.decode.apart`);
+        the main network. layers_apart: whether layers are apart (`hnet.decode.apart`);
         None: if that needs no copy of the weights. Raises ConfigError for a model that cannot
         continue a text."""
         self.config = model.config
@@ -155,14 +151,12 @@ class Decoder:
                 "not known for a text that is yet to come: use a model with another predictor"
             )
         stream.check_streams(model.config)
-        self.static, self.params = Static.of(model)
+        if layers_apart is None:
+            layers_apart = apart.can_be_apart(split(model)[1])
+        self.static, self.params = Static.of(apart.model_apart(model) if layers_apart else model)
         main = jax.tree.leaves(self.static.nested(self.params)["backbone"]["main_network"])
         by_size = WAIT_SHARE if sum(a.nbytes for a in main) > CACHE_BYTES else WAIT_SHARE_IN_CACHE
         self.wait_share = by_size if wait_share is None else wait_share
-        self.is_apart = apart.can_be_apart(self.params) if layers_apart is None else layers_apart
-        self.step_static, self.step_params = self.static, self.params
-        if self.is_apart:
-            self.step_static, self.step_params = Static.of(apart.model_apart(model))
         self.route_of = route_table(model.config.route_groups, "model.route_groups")
         self._numbers = jnp.asarray(self.route_of), jnp.float32(self.wait_share)
         self.cache_bytes = lru_cache(self._cache_bytes)
@@ -181,12 +175,6 @@ class Decoder:
             partial(self.cache_bytes, len(prompts)),
         )  # fmt: skip
         segment_ids_BL = (np.arange(ids_BL.shape[1]) < lengths_B[:, None]).astype(np.int32)
-        logits_BV, cache, masks = forward(
-            self.static, self.params, Fed(ids_BL, segment_ids_BL, self.route_of[script_BL]),
-            _after_prompts_apart if self.is_apart else _after_prompts,
-            lengths_B, lengths_B=lengths_B,
-            max_lens=stream.full_lens(self.config, longest),
-        )  # fmt: skip
         W = sampling.repetition_window
         recent_BW = np.full((len(prompts), W), -1, np.int32)
         for row, prompt in enumerate(prompts):
@@ -198,7 +186,11 @@ class Decoder:
             np.zeros(B, np.int32), np.zeros(B, self.route_of.dtype), np.zeros(B, np.float32),
             np.zeros(B, np.int32), np.ones(B, bool), np.ones(B, bool),
         )  # fmt: skip
-        state = Decoding(cache, logits_BV, *self._placed(rest))
+        state, masks = forward(
+            self.static, self.params, Fed(ids_BL, segment_ids_BL, self.route_of[script_BL]),
+            _first_state, lengths_B, rest, lengths_B=lengths_B,
+            max_lens=stream.full_lens(self.config, longest),
+        )  # fmt: skip
         return state, stream.boundaries_at_bytes(self.config, jax.device_get(masks), ids_BL.shape)
 
     def _cache_bytes(self, rows: int, num_bytes: int) -> int:
@@ -211,13 +203,6 @@ class Decoder:
         )  # fmt: skip
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
-    def _placed(self, arrays: tuple[np.ndarray, ...]) -> tuple[jax.Array, ...]:
-        """Arrays where the parameters are: a block of steps commits its state to the parameters'
-        device, and would compile again for a first state that is not."""
-        one = jax.tree.leaves(self.params)[0]
-        is_placed = one.committed and isinstance(one.sharding, SingleDeviceSharding)
-        return jax.device_put(arrays, one.sharding if is_placed else None)
-
     def run(
         self, state: Decoding, controls: Controls, seed_B: jax.Array, num_ticks: int
     ) -> tuple[Decoding, Outputs]:
@@ -227,6 +212,6 @@ class Decoder:
         outputs have at least `MOST_TICKS` ticks; no row gets a byte after the first `num_ticks`.
         """
         return _run(
-            self.step_params, state, controls, seed_B, *self._numbers, np.int32(num_ticks),
-            static=self.step_static, most_ticks=max(MOST_TICKS, num_ticks),
+            self.params, state, controls, seed_B, *self._numbers, np.int32(num_ticks),
+            static=self.static, most_ticks=max(MOST_TICKS, num_ticks),
         )  # fmt: skip

@@ -121,6 +121,7 @@ class Isotropic(Stack):
         """`__call__`, and one cache per run with room for `max_len` positions per row.
 
         Segment ids are 0 from lengths_B on; later steps continue the last segment before that.
+        Layers apart run one by one: a scan would copy their weights and caches.
         """
         self._check_causal()
         x_BLD, context = apart(x_BLD.astype(jnp.float32), context, self.vectors)
@@ -131,7 +132,10 @@ class Isotropic(Stack):
             def layer(x, p, graph=graph):
                 return nnx.merge(graph, p).prefill(x, context, lengths_B, max_len)
 
-            x_BLD, cache = jax.lax.scan(layer, x_BLD, params)
+            if self.is_apart:
+                x_BLD, cache = layer(x_BLD, jax.tree.map(lambda a: a[0], params))
+            else:
+                x_BLD, cache = jax.lax.scan(layer, x_BLD, params)
             caches.append(cache)
         return together(self.rmsnorm(x_BLD), self.vectors), caches
 

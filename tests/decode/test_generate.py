@@ -220,8 +220,8 @@ def test_steps_on_layers_apart_copy_no_recurrent_state():
     shape = state.cache.stage.stacks["encoder"][0].state.shape
     assert len(shape) == 4  # no layer axis
     compiled = _run.lower(
-        decoder.step_params, state, Controls.of(WARM), jnp.zeros(1, jnp.uint32),
-        jnp.asarray(decoder.route_of), jnp.float32(0), jnp.int32(2), static=decoder.step_static,
+        decoder.params, state, Controls.of(WARM), jnp.zeros(1, jnp.uint32),
+        jnp.asarray(decoder.route_of), jnp.float32(0), jnp.int32(2), static=decoder.static,
         most_ticks=2,
     ).compile(compiler_options=OPTIMIZED)  # fmt: skip
     copied = re.findall(r"= f32\[([\d,]+)\]\S* copy\(", compiled.as_text())

@@ -29,8 +29,10 @@ def attention_blocks(
     are known at run time). The backward pass recomputes scores: memory is linear in L.
     """
     B, L, H, _ = q_BLHK.shape
-    T = min(block_len, L)
-    padded = -(-L // T) * T
+    blocks = -(-L // block_len)
+    # equal blocks of a multiple of 8, so that little of the last one is unused
+    T = min(L, block_len, -(-L // (blocks * 8)) * 8)
+    padded = blocks * T
     index_L = jnp.arange(padded, dtype=jnp.int32)
     segment_ids_BL = jnp.pad(segment_ids_BL, ((0, 0), (0, padded - L)), constant_values=-1)
     first_BL = index_L[None, :] - segment_positions(segment_ids_BL)

@@ -19,11 +19,10 @@ import sys
 import time
 from collections.abc import Sequence
 
-from optuna.trial import TrialState
 from rich.console import Console
 from rich.markup import escape
 
-from hnet.command_line import FAILED, OneLineParser, file_path, number, run
+from hnet.command_line import FAILED, OneLineParser, end_without, file_path, number, run
 from hnet.data import Corpus, open_corpus, train_batches
 from hnet.data.identity import Inputs, inputs
 from hnet.errors import ConfigError
@@ -32,6 +31,12 @@ from hnet.printable import printable
 from hnet.runtime.compile_cache import CompilationLog, enable_compilation_cache
 from hnet.runtime.distributed import REQUEUE_EXIT_CODE
 from hnet.runtime.stop_request import StopRequest
+
+try:
+    from optuna.trial import TrialState
+except ModuleNotFoundError:
+    end_without("optuna", extra="sweep")
+
 from hnet.sweep.results import check_results, write_results
 from hnet.sweep.space import Point, Space, describe, list_points, read_space
 from hnet.sweep.study import Claim, Study

@@ -44,6 +44,14 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(code)
 
 
+def end_without(library: str, *, extra: str) -> NoReturn:
+    """End a command that cannot be imported without the library that an extra installs."""
+    print(
+        f"error: the library {library} is missing: pip install 'hnet-jax[{extra}]'", file=sys.stderr
+    )
+    sys.exit(BAD_INPUT)
+
+
 def exit_code(main: Callable[[], int | None]) -> tuple[int, str]:
     """Call `main` and return (exit code, reason of a failure).
 

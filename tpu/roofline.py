@@ -109,7 +109,7 @@ def memory(plan: Plan) -> str:
     return (
         f"{plan.slice_.name}: {len(plan.slice_.devices)} devices, {config.data.batch_size} rows of "
         f"{config.data.seq_len} bytes, slots {plan.capacities}{code}\n"
-        f"  memory a device: state {size(plan.state_bytes)}, activations and temporaries "
+        f"  memory per device: state {size(plan.state_bytes)}, activations and temporaries "
         f"{least}{size(rest)}, together {least}{size(plan.hbm_bytes)} of "
         f"{size(plan.hbm_per_device)}: {'fits' if plan.fits else 'DOES NOT FIT'}"
     )
@@ -124,7 +124,7 @@ def report(plan: Plan) -> str:
         "",
         *_flops_table(config, plan.rows_sharing_slots),
     ]
-    lines += ["", "collectives a device and step (bytes sent, for a ring):"]
+    lines += ["", "collectives per device and step (bytes sent, for a ring):"]
     kinds: dict[tuple[str, int], list[hlo.Traffic]] = {}
     for m in plan.moved:
         if m.kind != "hbm":
@@ -144,11 +144,11 @@ def _parts_table(plan: Plan) -> list[str]:
     for part, bound in bounds.items():
         times = "".join(f"{1e3 * seconds:10.3g}" for seconds in bound)
         counted = f"{kernels(plan, part):10,.0f}{hbm_bytes(plan, part) / 1e9:10.3g}"
-        lines.append(f"  {part:<24}{counted}{times}  {bound.name}")
+        lines.append(f"  {part:<24}{counted}{times}  {bound.name if max(bound) else '-'}")
     sums = "".join(f"{1e3 * sum(column):10.3g}" for column in zip(*bounds.values()))
     lines += [
         f"  {'all':<24}{kernels(plan):10,.0f}{hbm_bytes(plan) / 1e9:10.3g}{sums}",
-        f"  a step: {1e3 * step_seconds(plan):.3g} ms at least, mostly bound by "
+        f"  each step: {1e3 * step_seconds(plan):.3g} ms at least, mostly bound by "
         f"{step_bound(plan)}: {bytes_per_second(plan):,.0f} bytes/s and "
         f"{100 * peak_share(plan):.0f}% of the peak at most; "
         f"{hbm_per_byte(plan) / 1e6:.3g} MB of HBM per byte of text",
@@ -158,7 +158,7 @@ def _parts_table(plan: Plan) -> list[str]:
 
 def _flops_table(config: Config, rows_sharing_slots: int) -> list[str]:
     L, model = config.data.seq_len, config.model
-    lines = ["MFLOPs a byte by boundary rate, in slots that training would choose:"]
+    lines = ["MFLOPs per byte by boundary rate, with the slots that training would choose:"]
     lengths = {factor: (L, *capacities(config, factor)) for factor in RATES}
     parts = [forward_flops(model, each, rows_sharing_slots) for each in lengths.values()]
     trained = [total(training_flops(model, each, rows_sharing_slots)) for each in lengths.values()]
@@ -168,5 +168,5 @@ def _flops_table(config: Config, rows_sharing_slots: int) -> list[str]:
     for name, values in rows.items():
         lines.append(f"  {name:<24}" + "".join(f"{v / L / 1e6:10.4g}" for v in values))
     step = trained[RATES.index(1.0)] * config.data.batch_size
-    lines.append(f"  a step: {step / 1e12:.4g} TFLOPs")
+    lines.append(f"  each step: {step / 1e12:.4g} TFLOPs")
     return lines

@@ -31,11 +31,18 @@ def dispatch() -> int | None:
 
 
 def usage() -> str:
-    """One line per command: the first line of its module's docstring."""
+    """One line per module of commands: the first line of its docstring."""
     lines = ["usage: hnet COMMAND ...; hnet COMMAND --help describes its options", ""]
+    names: dict[str, list[str]] = {}
     for name, module in COMMANDS.items():
+        names.setdefault(module, []).append(name)
+    for module, its_names in names.items():
         doc = importlib.import_module(module).__doc__ or ""
-        lines.append(f"  {name:<11}{doc.splitlines()[0]}")
+        lines.append(f"  {', '.join(its_names):<17}{doc.splitlines()[0]}")
+    lines += [
+        "",
+        "Training and studies are started in a clone: python -m experiments.pretrain --help",
+    ]
     return "\n".join(lines)
 
 

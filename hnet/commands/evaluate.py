@@ -157,7 +157,7 @@ def _part(config: EvaluateConfig, source: Source) -> Part:
     corpus = None if config.files else open_corpus(data)
     if source.is_run:
         check_text(source.path, data, corpus, "give it the same content, or other text by --files")
-    part = corpus.heldout if corpus else open_part(config.files)
+    part = corpus.heldout if corpus else open_part(config.files, field="files")
     if not part.num_bytes:
         raise ConfigError(f"checkpoint={config.checkpoint} has no held-out text: give --files")
     return part

@@ -44,7 +44,7 @@ def last_lines(config: Config) -> list[str]:
         "next:",
         f'  python -m experiments.segment --checkpoint {where} --text "Where does it cut this?"',
         f'  python -m experiments.generate --checkpoint {where} --prompt "The "',
-        f"  python -m experiments.evaluate --checkpoint {where} --files '*.txt'",
+        f"  python -m experiments.evaluate --checkpoint {where} --files '*.md'",
     ]
 
 

@@ -167,7 +167,10 @@ def _loop(
         inflight = InFlight(done, metrics, ladder.capacities, batches.position - 1)
         ladder, before = ladder.observe(position.new_counts), ladder
         if ladder.capacities != before.capacities:
-            report.say(f"step {done}: chunk slots {before.capacities} -> {ladder.capacities}")
+            sizes = (" / ".join(map(str, c)) for c in (before.capacities, ladder.capacities))
+            report.say(
+                f"step {done}: chunk slots per row {' -> '.join(sizes)} (a new size compiles)"
+            )
         session.checkpoints.check()
 
 

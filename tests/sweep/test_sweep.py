@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import runpy
 import signal
 import subprocess
 import sys
@@ -40,6 +41,15 @@ def write(folder: Path, text: str) -> str:
     file = folder / "space.toml"
     file.write_text(text)
     return str(file)
+
+
+def test_a_missing_library_is_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "optuna.trial", None)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(sweep.__file__)
+    assert end.value.code == 2
+    message = "error: the library optuna is missing: pip install 'hnet-jax[sweep]'\n"
+    assert capsys.readouterr().err == message
 
 
 @pytest.mark.parametrize(

@@ -357,6 +357,7 @@ def test_roofline_takes_the_slowest_resource(tiny):
     assert bytes_per_second(plan) == pytest.approx(64 * 128 / step_seconds(plan))
     assert step_bound(plan) == "hbm"
     assert "mostly bound by hbm" in report(plan)
+    assert re.search(r"0 +0  -\n", report(made_up(run_config(tiny))))
 
 
 def test_rows_that_share_slots_attend_over_all_of_them(tiny):
@@ -547,7 +548,7 @@ def test_plan_of_a_small_model(tiny, capsys, topology, devices):
     once = ["--rate", "1"] if devices == 64 else []
     assert main(["--topology", topology, "--no-code", *once, *tiny]) == 0
     out = capsys.readouterr().out
-    assert out.count("memory a device") == 2 - len(once) // 2
+    assert out.count("memory per device") == 2 - len(once) // 2
     params = sum(param_counts(run_config(tiny).model).values())
     assert f"{devices} devices" in out and f"parameters {params:,}" in out
     assert re.search(r"state \S+ KiB, activations .* fits\n", out)

@@ -57,6 +57,13 @@ def test_a_run_stores_what_it_read(ended):
     assert read_inputs(config.workdir) == {"data.files": outcome.corpus.fingerprint}
 
 
+def test_evaluate_names_the_option_whose_file_is_missing(ended):
+    config, _ = ended
+    options = EvaluateConfig(config.workdir, files=("missing",))
+    with pytest.raises(ConfigError, match="^files: 'missing' matches no file"):
+        _part(options, resolve(config.workdir))
+
+
 def test_fewer_steps_than_were_done_are_refused_with_both_numbers(ended):
     config, _ = ended
     before = contents(Path(config.workdir))

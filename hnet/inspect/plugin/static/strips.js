@@ -45,7 +45,7 @@ export function drawStrip(seg, stage, starts, { gold, threshold, marked }, width
   const dashes = [];
   for (let x = 0; threshold !== null && x < width; x += DASH) dashes.push([x, y(threshold) - 0.75]);
   const label = `probability of a boundary over position, stage ${stage}`;
-  return captioned(`p, stage ${stage}`, strip(label, width, P_HEIGHT,
+  return captioned(`p of a boundary, stage ${stage}; blue: a chunk starts${golds.length ? "; triangle: gold" : ""}`, strip(label, width, P_HEIGHT,
     ...[0, 0.5, 1].map((p) => svg("rect", { class: "grid", x: 0, y: Math.min(y(p), P_HEIGHT - 1), width, height: 1 })),
     svg("path", { class: "value", d: bars(drawn(false), bar, P_HEIGHT) }),
     svg("path", { class: "value start", d: bars(drawn(true), bar, P_HEIGHT) }),
@@ -62,7 +62,7 @@ export function drawBits(seg, cuts, marked, width) {
   const step = width / Math.max(seg.bytes.length, 1);
   const bar = round(Math.max(Math.min(step - (step > 3 ? 1 : 0), 8), 1));
   const drawn = (isWanted) => seg.bits.flatMap((bits, i) => (isWanted(i, bits) ? [[round(i * step), y(bits)]] : []));
-  return captioned(`bits per byte, 0 to ${MOST_BITS}`, strip("surprisal of each byte in bits", width, BITS_HEIGHT,
+  return captioned(`bits per byte, 0 to ${MOST_BITS}; red: more`, strip("surprisal of each byte in bits", width, BITS_HEIGHT,
     ...[0, 0.5, 1].map((part) => svg("rect", { class: "grid", x: 0, y: Math.min(BITS_HEIGHT * part, BITS_HEIGHT - 1), width, height: 1 })),
     svg("path", { class: "value", d: bars(drawn((i) => !cuts.has(i)), bar, BITS_HEIGHT) }),
     svg("path", { class: "value start", d: bars(drawn((i) => cuts.has(i)), bar, BITS_HEIGHT) }),

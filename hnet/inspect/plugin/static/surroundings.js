@@ -9,7 +9,7 @@ export function legend({ levels, gold, threshold, query, isCompared }) {
   const parts = [
     item(el("span", {}, chunk("tint0", "chunk"), chunk("tint1 depth0", "chunk")), "chunks of one stage"),
     levels.length > 1 ? item(chunk("tint1 depth1", "chunk"), "also starts a chunk of the next stage") : null,
-    item(chunk("tint1 depth0 inside", "\\xA9"), "boundary inside a character, or a byte of none"),
+    item(chunk("tint1 depth0 inside", "\\xA9"), "boundary inside a character, or an invalid byte"),
     gold ? item(el("i", { class: "gold hit" }), "gold boundary found") : null,
     gold ? item(el("i", { class: "gold missed" }), "gold boundary missed") : null,
     isCompared ? item(el("i", { class: "only" }), "boundary of this run only") : null,

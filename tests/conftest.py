@@ -39,6 +39,15 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 hypothesis.settings.register_profile("hnet", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("hnet")
 
+# mark -> (packages, one of which compiles for absent devices, reason to skip without any)
+COMPILERS = {
+    "libtpu": (("libtpu",), "libtpu is not installed (the extra tpu)"),
+    "cuda": (
+        ("jax_cuda12_plugin", "jax_cuda13_plugin"),
+        "no CUDA plugin of JAX is installed (the extra cuda12 or cuda13)",
+    ),
+}
+
 CACHE_SETTINGS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 SESSION = {name: getattr(jax.config, name) for name in CACHE_SETTINGS}
 
@@ -65,11 +74,12 @@ def pytest_ignore_collect(collection_path, config):
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("every"):
         items[:] = [item for item in items if not item.get_closest_marker("every")]
-    if importlib.util.find_spec("libtpu") is None:
-        skip = pytest.mark.skip(reason="libtpu is not installed (the extra tpu)")
+    for mark, (packages, reason) in COMPILERS.items():
+        if any(importlib.util.find_spec(package) for package in packages):
+            continue
         for item in items:
-            if item.get_closest_marker("libtpu"):
-                item.add_marker(skip)
+            if item.get_closest_marker(mark):
+                item.add_marker(pytest.mark.skip(reason=reason))
     for item in items:
         if _in_quick_tier(item.path):
             item.add_marker("quick")

@@ -25,6 +25,7 @@ from hnet.nn.kernels.ssd_matmul import ssd_matmul
 from hnet.nn.kernels.ssd_triton import ssd_triton
 from hnet.nn.kernels.table import (
     KERNELS,
+    Kernel,
     array_block_len,
     described,
     kernel,
@@ -34,13 +35,13 @@ from hnet.nn.kernels.table import (
 from hnet.nn.ssd import ssd_reference
 from hnet.train.config import MeshConfig
 from hnet.train.named import base_config
-from hnet.train.sharding import batch_sharding, make_mesh
+from hnet.train.sharding import batch_sharding, make_mesh, replicated
 from tests import oracles
 from tests.golden_data import relative_error
 from tests.networks import quick_jit
 from tpu import hlo
 from tpu.aot import compile_plan
-from tpu.chips import open_slice
+from tpu.chips import assumed_cudnn, open_slice
 
 rng = np.random.default_rng(0)
 
@@ -279,44 +280,72 @@ def test_every_kernel_is_a_value_of_its_field():
         assert {*kernels, "auto", "xla"} == set(allowed)
 
 
-# --- compiled for a TPU -------------------------------------------------------------------------
+# --- compiled for the hardware, which is not there -----------------------------------------------
 
+SLICES = {"tpu": "v5e:2x2", "gpu": "h100:4"}
+# how a kernel appears in the program; `matmul` is array code
+CALLS = {
+    "splash": "tpu_custom_call", "pallas": "tpu_custom_call", "cudnn": "cudnn$fmha",
+    "triton": "xla.gpu.triton", "matmul": "dot",
+}  # fmt: skip
+COMPILERS = {"tpu": pytest.mark.libtpu, "gpu": pytest.mark.cuda}
 ROWS = [
-    (field, name) for field, kernels in KERNELS.items()
-    for name, row in kernels.items() if row.platform == "tpu"
-]  # fmt: skip
+    pytest.param(field, name, marks=COMPILERS[row.platform])
+    for field, kernels in KERNELS.items()
+    for name, row in kernels.items()
+]
 AXES = {
-    "attention_backend": ("BLHK", ["BLHK", "BLHK", "BLHK", "BL"]),
-    "ssd_backend": ("BLHP", ["BLHP", "BLH", "BLH", "BLN", "BLN", "BL"]),
-}  # axes of the result and of the inputs
+    "attention_backend": ("BLHK", "BLHK", "BLHK", "BL"),
+    "ssd_backend": ("BLHP", "BLH", "BLH", "BLN", "BLN", "BL"),
+}
+SIZES = {"B": 4, "L": 1000, "H": 2, "K": 64, "P": 64, "N": 16, "C": 64, "D": 128, "W": 4}
 
 
-@pytest.mark.libtpu
+def kernels_of(field: str, row: Kernel) -> list[tuple]:
+    """(function, axes of its inputs, least number of kernels forward and backward) of a row; the
+    result has the axes of the first input."""
+    run = partial(row.run, block_len=row.block_len) if row.block_len else row.run
+    if not row.around:
+        return [(run, AXES[field], 0 if row.run is ssd_matmul else 2)]
+    around = [
+        (row.around.conv_silu, ("BLC", "WC", "C", "BL"), 1),
+        (row.around.gate_norm, ("BLD", "BLD", "D"), 1),
+    ]
+    return [(run, (*AXES[field], "H"), 2), *around]
+
+
 @pytest.mark.parametrize("field, name", ROWS)
-def test_a_row_of_the_table_compiles_for_a_tpu(field, name):
+def test_a_row_of_the_table_compiles_for_its_hardware(field, name):
     """Values and gradients, to machine code; each of four devices has one row of several blocks."""
-    mesh = make_mesh(MeshConfig(2, 2), open_slice("v5e:2x2").devices)
-    sizes = {"B": 4, "L": 1000, "H": 2, "K": 64, "P": 64, "N": 16}
-    dtypes = {"BL": jnp.int32, "BLH": jnp.float32}
-    out, axes = AXES[field]
-    *inputs, segments = (
-        jax.ShapeDtypeStruct(
-            [sizes[a] for a in letters], dtypes.get(letters, jnp.bfloat16),
-            sharding=batch_sharding(mesh),
-        )
-        for letters in axes
-    )  # fmt: skip
+    row = KERNELS[field][name]
+    slice_ = open_slice(SLICES[row.platform])
+    mesh = make_mesh(MeshConfig(2, 2), slice_.devices)
+    dtypes = {"BL": jnp.int32, "BLH": jnp.float32, "H": jnp.float32, "D": jnp.float32}
 
-    @jax.jit
-    def both(segments, *inputs):
-        run = partial(sharded_over_rows, KERNELS[field][name].run, axes, out)
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            y, gradients = jax.vjp(lambda *inputs: run(*inputs, segments), *inputs)
-            return y, gradients(y)
+    def shape(letters):
+        by_rows = batch_sharding(mesh) if "B" in letters else replicated(mesh)
+        dtype = dtypes.get(letters, jnp.bfloat16)
+        return jax.ShapeDtypeStruct([SIZES[a] for a in letters], dtype, sharding=by_rows)
 
-    lowered = both.lower(segments, *inputs)
-    assert lowered.as_text().count("tpu_custom_call") >= 2  # a kernel forward, a kernel backward
-    assert lowered.compile().memory_analysis().generated_code_size_in_bytes > 0
+    for function, axes, calls in kernels_of(field, row):
+        kept = [i for i, letters in enumerate(axes) if letters != "BL"]
+
+        @jax.jit
+        def both(*inputs, function=function, axes=axes, kept=kept):
+            def run(*floats):
+                given = list(inputs)
+                for i, x in zip(kept, floats):
+                    given[i] = x
+                return sharded_over_rows(function, axes, axes[0], *given)
+
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                y, gradients = jax.vjp(run, *(inputs[i] for i in kept))
+                return y, gradients(y)
+
+        with assumed_cudnn(slice_):
+            lowered = both.lower(*map(shape, axes))
+        assert lowered.as_text().count(CALLS[name]) >= calls
+        lowered.compile()
 
 
 @pytest.mark.libtpu

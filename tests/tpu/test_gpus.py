@@ -1,6 +1,5 @@
 """Plans for GPUs without having them: a small network's kernels and bytes stay below limits."""
 
-import importlib.util
 import json
 
 import pytest
@@ -12,11 +11,6 @@ from tpu.chips import GPUS, assumed_cudnn, open_slice
 from tpu.plan import main
 from tpu.roofline import hbm_per_byte, kernels
 
-needs_plugin = pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda12_plugin") is None
-    and importlib.util.find_spec("jax_cuda13_plugin") is None,
-    reason="no CUDA plugin of JAX is installed (the extra cuda12 or cuda13)",
-)
 NETWORK = {
     "arch_layout": ["m2", ["T2"], "m2"], "d_model": [64, 128], "d_intermediate": [0, 256],
     "ssm_cfg": {"d_state": 32}, "attn_cfg":
@@ -33,7 +27,7 @@ def network(tmp_path):
     return [*words, "--model.compute.dtype", "bfloat16", "--model.compute.remat", "layer"]
 
 
-@needs_plugin
+@pytest.mark.cuda
 def test_few_kernels_and_bytes(network):
     """No loop of small kernels: limits are about 10 % above the counted values."""
     plan = compile_plan(run_config(network), open_slice("h100:1"), (512,), to_code=False)
@@ -42,7 +36,7 @@ def test_few_kernels_and_bytes(network):
     assert hbm_per_byte(plan) <= 0.36e6
 
 
-@needs_plugin
+@pytest.mark.cuda
 def test_our_kernels_compile_for_a_gpu_and_move_less(network):
     """The SSD in Triton, to machine code; unrolled layers are not copied to and from stacks."""
     words = [*network, "--model.compute.ssd_backend", "triton", "--model.compute.remat", "dots"]
@@ -53,7 +47,7 @@ def test_our_kernels_compile_for_a_gpu_and_move_less(network):
     assert hbm_per_byte(plan) <= 0.2e6
 
 
-@needs_plugin
+@pytest.mark.cuda
 def test_a_loop_of_small_kernels_is_seen(network):
     """Backends that `auto` must not take on a GPU: blocks of 128 queries, a loop over states."""
     words = [*network, "--model.compute.attention_backend", "xla", "--model.compute.ssd_backend"]
@@ -62,7 +56,7 @@ def test_a_loop_of_small_kernels_is_seen(network):
     assert kernels(plan, "stage1/main_network") > 1000 and kernels(plan, "stage0/encoder") > 250
 
 
-@needs_plugin
+@pytest.mark.cuda
 def test_a_plan_for_several_gpus(network, capsys):
     words = ["--topology", "h100:8", "--no-code", "--rate", "1", *network, "--data.batch_size", "8"]
     assert main([*words, "--mesh.data", "2", "--mesh.fsdp", "4"]) == 0
@@ -71,7 +65,7 @@ def test_a_plan_for_several_gpus(network, capsys):
     assert "all-gather          over 4" in out
 
 
-@needs_plugin
+@pytest.mark.cuda
 @pytest.mark.parametrize("kind", GPUS)
 def test_every_gpu_can_be_compiled_for(kind):
     slice_ = open_slice(f"{kind}:2x4")
@@ -89,7 +83,7 @@ def test_without_the_plugin_one_line_says_what_to_install(monkeypatch):
     assert "\n" not in str(e.value)
 
 
-@needs_plugin
+@pytest.mark.cuda
 def test_versions_are_assumed_only_while_a_program_is_traced():
     from jax._src.cudnn import fused_attention_stablehlo as fused
 

@@ -29,6 +29,7 @@ from hnet.nn import cache as nn_cache
 from tests import golden_data
 from tests.networks import (
     COMPUTE,
+    MLP_END,
     NETWORKS,
     network,
     optimized_jit,
@@ -228,16 +229,24 @@ def test_steps_equal_the_forward_pass(name):
         assert np.all(np.any(bytes_BLS != bytes_BLS[:1], axis=(0, 1)) | (routers == "fixed"))
 
 
-@pytest.mark.parametrize("name, slots", [("one_stage", (4,)), ("pooled_ends", (5, 3))])
-def test_room_clips_as_a_capacity_does(name, slots):
-    config = NETWORKS[name]
+CLIPPED = network(  # START inside END
+    stage("t1 t1", 26, **MLP_END, dechunk="repeat", residual="add"), stage("t1 t1", 26),
+    stage("t1", 26),
+)  # fmt: skip
+
+
+@pytest.mark.few("name", ["CLIPPED"], ["CLIPPED", "one_stage", "pooled_ends"])
+def test_room_clips_as_a_capacity_does(name):
+    config = NETWORKS.get(name, CLIPPED)
+    slots = (9, 3) if name == "CLIPPED" else (4,)
     graph, params = random_params(config)
     ids_BL, extra = draw(config, 1)
     expected, _ = forward(graph, params, ids_BL, extra, slots)
-    free, _ = forward(graph, params, ids_BL, extra)
-    found = streamed(graph, params, ids_BL, extra, LENGTHS, (L, *slots))
+    free, masks = forward(graph, params, ids_BL, extra)
+    found = streamed(graph, params, ids_BL, extra, LENGTHS, (L, *slots), wait_shares=(0.6,))
     seen = np.arange(L) >= LENGTHS[:, None] - 1
     assert np.abs(free - expected).max() > 1e-2  # some boundaries are clipped
+    assert all(np.sum(m, axis=1).max() > most for m, most in zip(masks, slots))
     for logits, *_ in found.values():
         np.testing.assert_allclose(logits[seen], expected[seen], rtol=0, atol=1e-5)
 

@@ -68,6 +68,7 @@ def test_it_trains_and_shows_in_the_boundaries_tab(trained):
     assert 8 in index.steps and 0 < outcome.evaluation.bytes_per_chunk(0) < 32
 
 
+@pytest.mark.every  # `generate` calls what the next test calls, and knows no parts
 def test_it_samples(trained):
     _, outcome = trained
     model = nnx.merge(outcome.program.graph, outcome.state.params)

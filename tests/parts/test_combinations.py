@@ -41,6 +41,10 @@ TEXT = np.frombuffer(b"aZ9  ..,\n\x80\xc3", np.uint8)
 EM_SPACE = np.frombuffer("\u2003".encode(), np.uint8)  # white space of three bytes
 
 READ_ALIGNMENT = ("entropy",)  # rules that do
+PLAIN = set(  # pools and dechunks without parameters
+    "select mean smoothed last_before mean_before max min existence integrate "
+    "ema repeat at_boundaries".split()
+)
 # Parts that differ from others only in what tests/parts/test_parts.py compares, and the parts with
 # which they are combined here.
 ALIKE = {
@@ -132,8 +136,12 @@ def choices_of(triple: str) -> set[tuple]:
 
 
 def kinds_of(triple: str) -> set[str]:
-    """Its parts with parameters, and its meaning."""
+    """Its learned predictor, its pool and dechunk, and its meaning."""
     return {name for name in triple.split() if name not in PREDICTORS.names or is_learned(name)}
+
+
+def kinds_with_parameters(triple: str) -> set[str]:
+    return kinds_of(triple) - PLAIN
 
 
 def few(choices) -> list[str]:
@@ -319,7 +327,7 @@ def test_triple(triple):
         assert np.array_equal(ours, separate_record.boundary_mask_BL[row, :n])
 
 
-@pytest.mark.parametrize("name", few(kinds_of))
+@pytest.mark.few("name", few(kinds_with_parameters), few(kinds_of))
 def test_two_micro_batches_on_two_by_two_devices_are_one_batch(name):
     """Their gradients add up to the batch's; parameters are sharded by their axes, rows by fsdp."""
     config = config_named(name)

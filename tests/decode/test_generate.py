@@ -197,7 +197,7 @@ def test_another_number_of_bytes_compiles_nothing(model, results):
 
 
 def test_layers_apart_give_the_same_bytes():
-    model = nnx.merge(*random_params(network(stage("m2 t2", 26, window=5), stage("T2", 39))))
+    model = nnx.merge(*random_params(network(stage("m2 -", 26), stage("t2", 26, window=5))))
     sampling, found = Sampling(max_bytes=12, temperature=1.5, eos=False), []
     for layers_apart in (False, True):
         decoder = Decoder(model, layers_apart=layers_apart)

@@ -209,7 +209,7 @@ LENGTHS = LENGTHS.astype(np.int32)
 SEEDS = {"mixed_scripts_single": 4, "hnet": 7}
 
 # tests/parts compares the stream of every part but levels, tests/nn/test_mixers.py that of layers
-FEW = ["one_stage", "routed", "levels", *(name for name in REPOSITORY if "default" in name.split())]
+FEW = ["one_stage", "routed", "levels"]
 
 
 @pytest.mark.few("name", FEW, [*ALL])

@@ -34,7 +34,7 @@ from hnet.train.optim import (
     targets_at,
 )
 from hnet.train.step import eval_step
-from tests.networks import optimized_jit
+from tests.networks import optimized_jit, quick_jit
 from tests.training import TINY, rows, run, tiny_run
 
 
@@ -280,9 +280,12 @@ def test_the_average_is_evaluated_loaded_and_exported(all_options, tmp_path):
     found = replaced(outcome.state.params, start(InitConfig(config.workdir, ema=True)))
     assert all(map(np.array_equal, leaves(found), leaves(outcome.state.ema)))
     batches = eval_batches(outcome.corpus.heldout, config.data)
-    step = lambda batch, capacities: eval_step(
+    compiled = quick_jit(
+        partial(eval_step, graph=outcome.program.graph), static_argnames="capacities"
+    )
+    step = lambda batch, capacities: compiled(
         outcome.state.ema, {n: batch[n] for n in DEVICE_FIELDS if n in batch},
-        graph=outcome.program.graph, capacities=capacities,
+        capacities=capacities,
     )  # fmt: skip
     assert evaluate(batches, step, (None,)).bpb == pytest.approx(outcome.evaluation.bpb, rel=1e-6)
     convert(config.workdir, tmp_path / "ema.npz", ema=True)

@@ -10,7 +10,8 @@ def up_to_date(model: Any) -> None:
     if not isinstance(model, dict):
         return
     compute = model.get("compute")
-    if isinstance(compute, dict) and compute.get("batch_shards") in range(1, 2**20):
+    shards = compute.get("batch_shards") if isinstance(compute, dict) else None
+    if isinstance(shards, int | float) and shards in range(1, 2**20):
         compute.pop("batch_shards")  # it repeated the mesh
     stages = model.get("stages")
     for stage in stages if isinstance(stages, list) else ():

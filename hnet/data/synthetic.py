@@ -108,6 +108,11 @@ def _lexicon(script: str) -> list[list[bytes]]:
     return sorted(words, key=len)
 
 
+@lru_cache(maxsize=1024)  # 4 MB
+def _document(script: str, num_bytes: int, seed: int) -> bytes:
+    return synthesize(script, num_bytes, seed=seed).data
+
+
 def documents(name: str) -> Iterator[tuple[str, bytes]]:
     """Yield (name, text) for each document of the corpus ``synthetic:SCRIPT[:BYTES]``."""
     script, _, size = name.removeprefix(PREFIX).partition(":")
@@ -115,7 +120,7 @@ def documents(name: str) -> Iterator[tuple[str, bytes]]:
         raise ConfigError(f"data.files: {name!r} has no size: write synthetic:SCRIPT[:BYTES]")
     left, number = int(size or _DEFAULT_BYTES), 0
     while left > 0:
-        text = synthesize(script, min(left, _DOCUMENT_BYTES), seed=number).data
+        text = _document(script, min(left, _DOCUMENT_BYTES), number)
         yield f"{PREFIX}{script}.{number:06}", text
         left -= len(text)
         number += 1

@@ -160,7 +160,6 @@ class BatchIterator:
         """number of the next batch to be returned; prefetched batches do not count"""
         self.wait_seconds = 0.0
         """total time that callers of ``next`` have waited, in seconds"""
-        self._seen: Batch | None = None
 
     def __iter__(self) -> "BatchIterator":
         return self
@@ -169,18 +168,12 @@ class BatchIterator:
         """input_ids and segment_ids int32, loss_mask bool, each (rows of this process, L); with
         route groups also route_ids, with a tokenizer also byte_lengths (bytes per token), int32;
         with data.labels also labels, bool."""
-        batch, self._seen = self.peek(), None
+        began = time.perf_counter()
+        # Copy: arrays from a worker are in shared memory, whose lifetime Grain controls.
+        batch = {name: np.array(array) for name, array in next(self._open[0]).items()}
+        self.wait_seconds += time.perf_counter() - began
         self.position += 1
         return batch
-
-    def peek(self) -> Batch:
-        """The batch that ``next`` will return."""
-        if self._seen is None:
-            began = time.perf_counter()
-            # Copy: arrays from a worker are in shared memory, whose lifetime Grain controls.
-            self._seen = {name: np.array(array) for name, array in next(self._open[0]).items()}
-            self.wait_seconds += time.perf_counter() - began
-        return self._seen
 
     def source_bytes(self, position: int) -> np.ndarray:
         """Number of scored raw bytes of a batch over all processes, int64, in the order of

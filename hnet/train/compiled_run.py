@@ -1,8 +1,6 @@
 """The compiled functions of a run, their shardings and their traced numbers."""
 
-import contextlib
 import math
-import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial, wraps
@@ -276,25 +274,6 @@ def put_whole_batch(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> di
         for name in DEVICE_FIELDS
         if name in batch
     }
-
-
-def compile_ahead(
-    program: CompiledRun, state: TrainState, batch: Batch, capacities: tuple[int, ...]
-) -> threading.Thread:
-    """Start a thread that compiles the step for these arguments, while the caller does other work.
-
-    The next call of the step with such arguments does not compile, once the thread has ended. An
-    error of the compiler is raised by that call, not here.
-    """
-    fed = put_batch(batch, program.mesh)
-
-    def compile_step():
-        with contextlib.suppress(Exception):
-            program.step.lower(state, fed, program.hparams, capacities=capacities).compile()
-
-    thread = threading.Thread(target=compile_step, name="compile the step")
-    thread.start()
-    return thread
 
 
 def run_evaluation(

@@ -16,7 +16,7 @@ from hnet.fields import to_json
 from hnet.runtime import distributed
 from hnet.runtime.stop_request import StopRequest
 from hnet.train.capacity import CapacitySchedule
-from hnet.train.compiled_run import Change, build, compile_ahead, put_batch, run_evaluation
+from hnet.train.compiled_run import Change, build, put_batch, run_evaluation
 from hnet.train.config import Config
 from hnet.train.evaluate import Evaluation
 from hnet.train.exact_offsets import set_exact_offsets
@@ -111,12 +111,6 @@ def _loop(
     segment = segmenter(
         program.graph, config.model, replicated(program.mesh), bos=config.data.bos_eos
     )
-    compiling = None
-    # Not on GPUs: their compiler times kernels on the device, which the evaluation uses.
-    is_gpu = program.mesh.devices.flat[0].platform == "gpu"
-    evaluates = done < config.train.steps and _due(done, config.eval.every)
-    if evaluates and position.evaluated != done and not is_gpu:
-        compiling = compile_ahead(program, state, batches.peek(), ladder.capacities)
     inflight: InFlight | None = None
     while True:
         row, evaluation, last = None, None, done == config.train.steps
@@ -153,9 +147,6 @@ def _loop(
         session.watchdog.beat("load")
         batch = next(batches)
         session.watchdog.beat("step")
-        if compiling:
-            compiling.join()
-            compiling = None
         with report.trace.step(done):
             state, metrics = program.step(
                 state, put_batch(batch, program.mesh), program.hparams,

@@ -19,7 +19,7 @@ from hnet.errors import ConfigError
 from hnet.fields import to_json
 from hnet.inspect.tags import tag_of
 from hnet.train import capacity, loop
-from hnet.train.compiled_run import compile_ahead, put_batch, run_batches
+from hnet.train.compiled_run import put_batch, run_batches
 from hnet.train.config import MeshConfig, RateControlConfig, TrainConfig, config_from_json
 from hnet.train.exact_offsets import SEED, set_exact_offsets
 from hnet.train.optim import schedule
@@ -269,11 +269,9 @@ def batch_of(rows_count=8, length=32, seed=0):
     return {"input_ids": ids, "segment_ids": np.ones_like(ids), "loss_mask": mask}
 
 
-def one_step(config, batch, capacities=(24,), *, ahead=False):
+def one_step(config, batch, capacities=(24,)):
     program = build(config)
     state = program.init()
-    if ahead:
-        compile_ahead(program, state, batch, capacities).join()
     batch = put_batch(batch, program.mesh)
     return program, *program.step(state, batch, program.hparams, capacities=capacities)
 
@@ -296,11 +294,11 @@ def compilations():
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
-    """Result of one step on one device, which compiles once, ahead of its first call."""
+    """Result of one step on one device."""
     folder = tmp_path_factory.mktemp("single")
     config = tiny_run(folder, mesh=MeshConfig(data=1), train=WITH_NORMS)
     with compilations() as compiled:
-        found = one_step(config, batch_of(), ahead=True)
+        found = one_step(config, batch_of())
     assert len(compiled) == 1
     return found
 

@@ -217,7 +217,10 @@ class HNetConfig:
     def named(cls, name: str) -> "HNetConfig":
         """One of the six published configurations, e.g. ``"1stage_L"``."""
         if name not in PUBLISHED:
-            raise ConfigError(f"model name {name!r} is unknown: use one of {', '.join(PUBLISHED)}")
+            raise ConfigError(
+                f"model name {name!r} is unknown: use one of {', '.join(PUBLISHED)}; "
+                "hnet.train.named.base_config knows the other names"
+            )
         return PUBLISHED[name]
 
 

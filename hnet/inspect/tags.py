@@ -46,7 +46,7 @@ _MOVED = {
                          "since the first step."),
     r"bytes": (r"throughput/bytes_per_step", "Source bytes of this step's batch."),
     r"bytes_per_sec": (r"throughput/bytes_per_sec", "Source bytes per second since the last logged "
-                       "step, all devices together."),
+                       "step, without compilation, all devices together."),
     r"mfu": (r"throughput/mfu", "Model FLOP utilization: operations of matrix products in forward "
              "and backward pass over the peak of the devices, since the last logged step."),
     r"input/stall_frac": (r"throughput/input_stall_frac", "Share of the time since the last logged "

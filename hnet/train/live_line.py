@@ -66,18 +66,18 @@ class LiveLine:
         if self.bar:
             self.bar.stop()
 
-    def _from(self, step: int) -> None:
-        self.start, self.began, self.compiled = step, time.monotonic(), self._compiled()
-
-    def _compiled(self) -> float:
+    def compiled(self) -> float:
         """Seconds of compilation so far; JAX compiles in several threads, so at most."""
         return sum(entry.seconds for entry in self.compilations.entries)
+
+    def _from(self, step: int) -> None:
+        self.start, self.began, self.compiled_before = step, time.monotonic(), self.compiled()
 
     def _left(self, step: int, now: float) -> str:
         """Time left, from the steps since the first one and without compilation."""
         if step == self.start:
             return ""
-        spent = max(now - self.began - (self._compiled() - self.compiled), 0.0)
+        spent = max(now - self.began - (self.compiled() - self.compiled_before), 0.0)
         return f"  {_duration(spent / (step - self.start) * (self.total - step))} left"
 
 

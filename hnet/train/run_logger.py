@@ -97,6 +97,7 @@ class RunLogger:
             self.is_held, config.rate_control.hold_from(config.train.steps)
         )
         self.logged_at, self.logged_bytes = time.monotonic(), start.bytes_seen
+        self.logged_compiled = self.line.compiled()
         self.logged_wait = self.flops = 0.0
         self.line.restart(start.step)
 
@@ -168,9 +169,14 @@ class RunLogger:
 
     def _add_speed(self, row: dict[str, Any]) -> None:
         """Add bytes_per_sec, the fraction of time spent waiting for data, and the model FLOP
-        utilization if the peak of the devices is known, since the last row."""
+        utilization if the peak of the devices is known, since the last row and without
+        compilation."""
         now, wait = time.monotonic(), row.pop("input/wait_seconds")
-        seen, seconds = row["bytes_seen"], max(now - self.logged_at, 1e-9)
+        compiled = self.line.compiled()
+        elapsed = max(now - self.logged_at, 1e-9)
+        spent = elapsed - (compiled - self.logged_compiled)  # below 0 if threads compiled at once
+        seen, seconds = row["bytes_seen"], spent if spent > 0 else elapsed
+        self.logged_compiled = compiled
         row["bytes_per_sec"] = (seen - self.logged_bytes) / seconds
         row["input/stall_frac"] = (wait - self.logged_wait) / seconds
         if self.utilization:

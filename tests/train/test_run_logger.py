@@ -53,6 +53,9 @@ def test_a_run_logs_its_first_step_and_every_tenth(tmp_path, monkeypatch, capsys
         told.utilization = types.SimpleNamespace(peak=1000.0, flops=lambda n_S: 2 * sum(n_S))
         for step in range(1, 21):
             now += 4.0
+            if step == 12:  # a new program: 30 s that do not count as training
+                now += 30.0
+                told.line.compilations.entries.append(Compilation("step", False, 30.0))
             clipped = {"stage0/overflow_frac": 0.125} if step == 7 else {}
             skipped = {"skipped_in_a_row": 1} if step == 9 else {}
             row = row_of(step, **clipped, **skipped) | (

@@ -201,10 +201,11 @@ def test_every_way_to_cut_agrees_with_xla(name, training):
 
 @pytest.mark.few("remat", ["layer"], ["layer", "dots"])
 def test_training_agrees_with_xla(remat):
-    config = replace(SMALL, compute=replace(SMALL.compute, remat=remat))
-    counted = xla_flops(config, SLOTS, training=True)
-    assert total(training_flops(config, SLOTS)) == pytest.approx(counted, rel=0.01)
-    assert training_flops(config, SLOTS) == training_flops(SMALL, SLOTS, remat=remat)
+    plain, slots = replace(SMALL, stages=SMALL.stages[1:]), SLOTS[1:]
+    config = replace(plain, compute=replace(SMALL.compute, remat=remat))
+    counted = xla_flops(config, slots, training=True)
+    assert total(training_flops(config, slots)) == pytest.approx(counted, rel=0.01)
+    assert training_flops(config, slots) == training_flops(plain, slots, remat=remat)
 
 
 # --- against the tables by hand that this count replaced ------------------------------------------
@@ -218,7 +219,7 @@ def network(name):
     return PUBLISHED[name], stage_lengths(PUBLISHED[name], ROW)
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.few("name", ["1stage_L", "2stage_L", "small"], TABLES)
 def test_parts_agree_with_the_tables(name):
     config, lengths = network(name)
     assert param_counts(config) == TABLES[name]["params"]
@@ -226,14 +227,18 @@ def test_parts_agree_with_the_tables(name):
     for part, flops in TABLES[name]["forward"].items():
         # the tables left out the operations of smoothing other than its matmuls
         rel = 0.05 if part.endswith("dechunk") else 0.004
+        if part == "stage2/main_network":  # 911 positions in 8 blocks of 120 now, of 128 there
+            rel = 0.009
         assert parts.pop(part) == pytest.approx(flops, rel=rel), part
     assert sum(parts.values()) < 1e-4 * sum(TABLES[name]["forward"].values())
 
 
-@pytest.mark.parametrize("name, remat", [("1stage_L", "none"), ("2stage_L", "layer")])
+@pytest.mark.few(
+    "name, remat", [("1stage_L", "none")], [("1stage_L", "none"), ("2stage_L", "layer")]
+)  # recomputation: above
 def test_training_agrees_with_the_tables(name, remat):
     counted = total(training_flops(*network(name), remat=remat))
-    assert counted == pytest.approx(TABLES[name]["training"][remat], rel=0.006)
+    assert counted == pytest.approx(TABLES[name]["training"][remat], rel=0.008)
 
 
 # --- structure ----------------------------------------------------------------------------------

@@ -38,7 +38,10 @@ def plain():
     return logits_and_gradient(STACK)
 
 
-@pytest.mark.parametrize("fields", [{"scan_layers": False}, {"remat": "layer"}, {"remat": "dots"}])
+HOW = [{"scan_layers": False}, {"remat": "layer"}, {"remat": "dots"}]
+
+
+@pytest.mark.few("fields", HOW[:2], HOW)
 def test_how_it_is_computed_does_not_change_it(plain, fields):
     logits, grads = logits_and_gradient(with_compute(STACK, **fields))
     np.testing.assert_allclose(logits, plain[0], rtol=0, atol=2e-6)

@@ -107,6 +107,8 @@ def test_abstract_parameters_are_those_of_a_model():
         lambda a: (a.shape, a.dtype), made
     )
     assert "lm_head" not in shapes and "lm_head" in abstract(NETWORKS["iso"])[1]
+    shapes["backbone"].clear()  # what a caller changes is its own
+    assert abstract(config)[1]["backbone"]
 
 
 def test_direct_call_clips_nothing_and_returns_what_each_stage_decided():

@@ -15,7 +15,8 @@ PARTS = {
     "pool": (2, POOLS, Pool),
     "dechunk": (3, DECHUNKS, None),
 }
-STATELESS = ("at_boundaries", "cross_attention")  # dechunks of which a stream keeps nothing
+# of which a stream keeps nothing, in the case of `linear` with its defaults
+STATELESS = ("dechunk at_boundaries", "dechunk cross_attention", "pool linear")
 
 
 def forgetful() -> list[str]:
@@ -25,7 +26,8 @@ def forgetful() -> list[str]:
         for name in table.names:
             with_it = [t for t in [*few(choices_of), *TRIPLES] if t.split()[index] == name]
             with_it.sort(key=lambda t: " end-" not in t)  # some pools need state for ends only
-            stateless = name in STATELESS if base is None else table.find(name).init is base.init
+            stateless = f"{field} {name}" in STATELESS
+            stateless |= base is not None and table.find(name).init is base.init
             if with_it and not stateless:
                 found.append(f"{field} {with_it[0]}")
     return found

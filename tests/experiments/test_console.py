@@ -29,9 +29,13 @@ def test_an_unknown_command_is_one_line(monkeypatch, capsys):
 
 def test_usage_says_what_each_command_does(monkeypatch, capsys):
     assert not called(monkeypatch)
-    out = capsys.readouterr().out
-    assert len(out.splitlines()) == 2 + len(console.COMMANDS)
-    assert "segment    Show the chunks of a trained model in a text, or" in out
+    _, _, *lines, _, more = capsys.readouterr().out.splitlines()
+    named = [line[:17].strip() for line in lines]
+    assert ", ".join(named) == ", ".join(console.COMMANDS) and "convert, verify" in named
+    assert lines[0].startswith(
+        "  segment          Show the chunks of a trained model in a text, or"
+    )
+    assert "python -m experiments.pretrain" in more
 
 
 @pytest.mark.parametrize("words", [

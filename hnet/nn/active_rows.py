@@ -34,7 +34,7 @@ def run_on_active_rows(
 
     Each size is a loop of zero or one iterations, not a conditional: XLA updates a loop carry in
     place, but copies the result of a conditional, which here is the whole cache. What a loop would
-    compute from its rows alone must depend on the iteration, or XLA computes it for every size.
+    compute from only its rows must depend on the iteration, or XLA computes it for every size.
     """
     B = active_B.shape[0]
     all_rows_B = jnp.arange(B, dtype=jnp.int32)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hnet.errors import ConfigError
+from hnet.weights.names import json_names, weights_among
 
 SCHEME = "hf://"
 SECONDS = 10.0  # until a Hub that does not answer is given up
@@ -41,8 +42,6 @@ def fetch(address: str) -> Path:
 
     Raises ConfigError, in one line.
     """
-    from hnet.weights.sources import json_names, weights_among
-
     repository, revision = parse(address)
     with _one_line(address) as hub:
         if hub.constants.HF_HUB_OFFLINE:

@@ -9,6 +9,7 @@ from hnet.config import PUBLISHED, HNetConfig
 from hnet.errors import ConfigError, shown
 from hnet.outputs import one_line
 from hnet.weights.hub import fetch, is_address
+from hnet.weights.names import json_names, weights_among
 from hnet.weights.tensors import FORMATS, is_tensor_file
 
 
@@ -72,25 +73,6 @@ def _file(path: str, step: int | None, field: str) -> Source:
     if step is not None:
         raise ConfigError(f"{field}={path!r} is a file, which has no step={step}: leave it out")
     return Source(path, None, False)
-
-
-def weights_among(names: list[str], where: str) -> str:
-    """The file of weights of a folder. Raises ConfigError if that is not clear."""
-    found = [n for n in names if "/" not in n and is_tensor_file(n)]
-    if "model.safetensors" in found:
-        return "model.safetensors"
-    if len(found) != 1:
-        raise ConfigError(
-            f"checkpoint={where!r} has {len(found)} files of weights "
-            f"({', '.join(sorted(found)[:4]) or 'none'}): name one, or call it model.safetensors"
-        )
-    return found[0]
-
-
-def json_names(weights: str) -> list[str]:
-    """Names of the JSON that may belong to a file of weights, best first."""
-    stem = Path(weights).stem
-    return [f"{stem}.json", f"{stem.removesuffix('_params')}_config.json", "config.json"]
 
 
 def beside(path: Path) -> Path | HNetConfig:

@@ -169,7 +169,7 @@ def measure(systems: Sequence[System], lines: Lines, gold: dict[str, list[Segmen
         jobs, "cutting", console=console, disable=not console.is_terminal
     ):
         if language == next(iter(lines)):
-            # Each shape of texts is a program of some hundred memory mappings, and Linux gives a
+            # Each shape of texts is a program with memory mappings of its own, and Linux gives a
             # process 65,530: those of the system before are not needed.
             jax.clear_caches()
         found, nats, scored_bytes = system.cut(lines[language])

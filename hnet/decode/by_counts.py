@@ -23,8 +23,8 @@ from hnet.model import HNetLM, number_runs, split
 from hnet.nn.context import Context
 from hnet.stage import HNet, Opened, Prompts, StageCache, inner_prompts, most_slots
 
-PER_OCTAVE = 8  # sizes of slots from one power of two to the next, all multiples of
-LEAST = 16
+PER_OCTAVE = 8  # sizes of slots from one power of two to the next
+LEAST_STEP = 16  # least difference of two sizes, and what all are multiples of
 
 
 class Static:
@@ -117,7 +117,7 @@ def forward(
     for s, stage in enumerate(static.config.stages[:-1]):
         frames, count = _open(params, fed, lengths_B, frames, capacity=capacity, **how)
         most = most_slots(stage.chunking, frames[-1].opened.h_BLD.shape[1], max_lens[s:])
-        capacity = bucket(most, int(count), PER_OCTAVE, LEAST)
+        capacity = bucket(most, int(count), PER_OCTAVE, LEAST_STEP)
     return _finish(params, fed, lengths_B, frames, more, capacity=capacity, then=then, **how)
 
 

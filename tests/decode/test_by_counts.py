@@ -10,7 +10,7 @@ from hnet.chunking.slots import bucket
 from hnet.config import PUBLISHED
 from hnet.cost import count
 from hnet.decode import by_counts
-from hnet.decode.by_counts import LEAST, PER_OCTAVE, Fed, Static, forward
+from hnet.decode.by_counts import LEAST_STEP, PER_OCTAVE, Fed, Static, forward
 from hnet.flops import forward_flops, stage_lengths, total
 from tests.networks import NETWORKS, quick_jit, random_params
 
@@ -69,7 +69,7 @@ def test_logits_are_those_of_all_slots_at_few_more_operations_than_needed(name, 
 def test_published_sizes_execute_few_more_operations_than_needed(name):
     config = PUBLISHED[name]
     needed = tuple(map(int, stage_lengths(config, 8191)))
-    slots = (bucket(1 << 31, n, PER_OCTAVE, LEAST) for n in needed[1:])
+    slots = (bucket(1 << 31, n, PER_OCTAVE, LEAST_STEP) for n in needed[1:])
     ratio = total(forward_flops(config, (8191, *slots))) / total(forward_flops(config, needed))
     assert 1 <= ratio <= FLOPS
     assert total(forward_flops(config, (8191,) * len(needed))) > 3 * total(

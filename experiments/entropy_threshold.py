@@ -19,7 +19,6 @@ import numpy as np
 
 from hnet import load
 from hnet.bounds import Bounds, ChunkBytes, FilePath, Rows
-from hnet.chunking.predictors.entropy import entropy
 from hnet.command_line import parse, run
 from hnet.data import eval_batches, open_corpus, open_part
 from hnet.decode.cache_memory import check_rows
@@ -27,6 +26,7 @@ from hnet.errors import ConfigError
 from hnet.model import HNetLM
 from hnet.nn.layers import segment_positions
 from hnet.runtime.compile_cache import enable_compilation_cache
+from hnet.second_model.entropy import entropy
 from hnet.train.workdir import check_text, read_config
 from hnet.weights.sources import resolve_run
 

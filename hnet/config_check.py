@@ -1,21 +1,18 @@
 """Checks of a network's configuration across its fields, and its approximate size."""
 
 import reprlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from hnet.architecture import Architecture, StageConfig
 from hnet.chunking.part import Place
 from hnet.errors import ConfigError
 from hnet.fields import check
 from hnet.layout import is_class, layout_runs, parse_layout
-from hnet.nn.mixers import check_further, ignores_key_bias, reads_memory
-from hnet.nn.mixers import problem as mixer_problem
+from hnet.nn.mixers import check_further, find, ignores_key_bias, reads_memory
 from hnet.nn.stack import find_stack
 
-if TYPE_CHECKING:
-    from hnet.config import HNetConfig, StageConfig
 
-
-def check_network(config: "HNetConfig") -> None:
+def check_network(config: Architecture) -> None:
     """Raise ConfigError if the network cannot be built."""
     if not config.stages:
         raise ConfigError("model.stages is empty: give at least one stage")
@@ -34,7 +31,7 @@ def check_network(config: "HNetConfig") -> None:
     _check_size(config)
 
 
-def _check_stage(config: "HNetConfig", i: int, stage: "StageConfig") -> None:
+def _check_stage(config: Architecture, i: int, stage: StageConfig) -> None:
     where = f"model.stages.{i}"
     inner = i == len(config.stages) - 1
     if len(stage.arch_layout) != (1 if inner else 2):
@@ -43,29 +40,25 @@ def _check_stage(config: "HNetConfig", i: int, stage: "StageConfig") -> None:
             "parts: "
             + ("the innermost stage has one stack" if inner else "give an encoder and a decoder")
         )
-    if problem := _passes_problem(config, i):
-        raise ConfigError(f"{where}.{problem}")
     try:
         runs = layout_runs if inner else parse_layout
-        kinds = {k for part in stage.arch_layout for k, _ in runs(part)}
-        if inner and is_class(stage.arch_layout[0]):
-            if problem := find_stack(stage.arch_layout[0]).problem(config, stage):
-                raise ConfigError(f"{where}.{problem}")
-            return
+        kinds = sorted({k for part in stage.arch_layout for k, _ in runs(part)})
+        own = find_stack(stage.arch_layout[0]) if inner and is_class(stage.arch_layout[0]) else None
+        mixers = [find(letter, config.mixers) for letter in kinds]
     except ConfigError as e:
-        raise ConfigError(f"{where}.arch_layout: {e}") from None
+        raise ConfigError(f"{where}.arch_layout={reprlib.repr(stage.arch_layout)}: {e}") from None
+    if problem := _passes_problem(config, i):
+        raise ConfigError(f"{where}.{problem}")
+    if own is not None:
+        if problem := own.problem(config, stage):
+            raise ConfigError(f"{where}.{problem}")
+        return
     if inner and not stage.arch_layout[0]:
         raise ConfigError(
             f"{where}.arch_layout=('',): the innermost stage needs layers, such as 'T4'"
         )
-    for letter in sorted(kinds):
-        try:
-            problem = mixer_problem(config, stage.of_one_vector, letter)
-        except ConfigError as e:
-            raise ConfigError(
-                f"{where}.arch_layout={reprlib.repr(stage.arch_layout)}: {e}"
-            ) from None
-        if problem:
+    for mixer in mixers:
+        if problem := mixer.problem(config, stage.of_one_vector):
             raise ConfigError(f"{where}.{problem}")
     if any(letter.isupper() for letter in kinds) and stage.d_intermediate < 1:
         raise ConfigError(
@@ -93,7 +86,7 @@ def _check_stage(config: "HNetConfig", i: int, stage: "StageConfig") -> None:
         raise ConfigError(f"model.stages.{problem}")
 
 
-def _passes_problem(config: "HNetConfig", i: int) -> str | None:
+def _passes_problem(config: Architecture, i: int) -> str | None:
     """One line on passes or vectors that the parts or layers of a stage do not support."""
     stage, *inner = config.stages[i:]
     if stage.vectors > 1:
@@ -137,7 +130,7 @@ def _passes_problem(config: "HNetConfig", i: int) -> str | None:
     return None
 
 
-def _memory_problem(config: "HNetConfig", i: int) -> str | None:
+def _memory_problem(config: Architecture, i: int) -> str | None:
     """One line on layers without the chunk vectors that they read, or vectors without a reader."""
     stage = config.stages[i]
     stack, *decoder = stage.arch_layout
@@ -174,7 +167,7 @@ def _memory_problem(config: "HNetConfig", i: int) -> str | None:
     return None
 
 
-def _deletion_problem(config: "HNetConfig", i: int) -> str | None:
+def _deletion_problem(config: Architecture, i: int) -> str | None:
     """One line on inner layers for which positions that are deleted softly would still be there."""
     predictor: Any = config.stages[i].chunking.predictor
     if not predictor.part.biases_keys(predictor):
@@ -192,7 +185,7 @@ def _deletion_problem(config: "HNetConfig", i: int) -> str | None:
     return None
 
 
-def _levels_problem(config: "HNetConfig", i: int, predictor: Any) -> str | None:
+def _levels_problem(config: Architecture, i: int, predictor: Any) -> str | None:
     outermost: Any = config.stages[0].chunking.predictor
     if not predictor.part.reads_levels:
         return None
@@ -209,7 +202,7 @@ def _levels_problem(config: "HNetConfig", i: int, predictor: Any) -> str | None:
     return None
 
 
-def _width_problem(config: "HNetConfig", i: int) -> str | None:
+def _width_problem(config: Architecture, i: int) -> str | None:
     """One line on chunk vectors that do not fit into the next stage."""
     stage, inner = config.stages[i], config.stages[i + 1]
     chunking = stage.chunking
@@ -234,7 +227,7 @@ def _width_problem(config: "HNetConfig", i: int) -> str | None:
 _MOST_STAGES, _MOST_RUNS, _MOST_LAYERS, _MOST_PARAMETERS = 16, 128, 4096, 1 << 42
 
 
-def _check_size(config: "HNetConfig") -> None:
+def _check_size(config: Architecture) -> None:
     """Raise ConfigError for a network so large that building it takes minutes or overflows."""
     runs = [run for s in config.stages for part in s.arch_layout for run in layout_runs(part)]
     layers, parameters = sum(count for _, count in runs), approximate_parameters(config)
@@ -252,7 +245,7 @@ def _check_size(config: "HNetConfig") -> None:
             )
 
 
-def approximate_parameters(config: "HNetConfig") -> int:
+def approximate_parameters(config: Architecture) -> int:
     """Approximate number of parameters: all large matrices, without biases, norms and parts."""
     width = config.stages[0].d_model
     total = config.vocab_size * width + config.embedding.num_parameters(config.vocab_size, width)

@@ -2,22 +2,20 @@
 
 import reprlib
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from hnet.architecture import Architecture
 from hnet.errors import ConfigError
 from hnet.layout import is_class, parse_layout
 from hnet.nn.embeddings.bytes import Bytes
-from hnet.nn.mixers import OFFICIAL
-from hnet.nn.mixers.settings import AttentionConfig
+from hnet.nn.settings import AttentionConfig
 
-if TYPE_CHECKING:
-    from hnet.config import HNetConfig
-
+_LETTERS = "mt"  # of layout strings
 HEAD_DIM = 64
 """the official channels per head of Mamba-2, which its JSON does not have"""
 
 
-def written(config: "HNetConfig") -> dict[str, Any]:
+def written(config: Architecture) -> dict[str, Any]:
     """The official JSON content of this architecture.
 
     Raises ConfigError if the official model does not support a stage or a mixer.
@@ -55,7 +53,7 @@ def written(config: "HNetConfig") -> dict[str, Any]:
     }
 
 
-def unofficial_layers(config: "HNetConfig") -> str | None:
+def unofficial_layers(config: Architecture) -> str | None:
     """One line on the first layer or option that the official H-Net does not have, or None."""
     if (own := config.embedding.name) != (official := Bytes.Config().name):
         return f"model.embedding={own!r} has no official form, which is {official!r}"
@@ -71,8 +69,8 @@ def unofficial_layers(config: "HNetConfig") -> str | None:
         kinds = {kind for part in stage.arch_layout for kind, _ in parse_layout(part)}
         if "" in stage.arch_layout:
             return f"model.stages.{i}.arch_layout={stage.arch_layout!r} has an empty stack"
-        if other := sorted(kind for kind in kinds if kind.lower() not in OFFICIAL):
-            letters = ", ".join(OFFICIAL)
+        if other := sorted(kind for kind in kinds if kind.lower() not in _LETTERS):
+            letters = ", ".join(_LETTERS)
             return (
                 f"model.stages.{i}.arch_layout={stage.arch_layout!r} has layers {other[0]!r}, "
                 f"and the official H-Net only {letters}"

@@ -20,9 +20,9 @@ from dataclasses import replace
 from experiments.configs import default, systems
 from hnet.chunking.dechunks import cross_attention as dechunks
 from hnet.chunking.pools import cross_attention as pools
-from hnet.chunking.predictors.entropy import Entropy
 from hnet.config import HNetConfig, StageConfig
 from hnet.nn.embeddings.hash_ngrams import HashNgrams
+from hnet.second_model.entropy import Entropy
 
 MODEL = "runs/blt_bytes"
 

@@ -17,7 +17,7 @@ from hnet.chunking.config import ChunkingConfig
 from hnet.chunking.dechunks.cross_attention import CrossAttention
 from hnet.chunking.pools.latents import Latents
 from hnet.config import StageConfig
-from hnet.nn.mixers.settings import CrossAttentionConfig
+from hnet.nn.settings import CrossAttentionConfig
 from hnet.train.config import Config
 
 GROUP, LATENTS, WIDTH = 16, 4, 192

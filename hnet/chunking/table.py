@@ -19,7 +19,7 @@ PREDICTORS = Table(
         "hat_words": "hnet.chunking.predictors.hat_words:HatWords",
         "levels": "hnet.chunking.predictors.words:Levels",
         "fixed": "hnet.chunking.predictors.rules:Fixed",
-        "entropy": "hnet.chunking.predictors.entropy:Entropy",
+        "entropy": "hnet.second_model.entropy:Entropy",
         "external": "hnet.chunking.predictors.rules:External",
     },
 )

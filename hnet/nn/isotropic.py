@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hnet.config import HNetConfig, StageConfig
 from hnet.errors import ConfigError
 from hnet.layout import parse_layout
 from hnet.nn.cache import Rows
 from hnet.nn.context import Context, StepContext, apart, together
 from hnet.nn.layers import INIT_STD, MATMUL, RMSNorm, SwiGLU, constrain_rows
 from hnet.nn.mixers import find
+from hnet.nn.settings import SharedConfig, StackConfig
 from hnet.nn.stack import Stack
 
 
@@ -21,7 +21,7 @@ class Block(nnx.Module):
     """x + mixer(norm1(x)), then x + mlp(norm2(x)) for upper-case letters; x is float32."""
 
     def __init__(
-        self, config: HNetConfig, stage: StageConfig, kind: str, *, out_std: float,
+        self, config: SharedConfig, stage: StackConfig, kind: str, *, out_std: float,
         causal: bool = True, rngs: nnx.Rngs,
     ):  # fmt: skip
         mixer = find(kind, config.mixers)
@@ -71,8 +71,8 @@ class Isotropic(Stack):
 
     def __init__(
         self,
-        config: HNetConfig,
-        stage: StageConfig,
+        config: SharedConfig,
+        stage: StackConfig,
         layout: str,
         *,
         num_residuals: int,

@@ -12,7 +12,6 @@ import pytest
 from experiments.entropy_threshold import ThresholdConfig, threshold
 from hnet.chunking.boundaries import Prediction, decide
 from hnet.chunking.part import Place, Positions
-from hnet.chunking.predictors.entropy import Entropy, end_logit, entropy
 from hnet.chunking.predictors.rules import Fixed, spacelike
 from hnet.config import ChunkingConfig, HNetConfig, StageConfig
 from hnet.decode import stream
@@ -21,6 +20,7 @@ from hnet.fields import from_json, to_json
 from hnet.interop.load import load
 from hnet.model import split
 from hnet.nn.context import Context
+from hnet.second_model.entropy import Entropy, end_logit, entropy
 from hnet.train.workdir import read_config
 from tests.chunking_pieces import chunked, decided
 from tests.golden_data import relative_error

@@ -24,14 +24,14 @@ from hnet.nn.isotropic import Isotropic
 from hnet.nn.kernels import table
 from hnet.nn.mixers import MIXERS, find
 from hnet.nn.mixers.base import Mixer
-from hnet.nn.mixers.settings import (
+from hnet.nn.parameters import describe
+from hnet.nn.settings import (
     PROBLEMS,
     AttentionConfig,
     CrossAttentionConfig,
     GatedDeltaNetConfig,
     MLSTMConfig,
 )
-from hnet.nn.parameters import describe
 from hnet.train.sharding import MeshConfig, make_mesh, state_shardings
 from tests import oracles
 from tests.golden_data import relative_error

@@ -8,7 +8,6 @@ from hnet.chunking.pools import cross_attention as pools
 from hnet.chunking.pools.latents import Latents
 from hnet.chunking.predictors.convolved import Hazard
 from hnet.chunking.predictors.deletion_gate import DeletionGate
-from hnet.chunking.predictors.entropy import Entropy
 from hnet.chunking.predictors.hat_words import HatWords
 from hnet.chunking.table import POOLS
 from hnet.nn.cache import read, write
@@ -16,6 +15,7 @@ from hnet.nn.context import Context, StepContext
 from hnet.nn.layers import linear, segment_starts
 from hnet.nn.mixers.base import Mixer
 from hnet.parts import Table, settings_of
+from hnet.second_model.entropy import Entropy
 
 MOST = 4
 """`max_chunk_len` of parts that need a limit"""

@@ -16,13 +16,13 @@ from flax import nnx
 from experiments import evaluate
 from experiments.finetune import __main__ as finetune
 from hnet.checkpoint import leaves
-from hnet.chunking.predictors.entropy import Entropy
 from hnet.config import ChunkingConfig, HNetConfig
 from hnet.errors import ConfigError
 from hnet.interop import load, to_official
 from hnet.model import abstract, init_params
 from hnet.nn.parameters import describe
 from hnet.runtime.stop_request import StopRequest
+from hnet.second_model.entropy import Entropy
 from hnet.train import loop
 from hnet.train.config import EvalConfig, InitConfig, MeshConfig, OptimConfig, TrainConfig
 from hnet.train.initial import collapsed, matches, module_of, open_start, plan, replaced

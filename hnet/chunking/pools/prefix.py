@@ -11,8 +11,10 @@ from hnet.chunking.part import Pool, PoolConfig
 from hnet.chunking.pools.mean import chunk_ids
 from hnet.nn.cache import last_positions
 from hnet.nn.context import Context
+from hnet.nn.isotropic import Isotropic
 from hnet.nn.layers import linear, segment_starts
 from hnet.nn.parameters import parameter
+from hnet.nn.settings import ComputeConfig, SharedConfig, StackConfig
 
 
 class Prefix(Pool):
@@ -162,16 +164,13 @@ class Prefix(Pool):
         return to_left(jnp.where(is_open_BC[..., None], last_BCD, 0.0), count_B), count_B
 
 
-def _encoder(config: Any, place: Any, *, rngs) -> Any:
+def _encoder(config: Any, place: Any, *, rngs) -> Isotropic:
     """A stack of layers that look in both directions."""
-    from hnet.config import ComputeConfig, HNetConfig, StageConfig  # reads this table
-    from hnet.nn.isotropic import Isotropic
-
     D, heads, width = place.d_model, config.num_heads, config.d_intermediate
     layout = f"{'T' if width else 't'}{config.layers}"
-    stage = StageConfig(
+    stack = StackConfig(
         (layout,), D, width, heads, D // heads // 2 * 2, config.tokens + config.length - 1
     )
-    network = HNetConfig((stage,), compute=ComputeConfig(dtype=place.dtype))
+    shared = SharedConfig(compute=ComputeConfig(dtype=place.dtype))
     residuals = config.layers * (2 if width else 1)
-    return Isotropic(network, stage, layout, num_residuals=residuals, causal=False, rngs=rngs)
+    return Isotropic(shared, stack, layout, num_residuals=residuals, causal=False, rngs=rngs)

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import jax
 
-from hnet.config import ComputeConfig
 from hnet.errors import ConfigError
 from hnet.nn.kernels.conv_triton import conv_silu_triton
 from hnet.nn.kernels.cudnn import attention_cudnn
@@ -20,6 +19,7 @@ from hnet.nn.kernels.ssd import ssd_pallas
 from hnet.nn.kernels.ssd_matmul import ssd_matmul
 from hnet.nn.kernels.ssd_triton import ssd_triton
 from hnet.nn.kernels.tuned import Choice, read_tuned
+from hnet.nn.settings import ComputeConfig
 from hnet.printable import printable
 
 

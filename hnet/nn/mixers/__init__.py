@@ -2,21 +2,13 @@
 
 A lower-case letter is the mixer only, upper case the mixer followed by a SwiGLU MLP.
 `HNetConfig.mixers` adds letters for your own classes; `hnet.nn.mixers.base.Mixer` is their
-interface. JAX is not imported before a class is looked up.
+interface.
 """
 
-from typing import TYPE_CHECKING
-
 from hnet.errors import ConfigError
-from hnet.nn.mixers.settings import PROBLEMS
+from hnet.nn.mixers.base import Mixer
 from hnet.parts import find_object
 
-if TYPE_CHECKING:
-    from hnet.config import HNetConfig, StageConfig
-
-OFFICIAL = "mt"  # letters of the official H-Net
-MEMORY = "x"  # letters of this table that read `Context.memory`
-BIASED = "t"  # letters of this table that read `Context.key_bias_BL`
 MIXERS: dict[str, str] = {
     "g": "hnet.nn.mixers.gated_deltanet:GatedDeltaNet",
     "l": "hnet.nn.mixers.mlstm:MLSTM",
@@ -29,47 +21,32 @@ Further = tuple[tuple[str, str], ...]
 """pairs of a letter and "package.module:Class" """
 
 
-def find(letter: str, further: Further = ()) -> type:
+def find(letter: str, further: Further = ()) -> type[Mixer]:
     """The mixer class of a letter, in either case. Raises ConfigError if there is none."""
-    place = _place(letter, further)
+    table = MIXERS | dict(further)
+    if letter.lower() not in table:
+        raise ConfigError(
+            f"letter {letter!r} is unknown: use {', '.join(table)} (upper case: with an MLP), "
+            "or name the class of a letter in model.mixers"
+        )
+    place = table[letter.lower()]
     found = find_object(place, "mixer")
-    from hnet.nn.mixers.base import Mixer  # loads JAX
-
     if not (isinstance(found, type) and issubclass(found, Mixer)):
         raise ConfigError(f"mixer {place!r} is no subclass of hnet.nn.mixers.base.Mixer")
     return found
 
 
-def problem(config: "HNetConfig", stage: "StageConfig", letter: str) -> str | None:
-    """One line on why the mixer of a letter cannot be built for a stage; None if it can.
-
-    Raises ConfigError for an unknown letter.
-    """
-    _place(letter, config.mixers)
-    check = PROBLEMS.get(letter.lower()) or find(letter, config.mixers).problem
-    return check(config, stage)
-
-
 def reads_memory(layout: str, further: Further = ()) -> str | None:
     """First letter of a layout whose mixer reads `Context.memory`; None if there is none."""
-    own = dict(further)  # looking up a class of our table would load JAX
-    for letter in filter(str.isalpha, layout):
-        name = letter.lower()
-        if name in MEMORY or (name in own and find(name, further).reads_memory):
-            return letter
-    return None
+    letters = filter(str.isalpha, layout)
+    return next((letter for letter in letters if find(letter, further).reads_memory), None)
 
 
 def ignores_key_bias(layout: str, further: Further = ()) -> str | None:
     """First letter of a layout whose mixer sees earlier positions of a stack, but takes no bias on
     their keys; None if there is none."""
-    own = dict(further)
-    for letter in filter(str.isalpha, layout):
-        name = letter.lower()
-        takes = find(name, further).takes_key_bias if name in own else name in BIASED + MEMORY
-        if not takes:
-            return letter
-    return None
+    letters = filter(str.isalpha, layout)
+    return next((letter for letter in letters if not find(letter, further).takes_key_bias), None)
 
 
 def check_further(further: Further) -> None:
@@ -83,13 +60,3 @@ def check_further(further: Further) -> None:
             raise ConfigError(f"model.mixers: letter {letter!r} is taken: use another than {taken}")
         if not all(place.partition(":")):
             raise ConfigError(f"model.mixers has {place!r}: use package.module:Class")
-
-
-def _place(letter: str, further: Further) -> str:
-    table = MIXERS | dict(further)
-    if letter.lower() not in table:
-        raise ConfigError(
-            f"letter {letter!r} is unknown: use {', '.join(table)} (upper case: with an MLP), "
-            "or name the class of a letter in model.mixers"
-        )
-    return table[letter.lower()]

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hnet.config import HNetConfig, StageConfig
 from hnet.nn.attention import attention_by_queries, cached_attention, share_heads
 from hnet.nn.cache import KVCache, ring, write
 from hnet.nn.context import Context, StepContext
@@ -16,18 +15,17 @@ from hnet.nn.kernels.sharded import sharded_over_rows
 from hnet.nn.kernels.table import array_block_len, kernel
 from hnet.nn.layers import RMSNorm, fused_linear, linear, rotary, segment_positions
 from hnet.nn.mixers.base import Mixer
-from hnet.nn.mixers.settings import attention_problem
 from hnet.nn.parameters import parameter
+from hnet.nn.settings import SharedConfig, StackConfig
 
 
 class Attention(Mixer):
     """The official CausalMHA (fused Wqkv, partial rotary, no biases) and its options."""
 
     can_look_ahead = takes_key_bias = True
-    problem = staticmethod(attention_problem)
 
     def __init__(
-        self, config: HNetConfig, stage: StageConfig, *, out_std: float, causal: bool = True,
+        self, config: SharedConfig, stage: StackConfig, *, out_std: float, causal: bool = True,
         rngs: nnx.Rngs,
     ):  # fmt: skip
         D, H, compute = stage.d_model, stage.num_heads, config.compute
@@ -43,6 +41,24 @@ class Attention(Mixer):
             self.q_norm, self.k_norm = RMSNorm(D // H), RMSNorm(D // H)
         if options.sink == "learned":
             self.sink = parameter(jnp.zeros((H,), jnp.float32), "channels", decay=False)
+
+    @staticmethod
+    def problem(config, stage):
+        if problem := stage.heads_problem():
+            return problem
+        head_dim = stage.d_model // stage.num_heads
+        if stage.rotary_emb_dim % 2 or not 0 <= stage.rotary_emb_dim <= head_dim:
+            return (
+                f"rotary_emb_dim={stage.rotary_emb_dim}: "
+                f"use an even number from 0 to the head width {head_dim}"
+            )
+        kv_heads = stage.attention.num_kv_heads
+        if kv_heads and stage.num_heads % kv_heads:
+            return (
+                f"attention.num_kv_heads={kv_heads} does not divide num_heads={stage.num_heads}: "
+                "use a divisor, or 0 for as many"
+            )
+        return None
 
     def qkv(self, x_BLD: jax.Array, positions_BL: jax.Array) -> tuple[jax.Array, ...]:
         """Rotated queries (B, L, H, K) and keys, and values, each split into its heads."""

@@ -5,8 +5,8 @@ from typing import Any, ClassVar
 import jax
 from flax import nnx
 
-from hnet.config import HNetConfig, StageConfig
 from hnet.nn.context import Context, StepContext
+from hnet.nn.settings import SharedConfig, StackConfig
 
 
 class Mixer(nnx.Module):
@@ -19,10 +19,10 @@ class Mixer(nnx.Module):
     """whether it reads `context.memory`, which only decoders have"""
 
     takes_key_bias: ClassVar[bool] = False
-    """whether it adds `context.key_bias_BL` to the scores of its keys"""
+    """whether it adds `context.key_bias_BL` to the scores of its keys, or sees no other position"""
 
     def __init__(
-        self, config: HNetConfig, stage: StageConfig, *, out_std: float, causal: bool,
+        self, config: SharedConfig, stage: StackConfig, *, out_std: float, causal: bool,
         rngs: nnx.Rngs,
     ):  # fmt: skip
         """out_std: initial standard deviation of the output projection into the residual stream.
@@ -30,7 +30,7 @@ class Mixer(nnx.Module):
         raise NotImplementedError
 
     @staticmethod
-    def problem(config: HNetConfig, stage: StageConfig) -> str | None:
+    def problem(config: SharedConfig, stage: StackConfig) -> str | None:
         """One line, "field=value: remedy", if it cannot be built for the stage; None if it can."""
         return None
 

@@ -5,12 +5,11 @@ from functools import partial
 import jax
 from flax import nnx
 
-from hnet.config import HNetConfig, StageConfig
 from hnet.nn.attention import grouped_attention
 from hnet.nn.context import Context, Memory, StepContext
 from hnet.nn.layers import RMSNorm, fused_linear, linear
 from hnet.nn.mixers.base import Mixer
-from hnet.nn.mixers.settings import cross_attention_problem
+from hnet.nn.settings import SharedConfig, StackConfig
 
 
 class CrossAttention(Mixer):
@@ -22,11 +21,10 @@ class CrossAttention(Mixer):
     """
 
     reads_memory = True
-    can_look_ahead = True  # visibility depends only on the groups of the memory
-    problem = staticmethod(cross_attention_problem)
+    can_look_ahead = takes_key_bias = True  # no other position is seen, only memory
 
     def __init__(
-        self, config: HNetConfig, stage: StageConfig, *, out_std: float, causal: bool = True,
+        self, config: SharedConfig, stage: StackConfig, *, out_std: float, causal: bool = True,
         rngs: nnx.Rngs,
     ):  # fmt: skip
         D, compute, options = stage.d_model, config.compute, stage.cross_attention
@@ -37,6 +35,14 @@ class CrossAttention(Mixer):
         self.Wkv = make(width, 2 * D, "embed_fused out")
         self.memory_norm = RMSNorm(width)
         self.out_proj = make(D, D, "heads out", std=out_std)
+
+    @staticmethod
+    def problem(config, stage):
+        if problem := stage.heads_problem():
+            return problem
+        if stage.cross_attention.window == 0:
+            return "cross_attention.window=0: use 1 or more, or -1 for all groups"
+        return None
 
     def attend(self, x_BLD: jax.Array, segment_ids_BL, memory: Memory | None) -> jax.Array:
         if memory is None:

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hnet.config import HNetConfig, StageConfig
 from hnet.nn.cache import RecurrentCache, in_last_segment, last_positions, read, write
 from hnet.nn.context import Context, StepContext
 from hnet.nn.delta import gated_delta, gated_delta_step
@@ -19,8 +18,8 @@ from hnet.nn.kernels.sharded import sharded_over_rows
 from hnet.nn.layers import RMSNorm, fused_linear, linear, replicate
 from hnet.nn.mixers.base import Mixer
 from hnet.nn.mixers.mamba2 import init_dt_bias
-from hnet.nn.mixers.settings import delta_problem
 from hnet.nn.parameters import parameter
+from hnet.nn.settings import SharedConfig, StackConfig
 
 
 class GatedDeltaNet(Mixer):
@@ -30,10 +29,8 @@ class GatedDeltaNet(Mixer):
     factor, except for the norm's epsilon.
     """
 
-    problem = staticmethod(delta_problem)
-
     def __init__(
-        self, config: HNetConfig, stage: StageConfig, *, out_std: float, causal: bool = True,
+        self, config: SharedConfig, stage: StackConfig, *, out_std: float, causal: bool = True,
         rngs: nnx.Rngs,
     ):  # fmt: skip
         D, compute, options, key = stage.d_model, config.compute, stage.delta, rngs.params
@@ -56,6 +53,17 @@ class GatedDeltaNet(Mixer):
         self.dt_bias = parameter(init_dt_bias(key(), H), "channels", decay=False)
         self.norm = RMSNorm(values // H)
         self.out_proj = make(values, D, "inner out", std=out_std)
+
+    @staticmethod
+    def problem(config, stage):
+        options = stage.delta
+        heads = options.num_heads or stage.num_heads
+        if heads < 1 or (options.head_dim == 0 and stage.d_model % heads):
+            return (
+                f"d_model={stage.d_model} is not divided by the {heads} heads of layers g: "
+                "give delta.head_dim, or another delta.num_heads"
+            )
+        return None
 
     def project(self, x_BLD: jax.Array) -> tuple[list[jax.Array], jax.Array, tuple]:
         """q, k and v before the convolution, the output gate, and (log_alpha_BLH, beta_BLH)."""

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hnet.config import HNetConfig, StageConfig
 from hnet.nn.cache import RecurrentCache, in_last_segment, last_positions, read, write
 from hnet.nn.context import Context, StepContext
 from hnet.nn.kernels.convolution import causal_conv_silu, conv_silu_step
@@ -26,8 +25,8 @@ from hnet.nn.layers import (
     tensor_devices,
 )
 from hnet.nn.mixers.base import Mixer
-from hnet.nn.mixers.settings import mamba2_problem
 from hnet.nn.parameters import parameter
+from hnet.nn.settings import SharedConfig, StackConfig
 from hnet.nn.ssd import ssd_final_state
 
 
@@ -41,10 +40,8 @@ def init_dt_bias(key: jax.Array, heads: int) -> jax.Array:
 class Mamba2(Mixer):
     """The official Mamba-2 mixer, one group: in_proj -> conv -> SSD -> gated norm -> out_proj."""
 
-    problem = staticmethod(mamba2_problem)
-
     def __init__(
-        self, config: HNetConfig, stage: StageConfig, *, out_std: float, causal: bool = True,
+        self, config: SharedConfig, stage: StackConfig, *, out_std: float, causal: bool = True,
         rngs: nnx.Rngs,
     ):  # fmt: skip
         ssm, dtype, key = config.ssm, config.compute.dtype, rngs.params
@@ -70,6 +67,15 @@ class Mamba2(Mixer):
         self.D = parameter(jnp.ones((H,), jnp.float32), "channels", decay=False)
         self.norm = RMSNorm(self.d_inner)
         self.out_proj = make(self.d_inner, stage.d_model, "inner out", std=out_std)
+
+    @staticmethod
+    def problem(config, stage):
+        if (config.ssm.expand * stage.d_model) % config.ssm.head_dim:
+            return (
+                f"d_model={stage.d_model} times model.ssm.expand={config.ssm.expand} is not a "
+                f"multiple of model.ssm.head_dim={config.ssm.head_dim}: choose a d_model that is"
+            )
+        return None
 
     def split_inputs(self, x_BLD: jax.Array) -> tuple[jax.Array, ...]:
         """in_proj(x) split into the gate z, the convolution's inputs x and BC, and softplus(dt).

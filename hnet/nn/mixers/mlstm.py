@@ -10,25 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hnet.config import HNetConfig, StageConfig
 from hnet.nn.cache import last_positions, read, write
 from hnet.nn.context import Context, StepContext
 from hnet.nn.kernels.derivatives import rms_norm
 from hnet.nn.kernels.sharded import sharded_over_rows
 from hnet.nn.layers import fused_linear, linear
 from hnet.nn.mixers.base import Mixer
-from hnet.nn.mixers.settings import mlstm_problem
 from hnet.nn.mlstm import NEVER, MLSTMState, mlstm, mlstm_step
 from hnet.nn.parameters import parameter
+from hnet.nn.settings import SharedConfig, StackConfig
 
 
 class MLSTM(Mixer):
     """Figure 2 of arXiv 2503.13427: capped gates, layer norm of each head, sigmoid output gate."""
 
-    problem = staticmethod(mlstm_problem)
-
     def __init__(
-        self, config: HNetConfig, stage: StageConfig, *, out_std: float, causal: bool = True,
+        self, config: SharedConfig, stage: StackConfig, *, out_std: float, causal: bool = True,
         rngs: nnx.Rngs,
     ):  # fmt: skip
         D, compute, options = stage.d_model, config.compute, stage.mlstm
@@ -49,6 +46,17 @@ class MLSTM(Mixer):
         )
         self.norm_scale = parameter(jnp.ones((values,), jnp.float32), "channels", decay=False)
         self.out_proj = make(values, D, "inner out", std=out_std)
+
+    @staticmethod
+    def problem(config, stage):
+        options = stage.mlstm
+        heads = options.num_heads or stage.num_heads
+        if heads < 1 or (options.value_dim == 0 and stage.d_model % heads):
+            return (
+                f"d_model={stage.d_model} is not divided by the {heads} heads of layers l: "
+                "give mlstm.value_dim, or another mlstm.num_heads"
+            )
+        return None
 
     def inputs(self, x_BLD: jax.Array) -> tuple[tuple, jax.Array]:
         """((q, k, v, igate_BLH, fgate_BLH), preactivation of the output gate)."""

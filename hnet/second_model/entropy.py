@@ -9,7 +9,6 @@ from flax import nnx
 
 from hnet.chunking.boundaries import Prediction
 from hnet.chunking.part import BoundaryPredictor, PredictorConfig
-from hnet.chunking.predictors.second_model import is_run, read_network, read_parameters, reads_bos
 from hnet.config import HNetConfig, SSMConfig, StageConfig
 from hnet.errors import ConfigError, shown
 from hnet.layout import parse_layout
@@ -19,6 +18,7 @@ from hnet.nn.context import Context, StepContext
 from hnet.nn.kernels.table import without
 from hnet.nn.layers import segment_positions
 from hnet.nn.parameters import set_frozen
+from hnet.second_model.run import is_run, read_network, read_parameters, reads_bos
 
 FORCED = 1e4  # logit of a boundary that the rule always has; -FORCED of one that it never has
 UNTRAINED = HNetConfig((StageConfig(("m1",), 8),), ssm=SSMConfig(d_state=4, head_dim=8))

@@ -44,6 +44,9 @@ def _check_stage(config: Architecture, i: int, stage: StageConfig) -> None:
         runs = layout_runs if inner else parse_layout
         kinds = sorted({k for part in stage.arch_layout for k, _ in runs(part)})
         own = find_stack(stage.arch_layout[0]) if inner and is_class(stage.arch_layout[0]) else None
+    except ConfigError as e:
+        raise ConfigError(f"{where}.arch_layout: {e}") from None
+    try:
         mixers = [find(letter, config.mixers) for letter in kinds]
     except ConfigError as e:
         raise ConfigError(f"{where}.arch_layout={reprlib.repr(stage.arch_layout)}: {e}") from None

@@ -43,6 +43,7 @@ MODULES = frozenset(
     runtime/test_compile_cache.py
     test_config.py
     test_fields.py
+    test_imports.py
     test_files.py
     test_loss.py
     test_outputs.py

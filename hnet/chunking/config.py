@@ -193,9 +193,12 @@ class ChunkingConfig:
     def _part_problem(self, stage_idx: int) -> str | None:
         predictor, pool = self.predictor.part, self.pool.part
         if self.alignment not in pool.alignments:
+            why = "gives the vectors of the chunk before"
+            if self.alignment == "start":
+                why = "shows a chunk its own future"
             return (
-                f"pool={self.pool.name!r} with alignment={self.alignment!r} shows a chunk its own "
-                "future: use alignment='end', or pool='select'"
+                f"pool={self.pool.name!r} with alignment={self.alignment!r} {why}: use alignment="
+                f"{pool.alignments[0]!r}, or pool='select'"
             )
         if self.alignment not in predictor.alignments:
             return (

@@ -22,11 +22,10 @@ from hnet.nn.cache import Rows
 from hnet.nn.context import Context, Memory, StepContext
 from hnet.nn.isotropic import Isotropic
 from hnet.nn.kernels import table
-from hnet.nn.mixers import MIXERS, find
+from hnet.nn.mixers import MIXERS
 from hnet.nn.mixers.base import Mixer
 from hnet.nn.parameters import describe
 from hnet.nn.settings import (
-    PROBLEMS,
     AttentionConfig,
     CrossAttentionConfig,
     GatedDeltaNetConfig,
@@ -618,10 +617,6 @@ def test_chunk_vectors_without_a_reader_or_of_another_width_are_one_line(
     with pytest.raises(ConfigError, match=f"model.stages.0.*{says}") as error:
         HNetConfig((outer, StageConfig(("m1",), 64)))
     assert "\n" not in str(error.value)
-
-
-def test_checks_are_those_of_the_classes():
-    assert {letter: find(letter).problem for letter in MIXERS} == PROBLEMS
 
 
 UNOFFICIAL = [

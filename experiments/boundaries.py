@@ -161,7 +161,8 @@ def _finite(values: dict[str, float]) -> dict[str, float | None]:
 
 def _print(path: str, report: dict[str, Any]) -> None:
     console = Console(highlight=False, markup=False)
-    title = f"{path}: {report['texts']} texts, {report['bytes']:,} bytes"
+    texts = f"{report['texts']} text{'s' * (report['texts'] != 1)}"
+    title = f"{path}: {texts}, {report['bytes']:,} bytes"
     console.print(Text(printable(title), "bold"), soft_wrap=True)
     gold = Table("stage", "gold", "precision", "recall", "F1", "random", "fixed stride", box=None)
     lengths = Table("stage", "bytes per chunk", "5 / 50 / 95 / longest", "inside characters",

@@ -71,10 +71,11 @@ def leaves(cls: type, content: Any, path: str = "") -> Iterator[str]:
 
 
 def same_name(cls: type, content: Any, path: str) -> str | None:
-    """The field with the same last name as `path`, if exactly one exists in the configuration."""
+    """The fields whose last name, or its initials, is that of `path`, if there are one to three."""
     last = path.rpartition(".")[2]
-    found = [known for known in leaves(cls, content) if known.rpartition(".")[2] == last]
-    return found[0] if len(found) == 1 else None
+    names = {known: known.rpartition(".")[2] for known in leaves(cls, content)}
+    found = [known for known, name in names.items() if last in (name, fields.initials(name))]
+    return " or ".join(found) if len(found) in (1, 2, 3) else None
 
 
 # --- texts ----------------------------------------------------------------------------------------

@@ -31,9 +31,15 @@ def join(path: str, name: str | int) -> str:
 
 def unknown(name: str, known: Sequence[str], path: str = "") -> str:
     """Remedy for a name that is not among `known`, the fields of `path`."""
-    if near := difflib.get_close_matches(name, known, 1):
+    near = difflib.get_close_matches(name, known, 1)
+    if near := near or [field for field in known if initials(field) == name]:
         return f"did you mean {join(path, near[0])}?"
     return f"known are {', '.join(known)}" if known else f"{path or 'it'} has no fields"
+
+
+def initials(name: str) -> str:
+    """``lr`` for ``learning_rate``."""
+    return "".join(word[:1] for word in name.split("_"))
 
 
 def public(name: str) -> str:

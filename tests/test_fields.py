@@ -295,6 +295,8 @@ def test_words_are_split_at_options():
     [
         ("--kinds cold", "unknown field kinds: did you mean kind?"),
         ("--heat 3", "unknown field heat: did you mean courses.0.cook.heat?"),
+        ("--size 3", "unknown field size: did you mean courses.0.size or courses.1.size?"),
+        ("--oa True", "unknown field oa: did you mean open_air?"),
         ("--guests", "guests takes one value (int (0 to 9) or None), none was given"),
         ("--guests 1 2", "guests takes one value (int (0 to 9) or None), 2 were given: '1 2'"),
         ("--place a b", "place takes one value (text), 2 were given: 'a b'"),

@@ -184,6 +184,8 @@ def main(argv: list[str] | None = None) -> int:
     config = run_config(rest)
     first = capacities(config, options.rate or math.inf)
     to_code = not options.no_code
+    what = "memory" if options.no_code else "the program"
+    print(f"compiling {what} for {options.topology}: some minutes", file=sys.stderr, flush=True)
     plan = compile_plan(config, slice_, first, to_code=to_code)
     print(memory(plan), flush=True)
     later = capacities(config, options.rate or 1.0)

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 from etils.epath.backend import fsspec_backend
-from fsspec.implementations.memory import MemoryFileSystem
 
 from hnet.checkpoint import manifest, step_folders
 from hnet.errors import ConfigError
 from hnet.train.config import CheckpointConfig
+from tests.buckets import empty_bucket
 
 
 @pytest.mark.parametrize(
@@ -26,19 +26,8 @@ def test_local_paths(monkeypatch):
     assert str(step_folders.checkpoint_folder("run")) == "/run/checkpoints"
 
 
-class Bucket(MemoryFileSystem):
-    """An object store in memory: folders exist only as parts of names; no atomic rename."""
-
-    store: dict = {}
-    pseudo_dirs = [""]
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return MemoryFileSystem._strip_protocol(path.removeprefix("gs://"))
-
-
 def test_step_folders_of_a_bucket(monkeypatch):
-    monkeypatch.setattr(type(fsspec_backend), "_get_filesystem", lambda *_: Bucket())
+    empty_bucket(monkeypatch)
     folder = step_folders.checkpoint_folder("gs://bucket/run")
     assert str(folder) == "gs://bucket/run/checkpoints" and step_folders.list_steps(folder) == []
     leaf_of = {"w": {"shape": [], "dtype": "int32", "checksum": "0"}}

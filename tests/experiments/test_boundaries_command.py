@@ -96,7 +96,7 @@ def test_enrichment_pairs_a_boundary_with_the_byte_after_the_one_that_decided(cu
 def test_tables_name_every_kind(model, tmp_path, monkeypatch, capsys):
     (tmp_path / "a.jsonl").write_text(json.dumps(UD) + "\n")
     out = report_of(model, monkeypatch, capsys, "--gold", tmp_path / "a.jsonl")
-    for word in ("words", "word_ends", "characters", "whitespace", "Bq", "1 texts, 16 bytes"):
+    for word in ("words", "word_ends", "characters", "whitespace", "Bq", "1 text, 16 bytes"):
         assert word in out
 
 

@@ -7,12 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from etils.epath.backend import fsspec_backend
-from fsspec.implementations.memory import MemoryFileSystem
 
 from hnet.errors import ConfigError
 from hnet.train import lock
 from hnet.train.lock import DirectoryLock, Locked, has_ended, process_name
+from tests.buckets import empty_bucket
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
@@ -79,26 +78,12 @@ def test_processes_that_have_ended_are_known_on_this_machine_only():
     assert not has_ended(f"elsewhere/{child.pid}") and not has_ended("") and not has_ended("a/b")
 
 
-class Bucket(MemoryFileSystem):
-    """An object store in memory."""
-
-    store: dict = {}
-    pseudo_dirs = [""]
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return MemoryFileSystem._strip_protocol(path.removeprefix("gs://"))
-
-
 @pytest.fixture
 def bucket(monkeypatch):
-    monkeypatch.setattr(type(fsspec_backend), "_get_filesystem", lambda *_: Bucket())
     monkeypatch.setattr(lock, "BEAT_SECONDS", 0.02)
     monkeypatch.setattr(lock, "STALE_SECONDS", 0.5)
     monkeypatch.setattr(lock, "SETTLE_SECONDS", 0.1)
-    Bucket.store.clear()
-    yield Bucket.store
-    Bucket.store.clear()
+    return empty_bucket(monkeypatch).store
 
 
 def locks(store):

@@ -4,31 +4,18 @@ import json
 from dataclasses import replace
 
 import pytest
-from etils.epath.backend import fsspec_backend
-from fsspec.implementations.memory import MemoryFileSystem
 
 from hnet.errors import ConfigError
 from hnet.inspect import mirror
 from hnet.train.log_folder import LogFolder
 from hnet.train.workdir import claim_workdir, read_config
+from tests.buckets import empty_bucket
 from tests.training import tiny_run
-
-
-class Bucket(MemoryFileSystem):
-    """An object store in memory."""
-
-    store: dict = {}
-    pseudo_dirs = [""]
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return MemoryFileSystem._strip_protocol(path.removeprefix("gs://"))
 
 
 @pytest.fixture
 def bucket(monkeypatch):
-    files = Bucket()
-    monkeypatch.setattr(type(fsspec_backend), "_get_filesystem", lambda *_: files)
+    files = empty_bucket(monkeypatch)
     monkeypatch.setattr(mirror, "_open", lambda url: (files, url.removeprefix("gs:/")))
     return files
 

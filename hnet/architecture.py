@@ -4,7 +4,7 @@ Every stage but the last has an encoder, a boundary predictor that splits its se
 and a decoder; the last stage is a plain stack. `hnet.config` checks these settings.
 """
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ class StageConfig(StackConfig):
     """One stage. Stage 0 is the outermost: its positions are bytes."""
 
     chunking: ChunkingConfig = ChunkingConfig()
+    _: KW_ONLY
     passes: Count = 1
     """number of times that chunk vectors pass a main network and positions a decoder that reads
     them. Each further pass has parameters of its own: the vectors read the states of their chunk,
@@ -36,6 +37,7 @@ class Architecture(SharedConfig):
     stages: tuple[StageConfig, ...]
     vocab_size: int = 256
     """number of embeddings, one per byte value; at least 256"""
+    _: KW_ONLY
     tie_embeddings: bool = False
     """weight tying: the output head uses the embedding matrix"""
     embedding: EmbeddingConfig = Bytes.Config()

@@ -71,10 +71,14 @@ def leaves(cls: type, content: Any, path: str = "") -> Iterator[str]:
 
 
 def same_name(cls: type, content: Any, path: str) -> str | None:
-    """The fields whose last name, or its initials, is that of `path`, if there are one to three."""
-    last = path.rpartition(".")[2]
+    """The fields whose last name, or its initials, is that of `path`, if there are one to three.
+
+    Those in the section of `path` come before all others.
+    """
+    section, _, last = path.rpartition(".")
     names = {known: known.rpartition(".")[2] for known in leaves(cls, content)}
     found = [known for known, name in names.items() if last in (name, fields.initials(name))]
+    found = [known for known in found if known.rpartition(".")[0] == section] or found
     return " or ".join(found) if len(found) in (1, 2, 3) else None
 
 

@@ -46,9 +46,10 @@ EOS_ID = 255
 
 @dataclass(frozen=True)
 class HNetConfig(Architecture):
-    """The language model over bytes. Raises ConfigError for what cannot be built."""
+    """The language model over bytes."""
 
     def __post_init__(self):
+        """Raises ConfigError for what cannot be built."""
         super().__post_init__()
         check_network(self)
 

@@ -38,8 +38,9 @@ def unknown(name: str, known: Sequence[str], path: str = "") -> str:
 
 
 def initials(name: str) -> str:
-    """``lr`` for ``learning_rate``."""
-    return "".join(word[:1] for word in name.split("_"))
+    """``lr`` for ``learning_rate``; a name of one word has none and stays."""
+    words = name.split("_")
+    return "".join(word[:1] for word in words) if len(words) > 1 else name
 
 
 def public(name: str) -> str:

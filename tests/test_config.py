@@ -113,6 +113,13 @@ def test_what_a_stage_does_not_use_is_not_checked():
     inner(chunking=ChunkingConfig(0.0))()
 
 
+def test_fields_with_other_places_in_earlier_versions_are_named():
+    with pytest.raises(TypeError, match="positional"):
+        HNetConfig((INNER,), 256, SSMConfig())  # would be a true tie_embeddings
+    with pytest.raises(TypeError, match="positional"):
+        StageConfig(("T1",), 64, 256, 4, 8, -1, ChunkingConfig(), 2)
+
+
 def test_mlp_width_is_rounded_up_to_128():
     assert [replace(OUTER, d_intermediate=n).d_mlp for n in (0, 1, 128, 129)] == [0, 128, 128, 256]
 

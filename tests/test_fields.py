@@ -285,6 +285,13 @@ def test_words_of_all_types():
     )
 
 
+def test_a_suggestion_stays_in_its_section():
+    menu = to_json(Menu())
+    assert command_help.same_name(Menu, menu, "courses.1.size") == "courses.1.size"
+    assert command_help.same_name(Menu, menu, "size") == "courses.0.size or courses.1.size"
+    assert command_help.same_name(Menu, menu, "courses.") is None
+
+
 def test_words_are_split_at_options():
     words = ["--a.b", "x", "-1", "--c-d=--e=1", "--f"]
     assert split_words(words) == {"a.b": ["x", "-1"], "c_d": ["--e=1"], "f": []}
@@ -297,6 +304,7 @@ def test_words_are_split_at_options():
         ("--heat 3", "unknown field heat: did you mean courses.0.cook.heat?"),
         ("--size 3", "unknown field size: did you mean courses.0.size or courses.1.size?"),
         ("--oa True", "unknown field oa: did you mean open_air?"),
+        ("--h 3", "unknown field h: known are courses,"),
         ("--guests", "guests takes one value (int (0 to 9) or None), none was given"),
         ("--guests 1 2", "guests takes one value (int (0 to 9) or None), 2 were given: '1 2'"),
         ("--place a b", "place takes one value (text), 2 were given: 'a b'"),

@@ -170,10 +170,21 @@ def rotary(
     half = rotary_dim // 2
     frequency_K = base ** (-jnp.arange(half, dtype=jnp.float32) / max(half, 1))
     angle_BLK = positions_BL.astype(jnp.float32)[:, :, None] * frequency_K[None, None, :]
-    cos, sin = jnp.cos(angle_BLK)[:, :, None, :], jnp.sin(angle_BLK)[:, :, None, :]
+    cos, sin = (a[:, :, None, :] for a in _cos_sin(angle_BLK, x_BLHK.dtype))
     x1, x2, rest = jnp.split(x_BLHK.astype(jnp.float32), [half, rotary_dim], axis=-1)
     rotated = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], axis=-1)
     return rotated.astype(x_BLHK.dtype)
+
+
+def _cos_sin(angle_BLK: jax.Array, dtype) -> tuple[jax.Array, ...]:
+    """Cosine and sine. In float32, i.e. on CPUs, a loop over the halves of a row computes them:
+    otherwise XLA computes them again for each head, in each operation that reads them."""
+    B, L, K = angle_BLK.shape
+    if dtype != jnp.float32 or L % 2:
+        return jnp.cos(angle_BLK), jnp.sin(angle_BLK)
+    halves = angle_BLK.reshape(B, 2, L // 2, K).swapaxes(0, 1)
+    both = jax.lax.map(lambda a: (jnp.cos(a), jnp.sin(a)), halves)
+    return tuple(a.swapaxes(0, 1).reshape(B, L, K) for a in both)
 
 
 def segment_starts(segment_ids_BL: jax.Array) -> jax.Array:

@@ -101,8 +101,8 @@ class ComputeConfig:
     delta_block_len: Count = 64
     """positions per block of gated DeltaNet and mLSTM"""
     attention_block_len: Count | None = None
-    """positions per block of queries and of keys in attention; default: 128, on GPUs 1024, with
-    cudnn 2048 queries (TPU kernels choose their own)"""
+    """positions per block of queries and of keys in attention; default: 128, on CPUs in bfloat16
+    256, on GPUs 1024, with cudnn 2048 queries (TPU kernels choose their own)"""
     attention_backend: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     """implementation of attention: our blocks (xla), JAX's kernel for TPUs (splash) or NVIDIA's for
     bfloat16 (cudnn, not yet run); auto: splash on TPUs, cudnn on GPUs for bfloat16, else xla"""

@@ -245,6 +245,7 @@ def test_blocks_suit_the_platform_unless_the_configuration_says_otherwise():
     assert line == "kernels on gpu: attention xla in blocks of 1024, ssd matmul in blocks of 128"
     line = described(resolved(ComputeConfig(), "cpu"), "cpu")
     assert line == "kernels on cpu: attention xla in blocks of 128, ssd xla in blocks of 64"
+    assert resolved(ComputeConfig("bfloat16"), "cpu").attention_block_len == 256
     named = resolved(ComputeConfig("bfloat16", ssd_block_len=32, attention_block_len=512), "gpu")
     assert (named.ssd_block_len, named.attention_block_len) == (32, 512)
     ssd = kernel("ssd_backend", named)

@@ -63,9 +63,10 @@ KERNELS: dict[str, dict[str, Kernel]] = {
     },
 }  # fmt: skip
 # Positions per block of our array code: large on GPUs, where each operation has a launch cost,
-# small on CPUs, where a block should fit into the cache.
+# small on CPUs, where a block should fit into the cache, but larger for the faster products of
+# bfloat16 there (7% of a step of `reference`).
 ARRAY_BLOCK_LEN = {
-    "attention_backend": {"cpu": 128, "tpu": 128, "gpu": 1024},
+    "attention_backend": {"cpu": 128, "cpu bfloat16": 256, "tpu": 128, "gpu": 1024},
     "ssd_backend": {"cpu": 64, "tpu": 64, "gpu": 128},
 }
 BLOCK_FIELD = {"attention_backend": "attention_block_len", "ssd_backend": "ssd_block_len"}
@@ -93,7 +94,9 @@ def resolved(compute: ComputeConfig, platform: str, device_kind: str = "") -> Co
         if block_len is None and fastest and fastest.backend == name:
             block_len = fastest.block_len
         elif block_len is None and name == "xla":
-            block_len = ARRAY_BLOCK_LEN[field].get(platform, ARRAY_BLOCK_LEN[field]["cpu"])
+            lengths = ARRAY_BLOCK_LEN[field]
+            how = f"{platform} {compute.inputs}"
+            block_len = lengths.get(how) or lengths.get(platform, lengths["cpu"])
         elif block_len is None:
             block_len = KERNELS[field][name].block_len
         compute = replace(compute, **{field: name, length: block_len})

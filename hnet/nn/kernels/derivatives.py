@@ -165,11 +165,7 @@ def _matmul_bwd(precision, inputs, saved, grad_XF):
 def _rounded_matmul_bwd(x_XD, weight_DF, grad_XF):
     product = partial(jnp.matmul, preferred_element_type=jnp.float32)
     x_YD, grad_YF = (a.reshape(-1, a.shape[-1]) for a in (x_XD, grad_XF))
-    if x_XD.shape[-1] > grad_XF.shape[-1]:  # transpose the narrower one
-        grad_weight_DF = product(transposed(grad_YF, 0, 1), x_YD).T
-    else:
-        grad_weight_DF = product(transposed(x_YD, 0, 1), grad_YF)
-    return product(grad_XF, weight_DF.T), grad_weight_DF
+    return product(grad_XF, weight_DF.T), product(transposed(x_YD, 0, 1), grad_YF)
 
 
 def transposed(a: jax.Array, first: int, second: int) -> jax.Array:

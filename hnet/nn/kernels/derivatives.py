@@ -163,19 +163,12 @@ def _matmul_bwd(precision, inputs, saved, grad_XF):
 
 
 def _rounded_matmul_bwd(x_XD, weight_DF, grad_XF):
+    """x is transposed in memory: XLA's CPU backend has no product of bfloat16 with float32 result
+    for some forms that contract the rows of both operands."""
     product = partial(jnp.matmul, preferred_element_type=jnp.float32)
     x_YD, grad_YF = (a.reshape(-1, a.shape[-1]) for a in (x_XD, grad_XF))
-    return product(grad_XF, weight_DF.T), product(transposed(x_YD, 0, 1), grad_YF)
-
-
-def transposed(a: jax.Array, first: int, second: int) -> jax.Array:
-    """a.swapaxes(first, second) in memory, as two halves.
-
-    XLA's CPU backend takes a transposed operand into a product, past optimization barriers too, and
-    then has no such product of bfloat16 with float32 sums: it computes it in float32.
-    """
-    halves = jnp.split(a, [a.shape[second] // 2], second)
-    return jnp.concatenate([half.swapaxes(first, second) for half in halves], first)
+    x_DY = jax.lax.optimization_barrier(x_YD.T)
+    return product(grad_XF, weight_DF.T), product(x_DY, grad_YF)
 
 
 def rounded(x: jax.Array, dtype: str | None) -> jax.Array:

@@ -64,7 +64,7 @@ KERNELS: dict[str, dict[str, Kernel]] = {
 }  # fmt: skip
 # Positions per block of our array code: large on GPUs, where each operation has a launch cost,
 # small on CPUs, where a block should fit into the cache, but larger for the faster products of
-# bfloat16 there (7% of a step of `reference`).
+# bfloat16 there (experiments/benchmarks/RESULTS.md).
 ARRAY_BLOCK_LEN = {
     "attention_backend": {"cpu": 128, "cpu bfloat16": 256, "tpu": 128, "gpu": 1024},
     "ssd_backend": {"cpu": 64, "tpu": 64, "gpu": 128},

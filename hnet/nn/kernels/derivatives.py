@@ -163,12 +163,26 @@ def _matmul_bwd(precision, inputs, saved, grad_XF):
 
 
 def _rounded_matmul_bwd(x_XD, weight_DF, grad_XF):
-    """x is transposed in memory: XLA's CPU backend has no product of bfloat16 with float32 result
-    for some forms that contract the rows of both operands."""
+    """No product contracts the rows of its left operand, and none is transposed without
+    `transposed`: XLA would swap its operands."""
     product = partial(jnp.matmul, preferred_element_type=jnp.float32)
     x_YD, grad_YF = (a.reshape(-1, a.shape[-1]) for a in (x_XD, grad_XF))
-    x_DY = jax.lax.optimization_barrier(x_YD.T)
-    return product(grad_XF, weight_DF.T), product(x_DY, grad_YF)
+    if x_XD.shape[-1] > grad_XF.shape[-1]:  # transpose the narrower one
+        grad_weight_DF = transposed(product(transposed(grad_YF, 0, 1), x_YD), 0, 1)
+    else:
+        grad_weight_DF = product(transposed(x_YD, 0, 1), grad_YF)
+    return product(grad_XF, weight_DF.T), grad_weight_DF
+
+
+def transposed(a: jax.Array, first: int, second: int) -> jax.Array:
+    """a.swapaxes(first, second) in memory, as two halves.
+
+    XLA merges a transpose with the product that reads or makes the array, past optimization
+    barriers too. Its CPU backend computes a product of bfloat16 that contracts the rows of its left
+    operand in float32, or fails to compute it ("UNIMPLEMENTED").
+    """
+    halves = jnp.split(a, [a.shape[second] // 2], second)
+    return jnp.concatenate([half.swapaxes(first, second) for half in halves], first)
 
 
 def rounded(x: jax.Array, dtype: str | None) -> jax.Array:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hnet.nn.kernels.derivatives import transposed
 from hnet.nn.ssd import SegmentMarks, matmul_in, segment_marks
 
 
@@ -99,9 +100,12 @@ def _sum(a_XT: jax.Array, triangle: Callable) -> jax.Array:
     return jnp.matmul(a_XT, ones_TT, precision=jax.lax.Precision.HIGHEST)
 
 
-def _transposed(a_BKTN: jax.Array) -> jax.Array:
-    """Transpose in memory, so that XLA does not fold it into a matmul."""
-    return jax.lax.optimization_barrier(a_BKTN.swapaxes(2, 3))
+def _swapped(a_BKTX: jax.Array, dtype) -> jax.Array:
+    """a_BKXT in `dtype`, in memory, so that XLA does not take the transpose into a matmul."""
+    a_BKTX = a_BKTX.astype(dtype)
+    if dtype == jnp.bfloat16:
+        return transposed(a_BKTX, 2, 3)
+    return jax.lax.optimization_barrier(a_BKTX.swapaxes(2, 3))
 
 
 @jax.custom_vjp
@@ -120,11 +124,11 @@ def _by_blocks_fwd(x, dt_BKHT, log_a_BKHT, B, C, marks):
     decays = _decays(log_a_BKHT, marks, to_first=True)
     scores_BKTT = einsum("bkin,bkjn->bkij", C, B)
     weights_BKHTT = decays.within_BKHTT * scores_BKTT[:, :, None] * dt_BKHT[..., None, :]
-    y = einsum("bkhij,bkhjp->bkhip", weights_BKHTT, x.swapaxes(2, 3)).swapaxes(2, 3)
+    y = einsum("bkhij,bkhjp->bkhip", weights_BKHTT, _swapped(x, x.dtype)).swapaxes(2, 3)
     entering = None
     if x.shape[1] > 1:
         x_end = x.astype(jnp.float32) * (_by_position(dt_BKHT) * decays.to_end_BKTH1)
-        added_BKND = einsum("bknt,bktd->bknd", _transposed(B), _flat(x_end))
+        added_BKND = einsum("bknt,bktd->bknd", _swapped(B, x.dtype), _flat(x_end))
         entering = _carried(added_BKND, decays.carry_BKH)
         y += decays.from_start_BKTH1 * einsum("bktn,bknd->bktd", C, entering).reshape(x.shape)
     return y, (x, dt_BKHT, log_a_BKHT, B, C, marks, entering)
@@ -167,21 +171,21 @@ def _by_blocks_bwd(saved, dy):
     large terms cancel.
     """
     x, dt_BKHT, log_a_BKHT, B, C, marks, entering = saved
-    T = x.shape[2]
-    einsum = partial(matmul_in, dtype=x.dtype)
+    T, dtype = x.shape[2], x.dtype
+    einsum = partial(matmul_in, dtype=dtype)
     decays = _decays(log_a_BKHT, marks, to_first=False)
     scores_BKTT = einsum("bkjn,bkin->bkji", B, C)
     dt_BKHT1 = dt_BKHT[..., None]
     weights_BKHTT = decays.within_BKHTT * scores_BKTT[:, :, None] * dt_BKHT1
-    dy_BKHTP = dy.swapaxes(2, 3)
+    dy_BKHTP = _swapped(dy, dtype)
     dx = einsum("bkhji,bkhip->bkhjp", weights_BKHTT, dy_BKHTP).swapaxes(2, 3)
     # from here on: gradient of the weight of j at i, without the factor dt_j
-    dweights_BKHTT = einsum("bkhjp,bkhip->bkhji", x.swapaxes(2, 3), dy_BKHTP)
+    dweights_BKHTT = einsum("bkhjp,bkhip->bkhji", _swapped(x, dtype), dy_BKHTP)
     same_BKHT = jnp.diagonal(dweights_BKHTT, axis1=-2, axis2=-1)
     dweights_BKHTT = dweights_BKHTT * decays.within_BKHTT
     dscores_BKTT = jnp.sum(dweights_BKHTT * dt_BKHT1, axis=2)
     dB = einsum("bkji,bkin->bkjn", dscores_BKTT, C)
-    dC = einsum("bkij,bkjn->bkin", _transposed(dscores_BKTT), B)
+    dC = einsum("bkij,bkjn->bkin", _swapped(dscores_BKTT, dtype), B)
     later_TT = jnp.asarray(np.tri(T, k=-1).T, jnp.float32)
     pairs_BKHTT = dweights_BKHTT * (scores_BKTT * later_TT[None, None])[:, :, None]
     pairs_BKHT = jnp.sum(pairs_BKHTT, axis=-1)
@@ -201,7 +205,7 @@ def _by_blocks_bwd(saved, dy):
         dC += einsum("bktd,bknd->bktn", _flat(dy_start), entering)
         read = einsum("bktn,bknd->bktd", C, entering).reshape(x.shape)
         dtotal_BKHT += over_channels(dy_start, read)
-        dentering = einsum("bknt,bktd->bknd", _transposed(C), _flat(dy_start))
+        dentering = einsum("bknt,bktd->bknd", _swapped(C, dtype), _flat(dy_start))
         dadded = _carried(dentering, decays.carry_BKH, reverse=True)
         by_head_BKNHP = (dadded * entering).reshape(*dadded.shape[:3], -1, x.shape[-1])
         dcarry_BKH = jnp.sum(by_head_BKNHP, axis=(2, 4)) * decays.carry_BKH

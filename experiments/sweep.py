@@ -185,4 +185,4 @@ def _work(study: Study, options: Options, stop: StopRequest) -> bool:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, trains=True)

@@ -22,7 +22,7 @@ from hnet.errors import ConfigError, Failed, shown
 from hnet.fields import FieldError
 from hnet.files import parse_json
 from hnet.printable import printable
-from hnet.runtime.cpu import keep_freed_memory
+from hnet.runtime.cpu import keep_freed_memory, use_huge_pages
 
 FAILED = 1
 BAD_INPUT = 2
@@ -32,12 +32,15 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 OUTPUT_CLOSED = 141  # exit code that a shell reports for a program killed by SIGPIPE
 
 
-def run(main: Callable[[], int | None]) -> NoReturn:
+def run(main: Callable[[], int | None], *, trains: bool = False) -> NoReturn:
     """Call `main` and exit with the code from `exit_code`.
 
     The reason is sent to the other hosts of a run, so that none of them waits for this one.
+    trains: `main` computes training steps; the process may start again first (`use_huge_pages`).
     """
-    keep_freed_memory()
+    asks_for_help = not {"-h", "--help"}.isdisjoint(sys.argv)
+    if not trains or asks_for_help or not use_huge_pages():
+        keep_freed_memory()
     code, reason = exit_code(main)
     if distributed := sys.modules.get("hnet.runtime.distributed"):
         distributed.leave(code, reason)

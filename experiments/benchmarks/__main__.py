@@ -190,4 +190,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, trains=True)

@@ -159,4 +159,4 @@ def _is_adam(part: Any) -> bool:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, trains=True)

@@ -142,4 +142,4 @@ def step_call(program: CompiledRun, config: Config, fed: dict[str, jax.Array]) -
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, trains=True)

@@ -113,4 +113,4 @@ def _finished(config: Config) -> float | None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, trains=True)

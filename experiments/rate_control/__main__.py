@@ -61,4 +61,4 @@ def ratios(evaluation: Evaluation) -> list[float]:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, trains=True)

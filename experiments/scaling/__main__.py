@@ -248,4 +248,4 @@ def fit_points(out: Path) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, trains=True)

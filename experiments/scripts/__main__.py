@@ -305,4 +305,4 @@ def run_configs(config: FairnessTableConfig, train_lines: Lines, out: Path) -> l
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, trains=True)

@@ -140,4 +140,4 @@ def train(config: Config, corpus: Corpus, share: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, trains=True)

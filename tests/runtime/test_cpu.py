@@ -4,8 +4,11 @@ import math
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
+
+from hnet.runtime import cpu
 
 DEVICES = """
 import jax
@@ -13,9 +16,10 @@ from hnet.runtime.cpu import one_device_per_core
 print(one_device_per_core(6), len(jax.devices()))
 """
 FAULTS = """
-import ctypes, resource, sys
-from hnet.runtime.cpu import keep_freed_memory
-if sys.argv[1] == "keep" and not keep_freed_memory():
+import ctypes, os, resource, sys
+from hnet.runtime.cpu import keep_freed_memory, use_huge_pages
+ready = {"keep": keep_freed_memory, "huge": use_huge_pages, "": lambda: True}[sys.argv[1]]()
+if not ready:
     print("skip")
     sys.exit()
 libc, size = ctypes.CDLL(None), 2**26  # more than malloc ever learns to keep by itself
@@ -29,8 +33,19 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+STARTED_AGAIN = """
+import os, sys, threading
+from hnet.runtime import cpu
+if sys.argv[1] == "beside a thread":
+    threading.Thread(target=sys.stdin.read, daemon=True).start()
+done = cpu.use_huge_pages()
+print(int(done), os.getpid(), os.environ.get("GLIBC_TUNABLES"), sys.argv[1:])
+"""
+UNWANTED = ("XLA_FLAGS", "GLIBC_TUNABLES")
+
+
 def run(script, *arguments, **environment):
-    clean = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS" and "MALLOC" not in k}
+    clean = {k: v for k, v in os.environ.items() if k not in UNWANTED and "MALLOC" not in k}
     command = [sys.executable, "-c", script, *arguments]
     done = subprocess.run(
         command, env=clean | environment, capture_output=True, text=True, timeout=120, check=True
@@ -48,8 +63,50 @@ def test_devices_that_a_user_asks_for_stay():
     assert run(DEVICES, XLA_FLAGS=flags) == ["0", "5"]
 
 
-def test_freed_memory_is_found_mapped_again():
-    (kept,), (given_back,) = run(FAULTS, "keep"), run(FAULTS, "")
-    if kept == "skip":
-        pytest.skip("malloc is not glibc's")
-    assert int(kept) < 100 < int(given_back)
+@pytest.mark.parametrize("how", ["keep", "huge"])
+def test_freed_memory_is_not_mapped_page_by_page_again(how):
+    (ready,), (given_back,) = run(FAULTS, how), run(FAULTS, "")
+    if ready == "skip":
+        pytest.skip("malloc is not glibc's" if how == "keep" else "no huge pages here")
+    if cpu._huge_page_mode() == "always":
+        pytest.skip("the kernel gives huge pages to all programs")
+    assert int(ready) < int(given_back) / 10
+
+
+@pytest.mark.skipif(cpu._huge_page_mode() != "madvise", reason="huge pages are not on request")
+def test_the_program_starts_again_with_its_arguments_and_the_settings_of_the_user():
+    own = "glibc.malloc.tcache_count=3"
+    done, pid, tunables, *arguments = run(STARTED_AGAIN, "a b", "", GLIBC_TUNABLES=own)
+    assert (done, tunables) == ("1", f"{own}:glibc.malloc.hugetlb=1")
+    assert " ".join(arguments) == "['a b', '']"
+
+
+@pytest.mark.skipif(cpu._huge_page_mode() != "madvise", reason="huge pages are not on request")
+def test_a_process_that_runs_more_than_the_program_does_not_start_again():
+    done, _, tunables, *_ = run(STARTED_AGAIN, "beside a thread")
+    assert (done, tunables) == ("0", "None")
+
+
+@pytest.mark.parametrize(
+    ("mode", "version", "tunables", "wanted"),
+    [
+        ("always", (2, 31), "", True),
+        ("never", (2, 36), "", False),
+        ("never", (2, 36), "glibc.malloc.hugetlb=1", False),
+        ("", (2, 36), "", False),
+        ("madvise", (2, 34), "", False),
+        ("madvise", (0,), "", False),
+        ("madvise", (2, 36), "glibc.malloc.hugetlb=1", True),
+    ],
+)
+def test_when_a_process_has_huge_pages(monkeypatch, mode, version, tunables, wanted):
+    monkeypatch.setattr(cpu, "_huge_page_mode", lambda: mode)
+    monkeypatch.setattr(cpu, "_glibc_version", lambda: version)
+    monkeypatch.setattr(threading, "active_count", lambda: 1)
+    monkeypatch.setenv("GLIBC_TUNABLES", tunables)
+
+    def refused(*_):
+        raise AssertionError("started again")
+
+    monkeypatch.setattr(os, "execve", refused)
+    assert cpu.use_huge_pages() is wanted

@@ -37,7 +37,7 @@ STARTED_AGAIN = """
 import os, sys, threading
 from hnet.runtime import cpu
 if sys.argv[1] == "beside a thread":
-    threading.Thread(target=sys.stdin.read, daemon=True).start()
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
 done = cpu.use_huge_pages()
 print(int(done), os.getpid(), os.environ.get("GLIBC_TUNABLES"), sys.argv[1:])
 """
